@@ -1,0 +1,53 @@
+# hetu: every target that needs an environment makes its own first, in .venv, and keeps it.
+
+PYTHON ?= python3
+VENV ?= .venv
+# On a machine without an NVIDIA GPU this torch is installed before anything asks for one, so that a CPU build
+# is taken where your package index offers it. To name an index of CPU builds: make TORCH_ARGS="--index-url ...".
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+# Arguments for pytest, say: make test PYTEST_ARGS="-k layout"
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format bench clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.demo  ## one graph over real documents under four parallel strategies
+	$(BIN)/python examples/documents.py
+
+test: lint  ## ruff, mypy, the import direction, then every test
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## ruff, mypy and the import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python tests/import_direction.py
+
+format: $(VENV)/.dev  ## rewrites the code as ruff wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.demo  ## how long the host takes for its part of a run
+	$(BIN)/python benchmarks/host.py
+
+clean:  ## removes .venv and everything that tools left
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	find hetu tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp is written last: an installation that was cut short is taken up again.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+	$(PIP) install --quiet --editable '.[$*]'
+	touch $@
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hetu needs Python 3.11: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	command -v nvidia-smi >/dev/null || $(PIP) install --quiet $(TORCH_ARGS) '$(TORCH)'
+	touch $@

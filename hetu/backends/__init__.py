@@ -1,0 +1,16 @@
+"""Backends: how nodes are computed. Importing this package registers every backend's lowerings."""
+
+from __future__ import annotations
+
+import torch
+
+import hetu.backends.lower_attention
+import hetu.backends.torch
+from hetu.config import settings
+
+__all__ = ["default_backend"]
+
+
+def default_backend(device: torch.device) -> str:
+    """The backend in force: that of ``hetu.config`` or ``HETU_BACKEND``, else triton on CUDA and torch elsewhere."""
+    return settings().backend or ("triton" if device.type == "cuda" else "torch")

@@ -1,0 +1,170 @@
+"""What the attention kernels of all backends have in common: the running state, and how it ends.
+
+A backend's kernel is one function, :class:`Attend`: it lets the query rows see the keys of one buffer, as a
+segment table says, and merges what comes out into the running ``(out, lse)``. One call is plain varlen
+attention; a call a step is a ring, with nothing in between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from hetu.backends.dropout import Dropout, dropout_key, keep_mask
+from hetu.parallel.segments import QuerySpans, SegmentTable
+
+__all__ = ["Attend", "AttentionState", "Dropout", "ceil_padded", "dropout_key", "finish_softmax", "new_state"]
+
+PADDING = 128
+"""``p`` is padded to multiples of this, as FlashAttention pads it."""
+
+
+@dataclass(slots=True)
+class AttentionState:
+    """What the steps of one attention build up. Made by :func:`new_state`; kernels write into it.
+
+    Attributes:
+        out: ``(T_q, H_q, D)`` in the user's dtype; written by the last step.
+        lse: float32 ``(slots, H_q, S)``, natural logarithm of the softmax's denominators; -inf where no row
+            lives and where a row has seen no key.
+        acc: float32 ``(T_q, H_q, D)``, the attention over the keys seen so far (each row already divided by
+            its denominator); None where a single step sees all keys.
+        scores: float32 ``(slots, H_q, rows, columns)``, scaled scores, -inf where nothing was computed; None
+            unless the softmax is asked for.
+
+    For float64 inputs (torch backend only) ``lse``, ``acc`` and ``scores`` are float64.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    acc: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
+class Attend(Protocol):
+    """One step: what a backend implements."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: QuerySpans,
+        table: SegmentTable,
+        state: AttentionState,
+        *,
+        softmax_scale: float,
+        first: bool,
+        last: bool,
+        dropout: Dropout | None = None,
+        key_position: np.ndarray | None = None,
+    ) -> None:
+        """Attends to one buffer and merges the result into ``state``.
+
+        Args:
+            q: ``(T_q, H_q, D)`` in any strides, the last dim contiguous.
+            k: ``(T_k, H_k, D)`` likewise; query head h reads head ``h // (H_q // H_k)``.
+            v: ``(T_k, H_k, D)`` likewise.
+            spans: The rows of q.
+            table: Which keys of the buffer they see. May be empty.
+            state: Changed in place.
+            softmax_scale: Scores are ``softmax_scale * q @ k.T``.
+            first: Whether nothing was merged before: every row of the state is initialised, whatever it held.
+                A row that sees no key gets out 0 and lse -inf.
+            last: Whether nothing follows: ``state.out`` is written for every row. A step that is neither
+                first nor last touches only rows that have segments.
+            dropout: Drops entries; None drops none.
+            key_position: ``(T_k,)``, the position in its document of each row of the buffer. Needed only by
+                dropout and by ``state.scores``.
+        """
+        ...
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type to compute and accumulate in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def ceil_padded(size: int) -> int:
+    """Rounds a side of ``p`` up to what it is padded to.
+
+    Example:
+        >>> ceil_padded(0), ceil_padded(1), ceil_padded(128), ceil_padded(129)
+        (0, 128, 128, 256)
+    """
+    return -(-size // PADDING) * PADDING
+
+
+def new_state(
+    q: torch.Tensor, spans: QuerySpans, slots: int, rows: int, single_step: bool, columns: int | None = None
+) -> AttentionState:
+    """Allocates the state of an attention.
+
+    Args:
+        q: ``(T_q, H_q, D)``; out takes its shape, dtype and device.
+        spans: The rows of q.
+        slots: First size of lse and p: sequences.
+        rows: Last size of lse; p's third is this, padded.
+        single_step: Whether one step sees all keys, so that nothing runs on between steps.
+        columns: Last size of p before padding; None if the softmax is not asked for.
+    """
+    total, heads, head_dim = q.shape
+    assert int(spans.length.sum()) == total, "spans cover every row of q"
+    high = compute_dtype(q.dtype)
+    scores = None
+    if columns is not None:
+        scores = q.new_full((slots, heads, ceil_padded(rows), ceil_padded(columns)), -torch.inf, dtype=high)
+    return AttentionState(
+        out=q.new_empty((total, heads, head_dim)),
+        lse=q.new_full((slots, heads, rows), -torch.inf, dtype=high),
+        acc=None if single_step else q.new_empty((total, heads, head_dim), dtype=high),
+        scores=scores,
+    )
+
+
+def finish_softmax(
+    state: AttentionState, spans: QuerySpans, dropout: Dropout | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """The attention probabilities, once the last step is done.
+
+    The magnitude of an entry is its softmax probability before dropout (no ``1 / (1 - p)``), whether it was
+    kept or not; an entry that dropout dropped is negative. This is FlashAttention's convention. Entries that
+    the mask hides and padding are 0.
+
+    Args:
+        state: With ``scores``; they are consumed.
+        spans: The rows of q.
+        dropout: What the steps dropped.
+        dtype: Of the result.
+
+    Returns:
+        ``(slots, H_q, rows, columns)``, rows and columns padded to multiples of 128.
+    """
+    scores, lse = state.scores, state.lse
+    assert scores is not None, "the state was made without columns"
+    rows = lse.shape[-1]
+    denominator = torch.where(lse == -torch.inf, 0.0, lse)  # a row without keys: exp(-inf - 0) = 0, not NaN
+    scores[:, :, :rows].sub_(denominator.unsqueeze(-1))
+    probabilities = scores.exp_()
+    state.scores = None
+    if dropout is not None:
+        _negate_dropped(probabilities, spans, dropout)
+    return probabilities.to(dtype)
+
+
+def _negate_dropped(probabilities: torch.Tensor, spans: QuerySpans, dropout: Dropout) -> None:
+    """Turns the sign of what dropout dropped. Goes span by span and head by head to bound the masks' memory."""
+    device, columns = probabilities.device, probabilities.shape[-1]
+    for span in np.flatnonzero(spans.slot >= 0).tolist():
+        length, column = int(spans.length[span]), int(spans.column[span])
+        queries = int(spans.position[span]) + int(spans.step[span]) * torch.arange(length, device=device)
+        keys = torch.arange(columns - column, device=device)  # all columns of the document, and zeros after it
+        row = int(spans.slot_row[span])
+        for head in range(probabilities.shape[1]):
+            part = probabilities[int(spans.slot[span]), head, row : row + length, column:]
+            heads = torch.tensor([head], device=device)
+            keep = keep_mask(dropout, int(spans.document[span]), heads, queries, keys)[0]
+            part.copy_(torch.where(keep | (part == 0), part, -part))

@@ -1,0 +1,214 @@
+"""Both attention ops at run time, for every backend: plans in, calls of the backend's ``attend`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from hetu.backends.attention import Dropout, dropout_key, finish_softmax, new_state
+from hetu.backends.comm import LocalComm, follow, run_lock_step
+from hetu.backends.kernels import attention_kernel
+from hetu.backends.lowering import NodeLowering, lowering
+from hetu.dtypes import float64
+from hetu.graph import Node
+from hetu.parallel import AttnPlan
+from hetu.parallel.plan import Attend
+from hetu.parallel.varlen import VarlenPlan
+
+Random = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What of an attention op's arguments its computation depends on, whatever the lengths."""
+
+    backend: str
+    num_q: int
+    num_kv: int
+    head_dim: int
+    p_dropout: float
+    softmax_scale: float
+    return_softmax: bool
+    zero_tensors: bool = False
+
+    @classmethod
+    def of(cls, node: Node, backend: str) -> Options:
+        """The options of a node."""
+        attrs = node.attrs
+        num_q = node.outputs[1].symbolic_shape[1].constant or 0
+        width = (node.tensors[0].symbolic_shape[1].constant or 0) // attrs["head_dim"]
+        return cls(
+            backend,
+            num_q,
+            (width - num_q) // 2,
+            attrs["head_dim"],
+            attrs["p_dropout"],
+            attrs["softmax_scale"],
+            attrs["return_softmax"],
+            attrs.get("zero_tensors", False),
+        )
+
+    def dropout(self, random: Random, group: int) -> Dropout | None:
+        """The dropout of a group's documents in this run."""
+        return Dropout(self.p_dropout, dropout_key(*random, group)) if self.p_dropout else None
+
+    @property
+    def needs_positions(self) -> bool:
+        return self.return_softmax or self.p_dropout > 0
+
+
+def _triton_declines(node: Node, device: torch.device) -> str | None:
+    return "float64 has no kernel" if node.tensors[0].dtype == float64 else None
+
+
+# attn_varlen
+
+
+def hetu_attn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: VarlenPlan,
+    random: Random,
+    batch: int,
+    max_seqlen_q: int,
+    columns: int,
+    **given: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Runs ``attn_varlen`` on one pipeline; gives its four outputs. ``given`` are the fields of :class:`Options`."""
+    options = Options(**given)
+    heads = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in (q, k, v)]
+    dropout = options.dropout(random, 0)
+    wanted = columns if options.return_softmax else None
+    state = new_state(heads[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
+    if options.zero_tensors:
+        state.lse.zero_()
+    attention_kernel(options.backend)(
+        *heads,
+        plan.spans,
+        plan.table,
+        state,
+        softmax_scale=options.softmax_scale,
+        first=True,
+        last=True,
+        dropout=dropout,
+        key_position=plan.key_position if options.needs_positions else None,
+    )
+    p = finish_softmax(state, plan.spans, dropout, q.dtype) if options.return_softmax else q.new_empty(0)
+    return state.out.view(q.shape), state.lse, p, torch.tensor(random, dtype=torch.int64)
+
+
+def _lower_varlen(backend: str, cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:
+    lse, p = cx.node.outputs[1:3]
+    columns = cx.size(p.symbolic_shape[3]) if cx.node.attrs["return_softmax"] else 0
+    batch, max_q = cx.size(lse.symbolic_shape[0]), cx.size(lse.symbolic_shape[2])
+    options = asdict(Options.of(cx.node, backend))
+    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, **options)
+    return tuple(cx.item(outputs, i) for i in range(len(cx.node.outputs)))
+
+
+# parallel_attn
+
+
+def hetu_parallel_attn(
+    qkv: Sequence[torch.Tensor],
+    plan: AttnPlan,
+    random: Random,
+    shapes: Sequence[tuple[int, int, int]],
+    **given: Any,
+) -> list[tuple[torch.Tensor, ...]]:
+    """Runs ``parallel_attn`` on all pipelines of a strategy, in lock step.
+
+    Args:
+        qkv: Each pipeline's shard.
+        plan: What each pipeline does.
+        random: Seed and offset.
+        shapes: Each pipeline's (batch, seq_len, columns of p).
+        **given: The fields of :class:`Options`.
+
+    Returns:
+        Each pipeline's outputs.
+    """
+    options = Options(**given)
+    comm = LocalComm()
+    calls = [PipelineCall(shard, plan, r, random, shapes[r], options) for r, shard in enumerate(qkv)]
+    run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls])
+    return [call.outputs() for call in calls]
+
+
+class PipelineCall:
+    """One pipeline's share of a ``parallel_attn``: its queries, its running result, and how it attends."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        plan: AttnPlan,
+        pipeline: int,
+        random: Random,
+        shape: tuple[int, int, int],
+        options: Options,
+    ) -> None:
+        self.options, self.random, self.layout, self.plan = options, random, plan.layout, plan.pipelines[pipeline]
+        queries = options.num_q * options.head_dim
+        self.q = qkv[:, :queries].view(len(qkv), options.num_q, options.head_dim)
+        self.kv = qkv[:, queries:].view(len(qkv), 2, options.num_kv, options.head_dim)
+        self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
+        batch, seq_len, columns = shape
+        steps = sum(isinstance(item, Attend) for item in self.plan.instructions)
+        wanted = columns if options.return_softmax else None
+        self.state = new_state(self.q, self.plan.spans, batch, seq_len, single_step=steps == 1, columns=wanted)
+
+    def attend(self, step: Attend, buffer: torch.Tensor, first: bool, last: bool) -> None:
+        """Attends to one buffer of keys and values."""
+        attention_kernel(self.options.backend)(
+            self.q,
+            buffer[:, 0],
+            buffer[:, 1],
+            self.plan.spans,
+            step.table,
+            self.state,
+            softmax_scale=self.options.softmax_scale,
+            first=first,
+            last=last,
+            dropout=self.dropout,
+            key_position=self._positions(step) if self.options.needs_positions else None,
+        )
+
+    def _positions(self, step: Attend) -> np.ndarray[Any, Any]:
+        """The position in its document of every key in the step's buffer."""
+        parts = [self.layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        """The op's outputs, after the last step."""
+        state = self.state
+        outputs = (state.out.flatten(1), state.lse, torch.tensor(self.random, dtype=torch.int64))
+        if not self.options.return_softmax:
+            return outputs
+        return (*outputs, finish_softmax(state, self.plan.spans, self.dropout, self.q.dtype))
+
+
+def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
+    node, shapes = cx.node, []
+    for r in range(cx.num_pipelines):
+        batch, _, seq_len = cx.shape(1, pipeline=r)
+        shapes.append((batch, seq_len, cx.shape(3, pipeline=r)[3] if len(node.outputs) > 3 else 0))
+    options = asdict(Options.of(node, backend))
+    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, **options)
+    pipelines = [cx.item(results, r) for r in range(cx.num_pipelines)]
+    return [tuple(cx.item(one, i) for i in range(len(node.outputs))) for one in pipelines]
+
+
+def _register(backend: str, **kwargs: Any) -> None:
+    """The same computation for every backend, with another kernel inside."""
+    for op, lower in (("attn_varlen", _lower_varlen), ("parallel_attn", _lower_parallel)):
+        lowering(op, backend=backend, **kwargs)(lambda *args, lower=lower: lower(backend, *args))
+
+
+_register("torch")
+_register("triton", declines=_triton_declines)

@@ -1,0 +1,285 @@
+"""From nodes to a ``torch.fx`` module: the registry of lowerings, and the walk that applies them.
+
+A backend registers for an op a function that emits calls into an fx graph. All pipelines of a strategy
+are lowered into one module: a node becomes one call a pipeline, a node that spans the pipelines one
+call over all of them. Sizes are plain int inputs of the module, so lengths never cause a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from hetu.errors import LoweringError
+from hetu.graph import Node, Tensor
+from hetu.symbols import IntSymbol, compile_exprs
+
+Lower = Callable[..., Any]
+Declines = Callable[[Node, torch.device], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Lowering:
+    """How a backend computes an op: ``lower`` emits it; ``declines`` says why it won't take a node, or None."""
+
+    backend: str
+    lower: Lower
+    declines: Declines | None
+
+
+_lowerings: dict[str, list[Lowering]] = {}
+
+
+def lowering(op: str, *, backend: str, declines: Declines | None = None) -> Callable[[Lower], Lower]:
+    """Decorator: registers ``fn(cx, *operands)`` as a backend's lowering of an op.
+
+    The function gets a :class:`NodeLowering` and the operands: fx nodes for tensors (for an op that spans the
+    pipelines: a list of them, one a pipeline), numbers, and sizes. It returns an fx node, a tuple of them for
+    several outputs, or, where the op spans the pipelines, such a tuple a pipeline.
+    """
+
+    def add(fn: Lower) -> Lower:
+        _lowerings.setdefault(op, []).append(Lowering(backend, fn, declines))
+        return fn
+
+    return add
+
+
+def find_lowering(node: Node, backend: str, device: torch.device) -> Lowering:
+    """The lowering to use: the wanted backend's, else torch's.
+
+    Raises:
+        LoweringError: If no backend takes the node; gives each one's reason.
+    """
+    reasons = []
+    for name in dict.fromkeys((backend, "torch")):
+        for item in _lowerings.get(node.definition.name, ()):
+            if item.backend == name:
+                reason = item.declines(node, device) if item.declines else None
+                if reason is None:
+                    return item
+                reasons.append(f"{name}: {reason}")
+        if not any(item.backend == name for item in _lowerings.get(node.definition.name, ())):
+            reasons.append(f"{name}: has no lowering of this op")
+    raise LoweringError("no backend takes it: " + "; ".join(reasons), op=node.definition.name, where=node.where)
+
+
+@dataclass(frozen=True, slots=True)
+class FeedInput:
+    """A module input: what is fed to a placeholder on a pipeline."""
+
+    tensor: Tensor
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeInput:
+    """A module input: the ``index``-th size of a pipeline."""
+
+    index: int
+    pipeline: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInput:
+    """A module input: the plan of a node (``pipeline`` is None where the node spans the pipelines)."""
+
+    node: Node
+    pipeline: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class RandomInput:
+    """A module input: ``(seed, offset)`` of a random node."""
+
+    node: Node
+
+
+Input = FeedInput | SizeInput | PlanInput | RandomInput
+
+
+@dataclass(frozen=True, slots=True)
+class Executable:
+    """A lowered subgraph.
+
+    Attributes:
+        module: Takes the inputs in order and returns a flat tuple, pipelines of the first fetch first.
+        inputs: What each input is.
+        leaves: The symbols that its sizes depend on.
+        sizes: Compiled: values of ``leaves`` to the tuple of all sizes.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Input, ...]
+    leaves: tuple[IntSymbol, ...]
+    sizes: Callable[..., tuple[int, ...]]
+
+
+@dataclass
+class _Builder:
+    """The module being built."""
+
+    device: torch.device
+    constants: dict[tuple[Node, torch.device], torch.Tensor]
+    root: torch.nn.Module = field(default_factory=torch.nn.Module)
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    inputs: dict[Input, fx.Node] = field(default_factory=dict)
+    exprs: dict[IntSymbol, int] = field(default_factory=dict)
+    attributes: dict[Node, fx.Node] = field(default_factory=dict)
+
+    def input(self, key: Input, name: str) -> fx.Node:
+        """The module's input for ``key``; inputs stand first in the module, in the order of first use."""
+        if key not in self.inputs:
+            last = next(reversed(self.inputs.values()), None)
+            place = self.graph.inserting_after(last) if last else self.graph.inserting_before(self._first())
+            with place:
+                self.inputs[key] = self.graph.placeholder(name)
+        return self.inputs[key]
+
+    def _first(self) -> fx.Node:
+        return next(iter(self.graph.nodes), self.graph._root)
+
+    def constant(self, node: Node, value: torch.Tensor) -> fx.Node:
+        """The module's own tensor of ``node``: one for all pipelines, and one a device for all modules."""
+        if node not in self.attributes:
+            name = f"constant_{len(self.attributes)}"
+            self.root.register_buffer(name, self.constants.setdefault((node, self.device), value.to(self.device)))
+            self.attributes[node] = self.graph.get_attr(name)
+        return self.attributes[node]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLowering:
+    """What a lowering sees of the node at hand and of the module being built.
+
+    Attributes:
+        node: The hetu node.
+        pipeline: Whose call is emitted; None where the node spans the pipelines.
+        num_pipelines: Of the strategy.
+        device: Where the module runs.
+    """
+
+    node: Node
+    pipeline: int | None
+    num_pipelines: int
+    device: torch.device
+    builder: _Builder
+
+    def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Emits a call."""
+        return self.builder.graph.call_function(fn, args, kwargs)
+
+    def item(self, value: fx.Node, index: int) -> fx.Node:
+        """Emits ``value[index]``."""
+        import operator
+
+        return self.builder.graph.call_function(operator.getitem, (value, index))
+
+    def size(self, expr: IntSymbol | int, pipeline: int | None = None) -> Any:
+        """A size: an int if it is the same in every run, else an input of the module."""
+        if isinstance(expr, int):
+            return expr
+        if expr.constant is not None:
+            return expr.constant
+        which = self.pipeline if pipeline is None else pipeline
+        assert which is not None, "a node that spans the pipelines names the pipeline"
+        index = self.builder.exprs.setdefault(expr, len(self.builder.exprs))
+        return self.builder.input(SizeInput(index, which), f"size{index}_p{which}")
+
+    def shape(self, index: int = 0, pipeline: int | None = None) -> list[Any]:
+        """Sizes of the node's output ``index``."""
+        return [self.size(dim, pipeline) for dim in self.node.outputs[index].symbolic_shape]
+
+    def feed(self) -> fx.Node:
+        """The module input that the node, a placeholder, stands for."""
+        assert self.pipeline is not None
+        return self.builder.input(FeedInput(self.node.outputs[0], self.pipeline), f"{self.node.name}_p{self.pipeline}")
+
+    def constant(self, value: torch.Tensor) -> fx.Node:
+        """The tensor that the node, a constant, stands for; kept on the device once for all modules and pipelines."""
+        return self.builder.constant(self.node, value)
+
+    def plan(self) -> fx.Node:
+        """The module input that brings the node's plan."""
+        suffix = "" if self.pipeline is None else f"_p{self.pipeline}"
+        return self.builder.input(PlanInput(self.node, self.pipeline), f"{self.node.name}_plan{suffix}")
+
+    def random(self) -> fx.Node:
+        """The module input that brings the node's ``(seed, offset)``."""
+        return self.builder.input(RandomInput(self.node), f"{self.node.name}_rng")
+
+
+def lower(
+    nodes: Sequence[Node],
+    fetches: Sequence[Tensor],
+    replaced: Mapping[Tensor, Tensor],
+    *,
+    num_pipelines: int,
+    device: torch.device,
+    backend: str,
+    constants: dict[tuple[Node, torch.device], torch.Tensor],
+) -> Executable:
+    """Lowers live nodes into one fx module over all pipelines.
+
+    Args:
+        nodes: In computing order.
+        fetches: What the module returns.
+        replaced: Tensors to be read instead of others (common subexpressions).
+        num_pipelines: Pipelines of the strategy.
+        device: Where it will run.
+        backend: The wanted backend; nodes that it declines fall to torch.
+        constants: Where constants on a device are kept from one module to the next.
+
+    Raises:
+        LoweringError: If no backend takes a node.
+    """
+    builder = _Builder(device, constants)
+    values: dict[Tensor, list[Any]] = {}
+    for node in nodes:
+        _lower_node(node, builder, values, replaced, num_pipelines, find_lowering(node, backend, device))
+    fetched = [replaced.get(tensor, tensor) for tensor in fetches]
+    flat = [value for tensor in fetched for value in _to_give(tensor, values[tensor], builder)]
+    builder.graph.output(tuple(flat))
+    builder.graph.lint()
+    exprs = list(builder.exprs)
+    leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
+    module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
+    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves))
+
+
+def _to_give(tensor: Tensor, shards: Sequence[fx.Node], builder: _Builder) -> Sequence[fx.Node]:
+    """A fetched tensor's values as results: copies where they lie in the memory of a constant or of what was fed."""
+    node = tensor.op
+    while node.definition.is_view:
+        node = node.tensors[0].op
+    return [builder.graph.call_function(torch.clone, (x,)) for x in shards] if node.definition.is_source else shards
+
+
+def _lower_node(
+    node: Node,
+    builder: _Builder,
+    values: dict[Tensor, list[Any]],
+    replaced: Mapping[Tensor, Tensor],
+    num_pipelines: int,
+    chosen: Lowering,
+) -> None:
+    def operand(item: Any, cx: NodeLowering) -> Any:
+        if isinstance(item, Tensor):
+            shards = values[replaced.get(item, item)]
+            return shards if cx.pipeline is None else shards[cx.pipeline]
+        return cx.size(item) if isinstance(item, IntSymbol) else item
+
+    def emit(pipeline: int | None) -> Any:
+        cx = NodeLowering(node, pipeline, num_pipelines, builder.device, builder)
+        return chosen.lower(cx, *(operand(item, cx) for item in node.inputs))
+
+    if node.definition.spans_pipelines:
+        results = emit(None)
+    else:
+        results = [emit(pipeline) for pipeline in range(num_pipelines)]
+    for index, tensor in enumerate(node.outputs):
+        values[tensor] = [item[index] if isinstance(item, (tuple, list)) else item for item in results]

@@ -1,0 +1,216 @@
+"""Attention over segment tables in torch: its own flash attention on the CPU, plain matrix products otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
+
+import numpy as np
+import torch
+
+from hetu.backends.attention import AttentionState, compute_dtype
+from hetu.backends.dropout import Dropout, keep_mask
+from hetu.parallel.segments import QuerySpans, SegmentTable
+
+_BLOCK_ENTRIES = 2**22
+"""Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
+
+Part = tuple[int, torch.Tensor, torch.Tensor]
+"""Attention of the rows of a span from some row on over some keys: that row, out ``(n, H, D)``, lse ``(H, n)``."""
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    spans: QuerySpans,
+    table: SegmentTable,
+    state: AttentionState,
+    *,
+    softmax_scale: float,
+    first: bool,
+    last: bool,
+    dropout: Dropout | None = None,
+    key_position: np.ndarray | None = None,
+) -> None:
+    """One step of attention in torch; see :class:`hetu.backends.attention.Attend`.
+
+    Computes in float32, or in float64 for float64 inputs.
+    """
+    acc = state.acc
+    if acc is None:  # a single step: build it up in the output itself if its type allows
+        acc = state.out if q.dtype == compute_dtype(q.dtype) else torch.empty_like(q, dtype=torch.float32)
+    plain = dropout is not None or state.scores is not None or q.device.type != "cpu"
+
+    def parts(span: int, queries: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
+        keys, values = k[k_start : k_start + k_len], v[k_start : k_start + k_len]
+        if not plain:
+            return _flash(queries, keys, values, diagonal, softmax_scale)
+        extras = _Extras(spans, span, state.scores, dropout, key_position, k_start)
+        return _plain(queries, keys, values, diagonal, softmax_scale, extras)
+
+    segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), strict=True))
+    bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
+    places = zip(spans.start.tolist(), spans.length.tolist(), spans.slot.tolist(), spans.slot_row.tolist(), strict=True)
+    for span, (start, length, slot, slot_row) in enumerate(places):
+        own = segments[bounds[span] : bounds[span + 1]]
+        if own or first:
+            rows = slice(start, start + length)
+            lse = state.lse[slot, :, slot_row : slot_row + length] if slot >= 0 else None
+            _fold(chain.from_iterable(parts(span, q[rows], *segment) for segment in own), acc[rows], lse, first)
+    if last and acc is not state.out:
+        state.out.copy_(acc)
+
+
+def _fold(parts: Iterable[Part], out: torch.Tensor, lse: torch.Tensor | None, empty: bool) -> None:
+    """Merges parts into the running out ``(n, H, D)`` and lse ``(H, n)`` of a span, or begins them if ``empty``."""
+    for row, part_out, part_lse in parts:
+        assert lse is not None, "rows with keys have a slot"
+        end = row + len(part_out)
+        if empty and len(part_out) == len(out):
+            out.copy_(part_out)
+            lse.copy_(part_lse)
+        else:
+            if empty:
+                _clear(out, lse)
+            _merge(out[row:end], lse[:, row:end], part_out, part_lse)
+        empty = False
+    if empty:
+        _clear(out, lse)
+
+
+def _clear(out: torch.Tensor, lse: torch.Tensor | None) -> None:
+    """The attention over no keys."""
+    out.zero_()
+    if lse is not None:
+        lse.fill_(-torch.inf)
+
+
+def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
+    """Merges the attention over other keys into ``out (n, H, D)`` and ``lse (H, n)``, in place."""
+    total = torch.logaddexp(lse, part_lse)
+    shift = torch.where(total == -torch.inf, 0.0, total)  # -inf - -inf would be NaN
+    out.mul_((lse - shift).exp_().t().unsqueeze(-1))
+    out.addcmul_(part_out, (part_lse - shift).exp_().t().unsqueeze(-1))
+    lse.copy_(total)
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float) -> Iterator[Part]:
+    """One segment by torch's CPU flash attention, whose causal mask is aligned to the top left.
+
+    A segment is a rectangle of keys that all rows see, and a triangle whose first row sees one key::
+
+        diagonal = 2     x x x . .          diagonal = -1    . . .
+                         x x x x .                           x . .
+                         x x x x x                           x x .
+    """
+    rows, keys = q.shape[0], k.shape[0]
+    if diagonal >= keys - 1:
+        yield 0, *_flash_call(q, k, v, False, softmax_scale)
+        return
+    if diagonal > 0:
+        yield 0, *_flash_call(q, k[:diagonal], v[:diagonal], False, softmax_scale)
+        k, v, diagonal = k[diagonal:], v[diagonal:], 0
+    if -diagonal < rows:
+        yield -diagonal, *_flash_call(q[-diagonal:], k, v, True, softmax_scale)
+
+
+def _flash_call(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, softmax_scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Flash attention of (T, H, D) tensors.
+
+    The query heads that share keys become the heads of one batch entry, so that the keys are a view with stride 0
+    and nothing is repeated in memory.
+    """
+    dtype, num_kv = compute_dtype(q.dtype), k.shape[1]
+    shape = (num_kv, q.shape[1] // num_kv, k.shape[0], q.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.to(dtype).unflatten(1, shape[:2]).permute(1, 2, 0, 3),
+        k.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(shape),
+        v.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(shape),
+        0.0,
+        is_causal,
+        scale=softmax_scale,
+    )
+    return out.permute(2, 0, 1, 3).flatten(1, 2), lse.flatten(0, 1)
+
+
+class _Extras:
+    """What a segment's keys and queries are in their document, for dropout and scores."""
+
+    def __init__(
+        self,
+        spans: QuerySpans,
+        span: int,
+        scores: torch.Tensor | None,
+        dropout: Dropout | None,
+        key_position: np.ndarray | None,
+        k_start: int,
+    ) -> None:
+        self.dropout, self.document = dropout, int(spans.document[span])
+        self.position, self.step = int(spans.position[span]), int(spans.step[span])
+        self.column = int(spans.column[span])
+        self.key_position, self.k_start = key_position, k_start
+        self.scores = None
+        if scores is not None:
+            row, length = int(spans.slot_row[span]), int(spans.length[span])
+            self.scores = scores[int(spans.slot[span]), :, row : row + length]
+
+    def keys(self, number: int, device: torch.device) -> torch.Tensor:
+        """Positions of the segment's first ``number`` keys."""
+        assert self.key_position is not None, "dropout and scores need the keys' positions"
+        part = self.key_position[self.k_start : self.k_start + number]
+        return torch.from_numpy(np.asarray(part, np.int64)).to(device)
+
+    def write_scores(self, scores: torch.Tensor, begin: int) -> None:
+        """Writes ``(H, n, keys)`` from the span's row ``begin`` on; what the mask hides stays as it is."""
+        if self.scores is not None:
+            rows, columns = (
+                slice(begin, begin + scores.shape[1]),
+                self.column + self.keys(scores.shape[2], scores.device),
+            )
+            old = self.scores[:, rows, columns]
+            self.scores[:, rows, columns] = torch.where(scores == -torch.inf, old, scores)
+
+    def drop(self, weights: torch.Tensor, begin: int) -> torch.Tensor:
+        """Applies dropout to ``(H, n, keys)`` from the span's row ``begin`` on."""
+        if self.dropout is None:
+            return weights
+        device = weights.device
+        heads, rows, keys = (torch.arange(size, device=device) for size in weights.shape)
+        queries = self.position + (begin + rows) * self.step
+        keep = keep_mask(self.dropout, self.document, heads, queries, self.keys(len(keys), device))
+        return weights * keep * self.dropout.scale
+
+
+def _plain(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float, extras: _Extras
+) -> Iterator[Part]:
+    """One segment by matrix products, a block of rows after the other."""
+    (rows, num_q, head_dim), (keys, num_kv, _) = q.shape, k.shape
+    dtype = compute_dtype(q.dtype)
+    block = max(16, _BLOCK_ENTRIES // (num_q * keys))
+    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty((num_q, rows), dtype=dtype)
+    k_heads, v_heads = k.to(dtype).permute(1, 2, 0), v.to(dtype).permute(1, 0, 2)
+    j = torch.arange(keys, device=q.device)
+    for begin in range(0, rows, block):
+        end = min(begin + block, rows)
+        seen = min(keys, max(0, end + diagonal))
+        if seen == 0:
+            _clear(out[begin:end], lse[:, begin:end])
+            continue
+        # (H_kv, rows * group, D): a matrix product a kv head, for all query heads that share it.
+        queries = q[begin:end].to(dtype).unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+        s = (queries @ k_heads[:, :, :seen]).mul_(softmax_scale).view(num_q, end - begin, seen)
+        if begin + diagonal < seen - 1:
+            i = torch.arange(begin, end, device=q.device).unsqueeze(1)
+            s.masked_fill_(i + diagonal < j[:seen], -torch.inf)
+        extras.write_scores(s, begin)
+        total = s.logsumexp(-1)
+        shift = torch.where(total == -torch.inf, 0.0, total)  # -inf - -inf would be NaN
+        weights = extras.drop((s - shift.unsqueeze(-1)).exp_(), begin)
+        part = weights.view(num_kv, -1, seen) @ v_heads[:, :seen]
+        out[begin:end] = part.view(num_q, end - begin, head_dim).permute(1, 0, 2)
+        lse[:, begin:end] = total
+    yield 0, out, lse

@@ -1,0 +1,172 @@
+"""All ops but attention in plain torch: one torch call a node wherever torch has the op as it is defined here."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.nn import functional
+
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lowering import NodeLowering, lowering
+from hetu.graph import Tensor
+
+# Sources
+
+
+@lowering("placeholder", backend="torch")
+def _placeholder(cx: NodeLowering) -> fx.Node:
+    return cx.feed()
+
+
+@lowering("constant", backend="torch")
+def _constant(cx: NodeLowering) -> fx.Node:
+    value, dtype = cx.node.attrs["value"], TORCH_DTYPES[cx.node.outputs[0].dtype]
+    if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":  # ml_dtypes', which torch does not read
+        value = value.astype(np.float32)
+    return cx.constant(torch.as_tensor(value).to(dtype))
+
+
+# Arithmetic. torch wants a tensor on the left and, where no operand is floating, asks a global for the dtype of a
+# floating result; the lowerings settle both.
+
+
+def _cast(cx: NodeLowering, x: Any, dtype: torch.dtype) -> fx.Node:
+    return cx.call(torch.Tensor.to, x, dtype)
+
+
+def _operands(cx: NodeLowering, a: Any, b: Any) -> tuple[Any, Any]:
+    """Operands with which torch's own promotion gives the dtype that the shape rule promised."""
+    wanted = cx.node.outputs[0].dtype
+    if wanted.is_floating and not any(tensor.dtype.is_floating for tensor in cx.node.tensors):
+        if isinstance(cx.node.inputs[0], Tensor):
+            a = _cast(cx, a, TORCH_DTYPES[wanted])
+        else:
+            b = _cast(cx, b, TORCH_DTYPES[wanted])
+    return _number(a, wanted.is_floating), _number(b, wanted.is_floating)
+
+
+def _number(item: Any, floating: bool) -> Any:
+    """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway."""
+    return float(item) if floating and isinstance(item, int) and not -(2**63) <= item < 2**63 else item
+
+
+def _commutative(fn: Callable[..., torch.Tensor]) -> Callable[..., fx.Node]:
+    def lower(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
+        a, b = _operands(cx, a, b)
+        return cx.call(fn, a, b) if isinstance(cx.node.inputs[0], Tensor) else cx.call(fn, b, a)
+
+    return lower
+
+
+lowering("add", backend="torch")(_commutative(torch.add))
+lowering("mul", backend="torch")(_commutative(torch.mul))
+
+
+@lowering("sub", backend="torch")
+def _sub(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
+    a, b = _operands(cx, a, b)
+    return cx.call(torch.sub, a, b) if isinstance(cx.node.inputs[0], Tensor) else cx.call(torch.rsub, b, a)
+
+
+@lowering("div", backend="torch")
+def _div(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
+    a, b = _operands(cx, a, b)
+    if isinstance(cx.node.inputs[0], Tensor):
+        return cx.call(torch.div, a, b)
+    # torch has number / tensor only as reciprocal and product, which rounds twice (1/49 * 49 is not 1).
+    dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    quotient = cx.call(torch.div, cx.call(torch.scalar_tensor, a, dtype=wide, device="cpu"), _cast(cx, b, wide))
+    return quotient if wide == dtype else _cast(cx, quotient, dtype)
+
+
+# Products
+
+
+@lowering("matmul", backend="torch")
+def _matmul(cx: NodeLowering, a: fx.Node, b: fx.Node) -> fx.Node:
+    return cx.call(torch.matmul, a, b)
+
+
+@lowering("linear", backend="torch")
+def _linear(cx: NodeLowering, x: fx.Node, weight: fx.Node, bias: fx.Node | None) -> fx.Node:
+    return cx.call(functional.linear, x, weight, bias)
+
+
+# Shapes
+
+
+@lowering("reshape", backend="torch")
+def _reshape(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(torch.reshape, x, tuple(cx.shape()))
+
+
+@lowering("transpose", backend="torch")
+def _transpose(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(torch.transpose, x, cx.node.attrs["dim0"], cx.node.attrs["dim1"])
+
+
+@lowering("slice", backend="torch")
+def _slice(cx: NodeLowering, x: fx.Node, start: Any, stop: Any) -> fx.Node:
+    dim, step = cx.node.attrs["dim"], cx.node.attrs["step"]
+    # Not torch.ops.aten.slice: indexing takes half the time.
+    return cx.call(operator.getitem, x, (slice(None),) * dim + (slice(start, stop, step),))
+
+
+@lowering("concat", backend="torch")
+def _concat(cx: NodeLowering, *parts: fx.Node) -> fx.Node:
+    return cx.call(torch.cat, parts, cx.node.attrs["dim"])
+
+
+# Reductions
+
+
+def _reduction(fn: Callable[..., torch.Tensor]) -> Callable[..., fx.Node]:
+    def lower(cx: NodeLowering, x: fx.Node) -> fx.Node:
+        dim, keepdim = cx.node.attrs["dim"], cx.node.attrs["keepdim"]
+        return cx.call(fn, x, dim, keepdim) if dim else cx.call(fn, x)
+
+    return lower
+
+
+lowering("sum", backend="torch")(_reduction(torch.sum))
+lowering("mean", backend="torch")(_reduction(torch.mean))
+
+
+# Layers
+
+
+@lowering("cast", backend="torch")
+def _to(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return _cast(cx, x, TORCH_DTYPES[cx.node.outputs[0].dtype])
+
+
+@lowering("embedding", backend="torch")
+def _embedding(cx: NodeLowering, ids: fx.Node, weight: fx.Node) -> fx.Node:
+    return cx.call(functional.embedding, ids, weight)
+
+
+@lowering("rms_norm", backend="torch")
+def _rms_norm(cx: NodeLowering, x: fx.Node, weight: fx.Node | None) -> fx.Node:
+    width = cx.size(cx.node.outputs[0].symbolic_shape[-1])
+    return cx.call(torch.rms_norm, x, (width,), weight, cx.node.attrs["eps"])
+
+
+@lowering("silu", backend="torch")
+def _silu(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(functional.silu, x)
+
+
+@lowering("gelu", backend="torch")
+def _gelu(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(functional.gelu, x, approximate=cx.node.attrs["approximate"])
+
+
+@lowering("softmax", backend="torch")
+def _softmax(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(torch.softmax, x, cx.node.attrs["dim"])

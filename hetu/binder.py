@@ -1,0 +1,243 @@
+"""Stage one, bind: from what was fed and said to a value for every symbol, on every pipeline.
+
+Sources, strongest first: ``int_symbol_dict``, the shapes of what was fed, what the ops can tell, the
+symbols' defaults. All sympy work is done when a :class:`Binder` is made, none when it binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from numpy.typing import NDArray
+
+from hetu.errors import BindingError, HetuError, ShapeError, UnboundSymbolError
+from hetu.graph import Node, Tensor
+from hetu.subgraph import Subgraph
+from hetu.symbols import Binding, Equation, IntSymbol, Solver, as_symbol, check_leaf
+
+HostValue = Callable[[Tensor, int, "BoundPipeline"], NDArray[Any]]
+
+
+@dataclass(slots=True)
+class BoundPipeline:
+    """One pipeline's symbols while they are bound; what the ops' planning hooks see of it.
+
+    Attributes:
+        index: The pipeline's number.
+        values: Leaf symbols with a value.
+        sources: Where each value came from.
+        host_value: Gives the values of host inputs.
+    """
+
+    index: int
+    values: dict[IntSymbol, int]
+    sources: dict[IntSymbol, str]
+    host_value: HostValue
+    _host: dict[Tensor, NDArray[Any]] = field(default_factory=dict)
+
+    def known(self, expr: int | IntSymbol) -> int | None:
+        if isinstance(expr, int):
+            return expr
+        if expr.constant is not None:
+            return expr.constant
+        if expr.is_leaf:
+            return self.values.get(expr)
+        return expr.evaluate(self.values) if all(leaf in self.values for leaf in expr.leaves) else None
+
+    def value(self, expr: int | IntSymbol) -> int:
+        found = self.known(expr)
+        return as_symbol(expr).evaluate(self.values) if found is None else found  # evaluate names what is missing
+
+    def host(self, tensor: Tensor) -> NDArray[Any]:
+        if tensor not in self._host:
+            self._host[tensor] = self.host_value(tensor, self.index, self)
+        return self._host[tensor]
+
+    def describe(self, *exprs: int | IntSymbol) -> list[str]:
+        binding = self.binding()
+        return list(dict.fromkeys(line for expr in exprs for line in binding.describe(as_symbol(expr))))
+
+    def binding(self) -> Binding:
+        """What is bound so far, as a value."""
+        return Binding(self.values, self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class BoundRun:
+    """All pipelines of a strategy, bound."""
+
+    strategy: int
+    pipelines: Sequence[BoundPipeline]
+
+
+class Binder:
+    """Binds the runs of one set of live nodes under one strategy. Made once, used for every run.
+
+    Args:
+        subgraph: What will be computed.
+        strategy: Index of the strategy.
+        num_pipelines: How many pipelines it has.
+    """
+
+    def __init__(self, subgraph: Subgraph, strategy: int, num_pipelines: int) -> None:
+        self.subgraph, self.strategy, self.num_pipelines = subgraph, strategy, num_pipelines
+        self.leaves = subgraph.leaves(strategy)
+        nodes, feeds = subgraph.nodes, subgraph.feeds
+        dims = [
+            Equation(dim, f"shape of {x.name}, dimension {i}", x.op.where)
+            for x in feeds
+            for i, dim in enumerate(x.symbolic_shape)
+        ]
+        self._shapes = Solver(dims)
+        self._tellers = [node for node in nodes if node.definition.facts(node, strategy, 0)]
+        self._facts = {
+            (node, r): node.definition.facts(node, strategy, r) for node in self._tellers for r in range(num_pipelines)
+        }
+        self._solvers = {
+            (node, r): [Solver([Equation(*fact, node.where)]) for fact in facts] for (node, r), facts in self._facts.items()
+        }
+        self._shared = list(
+            dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy))
+        )
+        told = {leaf for facts in self._facts.values() for expr, _ in facts for leaf in expr.leaves}
+        relevant = dict.fromkeys([*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *told])
+        self._defaults = [leaf for leaf in relevant if leaf.is_leaf]
+
+    @property
+    def defaults(self) -> tuple[int | None, ...]:
+        """The symbols' default values as they are now: part of what a binding depends on."""
+        return tuple(leaf.default for leaf in self._defaults)
+
+    def bind(
+        self, given: Mapping[IntSymbol, int], shapes: Sequence[Sequence[tuple[int, ...]]], host_value: HostValue
+    ) -> BoundRun:
+        """Gives every symbol its value.
+
+        Args:
+            given: ``int_symbol_dict``.
+            shapes: For each pipeline the fed arrays' shapes, in the order of ``Subgraph.feeds``.
+            host_value: Gives the values of host inputs.
+
+        Raises:
+            BindingError: Where two sources disagree, or a value breaks a range or constraint.
+            ShapeError: Where a fed array has another number of dimensions than its placeholder.
+            UnboundSymbolError: Where a needed symbol got no value.
+        """
+        given = {leaf: check_leaf(leaf, value, "int_symbol_dict") for leaf, value in given.items()}
+        named = dict.fromkeys(given, "int_symbol_dict")
+        pipelines = [BoundPipeline(r, dict(given), dict(named), host_value) for r in range(self.num_pipelines)]
+        run = BoundRun(self.strategy, pipelines)
+        dims = [self._dims(row) for row in shapes]
+        self._solve_shapes(run, dims)
+        self._tell(run)
+        self._solve_shapes(run, dims)
+        if self._apply_defaults(run):
+            self._tell(run)
+            self._solve_shapes(run, dims)
+        for pipeline in pipelines:
+            self._check_complete(pipeline)
+            self._check_constraints(pipeline)
+        return run
+
+    def _dims(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        for tensor, shape in zip(self.subgraph.feeds, shapes, strict=True):
+            if len(shape) != tensor.ndim:
+                raise ShapeError(
+                    f"{tensor.name} has {tensor.ndim} dimensions [{', '.join(map(str, tensor.shape))}], "
+                    f"but an array of shape {list(shape)} was fed",
+                    op="placeholder",
+                    where=tensor.op.where,
+                    fix="feed an array with as many dimensions as the placeholder",
+                )
+        return [size for shape in shapes for size in shape]
+
+    def _solve_shapes(self, run: BoundRun, dims: Sequence[Sequence[int]]) -> None:
+        for pipeline, values in zip(run.pipelines, dims, strict=True):
+            self._shapes.solve(pipeline.values, pipeline.sources, values)
+        if self._shared and self.num_pipelines > 1 and self._share(run):
+            for pipeline, values in zip(run.pipelines, dims, strict=True):
+                self._shapes.solve(pipeline.values, pipeline.sources, values)
+
+    def _share(self, run: BoundRun) -> bool:
+        """Gives all pipelines the values of shared symbols that some know. True if that told any anything."""
+        news = False
+        for leaf in self._shared:
+            knowing = [item for item in run.pipelines if leaf in item.values]
+            for other in knowing[1:]:
+                _check_agree(leaf, knowing[0], other)
+            for pipeline in run.pipelines if len(knowing) < len(run.pipelines) else ():
+                if knowing and leaf not in pipeline.values:
+                    first = knowing[0]
+                    pipeline.values[leaf], news = first.values[leaf], True
+                    pipeline.sources[leaf] = f"{first.sources[leaf]} (pipeline {first.index})"
+        return news
+
+    def _tell(self, run: BoundRun) -> None:
+        for node in self._tellers:
+            if all(self._told(node, pipeline) for pipeline in run.pipelines):
+                continue
+            for pipeline, told in zip(run.pipelines, node.definition.tell(node, run), strict=True):
+                key = (node, pipeline.index)
+                for (expr, _), solver, value in zip(self._facts[key], self._solvers[key], told, strict=True):
+                    if value is not None and pipeline.known(expr) is None:
+                        solver.solve(pipeline.values, pipeline.sources, (value,))
+            if self.num_pipelines > 1:
+                self._share(run)
+
+    def _told(self, node: Node, pipeline: BoundPipeline) -> bool:
+        return all(pipeline.known(expr) is not None for expr, _ in self._facts[node, pipeline.index])
+
+    def _apply_defaults(self, run: BoundRun) -> bool:
+        news = False
+        for leaf in self._defaults:
+            for pipeline in run.pipelines:
+                if leaf not in pipeline.values and leaf.default is not None:
+                    pipeline.values[leaf], pipeline.sources[leaf], news = leaf.default, ".data", True
+        return news
+
+    def _check_complete(self, pipeline: BoundPipeline) -> None:
+        missing = [leaf for leaf in self.leaves if leaf not in pipeline.values]
+        if not missing:
+            return
+        names = ", ".join(map(str, missing))
+        node = next((node for node in self.subgraph.nodes if _uses(node, missing)), None)
+        raise UnboundSymbolError(
+            f"no value for {names}" + (f", which {node.name} needs" if node else ""),
+            op=node.definition.name if node else None,
+            where=node.where if node else None,
+            bound=pipeline.describe(*pipeline.values),
+            fix=f"give {names} in int_symbol_dict, feed an array whose shape tells it, or give the symbol a default",
+        )
+
+    def _check_constraints(self, pipeline: BoundPipeline) -> None:
+        for constraint in self.subgraph.constraints:
+            sides = (constraint.lhs, constraint.rhs)
+            if all(pipeline.known(side) is not None for side in sides) and not constraint.holds(pipeline.values):
+                error: type[HetuError] = BindingError if constraint.op_name == "require" else ShapeError
+                got = f"{constraint} does not hold: {pipeline.known(sides[0])} against {pipeline.known(sides[1])}"
+                raise error(
+                    f"{constraint.reason}: {got}" if constraint.reason else got,
+                    op=constraint.op_name,
+                    where=constraint.where,
+                    bound=pipeline.describe(*sides),
+                    fix="feed arrays, or bind symbols, for which it holds",
+                )
+
+
+def _uses(node: Node, missing: Iterable[IntSymbol]) -> bool:
+    leaves = {leaf for tensor in node.outputs for dim in tensor.symbolic_shape for leaf in dim.leaves}
+    return not leaves.isdisjoint(missing)
+
+
+def _check_agree(leaf: IntSymbol, one: BoundPipeline, other: BoundPipeline) -> None:
+    if one.values[leaf] != other.values[leaf]:
+        raise BindingError(
+            f"{leaf} has one value on all pipelines, but it is {one.values[leaf]} on pipeline {one.index} "
+            f"and {other.values[leaf]} on pipeline {other.index}",
+            bound=[
+                f"{leaf} = {item.values[leaf]}   from {item.sources[leaf]} (pipeline {item.index})" for item in (one, other)
+            ],
+            fix="feed every pipeline an array of the length that the strategy gives it",
+        )

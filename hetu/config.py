@@ -1,0 +1,73 @@
+"""Settings of a run, kept per thread and per async task."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Any
+
+from hetu.errors import HetuError, caller
+
+BACKENDS = ("torch", "triton")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """What ``hetu.config`` sets.
+
+    Attributes:
+        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere.
+        verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
+    """
+
+    backend: str | None = None
+    verify_plans: bool = False
+
+
+def _from_environment() -> Settings:
+    return _checked(Settings(), {"backend": os.environ.get("HETU_BACKEND") or None})
+
+
+def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
+    known = [item.name for item in dataclasses.fields(Settings)]
+    for name, value in changes.items():
+        if name not in known:
+            raise HetuError(f"there is no setting {name!r}", where=caller(), fix=f"use one of {', '.join(known)}")
+        if name == "backend" and value not in (None, *BACKENDS):
+            raise HetuError(f"there is no backend {value!r}", where=caller(), fix=f"use one of {', '.join(BACKENDS)}")
+    return dataclasses.replace(old, **changes)
+
+
+_settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=None)
+
+
+def settings() -> Settings:
+    """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``)."""
+    return _settings.get() or _from_environment()
+
+
+class config:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Changes settings from here on, or within a ``with`` block.
+
+    Args:
+        **changes: Fields of :class:`Settings`.
+
+    Raises:
+        HetuError: If there is no such setting or value.
+
+    Example:
+        >>> with config(backend="torch"):
+        ...     settings().backend
+        'torch'
+    """
+
+    def __init__(self, **changes: Any) -> None:
+        self._token = _settings.set(_checked(settings(), changes))
+
+    def __enter__(self) -> Settings:
+        return settings()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _settings.reset(self._token)

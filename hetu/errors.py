@@ -1,0 +1,120 @@
+"""The errors that hetu raises, and the places in the user's script that they point at.
+
+Every message answers four questions: what was expected and what came (``what``), where it was asked
+for (``where``), which bound values led there (``bound``), and what to do (``fix``)::
+
+    BindingError: [attn_varlen] max_seqlen_q is 512, but sequence 3 of cu_seqlens_q has 700 tokens
+      where:  train.py:41   out = hetu.attn_varlen(q, k, v, 64, cu, cu, max_q, max_q)
+      bound:  max_q = 512   from int_symbol_dict
+      fix:    bind max_q to at least 700, or leave it unbound
+"""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A line of the user's script.
+
+    Attributes:
+        filename: The file as Python names it.
+        lineno: The line's number, from 1.
+    """
+
+    filename: str
+    lineno: int
+
+    @property
+    def line(self) -> str:
+        """The text of the line, without indentation; empty where the source is not at hand."""
+        return linecache.getline(self.filename, self.lineno).strip()
+
+    @property
+    def short(self) -> str:
+        """``train.py:41``."""
+        return f"{os.path.basename(self.filename)}:{self.lineno}"
+
+    def __str__(self) -> str:
+        return f"{self.short}   {self.line}".rstrip()
+
+
+def caller() -> Where:
+    """Finds the innermost line outside the hetu package: the user's line that led here."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename.startswith(_PACKAGE_DIR) and frame.f_back is not None:
+        frame = frame.f_back
+    return Where(frame.f_code.co_filename, frame.f_lineno)
+
+
+class HetuError(Exception):
+    """The family of everything that hetu raises on purpose.
+
+    Args:
+        what: What was expected and what came, in one sentence.
+        op: The op's name, put in brackets before ``what``.
+        where: The line of the user's script that asked for it.
+        bound: Lines such as ``"max_q = 512   from int_symbol_dict"``.
+        fix: What to do about it.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        op: str | None = None,
+        where: Where | None = None,
+        bound: Iterable[str] = (),
+        fix: str | None = None,
+    ) -> None:
+        self.what, self.op, self.where, self.bound, self.fix = what, op, where, tuple(bound), fix
+        super().__init__(self.render())
+
+    def render(self) -> str:
+        """The whole message, one line a question."""
+        lines = [f"[{self.op}] {self.what}" if self.op else self.what]
+        if self.where is not None:
+            lines.append(f"  where:  {self.where}")
+        lines += [f"  bound:  {text}" for text in self.bound]
+        if self.fix:
+            lines.append(f"  fix:    {self.fix}")
+        return "\n".join(lines)
+
+
+class ShapeError(HetuError, ValueError):
+    """Shapes that do not fit an op, a feed or each other."""
+
+
+class DTypeError(HetuError, TypeError):
+    """An element type that an op or a feed does not take."""
+
+
+class UnboundSymbolError(HetuError):
+    """A symbol's value was needed and nothing gives it one."""
+
+
+class BindingError(HetuError, ValueError):
+    """Values of symbols that contradict each other, a range, or what an op requires."""
+
+
+class StrategyError(HetuError, ValueError):
+    """A parallel strategy that does not exist, or does not fit the graph or what was fed."""
+
+
+class PlanError(HetuError):
+    """A plan that is not proven: a pair missed or doubled, a transfer unpaired, a buffer reused."""
+
+
+class LoweringError(HetuError):
+    """A node that no backend takes, with each one's reason."""
+
+
+class CommunicationError(HetuError):
+    """Pipelines that could not exchange what the plan says."""

@@ -1,0 +1,162 @@
+"""What the user feeds: read, checked and spread over the pipelines. Knows torch tensors without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.dtypes import as_dtype
+from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
+from hetu.graph import Tensor
+from hetu.shards import Shards
+from hetu.subgraph import Subgraph
+from hetu.symbols import IntSymbol
+
+Feeds = Mapping[Tensor, Any]
+Symbols = Mapping[IntSymbol, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class FeedSet:
+    """The arrays of one run.
+
+    Attributes:
+        arrays: For each pipeline, each placeholder's array.
+        shapes: For each pipeline the shapes, in the order of ``Subgraph.feeds``.
+        host_bytes: The contents of the arrays that planning reads: with the shapes, all that a plan depends on.
+    """
+
+    arrays: tuple[dict[Tensor, Any], ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    host_bytes: tuple[bytes, ...]
+
+    @property
+    def num_pipelines(self) -> int:
+        return len(self.arrays)
+
+
+def is_torch(value: Any) -> bool:
+    """Whether it is a torch tensor."""
+    return type(value).__module__.startswith("torch") and hasattr(value, "detach")
+
+
+def host_array(value: Any) -> NDArray[Any]:
+    """The values on the host; copies from a device if they lie on one."""
+    return value.detach().cpu().numpy() if is_torch(value) else np.asarray(value)
+
+
+def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> FeedSet:
+    """Checks what was fed, and gives every pipeline its arrays.
+
+    Args:
+        subgraph: What will be computed; only its placeholders are looked at.
+        feed_dict: What the user fed.
+        declared: How many pipelines the strategy has; None if no op says, then the shards decide.
+
+    Raises:
+        BindingError: If a placeholder is not fed, or something else is.
+        DTypeError: If an array's element type is not the placeholder's.
+        StrategyError: If there are not as many shards as pipelines.
+    """
+    for key in feed_dict:
+        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
+            raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
+    missing = [tensor for tensor in subgraph.feeds if tensor not in feed_dict]
+    if missing:
+        raise BindingError(
+            f"placeholder {missing[0].name} is not fed",
+            op="run",
+            where=missing[0].op.where,
+            fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
+        )
+    sharded = [len(feed_dict[tensor]) for tensor in subgraph.feeds if isinstance(feed_dict[tensor], Shards)]
+    count = declared or max(sharded, default=1)
+    spread = [_spread(tensor, feed_dict[tensor], count) for tensor in subgraph.feeds]
+    arrays = tuple(dict(zip(subgraph.feeds, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
+    shapes = tuple(tuple(tuple(array.shape) for array in row.values()) for row in arrays)
+    return FeedSet(arrays, shapes, tuple(_bytes(subgraph, arrays)))
+
+
+def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[bytes]:
+    """Contents of what planning reads; an array that several pipelines share is read once."""
+    seen: dict[int, bytes] = {}
+    for tensor in subgraph.host_feeds:
+        for row in arrays:
+            array = row[tensor]
+            if id(array) not in seen:
+                seen[id(array)] = host_array(array).tobytes()
+    return [seen[id(row[tensor])] for tensor in subgraph.host_feeds for row in arrays]
+
+
+def _spread(tensor: Tensor, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Shards):
+        return [read_array(tensor, value)] * count
+    if len(value) != count:
+        raise StrategyError(
+            f"{tensor.name} was fed {len(value)} shards, but the strategy has {count} pipelines",
+            op="run",
+            where=caller(),
+            fix="feed one array a pipeline: layout.scatter(x) of the same strategy makes them",
+        )
+    return [read_array(tensor, item) for item in value]
+
+
+def read_array(tensor: Tensor, value: Any) -> Any:
+    """One fed array, of the placeholder's element type.
+
+    Torch tensors must have it. Floating numpy arrays are rounded to it and integer ones converted where
+    all values fit, since numpy makes float64 and int64 by itself and has no bfloat16; lists and numbers are
+    literals and take it as they are.
+    """
+    if is_torch(value):
+        if str(value.dtype)[6:] != tensor.dtype.name:
+            raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
+        return value
+    literal = not isinstance(value, np.ndarray)
+    array = np.asarray(value)
+    if array.dtype.name == tensor.dtype.name:
+        return array
+    kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
+    fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
+    if not fits:
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but {array.dtype} values were fed")
+    if tensor.dtype.name == "bfloat16":
+        return array.astype(np.float32)  # exactly what rounding to bfloat16 starts from, on the device
+    converted = array.astype(tensor.dtype.name)
+    if tensor.dtype.kind == "int" and not np.array_equal(converted, array):
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but values that don't fit were fed")
+    return converted
+
+
+def _wrong_dtype(tensor: Tensor, what: str) -> DTypeError:
+    name = tensor.dtype.name
+    return DTypeError(what, op="run", where=tensor.op.where, fix=f"convert it first: .to(torch.{name}) or .astype(...)")
+
+
+def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[tuple[Feeds, Symbols]]:
+    """One (feeds, symbols) a micro-batch: of lists one item each, of all else the whole.
+
+    Raises:
+        HetuError: If ``count`` is no positive int, or a list has another length.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise HetuError(f"num_micro_batches is {count!r}", op="run", where=caller(), fix="give a positive int")
+    if count == 1:
+        return [(feed_dict, symbols)]
+    for key, value in (*feed_dict.items(), *symbols.items()):
+        if isinstance(value, list) and len(value) != count:
+            raise HetuError(
+                f"{getattr(key, 'name', key)} was given a list of {len(value)} for {count} micro-batches",
+                op="run",
+                where=caller(),
+                fix="give a list with one value a micro-batch, or one value for all",
+            )
+
+    def part(values: Mapping[Any, Any], i: int) -> dict[Any, Any]:
+        return {key: value[i] if isinstance(value, list) else value for key, value in values.items()}
+
+    return [(part(feed_dict, i), part(symbols, i)) for i in range(count)]

@@ -1,0 +1,41 @@
+"""The symbolic graph: tensors, nodes, op definitions and what can be told of them before anything runs.
+
+The package is also the users' context: ``hetu.graph("define_and_run")`` makes a graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from hetu.graph.graph import Graph, current_graph, require
+from hetu.graph.node import Node
+from hetu.graph.opdef import BadSample, Call, GoodSample, OpDef, Pipeline, RunView, TensorSpec, find_op, register, registry
+from hetu.graph.tensor import Tensor
+
+__all__ = [
+    "BadSample",
+    "Call",
+    "GoodSample",
+    "Graph",
+    "Node",
+    "OpDef",
+    "Pipeline",
+    "RunView",
+    "Tensor",
+    "TensorSpec",
+    "current_graph",
+    "find_op",
+    "register",
+    "registry",
+    "require",
+]
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Graph:
+        return Graph(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

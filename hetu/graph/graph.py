@@ -1,0 +1,309 @@
+"""The graph: nodes in an order in which they can be computed, and the context that collects them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
+from hetu.graph.node import Node, Operand
+from hetu.graph.opdef import Call, TensorSpec, find_op
+from hetu.graph.tensor import Tensor
+from hetu.symbols import Constraint, IntSymbol, as_symbol
+
+if TYPE_CHECKING:
+    import networkx
+
+_stack: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
+
+
+class Graph:
+    """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
+
+    Args:
+        kind: ``"define_and_run"``, the one kind there is.
+        num_strategy: How many parallel strategies its ``parallel_attn`` ops list.
+        device: Where it runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None for CUDA if there is one, else the CPU.
+        name: For printing.
+
+    Attributes:
+        nodes: In an order in which they can be computed.
+        constraints: What ``hetu.require`` demands of every run; the ops' own demands stand in their nodes.
+
+    Raises:
+        HetuError: If there is no such kind of graph.
+        StrategyError: If ``num_strategy`` is not a positive int.
+
+    Example:
+        >>> import hetu
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [n, 2], name="x")
+        ...     y = x + x
+        >>> g.run(y, feed_dict={x: [[1.0, 2.0]]})
+        tensor([[2., 4.]])
+    """
+
+    planner_factory: ClassVar[Callable[[Graph], Any]]
+    executor_factory: ClassVar[Callable[[Graph], Any]]
+    """What binds and plans and what runs a graph: set by the package, so that this one need not know of later stages."""
+
+    def __init__(
+        self,
+        kind: str = "define_and_run",
+        *,
+        num_strategy: int = 1,
+        device: str | None = None,
+        name: str = "graph",
+    ) -> None:
+        if kind != "define_and_run":
+            raise HetuError(f"there is no graph of kind {kind!r}", where=caller(), fix='use "define_and_run"')
+        if not isinstance(num_strategy, int) or num_strategy < 1:
+            raise StrategyError(f"num_strategy is {num_strategy!r}", where=caller(), fix="give a positive int")
+        self.kind, self.num_strategy, self.device, self.name = kind, num_strategy, device, name
+        self.nodes: list[Node] = []
+        self.constraints: list[Constraint] = []
+        self._names: set[str] = set()
+        self._counts: dict[str, int] = {}
+        self._planner: Any = None
+        self._executor: Any = None
+
+    # Building
+
+    def __enter__(self) -> Graph:
+        _stack.set((*_stack.get(), self))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        _stack.set(_stack.get()[:-1])
+
+    def apply(
+        self, op: str, inputs: Sequence[Any], attrs: Mapping[str, Any] | None = None, name: str | None = None
+    ) -> tuple[Tensor, ...]:
+        """Adds a node: checks the operands, asks the op for its outputs' shapes, records constraints.
+
+        Args:
+            op: A registered op.
+            inputs: Operands in the order of the op's ``inputs``.
+            attrs: The op's other arguments.
+            name: The node's name; made up from the op's if None.
+
+        Returns:
+            The outputs.
+
+        Raises:
+            HetuError: Whatever the op refuses, with the user's line. The graph is then unchanged.
+        """
+        definition, where = find_op(op), caller()
+        operands = tuple(self._operand(item, op, where) for item in inputs)
+        call = Call(self, op, name or self._free_name(op), operands, dict(attrs or {}), where)
+        if call.name in self._names:
+            call.fail(HetuError, f"the graph has a node named {name!r} already", "give another name")
+        specs = definition.infer(call)
+        node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
+        node.symbols, node.constraints = call.symbols, tuple(call.constraints)
+        node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
+        self._names.add(call.name)
+        self.nodes.append(node)
+        return node.outputs
+
+    def require(self, constraint: Constraint, where: Where | None = None) -> None:
+        """Records what must hold in every run that binds the symbols in question."""
+        self.constraints.append(constraint.because("", op_name="require", where=where or caller()))
+
+    def _free_name(self, op: str) -> str:
+        while (name := f"{op}_{self._counts.get(op, 0)}") in self._names:
+            self._counts[op] = self._counts.get(op, 0) + 1
+        return name
+
+    def _operand(self, item: Any, op: str, where: Where) -> Operand:
+        if item is None or isinstance(item, (IntSymbol, bool, int, float)):
+            return item
+        if not isinstance(item, Tensor):
+            raise DTypeError(
+                f"expected a graph tensor or a number, got {type(item).__name__}",
+                op=op,
+                where=where,
+                fix="wrap arrays in hetu.constant(...), or feed them through hetu.placeholder(...)",
+            )
+        if item.graph is not self:
+            raise HetuError(
+                f"tensor {item.name} belongs to another graph (made at {item.op.where.short})",
+                op=op,
+                where=where,
+                fix="build all of a computation in one graph",
+            )
+        return item
+
+    @staticmethod
+    def _output(node: Node, spec: TensorSpec, index: int, count: int) -> Tensor:
+        name = node.name if count == 1 else f"{node.name}.{node.definition.outputs[index]}"
+        shape = tuple(as_symbol(dim) for dim in spec.shape)
+        return Tensor(name, spec.dtype, shape, node, index, spec.on_cpu)
+
+    # Looking
+
+    def verify(self) -> None:
+        """Checks the graph's own promises: order, ownership, unique names, shapes that the ops confirm.
+
+        Raises:
+            HetuError: Naming the node that breaks one.
+        """
+        from hetu.graph.passes import verify
+
+        verify(self)
+
+    def __str__(self) -> str:
+        from hetu.graph.printing import format_graph
+
+        return format_graph(self)
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """The graph as a networkx graph: a vertex a node, an edge a use of a tensor."""
+        from hetu.graph.printing import to_networkx
+
+        return to_networkx(self)
+
+    # Running
+
+    @property
+    def planner(self) -> Any:
+        """What binds and plans the runs of this graph, without torch."""
+        if self._planner is None:
+            self._planner = type(self).planner_factory(self)
+        return self._planner
+
+    @property
+    def executor(self) -> Any:
+        """What lowers and runs this graph; its ``stats()`` tell what was cached, planner included."""
+        if self._executor is None:
+            self._executor = type(self).executor_factory(self)
+        return self._executor
+
+    def run(
+        self,
+        fetches: Tensor | Sequence[Tensor],
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+    ) -> Any:
+        """Computes tensors.
+
+        Args:
+            fetches: A tensor, or a list of them.
+            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array a
+                pipeline, or one array that all get. With micro-batches: a list with one value each.
+            int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
+            strategy: An index, ``"auto"`` (the cheapest feasible one) or None (0 if there is one, else ``"auto"``).
+            num_micro_batches: How many micro-batches are run one after the other.
+            device: Where to run, instead of the graph's device.
+
+        Returns:
+            For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
+            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one a
+            micro-batch, when there are several.
+
+        Raises:
+            HetuError: One of the family, before anything is computed.
+        """
+        return self.executor.run(fetches, feed_dict, int_symbol_dict, strategy, num_micro_batches, device)
+
+    def prepare(
+        self,
+        fetches: Tensor | Sequence[Tensor],
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+    ) -> Any:
+        """Binds, selects and plans as ``run`` would, and computes nothing.
+
+        Returns:
+            The :class:`~hetu.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
+        """
+        subgraph = self.planner.subgraph(fetches)
+        return self.planner.prepare(subgraph, feed_dict or {}, int_symbol_dict or {}, strategy)[0]
+
+    def layout(
+        self,
+        strategy: int = 0,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
+        cu_seqlens: Any = None,
+        batch: int | Sequence[int] = 1,
+        node: str | None = None,
+    ) -> Any:
+        """Which token lies where under a strategy: ``layout.scatter(x)`` and ``layout.gather(shards)``.
+
+        Args:
+            strategy: Index of the strategy.
+            int_symbol_dict: Values of the symbols in its lengths and groups.
+            cu_seqlens: With packing: the array of all groups, or a list with one a group.
+            batch: Without packing: sequences in a batch; a list gives one number a group.
+            node: Which ``parallel_attn``, where the graph has several with different layouts.
+
+        Raises:
+            StrategyError: If there is no such strategy, or no or several layouts to choose from.
+        """
+        return self.planner.layout(strategy, int_symbol_dict, cu_seqlens, batch, node)
+
+    def plan(
+        self,
+        strategy: int = 0,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
+        cu_seqlens: Any = None,
+        batch: int | Sequence[int] = 1,
+        node: str | None = None,
+    ) -> Any:
+        """The plan that a run would follow, as data: see ``print(plan)``, ``plan.verify()``, ``plan.cost(...)``.
+
+        Takes the arguments of :meth:`layout`.
+        """
+        return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
+
+
+def current_graph(inputs: Iterable[Any] = (), op: str | None = None) -> Graph:
+    """The graph that an op adds to: its tensors', else that of the innermost ``with``.
+
+    Raises:
+        HetuError: Outside of any graph.
+    """
+    for item in inputs:
+        if isinstance(item, Tensor):
+            return item.graph
+    stack = _stack.get()
+    if not stack:
+        raise HetuError(
+            "called outside of a graph", op=op, where=caller(), fix='call it within "with hetu.graph(...) as g:"'
+        )
+    return stack[-1]
+
+
+def require(constraint: Constraint | bool) -> None:
+    """Demands a relation between symbols in every run of the current graph.
+
+    Args:
+        constraint: A comparison such as ``s > 5`` or ``hetu.equal(a, b)``.
+
+    Raises:
+        ShapeError: At once if it can't hold for any value in the symbols' ranges.
+        HetuError: Outside of a graph.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     hetu.require(s <= 4096)
+    """
+    graph = current_graph(op="require")
+    decided = constraint if isinstance(constraint, bool) else constraint.decided
+    if decided is False:
+        raise ShapeError(f"{constraint} never holds", op="require", where=caller(), fix="change the ranges of the symbols")
+    if isinstance(constraint, Constraint):
+        graph.require(constraint)

@@ -1,0 +1,219 @@
+"""Op definitions: everything that hetu knows of an op apart from how a backend computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
+
+from numpy.typing import NDArray
+
+from hetu.dtypes import DType
+from hetu.errors import HetuError, ShapeError, Where
+from hetu.graph.tensor import Tensor
+from hetu.symbols import Constraint, IntSymbol, as_symbol, equal
+
+if TYPE_CHECKING:
+    from hetu.graph.graph import Graph
+    from hetu.graph.node import Node
+
+Dim = int | IntSymbol
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What an op says of one output: its dtype and shape, and whether it stays on the CPU."""
+
+    dtype: DType
+    shape: Sequence[Dim]
+    on_cpu: bool = False
+
+
+@dataclass
+class Call:
+    """One use of an op while it is checked: what ``OpDef.infer`` reads, asks for and reports to.
+
+    Attributes:
+        graph: The graph being built.
+        op: The op's name, for errors.
+        name: The node's name.
+        inputs: The operands in the order of ``OpDef.inputs``.
+        attrs: The other arguments; ``infer`` may replace them by their normal form.
+        where: The user's line.
+        symbols: See :attr:`Node.symbols`.
+        constraints: What must hold when the graph runs.
+    """
+
+    graph: Graph
+    op: str
+    name: str
+    inputs: tuple[Any, ...]
+    attrs: dict[str, Any]
+    where: Where
+    symbols: dict[str, IntSymbol] = field(default_factory=dict)
+    constraints: list[Constraint] = field(default_factory=list)
+
+    def fail(self, error: type[HetuError], what: str, fix: str | None = None) -> NoReturn:
+        """Refuses the call."""
+        raise error(what, op=self.op, where=self.where, fix=fix)
+
+    def symbol(self, name: str) -> IntSymbol:
+        """A symbol that the op itself gives a value in each run (by ``OpDef.tell``)."""
+        return self.symbols.setdefault(name, IntSymbol(f"{self.name}.{name}"))
+
+    def check(self, constraint: Constraint | bool, what: str, fix: str | None = None) -> None:
+        """Demands a relation between sizes: decided now if ranges decide it, else checked by every run.
+
+        Args:
+            constraint: A comparison of sizes.
+            what: What is expected, for the error.
+            fix: What to do about it.
+        """
+        decided = constraint if isinstance(constraint, bool) else constraint.decided
+        if decided is False:
+            self.fail(ShapeError, what, fix)
+        if decided is None and isinstance(constraint, Constraint):
+            self.constraints.append(constraint.because(what, op_name=self.op, where=self.where))
+
+    def same(self, a: Dim, b: Dim, what: str, fix: str | None = None) -> None:
+        """Demands that two sizes are equal in every run."""
+        if a is not b:
+            self.check(equal(as_symbol(a), as_symbol(b)), what, fix)
+
+
+@dataclass(frozen=True)
+class GoodSample:
+    """Inputs on which the op must agree with ``reference``.
+
+    Attributes:
+        build: Takes the fed tensors (graph tensors) and returns the op's output or outputs.
+        feeds: The arrays, one a placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
+        reference: The same in numpy, from the arrays (converted to float64 where floating).
+        symbolic: Pairs (feed, dimension) that are symbols.
+    """
+
+    build: Callable[..., Any]
+    feeds: Sequence[NDArray[Any]]
+    reference: Callable[..., Any]
+    symbolic: Sequence[tuple[int, int]] = ()
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A call that must be refused, with a piece of the message."""
+
+    build: Callable[[], Any]
+    error: type[HetuError]
+    message: str
+
+
+class Pipeline(Protocol):
+    """What is known of one pipeline while a run is bound and planned."""
+
+    def known(self, expr: Dim) -> int | None:
+        """The value of a size, or None as long as a symbol in it has no value."""
+
+    def value(self, expr: Dim) -> int:
+        """The value of a size; raises UnboundSymbolError if it has none."""
+
+    def host(self, tensor: Tensor) -> NDArray[Any]:
+        """The values of a host input (see ``OpDef.host_inputs``)."""
+
+    def describe(self, *exprs: Dim) -> list[str]:
+        """Lines that say what the symbols of the expressions are bound to and by whom."""
+
+
+class RunView(Protocol):
+    """A run while it is bound and planned: the strategy and the pipelines that this process knows of."""
+
+    @property
+    def strategy(self) -> int: ...
+
+    @property
+    def pipelines(self) -> Sequence[Pipeline]: ...
+
+
+class OpDef:
+    """An op: signature, checks and shape rule, samples. One subclass an op, registered once.
+
+    Class attributes:
+        name: The op's name, also of the function that users call.
+        inputs: Names of the inputs, in order; a last name with ``*`` takes any number.
+        outputs: Names of the outputs; a single one needs none.
+        host_inputs: Inputs whose *values* planning reads (``cu_seqlens``).
+        is_random: Whether each run draws an offset from the generator for it.
+        is_source: Whether it has no inputs and is no computation (placeholder, constant).
+        is_view: Whether the output may lie in its input's memory.
+        spans_pipelines: Whether one call covers all pipelines of the strategy.
+        has_plan: Whether ``plan`` makes integers for it anew for every length set.
+    """
+
+    name: ClassVar[str]
+    inputs: ClassVar[tuple[str, ...]] = ()
+    outputs: ClassVar[tuple[str, ...]] = ("out",)
+    host_inputs: ClassVar[tuple[str, ...]] = ()
+    is_random: ClassVar[bool] = False
+    is_source: ClassVar[bool] = False
+    is_view: ClassVar[bool] = False
+    spans_pipelines: ClassVar[bool] = False
+    has_plan: ClassVar[bool] = False
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        """Checks a call and gives the outputs' dtypes and shapes."""
+        raise NotImplementedError
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        """Calls with a known answer, and calls that must be refused."""
+        raise NotImplementedError
+
+    def num_pipelines(self, node: Node, strategy: int) -> int | None:
+        """How many pipelines a strategy has, for ops that say so."""
+        return None
+
+    def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
+        """Symbols that have one value on all pipelines of a strategy."""
+        return ()
+
+    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+        """Sizes that the op can tell when nothing stronger binds them, each with the name of its source."""
+        return ()
+
+    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+        """Values of ``facts``, a row a pipeline; None where it can't tell (yet)."""
+        return ()
+
+    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
+        """Checks the run's values and gives everything that ``plan`` depends on, hashable.
+
+        One key where the op spans the pipelines, else one a pipeline. Equal keys mean equal plans, also
+        between nodes of the same op.
+        """
+        raise NotImplementedError
+
+    def plan(self, key: Any) -> Any:
+        """The plan for a key: integers only."""
+        raise NotImplementedError
+
+
+_registry: dict[str, OpDef] = {}
+
+_Definition = TypeVar("_Definition", bound=type[OpDef])
+
+
+def register(definition: _Definition) -> _Definition:
+    """Class decorator: makes an op known under its name."""
+    if definition.name in _registry:
+        raise ValueError(f"an op named {definition.name!r} is registered already")
+    _registry[definition.name] = definition()
+    return definition
+
+
+def find_op(name: str) -> OpDef:
+    """The op of that name."""
+    return _registry[name]
+
+
+def registry() -> Mapping[str, OpDef]:
+    """All ops by name."""
+    return dict(_registry)
+

@@ -1,0 +1,94 @@
+"""Passes over a graph's nodes. They change nothing: each returns what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hetu.errors import HetuError
+from hetu.graph.node import Node
+from hetu.graph.opdef import Call
+from hetu.graph.tensor import Tensor
+from hetu.symbols import as_symbol
+
+if TYPE_CHECKING:
+    from hetu.graph.graph import Graph
+
+
+def live_nodes(fetches: Iterable[Tensor]) -> list[Node]:
+    """The nodes that the fetched tensors need, in computing order. All others are dead."""
+    stack = [tensor.op for tensor in fetches]
+    found: dict[int, Node] = {}
+    while stack:
+        node = stack.pop()
+        if node.id not in found:
+            found[node.id] = node
+            stack += [tensor.op for tensor in node.tensors]
+    return [found[key] for key in sorted(found)]
+
+
+def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
+    """Common-subexpression elimination: which tensor each duplicate can be replaced by.
+
+    Two nodes are the same computation when op, operands (after replacement) and arguments are equal. Sources,
+    random ops, and ops with symbols or plans of their own are left alone.
+
+    Args:
+        nodes: In computing order.
+
+    Returns:
+        For each output of a duplicate the same output of the first node of its kind.
+    """
+    replaced: dict[Tensor, Tensor] = {}
+    first: dict[Any, Node] = {}
+    for node in nodes:
+        definition = node.definition
+        if definition.is_source or definition.is_random or definition.has_plan or node.symbols:
+            continue
+        operands = tuple(_operand_key(item, replaced) for item in node.inputs)
+        key = (definition.name, operands, tuple(sorted(node.attrs.items())))
+        original = first.setdefault(key, node)
+        if original is not node:
+            replaced.update(zip(node.outputs, original.outputs, strict=True))
+    return replaced
+
+
+def _operand_key(item: Any, replaced: dict[Tensor, Tensor]) -> Any:
+    if isinstance(item, Tensor):
+        return replaced.get(item, item)
+    # 1, 1.0 and True are equal and hash alike, but give other dtypes; so do 0.0 and -0.0 other values.
+    return (type(item), repr(item)) if isinstance(item, float) else (type(item), item)
+
+
+def verify(graph: Graph) -> None:
+    """See :meth:`Graph.verify`."""
+    made: set[Tensor] = set()
+    names: set[str] = set()
+    for place, node in enumerate(graph.nodes):
+        if node.graph is not graph or node.id != place:
+            raise HetuError(f"node {node.name} is not at its place {node.id}", op=node.definition.name, where=node.where)
+        if node.name in names:
+            raise HetuError(f"two nodes are named {node.name}", op=node.definition.name, where=node.where)
+        for tensor in node.tensors:
+            if tensor not in made:
+                raise HetuError(
+                    f"{node.name} uses {tensor.name} before it is made", op=node.definition.name, where=node.where
+                )
+        _check_outputs(node)
+        names.add(node.name)
+        made.update(node.outputs)
+
+
+def _check_outputs(node: Node) -> None:
+    """Asks the op again and compares: a tensor whose dtype or shape was tampered with is found here."""
+    op = node.definition
+    call = Call(node.graph, op.name, node.name, node.inputs, dict(node.attrs), node.where, symbols=dict(node.symbols))
+    specs = op.infer(call)
+    if len(specs) != len(node.outputs):
+        raise HetuError(f"{node.name} has {len(node.outputs)} outputs, not {len(specs)}", op=op.name, where=node.where)
+    for tensor, spec in zip(node.outputs, specs, strict=True):
+        shape = tuple(as_symbol(dim) for dim in spec.shape)
+        if tensor.dtype != spec.dtype or tensor.symbolic_shape != shape:
+            raise HetuError(
+                f"{tensor!r} should be {spec.dtype.name}[{', '.join(map(str, shape))}]", op=op.name, where=node.where
+            )

@@ -1,0 +1,61 @@
+"""Graphs as text that reads like a program, and as networkx graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from hetu.graph.node import Node
+from hetu.graph.tensor import Tensor
+
+if TYPE_CHECKING:
+    import networkx
+
+    from hetu.graph.graph import Graph
+
+
+def format_graph(graph: Graph) -> str:
+    """One line a node: outputs with dtype and symbolic shape, the op with its arguments, the user's line."""
+    lines = [(_outputs(node), _call(node), node.where.short) for node in graph.nodes]
+    left = [f"  {outputs} = {call}" for outputs, call, _ in lines]
+    width = min(max(map(len, left), default=0), 110)
+    head = f"graph {graph.name}({graph.kind}, num_strategy={graph.num_strategy}):"
+    body = [f"{text:<{width}}  # {place}" for text, (_, _, place) in zip(left, lines, strict=True)]
+    demands = [*graph.constraints, *(item for node in graph.nodes for item in node.constraints)]
+    rules = [f"  require {constraint}" for constraint in demands]
+    return "\n".join([head, *body, *rules])
+
+
+def _outputs(node: Node) -> str:
+    return ", ".join(f"%{tensor.name}: {_type(tensor)}" for tensor in node.outputs)
+
+
+def _type(tensor: Tensor) -> str:
+    return f"{tensor.dtype.name}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _call(node: Node) -> str:
+    inputs = [f"%{item.name}" if isinstance(item, Tensor) else str(item) for item in node.inputs if item is not None]
+    attrs = [f"{name}={_brief(value)}" for name, value in node.attrs.items() if value is not None]
+    return f"{node.definition.name}({', '.join(inputs + attrs)})"
+
+
+def _brief(value: Any) -> str:
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"<{value.dtype} {list(value.shape)}>"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return left + ", ".join(map(_brief, value)) + right
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def to_networkx(graph: Graph) -> networkx.MultiDiGraph:
+    """A vertex a node (key: its name; data: op, where, label), an edge a use of a tensor (data: tensor, shape)."""
+    import networkx
+
+    drawn: networkx.MultiDiGraph = networkx.MultiDiGraph(name=graph.name)
+    for node in graph.nodes:
+        drawn.add_node(node.name, op=node.definition.name, where=node.where.short, label=_call(node))
+        for tensor in node.tensors:
+            drawn.add_edge(tensor.op.name, node.name, tensor=tensor.name, type=_type(tensor))
+    return drawn

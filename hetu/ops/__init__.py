@@ -1,0 +1,36 @@
+"""The ops that users call. One module a family; each op stands in the registry of :mod:`hetu.graph`."""
+
+from hetu.ops.activations import gelu, silu
+from hetu.ops.arithmetic import add, div, mul, sub
+from hetu.ops.attention import attn_varlen
+from hetu.ops.linalg import linear, matmul
+from hetu.ops.nn import cast, embedding, rms_norm, softmax
+from hetu.ops.parallel_attention import parallel_attn
+from hetu.ops.reduce import mean, sum
+from hetu.ops.shape import concat, reshape, slice, transpose
+from hetu.ops.sources import constant, placeholder
+
+__all__ = [
+    "add",
+    "attn_varlen",
+    "cast",
+    "concat",
+    "constant",
+    "div",
+    "embedding",
+    "gelu",
+    "linear",
+    "matmul",
+    "mean",
+    "mul",
+    "parallel_attn",
+    "placeholder",
+    "reshape",
+    "rms_norm",
+    "silu",
+    "slice",
+    "softmax",
+    "sub",
+    "sum",
+    "transpose",
+]

@@ -1,0 +1,157 @@
+"""Checks and the plain numpy oracle that both attention ops share."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
+from hetu.errors import BindingError, DTypeError, HetuError, ShapeError
+from hetu.graph import Call, Node, Pipeline, Tensor
+from hetu.symbols import IntSymbol, as_symbol, ceil_div
+
+FLOATS = (float16, bfloat16, float32, float64)
+
+
+def ceil128(size: int | IntSymbol) -> IntSymbol:
+    """The size rounded up to a multiple of 128, as ``p`` is padded."""
+    return as_symbol(ceil_div(size, 128) * 128)
+
+
+def lse_dtype(value: Tensor) -> DType:
+    """Log-sum-exps are float32 whatever the inputs are, but for float64, which is computed in float64 throughout."""
+    return float64 if value.dtype == float64 else float32
+
+
+def check_tensor(call: Call, name: str, value: Any, dtypes: tuple[DType, ...], ranks: tuple[int, ...]) -> Tensor:
+    """Demands a tensor of one of the dtypes and ranks."""
+    if not isinstance(value, Tensor):
+        call.fail(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a graph tensor as {name}")
+    if value.dtype not in dtypes:
+        names = ", ".join(dtype.name for dtype in dtypes)
+        call.fail(DTypeError, f"{name} is {value.dtype.name}, expected {names}", f"hetu.cast({name}, ...) to one of them")
+    if value.ndim not in ranks:
+        wanted = " or ".join(map(str, ranks))
+        call.fail(ShapeError, f"{name} has {value.ndim} dimensions {list(value.shape)}, expected {wanted}", "reshape it")
+    return value
+
+
+def check_cu_seqlens(call: Call, name: str, value: Any, ranks: tuple[int, ...] = (1,)) -> Tensor:
+    """Demands an int32 tensor of cumulative lengths with at least one entry."""
+    cu = check_tensor(call, name, value, (int32,), ranks)
+    call.check(cu.symbolic_shape[-1] >= 1, f"{name} holds at least its first entry, 0")
+    return cu
+
+
+def check_width(call: Call, name: str, width: IntSymbol, head_dim: int) -> int:
+    """Demands a width that is a plain int and a whole number of heads; gives that number."""
+    if width.constant is None:
+        call.fail(ShapeError, f"the width of {name} is {width}, expected a plain int", "give heads * head_dim as an int")
+    if width.constant == 0 or width.constant % head_dim:
+        call.fail(
+            ShapeError,
+            f"the width of {name} is {width.constant}, expected a positive multiple of head_dim {head_dim}",
+            "check head_dim and the projection that makes it",
+        )
+    return width.constant // head_dim
+
+
+def check_options(call: Call) -> None:
+    """Checks head_dim, p_dropout and softmax_scale, and replaces a scale of -1 by its value."""
+    attrs = call.attrs
+    head_dim, p, scale = attrs["head_dim"], attrs["p_dropout"], attrs["softmax_scale"]
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 8 <= head_dim <= 256 or head_dim % 8:
+        call.fail(ShapeError, f"head_dim is {head_dim!r}, expected a multiple of 8 from 8 to 256", "pad the heads")
+    if not isinstance(p, (int, float)) or not 0 <= p < 1:
+        call.fail(HetuError, f"p_dropout is {p!r}, expected a probability in [0, 1)", "give 0 for no dropout")
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        call.fail(HetuError, f"softmax_scale is {scale!r}, expected a finite number", "give -1 for 1/sqrt(head_dim)")
+    attrs["p_dropout"] = float(p)
+    attrs["softmax_scale"] = 1 / math.sqrt(head_dim) if scale == -1 else float(scale)
+
+
+def max_seqlen(call: Call, name: str) -> IntSymbol:
+    """The bound on lengths that the user gave, or a symbol of the op's own that the lengths will tell."""
+    given = call.attrs[name]
+    if given is not None and not isinstance(given, (int, IntSymbol)):
+        call.fail(DTypeError, f"{name} is {given!r}, expected an IntSymbol or an int", f"give {name} as a symbol")
+    symbol = call.symbol(name) if given is None else as_symbol(given)
+    call.check(symbol >= 0, f"{name} is at least 0")
+    call.attrs[name] = symbol
+    return symbol
+
+
+def read_cu_seqlens(node: Node, name: str, pipeline: Pipeline) -> NDArray[np.int64]:
+    """The values of cumulative lengths, checked: from 0, never decreasing.
+
+    Raises:
+        BindingError: If they are not.
+    """
+    values = np.asarray(pipeline.host(node.input(name)), np.int64)
+    if values.shape[-1] == 0 or values[..., 0].any():
+        first = "nothing" if values.shape[-1] == 0 else values[..., 0].tolist()
+        refuse(node, f"{name} starts with {first}, expected 0", "cu_seqlens are cumulative: [0, n0, n0 + n1, ...]")
+    drops = np.argwhere(np.diff(values) < 0)
+    if len(drops):
+        at = tuple(drops[0])
+        after = (*at[:-1], at[-1] + 1)
+        refuse(
+            node,
+            f"{name} decreases from {values[at]} to {values[after]} at sequence {at[-1]}",
+            "cu_seqlens are cumulative: pass torch.cumsum of the lengths, with a 0 in front",
+        )
+    return values
+
+
+def check_longest(node: Node, bound: str, lengths: NDArray[np.int64], of: str, pipeline: Pipeline) -> None:
+    """Refuses a bound ``max_seqlen`` that is smaller than the longest sequence."""
+    symbol = node.attrs[bound]
+    limit = pipeline.value(symbol)
+    if len(lengths) and lengths.max() > limit:
+        longest = int(lengths.argmax())
+        refuse(
+            node,
+            f"{bound} is {limit}, but sequence {longest} of {of} has {lengths[longest]} tokens",
+            f"bind {symbol} to at least {lengths.max()}, or leave it unbound",
+            pipeline.describe(symbol),
+        )
+
+
+def refuse(node: Node, what: str, fix: str, bound: list[str] | None = None) -> None:
+    """Raises the error of a run whose values don't fit the op."""
+    raise BindingError(what, op=node.definition.name, where=node.where, bound=bound or (), fix=fix)
+
+
+def dense_attention(
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scale: float, is_causal: bool
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The definition in plain numpy, float64: the oracle of the samples.
+
+    Args:
+        q: ``(n, H_q, head_dim)``.
+        k: ``(m, H_k, head_dim)``; query head h uses key head ``h // (H_q // H_k)``.
+        v: Like k.
+        scale: Of the scores.
+        is_causal: Row i sees keys ``0 .. i + m - n``.
+
+    Returns:
+        out ``(n, H_q, head_dim)``, lse ``(H_q, n)``, p ``(H_q, n, m)``. Rows that see nothing: 0, -inf, 0.
+    """
+    group = q.shape[1] // k.shape[1]
+    keys, values = np.repeat(k, group, 1).astype(np.float64), np.repeat(v, group, 1).astype(np.float64)
+    scores = np.einsum("ihd,jhd->hij", q.astype(np.float64), keys) * scale
+    if is_causal:
+        n, m = scores.shape[1:]
+        scores = np.where(np.arange(m)[None, :] <= np.arange(n)[:, None] + m - n, scores, -np.inf)
+    top = scores.max(-1, initial=-np.inf, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
+    total = weights.sum(-1, keepdims=True)
+    p = weights / np.where(total > 0, total, 1)
+    with np.errstate(divide="ignore"):
+        lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
+    return np.einsum("hij,jhd->ihd", p, values), lse, p
+
+

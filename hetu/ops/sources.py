@@ -1,0 +1,151 @@
+"""Where values enter a graph: placeholders, which every run feeds, and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hetu.dtypes import DType, as_dtype, float32
+from hetu.errors import DTypeError, ShapeError, caller
+from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
+from hetu.ops._build import build, show, size
+from hetu.ops._samples import eighths, whole_numbers
+from hetu.symbols import IntSymbol
+
+
+@register
+class Placeholder(OpDef):
+    """A value that each run feeds."""
+
+    name = "placeholder"
+    is_source = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        given = call.attrs["shape"]
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
+        shape = tuple(size(call, item, "a size") for item in given)
+        for item in shape:
+            call.check(item >= 0, f"expected sizes of at least 0, got {show(shape)}")
+        call.attrs["shape"] = shape
+        return [TensorSpec(call.attrs["dtype"], shape)]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        good = [
+            GoodSample(lambda x: x, [eighths(3, 2)], lambda x: x, [(0, 0)]),
+            GoodSample(lambda x: x, [eighths(0, 1, dtype="float16")], lambda x: x),
+            GoodSample(lambda x: x, [whole_numbers(dtype="uint8", low=0)], lambda x: x),
+        ]
+        bad = [
+            BadSample(lambda: placeholder("float32", [-1]), ShapeError, "sizes of at least 0, got [-1]"),
+            BadSample(lambda: placeholder("float32", 3), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
+            BadSample(lambda: placeholder("float32", [2.0]), ShapeError, "to be an int, got 2.0"),  # type: ignore[list-item]
+            BadSample(lambda: placeholder("float32", [IntSymbol("s") * -1 - 1]), ShapeError, "sizes of at least 0"),
+            BadSample(lambda: placeholder("float8", [1]), DTypeError, "no element type 'float8'"),
+        ]
+        return good, bad
+
+
+@register
+class Constant(OpDef):
+    """A value that is the same in every run. Its array is the attribute ``value``."""
+
+    name = "constant"
+    is_source = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        return [TensorSpec(call.attrs["dtype"], tuple(int(item) for item in call.attrs["value"].shape))]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        table = eighths(2, 3)
+        good = [
+            GoodSample(lambda: constant(table), [], lambda: table),
+            GoodSample(lambda: constant(table, dtype="bfloat16"), [], lambda: table),
+            GoodSample(lambda: constant([[1.5], [2.0]]), [], lambda: np.array([[1.5], [2.0]])),
+            GoodSample(lambda: constant(7), [], lambda: np.array(7)),
+            GoodSample(lambda: constant(np.zeros((0, 3), "float64")), [], lambda: np.zeros((0, 3))),
+            GoodSample(lambda: constant([True, False]), [], lambda: np.array([True, False])),
+        ]
+        bad = [
+            BadSample(lambda: constant("seven"), DTypeError, "expected numbers, got 'seven'"),
+            BadSample(lambda: constant([[1], [2, 3]]), ShapeError, "rows of equal length"),
+            BadSample(lambda: constant([1 + 2j]), DTypeError, "no element type"),
+        ]
+        return good, bad
+
+
+def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str | None = None) -> Tensor:
+    """Makes a tensor whose value each run feeds.
+
+    Args:
+        dtype: Element type: a hetu, numpy or torch dtype, or its name.
+        shape: One int or IntSymbol a dimension. Symbols get their values from the fed array's shape, where a
+            dimension is linear in one unknown symbol (``2 * s + 1``).
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        The tensor, of the given dtype and shape.
+
+    Raises:
+        DTypeError: If there is no such element type.
+        ShapeError: If a size is negative or no int.
+        HetuError: Outside of a graph, or if the name is taken.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> with hetu.graph("define_and_run"):
+        ...     hetu.placeholder(hetu.bfloat16, [s, 64], name="x")
+        hetu.Tensor(x: bfloat16[s, 64])
+    """
+    attrs = {"dtype": as_dtype(dtype), "shape": tuple(shape) if isinstance(shape, (list, tuple)) else shape}
+    return build("placeholder", (), attrs, name)
+
+
+def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> Tensor:
+    """Makes a tensor whose value is the same in every run.
+
+    Args:
+        value: A numpy array, a torch tensor, a number, or nested lists of numbers. It is copied: changing it
+            later does not change the graph.
+        dtype: Element type; None keeps that of an array, and gives float32, int64 or bool for Python numbers.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        The tensor, of the value's shape.
+
+    Raises:
+        DTypeError: If the value does not consist of numbers, or there is no such element type.
+        ShapeError: If nested lists have rows of differing lengths.
+        HetuError: Outside of a graph, or if the name is taken.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     two = hetu.constant([[1.0, 2.0]])
+        >>> two
+        hetu.Tensor(constant_0: float32[1, 2])
+        >>> g.run(two + two)
+        tensor([[2., 4.]])
+    """
+    kept = _copy(value)
+    wanted = as_dtype(kept.dtype if dtype is None else dtype)
+    return build("constant", (), {"value": kept, "dtype": wanted}, name)
+
+
+def _copy(value: Any) -> Any:
+    """The caller's array as our own; a torch tensor is known by its methods, as torch is not imported here."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return np.array(value)
+    if hasattr(value, "detach") and hasattr(value, "clone"):
+        return value.detach().clone()
+    try:
+        array = np.array(value)
+    except ValueError as error:
+        raise ShapeError("expected rows of equal length", op="constant", where=caller()) from error
+    if array.dtype.kind not in "bifc" or array.dtype.hasobject:
+        raise DTypeError(f"expected numbers, got {value!r}", op="constant", where=caller())
+    # Python floats are float32, as they are for torch; numpy made them float64.
+    return array.astype(float32.name) if array.dtype == np.float64 else array

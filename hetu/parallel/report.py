@@ -1,0 +1,84 @@
+"""Plans as text: a line, a table of the pipelines, and what each does step by step."""
+
+from __future__ import annotations
+
+from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
+
+MAX_STEPS = 64
+"""Step by step is printed for plans up to so many steps a pipeline, and for so many pipelines."""
+MAX_PIPELINES = 16
+
+
+def summary(plan: AttnPlan) -> str:
+    """See :meth:`hetu.parallel.plan.AttnPlan.summary`."""
+    layout, pipelines = plan.layout, range(len(plan.pipelines))
+    pairs = [plan.pairs(r) for r in pipelines]
+    tokens, documents = sum(g.tokens for g in layout.groups), sum(len(g.lengths) for g in layout.groups)
+    mean = sum(pairs) / len(pairs)
+    load = f", largest share {max(pairs) / mean:.2f} of the mean" if mean and len(pairs) > 1 else ""
+    moved = sum(plan.bytes_sent(r) for r in pipelines)
+    return (
+        f"{plan.method}, {'causal' if plan.is_causal else 'full'}: {tokens:,} tokens of {_count(documents, 'document')} "
+        f"on {_count(len(pairs), 'pipeline')} in {_count(len(layout.groups), 'group')}; {sum(pairs):,} pairs{load}; "
+        f"{_bytes(moved)} sent"
+    )
+
+
+def table(plan: AttnPlan) -> str:
+    """See ``print(plan)``."""
+    header = ("pipeline", "group", "tokens", "pairs", "steps", "rows sent", "rows received", "sent", "held at most")
+    lines: list[tuple[str, ...]] = [header]
+    for r, part in enumerate(plan.pipelines):
+        group, _ = plan.layout.place(r)
+        steps = sum(isinstance(item, Attend) for item in part.instructions)
+        counts = (part.rows, plan.pairs(r), steps, plan.rows_sent(r), plan.rows_received(r))
+        sizes = (_bytes(plan.bytes_sent(r)), _bytes(plan.peak_bytes(r)))
+        lines.append((str(r), str(group.value), *(f"{count:,}" for count in counts), *sizes))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [summary(plan), ""]
+    text += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    for part in plan.pipelines[:MAX_PIPELINES]:
+        text += ["", *_steps(part)]
+    hidden = len(plan.pipelines) - MAX_PIPELINES
+    return "\n".join([*text, *([f"\n... and the steps of {hidden} more pipelines"] if hidden > 0 else [])])
+
+
+def _steps(part: PipelinePlan) -> list[str]:
+    sizes = ", ".join(f"{size:,}" for size in part.buffers)
+    lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows"]
+    ends = {item.transfer: item for item in part.instructions if isinstance(item, (Send, Receive))}
+    for item in part.instructions[:MAX_STEPS]:
+        lines.append(f"  {_step(item, ends, part)}")
+    hidden = len(part.instructions) - MAX_STEPS
+    return lines + ([f"  ... {hidden} more"] if hidden > 0 else [])
+
+
+def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
+    if isinstance(item, Send):
+        runs = _count(len(item.runs.start), "run")
+        return f"send     {item.runs.rows:,} rows ({runs}) of buffer {item.buffer} to {item.peer}"
+    if isinstance(item, Receive):
+        place = f" from row {item.offset}" if item.offset else ""
+        return f"receive  {item.rows:,} rows from {item.peer} into buffer {item.buffer}{place}"
+    if isinstance(item, Attend):
+        owners = ", ".join(str(source.owner) for source in item.sources)
+        segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
+        return f"attend   buffer {item.buffer} (rows of {owners}): {segments}, {pairs:,} pairs"
+    end = ends.get(item.transfer)
+    if end is None:
+        return f"wait     transfer {item.transfer}, which is none of this pipeline's"
+    what = "to have sent to" if isinstance(end, Send) else "for what comes from"
+    return f"wait     {what} {end.peer}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _bytes(number: int) -> str:
+    """``1.5 MB``; powers of 1000."""
+    size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{number} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

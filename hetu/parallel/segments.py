@@ -1,0 +1,127 @@
+"""What attends to what, as rows of integers: the only description of a mask that kernels see.
+
+A *query span* is a run of consecutive local rows whose tokens are evenly spaced in one document.
+A *segment* lets the rows of one query span see a run of consecutive key rows of a buffer up to a
+diagonal. Plain varlen attention is the table with one segment a sequence; a ring step, an
+all-gathered buffer or a layout that somebody invents tomorrow are other tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuerySpans:
+    """The query rows of one call, cut into runs. Struct of arrays, one entry a span.
+
+    The spans are disjoint, ordered by ``start``, none is empty, and together they cover every row of
+    q: rows that attend to nothing (the tail past ``cu_seqlens[-1]``) are spans of document -1.
+
+    Attributes:
+        start: First local row of q.
+        length: Rows.
+        document: The document's (sequence's) number in its group, the ``b`` of dropout; -1 for the tail.
+        position: Position in its document of the first row, the ``i`` of dropout.
+        step: Distance in positions between neighbouring rows.
+        slot: First index of ``softmax_lse`` and ``p`` for these rows; -1 where they have none (the tail).
+        slot_row: Last index of ``softmax_lse``, third of ``p``, of the first row; neighbours follow at distance 1.
+        column: Column of ``p`` of the document's position 0.
+        memo: Where a backend keeps what it derived from these arrays (device copies); not part of the value.
+    """
+
+    start: IntArray
+    length: IntArray
+    document: IntArray
+    position: IntArray
+    step: IntArray
+    slot: IntArray
+    slot_row: IntArray
+    column: IntArray
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SegmentTable:
+    """Segments of one attend step over one key buffer, ordered by ``query``.
+
+    Row ``i`` of query span ``query`` (``0 <= i < length``) may see row ``j`` of the segment's keys
+    (``0 <= j < k_len``) where ``i + diagonal >= j``. ``diagonal >= k_len - 1`` is a full rectangle;
+    a negative diagonal hides all keys from the first ``-diagonal`` rows. Normal form: ``k_len`` is
+    positive and every key is seen by the span's last row (``k_len <= length + diagonal``). A query
+    span may have any number of segments; the keys they let a row see are disjoint.
+
+    Attributes:
+        query: Index into the pipeline's ``QuerySpans``; never decreases.
+        k_start: First row of the keys in the buffer.
+        k_len: Key rows.
+        diagonal: See above.
+        memo: Where a backend keeps what it derived from these arrays (work lists); not part of the value.
+    """
+
+    query: IntArray
+    k_start: IntArray
+    k_len: IntArray
+    diagonal: IntArray
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+    def pairs(self, spans: QuerySpans) -> int:
+        """Allowed (query, key) pairs of all segments together."""
+        q_len = spans.length[self.query]
+        ramp = np.clip(self.k_len - self.diagonal - 1, 0, q_len)  # rows that see fewer than k_len keys
+        hidden = np.clip(-self.diagonal, 0, ramp)  # rows that see none
+        first = self.diagonal + 1 + hidden  # keys that the first seeing row of the ramp sees
+        rising = ramp - hidden
+        return int((rising * first + rising * (rising - 1) // 2 + (q_len - ramp) * self.k_len).sum())
+
+
+def varlen_tables(
+    cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool
+) -> tuple[QuerySpans, SegmentTable]:
+    """The table of plain variable-length attention: one segment a sequence.
+
+    Causal masks are aligned to the bottom right, as in FlashAttention: row i of a sequence of n
+    queries and m keys sees keys 0 .. i + m - n.
+
+    Args:
+        cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing.
+        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
+        rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
+        is_causal: Whether the mask is causal.
+    """
+    q_cu, k_cu = np.asarray(cu_seqlens_q, np.int64), np.asarray(cu_seqlens_k, np.int64)
+    q_len, k_len = np.diff(q_cu), np.diff(k_cu)
+    kept = np.flatnonzero(q_len)
+    tail = rows - int(q_cu[-1])
+    end = np.ones(int(tail > 0), np.int64)
+
+    def column(values: IntArray | int, last: int) -> IntArray:
+        body = np.broadcast_to(np.asarray(values, np.int64), q_len.shape)[kept]
+        return np.concatenate([body, end * last])
+
+    spans = QuerySpans(
+        start=column(q_cu[:-1], int(q_cu[-1])),
+        length=column(q_len, tail),
+        document=column(np.arange(len(q_len)), -1),
+        position=column(0, 0),
+        step=column(1, 1),
+        slot=column(np.arange(len(q_len)), -1),
+        slot_row=column(0, 0),
+        column=column(0, 0),
+    )
+    diagonal = (k_len - q_len)[kept] if is_causal else (k_len - 1)[kept]
+    seen = np.minimum(k_len[kept], q_len[kept] + diagonal)
+    live = np.flatnonzero(seen > 0)
+    return spans, SegmentTable(query=live, k_start=k_cu[:-1][kept][live], k_len=seen[live], diagonal=diagonal[live])

@@ -1,0 +1,35 @@
+"""The generator that dropout draws from: a seed, and an offset that every run advances."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+
+_lock = threading.Lock()
+_seed = secrets.randbits(62)
+_offset = 0
+
+
+def manual_seed(seed: int) -> None:
+    """Fixes the seed of everything random in the runs that follow, and restarts the offset at 0.
+
+    Args:
+        seed: Any int; its lower 63 bits count.
+
+    Example:
+        >>> manual_seed(7); take(3); take(1)
+        (7, 0)
+        (7, 3)
+    """
+    global _seed, _offset
+    with _lock:
+        _seed, _offset = seed & (2**63 - 1), 0
+
+
+def take(count: int) -> tuple[int, int]:
+    """Draws ``count`` consecutive offsets and returns ``(seed, first offset)``."""
+    global _offset
+    with _lock:
+        first = _offset
+        _offset += count
+        return _seed, first

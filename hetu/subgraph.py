@@ -1,0 +1,92 @@
+"""What a list of fetches needs of a graph, found once and used by every stage after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetu.errors import StrategyError
+from hetu.graph import Graph, Node, Tensor
+from hetu.graph.passes import live_nodes, merge_duplicates
+from hetu.symbols import Constraint, IntSymbol
+
+
+@dataclass(frozen=True, slots=True)
+class Subgraph:
+    """The live part of a graph.
+
+    Attributes:
+        fetches: What is asked for.
+        nodes: Live nodes without duplicates, in computing order.
+        replaced: Tensors of merged duplicates, and what to read instead.
+        feeds: Placeholders that must be fed.
+        host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
+        planned: Nodes with a plan.
+        random: Random nodes, each with its place among all random nodes of the graph, so that a node
+            draws the same numbers whatever else is fetched.
+        draws: How many random nodes the whole graph has: by so much a run advances the generator.
+        constraints: What must hold.
+    """
+
+    fetches: tuple[Tensor, ...]
+    nodes: tuple[Node, ...]
+    replaced: dict[Tensor, Tensor]
+    feeds: tuple[Tensor, ...]
+    host_feeds: tuple[Tensor, ...]
+    planned: tuple[Node, ...]
+    random: dict[Node, int]
+    draws: int
+    constraints: tuple[Constraint, ...]
+
+    @classmethod
+    def of(cls, graph: Graph, fetches: Sequence[Tensor]) -> Subgraph:
+        """Removes dead nodes and merges common subexpressions."""
+        live = live_nodes(fetches)
+        replaced = merge_duplicates(live)
+        kept = [node for node in live if node.outputs[0] not in replaced]
+        planned = [node for node in kept if node.definition.has_plan]
+        hosts = [
+            tensor
+            for node in planned
+            for name in node.definition.host_inputs
+            if isinstance(tensor := node.input(name), Tensor)
+        ]
+        places = [node for node in graph.nodes if node.definition.is_random]
+        return cls(
+            fetches=tuple(fetches),
+            nodes=tuple(kept),
+            replaced=replaced,
+            feeds=_placeholders(kept),
+            host_feeds=_placeholders(live_nodes(hosts)),
+            planned=tuple(planned),
+            random={node: i for i, node in enumerate(places) if node in set(kept)},
+            draws=len(places),
+            constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
+        )
+
+    def num_pipelines(self, strategy: int) -> int | None:
+        """How many pipelines the strategy has; None if no live op says.
+
+        Raises:
+            StrategyError: If two ops say different things.
+        """
+        said = {node: node.definition.num_pipelines(node, strategy) for node in self.nodes}
+        counts = {node: count for node, count in said.items() if count is not None}
+        if len(set(counts.values())) > 1:
+            text = ", ".join(f"{node.name} lists {count} ({node.where.short})" for node, count in counts.items())
+            raise StrategyError(
+                f"ops disagree on the number of pipelines of strategy {strategy}: {text}",
+                fix="give all of them rows of the same length for a strategy",
+            )
+        return next(iter(counts.values()), None)
+
+    def leaves(self, strategy: int) -> tuple[IntSymbol, ...]:
+        """Symbols that must have a value: those of all live shapes and of the strategy's own lists."""
+        shapes = (dim for node in self.nodes for tensor in node.outputs for dim in tensor.symbolic_shape)
+        operands = (item for node in self.nodes for item in node.inputs if isinstance(item, IntSymbol))
+        lists = (s for node in self.nodes for s in node.definition.shared_symbols(node, strategy))
+        return tuple(dict.fromkeys(leaf for expr in (*shapes, *operands, *lists) for leaf in expr.leaves))
+
+
+def _placeholders(nodes: Sequence[Node]) -> tuple[Tensor, ...]:
+    return tuple(node.outputs[0] for node in nodes if node.definition.name == "placeholder")

@@ -1,0 +1,23 @@
+"""Sequence lengths as symbols: exact integer expressions over sympy, with ranges, constraints and bindings."""
+
+from hetu.symbols.binding import Binding, Equation, Solver, check_leaf
+from hetu.symbols.compile import compile_exprs
+from hetu.symbols.constraint import Constraint, equal
+from hetu.symbols.int_symbol import IntSymbol, as_symbol, ceil_div, maximum, minimum
+from hetu.symbols.interval import Interval
+
+__all__ = [
+    "Binding",
+    "Constraint",
+    "Equation",
+    "IntSymbol",
+    "Interval",
+    "Solver",
+    "as_symbol",
+    "ceil_div",
+    "check_leaf",
+    "compile_exprs",
+    "equal",
+    "maximum",
+    "minimum",
+]

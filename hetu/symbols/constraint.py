@@ -1,0 +1,107 @@
+"""Relations between symbols: decided where ranges decide them, else checked when the graph runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from functools import cached_property
+
+
+import sympy
+
+from hetu.errors import UnboundSymbolError, Where, caller
+from hetu.symbols.expr import least
+from hetu.symbols.int_symbol import IntSymbol, as_symbol
+from hetu.symbols.interval import Interval
+
+_OPERATORS: dict[str, Callable[[int, int], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Constraint:
+    """A comparison of two sizes.
+
+    Attributes:
+        op: ``<``, ``<=``, ``>``, ``>=`` or ``==``.
+        lhs: Left side.
+        rhs: Right side.
+        reason: What is expected, for the error.
+        op_name: Who demands it.
+        where: The user's line that asked for it.
+
+    Example:
+        >>> s = IntSymbol("s", min=8)
+        >>> (s > 5).decided, (s > 9).decided, str(s > 9)
+        (True, None, 's > 9')
+    """
+
+    op: str
+    lhs: IntSymbol
+    rhs: IntSymbol
+    reason: str = dataclasses.field(default="", compare=False)
+    op_name: str = dataclasses.field(default="", compare=False)
+    where: Where | None = dataclasses.field(default=None, compare=False)
+
+    def because(self, reason: str, *, op_name: str, where: Where) -> Constraint:
+        """The same, with who demands it, where and why."""
+        return dataclasses.replace(self, reason=reason, op_name=op_name, where=where)
+
+    @cached_property
+    def decided(self) -> bool | None:
+        """Whether it holds for all values in range (True) or for none (False); None if that depends or is not known."""
+        quick = _decide(self.op, self.lhs.interval - self.rhs.interval)
+        if quick is not None:
+            return quick
+        difference = sympy.Add(self.lhs.expr, sympy.Mul(-1, self.rhs.expr))
+        negated = least(sympy.Mul(-1, difference))
+        return _decide(self.op, Interval(least(difference), None if negated is None else -negated))
+
+    def holds(self, values: Mapping[IntSymbol, int]) -> bool:
+        """Whether it holds for given values of the leaves."""
+        return _OPERATORS[self.op](self.lhs.evaluate(values), self.rhs.evaluate(values))
+
+    def __bool__(self) -> bool:
+        if self.decided is None:
+            names = ", ".join(map(str, dict.fromkeys((*self.lhs.leaves, *self.rhs.leaves))))
+            raise UnboundSymbolError(
+                f"whether {self} is known only when the graph runs: it depends on {names}",
+                where=caller(),
+                fix=f"demand it with hetu.require({self}), or give {names} a range that decides it",
+            )
+        return self.decided
+
+    def __str__(self) -> str:
+        return f"{self.lhs} {self.op} {self.rhs}"
+
+
+def equal(a: IntSymbol | int, b: IntSymbol | int) -> Constraint:
+    """The relation ``a == b`` (``==`` itself compares structure).
+
+    Example:
+        >>> s = IntSymbol("s")
+        >>> bool(equal(s + s, 2 * s))
+        True
+    """
+    return Constraint("==", as_symbol(a), as_symbol(b))
+
+
+def _decide(op: str, difference: Interval) -> bool | None:
+    """Whether ``difference op 0``."""
+    low, high = difference.lo, difference.hi
+    if op in (">", ">="):
+        return _decide({">": "<", ">=": "<="}[op], -difference)
+    if op == "==":
+        return True if low == high == 0 else None if 0 in difference else False
+    limit = 0 if op == "<=" else -1
+    if high is not None and high <= limit:
+        return True
+    return False if low is not None and low > limit else None
+
+

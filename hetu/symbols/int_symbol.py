@@ -1,0 +1,336 @@
+"""IntSymbol: an integer that is known only when the graph runs."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import sympy
+
+from hetu.errors import BindingError, UnboundSymbolError, caller
+from hetu.symbols.compile import compile_sympy
+from hetu.symbols.expr import FloorDiv, Max, Min, Mod, interval_of, leaves_of, make_int, make_leaf
+from hetu.symbols.interval import Interval
+
+if TYPE_CHECKING:
+    from hetu.symbols.constraint import Constraint
+
+_unnamed = itertools.count()
+
+
+class IntSymbol:
+    """An int that is known only when the graph runs: a leaf, or an expression of leaves.
+
+    Every call makes a new unknown, also where names are equal. Expressions are equal, and hash alike, when their
+    canonical forms are.
+
+    Args:
+        value: A leaf's name, or the default value of an unnamed leaf; None for an unnamed leaf without one.
+        min: Least value of the leaf.
+        max: Greatest value, None for no bound.
+        multiple_of: What the value is a multiple of.
+
+    Attributes:
+        expr: The sympy expression.
+
+    Raises:
+        BindingError: If the range is empty, or the default value lies outside of it.
+        TypeError: If an argument is no int.
+
+    Example:
+        >>> s = IntSymbol("s", max=4096)
+        >>> e = (s + 127) // 128 * 128
+        >>> e.min, e.max, e.evaluate({s: 129})
+        (0, 4096, 256)
+    """
+
+    __slots__ = ("__dict__", "_default", "_name", "expr", "multiple_of")
+
+    def __init__(
+        self, value: str | int | None = None, *, min: int = 0, max: int | None = None, multiple_of: int = 1
+    ) -> None:
+        low, high = as_int(min), None if max is None else as_int(max)
+        self.multiple_of = as_int(multiple_of)
+        if self.multiple_of < 1 or (high is not None and high < low):
+            raise BindingError(
+                f"no int is from {low} to {high} and a multiple of {multiple_of}", op="IntSymbol", where=caller()
+            )
+        self._name = value if isinstance(value, str) else f"_{next(_unnamed)}"
+        self._default: int | None = None
+        self.expr: Any = make_leaf(self._name, Interval(low, high), self)
+        if value is not None and not isinstance(value, str):
+            self.set_data(value)
+
+    @classmethod
+    def from_expr(cls, expr: Any) -> IntSymbol:
+        """The IntSymbol of a sympy expression over leaves."""
+        if hasattr(expr, "owner"):
+            owner: IntSymbol = expr.owner
+            return owner
+        symbol = object.__new__(cls)
+        symbol.expr, symbol._name, symbol._default, symbol.multiple_of = expr, None, None, 1
+        return symbol
+
+    # What it is
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether it is an unknown, not an expression or a constant."""
+        return self._name is not None
+
+    @property
+    def name(self) -> str | None:
+        """A leaf's name; None for an expression."""
+        return self._name
+
+    @cached_property
+    def constant(self) -> int | None:
+        """The value of a constant; None for all else."""
+        return int(self.expr.p) if self.expr.is_Integer else None
+
+    @cached_property
+    def interval(self) -> Interval:
+        """The values that it may take."""
+        return interval_of(self.expr)
+
+    @property
+    def min(self) -> int | None:
+        """Least possible value; None if there is no bound."""
+        return self.interval.lo
+
+    @property
+    def max(self) -> int | None:
+        """Greatest possible value; None if there is no bound."""
+        return self.interval.hi
+
+    @cached_property
+    def leaves(self) -> tuple[IntSymbol, ...]:
+        """The leaves that it is made of, oldest first."""
+        return tuple(leaf.owner for leaf in leaves_of(self.expr))
+
+    # Values
+
+    @property
+    def default(self) -> int | None:
+        """A leaf's default value; None if it has none."""
+        return self._default
+
+    @property
+    def data(self) -> int:
+        """The default value; of an expression, the value at its leaves' defaults.
+
+        Raises:
+            UnboundSymbolError: If a leaf has none.
+        """
+        if self.is_leaf:
+            return self._default if self._default is not None else self.evaluate({})
+        return self.evaluate({leaf: leaf._default for leaf in self.leaves if leaf._default is not None})
+
+    def get_data(self) -> int:
+        """The same as :attr:`data`."""
+        return self.data
+
+    def set_data(self, value: int) -> None:
+        """Sets a leaf's default value.
+
+        Raises:
+            BindingError: If this is no leaf, or the value lies outside of its range.
+        """
+        from hetu.symbols.binding import check_leaf
+
+        self._default = check_leaf(self, value, "set_data")
+
+    def evaluate(self, values: Mapping[IntSymbol, int]) -> int:
+        """The value for given values of the leaves.
+
+        Raises:
+            UnboundSymbolError: If a leaf has no value; names all that have none.
+        """
+        missing = [leaf for leaf in self.leaves if leaf not in values]
+        if missing:
+            names = ", ".join(map(str, missing))
+            raise UnboundSymbolError(
+                f"no value for {names}" + ("" if self.is_leaf else f" in {self}"),
+                where=caller(),
+                fix=f"give {names} in int_symbol_dict, or set_data(...) a default",
+            )
+        return self._function(*(values[leaf] for leaf in self.leaves))[0]
+
+    @cached_property
+    def _function(self) -> Any:
+        return compile_sympy([self.expr], [leaf.expr for leaf in self.leaves])
+
+    # Arithmetic
+
+    def __add__(self, other: IntSymbol | int) -> IntSymbol:
+        return _combine(sympy.Add, self, other)
+
+    def __radd__(self, other: int) -> IntSymbol:
+        return _combine(sympy.Add, other, self)
+
+    def __sub__(self, other: IntSymbol | int) -> IntSymbol:
+        return _combine(_subtract, self, other)
+
+    def __rsub__(self, other: int) -> IntSymbol:
+        return _combine(_subtract, other, self)
+
+    def __mul__(self, other: IntSymbol | int) -> IntSymbol:
+        return _combine(sympy.Mul, self, other)
+
+    def __rmul__(self, other: int) -> IntSymbol:
+        return _combine(sympy.Mul, other, self)
+
+    def __floordiv__(self, other: IntSymbol | int) -> IntSymbol:
+        return _combine(FloorDiv, self, other)
+
+    def __rfloordiv__(self, other: int) -> IntSymbol:
+        return _combine(FloorDiv, other, self)
+
+    def __mod__(self, other: IntSymbol | int) -> IntSymbol:
+        return _combine(Mod, self, other)
+
+    def __rmod__(self, other: int) -> IntSymbol:
+        return _combine(Mod, other, self)
+
+    def __neg__(self) -> IntSymbol:
+        return _combine(sympy.Mul, -1, self)
+
+    def __pos__(self) -> IntSymbol:
+        return self
+
+    def __truediv__(self, other: Any) -> Any:
+        if not isinstance(other, (IntSymbol, int, float)):
+            return NotImplemented  # a tensor knows how to be divided
+        raise TypeError(f"{self} / {other} may be no int: use // for floor division, or hetu.ceil_div")
+
+    __rtruediv__ = __truediv__
+
+    # Comparison
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if isinstance(other, IntSymbol):
+            return bool(self.expr == other.expr)
+        return isinstance(other, int) and self.constant is not None and self.constant == other
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.expr if self.constant is None else self.constant)
+
+    def __lt__(self, other: IntSymbol | int) -> Constraint:
+        return _compare("<", self, other)
+
+    def __le__(self, other: IntSymbol | int) -> Constraint:
+        return _compare("<=", self, other)
+
+    def __gt__(self, other: IntSymbol | int) -> Constraint:
+        return _compare(">", self, other)
+
+    def __ge__(self, other: IntSymbol | int) -> Constraint:
+        return _compare(">=", self, other)
+
+    def __bool__(self) -> bool:
+        if self.constant is not None:
+            return self.constant != 0
+        if 0 not in self.interval:
+            return True
+        raise UnboundSymbolError(
+            f"whether {self} is zero is known only when the graph runs",
+            where=caller(),
+            fix=f"demand it with hetu.require({self} > 0), or give {self} a range (min=1)",
+        )
+
+    def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        return sympy.sstr(self.expr)
+
+    def __repr__(self) -> str:
+        return f"IntSymbol({self})"
+
+
+def as_int(value: Any) -> int:
+    """An int, numpy's included, and no bool.
+
+    Raises:
+        TypeError: For anything else; floats never enter.
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"expected an int, got {value!r}")
+    return operator.index(value)
+
+
+def as_symbol(value: IntSymbol | int) -> IntSymbol:
+    """The symbol itself, or an int as a constant.
+
+    Example:
+        >>> as_symbol(5).constant
+        5
+    """
+    return value if isinstance(value, IntSymbol) else IntSymbol.from_expr(make_int(as_int(value)))
+
+
+def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
+    """``a / b`` rounded up.
+
+    Example:
+        >>> ceil_div(IntSymbol("s"), 128).evaluate, ceil_div(129, 128).constant  # doctest: +ELLIPSIS
+        (<bound method ..., 2)
+    """
+    return -((-as_symbol(a)) // b)
+
+
+def maximum(*values: IntSymbol | int) -> IntSymbol:
+    """The largest of one or more values.
+
+    Example:
+        >>> maximum(3, 5).constant
+        5
+    """
+    return _extremum(Max, values)
+
+
+def minimum(*values: IntSymbol | int) -> IntSymbol:
+    """The smallest of one or more values.
+
+    Example:
+        >>> minimum(3, 5).constant
+        3
+    """
+    return _extremum(Min, values)
+
+
+def _extremum(kind: Any, values: tuple[IntSymbol | int, ...]) -> IntSymbol:
+    if not values:
+        raise TypeError("expected at least one value")
+    return IntSymbol.from_expr(kind(*(as_symbol(item).expr for item in values)))
+
+
+def _combine(op: Any, a: IntSymbol | int, b: IntSymbol | int) -> Any:
+    try:
+        left, right = as_symbol(a), as_symbol(b)
+    except TypeError:
+        return NotImplemented
+    return IntSymbol.from_expr(op(left.expr, right.expr))
+
+
+def _subtract(a: Any, b: Any) -> Any:
+    return sympy.Add(a, sympy.Mul(-1, b))
+
+
+def _compare(op: str, a: IntSymbol | int, b: IntSymbol | int) -> Any:
+    from hetu.symbols.constraint import Constraint
+
+    try:
+        return Constraint(op, as_symbol(a), as_symbol(b))
+    except TypeError:
+        return NotImplemented

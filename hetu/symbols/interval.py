@@ -1,0 +1,124 @@
+"""Ranges of integers, and their arithmetic. Sound: the range of a result holds every value that it can take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Bound = int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """All ints from ``lo`` to ``hi``, both included; None is no bound.
+
+    Example:
+        >>> Interval(1, 4) * Interval(-2, None)
+        Interval(lo=-8, hi=None)
+    """
+
+    lo: Bound
+    hi: Bound
+
+    @classmethod
+    def point(cls, value: int) -> Interval:
+        return cls(value, value)
+
+    def __add__(self, other: Interval) -> Interval:
+        return Interval(_add(self.lo, other.lo), _add(self.hi, other.hi))
+
+    def __neg__(self) -> Interval:
+        return Interval(None if self.hi is None else -self.hi, None if self.lo is None else -self.lo)
+
+    def __sub__(self, other: Interval) -> Interval:
+        return self + -other
+
+    def __mul__(self, other: Interval) -> Interval:
+        return _corners(self, other, _times)
+
+    def __floordiv__(self, other: Interval) -> Interval:
+        if other.lo is not None and other.lo > 0:
+            return _corners(self, other, _over)
+        if other.hi is not None and other.hi < 0:
+            return -self // -other
+        return ANY
+
+    def __mod__(self, other: Interval) -> Interval:
+        if other.lo is not None and other.lo > 0:
+            inside = self.lo is not None and self.lo >= 0 and self.hi is not None and self.hi < other.lo
+            if inside:
+                return self
+            top = None if other.hi is None else other.hi - 1
+            if self.lo is not None and self.lo >= 0:  # a % b <= a
+                top = self.hi if top is None else top if self.hi is None else min(top, self.hi)
+            return Interval(0, top)
+        if other.hi is not None and other.hi < 0:
+            return -(-self % -other)
+        return ANY
+
+    def power(self, exponent: int) -> Interval:
+        """The range of ``x ** exponent`` for an exponent of at least 1."""
+        if exponent == 1:
+            return self
+        least = None if self.lo is None else self.lo**exponent
+        most = None if self.hi is None else self.hi**exponent
+        if exponent % 2 or (self.lo is not None and self.lo >= 0):
+            return Interval(least, most)
+        if self.hi is not None and self.hi <= 0:
+            return Interval(most, least)
+        return Interval(0, None if least is None or most is None else max(least, most))
+
+    def maximum(self, other: Interval) -> Interval:
+        lows = [bound for bound in (self.lo, other.lo) if bound is not None]
+        hi = None if self.hi is None or other.hi is None else max(self.hi, other.hi)
+        return Interval(max(lows) if lows else None, hi)
+
+    def minimum(self, other: Interval) -> Interval:
+        return -(-self).maximum(-other)
+
+    def __contains__(self, value: int) -> bool:
+        return (self.lo is None or self.lo <= value) and (self.hi is None or value <= self.hi)
+
+    def __str__(self) -> str:
+        return f"{'-inf' if self.lo is None else self.lo}..{'inf' if self.hi is None else self.hi}"
+
+
+ANY = Interval(None, None)
+
+
+def _add(a: Bound, b: Bound) -> Bound:
+    return None if a is None or b is None else a + b
+
+
+Extended = tuple[int, int]
+"""An int or an infinity that compares as it should: (0, value), (-1, 0) for -inf, (1, 0) for inf."""
+
+
+def _corners(x: Interval, y: Interval, op: Callable[[Extended, Extended], Extended]) -> Interval:
+    """The range of an operation that is monotone in each operand: from the least to the greatest corner."""
+    corners = [op(a, b) for a in _ends(x) for b in _ends(y)]
+    (low_rank, low), (high_rank, high) = min(corners), max(corners)
+    return Interval(low if low_rank == 0 else None, high if high_rank == 0 else None)
+
+
+def _ends(x: Interval) -> tuple[Extended, Extended]:
+    return (-1, 0) if x.lo is None else (0, x.lo), (1, 0) if x.hi is None else (0, x.hi)
+
+
+def _times(a: Extended, b: Extended) -> Extended:
+    if a[0] == 0 and b[0] == 0:
+        return 0, a[1] * b[1]
+    return _sign(a) * _sign(b), 0  # (0, 0), the int 0, where one of them is 0
+
+
+def _over(a: Extended, b: Extended) -> Extended:
+    """Floor division by a positive divisor."""
+    if a[0]:
+        return a
+    if b[0]:
+        return 0, -1 if a[1] < 0 else 0
+    return 0, a[1] // b[1]
+
+
+def _sign(value: Extended) -> int:
+    return value[0] or (value[1] > 0) - (value[1] < 0)

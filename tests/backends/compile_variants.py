@@ -1,0 +1,62 @@
+"""Compiles kernel variants for one GPU without having it; prints what each uses as a line of JSON.
+
+Run by test_compile.py in a process of its own, because Triton's interpreter and its compiler exclude each other:
+``python compile_variants.py 90``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hetu.backends.triton import Variant, tile, variants
+
+CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+
+
+def chosen() -> list[Variant]:
+    """All combinations where they must not spill, and each way to be another head_dim: padded and whole tiles."""
+    return [
+        *variants([64, 128], [torch.bfloat16]),
+        *(
+            Variant(d, torch.float32, *f)
+            for d in (64, 128)
+            for f in [(True, True), (False, True), (False, False, True, True)]
+        ),
+        *(Variant(d, torch.float16, last=d % 16 == 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
+        Variant(256, torch.float32, dropout=True),
+    ]
+
+
+def compiled(variant: Variant, capability: int) -> dict[str, object]:
+    """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory."""
+    shape = tile(variant, capability)
+    source = ASTSource(**variant.source(num_q=32, num_kv=8, tile=shape))
+    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options(shape))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {
+        "variant": str(variant),
+        "head_dim": variant.head_dim,
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "shared": kernel.metadata.shared,
+    }
+
+
+if __name__ == "__main__":
+    for each in chosen():
+        print(json.dumps(compiled(each, int(sys.argv[1]))), flush=True)

@@ -1,0 +1,42 @@
+"""Every kind of kernel variant compiles ahead of time, without a GPU, and spills no registers where it matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a program may have, by NVIDIA's tables of compute capabilities."""
+
+
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.Popen[str]]:
+    """One process a GPU, side by side."""
+    root = str(HERE.parents[1])
+    started = {}
+    for capability in SHARED_MEMORY:
+        cache = str(tmp_path_factory.mktemp(f"triton{capability}"))
+        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": root}
+        command = [sys.executable, "-W", "ignore", str(HERE / "compile_variants.py"), str(capability)]
+        started[capability] = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    return started
+
+
+@pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
+def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capability: int) -> None:
+    out, err = compilers[capability].communicate()
+    assert compilers[capability].returncode == 0, err
+    results = [json.loads(line) for line in out.splitlines()]
+    assert len({result["variant"] for result in results}) == len(results) >= 40
+    spilling = [result for result in results if result["head_dim"] in (64, 128) and result["stack"] > 0]
+    assert not spilling, f"local memory is used: {spilling}"
+    too_big = [result for result in results if result["shared"] > SHARED_MEMORY[capability]]
+    assert not too_big, f"more shared memory than there is: {too_big}"

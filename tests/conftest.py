@@ -1,0 +1,30 @@
+"""Set-up of all tests: Triton's interpreter where there is no GPU, and few hypothesis examples by default."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "hetu", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("hetu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills fresh memory with NaN, so that an output row that nobody writes is seen."""
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        fresh = plain(self, *args, **kwargs)  # type: ignore[arg-type]
+        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)

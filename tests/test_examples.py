@@ -1,0 +1,50 @@
+"""What users are shown runs: the examples, and the README's code with the output printed under it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+# A python block, and the text block right under it, if any: what the code prints.
+BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def run_script(*arguments: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1"}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def blocks(text: str) -> list[tuple[str, str | None]]:
+    return [(match["code"], match["output"]) for match in BLOCK.finditer(text)]
+
+
+@pytest.mark.parametrize("index", range(len(blocks(README.read_text(encoding="utf-8")))))
+def test_readme_code_prints_what_it_says(index: int, tmp_path: Path) -> None:
+    code, output = blocks(README.read_text(encoding="utf-8"))[index]
+    script = tmp_path / "readme.py"
+    script.write_text(code, encoding="utf-8")
+    printed = run_script(str(script))
+    if output is not None:
+        assert printed.split() == output.split()
+
+
+def test_blocks_are_found_with_their_output() -> None:
+    text = "```python\na\n```\n\n```text\n1\n```\n\n```python\nb\n```\nwords\n```text\n2\n```\n"
+    assert blocks(text) == [("a\n", "1\n"), ("b\n", None)]
+    assert any(output for _, output in blocks(README.read_text(encoding="utf-8")))
+
+
+def test_documents() -> None:
+    printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "2048")
+    for name in ("one pipeline", "two pipelines", "three of unequal lengths", "six in three context groups"):
+        assert f"{name}, 1 packs" in printed
