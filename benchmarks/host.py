@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -80,6 +79,7 @@ def timed(call: Callable[[], Any], scale: float) -> float:
 
 def small_ops(repeats: int = 400) -> Iterator[Row]:
     """200 ops on 32 x 32 floats, by hetu and by torch in turns, so that both meet the same machine."""
+    torch.set_num_threads(1)  # ops so small gain nothing from a second thread, and it makes the times jump
     values = {name: torch.randn(32, 32) / 6 for name in ("x", "scale", "shift", "turn")}
 
     def chain(ops: Any, silu: Callable[[Any], Any], x: Any, scale: Any, shift: Any, turn: Any) -> Any:
@@ -167,9 +167,9 @@ def planning(repeats: int = 200) -> Iterator[Row]:
     new = [timed(partial(prepare, given), 1e6) for given in requests]
     seen = [timed(partial(prepare, given), 1e6) for given in requests]
     skip = repeats // 10  # warming up
-    yield Row.of("64 new lengths, one pipeline's own layout + plan of 8", "µs", own[skip:], limit=500)
-    yield Row.of("64 new lengths, bind + select + plan, all 8", "µs", new[skip:], limit=2000)
-    yield Row.of("64 lengths seen before, all 8", "µs", seen[skip:], limit=50)
+    yield Row.of("64 new lengths: layout + one pipeline's own plan of 8", "µs", own[skip:], limit=500)
+    yield Row.of("64 new lengths: bind + select + plan, all 8", "µs", new[skip:], limit=2000)
+    yield Row.of("64 lengths seen before: bind + select + plan, all 8", "µs", seen[skip:], limit=50)
 
 
 # Building and importing
@@ -240,23 +240,11 @@ def processor() -> str:
 
 
 def print_table(rows: list[Row]) -> None:
-    """A table by rich where it is installed, else plain columns."""
-    if importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(*HEADER)
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            table.add_row(*row.cells)
-        Console().print(table)
-        return
     lines = [HEADER, *(row.cells for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    for name, *numbers in lines:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
+        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
 
 
 def write_docs(rows: list[Row], told: dict[str, str]) -> None:

@@ -35,12 +35,16 @@ TOLERANCE = 2e-5  # float32, as one device in another order of adding
 # The documents
 
 
-def read_documents() -> list[np.ndarray]:
-    """The standard library's files as tokens, shuffled the same way on every run, none longer than LONGEST."""
+def read_files() -> list[np.ndarray]:
+    """The source files of Python's standard library, a byte a token."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
-    texts = [np.frombuffer(path.read_bytes(), np.uint8) for path in files]
-    pieces = [text[i : i + LONGEST] for text in texts for i in range(0, max(len(text), 1), LONGEST)]
+    paths = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
+    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
+
+
+def cut(files: list[np.ndarray]) -> list[np.ndarray]:
+    """Cuts long files into documents of at most LONGEST tokens, and shuffles them the same way on every run."""
+    pieces = [file[i : i + LONGEST] for file in files for i in range(0, max(len(file), 1), LONGEST)]
     return [pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))]
 
 
@@ -191,7 +195,7 @@ def show(console: Console, strategy: Strategy, tally: Tally) -> None:
         share = tally.pairs[r] / max(tally.pairs.sum(), 1)
         cells = (r, group, f"{tally.tokens[r]:,}", f"{tally.pairs[r]:,}", f"{share:.1%}", f"{tally.sent[r] / 1e6:.2f}")
         table.add_row(*map(str, cells))
-    console.print(f"\n[bold]{strategy.name}[/bold], {tally.packs} packs")
+    console.print(f"\n[bold]{strategy.name}[/bold], {tally.packs} pack{'s' * (tally.packs != 1)}")
     if tally.plan is not None:
         console.print(f"[dim]the last one's plan:[/dim] {tally.plan.summary()}", highlight=False)
     console.print(table)
@@ -204,31 +208,29 @@ def main() -> None:
     arguments = parser.parse_args()
     console, start = Console(), time.perf_counter()
 
-    documents = read_documents()
-    lengths = np.array([*map(len, documents)])
+    files = read_files()
+    documents = cut(files)
     packs = make_packs(documents, arguments.tokens, arguments.packs)
-    console.print(
-        f"{len(lengths):,} documents of 0 to {lengths.max():,} tokens, half of them below {np.median(lengths):,.0f}; "
-        f"{len(packs)} packs of up to {arguments.tokens:,}"
-    )
-    console.print(str(g), highlight=False)
+    lengths = [*map(len, files)]
+    print(f"{len(files):,} files of {min(lengths)} to {max(lengths):,} tokens, a median of {np.median(lengths):,.0f};")
+    print(f"cut into {len(documents):,} documents, of which {len(packs)} packs of up to {arguments.tokens:,} tokens\n")
+    print(g)
     tallies = run_packs(packs, [i % len(STRATEGIES) for i in range(len(packs))], "packs")
     for strategy, tally in zip(STRATEGIES, tallies, strict=True):
         show(console, strategy, tally)
 
     # The same graph through the Triton kernels, with short documents: the interpreter takes its time.
-    short = make_packs([document for document in documents if len(document) <= 160], 384, len(STRATEGIES))
+    short = make_packs([document for document in documents if len(document) <= 160], 256, len(STRATEGIES))
     triton = run_packs(short, list(range(len(STRATEGIES))), "Triton", backend="triton")
 
-    summary = Table(
-        "strategy", "tokens", "pairs", "MB moved", "from one device", "Triton, small packs", title="\nIn all"
-    )
+    summary = Table("in all", "tokens", "pairs", "MB moved", "off by", "Triton off by", box=None, header_style="dim")
+    summary.columns[0].no_wrap = True
     for column in summary.columns[1:]:
         column.justify = "right"
     for strategy, tally, small in zip(STRATEGIES, tallies, triton, strict=True):
-        numbers = (f"{tally.tokens.sum():,}", f"{tally.pairs.sum():,}", f"{tally.sent.sum() / 1e6:.2f}")
+        numbers = (f"{tally.tokens.sum():,}", f"{tally.pairs.sum() / 1e6:.1f} M", f"{tally.sent.sum() / 1e6:.2f}")
         summary.add_row(strategy.name, *numbers, f"{tally.difference:.1e}", f"{small.difference:.1e}")
-    console.print(summary)
+    console.print("", summary, "\n[dim]off by: the largest difference from one device[/dim]")
     cache = g.executor.stats()["executables"]
     console.print(f"{cache.misses} executables were built for {cache.hits + cache.misses} runs", highlight=False)
     console.print(f"{time.perf_counter() - start:.0f} s", highlight=False)

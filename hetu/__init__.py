@@ -11,7 +11,7 @@ from typing import Any
 from hetu import graph
 from hetu.config import config
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64, int8, int16, int32, int64, uint8
-from hetu.dtypes import bool_ as bool  # noqa: A004 - the name that torch users expect
+from hetu.dtypes import bool_ as bool
 from hetu.errors import (
     BindingError,
     CommunicationError,

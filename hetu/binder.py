@@ -96,13 +96,14 @@ class Binder:
             (node, r): node.definition.facts(node, strategy, r) for node in self._tellers for r in range(num_pipelines)
         }
         self._solvers = {
-            (node, r): [Solver([Equation(*fact, node.where)]) for fact in facts] for (node, r), facts in self._facts.items()
+            (node, r): [Solver([Equation(*fact, node.where)]) for fact in facts]
+            for (node, r), facts in self._facts.items()
         }
-        self._shared = list(
-            dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy))
-        )
+        self._shared = list(dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy)))
         told = {leaf for facts in self._facts.values() for expr, _ in facts for leaf in expr.leaves}
-        relevant = dict.fromkeys([*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *told])
+        relevant = dict.fromkeys(
+            [*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *told]
+        )
         self._defaults = [leaf for leaf in relevant if leaf.is_leaf]
 
     @property
@@ -237,7 +238,8 @@ def _check_agree(leaf: IntSymbol, one: BoundPipeline, other: BoundPipeline) -> N
             f"{leaf} has one value on all pipelines, but it is {one.values[leaf]} on pipeline {one.index} "
             f"and {other.values[leaf]} on pipeline {other.index}",
             bound=[
-                f"{leaf} = {item.values[leaf]}   from {item.sources[leaf]} (pipeline {item.index})" for item in (one, other)
+                f"{leaf} = {item.values[leaf]}   from {item.sources[leaf]} (pipeline {item.index})"
+                for item in (one, other)
             ],
             fix="feed every pipeline an array of the length that the strategy gives it",
         )

@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 
 _PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
@@ -49,9 +50,15 @@ class Where:
 def caller() -> Where:
     """Finds the innermost line outside the hetu package: the user's line that led here."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_PACKAGE_DIR) and frame.f_back is not None:
+    while _is_ours(frame) and frame.f_back is not None:
         frame = frame.f_back
     return Where(frame.f_code.co_filename, frame.f_lineno)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    name = frame.f_code.co_filename
+    # The methods that dataclasses write have no file; their globals say whose they are.
+    return name.startswith(_PACKAGE_DIR) or (name == "<string>" and frame.f_globals.get("__name__", "")[:5] == "hetu.")
 
 
 class HetuError(Exception):

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.dtypes import as_dtype
 from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
 from hetu.graph import Tensor
 from hetu.shards import Shards

@@ -112,7 +112,11 @@ class Planner:
                 reasons.append(f"strategy {index}: {type(error).__name__}: {error.what}")
         if not feasible:
             raise StrategyError(
-                f"none of the {count} strategies can run", op="run", where=caller(), bound=reasons, fix="see each reason"
+                f"none of the {count} strategies can run",
+                op="run",
+                where=caller(),
+                bound=reasons,
+                fix="see each reason",
             )
         hardware = Hardware.h100()
         return min(feasible, key=lambda item: item[0].predicted_time(hardware))

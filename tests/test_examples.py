@@ -47,4 +47,4 @@ def test_blocks_are_found_with_their_output() -> None:
 def test_documents() -> None:
     printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "2048")
     for name in ("one pipeline", "two pipelines", "three of unequal lengths", "six in three context groups"):
-        assert f"{name}, 1 packs" in printed
+        assert f"{name}, 1 pack" in printed

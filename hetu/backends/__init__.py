@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-import hetu.backends.lower_attention
-import hetu.backends.torch
+from hetu.backends import lower_attention
+from hetu.backends import torch as torch_backend
 from hetu.config import settings
 
-__all__ = ["default_backend"]
+__all__ = ["default_backend", "lower_attention", "torch_backend"]
 
 
 def default_backend(device: torch.device) -> str:

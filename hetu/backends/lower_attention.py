@@ -82,14 +82,16 @@ def hetu_attn_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs ``attn_varlen`` on one pipeline; gives its four outputs. ``given`` are the fields of :class:`Options`."""
     options = Options(**given)
-    heads = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in (q, k, v)]
+    rank3 = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in (q, k, v)]
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
-    state = new_state(heads[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
+    state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
     if options.zero_tensors:
         state.lse.zero_()
     attention_kernel(options.backend)(
-        *heads,
+        rank3[0],
+        rank3[1],
+        rank3[2],
         plan.spans,
         plan.table,
         state,

@@ -11,7 +11,18 @@ from typing import Any
 
 from hetu.graph.graph import Graph, current_graph, require
 from hetu.graph.node import Node
-from hetu.graph.opdef import BadSample, Call, GoodSample, OpDef, Pipeline, RunView, TensorSpec, find_op, register, registry
+from hetu.graph.opdef import (
+    BadSample,
+    Call,
+    GoodSample,
+    OpDef,
+    Pipeline,
+    RunView,
+    TensorSpec,
+    find_op,
+    register,
+    registry,
+)
 from hetu.graph.tensor import Tensor
 
 __all__ = [

@@ -48,7 +48,7 @@ class Graph:
 
     planner_factory: ClassVar[Callable[[Graph], Any]]
     executor_factory: ClassVar[Callable[[Graph], Any]]
-    """What binds and plans and what runs a graph: set by the package, so that this one need not know of later stages."""
+    """What plans and what runs a graph: set by the package, so that this one need not know of later stages."""
 
     def __init__(
         self,
@@ -304,6 +304,8 @@ def require(constraint: Constraint | bool) -> None:
     graph = current_graph(op="require")
     decided = constraint if isinstance(constraint, bool) else constraint.decided
     if decided is False:
-        raise ShapeError(f"{constraint} never holds", op="require", where=caller(), fix="change the ranges of the symbols")
+        raise ShapeError(
+            f"{constraint} never holds", op="require", where=caller(), fix="change the ranges of the symbols"
+        )
     if isinstance(constraint, Constraint):
         graph.require(constraint)

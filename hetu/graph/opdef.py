@@ -216,4 +216,3 @@ def find_op(name: str) -> OpDef:
 def registry() -> Mapping[str, OpDef]:
     """All ops by name."""
     return dict(_registry)
-

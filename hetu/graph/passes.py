@@ -66,7 +66,9 @@ def verify(graph: Graph) -> None:
     names: set[str] = set()
     for place, node in enumerate(graph.nodes):
         if node.graph is not graph or node.id != place:
-            raise HetuError(f"node {node.name} is not at its place {node.id}", op=node.definition.name, where=node.where)
+            raise HetuError(
+                f"node {node.name} is not at its place {node.id}", op=node.definition.name, where=node.where
+            )
         if node.name in names:
             raise HetuError(f"two nodes are named {node.name}", op=node.definition.name, where=node.where)
         for tensor in node.tensors:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +33,14 @@ def check_tensor(call: Call, name: str, value: Any, dtypes: tuple[DType, ...], r
         call.fail(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a graph tensor as {name}")
     if value.dtype not in dtypes:
         names = ", ".join(dtype.name for dtype in dtypes)
-        call.fail(DTypeError, f"{name} is {value.dtype.name}, expected {names}", f"hetu.cast({name}, ...) to one of them")
+        call.fail(
+            DTypeError, f"{name} is {value.dtype.name}, expected {names}", f"hetu.cast({name}, ...) to one of them"
+        )
     if value.ndim not in ranks:
         wanted = " or ".join(map(str, ranks))
-        call.fail(ShapeError, f"{name} has {value.ndim} dimensions {list(value.shape)}, expected {wanted}", "reshape it")
+        call.fail(
+            ShapeError, f"{name} has {value.ndim} dimensions {list(value.shape)}, expected {wanted}", "reshape it"
+        )
     return value
 
 
@@ -49,7 +54,9 @@ def check_cu_seqlens(call: Call, name: str, value: Any, ranks: tuple[int, ...] =
 def check_width(call: Call, name: str, width: IntSymbol, head_dim: int) -> int:
     """Demands a width that is a plain int and a whole number of heads; gives that number."""
     if width.constant is None:
-        call.fail(ShapeError, f"the width of {name} is {width}, expected a plain int", "give heads * head_dim as an int")
+        call.fail(
+            ShapeError, f"the width of {name} is {width}, expected a plain int", "give heads * head_dim as an int"
+        )
     if width.constant == 0 or width.constant % head_dim:
         call.fail(
             ShapeError,
@@ -120,9 +127,9 @@ def check_longest(node: Node, bound: str, lengths: NDArray[np.int64], of: str, p
         )
 
 
-def refuse(node: Node, what: str, fix: str, bound: list[str] | None = None) -> None:
+def refuse(node: Node, what: str, fix: str, bound: Sequence[str] = ()) -> NoReturn:
     """Raises the error of a run whose values don't fit the op."""
-    raise BindingError(what, op=node.definition.name, where=node.where, bound=bound or (), fix=fix)
+    raise BindingError(what, op=node.definition.name, where=node.where, bound=bound, fix=fix)
 
 
 def dense_attention(
@@ -153,5 +160,3 @@ def dense_attention(
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
     return np.einsum("hij,jhd->ihd", p, values), lse, p
-
-

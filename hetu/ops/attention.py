@@ -54,13 +54,15 @@ class AttnVarlen(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         check_options(call)
-        q, k, v = (check_tensor(call, name, item, FLOATS, (2, 3)) for name, item in zip("qkv", call.inputs, strict=False))
+        q, k, v = (
+            check_tensor(call, name, item, FLOATS, (2, 3)) for name, item in zip("qkv", call.inputs, strict=False)
+        )
         if not q.dtype == k.dtype == v.dtype:
             dtypes = f"{q.dtype.name}, {k.dtype.name} and {v.dtype.name}"
             call.fail(DTypeError, f"q, k and v are {dtypes}, expected one dtype", "cast them to one dtype")
         if not q.ndim == k.ndim == v.ndim:
             call.fail(ShapeError, f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions", "give all 2, or all 3")
-        num_q, num_k = self._heads(call, q, k, v)
+        num_q = self._heads(call, q, k, v)
         cu_q, cu_k = (check_cu_seqlens(call, f"cu_seqlens_{side}", call.inputs[3 + i]) for i, side in enumerate(_SIDES))
         call.same(
             cu_q.symbolic_shape[0],
@@ -78,7 +80,7 @@ class AttnVarlen(OpDef):
             TensorSpec(int64, (2,), on_cpu=True),
         )
 
-    def _heads(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    def _heads(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> int:
         head_dim = call.attrs["head_dim"]
         heads = []
         for name, item in zip("qkv", (q, k, v), strict=True):
@@ -99,7 +101,7 @@ class AttnVarlen(OpDef):
                 "expected as many for k and v and a multiple of them for q",
                 "check head_dim and the projections",
             )
-        return heads[0], heads[1]
+        return heads[0]
 
     def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
@@ -120,7 +122,9 @@ class AttnVarlen(OpDef):
             values = read_cu_seqlens(node, name, pipeline)
             rows.append(pipeline.value(node.input(side).symbolic_shape[0]))
             if values[-1] > rows[-1]:
-                refuse(node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens")
+                refuse(
+                    node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
+                )
             check_longest(node, f"max_seqlen_{side}", np.diff(values), name, pipeline)
             cu.append(values)
         if len(cu[0]) != len(cu[1]):
@@ -204,9 +208,10 @@ def attn_varlen(
         name: The node's name.
 
     Returns:
-        ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse, float32 ``(B, H_q, max_seqlen_q)``,
-        ``-inf`` for a row that sees no key (its output is 0); the weights in q's dtype ``(B, H_q, ceil128(max_seqlen_q),
-        ceil128(max_seqlen_k))``, dropped ones negative, or an empty tensor; int64 ``(2,)`` on the CPU: seed, offset.
+        ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse, float32
+        ``(B, H_q, max_seqlen_q)``, ``-inf`` for a row that sees no key (its output is 0); the weights in q's dtype
+        ``(B, H_q, ceil128(max_seqlen_q), ceil128(max_seqlen_k))``, dropped ones negative, or an empty tensor;
+        int64 ``(2,)`` on the CPU: seed, offset.
 
     Raises:
         ShapeError: If widths, head counts or ranks don't fit.

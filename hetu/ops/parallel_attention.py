@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,45 +35,13 @@ from hetu.ops._attention import (
     lse_dtype,
     max_seqlen,
     read_cu_seqlens,
-    refuse,
 )
+from hetu.ops._parallel_key import ParallelKey, batch_of, group_cu_seqlens, make_key, one_a_group, refuse_rows
 from hetu.ops.sources import constant, placeholder
-from hetu.parallel import METHODS, SPLITS, AttnPlan, Heads, Layout, build_plan, groups_of
+from hetu.parallel import METHODS, SPLITS, AttnPlan, Layout, Strategy, build_plan, groups_of
 from hetu.symbols import IntSymbol, as_symbol
 
 Lists = Sequence[Sequence[IntSymbol | int]]
-
-
-@dataclass(frozen=True, slots=True)
-class ParallelKey:
-    """Everything that the layout and the plan of a ``parallel_attn`` depend on.
-
-    Attributes:
-        seq_lens: Tokens of each sequence on each pipeline.
-        cp_groups: Each pipeline's context group.
-        split: How a sequence lies over its group.
-        batches: Sequences in each group's batch, in the order of ``groups_of``; empty with packing.
-        cu_seqlens: Each group's (shape, bytes as int64) of its cumulative document lengths; empty without packing.
-        method: How keys and values move.
-        is_causal: Whether the mask is causal.
-        heads: Widths of a token's row.
-    """
-
-    seq_lens: tuple[int, ...]
-    cp_groups: tuple[int, ...]
-    split: str
-    batches: tuple[int, ...]
-    cu_seqlens: tuple[tuple[tuple[int, ...], bytes], ...]
-    method: str
-    is_causal: bool
-    heads: Heads
-
-    def layout(self) -> Layout:
-        """Which token lies where."""
-        cu = [np.frombuffer(data, np.int64).reshape(shape) for shape, data in self.cu_seqlens]
-        return Layout.build(
-            self.seq_lens, self.cp_groups, split=self.split, batch=list(self.batches) or 1, cu_seqlens=cu or None
-        )
 
 
 @register
@@ -96,8 +63,9 @@ class ParallelAttn(OpDef):
         qkv = check_tensor(call, "qkv", call.inputs[0], FLOATS, (2,))
         num_q, _ = _heads(call, qkv)
         head_dim, attrs = call.attrs["head_dim"], call.attrs
-        rows, seq_len = qkv.symbolic_shape[0], _same_everywhere(attrs["seq_lens"])
-        seq_len = call.symbol("seq_len") if seq_len is None else seq_len
+        rows = qkv.symbolic_shape[0]
+        lengths = {as_symbol(length) for strategy in attrs["strategies"] for length in strategy.seq_lens}
+        seq_len = lengths.pop() if len(lengths) == 1 else call.symbol("seq_len")
         batch = as_symbol(1) if attrs["packing"] else call.symbol("batch")
         for side in ("max_seqlen_q", "max_seqlen_k"):
             if attrs[side] is not None:
@@ -113,33 +81,30 @@ class ParallelAttn(OpDef):
         return specs
 
     def _check_lists(self, call: Call) -> None:
-        """Brings both lists into their normal form, tuples of symbols, and checks that they fit each other."""
-        lists = {}
+        """Replaces both lists by one strategy a row, after checking that they fit each other and the graph."""
+        attrs, rows = call.attrs, {}
+        if "strategies" in attrs:  # the graph's verification asks again, with the normal form
+            return
         for name, given in (("multi_seq_lens_symbol", "seq_lens"), ("multi_cp_group_symbol", "cp_groups")):
-            rows = call.attrs[given]
+            value = attrs.pop(given)
             try:
-                lists[given] = tuple(tuple(as_symbol(item) for item in row) for row in rows)
+                rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
             except TypeError:
-                call.fail(StrategyError, f"{name} is {rows!r}, expected a list of lists", "give one list a strategy")
-            if len(lists[given]) != call.graph.num_strategy:
+                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list a strategy")
+            if len(rows[given]) != call.graph.num_strategy:
                 call.fail(
                     StrategyError,
-                    f"{name} has {len(lists[given])} rows, but the graph has {call.graph.num_strategy} strategies",
+                    f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
                     "give one row a strategy, or another num_strategy to hetu.graph",
                 )
-        for i, (lens, groups) in enumerate(zip(lists["seq_lens"], lists["cp_groups"], strict=True)):
-            if not lens or len(lens) != len(groups):
-                call.fail(
-                    StrategyError,
-                    f"strategy {i} lists {len(lens)} lengths and {len(groups)} context groups, expected as many, not none",
-                    "give one length and one group a pipeline",
-                )
-            for r, length in enumerate(lens):
+        strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
+        for i, strategy in enumerate(strategies):
+            for r, length in enumerate(strategy.seq_lens):
                 call.check(length >= 0, f"the length of pipeline {r} under strategy {i} is at least 0")
-        call.attrs.update(lists)
+        attrs["strategies"] = strategies
         for name, known in (("split", SPLITS), ("method", ("auto", *METHODS))):
-            if call.attrs[name] not in known:
-                call.fail(StrategyError, f"there is no {name} {call.attrs[name]!r}", f"use one of {', '.join(known)}")
+            if attrs[name] not in known:
+                call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
 
     def _check_packing(self, call: Call) -> None:
         given = call.inputs[1:]
@@ -156,22 +121,24 @@ class ParallelAttn(OpDef):
     # Binding
 
     def num_pipelines(self, node: Node, strategy: int) -> int:
-        return len(node.attrs["seq_lens"][strategy])
+        return _strategy(node, strategy).num_pipelines
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
-        listed = (*node.attrs["seq_lens"][strategy], *node.attrs["cp_groups"][strategy])
-        return tuple(dict.fromkeys(leaf for expr in listed for leaf in expr.leaves))
+        chosen = _strategy(node, strategy)
+        listed = (*chosen.seq_lens, *chosen.cp_groups)
+        return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
 
     def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
-        own, listed = node.symbols, node.attrs["seq_lens"][strategy][pipeline]
+        own, listed = node.symbols, as_symbol(_strategy(node, strategy).seq_lens[pipeline])
         facts = [(listed, f"rows of qkv on pipeline {pipeline}")]
         facts += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
         sides = [name for name in ("max_seqlen_q", "max_seqlen_k") if node.attrs[name] is not None]
         return facts + [(node.attrs[name], "longest document of the pipeline's context group") for name in sides]
 
     def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        lens = [item.known(expr) for item, expr in zip(view.pipelines, self._lens(node, view), strict=True)]
-        rows = [item.known(node.inputs[0].symbolic_shape[0]) for item in view.pipelines]  # type: ignore[union-attr]
+        chosen = _strategy(node, view.strategy)
+        lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True)]
+        rows = [item.known(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
         if node.attrs["packing"]:
             lens = [row if length is None else length for length, row in zip(lens, rows, strict=True)]
         return [self._tell_pipeline(node, view, r, lens, rows) for r in range(len(view.pipelines))]
@@ -180,21 +147,17 @@ class ParallelAttn(OpDef):
         self, node: Node, view: RunView, r: int, lens: list[int | None], rows: list[int | None]
     ) -> list[int | None]:
         attrs, pipeline = node.attrs, view.pipelines[r]
-        groups = [pipeline.known(group) for group in attrs["cp_groups"][view.strategy]]
+        groups = [pipeline.known(group) for group in _strategy(node, view.strategy).cp_groups]
         members = [i for i, group in enumerate(groups) if group == groups[r]]
         known = [lens[i] for i in members]
         total = None if None in groups or None in known else sum(length or 0 for length in known)
-        batch = None if total is None else _batch(members, lens, rows)
+        batch = None if total is None else batch_of(members, lens, rows)
         told: dict[str, int | None] = {"seq_len": lens[r], "batch": batch, "total": total}
         values = [lens[r] if attrs["packing"] else None]
         values += [told[name] for name in ("seq_len", "batch", "total") if name in node.symbols]
         sides = [name for name in ("max_seqlen_q", "max_seqlen_k") if attrs[name] is not None]
         longest = int(self._documents(node, pipeline, total).max(initial=0)) if sides and total is not None else None
         return values + [longest] * len(sides)
-
-    def _lens(self, node: Node, view: RunView) -> tuple[IntSymbol, ...]:
-        lens: tuple[IntSymbol, ...] = node.attrs["seq_lens"][view.strategy]
-        return lens
 
     def _documents(self, node: Node, pipeline: Pipeline, total: int) -> NDArray[np.int64]:
         """Lengths of the documents of a pipeline's group."""
@@ -206,65 +169,28 @@ class ParallelAttn(OpDef):
     # Planning
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
-        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, self._lens(node, view), strict=True))
-        groups = tuple(view.pipelines[0].value(expr) for expr in node.attrs["cp_groups"][view.strategy])
-        rows = [item.value(node.inputs[0].symbolic_shape[0]) for item in view.pipelines]  # type: ignore[union-attr]
+        chosen = _strategy(node, view.strategy)
+        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True))
+        groups = tuple(view.pipelines[0].value(expr) for expr in chosen.cp_groups)
+        rows = [item.value(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
         batches, cus = [], []
         for members in groups_of(groups).values():
-            batch = 1 if node.attrs["packing"] else _batch(members, list(lens), list(rows))
+            batch = 1 if node.attrs["packing"] else batch_of(members, lens, rows)
             for r in members:
                 if rows[r] != batch * lens[r]:
-                    _refuse_rows(node, view.pipelines[r], self._lens(node, view)[r], r, rows[r], lens[r], batch)
+                    refuse_rows(node, view, r, rows[r], lens[r], batch)
             total = sum(lens[r] for r in members)
             if node.attrs["packing"]:
-                cus.append(self._group_cu_seqlens(node, view, members, total))
+                cus.append(group_cu_seqlens(node, view, members, total))
             else:
                 batches.append(batch)
             lengths = self._documents(node, view.pipelines[members[0]], total)
             for name in ("max_seqlen_q", "max_seqlen_k"):
                 if node.attrs[name] is not None:
-                    check_longest(node, name, lengths, f"context group {groups[members[0]]}", view.pipelines[members[0]])
-        return [self._key(node, lens, groups, tuple(batches), cus)]
-
-    def _group_cu_seqlens(
-        self, node: Node, view: RunView, members: Sequence[int], total: int
-    ) -> NDArray[np.int64]:
-        """The group's cumulative lengths, the same wherever they were fed."""
-        names = [name for name in ("cu_seqlens_q", "cu_seqlens_k") if node.input(name) is not None]
-        fed = [(r, name, read_cu_seqlens(node, name, view.pipelines[r])) for r in members for name in names]
-        first = fed[0][2]
-        for r, name, values in fed[1:]:
-            if not np.array_equal(values, first):
-                refuse(
-                    node,
-                    f"{name} on pipeline {r} differs from {names[0]} on pipeline {members[0]} of the same context group",
-                    "feed all pipelines of a group the same cu_seqlens, for queries and keys alike",
-                )
-        end = int(first[..., -1].sum())
-        if end != total:
-            refuse(
-                node,
-                f"cu_seqlens_q holds {end} tokens, but pipelines {list(members)} hold {total} together",
-                "make the last entry the number of all tokens; count padding as a document of its own",
-                [line for r in members for line in view.pipelines[r].describe(self._lens(node, view)[r])],
-            )
-        return first
-
-    def _key(
-        self,
-        node: Node,
-        lens: tuple[int, ...],
-        groups: tuple[int, ...],
-        batches: tuple[int, ...],
-        cus: Sequence[NDArray[np.int64]],
-    ) -> ParallelKey:
-        attrs, qkv = node.attrs, node.inputs[0]
-        assert isinstance(qkv, Tensor)
-        width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
-        num_kv = width // head_dim // (ratio + 2)
-        heads = Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize)
-        packed = tuple((cu.shape, np.ascontiguousarray(cu, np.int64).tobytes()) for cu in cus)
-        return ParallelKey(lens, groups, attrs["split"], batches, packed, attrs["method"], attrs["is_causal"], heads)
+                    check_longest(
+                        node, name, lengths, f"context group {groups[members[0]]}", view.pipelines[members[0]]
+                    )
+        return [make_key(node, lens, groups, tuple(batches), cus)]
 
     def plan(self, key: ParallelKey) -> AttnPlan:
         return build_plan(key.layout(), method=key.method, is_causal=key.is_causal, heads=key.heads)
@@ -280,19 +206,21 @@ class ParallelAttn(OpDef):
             defaults = {leaf: leaf.default for leaf in expr.leaves if leaf.default is not None}
             return expr.evaluate({**defaults, **values})
 
-        lens = tuple(value(expr) for expr in node.attrs["seq_lens"][strategy])
-        groups = tuple(value(expr) for expr in node.attrs["cp_groups"][strategy])
+        lens, groups = _strategy(node, strategy).evaluate(value)
         count = len(groups_of(groups))
         if not node.attrs["packing"]:
-            batches = _one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
-            return self._key(node, lens, groups, tuple(batches), ())
+            batches = one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
+            return make_key(node, lens, groups, tuple(batches), ())
         if cu_seqlens is None:
             raise BindingError(
-                "packing needs cu_seqlens", op="layout", where=caller(), fix="pass cu_seqlens=..., as the run will feed it"
+                "packing needs cu_seqlens",
+                op="layout",
+                where=caller(),
+                fix="pass cu_seqlens=..., as the run will feed it",
             )
         several = isinstance(cu_seqlens, (list, tuple)) and np.ndim(cu_seqlens[0]) > 0
-        cus = _one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
-        return self._key(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
+        cus = one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
+        return make_key(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
 
     def layout(self, key: ParallelKey) -> Layout:
         """Which token lies where."""
@@ -317,13 +245,20 @@ class ParallelAttn(OpDef):
         return [GoodSample(lambda x: parallel_attn(x, 8, 2, [[3]], [[0]])[0], (qkv,), reference)], [
             BadSample(lambda: bad(width=32), ShapeError, "4 heads"),
             BadSample(lambda: bad(lens=((2,), (2,))), StrategyError, "has 2 rows"),
-            BadSample(lambda: bad(groups=((0, 0),)), StrategyError, "1 lengths and 2 context groups"),
+            BadSample(lambda: bad(groups=((0, 0),)), StrategyError, "has 1 entries and cp_groups 2"),
             BadSample(lambda: bad(split="zigzag"), StrategyError, "there is no split 'zigzag'"),
             BadSample(lambda: bad(packing=True), HetuError, "packing needs cu_seqlens_q"),
             BadSample(lambda: bad(cu_seqlens_q=constant(cu)), HetuError, "without packing"),
             BadSample(lambda: bad(packing=True, cu_seqlens_q=constant(cu.astype(np.int64))), DTypeError, "is int64"),
-            BadSample(lambda: parallel_attn(placeholder(int32, [4, 24]), 8, 1, [[4]], [[0]]), DTypeError, "qkv is int32"),
+            BadSample(
+                lambda: parallel_attn(placeholder(int32, [4, 24]), 8, 1, [[4]], [[0]]), DTypeError, "qkv is int32"
+            ),
         ]
+
+
+def _strategy(node: Node, index: int) -> Strategy:
+    chosen: Strategy = node.attrs["strategies"][index]
+    return chosen
 
 
 def _heads(call: Call, qkv: Tensor) -> tuple[int, int]:
@@ -339,45 +274,6 @@ def _heads(call: Call, qkv: Tensor) -> tuple[int, int]:
         )
     num_kv = heads // (ratio + 2)
     return num_kv * ratio, num_kv
-
-
-def _same_everywhere(lists: Sequence[Sequence[IntSymbol]]) -> IntSymbol | None:
-    """The length that every pipeline has under every strategy, if it is one expression."""
-    exprs = {expr for row in lists for expr in row}
-    return next(iter(exprs)) if len(exprs) == 1 else None
-
-
-def _batch(members: Sequence[int], lens: list[int | None], rows: list[int | None]) -> int:
-    """Sequences in a group's batch, from a member that holds tokens of each; 1 where none does."""
-    for r in members:
-        length, row = lens[r], rows[r]
-        if length and row is not None:
-            return max(row // length, 1)
-    return 1
-
-
-def _refuse_rows(
-    node: Node, pipeline: Pipeline, length: IntSymbol, r: int, rows: int, seq_len: int, batch: int
-) -> None:
-    what = "expected as many" if node.attrs["packing"] else f"and its context group a batch of {batch}"
-    rows_expr = node.inputs[0].symbolic_shape[0]  # type: ignore[union-attr]
-    refuse(
-        node,
-        f"qkv has {rows} rows on pipeline {r}, but the strategy gives it {seq_len} tokens of each sequence, {what}",
-        "feed batch * seq_len rows: layout.scatter(x) of the same strategy makes the shards",
-        pipeline.describe(rows_expr, length),
-    )
-
-
-def _one_a_group(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
-    if len(values) != count:
-        raise StrategyError(
-            f"{name} has {len(values)} entries, but the strategy has {count} context groups",
-            op="layout",
-            where=caller(),
-            fix=f"give one {name} a group, or one for all",
-        )
-    return values
 
 
 def parallel_attn(

@@ -44,9 +44,7 @@ def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, 
     return AttnPlan(layout, method, is_causal, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
-def build_pipeline_plan(
-    layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True
-) -> PipelinePlan:
+def build_pipeline_plan(layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True) -> PipelinePlan:
     """One pipeline's part of what :func:`build_plan` gives, without building the others'.
 
     Example:
@@ -278,6 +276,4 @@ class _Part:
         """The part, after waiting for all that is still being sent."""
         self.instructions += [Wait(transfer) for transfers in self.sending.values() for transfer in transfers]
         spans = self.group.query_spans(self.member)
-        return PipelinePlan(
-            self.pipeline, self.buffers[0], spans, tuple(self.buffers), tuple(self.instructions)
-        )
+        return PipelinePlan(self.pipeline, self.buffers[0], spans, tuple(self.buffers), tuple(self.instructions))

@@ -75,6 +75,9 @@ class Strategy:
     def num_pipelines(self) -> int:
         return len(self.seq_lens)
 
+    def __str__(self) -> str:
+        return f"[{', '.join(map(str, self.seq_lens))}] in groups [{', '.join(map(str, self.cp_groups))}]"
+
     def evaluate(self, value: Callable[[IntSymbol], int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths and groups as ints.
 

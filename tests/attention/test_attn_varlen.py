@@ -34,13 +34,11 @@ def run_varlen(
     generator = torch.Generator().manual_seed(seed)
     rows = (sum(lens_q) + tail, sum(lens_k) + tail, sum(lens_k) + tail)
     counts = (heads[0], heads[1], heads[1])
-    arrays = [
-        torch.randn(n, h, head_dim, generator=generator).to(dtype) for n, h in zip(rows, counts, strict=True)
-    ]
+    arrays = [torch.randn(n, h, head_dim, generator=generator).to(dtype) for n, h in zip(rows, counts, strict=True)]
     n, m, b = (hetu.IntSymbol(name) for name in ("n", "m", "b"))
     top = hetu.IntSymbol("max_q")
     with hetu.graph("define_and_run", device="cpu") as g:
-        shapes = [[size, h, head_dim] if rank == 3 else [size, h * head_dim] for size, h in zip((n, m, m), counts)]
+        shapes = [[size, h, head_dim] if rank == 3 else [size, h * head_dim] for size, h in zip((n, m, m), counts, strict=True)]
         q, k, v = (hetu.placeholder(dtype, shape) for shape in shapes)
         cu_q, cu_k = (hetu.placeholder(hetu.int32, [b + 1]) for _ in range(2))
         outputs = hetu.attn_varlen(q, k, v, head_dim, cu_q, cu_k, top, None, **options)
@@ -94,7 +92,9 @@ def test_random_lengths(backend: str) -> None:
         zero_tensors=st.booleans(),
         seed=st.integers(0, 9),
     )
-    def holds(pairs: list[tuple[int, int]], heads: tuple[int, int], tail: int, rank: int, p: float, seed: int, **options: Any) -> None:
+    def holds(
+        pairs: list[tuple[int, int]], heads: tuple[int, int], tail: int, rank: int, p: float, seed: int, **options: Any
+    ) -> None:
         lens_q, lens_k = [a for a, _ in pairs], [b for _, b in pairs]
         results, arrays = run_varlen(
             lens_q, lens_k, heads=heads, backend=backend, tail=tail, rank=rank, seed=seed, p_dropout=p, **options

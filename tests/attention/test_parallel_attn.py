@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,7 @@ def run_case(case: Case, backend: str) -> tuple[list[hetu.Shards], hetu.Layout, 
     num_q, num_kv = case.heads
     width = (num_q + 2 * num_kv) * case.head_dim
     members = case.members
-    whole = [
-        torch.randn(sum(case.documents(m)), width, generator=generator).to(case.dtype) for m in members.values()
-    ]
+    whole = [torch.randn(sum(case.documents(m)), width, generator=generator).to(case.dtype) for m in members.values()]
     lens = [hetu.IntSymbol(f"n{r}") for r in range(len(case.lens))]
     with hetu.graph("define_and_run", device="cpu") as g:
         qkv = hetu.placeholder(case.dtype, [hetu.IntSymbol("rows"), width], name="qkv")
@@ -109,9 +108,9 @@ def check_case(case: Case, backend: str) -> None:
         outs, lses, weights = [outs], [lses], [weights]
     num_q, num_kv = case.heads
     for i, members in enumerate(case.members.values()):
-        q, k, v = (whole[i].view(len(whole[i]), -1, case.head_dim)).split([num_q, num_kv, num_kv], 1)
+        q, k, v = whole[i].unflatten(1, (-1, case.head_dim)).split([num_q, num_kv, num_kv], 1)
         at = np.cumsum([0, *case.documents(members)])
-        for b, (start, end) in enumerate(zip(at[:-1], at[1:], strict=True)):
+        for b, (start, end) in enumerate(pairwise(at)):
             one = (q[start:end], k[start:end], v[start:end])
             dropout = dropout_of(case.p, rng_state[0], i)
             want, want_lse, want_p = dense(*one, is_causal=case.is_causal, document=b, dropout=dropout)
@@ -178,7 +177,8 @@ def test_any_strategy_on_triton(case: Case) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_uneven_lengths_in_bfloat16(backend: str, split: str, method: str) -> None:
     check_case(
-        Case([63, 0, 1, 65], [0, 0, 0, 0], split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=64), backend
+        Case([63, 0, 1, 65], [0, 0, 0, 0], split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=64),
+        backend,
     )
 
 

@@ -26,9 +26,7 @@ class Communicator(Protocol):
         """Whether this pipeline's end of a transfer is done; a communicator of several processes blocks instead."""
 
 
-def follow(
-    plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: AttendStep
-) -> Iterator[bool]:
+def follow(plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: AttendStep) -> Iterator[bool]:
     """Follows one pipeline's plan; a coroutine, so that several pipelines can take turns in one thread.
 
     Args:
