@@ -131,12 +131,13 @@ class Binder:
         pipelines = [BoundPipeline(r, dict(given), dict(named), host_value) for r in range(self.num_pipelines)]
         run = BoundRun(self.strategy, pipelines)
         dims = [self._dims(row) for row in shapes]
-        self._solve_shapes(run, dims)
-        self._tell(run)
-        self._solve_shapes(run, dims)
+        shared = [leaf for leaf in self._shared if leaf not in given] if self.num_pipelines > 1 else []
+        done = self._solve_shapes(run, dims, shared)
+        self._tell(run, shared)
+        done = done or self._solve_shapes(run, dims, shared)
         if self._apply_defaults(run):
-            self._tell(run)
-            self._solve_shapes(run, dims)
+            self._tell(run, shared)
+            done = done or self._solve_shapes(run, dims, shared)
         for pipeline in pipelines:
             self._check_complete(pipeline)
             self._check_constraints(pipeline)
@@ -154,17 +155,20 @@ class Binder:
                 )
         return [size for shape in shapes for size in shape]
 
-    def _solve_shapes(self, run: BoundRun, dims: Sequence[Sequence[int]]) -> None:
-        for pipeline, values in zip(run.pipelines, dims, strict=True):
-            self._shapes.solve(pipeline.values, pipeline.sources, values)
-        if self._shared and self.num_pipelines > 1 and self._share(run):
-            for pipeline, values in zip(run.pipelines, dims, strict=True):
-                self._shapes.solve(pipeline.values, pipeline.sources, values)
+    def _solve_shapes(self, run: BoundRun, dims: Sequence[Sequence[int]], shared: Sequence[IntSymbol]) -> bool:
+        """Takes what the shapes tell; True once they have nothing more to tell."""
 
-    def _share(self, run: BoundRun) -> bool:
+        def solve() -> bool:
+            pairs = zip(run.pipelines, dims, strict=True)
+            return all([self._shapes.solve(item.values, item.sources, values) for item, values in pairs])
+
+        done = solve()
+        return solve() if self._share(run, shared) and not done else done
+
+    def _share(self, run: BoundRun, shared: Sequence[IntSymbol]) -> bool:
         """Gives all pipelines the values of shared symbols that some know. True if that told any anything."""
         news = False
-        for leaf in self._shared:
+        for leaf in shared:
             knowing = [item for item in run.pipelines if leaf in item.values]
             for other in knowing[1:]:
                 _check_agree(leaf, knowing[0], other)
@@ -175,7 +179,7 @@ class Binder:
                     pipeline.sources[leaf] = f"{first.sources[leaf]} (pipeline {first.index})"
         return news
 
-    def _tell(self, run: BoundRun) -> None:
+    def _tell(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
         for node in self._tellers:
             if all(self._told(node, pipeline) for pipeline in run.pipelines):
                 continue
@@ -184,8 +188,7 @@ class Binder:
                 for (expr, _), solver, value in zip(self._facts[key], self._solvers[key], told, strict=True):
                     if value is not None and pipeline.known(expr) is None:
                         solver.solve(pipeline.values, pipeline.sources, (value,))
-            if self.num_pipelines > 1:
-                self._share(run)
+            self._share(run, shared)
 
     def _told(self, node: Node, pipeline: BoundPipeline) -> bool:
         return all(pipeline.known(expr) is not None for expr, _ in self._facts[node, pipeline.index])

@@ -22,6 +22,7 @@ class Subgraph:
         feeds: Placeholders that must be fed.
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
+        spanning: Nodes that span the pipelines, and so know how many there are.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
         draws: How many random nodes the whole graph has: by so much a run advances the generator.
@@ -34,6 +35,7 @@ class Subgraph:
     feeds: tuple[Tensor, ...]
     host_feeds: tuple[Tensor, ...]
     planned: tuple[Node, ...]
+    spanning: tuple[Node, ...]
     random: dict[Node, int]
     draws: int
     constraints: tuple[Constraint, ...]
@@ -59,6 +61,7 @@ class Subgraph:
             feeds=_placeholders(kept),
             host_feeds=_placeholders(live_nodes(hosts)),
             planned=tuple(planned),
+            spanning=tuple(node for node in kept if node.definition.spans_pipelines),
             random={node: i for i, node in enumerate(places) if node in set(kept)},
             draws=len(places),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
@@ -70,8 +73,7 @@ class Subgraph:
         Raises:
             StrategyError: If two ops say different things.
         """
-        said = {node: node.definition.num_pipelines(node, strategy) for node in self.nodes}
-        counts = {node: count for node, count in said.items() if count is not None}
+        counts = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
         if len(set(counts.values())) > 1:
             text = ", ".join(f"{node.name} lists {count} ({node.where.short})" for node, count in counts.items())
             raise StrategyError(

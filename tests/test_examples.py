@@ -1,4 +1,4 @@
-"""What users are shown runs: the examples, and the README's code with the output printed under it."""
+"""What users are shown runs: the examples, and the code of README and docs with the output printed under it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,16 @@ def blocks(text: str) -> list[tuple[str, str | None]]:
     return [(match["code"], match["output"]) for match in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("index", range(len(blocks(README.read_text(encoding="utf-8")))))
-def test_readme_code_prints_what_it_says(index: int, tmp_path: Path) -> None:
-    code, output = blocks(README.read_text(encoding="utf-8"))[index]
-    script = tmp_path / "readme.py"
+SHOWN = [
+    pytest.param(code, output, id=f"{page.name}-{i}")
+    for page in (README, *sorted((ROOT / "docs").glob("*.md")))
+    for i, (code, output) in enumerate(blocks(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.mark.parametrize(("code", "output"), SHOWN)
+def test_code_prints_what_it_says(code: str, output: str | None, tmp_path: Path) -> None:
+    script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
     printed = run_script(str(script))
     if output is not None:

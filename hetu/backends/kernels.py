@@ -1,11 +1,19 @@
-"""Which attention kernel serves a backend: the one place that imports them, each when it is first needed."""
+"""Which backend serves a run, and its attention kernel: the one place that imports kernels, when first needed."""
 
 from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
 
+import torch
+
 from hetu.backends.attention import Attend
+from hetu.config import settings
+
+
+def default_backend(device: torch.device) -> str:
+    """The backend in force: that of ``hetu.config`` or ``HETU_BACKEND``, else triton on CUDA and torch elsewhere."""
+    return settings().backend or ("triton" if device.type == "cuda" else "torch")
 
 
 @cache

@@ -166,9 +166,9 @@ class OpDef:
         """Calls with a known answer, and calls that must be refused."""
         raise NotImplementedError
 
-    def num_pipelines(self, node: Node, strategy: int) -> int | None:
-        """How many pipelines a strategy has, for ops that say so."""
-        return None
+    def num_pipelines(self, node: Node, strategy: int) -> int:
+        """How many pipelines a strategy has, for ops that span them."""
+        raise NotImplementedError
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
         """Symbols that have one value on all pipelines of a strategy."""

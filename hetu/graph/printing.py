@@ -22,7 +22,7 @@ def format_graph(graph: Graph) -> str:
     head = f"graph {graph.name}({graph.kind}, num_strategy={graph.num_strategy}):"
     body = [f"{text:<{width}}  # {place}" for text, (_, _, place) in zip(left, lines, strict=True)]
     demands = [*graph.constraints, *(item for node in graph.nodes for item in node.constraints)]
-    rules = [f"  require {constraint}" for constraint in demands]
+    rules = [f"  require {text}" for text in dict.fromkeys(map(str, demands))]
     return "\n".join([head, *body, *rules])
 
 

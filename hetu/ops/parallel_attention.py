@@ -184,9 +184,9 @@ class ParallelAttn(OpDef):
                 cus.append(group_cu_seqlens(node, view, members, total))
             else:
                 batches.append(batch)
-            lengths = self._documents(node, view.pipelines[members[0]], total)
             for name in ("max_seqlen_q", "max_seqlen_k"):
                 if node.attrs[name] is not None:
+                    lengths = self._documents(node, view.pipelines[members[0]], total)
                     check_longest(
                         node, name, lengths, f"context group {groups[members[0]]}", view.pipelines[members[0]]
                     )

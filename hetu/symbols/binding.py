@@ -136,13 +136,16 @@ class Solver:
     def __init__(self, equations: Sequence[Equation]) -> None:
         self._equations = [_prepare(equation) for equation in equations]
 
-    def solve(self, known: Values, sources: Sources, values: Sequence[int | None]) -> None:
+    def solve(self, known: Values, sources: Sources, values: Sequence[int | None]) -> bool:
         """Adds to ``known`` and ``sources`` what the equations tell; what they leave open stays out.
 
         Args:
             known: Values of leaves.
             sources: Where each came from.
             values: For each equation its value, None if it is not told.
+
+        Returns:
+            Whether every equation that was told is used up, so that asking again would tell nothing more.
 
         Raises:
             BindingError: If an equation contradicts what is known, has no int solution, or one out of range.
@@ -151,8 +154,9 @@ class Solver:
         while open_:
             left = [item for item in open_ if not self._use(*item, known, sources)]
             if len(left) == len(open_):
-                return
+                return False
             open_ = left
+        return True
 
     def _use(self, one: _Prepared, value: int, known: Values, sources: Sources) -> bool:
         """Checks or solves one equation; False if it is not ripe."""

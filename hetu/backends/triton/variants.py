@@ -130,7 +130,9 @@ def tile(variant: Variant, capability: int) -> Tile:
         return Tile(64, 64, 4, 1)
     extras = variant.dropout or variant.scores
     if variant.dtype == torch.float32:  # no tensor cores: operands live in registers
-        return Tile(32, 16, 4, 2) if width <= 64 else Tile(32, 16, 8, 2 if width == 128 else 1)
+        return Tile(32, 16, 8, 2 if width <= 128 else 1)
+    if width == 128 and variant.dropout and variant.scores:
+        return Tile(64, 32, 8, 2)
     if width <= 128 and extras:
         return Tile(128, 32, 8, 2)
     if width <= 64:
