@@ -2,17 +2,22 @@
 
 sympy's own floor, Mod, Max and Min are not used: they evaluate through assumptions and inequalities (Max of 32
 symbols takes most of a second) and print to float divisions. The functions here do only what is cheap and exact.
+Their canonical forms hold for all values within the leaves' ranges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import reduce
+from typing import Any, TypeVar
 
 import sympy
+from sympy.printing.precedence import PRECEDENCE
 
 from hetu.symbols.interval import ANY, Interval
+
+_Value = TypeVar("_Value")
 
 
 class Leaf(sympy.Dummy):
@@ -20,25 +25,45 @@ class Leaf(sympy.Dummy):
 
     Attributes:
         interval: The values that it may take.
+        multiple_of: What they all are a multiple of.
         owner: The IntSymbol that it is the expression of.
     """
 
     interval: Interval
+    multiple_of: int
     owner: Any
 
     def _sympystr(self, printer: Any) -> str:
         return str(self.name)
 
 
-def make_leaf(name: str, interval: Interval, owner: Any) -> Leaf:
+def make_leaf(name: str, interval: Interval, multiple_of: int, owner: Any) -> Leaf:
     """A new unknown."""
     leaf = Leaf(name, integer=True)
-    leaf.interval, leaf.owner = interval, owner
+    leaf.interval, leaf.multiple_of, leaf.owner = interval, multiple_of, owner
     return leaf
 
 
-def make_int(value: int) -> sympy.Integer:
+def make_int(value: int) -> Any:
+    """A constant, of any size."""
     return sympy.Integer(value)
+
+
+def add(*items: Any) -> Any:
+    return sympy.Add(*items)
+
+
+def multiply(*items: Any) -> Any:
+    return sympy.Mul(*items)
+
+
+def subtract(a: Any, b: Any) -> Any:
+    return sympy.Add(a, sympy.Mul(sympy.S.NegativeOne, b))
+
+
+def text_of(expr: Any) -> str:
+    """How an expression reads: as Python that would make it again."""
+    return str(sympy.sstr(expr))
 
 
 class IntFunction(sympy.Expr):
@@ -51,186 +76,190 @@ class IntFunction(sympy.Expr):
 class FloorDiv(IntFunction):
     """Python's ``a // b``."""
 
+    precedence = PRECEDENCE["Mul"]  # printed as 3*(s//2), which 3*s//2 is not
+
     def __new__(cls, a: Any, b: Any) -> Any:
-        a, b = sympy.sympify(a), sympy.sympify(b)
-        if not b.is_Integer:
-            return sympy.Expr.__new__(cls, a, b)
-        if b.p == 0:
-            raise ZeroDivisionError("division of a symbol by zero")
-        if a.is_Integer:
-            return sympy.Integer(a.p // b.p)
-        if b.p == 1 or b.p == -1:
-            return a * b
-        whole, rest = split_multiples(a, b.p)
-        common = math.gcd(b.p, *(coefficient for coefficient, _ in terms(rest))) if rest != 0 else abs(b.p)
-        if common > 1:
-            rest, b = divide_terms(rest, common), sympy.Integer(b.p // common)
-        inner = _floor_of(rest, b)
-        return whole + inner if whole != 0 else inner
+        return _floor_by_int(a, int(b.p)) if b.is_Integer else sympy.Expr.__new__(cls, a, b)
 
     def _sympystr(self, printer: Any) -> str:
         return "//".join(_operand(printer, item) for item in self.args)
 
 
-def _floor_of(a: Any, b: Any) -> Any:
-    if a.is_Integer:
-        return sympy.Integer(a.p // b.p)
-    if b.p in (1, -1):
-        return a * b
-    if isinstance(a, FloorDiv) and b.p > 0 and a.args[1].is_Integer and a.args[1].p > 0:
-        return FloorDiv(a.args[0], a.args[1] * b)  # (x // m) // n = x // (m * n)
-    return sympy.Expr.__new__(FloorDiv, a, b)
+def _floor_by_int(a: Any, b: int) -> Any:
+    if b == 0:
+        raise ZeroDivisionError(f"division by zero: ({text_of(a)}) // 0")
+    whole, rest = split_multiples(a, b)
+    common = math.gcd(b, *(coefficient for coefficient, _ in terms(rest)))
+    rest, b = sympy.Add(*(make_int(coefficient // common) * item for coefficient, item in terms(rest))), b // common
+    quotient = interval_of(rest) // Interval.point(b)
+    if quotient.lo is not None and quotient.lo == quotient.hi:
+        return sympy.Add(whole, make_int(quotient.lo))
+    if isinstance(rest, FloorDiv) and b > 0 and rest.args[1].is_Integer and rest.args[1].p > 0:
+        return sympy.Add(whole, FloorDiv(rest.args[0], rest.args[1] * make_int(b)))  # (x // m) // n = x // (m * n)
+    return sympy.Add(whole, sympy.Expr.__new__(FloorDiv, rest, make_int(b)))
 
 
 class Mod(IntFunction):
     """Python's ``a % b``."""
 
+    precedence = PRECEDENCE["Mul"]
+
     def __new__(cls, a: Any, b: Any) -> Any:
-        a, b = sympy.sympify(a), sympy.sympify(b)
         if not b.is_Integer:
             return sympy.Expr.__new__(cls, a, b)
         if b.p == 0:
-            raise ZeroDivisionError("modulo of a symbol by zero")
-        _, rest = split_multiples(a, b.p)
-        if rest.is_Integer:
-            return sympy.Integer(rest.p % b.p)
-        return sympy.Expr.__new__(cls, rest, b)
+            raise ZeroDivisionError(f"modulo by zero: ({text_of(a)}) % 0")
+        _, rest = split_multiples(a, int(b.p))
+        quotient = interval_of(rest) // Interval.point(int(b.p))
+        return rest if quotient.lo == quotient.hi == 0 else sympy.Expr.__new__(cls, rest, b)
 
     def _sympystr(self, printer: Any) -> str:
         return "%".join(_operand(printer, item) for item in self.args)
 
 
-class _Extremum(IntFunction):
+class Extremum(IntFunction):
     """Max or Min of any number of operands: flat, without doubles, constants folded, in one order."""
-
-    pick: Callable[[Iterable[int]], int]
 
     def __new__(cls, *operands: Any) -> Any:
         flat: dict[Any, None] = {}
-        for item in map(sympy.sympify, operands):
+        for item in operands:
             flat.update(dict.fromkeys(item.args if isinstance(item, cls) else (item,)))
-        ints = [item.p for item in flat if item.is_Integer]
-        rest = sorted((item for item in flat if not item.is_Integer), key=sympy.default_sort_key)
+        ints = [int(item.p) for item in flat if item.is_Integer]
+        rest = [item for item in flat if not item.is_Integer]
         if ints:
-            rest.append(sympy.Integer(cls.pick(ints)))
+            constant = max(ints) if cls is Max else min(ints)
+            rest = [item for item in rest if not cls._beats(Interval.point(constant), interval_of(item))]
+            if not any(cls._beats(interval_of(item), Interval.point(constant)) for item in rest):
+                rest.append(make_int(constant))
+        rest.sort(key=sympy.default_sort_key)
         return rest[0] if len(rest) == 1 else sympy.Expr.__new__(cls, *rest)
+
+    @classmethod
+    def _beats(cls, a: Interval, b: Interval) -> bool:
+        """Whether any value of a makes one of b superfluous."""
+        if cls is Min:
+            a, b = -a, -b
+        return a.lo is not None and b.hi is not None and a.lo >= b.hi
 
     def _sympystr(self, printer: Any) -> str:
         return f"{type(self).__name__.lower()}({', '.join(map(printer._print, self.args))})"
 
 
-class Max(_Extremum):
+class Max(Extremum):
     """Python's ``max``."""
 
-    pick = staticmethod(max)
 
-
-class Min(_Extremum):
+class Min(Extremum):
     """Python's ``min``."""
-
-    pick = staticmethod(min)
 
 
 def _operand(printer: Any, item: Any) -> str:
     text = str(printer._print(item))
-    return text if item.is_Symbol or (item.is_Integer and item.p >= 0) or isinstance(item, _Extremum) else f"({text})"
+    return text if item.is_Symbol or (item.is_Integer and item.p >= 0) or isinstance(item, Extremum) else f"({text})"
 
 
 def terms(expr: Any) -> list[tuple[int, Any]]:
-    """A sum's terms as (int coefficient, rest)."""
-    return [_coefficient(item) for item in sympy.Add.make_args(expr)]
-
-
-def _coefficient(term: Any) -> tuple[int, Any]:
-    number, rest = term.as_coeff_Mul()
-    return int(number.p), rest
+    """A sum's terms as (int coefficient, rest); the rest of a constant is 1."""
+    split = (item.as_coeff_Mul() for item in sympy.Add.make_args(expr))
+    return [(int(number.p), rest) for number, rest in split]
 
 
 def split_multiples(a: Any, b: int) -> tuple[Any, Any]:
-    """``(whole, rest)`` with ``a == b * whole + rest`` and no term of ``rest`` a multiple of b."""
+    """``(whole, rest)`` with ``a == b * whole + rest`` and no term of ``rest`` known to be a multiple of b."""
     whole, rest = [], []
     for coefficient, item in terms(a):
-        if item == 1:  # the constant: keep its remainder, so that (s + 129) // 128 is (s + 1) // 128 + 1
-            whole.append(sympy.Integer(coefficient // b))
-            rest.append(sympy.Integer(coefficient % b))
-        elif coefficient % b == 0:
-            whole.append(sympy.Integer(coefficient // b) * item)
+        shared = math.gcd(coefficient, b)
+        if item is sympy.S.One:  # the constant: keep its remainder, so that (s + 129) // 128 is (s + 1) // 128 + 1
+            whole.append(make_int(coefficient // b))
+            rest.append(make_int(coefficient % b))
+        elif shared == abs(b):
+            whole.append(make_int(coefficient // b) * item)
+        elif divisor_of(item) % (b // shared) == 0:
+            exact = sympy.Expr.__new__(FloorDiv, item, make_int(b // shared))
+            whole.append(make_int(coefficient // shared) * exact)
         else:
-            rest.append(sympy.Integer(coefficient) * item)
+            rest.append(make_int(coefficient) * item)
     return sympy.Add(*whole), sympy.Add(*rest)
 
 
-def divide_terms(a: Any, by: int) -> Any:
-    """``a / by`` where every term's coefficient is a multiple of ``by``."""
-    return sympy.Add(*(sympy.Integer(coefficient // by) * item for coefficient, item in terms(a)))
+def parts_of(expr: Any) -> list[Any]:
+    """All parts of an expression, operands first, each once.
 
-
-def interval_of(expr: Any) -> Interval:
-    """The values that an expression may take, from its leaves' ranges."""
-    if expr.is_Integer:
-        return Interval.point(int(expr.p))
-    if isinstance(expr, Leaf):
-        return expr.interval
-    parts = [interval_of(item) for item in expr.args]
-    if expr.is_Add:
-        return _fold(parts, Interval.__add__)
-    if expr.is_Mul:
-        return _fold(parts, Interval.__mul__)
-    if isinstance(expr, FloorDiv):
-        return parts[0] // parts[1]
-    if isinstance(expr, Mod):
-        return parts[0] % parts[1]
-    if isinstance(expr, Max):
-        return _fold(parts, Interval.maximum)
-    if isinstance(expr, Min):
-        return _fold(parts, Interval.minimum)
-    return parts[0].power(int(expr.exp.p)) if expr.is_Pow and expr.exp.is_Integer and expr.exp.p > 0 else ANY
-
-
-def _fold(parts: Sequence[Interval], op: Callable[[Interval, Interval], Interval]) -> Interval:
-    total = parts[0]
-    for part in parts[1:]:
-        total = op(total, part)
-    return total
-
-
-def least(expr: Any) -> int | None:
-    """A lower bound of an expression; finer than its interval where floors meet what they are floors of.
-
-    With b > 0: ``a / b >= a // b >= (a - b + 1) / b``. Putting one of these for each floor in a sum, times b,
-    gives a sum without floors that cancels: ``s - s // 2`` is at least ``(2 * s - s) / 2``.
+    A loop, because expressions that share parts have many more paths than parts, and may be deep.
     """
-    low = interval_of(expr).lo
-    if low is not None and low >= 0:
-        return low
-    for coefficient, item in terms(expr):
-        if isinstance(item, FloorDiv) and item.args[1].is_Integer and item.args[1].p > 0:
-            a, b = item.args
-            bound = a if coefficient < 0 else a - b + 1
-            finer = least(sympy.expand(b * (expr - coefficient * item) + coefficient * bound))
-            if finer is not None:
-                finer = -(-finer // int(b.p))
-                return finer if low is None else max(low, finer)
-    return low
+    done: dict[Any, None] = {}
+    stack = [expr]
+    while stack:
+        waiting = [item for item in stack[-1].args if item not in done]
+        if waiting:
+            stack += waiting
+        else:
+            done[stack.pop()] = None
+    return list(done)
 
 
-def linear_in(expr: Any, leaf: Leaf) -> tuple[Any, Any] | None:
-    """``(a, b)`` with ``expr == a * leaf + b``, neither of which holds the leaf; None if there are none."""
-    slope, rest = [], []
-    for term in sympy.Add.make_args(sympy.expand(expr)):
-        if not term.has(leaf):
-            rest.append(term)
-            continue
-        factors = list(sympy.Mul.make_args(term))
-        if leaf not in factors:
-            return None
-        factors.remove(leaf)
-        if any(item.has(leaf) for item in factors):
-            return None
-        slope.append(sympy.Mul(*factors))
-    return sympy.Add(*slope), sympy.Add(*rest)
+def fold(expr: Any, rule: Callable[[Any, list[_Value]], _Value]) -> _Value:
+    """A value for an expression from ``rule(part, values of its operands)``, computed once for each part."""
+    known: dict[Any, _Value] = {}
+    for item in parts_of(expr):
+        known[item] = rule(item, [known[operand] for operand in item.args])
+    return known[expr]
 
 
 def leaves_of(expr: Any) -> tuple[Leaf, ...]:
     """The unknowns of an expression, oldest first."""
-    return tuple(sorted(expr.atoms(Leaf), key=lambda leaf: leaf.dummy_index))
+    found = [item for item in parts_of(expr) if isinstance(item, Leaf)]
+    return tuple(sorted(found, key=lambda leaf: leaf.dummy_index))
+
+
+def interval_of(expr: Any) -> Interval:
+    """The values that an expression may take, from its leaves' ranges."""
+    return fold(expr, _interval)
+
+
+def _interval(item: Any, parts: Sequence[Interval]) -> Interval:
+    if item.is_Integer:
+        return Interval.point(int(item.p))
+    if isinstance(item, Leaf):
+        return item.interval
+    if item.is_Pow:
+        return parts[0].power(int(item.exp.p)) if item.exp.is_Integer and item.exp.p > 0 else ANY
+    for kind, rule in _INTERVAL_RULES.items():
+        if isinstance(item, kind):
+            return reduce(rule, parts)
+    return ANY
+
+
+_INTERVAL_RULES: dict[Any, Callable[[Interval, Interval], Interval]] = {
+    sympy.Add: Interval.__add__,
+    sympy.Mul: Interval.__mul__,
+    FloorDiv: Interval.__floordiv__,
+    Mod: Interval.__mod__,
+    Max: Interval.maximum,
+    Min: Interval.minimum,
+}
+
+
+def divisor_of(expr: Any) -> int:
+    """An int that divides every value of an expression, from its leaves' multiples; 0 for the constant 0."""
+    return fold(expr, _divisor)
+
+
+def _divisor(item: Any, parts: Sequence[int]) -> int:
+    if item.is_Integer:
+        return abs(int(item.p))
+    if isinstance(item, Leaf):
+        return item.multiple_of
+    if item.is_Mul:
+        return math.prod(parts)
+    if item.is_Pow:
+        return parts[0]
+    if isinstance(item, FloorDiv):
+        return parts[0] // parts[1] if divides_exactly(item, parts[0]) else 1
+    return math.gcd(*parts)  # a sum, a remainder, the largest or the least
+
+
+def divides_exactly(floor: FloorDiv, divisor: int | None = None) -> bool:
+    """Whether ``a // b`` is known to leave no remainder; ``divisor`` is a's, if it is at hand."""
+    a, b = floor.args
+    return bool(b.is_Integer) and (divisor_of(a) if divisor is None else divisor) % int(b.p) == 0

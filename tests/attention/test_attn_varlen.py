@@ -28,6 +28,7 @@ def run_varlen(
     rank: int = 2,
     seed: int = 0,
     max_q: int | None = None,
+    device: str = "cpu",
     **options: Any,
 ) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Builds, feeds and runs one op; gives its outputs and the fed q, k, v of rank 3."""
@@ -37,8 +38,11 @@ def run_varlen(
     arrays = [torch.randn(n, h, head_dim, generator=generator).to(dtype) for n, h in zip(rows, counts, strict=True)]
     n, m, b = (hetu.IntSymbol(name) for name in ("n", "m", "b"))
     top = hetu.IntSymbol("max_q")
-    with hetu.graph("define_and_run", device="cpu") as g:
-        shapes = [[size, h, head_dim] if rank == 3 else [size, h * head_dim] for size, h in zip((n, m, m), counts, strict=True)]
+    with hetu.graph("define_and_run", device=device) as g:
+        shapes = [
+            [size, h, head_dim] if rank == 3 else [size, h * head_dim]
+            for size, h in zip((n, m, m), counts, strict=True)
+        ]
         q, k, v = (hetu.placeholder(dtype, shape) for shape in shapes)
         cu_q, cu_k = (hetu.placeholder(hetu.int32, [b + 1]) for _ in range(2))
         outputs = hetu.attn_varlen(q, k, v, head_dim, cu_q, cu_k, top, None, **options)
@@ -46,7 +50,9 @@ def run_varlen(
     feeds |= {cu_q: np.cumsum([0, *lens_q], dtype=np.int32), cu_k: np.cumsum([0, *lens_k], dtype=np.int32)}
     with hetu.config(backend=backend):
         symbols = {} if max_q is None else {top: max_q}
-        return g.run(outputs, feed_dict=feeds, int_symbol_dict=symbols), tuple(arrays)  # type: ignore[return-value]
+        results = g.run(outputs, feed_dict=feeds, int_symbol_dict=symbols)
+    assert results[0].device.type == device and results[3].device.type == "cpu"
+    return [result.cpu() for result in results], tuple(arrays)  # type: ignore[return-value]
 
 
 def check(

@@ -67,7 +67,9 @@ def cu_seqlens(case: Case, members: list[int]) -> np.ndarray[Any, Any]:
     return np.concatenate([np.zeros((len(members), 1)), table.cumsum(1)], 1).astype(np.int32)
 
 
-def run_case(case: Case, backend: str) -> tuple[list[hetu.Shards], hetu.Layout, list[torch.Tensor]]:
+def run_case(
+    case: Case, backend: str, device: str = "cpu"
+) -> tuple[list[hetu.Shards], hetu.Layout, list[torch.Tensor]]:
     """Builds, scatters and runs; gives the outputs as Shards, the layout and each group's qkv."""
     generator = torch.Generator().manual_seed(case.seed)
     num_q, num_kv = case.heads
@@ -75,7 +77,7 @@ def run_case(case: Case, backend: str) -> tuple[list[hetu.Shards], hetu.Layout, 
     members = case.members
     whole = [torch.randn(sum(case.documents(m)), width, generator=generator).to(case.dtype) for m in members.values()]
     lens = [hetu.IntSymbol(f"n{r}") for r in range(len(case.lens))]
-    with hetu.graph("define_and_run", device="cpu") as g:
+    with hetu.graph("define_and_run", device=device) as g:
         qkv = hetu.placeholder(case.dtype, [hetu.IntSymbol("rows"), width], name="qkv")
         cu = None
         if case.packing:
@@ -96,11 +98,12 @@ def run_case(case: Case, backend: str) -> tuple[list[hetu.Shards], hetu.Layout, 
         feeds[cu] = hetu.Shards([tables[order.index(group)] for group in case.groups])
     with hetu.config(backend=backend):
         results = g.run(outputs, feed_dict=feeds, int_symbol_dict=symbols)
-    return [r if isinstance(r, hetu.Shards) else hetu.Shards([r]) for r in results], layout, whole
+    shards = [r if isinstance(r, hetu.Shards) else [r] for r in results]
+    return [hetu.Shards([x.cpu() for x in one]) for one in shards], layout, whole
 
 
-def check_case(case: Case, backend: str) -> None:
-    results, layout, whole = run_case(case, backend)
+def check_case(case: Case, backend: str, device: str = "cpu") -> None:
+    results, layout, whole = run_case(case, backend, device)
     out, lse, rng_state = results[:3]
     outs, lses = layout.gather(list(out)), layout.gather([_by_row(x) for x in lse])
     weights = layout.gather([_by_row(x, case.lens[r]) for r, x in enumerate(results[3])]) if case.return_softmax else []
