@@ -132,7 +132,11 @@ def fold_keys(
             keeps = dropout_keeps(key_low, key_high, threshold, document, head, queries, keys)
             p = tl.where(keeps, p * keep_scale, 0.0)
         v_tile = load_rows(v, stride_vt, left, BLOCK_N, HEAD_DIM, BLOCK_D, CUT)
-        acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+        if PRECISION == "ieee":
+            # float32 sums a block by itself first: one long chain of additions over all keys would lose digits.
+            acc += dot(p, v_tile, None, PRECISION)
+        else:
+            acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
         k += BLOCK_N * stride_kt
         v += BLOCK_N * stride_vt
     return acc, row_sum, row_max
