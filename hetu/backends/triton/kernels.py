@@ -127,16 +127,16 @@ def fold_keys(
         fade = tl.math.exp2(row_max - shift)
         row_sum = row_sum * fade + tl.sum(p, 1)
         row_max = new_max
-        acc = acc * fade[:, None]
         if DROPOUT:
             keeps = dropout_keeps(key_low, key_high, threshold, document, head, queries, keys)
             p = tl.where(keeps, p * keep_scale, 0.0)
         v_tile = load_rows(v, stride_vt, left, BLOCK_N, HEAD_DIM, BLOCK_D, CUT)
         if PRECISION == "ieee":
-            # float32 sums a block by itself first: one long chain of additions over all keys would lose digits.
-            acc += dot(p, v_tile, None, PRECISION)
+            # float32 sums a block by itself first: one long chain of additions over all keys would lose digits. It is
+            # merged by an fma because the compiler would turn an addition into the dot's accumulator, and so a chain.
+            acc = tl.fma(acc, tl.broadcast_to(fade[:, None], [BLOCK_M, BLOCK_D]), dot(p, v_tile, None, PRECISION))
         else:
-            acc = dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+            acc = dot(p.to(v_tile.dtype), v_tile, acc * fade[:, None], PRECISION)
         k += BLOCK_N * stride_kt
         v += BLOCK_N * stride_vt
     return acc, row_sum, row_max
