@@ -160,7 +160,8 @@ class Binder:
 
         def solve() -> bool:
             pairs = zip(run.pipelines, dims, strict=True)
-            return all([self._shapes.solve(item.values, item.sources, values) for item, values in pairs])
+            told = [self._shapes.solve(item.values, item.sources, values) for item, values in pairs]
+            return all(told)
 
         done = solve()
         return solve() if self._share(run, shared) and not done else done

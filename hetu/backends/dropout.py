@@ -125,7 +125,7 @@ def keep_mask(
 
     Example:
         >>> rows = torch.arange(100)
-        >>> keep_mask(Dropout(0.25, key=1), 0, torch.arange(2), rows, rows).float().mean().round(decimals=1).item()
+        >>> round(keep_mask(Dropout(0.25, key=1), 0, torch.arange(2), rows, rows).float().mean().item(), 1)
         0.8
     """
     # Four neighbouring keys share one evaluation: evaluate each quad once, then pick every key's word.

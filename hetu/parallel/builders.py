@@ -7,6 +7,7 @@ depends on the layout alone, never on which other parts are built with it, so a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hetu.errors import StrategyError, caller
 from hetu.parallel.layout import GroupLayout, Layout
 from hetu.parallel.plan import Attend, AttnPlan, Heads, Instruction, PipelinePlan, Receive, Runs, Send, Source, Wait
 from hetu.parallel.segments import IntArray, SegmentTable
-from hetu.parallel.tables import see
+from hetu.parallel.tables import extents, see
 
 
 def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, heads: Heads) -> AttnPlan:
@@ -106,9 +107,9 @@ def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) ->
     begins among them.
     """
     R = len(group.members)
-    reach = see(group, slice(0, R), slice(0, R), is_causal=is_causal)
+    everyone = slice(0, R)
     hops, owners = np.arange(R)[:, None], np.arange(R)
-    carried = reach.extents()[(owners + hops) % R, owners]
+    carried = extents(group, everyone, everyone, is_causal=is_causal)[(owners + hops) % R, owners]
     carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
     carried[0] = 0  # at home nothing has travelled
     first = carried.cumsum(2)
@@ -120,7 +121,8 @@ def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) ->
     rows = carried.sum(2).tolist()
     landed = _cut_runs(group.piece_row[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
     sent = _cut_runs(first[np.arange(R - 1), owner[:, :-1]], carried[np.arange(1, R), owner[:, :-1]])
-    tables = reach.part(who).tables(first[(members - owners) % R, owners])
+    reach = see(group, who, everyone, is_causal=is_causal)
+    tables = reach.tables(first[(members - owners) % R, owners])
 
     parts = []
     for i, member in enumerate(range(who.start, who.stop)):
@@ -172,40 +174,47 @@ def _exchange(group: GroupLayout, who: slice, is_causal: bool) -> tuple[Any, Any
         ``who`` the number that is given; the tables, with key rows counted from the pair's first; and the runs of the
         owners' shards, indexed as the first two.
     """
-    R = len(group.members)
-    everyone, one = slice(0, R), who.stop - who.start < R
+    R, n = len(group.members), who.stop - who.start
+    everyone, rows, members = slice(0, R), np.arange(n), np.arange(who.start, who.stop)
     reach = see(group, who, everyone, is_causal=is_causal)
     taken = reach.extents()
-    # Who builds all parts has every receiver's extents already.
-    given = see(group, everyone, who, is_causal=is_causal).extents() if one else taken
-    n, members = np.arange(who.stop - who.start), np.arange(who.start, who.stop)
-    taken[n, members] = 0
-    given[members, n] = 0
+    taken[rows, members] = 0
     first = taken.cumsum(2)
     first -= taken
-    first[n, members] = group.piece_row[who]
+    first[rows, members] = group.piece_row[who]
     tables = reach.tables(first)
-    landed = _cut_runs(group.piece_row, taken)
-    sent = _cut_runs(group.piece_row[who], given) if one else landed
-    return taken.sum(2).tolist(), given.sum(2).tolist(), tables, landed, sent
+    if n == R:  # who builds all parts has every receiver's extents already
+        sizes, landed = taken.sum(2).tolist(), _cut_runs(group.piece_row, taken)
+        return sizes, sizes, tables, landed, landed
+    given = extents(group, everyone, who, is_causal=is_causal).transpose(1, 0, 2)
+    given[rows, members] = 0
+    both = np.concatenate([taken, given])
+    start = np.concatenate([group.piece_row[None].repeat(n, axis=0), group.piece_row[who, None].repeat(R, axis=1)])
+    sizes, runs = both.sum(2).tolist(), _cut_runs(start, both)
+    # Given rows are indexed by receiver first, as those of who builds all parts.
+    swap = [list(zip(*half, strict=True)) for half in (sizes[n:], runs[n:])]
+    return sizes[:n], swap[0], tables, runs[:n], swap[1]
 
 
 def _cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
-    """Runs of ``(n, m, B)`` starts (broadcast) and lengths, one set for each of ``(n, m)``; runs that touch are joined."""
+    """Runs of ``(n, m, B)`` starts and lengths, one set for each of ``(n, m)``; runs that touch are joined.
+
+    Starts of ``(m, B)`` hold for every n.
+    """
     n, m, B = length.shape
-    cell = np.flatnonzero(length != 0)
-    starts, lengths = np.broadcast_to(start, length.shape).reshape(-1).take(cell), length.reshape(-1).take(cell)
+    cell = (length.reshape(-1) != 0).nonzero()[0]
+    starts, lengths = start.reshape(-1).take(cell % start.size), length.reshape(-1).take(cell)
     bounds = cell.searchsorted(np.arange(n * m + 1) * B)
     is_first = np.ones(len(cell), bool)
     np.not_equal(starts[1:], (starts + lengths)[:-1], out=is_first[1:])
     is_first[bounds[:-1][bounds[:-1] < len(cell)]] = True
-    firsts = np.flatnonzero(is_first)
+    firsts = is_first.nonzero()[0]
     if len(firsts) < len(cell):
         starts, lengths = starts.take(firsts), np.add.reduceat(lengths, firsts)
         bounds = firsts.searchsorted(bounds)
     ends = bounds.tolist()
-    runs = [Runs(starts[i:j], lengths[i:j]) for i, j in zip(ends[:-1], ends[1:], strict=True)]
-    return [runs[i * m : (i + 1) * m] for i in range(n)]
+    runs = [Runs(starts[i:j], lengths[i:j]) for i, j in pairwise(ends)]
+    return [runs[i : i + m] for i in range(0, n * m, max(m, 1))]
 
 
 def _whole(group: GroupLayout, member: int) -> Runs:

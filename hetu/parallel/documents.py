@@ -33,6 +33,17 @@ def batch_lists(batch: int | Sequence[int], groups: int, *, is_packed: bool) -> 
     return batches
 
 
+def check_total(group: int, tokens: int) -> None:
+    """Refuses a group of more tokens than rows can be counted.
+
+    Raises:
+        StrategyError: If there are more than :data:`MAX_TOKENS`.
+    """
+    if tokens > MAX_TOKENS:
+        what = f"context group {group} holds {tokens} tokens, expected at most {MAX_TOKENS}"
+        _refuse(StrategyError, what, "use shorter sequences, smaller batches, or more groups")
+
+
 def cu_seqlens_lists(cu_seqlens: Any, groups: int) -> list[IntArray] | None:
     """One int64 array a group; None without packing.
 
@@ -80,13 +91,13 @@ class PackedDocuments:
         Raises:
             ShapeError: If 2-D cu_seqlens has not one row a member.
             BindingError: If cu_seqlens doesn't start at 0, decreases, or doesn't end at the members' tokens.
+            StrategyError: If there are too many tokens.
         """
         cu, total = self.cu_seqlens, int(self.seq_lens.sum())
         lengths = cu[..., 1:] - cu[..., :-1]
         if cu[..., 0].any() or (lengths < 0).any():
             self._refuse(f"is {cu.tolist()}, expected to start at 0 and never to decrease", "pass cumulative lengths")
-        if total > MAX_TOKENS:
-            self._refuse(f"holds {total} tokens, expected at most {MAX_TOKENS}", "use shorter sequences, or more groups")
+        check_total(self.value, total)
         if cu.ndim == 1:
             if cu[-1] != total:
                 self._refuse(
@@ -131,10 +142,10 @@ def check_spans(members: tuple[int, ...], lengths: Any, spans: Any, *, is_packed
         ShapeError: If an array has another shape.
         StrategyError: If the runs are no layout.
     """
-    counts, table = np.array(lengths, np.int64), np.array(spans, np.int64).reshape(len(spans), -1)
-    if counts.ndim != 1 or (counts < 0).any() or (len(table) and table.shape[1] != 5):
+    counts, table = np.array(lengths, np.int64), np.array(spans, np.int64)
+    table = table.reshape(len(table), -1) if table.size else table.reshape(0, 5)
+    if counts.ndim != 1 or (counts < 0).any() or table.shape[1] != 5:
         _refuse(ShapeError, "lengths must be (B,) from 0 and spans (n, 5)", "see Layout.from_spans")
-    table = table.reshape(-1, 5)
     if not np.isin(table[:, 0], members).all() or (table[:, 1] < 0).any() or (table[:, 1] >= len(counts)).any():
         _refuse(StrategyError, f"a span is not of pipelines {list(members)} or documents 0 to {len(counts) - 1}", "")
     if (table[:, 2:4] < 0).any() or (table[:, 4] < 1).any():
@@ -145,13 +156,15 @@ def check_spans(members: tuple[int, ...], lengths: Any, spans: Any, *, is_packed
     member, document, start, length, step = table.T
     last = start + (length - 1) * step
     same = member[1:] == member[:-1]
-    out_of_order = same & ((document[1:] < document[:-1]) | ((document[1:] == document[:-1]) & (start[1:] <= last[:-1])))
+    out_of_order = same & (
+        (document[1:] < document[:-1]) | ((document[1:] == document[:-1]) & (start[1:] <= last[:-1]))
+    )
     if out_of_order.any():
         i = int(out_of_order.argmax())
         _refuse(
             StrategyError,
-            f"on pipeline {members[member[i]]} document {document[i + 1]} from position {start[i + 1]} follows document "
-            f"{document[i]} up to position {last[i]}",
+            f"on pipeline {members[member[i]]} document {document[i + 1]} from position {start[i + 1]} "
+            f"follows document {document[i]} up to position {last[i]}",
             "order each pipeline's spans by document and position",
         )
     _check_partition(counts, document, start, length, step, last)

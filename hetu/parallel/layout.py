@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hetu.errors import ShapeError, StrategyError, caller
-from hetu.parallel.documents import PackedDocuments, batch_lists, check_spans, cu_seqlens_lists
+from hetu.parallel.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
 from hetu.parallel.segments import IntArray, QuerySpans
 from hetu.parallel.splits import SPLITS, Parts
 from hetu.parallel.strategy import check_lengths, groups_of
@@ -102,6 +102,15 @@ class GroupLayout:
     def piece_row(self) -> IntArray:
         """``(R, B)`` local row of each piece's first token."""
         return self.pieces.cumsum(1) - self.pieces
+
+    @cached_property
+    def part_offset(self) -> IntArray:
+        """``(R, K)`` tokens of the member's piece that lie in earlier parts of the document."""
+        assert self.parts is not None
+        row = self.parts.length.cumsum(1)
+        row -= self.parts.length
+        row -= self.piece_row.take(self.parts.document, axis=1)
+        return row
 
     @cached_property
     def spans(self) -> Spans:
@@ -217,6 +226,7 @@ class Layout:
         for index, (value, members) in enumerate(by_value.items()):
             lens = np.array([seq_lens[r] for r in members], np.int64)
             if cus is None:
+                check_total(value, int(lens.sum()) * batches[index])
                 pieces = lens[:, None].repeat(batches[index], axis=1)
             else:
                 pieces = PackedDocuments(value, members, lens, cus[index]).pieces(share)
@@ -260,7 +270,8 @@ class Layout:
             lens = pieces.sum(1) if is_packed or not pieces.size else pieces[:, 0]
             ends = table[:, 3].cumsum()
             before = np.concatenate([[0], pieces.sum(1).cumsum()])[table[:, 0]]
-            custom = Spans(*(column.copy() for column in table.T), row=ends - table[:, 3] - before)
+            member, document, start, length, step = table.T.copy()
+            custom = Spans(member, document, start, length, step, ends - length - before)
             groups.append(GroupLayout(index, value, members, lens, is_packed, pieces, None, custom))
         return cls(groups)
 
@@ -343,7 +354,9 @@ class Layout:
             _refuse(f"{len(shards)} shards for {self.num_pipelines} pipelines", "gather one shard a pipeline")
         for r, shard in enumerate(shards):
             if len(shard) != self.rows(r):
-                _refuse(f"pipeline {r} holds {self.rows(r)} rows, but its shard has {len(shard)}", "gather whole shards")
+                _refuse(
+                    f"pipeline {r} holds {self.rows(r)} rows, but its shard has {len(shard)}", "gather whole shards"
+                )
         whole = []
         for group in self.groups:
             first = shards[group.members[0]]
@@ -366,31 +379,12 @@ class Layout:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        return "\n".join(line for group in self.groups for line in _describe(group))
+        from hetu.parallel.report import describe_layout
+
+        return describe_layout(self)
 
     def __repr__(self) -> str:
         return f"<Layout of {self.num_pipelines} pipelines in {len(self.groups)} groups>"
-
-
-def _describe(group: GroupLayout, longest: int = 6) -> list[str]:
-    """A line a member, which lists at most ``longest`` of its spans as ``document[start:stop:step]``."""
-    spans, many = group.spans, len(group.lengths) != 1
-    lines = [
-        f"group {group.value}: {len(group.lengths)} document{'s' * many}, {group.tokens:,} tokens "
-        f"on {len(group.members)} pipeline{'s' * (len(group.members) != 1)}"
-    ]
-    for member, pipeline in enumerate(group.members):
-        begin, end = group.bounds[member : member + 2]
-        shown = []
-        for i in range(begin, min(end, begin + longest)):
-            start, length, step = int(spans.start[i]), int(spans.length[i]), int(spans.step[i])
-            stop = start + (length - 1) * step + 1
-            shown.append(f"{spans.document[i]}[{start}:{stop}{f':{step}' if step > 1 else ''}]")
-        if end - begin > longest:
-            shown.append(f"... {end - begin - longest} more")
-        rows = group.rows[member]
-        lines.append(f"  pipeline {pipeline}: {rows:,} token{'s' * (rows != 1)}   {' '.join(shown)}".rstrip())
-    return lines
 
 
 def _refuse(what: str, fix: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hetu.parallel.layout import GroupLayout, Layout
 from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
 
 MAX_STEPS = 64
@@ -18,7 +19,8 @@ def summary(plan: AttnPlan) -> str:
     load = f", largest share {max(pairs) / mean:.2f} of the mean" if mean and len(pairs) > 1 else ""
     moved = sum(plan.bytes_sent(r) for r in pipelines)
     return (
-        f"{plan.method}, {'causal' if plan.is_causal else 'full'}: {tokens:,} tokens of {_count(documents, 'document')} "
+        f"{plan.method}, {'causal' if plan.is_causal else 'full'}: "
+        f"{tokens:,} tokens of {_count(documents, 'document')} "
         f"on {_count(len(pairs), 'pipeline')} in {_count(len(layout.groups), 'group')}; {sum(pairs):,} pairs{load}; "
         f"{_bytes(moved)} sent"
     )
@@ -82,3 +84,29 @@ def _bytes(number: int) -> str:
         size /= 1000
         units.pop(0)
     return f"{number} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def describe_layout(layout: Layout) -> str:
+    """See ``print(layout)``."""
+    return "\n".join(line for group in layout.groups for line in _describe_group(group))
+
+
+def _describe_group(group: GroupLayout, longest: int = 6) -> list[str]:
+    """A line a member, which lists at most ``longest`` of its spans as ``document[start:stop:step]``."""
+    spans = group.spans
+    lines = [
+        f"group {group.value}: {_count(len(group.lengths), 'document')}, {_count(group.tokens, 'token')} "
+        f"on {len(group.members)} pipeline{'s' * (len(group.members) != 1)}"
+    ]
+    for member, pipeline in enumerate(group.members):
+        begin, end = group.bounds[member : member + 2]
+        shown = []
+        for i in range(begin, min(end, begin + longest)):
+            start, length, step = int(spans.start[i]), int(spans.length[i]), int(spans.step[i])
+            stop = start + (length - 1) * step + 1
+            shown.append(f"{spans.document[i]}[{start}:{stop}{f':{step}' if step > 1 else ''}]")
+        if end - begin > longest:
+            shown.append(f"... {end - begin - longest} more")
+        rows = group.rows[member]
+        lines.append(f"  pipeline {pipeline}: {rows:,} token{'s' * (rows != 1)}   {' '.join(shown)}".rstrip())
+    return lines

@@ -27,6 +27,7 @@ class Parts:
         start: ``(R, K)`` position of the first token; anything where the length is 0.
         length: ``(R, K)``
         step: ``(R, K)``
+        first: ``(B,)`` each document's first part.
         is_dealt: Whether tokens are dealt rather than cut into blocks.
     """
 
@@ -34,6 +35,7 @@ class Parts:
     start: IntArray
     length: IntArray
     step: IntArray
+    first: IntArray
     is_dealt: bool
 
 
@@ -78,7 +80,8 @@ def deal_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
 def normal(pieces: IntArray) -> Parts:
     """Contiguous, in the order of the members."""
     start = pieces.cumsum(0) - pieces
-    return Parts(np.arange(pieces.shape[1]), start, pieces, np.ones_like(pieces), is_dealt=False)
+    document = np.arange(pieces.shape[1])
+    return Parts(document, start, pieces, np.ones_like(pieces), first=document, is_dealt=False)
 
 
 def sym(pieces: IntArray) -> Parts:
@@ -91,9 +94,9 @@ def sym(pieces: IntArray) -> Parts:
     length[..., 0], length[..., 1] = front, back
     np.subtract(front.cumsum(0), front, out=start[..., 0])
     np.subtract(pieces.sum(0), back.cumsum(0), out=start[..., 1])
-    shape = (members, 2 * documents)
-    document = np.arange(documents).repeat(2)
-    return Parts(document, start.reshape(shape), length.reshape(shape), np.ones(shape, np.int64), is_dealt=False)
+    first, shape = np.arange(documents), (members, 2 * documents)
+    ones = np.ones(shape, np.int64)
+    return Parts(first.repeat(2), start.reshape(shape), length.reshape(shape), ones, 2 * first, is_dealt=False)
 
 
 def stripe(pieces: IntArray) -> Parts:
@@ -117,7 +120,8 @@ def stripe(pieces: IntArray) -> Parts:
     rank = active.cumsum(0)
     step = np.maximum(rank[-1], 1)
     start = rank - 1 + np.minimum(held, low).sum(0)
-    return Parts(document, start, active * (high - low), np.broadcast_to(step, start.shape), is_dealt=True)
+    first = document.searchsorted(np.arange(pieces.shape[1]))
+    return Parts(document, start, active * (high - low), np.broadcast_to(step, start.shape), first, is_dealt=True)
 
 
 Split = Callable[[IntArray], Parts]

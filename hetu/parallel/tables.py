@@ -7,6 +7,7 @@ by position. So what a query span sees is told by how many keys each of its rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -24,8 +25,8 @@ class Reach:
     Attributes:
         shape: ``(n, m, B)``: numbers of receivers, of owners of keys, and of documents.
         pair: ``receiver * m + owner``, both counted among those that were asked for.
+        place: ``pair * B + document``.
         query: Index into the receiver's query spans.
-        document: The document that queries and keys belong to.
         offset: First key, counted in the owner's piece of the document.
         k_len: Keys.
         diagonal: As in ``SegmentTable``.
@@ -33,37 +34,22 @@ class Reach:
 
     shape: tuple[int, int, int]
     pair: IntArray
+    place: IntArray
     query: IntArray
-    document: IntArray
     offset: IntArray
     k_len: IntArray
     diagonal: IntArray
-
-    @property
-    def place(self) -> IntArray:
-        """Index of each row's (receiver, owner, document) in an array of :attr:`shape`."""
-        return self.pair * self.shape[2] + self.document
 
     def extents(self) -> IntArray:
         """``(n, m, B)``: how many keys of the owner's piece the receiver uses, all from the piece's beginning."""
         extents = np.zeros(self.shape, np.int64)
         place = self.place
         # The rows of one place follow each other, and the last one reaches furthest: later queries see more.
-        last = np.flatnonzero(place[1:] != place[:-1])
-        extents.ravel()[place.take(last)] = self.offset.take(last) + self.k_len.take(last)
-        if len(place):
-            extents.ravel()[place[-1]] = self.offset[-1] + self.k_len[-1]
+        is_last = np.ones(len(place), bool)
+        np.not_equal(place[1:], place[:-1], out=is_last[:-1])
+        last = is_last.nonzero()[0]
+        extents.reshape(-1)[place.take(last)] = self.offset.take(last) + self.k_len.take(last)
         return extents
-
-    def part(self, receivers: slice) -> Reach:
-        """The rows of some of the receivers."""
-        n, m, B = self.shape
-        if receivers.start == 0 and receivers.stop == n:
-            return self
-        begin, end = self.pair.searchsorted([receivers.start * m, receivers.stop * m]).tolist()
-        columns = [c[begin:end] for c in (self.query, self.document, self.offset, self.k_len, self.diagonal)]
-        pair = self.pair[begin:end] - receivers.start * m
-        return Reach((receivers.stop - receivers.start, m, B), pair, *columns)
 
     def tables(self, first: IntArray) -> list[SegmentTable]:
         """One table a pair.
@@ -74,8 +60,8 @@ class Reach:
         k_start = first.take(self.place)
         k_start += self.offset
         bounds = self.pair.searchsorted(np.arange(self.shape[0] * self.shape[1] + 1)).tolist()
-        columns = self.query, k_start, self.k_len, self.diagonal
-        return [SegmentTable(*[c[i:j] for c in columns]) for i, j in zip(bounds[:-1], bounds[1:], strict=True)]
+        query, k_len, diagonal = self.query, self.k_len, self.diagonal
+        return [SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j]) for i, j in pairwise(bounds)]
 
 
 def see(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: bool) -> Reach:
@@ -92,6 +78,36 @@ def see(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: bool)
     return _see_parts(group, group.parts, receivers, owners, is_causal)
 
 
+def extents(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: bool) -> IntArray:
+    """``(n, m, B)``: how many keys of the owner's piece the receiver uses; arguments as of :func:`see`.
+
+    Keys that a member uses of a document are those that its last query sees, so this looks at one part a document.
+    """
+    parts = group.parts
+    if parts is None:
+        return _see_any(group, receivers, owners, is_causal).extents()
+    has_queries = (group.pieces[receivers] != 0)[:, None]
+    if not is_causal:
+        return group.pieces[owners] * has_queries
+    present = parts.length[receivers] != 0
+    K = present.shape[1]
+    if K == 0:
+        return np.zeros((*present.shape[:1], owners.stop - owners.start, 0), np.int64)
+    last = np.maximum.reduceat(np.arange(K) * present, parts.first, axis=1)[:, None]
+    rows = np.arange(receivers.start, receivers.stop)[:, None, None] * K
+    cells = np.arange(owners.start, owners.stop)[:, None] * K + last
+    rows = rows + last
+    seen = parts.start.take(rows) - parts.start.take(cells)
+    if parts.is_dealt:
+        seen >>= 63  # see _see_parts
+    seen += parts.length.take(rows)
+    np.minimum(seen, parts.length.take(cells), out=seen)
+    np.maximum(seen, 0, out=seen)
+    seen += group.part_offset.take(cells)
+    seen *= has_queries
+    return seen
+
+
 def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, is_causal: bool) -> Reach:
     """The layouts of the splits: one row a (query span, owner), for all at once.
 
@@ -101,17 +117,16 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     blocks the one lies wholly before the other: all of the part or nothing of it is seen. In each case this is one
     segment with the diagonal ``before + max(lead, -1)``.
     """
-    q_length, k_length = parts.length[receivers, None], parts.length[owners]
+    # Dense arrays of (receiver, owner, part) take half the memory traffic as int32; lengths are bounded to fit.
+    start, length, before = (x.astype(np.int32) for x in (parts.start, parts.length, group.part_offset))
+    q_length, before = length[receivers, None], before[owners]
     present = q_length != 0
     if is_causal:
-        lead = parts.start[receivers, None] - parts.start[owners]
+        lead = start[receivers, None] - start[owners]
         if parts.is_dealt:
-            lead >>= 63
-        before = parts.length.cumsum(1)[owners]
-        before -= k_length
-        before -= group.piece_row[owners].take(parts.document, axis=1)
+            lead >>= 31
         seen = lead + q_length
-        np.minimum(seen, k_length, out=seen)
+        np.minimum(seen, length[owners], out=seen)
         np.maximum(seen, 0, out=seen)
         seen += before
         seen *= present
@@ -120,22 +135,26 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     else:
         seen = group.pieces[owners].take(parts.document, axis=1) * present
     n, m, K = seen.shape
-    cell = np.flatnonzero(seen != 0)
-    count = np.diff(cell.searchsorted(np.arange(n * m + 1) * K))
-    pair = np.arange(n * m).repeat(count)
-    part = cell - pair * K
+    cell = (seen.reshape(-1) != 0).nonzero()[0]
+    edge = cell.searchsorted(np.arange(n * m + 1) * K)
+    count = edge[1:] - edge[:-1]
+    pair = np.arange(n * m)
+    # What leads from a cell to its column in the receiver's rows of (n, K) arrays, for each pair.
+    shift = pair * K - (pair // max(m, 1)) * K
     query = present[:, 0].cumsum(1)
     query -= 1
-    k_len = seen.take(cell)
+    k_len = seen.take(cell).astype(np.int64)
     diagonal = k_len - 1
     if is_causal:
         np.minimum(diagonal, lead.take(cell), out=diagonal)
+    part = cell - (pair * K).repeat(count)
+    B, owner = group.pieces.shape[1], pair.repeat(count)
     return Reach(
-        shape=(n, m, group.pieces.shape[1]),
-        pair=pair,
-        query=query.take(part + (np.arange(n) * K).repeat(m).repeat(count)),
-        document=parts.document.take(part),
-        offset=np.zeros_like(pair),
+        shape=(n, m, B),
+        pair=owner,
+        place=owner * B + parts.document.take(part),
+        query=query.take(cell - shift.repeat(count)),
+        offset=np.zeros(len(cell), np.int64),
         k_len=k_len,
         diagonal=diagonal,
     )
@@ -178,12 +197,12 @@ def _see_any(group: GroupLayout, receivers: slice, owners: slice, is_causal: boo
     pair = (spans.member[q] - receivers.start) * m + spans.member[k] - owners.start
     query = q - np.take(bounds, spans.member[q])
     order = np.lexsort((offset, query, pair))
-    rows = (column[order] for column in (pair, query, document, offset, k_len, diagonal))
+    rows = (column[order] for column in (pair, pair * B + document, query, offset, k_len, diagonal))
     return Reach((n, m, B), *_melt(*rows))
 
 
 def _melt(
-    pair: IntArray, query: IntArray, document: IntArray, offset: IntArray, k_len: IntArray, diagonal: IntArray
+    pair: IntArray, place: IntArray, query: IntArray, offset: IntArray, k_len: IntArray, diagonal: IntArray
 ) -> tuple[IntArray, ...]:
     """Melts neighbouring rows of one query span over neighbouring keys into one row where they are one segment.
 
@@ -198,4 +217,4 @@ def _melt(
     last = np.append(first[1:], len(pair)) - 1 if len(pair) else first
     melted = offset[last] + k_len[last] - offset[first]
     diagonal = diagonal[last] + melted - k_len[last]
-    return pair[first], query[first], document[first], offset[first], melted, np.minimum(diagonal, melted - 1)
+    return pair[first], place[first], query[first], offset[first], melted, np.minimum(diagonal, melted - 1)

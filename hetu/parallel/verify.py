@@ -15,13 +15,16 @@ The proof is exact and takes time and memory in proportion to the keys that the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from hetu.errors import PlanError
 from hetu.parallel.plan import Attend, AttnPlan, PipelinePlan, Receive, Runs, Send, Wait
 from hetu.parallel.segments import IntArray, QuerySpans
+
+_BY_ROW = ("document", "position", "slot", "slot_row", "column")
+"""What query spans say of every row."""
 
 UNWRITTEN, LANDING = -1, -2
 """Rows of a buffer that hold no token: nothing was received there yet, or what is has not landed."""
@@ -111,9 +114,8 @@ def _check_part(plan: AttnPlan, r: int, part: PipelinePlan) -> None:
 
 def _check_spans(expected: QuerySpans, part: PipelinePlan, r: int) -> None:
     """That the query spans are the rows of the layout, however they are cut."""
-    names = ("document", "position", "slot", "slot_row", "column")
     given, wanted = _by_row(part.spans, part.rows, r), _by_row(expected, part.rows, r)
-    for name, mine, layouts in zip(names, given, wanted, strict=True):
+    for name, mine, layouts in zip(_BY_ROW, given, wanted, strict=True):
         if not np.array_equal(mine, layouts):
             row = int((mine != layouts).argmax())
             _refuse(f"pipeline {r}: {name} of query row {row} is {mine[row]}, but {layouts[row]} in the layout")
@@ -124,8 +126,8 @@ def _by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
     if (spans.length <= 0).any() or not np.array_equal(spans.start, ends - spans.length) or spans.length.sum() != rows:
         _refuse(f"pipeline {r}: its query spans don't cover its {rows} rows one after the other")
     i = np.arange(rows) - spans.start.repeat(spans.length)
-    slopes = ((spans.document, 0), (spans.position, spans.step), (spans.slot, 0), (spans.slot_row, 1), (spans.column, 0))
-    return [first.repeat(spans.length) + i * np.broadcast_to(s, first.shape).repeat(spans.length) for first, s in slopes]
+    slopes: tuple[Any, ...] = (0, spans.step.repeat(spans.length), 0, 1, 0)
+    return [getattr(spans, name).repeat(spans.length) + i * slope for name, slope in zip(_BY_ROW, slopes, strict=True)]
 
 
 def _check_runs(runs: Runs, size: int, what: str, buffer: int) -> None:
@@ -279,7 +281,9 @@ class _Run:
         payload = self.buffers[item.buffer][rows]
         if (payload < 0).any():
             row = int((payload < 0).argmax())
-            self._refuse(f"{_name(item)} sends row {rows[row]} of buffer {item.buffer}: {self.tokens.name(payload[row])}")
+            self._refuse(
+                f"{_name(item)} sends row {rows[row]} of buffer {item.buffer}: {self.tokens.name(payload[row])}"
+            )
         self.transfers[item.transfer].payload = payload
         self.pending[item.transfer] = item
 
@@ -328,7 +332,7 @@ class _Run:
 def _follow(runs: list[_Run], transfers: dict[int, _Transfer]) -> None:
     """Follows all pipelines until they are done, or none can go on."""
     while not all(run.is_done for run in runs):
-        if any([run.advance() for run in runs]):
+        if max([run.advance() for run in runs]):  # every one of them, not only the first that can
             continue
         waiting = []
         for run in runs:
@@ -353,9 +357,7 @@ def _prove_pairs(plan: AttnPlan, run: _Run) -> None:
 
     def pair(i: int, row: int, what: str) -> NoReturn:
         query = position[span[i]] + row * step[span[i]]
-        _refuse(
-            f"pipeline {run.r}, document {spans.document[span[i]]}: query position {query} and key {what}"
-        )
+        _refuse(f"pipeline {run.r}, document {spans.document[span[i]]}: query position {query} and key {what}")
 
     foreign = (tokens.group[key] != group.index) | (tokens.document[key] != spans.document[span])
     if foreign.any():
@@ -390,6 +392,8 @@ def _check_memory(plan: AttnPlan, max_bytes: int | None) -> None:
     for r, part in enumerate(plan.pipelines):
         group, _ = plan.layout.place(r)
         if sum(part.buffers) > group.tokens:
-            _refuse(f"pipeline {r} holds {sum(part.buffers)} rows in buffers {part.buffers}; its group has {group.tokens}")
+            _refuse(
+                f"pipeline {r} holds {sum(part.buffers)} rows in buffers {part.buffers}; its group has {group.tokens}"
+            )
         if max_bytes is not None and plan.peak_bytes(r) > max_bytes:
             _refuse(f"pipeline {r} needs {plan.peak_bytes(r):,} bytes for keys and values, but may take {max_bytes:,}")

@@ -15,28 +15,107 @@ from hetu.symbols.expr import (
     Max,
     Mod,
     add,
-    divides_exactly,
+    divides,
     divisor_of,
-    fold,
     interval_of,
     make_int,
     multiply,
+    parts_of,
     subtract,
     terms,
 )
 from hetu.symbols.interval import Interval
 
-# Each step of a bound may start several others; so many of them lie one in the other. Enough for what lengths
-# look like (floors of sums of floors), and "don't know" is a legal answer past it.
+# How often a bound may be derived from another one. Enough for what lengths look like (floors of sums of floors);
+# each derivation has a few alternatives, so that more would cost more than "don't know" does.
 _STEPS = 3
 
 
-def difference_bounds(a: Any, b: Any) -> Interval:
-    """The values that ``a - b`` may take; finer than their ranges where parts of them cancel."""
-    difference = expanded(subtract(a, b))
-    if _never_zero(difference):
-        low, high = interval_of(difference).lo, interval_of(difference).hi
-        # Of a range that begins or ends at zero, the zero is cut off.
-        return Interval(1 if low == 0 else low, -1 if high == 0 else high)
-    negated = _least(expanded(multiply(make_int(-1), difference)), _STEPS)
-    return Interval(_least(difference, _STEPS), None if negated is None else -negated)
+def difference_of(a: Any, b: Any) -> Any:
+    """``a - b`` multiplied out, with remainders as what they are of floors, so that whatever can cancel does."""
+    plain: dict[Any, Any] = {}
+    for item in parts_of(subtract(a, b)):
+        parts = [plain[part] for part in item.args]
+        if isinstance(item, Mod):
+            plain[item] = subtract(parts[0], multiply(parts[1], FloorDiv(*parts)))
+        else:
+            plain[item] = item.func(*parts) if parts else item
+    return sympy.expand(plain[item])  # the whole comes last
+
+
+def bounds_of(expr: Any) -> Interval:
+    """The values that an expression may take; finer than :func:`interval_of` where floors meet what they are of."""
+    negated = _least(sympy.expand(multiply(make_int(-1), expr)), _STEPS)
+    return Interval(_least(expr, _STEPS), None if negated is None else -negated)
+
+
+def never_zero(expr: Any) -> bool:
+    """Whether it is known that no values make a sum zero, as in ``2*s - 2*t + 1``."""
+    constant = sum(coefficient for coefficient, item in terms(expr) if item is sympy.S.One)
+    divisor = divisor_of(subtract(expr, make_int(constant)))
+    return divisor != 0 and constant % divisor != 0
+
+
+def _least(expr: Any, steps: int) -> int | None:
+    """A lower bound of an expression, None if none is known."""
+    bounds = [interval_of(expr).lo]
+    if steps and (bounds[0] is None or bounds[0] <= 0):
+        for times, smaller in _smaller(expr):
+            low = _least(smaller, steps - 1)
+            bounds.append(None if low is None else -(-low // times))
+        lows = [_least(choice, 0) for choice in _choices(expr)]
+        bounds.append(None if not lows or None in lows else min(low for low in lows if low is not None))
+    return max((bound for bound in bounds if bound is not None), default=None)
+
+
+def _smaller(expr: Any) -> Iterator[tuple[int, Any]]:
+    """Pairs ``(times, smaller)`` with ``times * expr >= smaller`` that may cancel better.
+
+    With b > 0: ``a / b >= a // b >= (a - b + 1) / b``. Putting one of these for the floors in a sum, times all b,
+    gives a sum without them: ``s - s // 2`` is at least ``(2 * s - s) / 2``.
+    """
+    pairs = terms(expr)
+    floors = [pair for pair in pairs if _is_floor(pair[1])]
+    subtracted = [pair for pair in floors if pair[0] < 0]
+    for chosen in [subtracted, floors] if 0 < len(subtracted) < len(floors) else [floors] if floors else []:
+        times = math.lcm(*(int(item.args[1].p) for _, item in chosen))
+        kept = [multiply(make_int(times * n), item) for n, item in pairs if (n, item) not in chosen]
+        yield times, sympy.expand(add(*kept, *(_floor_bound(n * times, item) for n, item in chosen)))
+    extrema = [pair for pair in pairs if isinstance(pair[1], Extremum)]
+    if len(extrema) == 1 and (extrema[0][0] > 0) == isinstance(extrema[0][1], Max):
+        for operand in extrema[0][1].args:  # max(a, b) is at least a, and at least b
+            yield 1, _exchange(expr, *extrema[0], operand)
+
+
+def _choices(expr: Any) -> list[Any]:
+    """Expressions of which one has the value of ``expr``: with an operand in the place of a min(...)."""
+    extrema = [pair for pair in terms(expr) if isinstance(pair[1], Extremum)]
+    return [_exchange(expr, *extrema[0], operand) for operand in extrema[0][1].args] if len(extrema) == 1 else []
+
+
+def _is_floor(item: Any) -> bool:
+    return isinstance(item, FloorDiv) and bool(item.args[1].is_Integer) and item.args[1].p > 0
+
+
+def _floor_bound(coefficient: int, floor: FloorDiv) -> Any:
+    """What ``coefficient * (a // b)`` is at least, for a coefficient that is a multiple of b."""
+    a, b = floor.args
+    least = a if coefficient < 0 or divides(b, a) else add(a, make_int(1 - int(b.p)))
+    return multiply(make_int(coefficient // int(b.p)), least)
+
+
+def _exchange(expr: Any, coefficient: int, item: Any, operand: Any) -> Any:
+    return sympy.expand(add(expr, multiply(make_int(-coefficient), item), multiply(make_int(coefficient), operand)))
+
+
+def linear_in(expr: Any, leaf: Leaf) -> tuple[Any, Any] | None:
+    """``(a, b)`` with ``expr == a * leaf + b``, neither of which holds the leaf; None if there are none."""
+    slope, rest = [], []
+    for term in sympy.Add.make_args(sympy.expand(expr)):
+        factors = list(sympy.Mul.make_args(term))
+        if leaf in factors:
+            factors.remove(leaf)
+            slope.append(multiply(*factors))
+        else:
+            rest.append(term)
+    return None if any(leaf in parts_of(item) for item in (*slope, *rest)) else (add(*slope), add(*rest))

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from hetu.errors import BindingError, Where, caller
-from hetu.symbols.compile import compile_sympy
-from hetu.symbols.expr import leaves_of, linear_in
-from hetu.symbols.int_symbol import IntSymbol, as_int, as_symbol
+from hetu.symbols.analysis import linear_in
+from hetu.symbols.compile import compile_exprs, compile_sympy
+from hetu.symbols.expr import leaves_of
+from hetu.symbols.int_symbol import IntSymbol, as_int
 
 Values = MutableMapping[IntSymbol, int]
 Sources = MutableMapping[IntSymbol, str]
@@ -20,7 +21,7 @@ class Binding(Mapping[IntSymbol, int]):
 
     Args:
         values: Leaves and their values.
-        sources: For each leaf where its value came from.
+        sources: For each leaf where its value came from: ``"int_symbol_dict"``, ``"shape of x, dimension 0"``.
 
     Example:
         >>> s = IntSymbol("s")
@@ -53,12 +54,11 @@ class Binding(Mapping[IntSymbol, int]):
         Raises:
             UnboundSymbolError: If a leaf of it is not bound.
         """
-        return as_symbol(expr).evaluate(self._values)
+        return expr.evaluate(self._values) if isinstance(expr, IntSymbol) else as_int(expr)
 
     def describe(self, expr: IntSymbol | int) -> list[str]:
         """A line for each bound leaf of an expression: ``max_q = 512   from int_symbol_dict``."""
-        leaves = as_symbol(expr).leaves
-        return [f"{leaf} = {self[leaf]}   from {self.source(leaf)}" for leaf in leaves if leaf in self]
+        return _describe(expr.leaves, self._values, self._sources) if isinstance(expr, IntSymbol) else []
 
     def __repr__(self) -> str:
         return f"Binding({', '.join(f'{leaf}={value}' for leaf, value in self._values.items())})"
@@ -70,23 +70,49 @@ class Binding(Mapping[IntSymbol, int]):
 def check_leaf(leaf: IntSymbol, value: Any, source: str, where: Where | None = None) -> int:
     """A value for a leaf as an int, checked against the leaf's range and multiple.
 
+    Args:
+        leaf: The leaf.
+        value: What it is to be.
+        source: Who says so, for the error.
+        where: The user's line to name; the caller's if there is none.
+
     Raises:
         BindingError: If it is no leaf, the value is no int, or lies outside of the leaf's range.
+
+    Example:
+        >>> check_leaf(IntSymbol("s", max=8), 7, "int_symbol_dict")
+        7
     """
-    if not isinstance(leaf, IntSymbol) or not leaf.is_leaf:
-        _refuse(leaf, f"{leaf!s} is no leaf symbol, so it takes no value from {source}", where, "bind its leaves instead")
+    if not isinstance(leaf, IntSymbol):
+        kind = type(leaf).__name__
+        _refuse(f"{leaf!r} ({kind}) is no symbol, so {source} can't bind it", where, "use the IntSymbol itself")
+    if not leaf.is_leaf:
+        names = ", ".join(map(str, leaf.leaves))
+        fix = f"bind {names} instead" if names else "leave it out"
+        _refuse(f"{leaf} is no leaf symbol, so {source} can't bind it", where, fix)
     try:
         number = as_int(value)
     except TypeError:
-        _refuse(leaf, f"{leaf} was given {value!r} by {source}, expected an int", where, "give an int")
-    if number not in leaf.interval or number % leaf.multiple_of:
-        wanted = f"an int in {leaf.interval}" + (f", a multiple of {leaf.multiple_of}" if leaf.multiple_of > 1 else "")
-        _refuse(leaf, f"{leaf} is {number} from {source}, expected {wanted}", where, f"bind {leaf} to a value in its range")
+        _refuse(f"{leaf} is {value!r} ({type(value).__name__}) from {source}, expected an int", where, "give an int")
+    if not _fits(leaf, number):
+        _refuse(f"{leaf} is {number} from {source}, expected {_wanted(leaf)}", where, f"give {leaf} such a value")
     return number
 
 
-def _refuse(leaf: Any, what: str, where: Where | None, fix: str) -> NoReturn:
-    raise BindingError(what, where=where or caller(), fix=fix)
+def _fits(leaf: IntSymbol, value: int) -> bool:
+    return value in leaf.interval and value % leaf.multiple_of == 0
+
+
+def _wanted(leaf: IntSymbol) -> str:
+    """What a leaf may be, in words."""
+    kind = "an int" if leaf.multiple_of == 1 else f"a multiple of {leaf.multiple_of}"
+    if leaf.max is None:
+        return kind if leaf.min is None else f"{kind}, at least {leaf.min}"
+    return f"{kind}, at most {leaf.max}" if leaf.min is None else f"{kind} from {leaf.min} to {leaf.max}"
+
+
+def _refuse(what: str, where: Where | None, fix: str, bound: Sequence[str] = ()) -> NoReturn:
+    raise BindingError(what, where=where or caller(), bound=bound, fix=fix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +134,14 @@ class Equation:
 class _Prepared:
     """An equation with everything computed that needs sympy.
 
-    ``slopes[leaf]`` gives (a, b) of ``a * leaf + b`` from the values of ``others[leaf]``.
+    ``value`` gives the expression's value from those of ``leaves``, and ``slopes[leaf]`` gives (a, b) of
+    ``a * leaf + b`` from those of ``others[leaf]``.
     """
 
     equation: Equation
+    text: str
     leaves: tuple[IntSymbol, ...]
+    value: Callable[..., tuple[int, ...]]
     others: dict[IntSymbol, tuple[IntSymbol, ...]]
     slopes: dict[IntSymbol, Callable[..., tuple[int, ...]]]
 
@@ -129,6 +158,7 @@ class Solver:
         >>> s = IntSymbol("s")
         >>> known, sources = {}, {}
         >>> Solver([Equation(2 * s + 1, "shape of x, dimension 0")]).solve(known, sources, [15])
+        True
         >>> known[s], sources[s]
         (7, 'shape of x, dimension 0')
     """
@@ -162,26 +192,20 @@ class Solver:
         """Checks or solves one equation; False if it is not ripe."""
         unknown = [leaf for leaf in one.leaves if leaf not in known]
         if not unknown:
-            got = one.equation.expr.evaluate(known)
+            (got,) = one.value(*[known[leaf] for leaf in one.leaves])
             if got != value:
-                _conflict(one.equation, value, got, known, sources)
+                _conflict(one, value, got, known, sources)
             return True
         if len(unknown) > 1 or unknown[0] not in one.slopes:
             return False
         leaf = unknown[0]
-        slope, rest = one.slopes[leaf](*(known[other] for other in one.others[leaf]))
+        slope, rest = one.slopes[leaf](*[known[other] for other in one.others[leaf]])
         if slope == 0:
             return False
         solution, remainder = divmod(value - rest, slope)
-        source, where = one.equation.source, one.equation.where
-        if remainder:
-            _refuse(
-                leaf,
-                f"{source} is {value}, which is {one.equation.expr} for no int {leaf}",
-                where,
-                f"feed an array whose size is {one.equation.expr}",
-            )
-        known[leaf], sources[leaf] = check_leaf(leaf, solution, source, where), source
+        if remainder or not _fits(leaf, solution):
+            _no_solution(one, leaf, value, None if remainder else solution, known, sources)
+        known[leaf], sources[leaf] = solution, one.equation.source
         return True
 
 
@@ -194,17 +218,36 @@ def _prepare(equation: Equation) -> _Prepared:
             needed = tuple(dict.fromkeys(item.owner for part in linear for item in leaves_of(part)))
             others[leaf] = needed
             slopes[leaf] = compile_sympy(linear, [item.expr for item in needed])
-    return _Prepared(equation, leaves, others, slopes)
+    value = compile_exprs([equation.expr], leaves)
+    return _Prepared(equation, str(equation.expr), leaves, value, others, slopes)
 
 
-def _conflict(equation: Equation, value: int, got: int, known: Values, sources: Sources) -> NoReturn:
-    expr = equation.expr
-    if expr.constant is not None:
-        what = f"{equation.source} is {value}, expected {expr}"
-    elif expr.is_leaf:
-        what = f"{expr} is {got} from {sources[expr]}, but {value} from {equation.source}"
+def _no_solution(
+    one: _Prepared, leaf: IntSymbol, value: int, solution: int | None, known: Values, sources: Sources
+) -> NoReturn:
+    source, others = one.equation.source, [other for other in one.leaves if other != leaf]
+    if solution is None:
+        what = f"{source} is {value}, but {one.text} is that for no int {leaf}"
+    elif one.equation.expr.is_leaf:
+        what = f"{source} is {value}, expected {leaf}, {_wanted(leaf)}"
     else:
-        what = f"{expr} is {got}, but {equation.source} is {value}"
-    bound = [f"{leaf} = {known[leaf]}   from {sources[leaf]}" for leaf in expr.leaves]
-    fix = "make the two agree, or leave one of them out" if expr.leaves else "feed an array of the placeholder's shape"
-    raise BindingError(what, where=equation.where or caller(), bound=bound, fix=fix)
+        what = f"{source} is {value}, so that {one.text} makes {leaf} {solution}, expected {_wanted(leaf)}"
+    _refuse(what, one.equation.where, f"feed a size that {one.text} can have", _describe(others, known, sources))
+
+
+def _describe(
+    leaves: Sequence[IntSymbol], known: Mapping[IntSymbol, int], sources: Mapping[IntSymbol, str]
+) -> list[str]:
+    return [f"{leaf} = {known[leaf]}   from {sources[leaf]}" for leaf in leaves if leaf in known]
+
+
+def _conflict(one: _Prepared, value: int, got: int, known: Values, sources: Sources) -> NoReturn:
+    expr, source = one.equation.expr, one.equation.source
+    fix = "make the two agree, or leave one of them out"
+    if expr.constant is not None:
+        what, fix = f"{source} is {value}, expected {one.text}", f"feed a size of {one.text}"
+    elif expr.is_leaf:
+        what = f"{one.text} is {got} from {sources[expr]}, but {value} from {source}"
+    else:
+        what = f"{one.text} is {got}, but {source} is {value}"
+    _refuse(what, one.equation.where, fix, _describe(one.leaves, known, sources))

@@ -7,11 +7,8 @@ import operator
 from collections.abc import Callable, Mapping
 from functools import cached_property
 
-
-import sympy
-
 from hetu.errors import UnboundSymbolError, Where, caller
-from hetu.symbols.expr import least
+from hetu.symbols.analysis import bounds_of, difference_of, never_zero
 from hetu.symbols.int_symbol import IntSymbol, as_symbol
 from hetu.symbols.interval import Interval
 
@@ -59,9 +56,10 @@ class Constraint:
         quick = _decide(self.op, self.lhs.interval - self.rhs.interval)
         if quick is not None:
             return quick
-        difference = sympy.Add(self.lhs.expr, sympy.Mul(-1, self.rhs.expr))
-        negated = least(sympy.Mul(-1, difference))
-        return _decide(self.op, Interval(least(difference), None if negated is None else -negated))
+        difference = difference_of(self.lhs.expr, self.rhs.expr)
+        if self.op == "==" and never_zero(difference):
+            return False
+        return _decide(self.op, bounds_of(difference))
 
     def holds(self, values: Mapping[IntSymbol, int]) -> bool:
         """Whether it holds for given values of the leaves."""
@@ -103,5 +101,3 @@ def _decide(op: str, difference: Interval) -> bool | None:
     if high is not None and high <= limit:
         return True
     return False if low is not None and low > limit else None
-
-

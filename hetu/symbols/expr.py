@@ -3,34 +3,34 @@
 sympy's own floor, Mod, Max and Min are not used: they evaluate through assumptions and inequalities (Max of 32
 symbols takes most of a second) and print to float divisions. The functions here do only what is cheap and exact.
 Their canonical forms hold for all values within the leaves' ranges.
+
+Leaves and functions carry their range and a divisor of all their values, so that these are found for any expression
+from the nearest functions in it, not from the leaves up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, TypeVar
+from typing import Any
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
 
 from hetu.symbols.interval import ANY, Interval
 
-_Value = TypeVar("_Value")
 
-
-class Leaf(sympy.Dummy):
+class Leaf(sympy.Dummy):  # type: ignore[misc]  # sympy has no types
     """An unknown. Two leaves are different, whatever their names; each carries its range.
 
     Attributes:
         interval: The values that it may take.
-        multiple_of: What they all are a multiple of.
+        divisor: An int that divides them all.
         owner: The IntSymbol that it is the expression of.
     """
 
     interval: Interval
-    multiple_of: int
+    divisor: int
     owner: Any
 
     def _sympystr(self, printer: Any) -> str:
@@ -40,7 +40,7 @@ class Leaf(sympy.Dummy):
 def make_leaf(name: str, interval: Interval, multiple_of: int, owner: Any) -> Leaf:
     """A new unknown."""
     leaf = Leaf(name, integer=True)
-    leaf.interval, leaf.multiple_of, leaf.owner = interval, multiple_of, owner
+    leaf.interval, leaf.divisor, leaf.owner = interval, multiple_of, owner
     return leaf
 
 
@@ -61,60 +61,72 @@ def subtract(a: Any, b: Any) -> Any:
     return sympy.Add(a, sympy.Mul(sympy.S.NegativeOne, b))
 
 
-def text_of(expr: Any) -> str:
-    """How an expression reads: as Python that would make it again."""
-    return str(sympy.sstr(expr))
+class IntFunction(sympy.Expr):  # type: ignore[misc]
+    """A function of ints with an int value, simplified when it is made and never after.
 
-
-class IntFunction(sympy.Expr):
-    """A function of ints with an int value, simplified when it is made and never after."""
+    Attributes:
+        interval: The values that it may take.
+        divisor: An int that divides them all.
+    """
 
     is_integer = True
     is_commutative = True
+    interval: Interval
+    divisor: int
+
+    def _sympystr(self, printer: Any) -> str:
+        return text_of(self)
 
 
 class FloorDiv(IntFunction):
     """Python's ``a // b``."""
 
-    precedence = PRECEDENCE["Mul"]  # printed as 3*(s//2), which 3*s//2 is not
+    precedence = PRECEDENCE["Add"]  # sympy prints 3*(s//2) then, and not 3*s//2
 
     def __new__(cls, a: Any, b: Any) -> Any:
-        return _floor_by_int(a, int(b.p)) if b.is_Integer else sympy.Expr.__new__(cls, a, b)
+        return _floor_by_int(a, int(b.p)) if b.is_Integer else _new_floor(a, b)
 
-    def _sympystr(self, printer: Any) -> str:
-        return "//".join(_operand(printer, item) for item in self.args)
+
+def _new_floor(a: Any, b: Any) -> FloorDiv:
+    floor = sympy.Expr.__new__(FloorDiv, a, b)
+    floor.interval = interval_of(a) // interval_of(b)
+    floor.divisor = divisor_of(a) // abs(int(b.p)) if divides(b, a) else 1
+    return floor
 
 
 def _floor_by_int(a: Any, b: int) -> Any:
     if b == 0:
-        raise ZeroDivisionError(f"division by zero: ({text_of(a)}) // 0")
+        raise ZeroDivisionError(f"division by zero: ({text_of(a)})//0")
     whole, rest = split_multiples(a, b)
     common = math.gcd(b, *(coefficient for coefficient, _ in terms(rest)))
-    rest, b = sympy.Add(*(make_int(coefficient // common) * item for coefficient, item in terms(rest))), b // common
+    if common > 1:
+        rest = sympy.Add(*(make_int(coefficient // common) * item for coefficient, item in terms(rest)))
+        b //= common
     quotient = interval_of(rest) // Interval.point(b)
     if quotient.lo is not None and quotient.lo == quotient.hi:
         return sympy.Add(whole, make_int(quotient.lo))
     if isinstance(rest, FloorDiv) and b > 0 and rest.args[1].is_Integer and rest.args[1].p > 0:
         return sympy.Add(whole, FloorDiv(rest.args[0], rest.args[1] * make_int(b)))  # (x // m) // n = x // (m * n)
-    return sympy.Add(whole, sympy.Expr.__new__(FloorDiv, rest, make_int(b)))
+    return sympy.Add(whole, _new_floor(rest, make_int(b)))
 
 
 class Mod(IntFunction):
     """Python's ``a % b``."""
 
-    precedence = PRECEDENCE["Mul"]
+    precedence = PRECEDENCE["Add"]
 
     def __new__(cls, a: Any, b: Any) -> Any:
-        if not b.is_Integer:
-            return sympy.Expr.__new__(cls, a, b)
-        if b.p == 0:
-            raise ZeroDivisionError(f"modulo by zero: ({text_of(a)}) % 0")
-        _, rest = split_multiples(a, int(b.p))
-        quotient = interval_of(rest) // Interval.point(int(b.p))
-        return rest if quotient.lo == quotient.hi == 0 else sympy.Expr.__new__(cls, rest, b)
-
-    def _sympystr(self, printer: Any) -> str:
-        return "%".join(_operand(printer, item) for item in self.args)
+        if b.is_Integer:
+            if b.p == 0:
+                raise ZeroDivisionError(f"modulo by zero: ({text_of(a)})%0")
+            _, a = split_multiples(a, int(b.p))
+            quotient = interval_of(a) // Interval.point(int(b.p))
+            if quotient.lo == quotient.hi == 0:
+                return a
+        mod = sympy.Expr.__new__(cls, a, b)
+        mod.interval = interval_of(a) % interval_of(b)
+        mod.divisor = math.gcd(divisor_of(a), divisor_of(b))
+        return mod
 
 
 class Extremum(IntFunction):
@@ -129,10 +141,15 @@ class Extremum(IntFunction):
         if ints:
             constant = max(ints) if cls is Max else min(ints)
             rest = [item for item in rest if not cls._beats(Interval.point(constant), interval_of(item))]
-            if not any(cls._beats(interval_of(item), Interval.point(constant)) for item in rest):
-                rest.append(make_int(constant))
         rest.sort(key=sympy.default_sort_key)
-        return rest[0] if len(rest) == 1 else sympy.Expr.__new__(cls, *rest)
+        if ints and not any(cls._beats(interval_of(item), Interval.point(constant)) for item in rest):
+            rest.append(make_int(constant))
+        if len(rest) == 1:
+            return rest[0]
+        extremum = sympy.Expr.__new__(cls, *rest)
+        extremum.interval = reduce(Interval.maximum if cls is Max else Interval.minimum, map(interval_of, rest))
+        extremum.divisor = math.gcd(*map(divisor_of, rest))
+        return extremum
 
     @classmethod
     def _beats(cls, a: Interval, b: Interval) -> bool:
@@ -141,9 +158,6 @@ class Extremum(IntFunction):
             a, b = -a, -b
         return a.lo is not None and b.hi is not None and a.lo >= b.hi
 
-    def _sympystr(self, printer: Any) -> str:
-        return f"{type(self).__name__.lower()}({', '.join(map(printer._print, self.args))})"
-
 
 class Max(Extremum):
     """Python's ``max``."""
@@ -151,11 +165,6 @@ class Max(Extremum):
 
 class Min(Extremum):
     """Python's ``min``."""
-
-
-def _operand(printer: Any, item: Any) -> str:
-    text = str(printer._print(item))
-    return text if item.is_Symbol or (item.is_Integer and item.p >= 0) or isinstance(item, Extremum) else f"({text})"
 
 
 def terms(expr: Any) -> list[tuple[int, Any]]:
@@ -175,8 +184,7 @@ def split_multiples(a: Any, b: int) -> tuple[Any, Any]:
         elif shared == abs(b):
             whole.append(make_int(coefficient // b) * item)
         elif divisor_of(item) % (b // shared) == 0:
-            exact = sympy.Expr.__new__(FloorDiv, item, make_int(b // shared))
-            whole.append(make_int(coefficient // shared) * exact)
+            whole.append(make_int(coefficient // shared) * _new_floor(item, make_int(b // shared)))
         else:
             rest.append(make_int(coefficient) * item)
     return sympy.Add(*whole), sympy.Add(*rest)
@@ -198,14 +206,6 @@ def parts_of(expr: Any) -> list[Any]:
     return list(done)
 
 
-def fold(expr: Any, rule: Callable[[Any, list[_Value]], _Value]) -> _Value:
-    """A value for an expression from ``rule(part, values of its operands)``, computed once for each part."""
-    known: dict[Any, _Value] = {}
-    for item in parts_of(expr):
-        known[item] = rule(item, [known[operand] for operand in item.args])
-    return known[expr]
-
-
 def leaves_of(expr: Any) -> tuple[Leaf, ...]:
     """The unknowns of an expression, oldest first."""
     found = [item for item in parts_of(expr) if isinstance(item, Leaf)]
@@ -214,52 +214,80 @@ def leaves_of(expr: Any) -> tuple[Leaf, ...]:
 
 def interval_of(expr: Any) -> Interval:
     """The values that an expression may take, from its leaves' ranges."""
-    return fold(expr, _interval)
-
-
-def _interval(item: Any, parts: Sequence[Interval]) -> Interval:
-    if item.is_Integer:
-        return Interval.point(int(item.p))
-    if isinstance(item, Leaf):
-        return item.interval
-    if item.is_Pow:
-        return parts[0].power(int(item.exp.p)) if item.exp.is_Integer and item.exp.p > 0 else ANY
-    for kind, rule in _INTERVAL_RULES.items():
-        if isinstance(item, kind):
-            return reduce(rule, parts)
-    return ANY
-
-
-_INTERVAL_RULES: dict[Any, Callable[[Interval, Interval], Interval]] = {
-    sympy.Add: Interval.__add__,
-    sympy.Mul: Interval.__mul__,
-    FloorDiv: Interval.__floordiv__,
-    Mod: Interval.__mod__,
-    Max: Interval.maximum,
-    Min: Interval.minimum,
-}
+    if expr.is_Integer:
+        return Interval.point(int(expr.p))
+    if isinstance(expr, (Leaf, IntFunction)):
+        return expr.interval
+    if expr.is_Add or expr.is_Mul:
+        return reduce(Interval.__add__ if expr.is_Add else Interval.__mul__, map(interval_of, expr.args))
+    return interval_of(expr.base).power(int(expr.exp.p)) if _is_power(expr) else ANY
 
 
 def divisor_of(expr: Any) -> int:
     """An int that divides every value of an expression, from its leaves' multiples; 0 for the constant 0."""
-    return fold(expr, _divisor)
+    if expr.is_Integer:
+        return abs(int(expr.p))
+    if isinstance(expr, (Leaf, IntFunction)):
+        return expr.divisor
+    if expr.is_Add:
+        return math.gcd(*map(divisor_of, expr.args))
+    if expr.is_Mul:
+        return math.prod(map(divisor_of, expr.args))
+    return divisor_of(expr.base) ** int(expr.exp.p) if _is_power(expr) else 1
 
 
-def _divisor(item: Any, parts: Sequence[int]) -> int:
+def _is_power(expr: Any) -> bool:
+    return bool(expr.is_Pow and expr.exp.is_Integer and expr.exp.p > 0)
+
+
+def divides(b: Any, a: Any) -> bool:
+    """Whether ``a // b`` is known to leave no remainder."""
+    return bool(b.is_Integer) and divisor_of(a) % int(b.p) == 0
+
+
+# How tightly a text holds together, for brackets.
+_SUM, _FLOOR, _PRODUCT, _ATOM = range(4)
+
+
+def text_of(expr: Any) -> str:
+    """How an expression reads: as the Python that would make it again."""
+    texts: dict[Any, tuple[str, int]] = {}
+    for item in parts_of(expr):
+        texts[item] = _text(item, texts)
+    return texts[expr][0]
+
+
+def _text(item: Any, texts: dict[Any, tuple[str, int]]) -> tuple[str, int]:
+    def of(part: Any, least: int) -> str:
+        text, holds = texts[part]
+        return text if holds >= least else f"({text})"
+
     if item.is_Integer:
-        return abs(int(item.p))
+        return str(int(item.p)), _ATOM if item.p >= 0 else _SUM
     if isinstance(item, Leaf):
-        return item.multiple_of
-    if item.is_Mul:
-        return math.prod(parts)
+        return str(item.name), _ATOM
+    if isinstance(item, (FloorDiv, Mod)):
+        return ("//" if isinstance(item, FloorDiv) else "%").join(of(part, _ATOM) for part in item.args), _FLOOR
+    if isinstance(item, Extremum):
+        return f"{type(item).__name__.lower()}({', '.join(of(part, _SUM) for part in item.args)})", _ATOM
     if item.is_Pow:
-        return parts[0]
-    if isinstance(item, FloorDiv):
-        return parts[0] // parts[1] if divides_exactly(item, parts[0]) else 1
-    return math.gcd(*parts)  # a sum, a remainder, the largest or the least
+        return "**".join(of(part, _ATOM) for part in item.args), _PRODUCT
+    if item.is_Mul:
+        number, _ = item.as_coeff_Mul()
+        factors = sorted((of(part, _PRODUCT) for part in item.args if not part.is_Integer), key=_short_first)
+        sign = {1: "", -1: "-"}.get(int(number.p), f"{number.p}*")
+        return sign + "*".join(factors), _PRODUCT if number.p > 0 else _SUM
+    positive, negative = list[str](), list[str]()
+    for part in item.args:
+        number, rest = part.as_coeff_Mul()
+        # A floor may stand bare after a minus in a sum, s - s//2, where alone it would be -(s//2).
+        term = f"-{of(rest, _FLOOR)}" if number.p == -1 and rest in texts else of(part, _SUM)
+        (positive if number.p > 0 else negative).append(term)
+    first, *others = sorted(positive, key=_short_first) + sorted(negative, key=_short_first)
+    return first + "".join(f" - {term[1:]}" if term[0] == "-" else f" + {term}" for term in others), _SUM
 
 
-def divides_exactly(floor: FloorDiv, divisor: int | None = None) -> bool:
-    """Whether ``a // b`` is known to leave no remainder; ``divisor`` is a's, if it is at hand."""
-    a, b = floor.args
-    return bool(b.is_Integer) and (divisor_of(a) if divisor is None else divisor) % int(b.p) == 0
+def _short_first(text: str) -> tuple[bool, int, str]:
+    """Sorts what is simple to the front, numbers last; sympy's own order costs more, and recurses."""
+    bare = text.lstrip("-0123456789*")
+    return not bare, len(bare), bare

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any
-
-import sympy
 
 from hetu.errors import BindingError, UnboundSymbolError, caller
 from hetu.symbols.compile import compile_sympy
-from hetu.symbols.expr import FloorDiv, Max, Min, Mod, interval_of, leaves_of, make_int, make_leaf
+from hetu.symbols.expr import (
+    FloorDiv,
+    Max,
+    Min,
+    Mod,
+    add,
+    divisor_of,
+    interval_of,
+    leaves_of,
+    make_int,
+    make_leaf,
+    multiply,
+    subtract,
+    text_of,
+)
 from hetu.symbols.interval import Interval
 
 if TYPE_CHECKING:
@@ -25,13 +38,13 @@ class IntSymbol:
     """An int that is known only when the graph runs: a leaf, or an expression of leaves.
 
     Every call makes a new unknown, also where names are equal. Expressions are equal, and hash alike, when their
-    canonical forms are.
+    canonical forms are. Ints of any size are exact; bools and floats are refused.
 
     Args:
         value: A leaf's name, or the default value of an unnamed leaf; None for an unnamed leaf without one.
-        min: Least value of the leaf.
+        min: Least value of the leaf, None for no bound.
         max: Greatest value, None for no bound.
-        multiple_of: What the value is a multiple of.
+        multiple_of: What the value is a multiple of; the range is narrowed to its multiples.
 
     Attributes:
         expr: The sympy expression.
@@ -47,20 +60,16 @@ class IntSymbol:
         (0, 4096, 256)
     """
 
-    __slots__ = ("__dict__", "_default", "_name", "expr", "multiple_of")
+    __slots__ = ("__dict__", "_default", "_name", "expr")
+    __array_ufunc__ = None  # numpy's ints and arrays leave arithmetic with a symbol to the symbol
 
     def __init__(
-        self, value: str | int | None = None, *, min: int = 0, max: int | None = None, multiple_of: int = 1
+        self, value: str | int | None = None, *, min: int | None = 0, max: int | None = None, multiple_of: int = 1
     ) -> None:
-        low, high = as_int(min), None if max is None else as_int(max)
-        self.multiple_of = as_int(multiple_of)
-        if self.multiple_of < 1 or (high is not None and high < low):
-            raise BindingError(
-                f"no int is from {low} to {high} and a multiple of {multiple_of}", op="IntSymbol", where=caller()
-            )
-        self._name = value if isinstance(value, str) else f"_{next(_unnamed)}"
+        interval, multiple = _range(min, max, multiple_of)
+        self._name: str | None = value if isinstance(value, str) else f"_{next(_unnamed)}"
         self._default: int | None = None
-        self.expr: Any = make_leaf(self._name, Interval(low, high), self)
+        self.expr: Any = make_leaf(str(self._name), interval, multiple, self)
         if value is not None and not isinstance(value, str):
             self.set_data(value)
 
@@ -71,7 +80,8 @@ class IntSymbol:
             owner: IntSymbol = expr.owner
             return owner
         symbol = object.__new__(cls)
-        symbol.expr, symbol._name, symbol._default, symbol.multiple_of = expr, None, None, 1
+        symbol._name = symbol._default = None
+        symbol.expr = expr
         return symbol
 
     # What it is
@@ -107,6 +117,11 @@ class IntSymbol:
         return self.interval.hi
 
     @cached_property
+    def multiple_of(self) -> int:
+        """What the value is known to be a multiple of."""
+        return divisor_of(self.expr) or 1  # everything divides the constant 0
+
+    @cached_property
     def leaves(self) -> tuple[IntSymbol, ...]:
         """The leaves that it is made of, oldest first."""
         return tuple(leaf.owner for leaf in leaves_of(self.expr))
@@ -138,15 +153,17 @@ class IntSymbol:
 
         Raises:
             BindingError: If this is no leaf, or the value lies outside of its range.
+            TypeError: If the value is no int.
         """
         from hetu.symbols.binding import check_leaf
 
-        self._default = check_leaf(self, value, "set_data")
+        self._default = check_leaf(self, as_int(value), "set_data")
 
     def evaluate(self, values: Mapping[IntSymbol, int]) -> int:
-        """The value for given values of the leaves.
+        """The value for given values of the leaves, each within its range.
 
         Raises:
+            BindingError: If a divisor is zero.
             UnboundSymbolError: If a leaf has no value; names all that have none.
         """
         missing = [leaf for leaf in self.leaves if leaf not in values]
@@ -157,7 +174,8 @@ class IntSymbol:
                 where=caller(),
                 fix=f"give {names} in int_symbol_dict, or set_data(...) a default",
             )
-        return self._function(*(values[leaf] for leaf in self.leaves))[0]
+        # numpy's ints would overflow
+        return self._function(*(operator.index(values[leaf]) for leaf in self.leaves))[0]
 
     @cached_property
     def _function(self) -> Any:
@@ -166,47 +184,46 @@ class IntSymbol:
     # Arithmetic
 
     def __add__(self, other: IntSymbol | int) -> IntSymbol:
-        return _combine(sympy.Add, self, other)
+        return _combine("+", add, self, other)
 
     def __radd__(self, other: int) -> IntSymbol:
-        return _combine(sympy.Add, other, self)
+        return _combine("+", add, other, self)
 
     def __sub__(self, other: IntSymbol | int) -> IntSymbol:
-        return _combine(_subtract, self, other)
+        return _combine("-", subtract, self, other)
 
     def __rsub__(self, other: int) -> IntSymbol:
-        return _combine(_subtract, other, self)
+        return _combine("-", subtract, other, self)
 
     def __mul__(self, other: IntSymbol | int) -> IntSymbol:
-        return _combine(sympy.Mul, self, other)
+        return _combine("*", multiply, self, other)
 
     def __rmul__(self, other: int) -> IntSymbol:
-        return _combine(sympy.Mul, other, self)
+        return _combine("*", multiply, other, self)
 
     def __floordiv__(self, other: IntSymbol | int) -> IntSymbol:
-        return _combine(FloorDiv, self, other)
+        return _combine("//", FloorDiv, self, other)
 
     def __rfloordiv__(self, other: int) -> IntSymbol:
-        return _combine(FloorDiv, other, self)
+        return _combine("//", FloorDiv, other, self)
 
     def __mod__(self, other: IntSymbol | int) -> IntSymbol:
-        return _combine(Mod, self, other)
+        return _combine("%", Mod, self, other)
 
     def __rmod__(self, other: int) -> IntSymbol:
-        return _combine(Mod, other, self)
+        return _combine("%", Mod, other, self)
 
     def __neg__(self) -> IntSymbol:
-        return _combine(sympy.Mul, -1, self)
+        return -1 * self
 
     def __pos__(self) -> IntSymbol:
         return self
 
     def __truediv__(self, other: Any) -> Any:
-        if not isinstance(other, (IntSymbol, int, float)):
-            return NotImplemented  # a tensor knows how to be divided
-        raise TypeError(f"{self} / {other} may be no int: use // for floor division, or hetu.ceil_div")
+        return _no_division(self, other, other)
 
-    __rtruediv__ = __truediv__
+    def __rtruediv__(self, other: Any) -> Any:
+        return _no_division(other, self, other)
 
     # Comparison
 
@@ -215,7 +232,9 @@ class IntSymbol:
             return True
         if isinstance(other, IntSymbol):
             return bool(self.expr == other.expr)
-        return isinstance(other, int) and self.constant is not None and self.constant == other
+        if isinstance(other, (int, Integral)):
+            return self.constant is not None and self.constant == int(other)
+        return NotImplemented
 
     def __hash__(self) -> int:
         return self._hash
@@ -252,7 +271,7 @@ class IntSymbol:
 
     @cached_property
     def _text(self) -> str:
-        return sympy.sstr(self.expr)
+        return text_of(self.expr) if self._name is None else self._name
 
     def __repr__(self) -> str:
         return f"IntSymbol({self})"
@@ -264,9 +283,12 @@ def as_int(value: Any) -> int:
     Raises:
         TypeError: For anything else; floats never enter.
     """
-    if isinstance(value, bool):
-        raise TypeError(f"expected an int, got {value!r}")
-    return operator.index(value)
+    if not isinstance(value, bool):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"expected an int or an IntSymbol, got {value!r} ({type(value).__name__}); sizes are exact ints")
 
 
 def as_symbol(value: IntSymbol | int) -> IntSymbol:
@@ -283,10 +305,13 @@ def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
     """``a / b`` rounded up.
 
     Example:
-        >>> ceil_div(IntSymbol("s"), 128).evaluate, ceil_div(129, 128).constant  # doctest: +ELLIPSIS
-        (<bound method ..., 2)
+        >>> ceil_div(IntSymbol("s"), 128), ceil_div(129, 128).constant
+        (IntSymbol((s + 127)//128), 2)
     """
-    return -((-as_symbol(a)) // b)
+    a, b = as_symbol(a), as_symbol(b)
+    if b.constant is not None and b.constant > 0:
+        return (a + (b - 1)) // b  # as people write it, so that both are equal
+    return -((-a) // b)
 
 
 def maximum(*values: IntSymbol | int) -> IntSymbol:
@@ -315,22 +340,62 @@ def _extremum(kind: Any, values: tuple[IntSymbol | int, ...]) -> IntSymbol:
     return IntSymbol.from_expr(kind(*(as_symbol(item).expr for item in values)))
 
 
-def _combine(op: Any, a: IntSymbol | int, b: IntSymbol | int) -> Any:
+def _range(low: int | None, high: int | None, multiple_of: int) -> tuple[Interval, int]:
+    """A leaf's range, narrowed to multiples, and the multiple."""
+    low, high = None if low is None else as_int(low), None if high is None else as_int(high)
+    multiple = as_int(multiple_of)
+    if multiple < 1:
+        raise BindingError(
+            f"multiple_of is {multiple}, expected an int of at least 1",
+            op="IntSymbol",
+            where=caller(),
+            fix="leave multiple_of out, or give what every value is a multiple of",
+        )
+    least = None if low is None else -(-low // multiple) * multiple
+    most = None if high is None else high // multiple * multiple
+    if least is not None and most is not None and least > most:
+        what = "int" if multiple == 1 else f"multiple of {multiple}"
+        raise BindingError(
+            f"there is no {what} from min={low} to max={high}",
+            op="IntSymbol",
+            where=caller(),
+            fix="give a range that holds a value",
+        )
+    return Interval(least, most), multiple
+
+
+def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
+    """One side of an operator as a symbol; None for a type that may know better what to do with symbols.
+
+    Raises:
+        TypeError: For bools and numbers that are no ints.
+    """
+    if isinstance(value, IntSymbol):
+        return value
     try:
-        left, right = as_symbol(a), as_symbol(b)
+        return as_symbol(value)
     except TypeError:
+        if isinstance(value, Number):
+            kind = type(value).__name__
+            raise TypeError(f"{text()}: symbols are exact ints, got a {kind}; write an int") from None
+        return None
+
+
+def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+    left, right = (_operand(value, lambda: f"{a} {sign} {b}") for value in (a, b))
+    if left is None or right is None:
         return NotImplemented
-    return IntSymbol.from_expr(op(left.expr, right.expr))
+    return IntSymbol.from_expr(make(left.expr, right.expr))
 
 
-def _subtract(a: Any, b: Any) -> Any:
-    return sympy.Add(a, sympy.Mul(-1, b))
-
-
-def _compare(op: str, a: IntSymbol | int, b: IntSymbol | int) -> Any:
+def _compare(op: str, a: IntSymbol, b: Any) -> Any:
     from hetu.symbols.constraint import Constraint
 
-    try:
-        return Constraint(op, as_symbol(a), as_symbol(b))
-    except TypeError:
-        return NotImplemented
+    right = _operand(b, lambda: f"{a} {op} {b}")
+    return NotImplemented if right is None else Constraint(op, a, right)
+
+
+def _no_division(a: Any, b: Any, other: Any) -> Any:
+    if not isinstance(other, (IntSymbol, Number)):
+        return NotImplemented  # a tensor knows how to be divided
+    raise TypeError(f"{a} / {b} may be no int: use // for floor division, or hetu.ceil_div")

@@ -37,24 +37,43 @@ class Interval:
         return _corners(self, other, _times)
 
     def __floordiv__(self, other: Interval) -> Interval:
-        if other.lo is not None and other.lo > 0:
-            return _corners(self, other, _over)
-        if other.hi is not None and other.hi < 0:
-            return -self // -other
-        return ANY
+        """The range of ``a // b`` for all b but 0, for which there is no value."""
+        below, above = other.negative(), other.positive()
+        if below and above:
+            return (self // below).hull(self // above)
+        if below:
+            return -self // -below
+        return _corners(self, above, _over) if above else ANY
 
     def __mod__(self, other: Interval) -> Interval:
-        if other.lo is not None and other.lo > 0:
-            inside = self.lo is not None and self.lo >= 0 and self.hi is not None and self.hi < other.lo
-            if inside:
-                return self
-            top = None if other.hi is None else other.hi - 1
-            if self.lo is not None and self.lo >= 0:  # a % b <= a
-                top = self.hi if top is None else top if self.hi is None else min(top, self.hi)
-            return Interval(0, top)
-        if other.hi is not None and other.hi < 0:
-            return -(-self % -other)
-        return ANY
+        """The range of ``a % b`` for all b but 0, for which there is no value."""
+        below, above = other.negative(), other.positive()
+        if below and above:
+            return (self % below).hull(self % above)
+        if below:
+            return -(-self % -below)
+        if not above or above.lo is None:
+            return ANY
+        if self.lo is None or self.lo < 0:
+            return Interval(0, None if above.hi is None else above.hi - 1)
+        if self.hi is not None and self.hi < above.lo:
+            return self
+        tops = [top for top in (self.hi, None if above.hi is None else above.hi - 1) if top is not None]
+        return Interval(0, min(tops, default=None))  # a % b is less than b, and at most a
+
+    def positive(self) -> Interval | None:
+        """The part of it above 0; None if there is none."""
+        low = 1 if self.lo is None else max(self.lo, 1)
+        return None if self.hi is not None and self.hi < low else Interval(low, self.hi)
+
+    def negative(self) -> Interval | None:
+        """The part of it below 0; None if there is none."""
+        mirrored = (-self).positive()
+        return None if mirrored is None else -mirrored
+
+    def hull(self, other: Interval) -> Interval:
+        """The least range that holds both."""
+        return Interval(self.minimum(other).lo, self.maximum(other).hi)
 
     def power(self, exponent: int) -> Interval:
         """The range of ``x ** exponent`` for an exponent of at least 1."""

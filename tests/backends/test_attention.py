@@ -72,6 +72,12 @@ def test_varlen_of_unequal_lengths(attend: Attend, is_causal: bool) -> None:
     check(attend, case, (4, 2), 16, torch.float32)
 
 
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_dropout_over_many_blocks(attend: Attend, is_causal: bool) -> None:
+    case = varlen_case(LENGTHS, LENGTHS, sum(LENGTHS), is_causal)
+    check(attend, case, (2, 1), 16, torch.float32, DROPOUT)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 1), (6, 2)])
 def test_grouped_queries(attend: Attend, heads: tuple[int, int]) -> None:
     check(attend, random_case(1, [40, 21], is_causal=True, num_steps=2), heads, 16, torch.float32)
@@ -128,12 +134,13 @@ def test_middle_step_leaves_other_spans_alone(attend: Attend) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(attend: Attend, scale: float) -> None:
-    case = varlen_case([40], [40], 40, is_causal=True)
+    n = 140
+    case = varlen_case([n], [n], n, is_causal=True)
     q, pairs = buffers(case, 2, 1, 16, torch.float32, seed=0)
     state = run(attend, case, q, pairs, scale=scale, scores=True)
     expected = dense(case, q, pairs, scale=scale)
     torch.testing.assert_close(state.out.double(), expected.out, rtol=0, atol=2e-5)
-    p = finish_softmax(state, case.spans, None, torch.float32)[0, :, :40, :40]
+    p = finish_softmax(state, case.spans, None, torch.float32)[0, :, :n, :n]
     torch.testing.assert_close(p.double(), expected.p, rtol=0, atol=2e-5)
 
 

@@ -16,7 +16,8 @@ _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
 
 Part = tuple[int, torch.Tensor, torch.Tensor]
-"""Attention of the rows of a span from some row on over some keys: that row, out ``(n, H, D)``, lse ``(H, n)``."""
+"""Attention of the rows of a span from some row on over some keys: that row, out ``(H_kv, group, n, D)`` and lse
+``(H_kv, group, n)``."""
 
 
 def attend(
@@ -37,43 +38,51 @@ def attend(
 
     Computes in float32, or in float64 for float64 inputs.
     """
+    dtype = compute_dtype(q.dtype)
     acc = state.acc
     if acc is None:  # a single step: build it up in the output itself if its type allows
-        acc = state.out if q.dtype == compute_dtype(q.dtype) else torch.empty_like(q, dtype=torch.float32)
+        acc = state.out if q.dtype == dtype else torch.empty_like(state.out, dtype=dtype)
+    # Everything below is (H_kv, group, T, D): keys stand beside the query heads that share them, as views with
+    # stride 0, and nothing is repeated in memory.
+    heads = (k.shape[1], q.shape[1] // k.shape[1])
+    out, queries = (x.unflatten(1, heads).permute(1, 2, 0, 3) for x in (acc, q.to(dtype)))
+    keys, values = (x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, heads[1], -1, -1) for x in (k, v))
+    lse = state.lse.unflatten(1, heads)
     plain = dropout is not None or state.scores is not None or q.device.type != "cpu"
 
-    def parts(span: int, queries: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
-        keys, values = k[k_start : k_start + k_len], v[k_start : k_start + k_len]
+    def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
+        seen = slice(k_start, k_start + k_len)
         if not plain:
-            return _flash(queries, keys, values, diagonal, softmax_scale)
+            return _flash(own, keys[:, :, seen], values[:, :, seen], diagonal, softmax_scale)
         extras = _Extras(spans, span, state.scores, dropout, key_position, k_start)
-        return _plain(queries, keys, values, diagonal, softmax_scale, extras)
+        return _plain(own, keys[:, :, seen], values[:, :, seen], diagonal, softmax_scale, extras)
 
     segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), strict=True))
     bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
     places = zip(spans.start.tolist(), spans.length.tolist(), spans.slot.tolist(), spans.slot_row.tolist(), strict=True)
     for span, (start, length, slot, slot_row) in enumerate(places):
-        own = segments[bounds[span] : bounds[span + 1]]
-        if own or first:
+        own_segments = segments[bounds[span] : bounds[span + 1]]
+        if own_segments or first:
             rows = slice(start, start + length)
-            lse = state.lse[slot, :, slot_row : slot_row + length] if slot >= 0 else None
-            _fold(chain.from_iterable(parts(span, q[rows], *segment) for segment in own), acc[rows], lse, first)
+            own_lse = lse[slot, :, :, slot_row : slot_row + length] if slot >= 0 else None
+            own_parts = (parts(span, queries[:, :, rows], *segment) for segment in own_segments)
+            _fold(chain.from_iterable(own_parts), out[:, :, rows], own_lse, first)
     if last and acc is not state.out:
         state.out.copy_(acc)
 
 
 def _fold(parts: Iterable[Part], out: torch.Tensor, lse: torch.Tensor | None, empty: bool) -> None:
-    """Merges parts into the running out ``(n, H, D)`` and lse ``(H, n)`` of a span, or begins them if ``empty``."""
+    """Merges parts into the running out and lse of a span, or begins them if ``empty``."""
     for row, part_out, part_lse in parts:
         assert lse is not None, "rows with keys have a slot"
-        end = row + len(part_out)
-        if empty and len(part_out) == len(out):
+        if empty and part_lse.shape == lse.shape:
             out.copy_(part_out)
             lse.copy_(part_lse)
         else:
             if empty:
                 _clear(out, lse)
-            _merge(out[row:end], lse[:, row:end], part_out, part_lse)
+            end = row + part_lse.shape[-1]
+            _merge(out[:, :, row:end], lse[:, :, row:end], part_out, part_lse)
         empty = False
     if empty:
         _clear(out, lse)
@@ -87,11 +96,11 @@ def _clear(out: torch.Tensor, lse: torch.Tensor | None) -> None:
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Merges the attention over other keys into ``out (n, H, D)`` and ``lse (H, n)``, in place."""
+    """Merges the attention over other keys into ``out (..., n, D)`` and ``lse (..., n)``, in place."""
     total = torch.logaddexp(lse, part_lse)
     shift = torch.where(total == -torch.inf, 0.0, total)  # -inf - -inf would be NaN
-    out.mul_((lse - shift).exp_().t().unsqueeze(-1))
-    out.addcmul_(part_out, (part_lse - shift).exp_().t().unsqueeze(-1))
+    out.mul_((lse - shift).exp_().unsqueeze(-1))
+    out.addcmul_(part_out, (part_lse - shift).exp_().unsqueeze(-1))
     lse.copy_(total)
 
 
@@ -104,36 +113,16 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, sof
                          x x x x .                           x . .
                          x x x x x                           x x .
     """
-    rows, keys = q.shape[0], k.shape[0]
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    rows, keys = q.shape[2], k.shape[2]
     if diagonal >= keys - 1:
-        yield 0, *_flash_call(q, k, v, False, softmax_scale)
+        yield 0, *flash(q, k, v, 0.0, False, scale=softmax_scale)
         return
     if diagonal > 0:
-        yield 0, *_flash_call(q, k[:diagonal], v[:diagonal], False, softmax_scale)
-        k, v, diagonal = k[diagonal:], v[diagonal:], 0
+        yield 0, *flash(q, k[:, :, :diagonal], v[:, :, :diagonal], 0.0, False, scale=softmax_scale)
+        k, v, diagonal = k[:, :, diagonal:], v[:, :, diagonal:], 0
     if -diagonal < rows:
-        yield -diagonal, *_flash_call(q[-diagonal:], k, v, True, softmax_scale)
-
-
-def _flash_call(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, softmax_scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Flash attention of (T, H, D) tensors.
-
-    The query heads that share keys become the heads of one batch entry, so that the keys are a view with stride 0
-    and nothing is repeated in memory.
-    """
-    dtype, num_kv = compute_dtype(q.dtype), k.shape[1]
-    shape = (num_kv, q.shape[1] // num_kv, k.shape[0], q.shape[2])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q.to(dtype).unflatten(1, shape[:2]).permute(1, 2, 0, 3),
-        k.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(shape),
-        v.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(shape),
-        0.0,
-        is_causal,
-        scale=softmax_scale,
-    )
-    return out.permute(2, 0, 1, 3).flatten(1, 2), lse.flatten(0, 1)
+        yield -diagonal, *flash(q[:, :, -diagonal:], k, v, 0.0, True, scale=softmax_scale)
 
 
 class _Extras:
@@ -164,14 +153,10 @@ class _Extras:
         return torch.from_numpy(np.asarray(part, np.int64)).to(device)
 
     def write_scores(self, scores: torch.Tensor, begin: int) -> None:
-        """Writes ``(H, n, keys)`` from the span's row ``begin`` on; what the mask hides stays as it is."""
+        """Writes ``(H, n, keys)`` from the span's row ``begin`` on; no other segment of the span has these keys."""
         if self.scores is not None:
-            rows, columns = (
-                slice(begin, begin + scores.shape[1]),
-                self.column + self.keys(scores.shape[2], scores.device),
-            )
-            old = self.scores[:, rows, columns]
-            self.scores[:, rows, columns] = torch.where(scores == -torch.inf, old, scores)
+            columns = self.column + self.keys(scores.shape[2], scores.device)
+            self.scores[:, begin : begin + scores.shape[1], columns] = scores
 
     def drop(self, weights: torch.Tensor, begin: int) -> torch.Tensor:
         """Applies dropout to ``(H, n, keys)`` from the span's row ``begin`` on."""
@@ -188,29 +173,22 @@ def _plain(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float, extras: _Extras
 ) -> Iterator[Part]:
     """One segment by matrix products, a block of rows after the other."""
-    (rows, num_q, head_dim), (keys, num_kv, _) = q.shape, k.shape
-    dtype = compute_dtype(q.dtype)
-    block = max(16, _BLOCK_ENTRIES // (num_q * keys))
-    out, lse = q.new_empty(q.shape, dtype=dtype), q.new_empty((num_q, rows), dtype=dtype)
-    k_heads, v_heads = k.to(dtype).permute(1, 2, 0), v.to(dtype).permute(1, 0, 2)
+    (num_kv, group, rows, _), keys = q.shape, k.shape[2]
+    block = max(16, _BLOCK_ENTRIES // (num_kv * group * keys))
     j = torch.arange(keys, device=q.device)
     for begin in range(0, rows, block):
         end = min(begin + block, rows)
-        seen = min(keys, max(0, end + diagonal))
-        if seen == 0:
-            _clear(out[begin:end], lse[:, begin:end])
+        seen = min(keys, end + diagonal)
+        if seen <= 0:
             continue
-        # (H_kv, rows * group, D): a matrix product a kv head, for all query heads that share it.
-        queries = q[begin:end].to(dtype).unflatten(1, (num_kv, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-        s = (queries @ k_heads[:, :, :seen]).mul_(softmax_scale).view(num_q, end - begin, seen)
+        # (H_kv, group * n, D): one matrix product a kv head, for all query heads that share it.
+        s = q[:, :, begin:end].flatten(1, 2) @ k[:, 0, :seen].mT
+        s = s.mul_(softmax_scale).unflatten(1, (group, -1))
         if begin + diagonal < seen - 1:
             i = torch.arange(begin, end, device=q.device).unsqueeze(1)
             s.masked_fill_(i + diagonal < j[:seen], -torch.inf)
-        extras.write_scores(s, begin)
-        total = s.logsumexp(-1)
-        shift = torch.where(total == -torch.inf, 0.0, total)  # -inf - -inf would be NaN
-        weights = extras.drop((s - shift.unsqueeze(-1)).exp_(), begin)
-        part = weights.view(num_kv, -1, seen) @ v_heads[:, :seen]
-        out[begin:end] = part.view(num_q, end - begin, head_dim).permute(1, 0, 2)
-        lse[:, begin:end] = total
-    yield 0, out, lse
+        extras.write_scores(s.flatten(0, 1), begin)
+        lse = s.logsumexp(-1)
+        shift = torch.where(lse == -torch.inf, 0.0, lse)  # -inf - -inf would be NaN
+        weights = extras.drop((s - shift.unsqueeze(-1)).exp_().flatten(0, 1), begin)
+        yield begin, (weights.view(num_kv, -1, seen) @ v[:, 0, :seen]).unflatten(1, (group, -1)), lse

@@ -1,0 +1,175 @@
+"""Comparisons: decided where that is certain, refused where it is not, never guessed."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from symbols.expressions import INTS, SYMBOLS, Tree, Unknowns, build, leaf_trees, trees, unknowns
+
+import hetu
+from hetu import Constraint, IntSymbol, equal, maximum, minimum
+from hetu.symbols import as_symbol
+
+OPERATORS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "==": operator.eq}
+
+
+@st.composite
+def pairs(draw: st.DrawFn) -> tuple[Tree, Tree]:
+    """Two expressions; often made of each other, so that there is something to cancel."""
+    one = draw(trees)
+    part = draw(leaf_trees | trees)
+    number = draw(st.integers(1, 5))
+    other = draw(
+        st.sampled_from(
+            [
+                part,
+                ("+", one, number),
+                ("maximum", one, part),
+                ("minimum", one, part),
+                ("*", ("floordiv", one, number), number),
+                ("-", one, ("floordiv", one, number)),
+                ("+", ("*", ("floordiv", one, number), number), ("mod", one, number)),
+                ("+", ("*", one, 2), 1),
+            ]
+        )
+    )
+    return draw(st.sampled_from([(one, other), (other, one), (("-", other, one), part)]))
+
+
+@given(pairs(), unknowns(), st.sampled_from(sorted(OPERATORS)))
+@settings(max_examples=500)
+def test_a_decision_is_right_for_every_value(pair: tuple[Tree, Tree], given_: Unknowns, op: str) -> None:
+    try:
+        a, b = (build(tree, given_.values, int, INTS) for tree in pair)
+    except ZeroDivisionError:
+        assume(False)
+    constraint = Constraint(op, *(as_symbol(build(tree, given_.leaves, int, SYMBOLS)) for tree in pair))
+    assert constraint.decided in (None, OPERATORS[op](a, b))
+    assert constraint.holds(given_.bound) is OPERATORS[op](a, b)
+
+
+s = IntSymbol("s", min=2, max=100)
+t, u = IntSymbol("t"), IntSymbol("u")
+k = IntSymbol("k", multiple_of=64)
+many = [IntSymbol(f"n{i}") for i in range(32)]
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        s > 1,
+        s >= 2,
+        s < 101,
+        s <= 100,
+        t >= 0,
+        t - t // 2 >= 0,
+        t - t // 2 >= t // 2,
+        t // 2 * 2 <= t,
+        t // 2 + (t + 1) // 2 > t - 2,
+        (t + 127) // 128 * 128 >= t,
+        (t + 127) // 128 * 128 < t + 128,
+        t % 7 < 7,
+        t % 7 <= t,
+        equal(t // 4 * 4 + t % 4, t),
+        equal(t * (u + 1), u * t + t),
+        equal((k + 63) // 64 * 64, k),
+        equal(k % 32, 0),
+        2 * t >= t,
+        maximum(t, u) >= u,
+        maximum(*many) >= many[17],
+        minimum(*many) <= many[17],
+        minimum(t + 1, t + 5) > t,
+        t - minimum(t, 5) >= 0,
+        (t + u) // 2 - t // 3 - u // 2 >= -1,
+    ],
+    ids=str,
+)
+def test_what_is_decided(constraint: Constraint) -> None:
+    assert constraint.decided is True
+    assert bool(constraint) is True
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [s < 2, s > 100, equal(s, 1), t - t // 2 < 0, equal(t, t + 1), equal(2 * t, 2 * u + 1), equal(k, 65), t > t],
+    ids=str,
+)
+def test_what_is_decided_against(constraint: Constraint) -> None:
+    assert constraint.decided is False
+    assert bool(constraint) is False
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [s < 3, s > 99, equal(s, 5), t > 0, t // 2 * 2 >= t, equal(2 * t, 2 * u), equal(k, 64), maximum(t, u) > u],
+    ids=str,
+)
+def test_what_is_left_open(constraint: Constraint) -> None:
+    assert constraint.decided is None
+
+
+def test_sums_of_many_floors_are_answered_soon() -> None:
+    """Trying the floors' bounds in every order would take longer than anybody waits."""
+    halves = sum((n // 2 for n in many), start=as_symbol(0))
+    assert (halves >= t).decided is None
+    assert (sum(many, start=as_symbol(0)) - halves >= halves).decided is True
+    assert (maximum(*many) + maximum(*many[1:]) >= minimum(*many[2:]) - t).decided in (None, True)
+
+
+def test_an_open_comparison_is_not_guessed() -> None:
+    n = IntSymbol("n")
+    with pytest.raises(hetu.UnboundSymbolError) as caught:
+        bool(n > 5)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "whether n > 5 is known only when the graph runs: it depends on n"
+    assert lines[1].startswith("  where:  test_constraint.py:")
+    assert lines[1].endswith("   bool(n > 5)")
+    assert lines[2] == "  fix:    demand it with hetu.require(n > 5), or give n a range that decides it"
+    with pytest.raises(hetu.UnboundSymbolError, match=r"whether n > 0 is known"):
+        assert 0 < n < 10
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda n: n < 5, "n < 5"),
+        (lambda n: 5 < n, "n > 5"),  # noqa: SIM300
+        (lambda n: 5 >= n, "n <= 5"),  # noqa: SIM300
+        (lambda n: 2 * n >= n // 2 + 1, "2*n >= n//2 + 1"),
+        (lambda n: equal(n % 2, 0), "n%2 == 0"),
+    ],
+)
+def test_how_a_constraint_reads(make: Callable[[IntSymbol], Constraint], text: str) -> None:
+    n = IntSymbol("n")
+    assert str(make(n)) == text
+    assert isinstance(make(n), Constraint)
+
+
+def test_constraints_are_values() -> None:
+    n = IntSymbol("n")
+    one, where = n > 5, hetu.errors.caller()
+    told = one.because("more than five", op_name="slice", where=where)
+    assert one == (n > 5)
+    assert hash(one) == hash(n > 5)
+    assert one != (n >= 5)
+    assert told == one
+    assert (told.reason, told.op_name, told.where, told.op, told.lhs, told.rhs) == (
+        "more than five",
+        "slice",
+        where,
+        ">",
+        n,
+        5,
+    )
+
+
+def test_holding_needs_every_value() -> None:
+    n, m = IntSymbol("n"), IntSymbol("m")
+    assert (n > m).holds({n: 2**70 + 1, m: 2**70})
+    assert not (n > m).holds({n: 2**70, m: 2**70})
+    with pytest.raises(hetu.UnboundSymbolError, match="no value for m"):
+        (n > m).holds({n: 3})
