@@ -126,7 +126,9 @@ class Executor:
 def to_device(value: Any, tensor: Tensor, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of the placeholder's element type on the device; no copy where none is needed."""
     if not isinstance(value, torch.Tensor):
-        value = torch.from_numpy(value) if value.flags.writeable else torch.from_numpy(value.copy())
+        # torch takes no read-only, reversed or foreign-endian memory: such arrays are copied, others shared.
+        shareable = value.flags.writeable and min(value.strides, default=0) >= 0 and value.dtype.isnative
+        value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
     if value.device != device or value.dtype != TORCH_DTYPES[tensor.dtype]:
         value = value.to(device=device, dtype=TORCH_DTYPES[tensor.dtype])
     return value

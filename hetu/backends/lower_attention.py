@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,14 @@ class Options:
 
 
 def _triton_declines(node: Node, device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
     return "float64 has no kernel" if node.tensors[0].dtype == float64 else None
+
+
+def _with_rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with neighbouring elements in its last dimension, as kernels read it; copied only if they aren't."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # attn_varlen
@@ -82,7 +90,7 @@ def hetu_attn_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs ``attn_varlen`` on one pipeline; gives its four outputs. ``given`` are the fields of :class:`Options`."""
     options = Options(**given)
-    rank3 = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in (q, k, v)]
+    rank3 = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in map(_with_rows, (q, k, v))]
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
     state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
@@ -157,6 +165,7 @@ class PipelineCall:
     ) -> None:
         self.options, self.random, self.layout, self.plan = options, random, plan.layout, plan.pipelines[pipeline]
         queries = options.num_q * options.head_dim
+        qkv = _with_rows(qkv)
         self.q = qkv[:, :queries].view(len(qkv), options.num_q, options.head_dim)
         self.kv = qkv[:, queries:].view(len(qkv), 2, options.num_kv, options.head_dim)
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))

@@ -7,6 +7,7 @@ call over all of them. Sizes are plain int inputs of the module, so lengths neve
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,8 +176,6 @@ class NodeLowering:
 
     def item(self, value: fx.Node, index: int) -> fx.Node:
         """Emits ``value[index]``."""
-        import operator
-
         return self.builder.graph.call_function(operator.getitem, (value, index))
 
     def size(self, expr: IntSymbol | int, pipeline: int | None = None) -> Any:

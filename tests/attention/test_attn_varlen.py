@@ -189,6 +189,23 @@ def test_bad_cu_seqlens(cu: list[int], message: str, monkeypatch: pytest.MonkeyP
         g.run(out, feed_dict={x: np.zeros((6, 16), np.float32), fed: cu})
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_strides(backend: str) -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [6, 32])
+        q, k = hetu.placeholder(hetu.float32, [32, 6]), hetu.placeholder(hetu.float32, [6, 32])
+        cu = hetu.constant(np.array([0, 2, 6], np.int32))
+        out = hetu.attn_varlen(hetu.transpose(q, 0, 1), k, x, 16, cu, cu)[0]
+    values = torch.randn(6, 32)
+    wide = np.random.default_rng(0).standard_normal((6, 64)).astype(">f4")  # big-endian, and every second column
+    keys = wide[::-1, ::2]
+    with hetu.config(backend=backend):
+        got = g.run(out, feed_dict={x: values[:, torch.arange(32)], q: values.t().contiguous(), k: keys})
+    heads = [torch.as_tensor(np.asarray(item, np.float32).copy()).view(6, 2, 16) for item in (values, keys, values)]
+    want = torch.cat([dense(*[item[a:b] for item in heads], is_causal=False)[0] for a, b in ((0, 2), (2, 6))])
+    torch.testing.assert_close(got.double(), want.view(6, 32), atol=2e-5, rtol=0)
+
+
 def test_cu_seqlens_computed_in_the_graph() -> None:
     with hetu.graph("define_and_run", device="cpu") as g:
         x = hetu.placeholder(hetu.float32, [6, 16])
