@@ -206,8 +206,11 @@ class Binder:
         missing = [leaf for leaf in self.leaves if leaf not in pipeline.values]
         if not missing:
             return
+        # What an op could not tell (its batch) is missing because something of the user's is: name that.
+        told = {leaf for node in self.subgraph.nodes for leaf in node.symbols.values()}
+        missing = [leaf for leaf in missing if leaf not in told] or missing
         names = ", ".join(map(str, missing))
-        node = next((node for node in self.subgraph.nodes if _uses(node, missing)), None)
+        node = next((node for node in self.subgraph.nodes if self._uses(node, missing)), None)
         raise UnboundSymbolError(
             f"no value for {names}" + (f", which {node.name} needs" if node else ""),
             op=node.definition.name if node else None,
@@ -215,6 +218,10 @@ class Binder:
             bound=pipeline.describe(*pipeline.values),
             fix=f"give {names} in int_symbol_dict, feed an array whose shape tells it, or give the symbol a default",
         )
+
+    def _uses(self, node: Node, missing: Iterable[IntSymbol]) -> bool:
+        shapes = {leaf for tensor in node.outputs for dim in tensor.symbolic_shape for leaf in dim.leaves}
+        return not shapes.union(node.definition.shared_symbols(node, self.strategy)).isdisjoint(missing)
 
     def _check_constraints(self, pipeline: BoundPipeline) -> None:
         for constraint in self.subgraph.constraints:
@@ -229,11 +236,6 @@ class Binder:
                     bound=pipeline.describe(*sides),
                     fix="feed arrays, or bind symbols, for which it holds",
                 )
-
-
-def _uses(node: Node, missing: Iterable[IntSymbol]) -> bool:
-    leaves = {leaf for tensor in node.outputs for dim in tensor.symbolic_shape for leaf in dim.leaves}
-    return not leaves.isdisjoint(missing)
 
 
 def _check_agree(leaf: IntSymbol, one: BoundPipeline, other: BoundPipeline) -> None:

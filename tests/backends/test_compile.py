@@ -30,6 +30,7 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.
     return started
 
 
+@pytest.mark.timeout(900)  # a minute on two idle cores
 @pytest.mark.parametrize("capability", sorted(SHARED_MEMORY))
 def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capability: int) -> None:
     out, err = compilers[capability].communicate()
