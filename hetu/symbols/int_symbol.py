@@ -241,7 +241,7 @@ class IntSymbol:
 
     @cached_property
     def _hash(self) -> int:
-        return hash(self.expr if self.constant is None else self.constant)
+        return hash(self.expr)  # of a constant, its int's
 
     def __lt__(self, other: IntSymbol | int) -> Constraint:
         return _compare("<", self, other)

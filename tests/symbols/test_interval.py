@@ -70,6 +70,12 @@ def test_a_divisor_that_may_be_zero_is_taken_as_not_zero() -> None:
     assert Interval(0, 10) // Interval(0, 0) == Interval(None, None)
 
 
+def test_a_divisor_without_a_bound() -> None:
+    assert Interval(-3, -1) // Interval(1, None) == Interval(-3, -1)  # never reaches 0
+    assert Interval(1, 3) // Interval(1, None) == Interval(0, 3)
+    assert Interval(1, 3) // Interval(None, -1) == Interval(-3, -1)
+
+
 def test_how_a_range_reads() -> None:
     assert str(Interval(None, 5)) == "-inf..5"
     assert str(Interval(0, None)) == "0..inf"
