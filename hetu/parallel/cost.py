@@ -17,7 +17,7 @@ class Hardware:
         flops: Floating point operations a second that attention reaches.
         link_bytes: Bytes a second that a device can send, and as many that it can receive at the same time.
         latency: Seconds from the start of a transfer to its first byte.
-        memory_bytes: Bytes that keys, values and buffers may take.
+        memory_bytes: Bytes that an attention may take.
     """
 
     flops: float
@@ -41,7 +41,7 @@ class Cost:
     Attributes:
         flops: Of each pipeline: ``4 * head_dim * num_q`` a pair, for the scores and the weighted sum.
         link_bytes: Bytes from one pipeline to another, ``{(source, target): bytes}``.
-        peak_bytes: Of each pipeline: keys and values of its shard and all its buffers.
+        peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
         fits: Whether every pipeline's memory is enough.
     """

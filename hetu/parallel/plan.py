@@ -112,6 +112,19 @@ class PipelinePlan:
     buffers: tuple[int, ...]
     instructions: tuple[Instruction, ...]
 
+    @property
+    def rows_in_flight(self) -> int:
+        """Most rows at a time that are packed and not yet known to be sent."""
+        flying: dict[int, int] = {}
+        most = 0
+        for item in self.instructions:
+            if isinstance(item, Send):
+                flying[item.transfer] = item.runs.rows
+                most = max(most, sum(flying.values()))
+            elif isinstance(item, Wait):
+                flying.pop(item.transfer, None)
+        return most
+
 
 @dataclass(frozen=True, slots=True)
 class Heads:
@@ -165,8 +178,16 @@ class AttnPlan:
         return self.rows_sent(pipeline) * self.heads.kv_row_bytes
 
     def peak_bytes(self, pipeline: int) -> int:
-        """Bytes of the keys and values that a pipeline holds: its shard and all its buffers."""
-        return sum(self.pipelines[pipeline].buffers) * self.heads.kv_row_bytes
+        """Most bytes that a pipeline holds at a time.
+
+        Its shard, its buffers, the packed rows that are still being sent, its output and lse, and with several
+        steps the running output in float32.
+        """
+        part, heads = self.pipelines[pipeline], self.heads
+        several = sum(isinstance(item, Attend) for item in part.instructions) > 1
+        width = heads.num_q * heads.head_dim
+        query_bytes = 2 * width * heads.itemsize + 4 * heads.num_q + 4 * width * several
+        return (sum(part.buffers) + part.rows_in_flight) * heads.kv_row_bytes + part.rows * query_bytes
 
     def verify(self, max_bytes: int | None = None) -> None:
         """Proves, without running it, that the plan computes the attention and can be followed.
@@ -176,7 +197,7 @@ class AttnPlan:
         it is being sent; no pipeline holds more rows than its group has tokens.
 
         Args:
-            max_bytes: What a pipeline's keys and values may take, shard and buffers together.
+            max_bytes: What a pipeline may take; see :meth:`peak_bytes`.
 
         Raises:
             PlanError: Saying which pair, which transfer or which buffer is wrong.

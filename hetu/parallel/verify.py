@@ -125,6 +125,8 @@ def _by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
     ends = spans.length.cumsum()
     if (spans.length <= 0).any() or not np.array_equal(spans.start, ends - spans.length) or spans.length.sum() != rows:
         _refuse(f"pipeline {r}: its query spans don't cover its {rows} rows one after the other")
+    if (spans.step < 1).any():  # can't be seen by row where a span has one row, and the proof divides by it
+        _refuse(f"pipeline {r}: query span {int((spans.step < 1).argmax())} has a step below 1")
     i = np.arange(rows) - spans.start.repeat(spans.length)
     slopes: tuple[Any, ...] = (0, spans.step.repeat(spans.length), 0, 1, 0)
     return [getattr(spans, name).repeat(spans.length) + i * slope for name, slope in zip(_BY_ROW, slopes, strict=True)]
@@ -391,9 +393,8 @@ def _prove_pairs(plan: AttnPlan, run: _Run) -> None:
 def _check_memory(plan: AttnPlan, max_bytes: int | None) -> None:
     for r, part in enumerate(plan.pipelines):
         group, _ = plan.layout.place(r)
-        if sum(part.buffers) > group.tokens:
-            _refuse(
-                f"pipeline {r} holds {sum(part.buffers)} rows in buffers {part.buffers}; its group has {group.tokens}"
-            )
+        held = sum(part.buffers)
+        if held > group.tokens:
+            _refuse(f"pipeline {r} holds {held} rows in buffers {part.buffers}; its group has {group.tokens}")
         if max_bytes is not None and plan.peak_bytes(r) > max_bytes:
-            _refuse(f"pipeline {r} needs {plan.peak_bytes(r):,} bytes for keys and values, but may take {max_bytes:,}")
+            _refuse(f"pipeline {r} needs {plan.peak_bytes(r):,} bytes, but may take {max_bytes:,}")

@@ -144,6 +144,10 @@ def test_cost_by_hand() -> None:
     assert cost.link_bytes == {(0, 1): 4 * row}
     # A second a pair and a row: pipeline 1 attends its own keys for 10 s, by when the transfer of 3 + 4 s is done.
     assert cost.finish == (10.0, 26.0) and cost.time == 26.0
+    # Four rows of k and v and what is sent or received of them; q, out and lse; pipeline 1 needs a running output.
+    query = 4 * (2 * HEADS.num_q * HEADS.head_dim * HEADS.itemsize + 4 * HEADS.num_q)
+    running = 4 * 4 * HEADS.num_q * HEADS.head_dim
+    assert cost.peak_bytes == (8 * row + query, 8 * row + query + running)
     slow = plan.cost(Hardware(flops=pair, link_bytes=row / 10, latency=3.0, memory_bytes=1))
     assert slow.finish == (43.0, 43.0 + 16.0) and not slow.fits
 

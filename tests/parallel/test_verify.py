@@ -47,9 +47,9 @@ def test_good_plans_pass() -> None:
                 good(method, split, is_causal=is_causal).verify()
 
 
-def damage_table(change: Callable[[dict[str, np.ndarray]], None], number: int) -> AttnPlan:
+def damage_table(change: Callable[[dict[str, np.ndarray]], None], number: int, split: str = "sym") -> AttnPlan:
     """Changes the columns of the number-th table of pipeline 1."""
-    plan = good()
+    plan = good(split=split)
     instructions, at = find(plan, Attend, 1, number)
     table = instructions[at].table
     columns = {name: getattr(table, name).copy() for name in ("query", "k_start", "k_len", "diagonal")}
@@ -88,7 +88,7 @@ def test_a_diagonal_too_wide(number: int) -> None:
         assert t["diagonal"][row] < t["k_len"][row] - 1
         t["diagonal"][row] += 1
 
-    refused(damage_table(widen, 0), "pipeline 1", "though the mask hides the key")
+    refused(damage_table(widen, number, "stripe"), "pipeline 1", "though the mask hides the key")
 
 
 def test_a_diagonal_too_narrow() -> None:
@@ -133,9 +133,11 @@ def test_a_transfer_resized() -> None:
 def test_other_rows_sent() -> None:
     plan = good(split="normal")
     sends, at = find(plan, Send, 0)
-    sends[at] = dataclasses.replace(sends[at], runs=Runs(sends[at].runs.start[::-1] + 1, sends[at].runs.length[::-1]))
-    with pytest.raises(hetu.PlanError):
-        with_instructions(plan, 0, sends).verify()
+    rows = sends[at].runs.rows
+    others = Runs(np.array([0]), np.array([rows]))
+    assert not np.array_equal(others.indices(), sends[at].runs.indices())
+    sends[at] = dataclasses.replace(sends[at], runs=others)
+    refused(with_instructions(plan, 0, sends), "holds position", "but the plan says position")
 
 
 def test_reordered_into_a_deadlock() -> None:
@@ -173,8 +175,7 @@ def test_sources_that_lie() -> None:
     source = instructions[at].sources[0]
     lie = dataclasses.replace(source, owner=3 - source.owner - 1 if source.owner != 1 else 0)
     instructions[at] = dataclasses.replace(instructions[at], sources=(lie,))
-    with pytest.raises(hetu.PlanError):
-        with_instructions(plan, 1, instructions).verify()
+    refused(with_instructions(plan, 1, instructions), "pipeline 1: attending to buffer 1", "but the plan says")
 
 
 def test_a_transfer_never_waited_for() -> None:
@@ -200,8 +201,63 @@ def test_memory_bound() -> None:
     plan = good(is_causal=False)
     enough = max(plan.peak_bytes(r) for r in range(3))
     plan.verify(max_bytes=enough)
-    with pytest.raises(hetu.PlanError):
+    with pytest.raises(hetu.PlanError, match="but may take"):
         plan.verify(max_bytes=enough - 1)
+
+
+def test_a_buffer_larger_than_the_group() -> None:
+    plan = good()
+    part = dataclasses.replace(plan.pipelines[1], buffers=(8, 100))
+    damaged = dataclasses.replace(plan, pipelines=(plan.pipelines[0], part, plan.pipelines[2]))
+    with pytest.raises(hetu.PlanError):
+        damaged.verify()
+
+
+def test_a_step_below_one() -> None:
+    plan = good()
+    spans = dataclasses.replace(plan.pipelines[1].spans, step=plan.pipelines[1].spans.step * 0)
+    part = dataclasses.replace(plan.pipelines[1], spans=spans)
+    damaged = dataclasses.replace(plan, pipelines=(plan.pipelines[0], part, plan.pipelines[2]))
+    refused(damaged, "pipeline 1: query span 0 has a step below 1")
+
+
+def test_landing_in_the_own_shard() -> None:
+    plan = good()
+    instructions, at = find(plan, Receive, 1)
+    instructions[at] = dataclasses.replace(instructions[at], buffer=0)
+    refused(with_instructions(plan, 1, instructions), "lands in buffer 0, the pipeline's own shard")
+
+
+def test_two_receives_into_the_same_rows() -> None:
+    plan = good("all_gather", is_causal=False)
+    instructions, at = find(plan, Receive, 1, 1)
+    instructions[at] = dataclasses.replace(instructions[at], offset=0)
+    refused(with_instructions(plan, 1, instructions), "is still landing")
+
+
+def test_passing_on_what_has_not_landed() -> None:
+    plan = good("ring", count=4, is_causal=False)
+    instructions = list(plan.pipelines[1].instructions)
+    at = next(i for i, item in enumerate(instructions) if isinstance(item, Send) and item.buffer > 0)
+    wait = max(i for i in range(at) if isinstance(instructions[i], Wait))
+    instructions.insert(wait, instructions.pop(at))
+    refused(with_instructions(plan, 1, instructions), "sends row", "nothing that has landed")
+
+
+def test_a_transfer_number_used_twice() -> None:
+    plan = good()
+    sends, at = find(plan, Send, 0)
+    refused(with_instructions(plan, 0, [*sends, sends[at]]), f"transfer {sends[at].transfer} is sent twice")
+
+
+def test_messages_in_another_order_at_the_other_end() -> None:
+    plan = good("ring", count=3, is_causal=False)
+    instructions = list(plan.pipelines[0].instructions)
+    first, second = [i for i, item in enumerate(instructions) if isinstance(item, Receive)]
+    a, b = instructions[first], instructions[second]
+    instructions[first] = dataclasses.replace(b, buffer=a.buffer)
+    instructions[second] = dataclasses.replace(a, buffer=b.buffer)
+    refused(with_instructions(plan, 0, instructions), "which receives them in another order")
 
 
 def test_config_verifies_every_new_plan(monkeypatch: pytest.MonkeyPatch) -> None:
