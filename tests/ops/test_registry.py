@@ -53,6 +53,7 @@ def check(
     inputs: Sequence[Any],
     sample: GoodSample,
     feeds: Sequence[np.ndarray],
+    device: str,
 ) -> None:
     """Compares dtype and shape with what the shape rule promised, and the values with the reference."""
     sizes = {
@@ -68,22 +69,27 @@ def check(
         assert result.dtype == TORCH_DTYPES[tensor.dtype]
         assert tuple(result.shape) == tuple(dim.evaluate(sizes) for dim in tensor.symbolic_shape)
         assert tuple(result.shape) == np.shape(expected)
-        assert result.device.type == "cpu"
+        assert result.device.type == device
         tolerance = TOLERANCE.get(tensor.dtype.name, 0)
         got = result.to(torch.float64) if tensor.dtype.is_floating else result
-        np.testing.assert_allclose(got.numpy(), expected, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(got.cpu().numpy(), expected, rtol=tolerance, atol=tolerance)
 
 
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
 @pytest.mark.parametrize(("name", "sample"), GOOD)
-def test_good_sample(name: str, sample: GoodSample) -> None:
-    with hetu.graph("define_and_run", device="cpu") as g, hetu.config(backend="torch"):
+def test_good_sample(name: str, sample: GoodSample, device: str) -> None:
+    backend = "torch" if device == "cpu" else None
+    with hetu.graph("define_and_run", device=device) as g, hetu.config(backend=backend):
         inputs = placeholders(sample)
         built = sample.build(*inputs)
         outputs = list(built) if isinstance(built, (tuple, list)) else [built]
         runs = [sample.feeds, doubled(sample)] if sample.symbolic else [sample.feeds]
         for feeds in runs:
             results = g.run(outputs, feed_dict=dict(zip(inputs, feeds, strict=True)))
-            check(outputs, results, inputs, sample, feeds)
+            check(outputs, results, inputs, sample, feeds, device)
     g.verify()
     assert g.executor.stats()["executables"].misses == 1, "other sizes made another executable"
     assert f" = {name}(" in str(g)
