@@ -23,7 +23,7 @@ from hetu.errors import (
     StrategyError,
     UnboundSymbolError,
 )
-from hetu.graph import Graph, Tensor, require
+from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import __all__ as _ops
 from hetu.parallel import Hardware, Layout
@@ -66,6 +66,7 @@ __all__ = [
     "Tensor",
     "UnboundSymbolError",
     "as_dtype",
+    "autocast",
     "bfloat16",
     "bool",
     "ceil_div",
@@ -74,6 +75,7 @@ __all__ = [
     "float16",
     "float32",
     "float64",
+    "gradients",
     "graph",
     "int8",
     "int16",

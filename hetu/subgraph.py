@@ -73,7 +73,8 @@ class Subgraph:
         Raises:
             StrategyError: If two ops say different things.
         """
-        counts = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
+        said = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
+        counts = {node: count for node, count in said.items() if count is not None}
         if len(set(counts.values())) > 1:
             text = ", ".join(f"{node.name} lists {count} ({node.where.short})" for node, count in counts.items())
             raise StrategyError(

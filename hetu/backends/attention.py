@@ -16,7 +16,18 @@ import torch
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
-__all__ = ["Attend", "AttentionState", "Dropout", "ceil_padded", "dropout_key", "finish_softmax", "new_state"]
+__all__ = [
+    "Attend",
+    "AttendBackward",
+    "AttentionState",
+    "BackwardState",
+    "Dropout",
+    "attention_delta",
+    "ceil_padded",
+    "dropout_key",
+    "finish_softmax",
+    "new_state",
+]
 
 PADDING = 128
 """``p`` is padded to multiples of this, as FlashAttention pads it."""
@@ -81,6 +92,96 @@ class Attend(Protocol):
                 dropout and by ``state.scores``.
         """
         ...
+
+
+@dataclass(slots=True)
+class BackwardState:
+    """What the steps of an attention's backward read of the queries, and what they build up.
+
+    Attributes:
+        dout: ``(T_q, H_q, D)``, the gradient of the output, in any strides with the last dim contiguous.
+        lse: float32 ``(slots, H_q, S)``, what the forward gave: the logarithms of the whole softmax's denominators.
+        delta: float32 ``(T_q, H_q)``, contiguous; from :func:`attention_delta`.
+        dq: ``(T_q, H_q, D)`` in any strides with the last dim contiguous: the gradient of q. float32 where
+            several steps add to it, else float32 or q's dtype.
+
+    For float64 inputs (torch backend only) ``lse``, ``delta`` and ``dq`` are float64.
+    """
+
+    dout: torch.Tensor
+    lse: torch.Tensor
+    delta: torch.Tensor
+    dq: torch.Tensor
+
+
+class AttendBackward(Protocol):
+    """The backward of one step: what a backend implements."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        spans: QuerySpans,
+        table: SegmentTable,
+        state: BackwardState,
+        dk: torch.Tensor,
+        dv: torch.Tensor,
+        *,
+        softmax_scale: float,
+        first: bool,
+        dropout: Dropout | None = None,
+        key_position: np.ndarray | None = None,
+    ) -> None:
+        """Gradients of the attention to one buffer.
+
+        With s the scaled scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)`` (1 without
+        dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, ``dq = softmax_scale * ds @ k``,
+        ``dk = softmax_scale * ds.T @ q``. All accumulated in float32, over the query heads that share a key head
+        too, in an order that depends on nothing but the table: two calls give the same bits.
+        Source: Dao, "FlashAttention-2", 2023, algorithm 2.
+
+        Args:
+            q: ``(T_q, H_q, D)`` in any strides, the last dim contiguous.
+            k: ``(T_k, H_k, D)`` likewise; rows that no segment names may hold anything, NaN too.
+            v: ``(T_k, H_k, D)`` likewise.
+            spans: The rows of q.
+            table: Which keys of the buffer they see. May be empty.
+            state: ``dq`` is changed in place.
+            dk: ``(T_k, H_k, D)`` in any strides, the last dim contiguous; float32 or k's dtype. Every row is
+                written, whatever it held: with 0 where no segment names it.
+            dv: Likewise, for v.
+            softmax_scale: Of the scores; any finite number.
+            first: Whether ``dq`` holds nothing yet: then every row is written, else rows with segments are added to.
+            dropout: The forward's.
+            key_position: ``(T_k,)``, the position in its document of each row of the buffer; for dropout only.
+        """
+        ...
+
+
+def attention_delta(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, spans: QuerySpans) -> torch.Tensor:
+    """What every score's gradient has subtracted: the sum of ``dout * out`` over a row, less the gradient of its lse.
+
+    Args:
+        out: ``(T_q, H_q, D)``, the forward's output.
+        dout: ``(T_q, H_q, D)``, its gradient.
+        dlse: ``(slots, H_q, S)``, the gradient of the log-sum-exps, or None.
+        spans: The rows of q.
+
+    Returns:
+        float32 ``(T_q, H_q)`` (float64 for float64 inputs).
+    """
+    high = compute_dtype(out.dtype)
+    delta = torch.einsum("thd,thd->th", dout.to(high), out.to(high))
+    if dlse is not None:
+        owned = spans.slot >= 0
+        slot, slot_row = (
+            torch.from_numpy(np.repeat(x[owned], spans.length[owned])).to(out.device)
+            for x in (spans.slot, spans.slot_row - spans.start)
+        )
+        rows = torch.from_numpy(np.flatnonzero(np.repeat(owned, spans.length))).to(out.device)
+        delta[rows] -= dlse[slot, :, slot_row + rows].to(high)
+    return delta.contiguous()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

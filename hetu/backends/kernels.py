@@ -7,7 +7,7 @@ from importlib import import_module
 
 import torch
 
-from hetu.backends.attention import Attend
+from hetu.backends.attention import Attend, AttendBackward
 from hetu.config import settings
 
 
@@ -16,9 +16,19 @@ def default_backend(device: torch.device) -> str:
     return settings().backend or ("triton" if device.type == "cuda" else "torch")
 
 
+_FORWARD = {"torch": "hetu.backends.torch.attention", "triton": "hetu.backends.triton"}
+_BACKWARD = {"torch": "hetu.backends.torch.attention_backward", "triton": "hetu.backends.triton"}
+
+
 @cache
 def attention_kernel(backend: str) -> Attend:
     """The ``attend`` of a backend, ``"torch"`` or ``"triton"``."""
-    module = {"torch": "hetu.backends.torch.attention", "triton": "hetu.backends.triton"}[backend]
-    kernel: Attend = import_module(module).attend
+    kernel: Attend = import_module(_FORWARD[backend]).attend
+    return kernel
+
+
+@cache
+def backward_kernel(backend: str) -> AttendBackward:
+    """The ``attend_backward`` of a backend."""
+    kernel: AttendBackward = import_module(_BACKWARD[backend]).attend_backward
     return kernel

@@ -9,6 +9,8 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from hetu.graph.autocast import autocast
+from hetu.graph.autodiff import gradients
 from hetu.graph.graph import Graph, current_graph, require
 from hetu.graph.node import Node
 from hetu.graph.opdef import (
@@ -36,8 +38,10 @@ __all__ = [
     "RunView",
     "Tensor",
     "TensorSpec",
+    "autocast",
     "current_graph",
     "find_op",
+    "gradients",
     "register",
     "registry",
     "require",

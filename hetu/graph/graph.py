@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
+from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
-from hetu.graph.opdef import Call, TensorSpec, find_op
+from hetu.graph.opdef import Call, OpDef, TensorSpec, find_op
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
@@ -97,7 +98,7 @@ class Graph:
             HetuError: Whatever the op refuses, with the user's line. The graph is then unchanged.
         """
         definition, where = find_op(op), caller()
-        operands = tuple(self._operand(item, op, where) for item in inputs)
+        operands = self._autocast(definition, tuple(self._operand(item, op, where) for item in inputs))
         call = Call(self, op, name or self._free_name(op), operands, dict(attrs or {}), where)
         if call.name in self._names:
             call.fail(HetuError, f"the graph has a node named {name!r} already", "give another name")
@@ -108,6 +109,18 @@ class Graph:
         self._names.add(call.name)
         self.nodes.append(node)
         return node.outputs
+
+    def _autocast(self, definition: OpDef, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
+        floating = [item.dtype for item in operands if isinstance(item, Tensor) and item.dtype.is_floating]
+        wanted = wanted_dtype(definition.precision, floating)
+        if wanted is None:
+            return operands
+        return tuple(
+            self.apply("cast", (item,), {"dtype": wanted})[0]
+            if isinstance(item, Tensor) and item.dtype.is_floating and item.dtype != wanted
+            else item
+            for item in operands
+        )
 
     def require(self, constraint: Constraint, where: Where | None = None) -> None:
         """Records what must hold in every run that binds the symbols in question."""
@@ -139,7 +152,9 @@ class Graph:
 
     @staticmethod
     def _output(node: Node, spec: TensorSpec, index: int, count: int) -> Tensor:
-        name = node.name if count == 1 else f"{node.name}.{node.definition.outputs[index]}"
+        names = node.definition.outputs
+        # An op with as many outputs as it is asked for (split) numbers them.
+        name = node.name if count == 1 else f"{node.name}.{names[index] if len(names) > 1 else index}"
         shape = tuple(as_symbol(dim) for dim in spec.shape)
         return Tensor(name, spec.dtype, shape, node, index, spec.on_cpu)
 

@@ -146,6 +146,10 @@ class OpDef:
         is_view: Whether the output may lie in its input's memory.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
+        is_public: Whether users call it; False for ops that only gradients are made of.
+        stops_gradient: Whether what it gives counts as a constant when a graph is differentiated.
+        precision: What ``hetu.autocast`` does to its floating operands: ``"low"`` casts them to half precision,
+            ``"high"`` to float32, ``"any"`` leaves them alone.
     """
 
     name: ClassVar[str]
@@ -157,6 +161,9 @@ class OpDef:
     is_view: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
+    is_public: ClassVar[bool] = True
+    stops_gradient: ClassVar[bool] = False
+    precision: ClassVar[str] = "any"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         """Checks a call and gives the outputs' dtypes and shapes."""
@@ -166,8 +173,22 @@ class OpDef:
         """Calls with a known answer, and calls that must be refused."""
         raise NotImplementedError
 
-    def num_pipelines(self, node: Node, strategy: int) -> int:
-        """How many pipelines a strategy has, for ops that span them."""
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        """The rule of its gradient, in terms of other ops. An op that doesn't have one is not differentiable.
+
+        Args:
+            node: The use of the op.
+            grads: For each output the gradient of what is differentiated with respect to it; None where nothing
+                depends on it.
+
+        Returns:
+            For each input a function that adds the nodes of its gradient, of the input's dtype and shape; called
+            only if it is needed. None for an input that there is no gradient for.
+        """
+        raise NotImplementedError
+
+    def num_pipelines(self, node: Node, strategy: int) -> int | None:
+        """How many pipelines a strategy has, for ops that span them; None for those that work on any number."""
         raise NotImplementedError
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:

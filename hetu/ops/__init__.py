@@ -8,7 +8,7 @@ from hetu.ops.nn import cast, embedding, rms_norm, softmax
 from hetu.ops.parallel_attention import parallel_attn
 from hetu.ops.reduce import mean, sum
 from hetu.ops.shape import concat, reshape, slice, transpose
-from hetu.ops.sources import constant, placeholder
+from hetu.ops.sources import constant, full, placeholder
 
 __all__ = [
     "add",
@@ -18,6 +18,7 @@ __all__ = [
     "constant",
     "div",
     "embedding",
+    "full",
     "gelu",
     "linear",
     "matmul",

@@ -76,6 +76,38 @@ class Constant(OpDef):
         return good, bad
 
 
+@register
+class Full(OpDef):
+    """One number, everywhere."""
+
+    name = "full"
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        given, value = call.attrs["shape"], call.attrs["value"]
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
+        if not isinstance(value, (bool, int, float)):
+            call.fail(DTypeError, f"expected value to be a number, got {value!r}")
+        shape = tuple(size(call, item, "a size") for item in given)
+        for item in shape:
+            call.check(item >= 0, f"expected sizes of at least 0, got {show(shape)}")
+        call.attrs["shape"] = shape
+        return [TensorSpec(call.attrs["dtype"], shape)]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        good = [
+            GoodSample(lambda: full([2, 3], 0.5), [], lambda: np.full((2, 3), 0.5)),
+            GoodSample(lambda: full([0, 3], 7, "int64"), [], lambda: np.full((0, 3), 7)),
+            GoodSample(lambda: full([], True, "bool"), [], lambda: np.array(True)),
+        ]
+        bad = [
+            BadSample(lambda: full([-1], 0.0), ShapeError, "sizes of at least 0, got [-1]"),
+            BadSample(lambda: full(3, 0.0), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
+            BadSample(lambda: full([1], "one"), DTypeError, "value to be a number, got 'one'"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
 def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str | None = None) -> Tensor:
     """Makes a tensor whose value each run feeds.
 
@@ -102,6 +134,36 @@ def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str 
     """
     attrs = {"dtype": as_dtype(dtype), "shape": tuple(shape) if isinstance(shape, (list, tuple)) else shape}
     return build("placeholder", (), attrs, name)
+
+
+def full(
+    shape: Sequence[int | IntSymbol], value: float, dtype: DType | Any = float32, name: str | None = None
+) -> Tensor:
+    """Makes a tensor that holds one number everywhere.
+
+    Args:
+        shape: One int or IntSymbol a dimension.
+        value: The number.
+        dtype: Element type.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of that shape and dtype.
+
+    Raises:
+        ShapeError: If a size is negative or no int.
+        DTypeError: If the value is no number, or there is no such element type.
+        HetuError: Outside of a graph.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     half = hetu.full([2], 0.5)
+        >>> g.run(half)
+        tensor([0.5000, 0.5000])
+    """
+    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else shape
+    return build("full", (), {"shape": sizes, "value": value, "dtype": as_dtype(dtype)}, name)
 
 
 def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> Tensor:

@@ -31,6 +31,12 @@ def _constant(cx: NodeLowering) -> fx.Node:
     return cx.constant(torch.as_tensor(value).to(dtype))
 
 
+@lowering("full", backend="torch")
+def _full(cx: NodeLowering) -> fx.Node:
+    dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
+    return cx.call(torch.full, tuple(cx.shape()), cx.node.attrs["value"], dtype=dtype, device=cx.device)
+
+
 # Arithmetic. torch wants a tensor on the left and, where no operand is floating, asks a global for the dtype of a
 # floating result; the lowerings settle both.
 
