@@ -90,12 +90,14 @@ class GoodSample:
         feeds: The arrays, one a placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
         reference: The same in numpy, from the arrays (converted to float64 where floating).
         symbolic: Pairs (feed, dimension) that are symbols.
+        smooth: Whether the op is smooth around these feeds, so that finite differences tell its gradient.
     """
 
     build: Callable[..., Any]
     feeds: Sequence[NDArray[Any]]
     reference: Callable[..., Any]
     symbolic: Sequence[tuple[int, int]] = ()
+    smooth: bool = True
 
 
 @dataclass(frozen=True)

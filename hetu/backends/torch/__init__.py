@@ -1,3 +1,5 @@
 """The torch backend: the default without a GPU. Importing it registers its lowerings."""
 
-import hetu.backends.torch.basic  # noqa: F401
+from hetu.backends.torch import basic, layers
+
+__all__ = ["basic", "layers"]
