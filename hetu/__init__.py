@@ -6,9 +6,11 @@ at every run. Importing hetu loads neither torch nor triton: graphs are built, b
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import Any
 
-from hetu import graph
+from hetu import graph, optim
 from hetu.config import config
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64, int8, int16, int32, int64, uint8
 from hetu.dtypes import bool_ as bool
@@ -41,6 +43,52 @@ def _executor(of: Graph) -> Any:
     from hetu.executor import Executor  # brings torch, which only a run needs
 
     return Executor(of)
+
+
+def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a graph's state to a safetensors file: parameters, waiting gradients, optimisers, the generator.
+
+    It is written beside and renamed, so that at any moment the file at ``path`` is whole: the old one or the new one.
+
+    Args:
+        what: A graph, or a state as ``g.state_dict()`` gives it.
+        path: The file; by convention it ends in ``.safetensors``.
+
+    Raises:
+        HetuError: If the state holds something that no file can.
+
+    Example:
+        >>> import hetu, os, tempfile
+        >>> with hetu.graph("define_and_run") as g:
+        ...     w = hetu.parameter(1.5, [2], name="w")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step100.safetensors")
+        ...     hetu.save(g, path)
+        ...     g.load_state_dict(hetu.load(path))
+        ...     hetu.load(path)["parameters"]
+        {'w': tensor([1.5000, 1.5000])}
+    """
+    from hetu import checkpoint
+
+    checkpoint.save(checkpoint.state_dict(what.executor.state) if isinstance(what, Graph) else what, path)
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a state that :func:`save` wrote; ``g.load_state_dict`` takes it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The state, with its tensors on the CPU.
+
+    Raises:
+        HetuError: If the file is cut short, damaged, or not one of hetu's.
+        FileNotFoundError: If there is none.
+    """
+    from hetu import checkpoint
+
+    return checkpoint.load(path)
 
 
 Graph.planner_factory = Planner
@@ -81,10 +129,13 @@ __all__ = [
     "int16",
     "int32",
     "int64",
+    "load",
     "manual_seed",
     "maximum",
     "minimum",
+    "optim",
     "require",
+    "save",
     "tensor",
     "uint8",
     *_ops,

@@ -20,10 +20,13 @@ class Settings:
     Attributes:
         backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere.
         verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
+        deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
+            lasts. Attention, forward and backward, is deterministic in any case.
     """
 
     backend: str | None = None
     verify_plans: bool = False
+    deterministic: bool = False
 
 
 def _from_environment() -> Settings:

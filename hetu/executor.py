@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from hetu import rng
+from hetu import checkpoint, rng
 from hetu.backends import default_backend
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.backends.lowering import Executable, FeedInput, Input, PlanInput, RandomInput, SizeInput, lower
+from hetu.backends.lowering import (
+    Executable,
+    FeedInput,
+    Input,
+    ParameterInput,
+    PlanInput,
+    RandomInput,
+    SizeInput,
+    StepInput,
+    lower,
+)
 from hetu.binder import BoundPipeline
 from hetu.cache import LRU, CacheStats
+from hetu.config import settings
 from hetu.feeds import FeedSet, split_micro_batches
 from hetu.graph import Graph, Node, Tensor
 from hetu.planner import STRUCTURES, Prepared
-from hetu.shards import Shards
+from hetu.state import GraphState
+from hetu.step import Step
 from hetu.subgraph import Subgraph
 from hetu.symbols import IntSymbol
+
+StepValues = Mapping[Node, torch.Tensor]
 
 
 class Executor:
@@ -26,6 +42,7 @@ class Executor:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.state = GraphState(graph, lambda: self.device(None))
         self._executables: LRU[Executable] = LRU(STRUCTURES)
         self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
 
@@ -43,29 +60,35 @@ class Executor:
         strategy: int | str | None,
         num_micro_batches: int,
         device: str | None,
+        run_level: str,
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
-        planner, place = self.graph.planner, self._device(device)
-        subgraph = planner.subgraph(fetches)
+        planner, place = self.graph.planner, self.device(device)
+        step = Step(fetches, run_level, self.state)
+        subgraph = planner.subgraph(step.wanted)
         batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
         ready = [planner.prepare(subgraph, feeds, symbols, strategy) for feeds, symbols in batches]
-        backend = default_backend(place)
-        executables = [self._executable(subgraph, prepared.num_pipelines, place, backend) for prepared, _ in ready]
-        results = [
-            self._launch(prepared, feeds, executable, place)
-            for (prepared, feeds), executable in zip(ready, executables, strict=True)
-        ]
-        values = results[0] if num_micro_batches == 1 else [list(group) for group in zip(*results, strict=True)]
-        return values[0] if isinstance(fetches, Tensor) else values
+        executables = [self._executable(subgraph, prepared.num_pipelines, place) for prepared, _ in ready]
+        step.prepare()
+        random = [rng.take(subgraph.draws) for _ in ready]
+        with _determinism(settings().deterministic):
+            values = self._step_values(subgraph, batches, ready, random, place) if subgraph.step_wide else {}
+            for (prepared, feeds), executable, draws in zip(ready, executables, random, strict=True):
+                step.collect(self._launch(prepared, feeds, executable, place, draws, values))
+            return step.finish()
 
-    def _device(self, device: str | None) -> torch.device:
+    def device(self, device: str | None) -> torch.device:
+        """Where a run that asks for ``device`` takes place."""
         wanted = device or self.graph.device
         found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
         return found
 
-    def _executable(self, subgraph: Subgraph, num_pipelines: int, device: torch.device, backend: str) -> Executable:
+    def _executable(
+        self, subgraph: Subgraph, num_pipelines: int, device: torch.device, backend: str | None = None
+    ) -> Executable:
+        backend = backend or default_backend(device)
         return self._executables.get(
             (subgraph.fetches, len(subgraph.nodes), num_pipelines, device, backend),
             lambda: lower(
@@ -79,11 +102,40 @@ class Executor:
             ),
         )
 
+    def _step_values(
+        self,
+        subgraph: Subgraph,
+        batches: Sequence[tuple[Mapping[Tensor, Any], Mapping[IntSymbol, Any]]],
+        ready: Sequence[tuple[Prepared, FeedSet]],
+        random: Sequence[tuple[int, int]],
+        device: torch.device,
+    ) -> StepValues:
+        """What is summed over all pipelines and micro-batches before any of them is computed in full."""
+        inputs = [node.tensors[0] for node in subgraph.step_wide]
+        before = self.graph.planner.subgraph(inputs)
+        sums = [torch.zeros((), dtype=torch.int64, device=device) for _ in inputs]
+        for (feeds, symbols), (main, _), draws in zip(batches, ready, random, strict=True):
+            needed = {tensor: feeds[tensor] for tensor in before.feeds if tensor in feeds}
+            prepared, read = self.graph.planner.prepare(before, needed, symbols, main.strategy, main.num_pipelines)
+            executable = self._executable(before, prepared.num_pipelines, device)
+            flat = self._launch(prepared, read, executable, device, draws, {})
+            for i, values in enumerate(flat):
+                for value in values:
+                    sums[i] += value.sum()
+        least = [node.attrs["least"] for node in subgraph.step_wide]
+        return {node: s.clamp(min=n) for node, s, n in zip(subgraph.step_wide, sums, least, strict=True)}
+
     def _launch(
-        self, prepared: Prepared, feeds: FeedSet, executable: Executable, device: torch.device
-    ) -> list[torch.Tensor] | list[Shards]:
-        """Fills in the module's inputs and calls it."""
-        seed, offset = rng.take(prepared.subgraph.draws)
+        self,
+        prepared: Prepared,
+        feeds: FeedSet,
+        executable: Executable,
+        device: torch.device,
+        draws: tuple[int, int],
+        step_values: StepValues,
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """Fills in the module's inputs and calls it; gives for each fetch one value a pipeline."""
+        seed, offset = draws
         sizes = prepared.memo.get(executable)
         if sizes is None:
             leaves = executable.leaves
@@ -100,13 +152,23 @@ class Executor:
                     return prepared.plans[node][pipeline or 0]
                 case RandomInput(node):
                     return seed, offset + prepared.subgraph.random[node]
+                case ParameterInput(node):
+                    return self.state.value(node).to(device)
+                case StepInput(node):
+                    return step_values[node]
 
         with torch.no_grad():
             flat = executable.module.forward(*map(argument, executable.inputs))
         count = prepared.num_pipelines
-        if count == 1:
-            return list(flat)
-        return [Shards(flat[i : i + count]) for i in range(0, len(flat), count)]
+        return [tuple(flat[i : i + count]) for i in range(0, len(flat), count)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :meth:`hetu.Graph.state_dict`."""
+        return checkpoint.state_dict(self.state, copy=True)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`hetu.Graph.load_state_dict`."""
+        checkpoint.load_state_dict(self.state, state)
 
     def compute_on_host(self, tensor: Tensor, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
         """Computes on the CPU what planning needs and the graph makes: ``cu_seqlens`` from lengths, say."""
@@ -121,6 +183,24 @@ class Executor:
         with torch.no_grad():
             result: torch.Tensor = executable.module.forward(*arguments)[0]
         return result
+
+
+@contextmanager
+def _determinism(wanted: bool) -> Iterator[None]:
+    """Torch's own choice of deterministic kernels, for as long as a run takes."""
+    if not wanted or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    # cuBLAS gives the same bits with a fixed workspace only; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs of kernels, at the cost of a pass
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def to_device(value: Any, tensor: Tensor, device: torch.device) -> torch.Tensor:

@@ -14,6 +14,8 @@ from hetu.config import settings
 from hetu.errors import HetuError, StrategyError, caller
 from hetu.feeds import FeedSet, host_array, read_feeds
 from hetu.graph import Graph, Node, Tensor
+from hetu.ops._layout_op import LayoutOp
+from hetu.ops._parallel_key import LayoutKey
 from hetu.ops.parallel_attention import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.subgraph import Subgraph
@@ -92,8 +94,11 @@ class Planner:
         feed_dict: Mapping[Tensor, Any],
         symbols: Mapping[IntSymbol, int],
         strategy: int | str | None,
+        num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects the strategy: by index, or the cheapest of those that can run at all; binds and plans it.
+
+        ``num_pipelines`` is for a part of a graph in which no op says how many the strategy has.
 
         Raises:
             StrategyError: If there is no such strategy, or none that can run (with each one's reason).
@@ -103,7 +108,7 @@ class Planner:
         if strategy is None and count == 1:
             strategy = 0
         if strategy not in (None, "auto"):
-            return self._prepare(subgraph, feed_dict, symbols, self._index(strategy))
+            return self._prepare(subgraph, feed_dict, symbols, self._index(strategy), num_pipelines)
         feasible, reasons = [], []
         for index in range(count):
             try:
@@ -133,9 +138,14 @@ class Planner:
         return strategy
 
     def _prepare(
-        self, subgraph: Subgraph, feed_dict: Mapping[Tensor, Any], symbols: Mapping[IntSymbol, int], strategy: int
+        self,
+        subgraph: Subgraph,
+        feed_dict: Mapping[Tensor, Any],
+        symbols: Mapping[IntSymbol, int],
+        strategy: int,
+        num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
-        feeds = read_feeds(subgraph, feed_dict, subgraph.num_pipelines(strategy))
+        feeds = read_feeds(subgraph, feed_dict, subgraph.num_pipelines(strategy) or num_pipelines)
         binder = self.binders.get(
             (subgraph.fetches, strategy, feeds.num_pipelines, self._version),
             lambda: Binder(subgraph, strategy, feeds.num_pipelines),
@@ -163,40 +173,44 @@ class Planner:
     def plan_for(self, node: Node, key: Any) -> Any:
         """The plan of a node for a key, or the one made for an equal key before."""
         op = node.definition
-        return self.plans.get((op.name, key), lambda: _proven(op.plan(key)))
+        plan = self.plans.get((op.plan_name or op.name, key), lambda: op.plan(key))
+        return _proven(op.derive(plan))
 
     def inspect(
         self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
-    ) -> tuple[Node, Any]:
-        """A ``parallel_attn`` node and the key of its plan, from symbols alone (see :meth:`hetu.Graph.plan`)."""
+    ) -> tuple[Node, LayoutKey]:
+        """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
         nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
         nodes = [node for node in nodes if name in (None, node.name)]
         if not nodes:
             _no_layout(f"the graph has no parallel_attn{f' named {name}' if name else ''}", "name one that it has")
         index, values = self._index(strategy), dict(symbols or {})
-        op = nodes[0].definition
-        assert isinstance(op, ParallelAttn)
-        keys = [op.inspect_key(node, index, values, cu_seqlens, batch) for node in nodes]
-        if len({op.layout_key(key) for key in keys}) > 1:
+        keys = [_layout_op(node).inspect(node, index, values, cu_seqlens, batch) for node in nodes]
+        if len(set(keys)) > 1:
             names = ", ".join(node.name for node in nodes)
             _no_layout(f"the graph's parallel_attn ops have different layouts: {names}", "say which: node=...")
         return nodes[0], keys[0]
 
     def layout(self, *request: Any) -> Layout:
         """See :meth:`hetu.Graph.layout`."""
-        node, key = self.inspect(*request)
-        assert isinstance(node.definition, ParallelAttn)
-        return node.definition.layout(key)
+        return self.inspect(*request)[1].layout()
 
     def plan(self, *request: Any) -> AttnPlan:
         """See :meth:`hetu.Graph.plan`."""
-        plan: AttnPlan = self.plan_for(*self.inspect(*request))
+        node, key = self.inspect(*request)
+        plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key))
         return plan
 
 
+def _layout_op(node: Node) -> LayoutOp:
+    assert isinstance(node.definition, LayoutOp)
+    return node.definition
+
+
 def _proven(plan: Any) -> Any:
-    if settings().verify_plans and isinstance(plan, AttnPlan):
+    if isinstance(plan, AttnPlan) and settings().verify_plans and "proven" not in plan.memo:
         plan.verify()
+        plan.memo["proven"] = True
     return plan
 
 

@@ -33,3 +33,22 @@ def take(count: int) -> tuple[int, int]:
         first = _offset
         _offset += count
         return _seed, first
+
+
+def get_state() -> tuple[int, int]:
+    """The seed, and the next offset to be drawn.
+
+    Example:
+        >>> manual_seed(7); take(3); get_state()
+        (7, 0)
+        (7, 3)
+    """
+    with _lock:
+        return _seed, _offset
+
+
+def set_state(seed: int, offset: int) -> None:
+    """Goes on from where :func:`get_state` was called."""
+    global _seed, _offset
+    with _lock:
+        _seed, _offset = seed, offset

@@ -25,6 +25,7 @@ class Subgraph:
         spanning: Nodes that span the pipelines, and so know how many there are.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
+        step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: by so much a run advances the generator.
         constraints: What must hold.
     """
@@ -37,6 +38,7 @@ class Subgraph:
     planned: tuple[Node, ...]
     spanning: tuple[Node, ...]
     random: dict[Node, int]
+    step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
 
@@ -63,6 +65,7 @@ class Subgraph:
             planned=tuple(planned),
             spanning=tuple(node for node in kept if node.definition.spans_pipelines),
             random={node: i for i, node in enumerate(places) if node in set(kept)},
+            step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
         )

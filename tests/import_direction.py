@@ -18,6 +18,7 @@ FLOORS = (
     ("symbols",),
     ("graph", "parallel"),
     ("ops",),
+    ("optim",),
     ("planner",),
     ("backends",),
     ("executor",),
@@ -25,7 +26,10 @@ FLOORS = (
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Modules beside a room's own that are part of it.
-PART_OF = dict.fromkeys(("binder", "feeds", "subgraph"), "planner")
+PART_OF = {
+    **dict.fromkeys(("binder", "feeds", "subgraph"), "planner"),
+    **dict.fromkeys(("checkpoint", "state", "step"), "executor"),
+}
 
 FRAMEWORKS = {"torch", "triton"}
 WITHOUT_FRAMEWORKS = {room for room, level in FLOOR_OF.items() if level < FLOOR_OF["backends"]} | {"__init__"}

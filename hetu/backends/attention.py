@@ -159,7 +159,9 @@ class AttendBackward(Protocol):
         ...
 
 
-def attention_delta(out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, spans: QuerySpans) -> torch.Tensor:
+def attention_delta(
+    out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, spans: QuerySpans
+) -> torch.Tensor:
     """What every score's gradient has subtracted: the sum of ``dout * out`` over a row, less the gradient of its lse.
 
     Args:

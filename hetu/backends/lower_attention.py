@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,7 @@ from hetu.backends.kernels import attention_kernel
 from hetu.backends.lowering import NodeLowering, lowering
 from hetu.dtypes import float64
 from hetu.graph import Node
-from hetu.parallel import AttnPlan
+from hetu.parallel import AttnPlan, Layout
 from hetu.parallel.plan import Attend
 from hetu.parallel.varlen import VarlenPlan
 
@@ -39,9 +40,10 @@ class Options:
 
     @classmethod
     def of(cls, node: Node, backend: str) -> Options:
-        """The options of a node."""
+        """The options of an attention node, or of the gradient of one."""
         attrs = node.attrs
-        num_q = node.outputs[1].symbolic_shape[1].constant or 0
+        lse = node.outputs[1] if node.definition.is_random else node.input("softmax_lse")
+        num_q = lse.symbolic_shape[1].constant or 0
         width = (node.tensors[0].symbolic_shape[1].constant or 0) // attrs["head_dim"]
         return cls(
             backend,
@@ -69,9 +71,21 @@ def _triton_declines(node: Node, device: torch.device) -> str | None:
     return "float64 has no kernel" if node.tensors[0].dtype == float64 else None
 
 
-def _with_rows(x: torch.Tensor) -> torch.Tensor:
+def with_rows(x: torch.Tensor) -> torch.Tensor:
     """The tensor with neighbouring elements in its last dimension, as kernels read it; copied only if they aren't."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``(T, H * head_dim)`` or ``(T, H, head_dim)`` as the latter."""
+    x = with_rows(x)
+    return x if x.ndim == 3 else x.unflatten(1, (-1, head_dim))
+
+
+def key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
+    """The position in its document of every key in a step's buffer."""
+    parts = [layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 # attn_varlen
@@ -90,7 +104,7 @@ def hetu_attn_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Runs ``attn_varlen`` on one pipeline; gives its four outputs. ``given`` are the fields of :class:`Options`."""
     options = Options(**given)
-    rank3 = [x if x.ndim == 3 else x.unflatten(1, (-1, options.head_dim)) for x in map(_with_rows, (q, k, v))]
+    rank3 = [as_heads(x, options.head_dim) for x in (q, k, v)]
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
     state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
@@ -165,7 +179,7 @@ class PipelineCall:
     ) -> None:
         self.options, self.random, self.layout, self.plan = options, random, plan.layout, plan.pipelines[pipeline]
         queries = options.num_q * options.head_dim
-        qkv = _with_rows(qkv)
+        qkv = with_rows(qkv)
         self.q = qkv[:, :queries].view(len(qkv), options.num_q, options.head_dim)
         self.kv = qkv[:, queries:].view(len(qkv), 2, options.num_kv, options.head_dim)
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
@@ -187,13 +201,8 @@ class PipelineCall:
             first=first,
             last=last,
             dropout=self.dropout,
-            key_position=self._positions(step) if self.options.needs_positions else None,
+            key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
         )
-
-    def _positions(self, step: Attend) -> np.ndarray[Any, Any]:
-        """The position in its document of every key in the step's buffer."""
-        parts = [self.layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
         """The op's outputs, after the last step."""
@@ -215,11 +224,11 @@ def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens:
     return [tuple(cx.item(one, i) for i in range(len(node.outputs))) for one in pipelines]
 
 
-def _register(backend: str, **kwargs: Any) -> None:
-    """The same computation for every backend, with another kernel inside."""
-    for op, lower in (("attn_varlen", _lower_varlen), ("parallel_attn", _lower_parallel)):
-        lowering(op, backend=backend, **kwargs)(lambda *args, lower=lower: lower(backend, *args))
+def register_attention(op: str, lower: Callable[..., Any]) -> None:
+    """Registers the same computation for every backend, with another kernel inside."""
+    lowering(op, backend="torch")(partial(lower, "torch"))
+    lowering(op, backend="triton", declines=_triton_declines)(partial(lower, "triton"))
 
 
-_register("torch")
-_register("triton", declines=_triton_declines)
+register_attention("attn_varlen", _lower_varlen)
+register_attention("parallel_attn", _lower_parallel)

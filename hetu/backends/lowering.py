@@ -100,7 +100,21 @@ class RandomInput:
     node: Node
 
 
-Input = FeedInput | SizeInput | PlanInput | RandomInput
+@dataclass(frozen=True, slots=True)
+class ParameterInput:
+    """A module input: the value of a parameter, the same on all pipelines."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """A module input: the value of a node that is made of the whole step before the module runs."""
+
+    node: Node
+
+
+Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +216,14 @@ class NodeLowering:
         """The tensor that the node, a constant, stands for; kept on the device once for all modules and pipelines."""
         return self.builder.constant(self.node, value)
 
+    def parameter(self) -> fx.Node:
+        """The module input that brings the value of the node, a parameter."""
+        return self.builder.input(ParameterInput(self.node), self.node.name)
+
+    def step_value(self) -> fx.Node:
+        """The module input that brings the node's value, which is made of the whole step."""
+        return self.builder.input(StepInput(self.node), self.node.name)
+
     def plan(self) -> fx.Node:
         """The module input that brings the node's plan."""
         suffix = "" if self.pipeline is None else f"_p{self.pipeline}"
@@ -243,6 +265,7 @@ def lower(
     fetched = [replaced.get(tensor, tensor) for tensor in fetches]
     flat = [value for tensor in fetched for value in _to_give(tensor, values[tensor], builder)]
     builder.graph.output(tuple(flat))
+    builder.graph.eliminate_dead_code()  # outputs that nobody reads, and what only the whole step's values need
     builder.graph.lint()
     exprs = list(builder.exprs)
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))

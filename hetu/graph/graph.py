@@ -206,6 +206,7 @@ class Graph:
         strategy: int | str | None = None,
         num_micro_batches: int = 1,
         device: str | None = None,
+        run_level: str = "update",
     ) -> Any:
         """Computes tensors.
 
@@ -217,6 +218,9 @@ class Graph:
             strategy: An index, ``"auto"`` (the cheapest feasible one) or None (0 if there is one, else ``"auto"``).
             num_micro_batches: How many micro-batches are run one after the other.
             device: Where to run, instead of the graph's device.
+            run_level: What a run that fetches what ``minimize`` gave does with the gradients: ``"update"`` adds them
+                to those that wait and applies all, ``"grad"`` lets them wait for a later run, ``"compute_only"`` does
+                not compute them.
 
         Returns:
             For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
@@ -226,7 +230,27 @@ class Graph:
         Raises:
             HetuError: One of the family, before anything is computed.
         """
-        return self.executor.run(fetches, feed_dict, int_symbol_dict, strategy, num_micro_batches, device)
+        return self.executor.run(fetches, feed_dict, int_symbol_dict, strategy, num_micro_batches, device, run_level)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the graph keeps from run to run, copied: parameters, waiting gradients, optimisers, the generator.
+
+        Returns:
+            A nested dict of torch tensors, numbers and strings. ``hetu.save(g, path)`` writes it, ``hetu.load(path)``
+            reads it.
+        """
+        return self.executor.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a state: a run after it gives the same bits as it would have given then.
+
+        Args:
+            state: What :meth:`state_dict` or ``hetu.load`` gave, of a graph with the same parameters and optimisers.
+
+        Raises:
+            HetuError: If it does not fit the graph; nothing is changed then.
+        """
+        self.executor.load_state_dict(state)
 
     def prepare(
         self,

@@ -148,6 +148,9 @@ class OpDef:
         is_view: Whether the output may lie in its input's memory.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
+        plan_name: Ops of one name share plans, for equal keys; None for the op's own name.
+        is_step_wide: Whether its value is made of all pipelines and micro-batches of a run, before the rest is
+            computed.
         is_public: Whether users call it; False for ops that only gradients are made of.
         stops_gradient: Whether what it gives counts as a constant when a graph is differentiated.
         precision: What ``hetu.autocast`` does to its floating operands: ``"low"`` casts them to half precision,
@@ -163,6 +166,8 @@ class OpDef:
     is_view: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
+    plan_name: ClassVar[str | None] = None
+    is_step_wide: ClassVar[bool] = False
     is_public: ClassVar[bool] = True
     stops_gradient: ClassVar[bool] = False
     precision: ClassVar[str] = "any"
@@ -216,6 +221,10 @@ class OpDef:
     def plan(self, key: Any) -> Any:
         """The plan for a key: integers only."""
         raise NotImplementedError
+
+    def derive(self, plan: Any) -> Any:
+        """What the op follows, made from a plan that it may share with others: a gradient its backward."""
+        return plan
 
 
 _registry: dict[str, OpDef] = {}

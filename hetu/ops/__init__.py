@@ -3,12 +3,13 @@
 from hetu.ops.activations import gelu, silu
 from hetu.ops.arithmetic import add, div, mul, sub
 from hetu.ops.attention import attn_varlen
+from hetu.ops.layout_tokens import layout_tokens
 from hetu.ops.linalg import linear, matmul
 from hetu.ops.nn import cast, embedding, rms_norm, softmax
 from hetu.ops.parallel_attention import parallel_attn
 from hetu.ops.reduce import mean, sum
 from hetu.ops.shape import concat, reshape, slice, transpose
-from hetu.ops.sources import constant, full, placeholder
+from hetu.ops.sources import constant, full, parameter, placeholder
 
 __all__ = [
     "add",
@@ -20,11 +21,13 @@ __all__ = [
     "embedding",
     "full",
     "gelu",
+    "layout_tokens",
     "linear",
     "matmul",
     "mean",
     "mul",
     "parallel_attn",
+    "parameter",
     "placeholder",
     "reshape",
     "rms_norm",

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError
+from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Call, Node, Pipeline, Tensor
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
@@ -125,6 +125,28 @@ def check_longest(node: Node, bound: str, lengths: NDArray[np.int64], of: str, p
             f"bind {symbol} to at least {lengths.max()}, or leave it unbound",
             pipeline.describe(symbol),
         )
+
+
+def attention_gradient(
+    node: Node, d_output: Tensor | None, d_lse: Tensor | None, d_p: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the output and of the lse that the backward of an attention starts from.
+
+    Raises:
+        HetuError: If something depends on ``p``: it is there to be looked at.
+    """
+    if d_p is not None:
+        raise HetuError(
+            f"the probabilities p of {node.name}, made at {node.where.short}, have no gradient",
+            op="gradients",
+            where=caller(),
+            fix="compute what is differentiated from the output or softmax_lse",
+        )
+    output = node.outputs[0]
+    if d_output is None:
+        attrs = {"shape": output.symbolic_shape, "value": 0.0, "dtype": output.dtype}
+        d_output = node.graph.apply("full", (), attrs)[0]
+    return d_output, d_lse
 
 
 def refuse(node: Node, what: str, fix: str, bound: Sequence[str] = ()) -> NoReturn:

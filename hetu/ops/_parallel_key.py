@@ -1,4 +1,4 @@
-"""What the layout and the plan of a ``parallel_attn`` depend on, as a value; and how it is read off a run."""
+"""What a layout and the plan of a ``parallel_attn`` depend on, as values; and how they are read off a run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hetu.symbols import IntSymbol
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelKey:
-    """Everything that the layout and the plan of a ``parallel_attn`` depend on.
+class LayoutKey:
+    """Everything that a layout depends on.
 
     Attributes:
         seq_lens: Tokens of each sequence on each pipeline.
@@ -26,9 +26,6 @@ class ParallelKey:
         split: How a sequence lies over its group.
         batches: Sequences in each group's batch, in the order of ``groups_of``; empty with packing.
         cu_seqlens: Each group's (shape, bytes as int64) of its cumulative document lengths; empty without packing.
-        method: How keys and values move.
-        is_causal: Whether the mask is causal.
-        heads: Widths of a token's row.
     """
 
     seq_lens: tuple[int, ...]
@@ -36,9 +33,19 @@ class ParallelKey:
     split: str
     batches: tuple[int, ...]
     cu_seqlens: tuple[tuple[tuple[int, ...], bytes], ...]
-    method: str
-    is_causal: bool
-    heads: Heads
+
+    @classmethod
+    def of(
+        cls,
+        node: Node,
+        lens: tuple[int, ...],
+        groups: tuple[int, ...],
+        batches: Sequence[int],
+        cus: Sequence[NDArray[np.int64]],
+    ) -> LayoutKey:
+        """The key of a node for bound lengths and groups, and what each group holds."""
+        packed = tuple((cu.shape, np.ascontiguousarray(cu, np.int64).tobytes()) for cu in cus)
+        return cls(lens, groups, node.attrs["split"], tuple(batches), packed)
 
     def layout(self) -> Layout:
         """Which token lies where."""
@@ -48,26 +55,40 @@ class ParallelKey:
         )
 
 
-def make_key(
-    node: Node,
-    lens: tuple[int, ...],
-    groups: tuple[int, ...],
-    batches: tuple[int, ...],
-    cus: Sequence[NDArray[np.int64]],
-) -> ParallelKey:
-    """The key of a node for bound lengths and groups, and what each group holds."""
-    attrs, qkv = node.attrs, node.inputs[0]
-    assert isinstance(qkv, Tensor)
-    width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
-    num_kv = width // head_dim // (ratio + 2)
-    heads = Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize)
-    packed = tuple((cu.shape, np.ascontiguousarray(cu, np.int64).tobytes()) for cu in cus)
-    return ParallelKey(lens, groups, attrs["split"], batches, packed, attrs["method"], attrs["is_causal"], heads)
+@dataclass(frozen=True, slots=True)
+class ParallelKey:
+    """Everything that the plan of a ``parallel_attn`` depends on.
+
+    Attributes:
+        layout: What its layout depends on.
+        method: How keys and values move.
+        is_causal: Whether the mask is causal.
+        heads: Widths of a token's row.
+    """
+
+    layout: LayoutKey
+    method: str
+    is_causal: bool
+    heads: Heads
+
+    @classmethod
+    def of(cls, node: Node, layout: LayoutKey) -> ParallelKey:
+        """The key of a node on a layout."""
+        attrs, qkv = node.attrs, node.inputs[0]
+        assert isinstance(qkv, Tensor)
+        width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
+        num_kv = width // head_dim // (ratio + 2)
+        return cls(
+            layout,
+            attrs["method"],
+            attrs["is_causal"],
+            Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
+        )
 
 
 def group_cu_seqlens(node: Node, view: RunView, members: Sequence[int], total: int) -> NDArray[np.int64]:
     """The group's cumulative lengths, the same wherever they were fed."""
-    names = [name for name in ("cu_seqlens_q", "cu_seqlens_k") if node.input(name) is not None]
+    names = [name for name in node.definition.host_inputs if node.input(name) is not None]
     fed = [(r, name, view.pipelines[r].host(node.input(name))) for r in members for name in names]
     first = read_cu_seqlens(node, names[0], view.pipelines[members[0]])
     for r, name, values in fed[1:]:
@@ -102,7 +123,8 @@ def refuse_rows(node: Node, view: RunView, pipeline: int, rows: int, seq_len: in
     what = "expected as many" if node.attrs["packing"] else f"and its context group a batch of {batch}"
     refuse(
         node,
-        f"qkv has {rows} rows on pipeline {pipeline}, but the strategy gives it {seq_len} tokens of each sequence, "
+        f"{node.definition.inputs[0]} has {rows} rows on pipeline {pipeline}, "
+        f"but the strategy gives it {seq_len} tokens of each sequence, "
         + what,
         "feed batch * seq_len rows: layout.scatter(x) of the same strategy makes the shards",
         view.pipelines[pipeline].describe(node.tensors[0].symbolic_shape[0], *listed_lengths(node, view, [pipeline])),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from hetu.graph import (
 )
 from hetu.ops._attention import (
     FLOATS,
+    attention_gradient,
     ceil128,
     check_cu_seqlens,
     check_longest,
@@ -43,14 +45,57 @@ from hetu.symbols import IntSymbol
 _SIDES = ("q", "k")
 
 
+class _VarlenAttention(OpDef):
+    """What the op and its gradient have in common: what its lengths tell, and the plan."""
+
+    host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
+    has_plan = True
+    plan_name = "attn_varlen"
+
+    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+        return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
+
+    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+        return [
+            [int(np.diff(read_cu_seqlens(node, f"cu_seqlens_{side}", item)).max(initial=0)) for side in _SIDES]
+            for item in view.pipelines
+        ]
+
+    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
+        return [self._key(node, item) for item in view.pipelines]
+
+    def _key(self, node: Node, pipeline: Pipeline) -> Any:
+        rows, cu = [], []
+        for side in _SIDES:
+            name = f"cu_seqlens_{side}"
+            values = read_cu_seqlens(node, name, pipeline)
+            rows.append(pipeline.value(node.input(side).symbolic_shape[0]))
+            if values[-1] > rows[-1]:
+                refuse(
+                    node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
+                )
+            check_longest(node, f"max_seqlen_{side}", np.diff(values), name, pipeline)
+            cu.append(values)
+        if len(cu[0]) != len(cu[1]):
+            refuse(
+                node,
+                f"cu_seqlens_q and cu_seqlens_k have {len(cu[0])} and {len(cu[1])} entries, expected as many",
+                "give both batch_size + 1 entries",
+            )
+        return cu[0].tobytes(), cu[1].tobytes(), rows[0], node.attrs["is_causal"]
+
+    def plan(self, key: Any) -> VarlenPlan:
+        cu_q, cu_k, rows, is_causal = key
+        return VarlenPlan.build(np.frombuffer(cu_q, np.int64), np.frombuffer(cu_k, np.int64), rows, is_causal)
+
+
 @register
-class AttnVarlen(OpDef):
+class AttnVarlen(_VarlenAttention):
     name = "attn_varlen"
     inputs = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     outputs = ("output", "softmax_lse", "p", "rng_state")
-    host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
     is_random = True
-    has_plan = True
+    precision = "low"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         check_options(call)
@@ -103,41 +148,17 @@ class AttnVarlen(OpDef):
             )
         return heads[0]
 
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
-        return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        d_output, d_lse = attention_gradient(node, *grads[:3])
+        q, k, v, cu_q, cu_k = node.inputs
+        output, lse, _, rng_state = node.outputs
 
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        return [
-            [int(np.diff(read_cu_seqlens(node, f"cu_seqlens_{side}", item)).max(initial=0)) for side in _SIDES]
-            for item in view.pipelines
-        ]
+        @cache
+        def backward() -> tuple[Tensor, ...]:
+            inputs = (q, k, v, output, lse, rng_state, d_output, d_lse, cu_q, cu_k)
+            return node.graph.apply("attn_varlen_grad", inputs, node.attrs)
 
-    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
-        return [self._key(node, item) for item in view.pipelines]
-
-    def _key(self, node: Node, pipeline: Pipeline) -> Any:
-        rows, cu = [], []
-        for side in _SIDES:
-            name = f"cu_seqlens_{side}"
-            values = read_cu_seqlens(node, name, pipeline)
-            rows.append(pipeline.value(node.input(side).symbolic_shape[0]))
-            if values[-1] > rows[-1]:
-                refuse(
-                    node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
-                )
-            check_longest(node, f"max_seqlen_{side}", np.diff(values), name, pipeline)
-            cu.append(values)
-        if len(cu[0]) != len(cu[1]):
-            refuse(
-                node,
-                f"cu_seqlens_q and cu_seqlens_k have {len(cu[0])} and {len(cu[1])} entries, expected as many",
-                "give both batch_size + 1 entries",
-            )
-        return cu[0].tobytes(), cu[1].tobytes(), rows[0], node.attrs["is_causal"]
-
-    def plan(self, key: Any) -> VarlenPlan:
-        cu_q, cu_k, rows, is_causal = key
-        return VarlenPlan.build(np.frombuffer(cu_q, np.int64), np.frombuffer(cu_k, np.int64), rows, is_causal)
+        return [lambda: backward()[0], lambda: backward()[1], lambda: backward()[2], None, None]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         rng = np.random.default_rng(0)
@@ -166,6 +187,24 @@ class AttnVarlen(OpDef):
             BadSample(lambda: bad(dtype=int32), DTypeError, "q is int32"),
             BadSample(lambda: bad(max_seqlen_q=1.5), DTypeError, "max_seqlen_q is 1.5"),
         ]
+
+
+@register
+class AttnVarlenGrad(_VarlenAttention):
+    """The gradients of ``attn_varlen`` with respect to q, k and v."""
+
+    name = "attn_varlen_grad"
+    is_public = False
+    inputs = (
+        "q", "k", "v", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k",
+    )  # fmt: skip
+    outputs = ("d_q", "d_k", "d_v")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        return [TensorSpec(item.dtype, item.symbolic_shape) for item in call.inputs[:3]]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        return (), ()
 
 
 def attn_varlen(

@@ -2,64 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hetu.dtypes import float32, int32, int64
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, StrategyError, caller
-from hetu.graph import (
-    BadSample,
-    Call,
-    GoodSample,
-    Node,
-    OpDef,
-    Pipeline,
-    RunView,
-    Tensor,
-    TensorSpec,
-    current_graph,
-    register,
-)
+from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError
+from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
 from hetu.ops._attention import (
     FLOATS,
+    attention_gradient,
     ceil128,
-    check_cu_seqlens,
-    check_longest,
     check_options,
     check_tensor,
     check_width,
     dense_attention,
     lse_dtype,
     max_seqlen,
-    read_cu_seqlens,
 )
-from hetu.ops._parallel_key import ParallelKey, batch_of, group_cu_seqlens, make_key, one_a_group, refuse_rows
+from hetu.ops._layout_op import LayoutOp, Lists
+from hetu.ops._parallel_key import LayoutKey, ParallelKey
 from hetu.ops.sources import constant, placeholder
-from hetu.parallel import METHODS, SPLITS, AttnPlan, Layout, Strategy, build_plan, groups_of
+from hetu.parallel import METHODS, AttnPlan, build_plan
 from hetu.symbols import IntSymbol, as_symbol
 
-Lists = Sequence[Sequence[IntSymbol | int]]
+
+class _ParallelAttention(LayoutOp):
+    """What the op and its gradient have in common: the plan."""
+
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {**LayoutOp.choices, "method": ("auto", *METHODS)}
+    precision = "low"
+    plan_name = "parallel_attn"
+
+    def key(self, node: Node, layout: LayoutKey) -> ParallelKey:
+        return ParallelKey.of(node, layout)
+
+    def plan(self, key: ParallelKey) -> AttnPlan:
+        return build_plan(key.layout.layout(), method=key.method, is_causal=key.is_causal, heads=key.heads)
 
 
 @register
-class ParallelAttn(OpDef):
+class ParallelAttn(_ParallelAttention):
     name = "parallel_attn"
     inputs = ("qkv", "cu_seqlens_q", "cu_seqlens_k")
     outputs = ("output", "softmax_lse", "rng_state", "p")
-    host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
     is_random = True
-    spans_pipelines = True
-    has_plan = True
 
     # Building
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         check_options(call)
-        self._check_lists(call)
-        self._check_packing(call)
+        self.check_lists(call)
+        self.check_packing(call)
         qkv = check_tensor(call, "qkv", call.inputs[0], FLOATS, (2,))
         num_q, _ = _heads(call, qkv)
         head_dim, attrs = call.attrs["head_dim"], call.attrs
@@ -80,155 +75,11 @@ class ParallelAttn(OpDef):
             specs.append(TensorSpec(qkv.dtype, (batch, num_q, ceil128(seq_len), total)))
         return specs
 
-    def _check_lists(self, call: Call) -> None:
-        """Replaces both lists by one strategy a row, after checking that they fit each other and the graph."""
-        attrs, rows = call.attrs, {}
-        if "strategies" in attrs:  # the graph's verification asks again, with the normal form
-            return
-        for name, given in (("multi_seq_lens_symbol", "seq_lens"), ("multi_cp_group_symbol", "cp_groups")):
-            value = attrs.pop(given)
-            try:
-                rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
-            except TypeError:
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list a strategy")
-            if len(rows[given]) != call.graph.num_strategy:
-                call.fail(
-                    StrategyError,
-                    f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
-                    "give one row a strategy, or another num_strategy to hetu.graph",
-                )
-        strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
-        for i, strategy in enumerate(strategies):
-            for r, length in enumerate(strategy.seq_lens):
-                call.check(length >= 0, f"the length of pipeline {r} under strategy {i} is at least 0")
-        attrs["strategies"] = strategies
-        for name, known in (("split", SPLITS), ("method", ("auto", *METHODS))):
-            if attrs[name] not in known:
-                call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
-
-    def _check_packing(self, call: Call) -> None:
-        given = call.inputs[1:]
-        if not call.attrs["packing"]:
-            if given != (None, None):
-                call.fail(HetuError, "cu_seqlens were given without packing", "pass packing=True, or leave them out")
-            return
-        if given[0] is None:
-            call.fail(HetuError, "packing needs cu_seqlens_q", "pass the documents' cumulative lengths")
-        for name, item in zip(("cu_seqlens_q", "cu_seqlens_k"), given, strict=True):
-            if item is not None:
-                check_cu_seqlens(call, name, item, ranks=(1, 2))
-
-    # Binding
-
-    def num_pipelines(self, node: Node, strategy: int) -> int:
-        return _strategy(node, strategy).num_pipelines
-
-    def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
-        chosen = _strategy(node, strategy)
-        listed = (*chosen.seq_lens, *chosen.cp_groups)
-        return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
-
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
-        own, listed = node.symbols, as_symbol(_strategy(node, strategy).seq_lens[pipeline])
-        facts = [(listed, f"rows of qkv on pipeline {pipeline}")]
-        facts += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
-        sides = [name for name in ("max_seqlen_q", "max_seqlen_k") if node.attrs[name] is not None]
-        return facts + [(node.attrs[name], "longest document of the pipeline's context group") for name in sides]
-
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        chosen = _strategy(node, view.strategy)
-        lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True)]
-        rows = [item.known(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
-        if node.attrs["packing"]:
-            lens = [row if length is None else length for length, row in zip(lens, rows, strict=True)]
-        return [self._tell_pipeline(node, view, r, lens, rows) for r in range(len(view.pipelines))]
-
-    def _tell_pipeline(
-        self, node: Node, view: RunView, r: int, lens: list[int | None], rows: list[int | None]
-    ) -> list[int | None]:
-        attrs, pipeline = node.attrs, view.pipelines[r]
-        groups = [pipeline.known(group) for group in _strategy(node, view.strategy).cp_groups]
-        members = [i for i, group in enumerate(groups) if group == groups[r]]
-        known = [lens[i] for i in members]
-        total = None if None in groups or None in known else sum(length or 0 for length in known)
-        batch = None if total is None else batch_of(members, lens, rows)
-        told: dict[str, int | None] = {"seq_len": lens[r], "batch": batch, "total": total}
-        values = [lens[r] if attrs["packing"] else None]
-        values += [told[name] for name in ("seq_len", "batch", "total") if name in node.symbols]
-        sides = [name for name in ("max_seqlen_q", "max_seqlen_k") if attrs[name] is not None]
-        longest = int(self._documents(node, pipeline, total).max(initial=0)) if sides and total is not None else None
-        return values + [longest] * len(sides)
-
-    def _documents(self, node: Node, pipeline: Pipeline, total: int) -> NDArray[np.int64]:
-        """Lengths of the documents of a pipeline's group."""
-        if not node.attrs["packing"]:
-            return np.array([total])
-        lengths = np.diff(read_cu_seqlens(node, "cu_seqlens_q", pipeline))
-        return lengths if lengths.ndim == 1 else lengths.sum(0)
-
-    # Planning
-
-    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
-        chosen = _strategy(node, view.strategy)
-        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True))
-        groups = tuple(view.pipelines[0].value(expr) for expr in chosen.cp_groups)
-        rows = [item.value(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
-        batches, cus = [], []
-        for members in groups_of(groups).values():
-            batch = 1 if node.attrs["packing"] else batch_of(members, lens, rows)
-            for r in members:
-                if rows[r] != batch * lens[r]:
-                    refuse_rows(node, view, r, rows[r], lens[r], batch)
-            total = sum(lens[r] for r in members)
-            if node.attrs["packing"]:
-                cus.append(group_cu_seqlens(node, view, members, total))
-            else:
-                batches.append(batch)
-            for name in ("max_seqlen_q", "max_seqlen_k"):
-                if node.attrs[name] is not None:
-                    lengths = self._documents(node, view.pipelines[members[0]], total)
-                    check_longest(
-                        node, name, lengths, f"context group {groups[members[0]]}", view.pipelines[members[0]]
-                    )
-        return [make_key(node, lens, groups, tuple(batches), cus)]
-
-    def plan(self, key: ParallelKey) -> AttnPlan:
-        return build_plan(key.layout(), method=key.method, is_causal=key.is_causal, heads=key.heads)
-
-    # Looking before running
-
-    def inspect_key(
-        self, node: Node, strategy: int, values: Mapping[IntSymbol, int], cu_seqlens: Any, batch: Any
-    ) -> ParallelKey:
-        """The key that a run with these symbols would have; see :meth:`hetu.Graph.plan`."""
-
-        def value(expr: IntSymbol) -> int:
-            defaults = {leaf: leaf.default for leaf in expr.leaves if leaf.default is not None}
-            return expr.evaluate({**defaults, **values})
-
-        lens, groups = _strategy(node, strategy).evaluate(value)
-        count = len(groups_of(groups))
-        if not node.attrs["packing"]:
-            batches = one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
-            return make_key(node, lens, groups, tuple(batches), ())
-        if cu_seqlens is None:
-            raise BindingError(
-                "packing needs cu_seqlens",
-                op="layout",
-                where=caller(),
-                fix="pass cu_seqlens=..., as the run will feed it",
-            )
-        several = isinstance(cu_seqlens, (list, tuple)) and np.ndim(cu_seqlens[0]) > 0
-        cus = one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
-        return make_key(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
-
-    def layout(self, key: ParallelKey) -> Layout:
-        """Which token lies where."""
-        return key.layout()
-
-    def layout_key(self, key: ParallelKey) -> Any:
-        """What of a key the layout depends on."""
-        return key.seq_lens, key.cp_groups, key.split, key.batches, key.cu_seqlens
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        d_output, d_lse = attention_gradient(node, *grads[:2], grads[3] if len(grads) > 3 else None)
+        qkv, cu_q, cu_k = node.inputs
+        inputs = (qkv, node.outputs[0], node.outputs[1], node.outputs[2], d_output, d_lse, cu_q, cu_k)
+        return [lambda: node.graph.apply("parallel_attn_grad", inputs, node.attrs)[0], None, None]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         qkv = np.random.default_rng(0).standard_normal((6, 4 * 8), np.float32)
@@ -256,9 +107,25 @@ class ParallelAttn(OpDef):
         ]
 
 
-def _strategy(node: Node, index: int) -> Strategy:
-    chosen: Strategy = node.attrs["strategies"][index]
-    return chosen
+@register
+class ParallelAttnGrad(_ParallelAttention):
+    """The gradient of ``parallel_attn`` with respect to qkv."""
+
+    name = "parallel_attn_grad"
+    is_public = False
+    precision = "any"
+    inputs = ("qkv", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k")
+    outputs = ("d_qkv",)
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        qkv = call.inputs[0]
+        return [TensorSpec(qkv.dtype, qkv.symbolic_shape)]
+
+    def derive(self, plan: AttnPlan) -> AttnPlan:
+        return plan.backward()
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        return (), ()
 
 
 def _heads(call: Call, qkv: Tensor) -> tuple[int, int]:

@@ -108,6 +108,98 @@ class Full(OpDef):
         return good, bad
 
 
+@register
+class Parameter(OpDef):
+    """A value that the graph keeps from run to run, and that optimisers change."""
+
+    name = "parameter"
+    is_source = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        attrs = call.attrs
+        given, dtype = attrs["shape"], attrs["dtype"]
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
+        shape = tuple(size(call, item, "a size") for item in given)
+        if not all(isinstance(item, int) and item >= 0 for item in shape):
+            what = f"expected plain sizes of at least 0, got {show(shape)}"
+            call.fail(ShapeError, what, "a parameter's shape is the same in every run")
+        if not dtype.is_floating:
+            call.fail(DTypeError, f"expected a floating dtype, got {dtype}", "make integers with hetu.constant(...)")
+        attrs["shape"], attrs["init"] = shape, self._init(call, attrs["init"], shape)
+        return [TensorSpec(dtype, shape)]
+
+    @staticmethod
+    def _init(call: Call, init: Any, shape: Sequence[Any]) -> Any:
+        """A number, an array of the parameter's shape, or a function."""
+        if callable(init):
+            return init
+        kept = init if isinstance(init, (bool, int, float)) else _copy(init)
+        if not isinstance(kept, (bool, int, float)) and tuple(kept.shape) != tuple(shape):
+            call.fail(ShapeError, f"expected init to have shape {show(shape)}, got {list(kept.shape)}")
+        return kept
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        table = eighths(2, 3)
+        good = [
+            GoodSample(lambda: parameter(table, [2, 3]), [], lambda: table),
+            GoodSample(lambda: parameter(0.5, [3]), [], lambda: np.full(3, 0.5)),
+            GoodSample(lambda: parameter(lambda x: x.fill_(2), [1, 0]), [], lambda: np.full((1, 0), 2)),
+            GoodSample(lambda: parameter(lambda x: x + 1, [2], "bfloat16"), [], lambda: np.ones(2)),
+        ]
+        bad = [
+            BadSample(lambda: parameter(0.0, [IntSymbol("n")]), ShapeError, "plain sizes of at least 0, got [n]"),
+            BadSample(lambda: parameter(0.0, 3), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
+            BadSample(lambda: parameter(0, [2], "int64"), DTypeError, "a floating dtype, got hetu.int64"),
+            BadSample(lambda: parameter(table, [3, 2]), ShapeError, "init to have shape [3, 2], got [2, 3]"),
+            BadSample(lambda: parameter("xavier", [3, 2]), DTypeError, "expected numbers, got 'xavier'"),
+        ]
+        return good, bad
+
+
+def parameter(
+    init: Any,
+    shape: Sequence[int],
+    dtype: DType | Any = float32,
+    name: str | None = None,
+    *,
+    requires_grad: bool = True,
+) -> Tensor:
+    """Makes a tensor that the graph keeps from run to run: what an optimiser trains.
+
+    Its value is made when it is first needed, on the device of the graph, and is the same on all pipelines.
+
+    Args:
+        init: The first value: a number, an array of that shape, or a function that gets a float32 torch tensor of
+            zeros on the CPU and fills it in place or returns another, such as
+            ``functools.partial(torch.nn.init.normal_, std=0.02)``. What it draws from torch's generator depends on
+            the seed of :func:`hetu.manual_seed` and on the parameter's name alone.
+        shape: Plain ints.
+        dtype: Floating element type.
+        name: Unique in the graph, and the parameter's name in a state dict; made up if None.
+        requires_grad: Whether optimisers train it unless told otherwise.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        ShapeError: If a size is negative or no int, or an array has another shape.
+        DTypeError: If the dtype is not floating, or the value does not consist of numbers.
+        HetuError: Outside of a graph, or if the name is taken.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     weight = hetu.parameter(0.5, [2, 2], name="weight")
+        >>> g.run(weight)
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else shape
+    attrs = {"init": init, "shape": sizes, "dtype": as_dtype(dtype), "requires_grad": bool(requires_grad)}
+    return build("parameter", (), attrs, name)
+
+
 def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str | None = None) -> Tensor:
     """Makes a tensor whose value each run feeds.
 

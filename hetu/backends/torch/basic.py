@@ -23,6 +23,16 @@ def _placeholder(cx: NodeLowering) -> fx.Node:
     return cx.feed()
 
 
+@lowering("parameter", backend="torch")
+def _parameter(cx: NodeLowering) -> fx.Node:
+    return cx.parameter()
+
+
+@lowering("step_sum", backend="torch")
+def _step_sum(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.step_value()
+
+
 @lowering("constant", backend="torch")
 def _constant(cx: NodeLowering) -> fx.Node:
     value, dtype = cx.node.attrs["value"], TORCH_DTYPES[cx.node.outputs[0].dtype]

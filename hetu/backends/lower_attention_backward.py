@@ -1,0 +1,182 @@
+"""The gradients of both attention ops at run time, for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import fx
+
+from hetu.backends.attention import BackwardState, attention_delta, compute_dtype
+from hetu.backends.comm import LocalComm, follow_backward, run_lock_step
+from hetu.backends.kernels import backward_kernel
+from hetu.backends.lower_attention import Options, as_heads, key_positions, register_attention, with_rows
+from hetu.backends.lowering import NodeLowering
+from hetu.parallel import AttnPlan
+from hetu.parallel.plan import Accumulate, Attend
+from hetu.parallel.varlen import VarlenPlan
+
+
+def _state(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    dq: torch.Tensor,
+    plan: Any,
+    head_dim: int,
+) -> BackwardState:
+    """What the steps read of the queries; ``plan`` has the spans."""
+    out, dout = as_heads(out, head_dim), as_heads(dout, head_dim)
+    return BackwardState(dout, lse, attention_delta(out, dout, dlse, plan.spans), dq)
+
+
+# attn_varlen
+
+
+def hetu_attn_varlen_grad(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rng_state: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    plan: VarlenPlan,
+    **given: Any,
+) -> list[torch.Tensor]:
+    """The gradients of one pipeline's q, k and v. ``given`` are the fields of :class:`Options`."""
+    options = Options(**given)
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
+    dropout = options.dropout(_random(rng_state), 0)
+    backward_kernel(options.backend)(
+        *(as_heads(x, options.head_dim) for x in (q, k, v)),
+        plan.spans,
+        plan.table,
+        _state(out, lse, dout, dlse, dq, plan, options.head_dim),
+        dk,
+        dv,
+        softmax_scale=options.softmax_scale,
+        first=True,
+        dropout=dropout,
+        key_position=plan.key_position if dropout else None,
+    )
+    return grads
+
+
+def _random(rng_state: torch.Tensor) -> tuple[int, int]:
+    """Seed and offset of the forward; they lie on the CPU."""
+    seed, offset = rng_state.tolist()
+    return seed, offset
+
+
+def _lower_varlen(backend: str, cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
+    *tensors, _, _ = operands  # the cumulative lengths are in the plan
+    options = asdict(Options.of(cx.node, backend))
+    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), **options)
+    return tuple(cx.item(grads, i) for i in range(3))
+
+
+# parallel_attn
+
+
+def hetu_parallel_attn_grad(
+    qkv: Sequence[torch.Tensor],
+    out: Sequence[torch.Tensor],
+    lse: Sequence[torch.Tensor],
+    rng_state: Sequence[torch.Tensor],
+    dout: Sequence[torch.Tensor],
+    dlse: Sequence[torch.Tensor] | None,
+    plan: AttnPlan,
+    **given: Any,
+) -> list[torch.Tensor]:
+    """The gradients of all pipelines' qkv, in lock step.
+
+    Args:
+        qkv: Each pipeline's shard.
+        out: Its output of the forward.
+        lse: Its log-sum-exps.
+        rng_state: The forward's seed and offset.
+        dout: The gradient of each output.
+        dlse: The gradient of each lse, or None.
+        plan: What each pipeline does: the backward of the forward's plan.
+        **given: The fields of :class:`Options`.
+    """
+    options, comm, calls = Options(**given), LocalComm(), []
+    random = _random(rng_state[0])
+    for r in range(len(qkv)):
+        own_dlse = None if dlse is None else dlse[r]
+        calls.append(_PipelineBackward(qkv[r], out[r], lse[r], dout[r], own_dlse, plan, r, random, options))
+    run_lock_step([follow_backward(call.plan, call.kv, call.dkv, comm, call.attend) for call in calls])
+    return [call.gradient() for call in calls]
+
+
+class _PipelineBackward:
+    """One pipeline's share of the gradient of a ``parallel_attn``."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        plan: AttnPlan,
+        pipeline: int,
+        random: tuple[int, int],
+        options: Options,
+    ) -> None:
+        self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
+        self.q, self.kv = self._cut(with_rows(qkv))
+        self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
+        self.grad = qkv.new_empty(qkv.shape)
+        # Sums of several parts are made in float32; a single step writes the gradient as it is returned.
+        kinds = [type(item) for item in self.plan.instructions]
+        several, high = kinds.count(Attend) > 1 or Accumulate in kinds, compute_dtype(qkv.dtype)
+        self.sums = qkv.new_empty(qkv.shape, dtype=high) if several and qkv.dtype != high else self.grad
+        dq, self.dkv = self._cut(self.sums)
+        self.state = _state(out, lse, dout, dlse, dq, self.plan, options.head_dim)
+
+    def _cut(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of q ``(rows, H_q, head_dim)`` and of k and v ``(rows, 2, H_kv, head_dim)``."""
+        num_q, num_kv, head_dim = self.options.num_q, self.options.num_kv, self.options.head_dim
+        queries = num_q * head_dim
+        q = qkv[:, :queries].view(len(qkv), num_q, head_dim)
+        return q, qkv[:, queries:].view(len(qkv), 2, num_kv, head_dim)
+
+    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
+        """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
+        backward_kernel(self.options.backend)(
+            self.q,
+            buffer[:, 0],
+            buffer[:, 1],
+            self.plan.spans,
+            step.table,
+            self.state,
+            grads[:, 0],
+            grads[:, 1],
+            softmax_scale=self.options.softmax_scale,
+            first=first,
+            dropout=self.dropout,
+            key_position=key_positions(step, self.layout) if self.dropout else None,
+        )
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the shard, once the plan is done."""
+        if self.sums is not self.grad:
+            self.grad.copy_(self.sums)
+        return self.grad
+
+
+def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
+    *tensors, _, _ = operands
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), **asdict(Options.of(cx.node, backend)))
+    return [(cx.item(grads, r),) for r in range(cx.num_pipelines)]
+
+
+register_attention("attn_varlen_grad", _lower_varlen)
+register_attention("parallel_attn_grad", _lower_parallel)
