@@ -9,70 +9,18 @@ Prints a table with medians and quartiles, and writes it with the machine and th
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import json
-import os
-import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
+from tables import DOCS, ROOT, Row, keep, print_table, timed
 
 import hetu
 from hetu.parallel import Layout, build_pipeline_plan
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "host.json"
-DOCS = ROOT / "docs" / "performance.md"
-BEGIN, END = "<!-- host.json: begin -->", "<!-- host.json: end -->"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. ``limit`` is what the median may be at most."""
-
-    name: str
-    unit: str
-    first_quartile: float
-    median: float
-    third_quartile: float
-    samples: int
-    limit: float | None
-
-    @classmethod
-    def of(cls, name: str, unit: str, samples: list[float], limit: float | None = None) -> Row:
-        low, middle, high = (float(value) for value in np.percentile(samples, (25, 50, 75)))
-        return cls(name, unit, low, middle, high, len(samples), limit)
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        numbers = (f"{value:.4g} {self.unit}" for value in (self.first_quartile, self.median, self.third_quartile))
-        return self.name, *numbers, *(self.verdict if self.limit is not None else ("", ""))
-
-    @property
-    def verdict(self) -> tuple[str, str]:
-        assert self.limit is not None
-        return f"{self.limit:g} {self.unit}", "yes" if self.median <= self.limit else "NO"
-
-
-HEADER = ("", "q1", "median", "q3", "at most", "kept")
-
-
-def timed(call: Callable[[], Any], scale: float) -> float:
-    """Time of one call, in units of ``1 / scale`` seconds."""
-    start = perf_counter()
-    call()
-    return (perf_counter() - start) * scale
-
 
 # A graph of 200 small ops
 
@@ -208,57 +156,6 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-# Telling
-
-
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
-    versions = {name: version(name) for name in ("hetu", "torch", "triton", "numpy", "sympy")}
-    return {
-        "device": f"{processor()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        **versions,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", str(Path(__file__).relative_to(ROOT)), *sys.argv[1:]]),
-    }
-
-
-def version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def print_table(rows: list[Row]) -> None:
-    lines = [HEADER, *(row.cells for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for name, *numbers in lines:
-        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
-        print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
-
-
-def write_docs(rows: list[Row], told: dict[str, str]) -> None:
-    """Puts the table between its two marks in ``docs/performance.md``."""
-    lines = [f"| {' | '.join(HEADER)} |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
-    lines += [f"| {' | '.join(row.cells)} |" for row in rows]
-    versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "triton", "numpy", "sympy"))
-    lines += ["", f"{told['device']}; {versions}; {told['date']}; `{told['command']}`."]
-    text = DOCS.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCS.write_text(f"{before}{BEGIN}\n\n" + "\n".join(lines) + f"\n\n{END}{after}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=MEASURES, help="take one measure, and write nothing")
@@ -269,11 +166,7 @@ def main() -> None:
     print_table(rows)
     if arguments.only:
         return
-    told = environment()
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({**told, "rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False) + "\n")
-    if arguments.write_docs:
-        write_docs(rows, told)
+    keep("host", rows, arguments.write_docs)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,12 @@ Run it with ``make demo``, or ``python examples/documents.py --packs 4 --tokens 
 from __future__ import annotations
 
 import argparse
-import sysconfig
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
+from corpus import VOCABULARY, cut, deal, make_packs, read_files
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -27,45 +25,8 @@ from rich.table import Table
 import hetu
 from hetu.parallel import AttnPlan
 
-LONGEST = 8192  # tokens of a document; longer files are cut into pieces
 WIDTH, HEAD_DIM, HEADS, KV_HEADS = 128, 64, 4, 2
 TOLERANCE = 2e-5  # float32, as one device in another order of adding
-
-
-# The documents
-
-
-def read_files() -> list[np.ndarray]:
-    """The source files of Python's standard library, a byte a token."""
-    root = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in root.rglob("*.py") if "site-packages" not in path.parts)
-    return [np.frombuffer(path.read_bytes(), np.uint8) for path in paths]
-
-
-def cut(files: list[np.ndarray]) -> list[np.ndarray]:
-    """Cuts long files into documents of at most LONGEST tokens, and shuffles them the same way on every run."""
-    pieces = [file[i : i + LONGEST] for file in files for i in range(0, max(len(file), 1), LONGEST)]
-    return [pieces[i] for i in np.random.default_rng(0).permutation(len(pieces))]
-
-
-def make_packs(documents: list[np.ndarray], budget: int, count: int) -> list[list[np.ndarray]]:
-    """Fills ``count`` packs: each document goes to the emptiest. In a pack the short documents come first."""
-    packs: list[list[np.ndarray]] = [[] for _ in range(count)]
-    room = np.full(count, budget)
-    for document in documents:
-        emptiest = room.argmax()
-        if len(document) <= room[emptiest]:
-            packs[emptiest].append(document)
-            room[emptiest] -= len(document)
-    return [sorted(pack, key=len) for pack in packs]
-
-
-def deal(documents: list[np.ndarray], shares: tuple[int, ...]) -> list[list[np.ndarray]]:
-    """Cuts a pack into consecutive lists of whole documents, one a context group, near these shares of its tokens."""
-    ends = np.cumsum([0, *map(len, documents)])
-    wanted = np.cumsum((0, *shares)) / sum(shares) * ends[-1]
-    cuts = [int(np.abs(ends - place).argmin()) for place in wanted[:-1]] + [len(documents)]
-    return [documents[start:stop] for start, stop in pairwise(cuts)]
 
 
 # The graph: lengths of all strategies are expressions of three symbols
@@ -107,7 +68,7 @@ rows, docs = hetu.IntSymbol("rows"), hetu.IntSymbol("docs")
 with hetu.graph("define_and_run", num_strategy=len(STRATEGIES)) as g:
     tokens = hetu.placeholder(hetu.int64, [rows], name="tokens")
     cu_seqlens = hetu.placeholder(hetu.int32, [docs + 1], name="cu_seqlens")
-    table = hetu.constant(fixed_weights(1, 256, WIDTH), name="table")
+    table = hetu.constant(fixed_weights(1, VOCABULARY, WIDTH), name="table")
     weight = hetu.constant(fixed_weights(2, (HEADS + 2 * KV_HEADS) * HEAD_DIM, WIDTH) / WIDTH**0.5, name="weight")
     qkv = hetu.linear(hetu.embedding(tokens, table), weight)
     attended, lse, _ = hetu.parallel_attn(

@@ -12,6 +12,9 @@ if not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Several test processes run side by side: threads of one would wait for cores that the others have.
+torch.set_num_threads(1)
+
 # CI draws the same examples every time, so that a red run is the change's fault; everybody else explores.
 settings.register_profile(
     "hetu",

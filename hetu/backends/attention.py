@@ -186,6 +186,13 @@ def attention_delta(
     return delta.contiguous()
 
 
+def with_positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:
+    """The same scores with a positive scale: kernels mask with -inf before they scale. Others move into q."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type to compute and accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -15,7 +15,7 @@ from hetu.backends.kernels import backward_kernel
 from hetu.backends.lower_attention import Options, as_heads, key_positions, register_attention, with_rows
 from hetu.backends.lowering import NodeLowering
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Accumulate, Attend
+from hetu.parallel.plan import Attend
 from hetu.parallel.varlen import VarlenPlan
 
 
@@ -135,8 +135,7 @@ class _PipelineBackward:
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
         self.grad = qkv.new_empty(qkv.shape)
         # Sums of several parts are made in float32; a single step writes the gradient as it is returned.
-        kinds = [type(item) for item in self.plan.instructions]
-        several, high = kinds.count(Attend) > 1 or Accumulate in kinds, compute_dtype(qkv.dtype)
+        high, several = compute_dtype(qkv.dtype), self.plan.sums_gradients
         self.sums = qkv.new_empty(qkv.shape, dtype=high) if several and qkv.dtype != high else self.grad
         dq, self.dkv = self._cut(self.sums)
         self.state = _state(out, lse, dout, dlse, dq, self.plan, options.head_dim)

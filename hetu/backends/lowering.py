@@ -8,6 +8,7 @@ call over all of them. Sizes are plain int inputs of the module, so lengths neve
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,7 +153,9 @@ class _Builder:
             last = next(reversed(self.inputs.values()), None)
             place = self.graph.inserting_after(last) if last else self.graph.inserting_before(self._first())
             with place:
-                self.inputs[key] = self.graph.placeholder(name)
+                # Users' names may be any text; the number keeps keywords, and names that look alike then, apart.
+                plain = re.sub(r"\W", "_", name)
+                self.inputs[key] = self.graph.placeholder(f"in{len(self.inputs)}_{plain}")
         return self.inputs[key]
 
     def _first(self) -> fx.Node:

@@ -1,17 +1,17 @@
-"""What the layers of a transformer need besides attention and products of matrices."""
+"""Casts, embeddings, softmax: what models need besides products of matrices, norms and attention."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from hetu.dtypes import DType, as_dtype, bfloat16, float32, int32, int64
-from hetu.errors import DTypeError, HetuError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import axis, build, floating, output, rank, same_dtype, show, tensor
+from hetu.dtypes import DType, as_dtype, bfloat16, float32, int64
+from hetu.errors import DTypeError, ShapeError
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.ops._build import axis, build, floating, output, rank, tensor
+from hetu.ops._layers import GradientOp, check_indices
 from hetu.ops._samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
@@ -29,14 +29,18 @@ class Cast(OpDef):
         x = tensor(call, 0, "x")
         return [output(call, call.attrs["dtype"], x.symbolic_shape)]
 
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("cast", grads, {"dtype": node.tensors[0].dtype})]
+
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
-            GoodSample(lambda x: cast(x, bfloat16), [eighths(3, 5)], lambda x: x, [(0, 0)]),
-            GoodSample(lambda x: cast(x, "float16"), [eighths(0, 5)], lambda x: x),
-            GoodSample(lambda x: cast(x, np.int32), [eighths(5)], np.trunc, [(0, 0)]),
+            GoodSample(lambda x: cast(x, bfloat16), [eighths(3, 5)], lambda x: x, [(0, 0)], smooth=False),
+            GoodSample(lambda x: cast(x, "float16"), [eighths(0, 5)], lambda x: x, smooth=False),
+            GoodSample(lambda x: cast(x, np.int32), [eighths(5)], np.trunc, [(0, 0)], smooth=False),
             GoodSample(lambda x: cast(x, "bool"), [whole_numbers(5)], lambda x: x != 0),
             GoodSample(lambda x: cast(x, float32), [whole_numbers(1, dtype="int8")], lambda x: x),
             GoodSample(lambda x: cast(x, "float64"), [eighths(dtype="float64")], lambda x: x),
+            GoodSample(lambda x: cast(x, "float64"), [eighths(3, 5)], lambda x: x, [(0, 1)]),
         ]
         bad = [
             BadSample(lambda: cast(_float(2), "float8"), DTypeError, "no element type 'float8'"),
@@ -54,15 +58,15 @@ class Embedding(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         ids, weight = tensor(call, 0, "ids"), tensor(call, 1, "weight")
-        if ids.dtype not in (int32, int64):
-            call.fail(
-                DTypeError,
-                f"expected ids to be int32 or int64, got {ids.dtype}",
-                f"cast them: hetu.cast({ids.name}, hetu.int64), and give the ids first, the table second",
-            )
+        fix = f"cast them: hetu.cast({ids.name}, hetu.int64), and give the ids first, the table second"
+        check_indices(call, ids, "ids", fix)
         floating(call, weight, "weight")
         rank(call, weight, "weight", 2, 2)
         return [output(call, weight.dtype, (*ids.symbolic_shape, weight.symbolic_shape[1]))]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        ids, weight = node.tensors
+        return [None, lambda: build("embedding_grad", (ids, grads[0]), {"rows": weight.symbolic_shape[0]})]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def rows(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -92,54 +96,15 @@ class Embedding(OpDef):
 
 
 @register
-class RmsNorm(OpDef):
-    """Division by the root of the mean square over the last dimension."""
+class EmbeddingGrad(GradientOp):
+    """The gradient of a table: each of its rows is the sum of the gradients of its uses."""
 
-    name = "rms_norm"
-    inputs = ("x", "weight")
+    name = "embedding_grad"
+    inputs = ("ids", "grad")
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x, eps = tensor(call, 0, "x"), call.attrs["eps"]
-        floating(call, x, "x")
-        rank(call, x, "x", 1)
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-            call.fail(HetuError, f"expected eps to be a number of at least 0, got {eps!r}")
-        call.attrs["eps"] = float(eps)
-        if call.inputs[1] is not None:
-            weight = tensor(call, 1, "weight")
-            same_dtype(call, x, "x", weight, "weight")
-            rank(call, weight, "weight", 1, 1)
-            what = f"expected weight to have x's last dimension, got {show(weight.shape)} and {show(x.shape)}"
-            call.same(weight.symbolic_shape[0], x.symbolic_shape[-1], what)
-        return [output(call, x.dtype, x.symbolic_shape)]
-
-    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def plain(x: np.ndarray) -> np.ndarray:
-            return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
-
-        def scaled(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
-            return plain(x) * weight
-
-        half = [eighths(3, 300, dtype="float16") * np.float16(64), eighths(300, dtype="float16")]
-        good = [
-            GoodSample(rms_norm, [eighths(3, 5)], plain, [(0, 0), (0, 1)]),
-            GoodSample(rms_norm, [eighths(3, 5), eighths(5, seed=1)], scaled, [(0, 0)]),
-            GoodSample(rms_norm, [eighths(2, 3, 1), eighths(1, seed=1)], scaled, [(0, 1)]),
-            GoodSample(rms_norm, [eighths(0, 5), eighths(5)], scaled),
-            GoodSample(rms_norm, half, scaled),  # the sum of squares is too large for float16
-            GoodSample(lambda x: rms_norm(x, eps=0.5), [eighths(7)], lambda x: x / np.sqrt(np.mean(x * x) + 0.5)),
-            GoodSample(lambda x: rms_norm(cast(x, bfloat16)), [eighths(3, 5)], plain, [(0, 0)]),
-        ]
-        bad = [
-            BadSample(lambda: rms_norm(_float(2, 3), _float(2)), ShapeError, "weight to have x's last dimension"),
-            BadSample(lambda: rms_norm(_float()), ShapeError, "x to have at least 1 dimension(s)"),
-            BadSample(
-                lambda: rms_norm(_float(3), placeholder(bfloat16, [3])), DTypeError, "x and weight to have one dtype"
-            ),
-            BadSample(lambda: rms_norm(placeholder(int64, [3])), DTypeError, "expected x to be floating"),
-            BadSample(lambda: rms_norm(_float(3), eps=-1.0), HetuError, "eps to be a number of at least 0, got -1.0"),
-        ]
-        return good, bad
+        grad = tensor(call, 1, "grad")
+        return [output(call, grad.dtype, (call.attrs["rows"], grad.symbolic_shape[-1]))]
 
 
 @register
@@ -148,12 +113,16 @@ class Softmax(OpDef):
 
     name = "softmax"
     inputs = ("x",)
+    precision = "high"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
         floating(call, x, "x")
         call.attrs["dim"] = axis(call, call.attrs["dim"], x.ndim)
         return [output(call, x.dtype, x.symbolic_shape)]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("softmax_grad", (grads[0], node.outputs[0]), node.attrs)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def along(dim: int) -> Any:
@@ -176,6 +145,18 @@ class Softmax(OpDef):
             BadSample(lambda: softmax(placeholder(int64, [3])), DTypeError, "expected x to be floating"),
         ]
         return good, bad
+
+
+@register
+class SoftmaxGrad(GradientOp):
+    """``out * (grad - sum(grad * out))``, the sum along the dimension of the softmax."""
+
+    name = "softmax_grad"
+    inputs = ("grad", "out")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        out = tensor(call, 1, "out")
+        return [output(call, out.dtype, out.symbolic_shape)]
 
 
 def _float(*shape: int | IntSymbol) -> Tensor:
@@ -237,36 +218,6 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
                 [1.0000, 1.5000]])
     """
     return build("embedding", (ids, weight), name=name)
-
-
-def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, name: str | None = None) -> Tensor:
-    """Normalises over the last dimension: ``x / sqrt(mean(x ** 2) + eps) * weight``.
-
-    Computed in float32 where x is of half precision. Source: Zhang and Sennrich, "Root Mean Square Layer
-    Normalization", 2019, equation 4.
-
-    Args:
-        x: Floating, ``(..., width)``.
-        weight: Of the same dtype, ``(width,)``.
-        eps: At least 0.
-        name: Unique in the graph; made up if None.
-
-    Returns:
-        A tensor of x's dtype and shape.
-
-    Raises:
-        ShapeError: If weight does not have the last dimension's length, or x has no dimension.
-        DTypeError: If the dtypes differ or are not floating.
-
-    Example:
-        >>> import hetu
-        >>> with hetu.graph("define_and_run") as g:
-        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
-        ...     y = hetu.rms_norm(x)
-        >>> g.run(y, feed_dict={x: [1.0, 7.0]})
-        tensor([0.2000, 1.4000])
-    """
-    return build("rms_norm", (x, weight), {"eps": eps}, name)
 
 
 def softmax(x: Tensor, dim: int = -1, name: str | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Attend, AttnPlan, Receive, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send, Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,8 @@ class Cost:
     """What a plan costs on some hardware.
 
     Attributes:
-        flops: Of each pipeline: ``4 * head_dim * num_q`` a pair, for the scores and the weighted sum.
+        flops: Of each pipeline: ``4 * head_dim * num_q`` a pair, for the scores and the weighted sum. In the backward
+            ``10 * head_dim * num_q``, for the scores once more and four gradients; adding up is not counted.
         link_bytes: Bytes from one pipeline to another, ``{(source, target): bytes}``.
         peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
@@ -69,10 +70,10 @@ def predict(plan: AttnPlan, hardware: Hardware) -> Cost:
     for r in pipelines:
         for item in plan.pipelines[r].instructions:
             if isinstance(item, Send):
-                sent = item.runs.rows * plan.heads.kv_row_bytes
+                sent = item.rows * plan.heads.row_bytes(item.grads)
                 links[r, item.peer] = links.get((r, item.peer), 0) + sent
     peak = tuple(plan.peak_bytes(r) for r in pipelines)
-    pair_flops = 4 * plan.heads.head_dim * plan.heads.num_q
+    pair_flops = (10 if plan.is_backward else 4) * plan.heads.head_dim * plan.heads.num_q
     return Cost(
         flops=tuple(pair_flops * plan.pairs(r) for r in pipelines),
         link_bytes=links,
@@ -117,7 +118,7 @@ class _Clock:
                     self.blocked.setdefault(item.transfer, []).append((now, r))
                     continue
                 now = max(now, self.landed[item.transfer])
-            else:
+            elif not isinstance(item, Accumulate):
                 self._post(now, r, item)
             heapq.heappush(self.ready, (now, r))
         if self.blocked:
@@ -130,10 +131,11 @@ class _Clock:
         if item.transfer not in self.posted:
             self.posted.add(item.transfer)
             return
-        rows = item.runs.rows if isinstance(item, Send) else item.rows
         source, target = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
         start = max(now, self.out_free[source], self.in_free[target])
-        end = start + self.hardware.latency + rows * self.plan.heads.kv_row_bytes / self.hardware.link_bytes
+        end = (
+            start + self.hardware.latency + item.rows * self.plan.heads.row_bytes(item.grads) / self.hardware.link_bytes
+        )
         self.out_free[source] = self.in_free[target] = self.landed[item.transfer] = end
         for since, waiting in self.blocked.pop(item.transfer, ()):
             heapq.heappush(self.ready, (max(since, end), waiting))

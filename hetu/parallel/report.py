@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetu.parallel.layout import GroupLayout, Layout
-from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
 
 MAX_STEPS = 64
 """Step by step is printed for plans up to so many steps a pipeline, and for so many pipelines."""
@@ -19,7 +19,7 @@ def summary(plan: AttnPlan) -> str:
     load = f", largest share {max(pairs) / mean:.2f} of the mean" if mean and len(pairs) > 1 else ""
     moved = sum(plan.bytes_sent(r) for r in pipelines)
     return (
-        f"{plan.method}, {'causal' if plan.is_causal else 'full'}: "
+        f"{plan.method}{' backward' * plan.is_backward}, {'causal' if plan.is_causal else 'full'}: "
         f"{tokens:,} tokens of {_count(documents, 'document')} "
         f"on {_count(len(pairs), 'pipeline')} in {_count(len(layout.groups), 'group')}; {sum(pairs):,} pairs{load}; "
         f"{_bytes(moved)} sent"
@@ -28,12 +28,13 @@ def summary(plan: AttnPlan) -> str:
 
 def table(plan: AttnPlan) -> str:
     """See ``print(plan)``."""
-    header = ("pipeline", "group", "tokens", "pairs", "steps", "rows sent", "rows received", "sent", "held at most")
-    lines: list[tuple[str, ...]] = [header]
+    moved = ("rows sent", "rows received", *(("gradients sent", "gradients received") if plan.is_backward else ()))
+    lines: list[tuple[str, ...]] = [("pipeline", "group", "tokens", "pairs", "steps", *moved, "sent", "held at most")]
     for r, part in enumerate(plan.pipelines):
         group, _ = plan.layout.place(r)
-        steps = sum(isinstance(item, Attend) for item in part.instructions)
-        counts = (part.rows, plan.pairs(r), steps, plan.rows_sent(r), plan.rows_received(r))
+        counts: tuple[int, ...] = (part.rows, plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
+        if plan.is_backward:
+            counts += (plan.grad_rows_sent(r), plan.grad_rows_received(r))
         sizes = (_bytes(plan.bytes_sent(r)), _bytes(plan.peak_bytes(r)))
         lines.append((str(r), str(group.value), *(f"{count:,}" for count in counts), *sizes))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -47,7 +48,8 @@ def table(plan: AttnPlan) -> str:
 
 def _steps(part: PipelinePlan) -> list[str]:
     sizes = ", ".join(f"{size:,}" for size in part.buffers)
-    lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows"]
+    landing = f", landing buffers of {', '.join(f'{size:,}' for size in part.landing)} rows" if part.landing else ""
+    lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
     ends = {item.transfer: item for item in part.instructions if isinstance(item, (Send, Receive))}
     for item in part.instructions[:MAX_STEPS]:
         lines.append(f"  {_step(item, ends, part)}")
@@ -57,11 +59,15 @@ def _steps(part: PipelinePlan) -> list[str]:
 
 def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
     if isinstance(item, Send):
+        what = "send home gradients of" if item.grads else "send    "
         runs = _count(len(item.runs.start), "run")
-        return f"send     {item.runs.rows:,} rows ({runs}) of buffer {item.buffer} to {item.peer}"
+        return f"{what} {item.rows:,} rows ({runs}) of buffer {item.buffer} to {item.peer}"
     if isinstance(item, Receive):
-        place = f" from row {item.offset}" if item.offset else ""
-        return f"receive  {item.rows:,} rows from {item.peer} into buffer {item.buffer}{place}"
+        what, place = ("receive gradients of", "landing buffer") if item.grads else ("receive ", "buffer")
+        return f"{what} {item.rows:,} rows from {item.peer} into {place} {item.buffer}{_offset(item)}"
+    if isinstance(item, Accumulate):
+        runs = _count(len(item.runs.start), "run")
+        return f"add      {item.runs.rows:,} rows ({runs}) of landing buffer {item.buffer}{_offset(item)} to the own"
     if isinstance(item, Attend):
         owners = ", ".join(str(source.owner) for source in item.sources)
         segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
@@ -69,8 +75,13 @@ def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan
     end = ends.get(item.transfer)
     if end is None:
         return f"wait     transfer {item.transfer}, which is none of this pipeline's"
-    what = "to have sent to" if isinstance(end, Send) else "for what comes from"
-    return f"wait     {what} {end.peer}"
+    if isinstance(end, Send):
+        return f"wait     to have sent {'home gradients ' if end.grads else ''}to {end.peer}"
+    return f"wait     for {'gradients' if end.grads else 'what comes'} from {end.peer}"
+
+
+def _offset(item: Receive | Accumulate) -> str:
+    return f" from row {item.offset}" if item.offset else ""
 
 
 def _count(number: int, noun: str) -> str:

@@ -151,9 +151,11 @@ def test_larger_max_seqlen_is_fine_and_smaller_is_refused() -> None:
     assert "fix:    bind max_q to at least 7, or leave it unbound" in text
 
 
-def test_softmax_scale() -> None:
-    results, (q, k, v) = run_varlen([6], [6], softmax_scale=0.5)
-    want, _, _ = dense(q, k, v, is_causal=False, scale=0.5)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("scale", [0.5, 0.0, -0.3])
+def test_softmax_scale(backend: str, scale: float) -> None:
+    results, (q, k, v) = run_varlen([6], [6], backend=backend, softmax_scale=scale, is_causal=True)
+    want, _, _ = dense(q, k, v, is_causal=True, scale=scale)
     torch.testing.assert_close(results[0].view(q.shape).double(), want, atol=2e-5, rtol=0)
 
 

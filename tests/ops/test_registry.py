@@ -91,7 +91,8 @@ def test_good_sample(name: str, sample: GoodSample, device: str) -> None:
             results = g.run(outputs, feed_dict=dict(zip(inputs, feeds, strict=True)))
             check(outputs, results, inputs, sample, feeds, device)
     g.verify()
-    assert g.executor.stats()["executables"].misses == 1, "other sizes made another executable"
+    before = any(item.op.definition.is_step_wide for item in outputs)  # what is computed first is one of its own
+    assert g.executor.stats()["executables"].misses == 1 + before, "other sizes made another executable"
     assert f" = {name}(" in str(g)
     assert "test_registry.py" in str(g)
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from parallel.cases import HEADS
+from parallel.plans import find, refused, with_instructions
 
 import hetu
 from hetu.parallel import Layout, build_plan
-from hetu.parallel.plan import Attend, AttnPlan, Instruction, Receive, Runs, Send, Wait
+from hetu.parallel.plan import Attend, AttnPlan, Receive, Runs, Send, Source, Wait
 from hetu.parallel.segments import SegmentTable
 
 
@@ -20,24 +20,6 @@ def good(method: str = "direct", split: str = "sym", count: int = 3, is_causal: 
     cu = np.minimum([0, 5, 5, 17, 8 * count], 8 * count)
     layout = Layout.build([8] * count, [0] * count, split=split, cu_seqlens=cu)
     return build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
-
-
-def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:
-    part = dataclasses.replace(plan.pipelines[r], instructions=tuple(instructions))
-    return dataclasses.replace(plan, pipelines=(*plan.pipelines[:r], part, *plan.pipelines[r + 1 :]))
-
-
-def find(plan: AttnPlan, kind: type, r: int, number: int = 0) -> tuple[list[Any], int]:
-    """A pipeline's instructions, and where the number-th of a kind stands."""
-    instructions = list(plan.pipelines[r].instructions)
-    return instructions, [i for i, item in enumerate(instructions) if isinstance(item, kind)][number]
-
-
-def refused(plan: AttnPlan, *pieces: str) -> None:
-    with pytest.raises(hetu.PlanError) as caught:
-        plan.verify()
-    for piece in pieces:
-        assert piece in str(caught.value)
 
 
 def test_good_plans_pass() -> None:
@@ -269,3 +251,15 @@ def test_config_verifies_every_new_plan(monkeypatch: pytest.MonkeyPatch) -> None
     with hetu.config(verify_plans=True):
         plan = g.plan()
     assert verified == [plan]
+
+
+def test_sources_out_of_a_shard() -> None:
+    plan = good()
+    instructions, at = find(plan, Attend, 1, 1)
+    source = instructions[at].sources[0]
+    for wrong, why in (
+        (Source(7, source.runs), "there is no pipeline 7"),
+        (Source(source.owner, Runs(source.runs.start + 8, source.runs.length)), "of the shard of pipeline"),
+    ):
+        instructions[at] = dataclasses.replace(instructions[at], sources=(wrong,))
+        refused(with_instructions(plan, 1, instructions), "pipeline 1: attending to buffer 1", why)

@@ -1,6 +1,14 @@
-"""Moving keys and values between pipelines: the communicators, and the interpreter that follows a plan."""
+"""Moving keys and values between pipelines, and gradients home: the communicators, and the interpreter of plans."""
 
-from hetu.backends.comm.interpreter import AttendStep, Communicator, follow
+from hetu.backends.comm.interpreter import AttendBackwardStep, AttendStep, Communicator, follow, follow_backward
 from hetu.backends.comm.local import LocalComm, run_lock_step
 
-__all__ = ["AttendStep", "Communicator", "LocalComm", "follow", "run_lock_step"]
+__all__ = [
+    "AttendBackwardStep",
+    "AttendStep",
+    "Communicator",
+    "LocalComm",
+    "follow",
+    "follow_backward",
+    "run_lock_step",
+]

@@ -1,20 +1,30 @@
-"""The interpreter of plans: one loop for every method, over any communicator."""
+"""The interpreter of plans: one loop for every method, over any communicator; one for the backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 
-from hetu.parallel.plan import Attend, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.backends.attention import compute_dtype
+from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Wait
 
 AttendStep = Callable[[Attend, torch.Tensor, bool, bool], None]
 """Attends to a buffer ``(rows, 2, H_kv, head_dim)``; says whether it is the first and the last step."""
 
+AttendBackwardStep = Callable[[Attend, torch.Tensor, torch.Tensor, bool], None]
+"""Computes the gradients of a step: of the keys and values of a buffer ``(rows, 2, H_kv, head_dim)``, all rows of which
+it writes into a tensor of the same shape, and of the queries; says whether it is the first step."""
+
 
 class Communicator(Protocol):
-    """What carries rows between pipelines. Sending and receiving are started, and later waited for."""
+    """What carries rows between pipelines. Sending and receiving are started, and later waited for.
+
+    A transfer carries keys and values in the user's dtype or, if its instructions say ``grads``, gradients in float32:
+    rows come as what is sent, and places have the same dtype. Messages from one pipeline to another are posted in the
+    same order at both ends.
+    """
 
     def send(self, pipeline: int, instruction: Send, rows: torch.Tensor) -> None:
         """Starts sending packed rows; they are not touched again by the caller."""
@@ -24,6 +34,9 @@ class Communicator(Protocol):
 
     def done(self, pipeline: int, transfer: int) -> bool:
         """Whether this pipeline's end of a transfer is done; a communicator of several processes blocks instead."""
+
+
+Buffers = Mapping[int, torch.Tensor]
 
 
 def follow(plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: AttendStep) -> Iterator[bool]:
@@ -36,26 +49,123 @@ def follow(plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: Att
         attend: What computes a step.
 
     Yields:
-        False while it waits for another pipeline and True after it got on; ends when the plan is done.
+        True when it comes to a wait, and then False as long as it has to wait there; ends when the plan is done.
     """
-    buffers = [kv, *(kv.new_empty((rows, *kv.shape[1:])) for rows in plan.buffers[1:])]
+    buffers = _new_buffers(plan, kv)
     steps = [item for item in plan.instructions if isinstance(item, Attend)]
     for item in plan.instructions:
         match item:
-            case Send(buffer=buffer, runs=runs):
-                comm.send(plan.pipeline, item, pack(buffers[buffer], runs))
-            case Receive(buffer=buffer, offset=offset, rows=rows):
-                comm.receive(plan.pipeline, item, buffers[buffer][offset : offset + rows])
-            case Wait(transfer=transfer):
-                while not comm.done(plan.pipeline, transfer):
-                    yield False
-                yield True
             case Attend(buffer=buffer):
                 attend(item, buffers[buffer], item is steps[0], item is steps[-1])
+            case Send() | Receive() | Wait():
+                yield from _transfer(plan.pipeline, item, buffers, comm)
+
+
+def follow_backward(
+    plan: PipelinePlan, kv: torch.Tensor, dkv: torch.Tensor, comm: Communicator, attend: AttendBackwardStep
+) -> Iterator[bool]:
+    """Follows one pipeline's part of a backward plan; a coroutine as :func:`follow`.
+
+    Args:
+        plan: The part.
+        kv: Keys and values of its shard, ``(rows, 2, H_kv, head_dim)``.
+        dkv: Their gradients, of the same shape; every row is written, whatever it held. float32 (float64 for float64
+            inputs) where several parts are summed up, see :attr:`~hetu.parallel.plan.PipelinePlan.sums_gradients`;
+            else that or kv's dtype.
+        comm: What carries rows.
+        attend: What computes a step.
+
+    Yields:
+        As :func:`follow`.
+    """
+    buffers, grads = _new_buffers(plan, kv), _Gradients(plan, kv, dkv)
+    last_reads, is_first = plan.last_reads(), True
+    for number, item in enumerate(plan.instructions):
+        match item:
+            case Attend(buffer=buffer):
+                rows = item.rows if buffer else plan.rows
+                attend(item, buffers[buffer][:rows], grads.place(buffer, rows), is_first)
+                grads.computed(buffer)
+                is_first = False
+            case Accumulate():
+                grads.add(grads.landing[item.buffer][item.offset : item.offset + item.runs.rows], item.runs)
+            case Send(grads=True):
+                yield from _transfer(plan.pipeline, item, grads.scratch, comm)
+            case Receive(grads=True):
+                yield from _transfer(plan.pipeline, item, grads.landing, comm)
+            case Send() | Receive() | Wait():
+                yield from _transfer(plan.pipeline, item, buffers, comm)
+        if number in last_reads and isinstance(item, (Attend, Send)):
+            grads.scratch.pop(item.buffer, None)
+    grads.finish()
+
+
+class _Gradients:
+    """One pipeline's gradients of keys and values.
+
+    Attributes:
+        own: Those of its shard.
+        scratch: Those that the last attend to a foreign buffer computed.
+        landing: Where those of own rows land that others computed.
+        is_written: Whether ``own`` holds anything yet.
+    """
+
+    def __init__(self, plan: PipelinePlan, kv: torch.Tensor, own: torch.Tensor) -> None:
+        self.own, self.shape, self.dtype, self.is_written = own, kv.shape[1:], compute_dtype(kv.dtype), False
+        self.scratch: dict[int, torch.Tensor] = {}
+        self.landing = {i: self._new(rows) for i, rows in enumerate(plan.landing)}
+
+    def _new(self, rows: int) -> torch.Tensor:
+        return self.own.new_empty((rows, *self.shape), dtype=self.dtype)
+
+    def place(self, buffer: int, rows: int) -> torch.Tensor:
+        """Where an attend writes its gradients: at once where they belong, or aside."""
+        if buffer == 0 and not self.is_written:
+            return self.own
+        self.scratch[buffer] = self._new(rows)
+        return self.scratch[buffer]
+
+    def computed(self, buffer: int) -> None:
+        """Adds what an attend to the own shard wrote aside."""
+        if buffer == 0 and self.is_written:
+            self.own += self.scratch[0]
+        self.is_written = self.is_written or buffer == 0
+
+    def add(self, rows: torch.Tensor, runs: Runs) -> None:
+        """Adds to rows of the shard, no row twice."""
+        self.finish()
+        if len(runs.start) == 1:
+            start, length = int(runs.start[0]), int(runs.length[0])
+            self.own[start : start + length] += rows
+        else:
+            self.own.index_add_(0, torch.from_numpy(runs.indices()).to(rows.device), rows)
+
+    def finish(self) -> None:
+        """Clears the gradients of the shard if nothing was written there."""
+        if not self.is_written:
+            self.own.zero_()
+            self.is_written = True
+
+
+def _new_buffers(plan: PipelinePlan, kv: torch.Tensor) -> dict[int, torch.Tensor]:
+    return {i: kv.new_empty((rows, *kv.shape[1:])) if i else kv for i, rows in enumerate(plan.buffers)}
+
+
+def _transfer(pipeline: int, item: Send | Receive | Wait, buffers: Buffers, comm: Communicator) -> Iterator[bool]:
+    """Starts or ends a transfer of rows of ``buffers``."""
+    match item:
+        case Send(buffer=buffer, runs=runs):
+            comm.send(pipeline, item, pack(buffers[buffer], runs))
+        case Receive(buffer=buffer, offset=offset, rows=rows):
+            comm.receive(pipeline, item, buffers[buffer][offset : offset + rows])
+        case Wait(transfer=transfer):
+            yield True  # it got here: what it sent on the way may be what others wait for
+            while not comm.done(pipeline, transfer):
+                yield False
 
 
 def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
-    """The rows that the wire needs, one after the other: the only copy of keys and values that is made."""
+    """The rows that the wire needs, one after the other: the only copy of them that is made."""
     if len(runs.start) == 1:
         start, length = int(runs.start[0]), int(runs.length[0])
         return buffer[start : start + length].clone(memory_format=torch.contiguous_format)

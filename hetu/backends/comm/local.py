@@ -39,6 +39,10 @@ class LocalComm:
             raise CommunicationError(
                 f"transfer {transfer} to pipeline {pipeline} brings {len(rows)} rows, expected {len(place)}"
             )
+        if rows.dtype != place.dtype:
+            raise CommunicationError(
+                f"transfer {transfer} to pipeline {pipeline} brings {rows.dtype}, expected {place.dtype}"
+            )
         place.copy_(rows)
         return True
 

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from hetu.backends.attention import AttentionState, compute_dtype
+from hetu.backends.attention import AttentionState, compute_dtype, with_positive_scale
 from hetu.backends.dropout import Dropout, keep_mask
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
@@ -39,6 +39,7 @@ def attend(
     Computes in float32, or in float64 for float64 inputs.
     """
     dtype = compute_dtype(q.dtype)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     acc = state.acc
     if acc is None:  # a single step: build it up in the output itself if its type allows
         acc = state.out if q.dtype == dtype else torch.empty_like(state.out, dtype=dtype)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetu.backends.attention import AttentionState
+from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.triton.kernels import ITEM_FIELDS, SEGMENT_FIELDS, SPAN_FIELDS, forward_kernel
 from hetu.backends.triton.variants import INTERPRETER, Variant, tile
@@ -42,7 +42,7 @@ def attend(
     items = _items(spans, table, shape.block_m, first or last, q.device)
     if len(items) == 0:
         return
-    q, softmax_scale = _with_positive_scale(q, softmax_scale)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
     needs_positions = variant.dropout or variant.scores
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
     key_low, key_high = dropout.key_words if dropout else (0, 0)
@@ -147,13 +147,6 @@ def _key_position(positions: np.ndarray | None, table: SegmentTable, device: tor
 def _packed(fields: list[np.ndarray], device: torch.device) -> torch.Tensor:
     """One int32 row an entry, so that what a program reads of an entry lies together."""
     return torch.from_numpy(np.stack(fields, axis=1).astype(np.int32)).to(device)
-
-
-def _with_positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:
-    """The kernel takes the largest score before it scales, which needs a positive scale; others move into q."""
-    if softmax_scale > 0:
-        return q, softmax_scale
-    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def _int32_bits(word: int) -> int:

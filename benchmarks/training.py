@@ -1,0 +1,141 @@
+"""A training step of the example's model, by hetu and by the same model in plain torch, on the CPU.
+
+Both start from the same parameters and take the same packs in turns; that they compute the same is checked first. Time
+is that of a whole step: feeds, forward, backward, clipping, AdamW. Memory is what a process takes at its peak over what
+it held before its first step, in a process of its own for each.
+
+    python benchmarks/training.py [--tokens 2048] [--steps 30] [--write-docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from corpus import cut, make_packs, read_files
+from llama import Config, build, flat
+from tables import DOCS, ROOT, Row, keep, print_table, timed
+from torch_llama import Llama, tensors
+
+import hetu
+
+Pack = list[np.ndarray]
+Step = Callable[[Pack], float]
+RATE, NORM = 3e-3, 1.0
+
+
+def hetu_step(config: Config) -> tuple[Step, hetu.Graph]:
+    """A step of the example on one pipeline."""
+    model = build(config, device="cpu")
+    train = hetu.optim.AdamW(lr=RATE, max_grad_norm=NORM).minimize(model.loss)
+
+    def step(pack: Pack) -> float:
+        feeds, symbols = model.feeds(0, pack)
+        return float(model.graph.run(train, feeds, int_symbol_dict=symbols, strategy=0))
+
+    return step, model.graph
+
+
+def torch_step(config: Config, values: dict[str, torch.Tensor]) -> Step:
+    """The same by plain torch."""
+    model = Llama(config)
+    model.take(values)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+
+    def step(pack: Pack) -> float:
+        optimizer.zero_grad()
+        loss = model(*tensors(pack, flat(pack)[1]))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def steps_of(config: Config) -> dict[str, Step]:
+    """Both steps, from the same parameters."""
+    hetu.manual_seed(0)
+    by_hetu, graph = hetu_step(config)
+    return {"hetu": by_hetu, "torch": torch_step(config, graph.state_dict()["parameters"])}
+
+
+def time_rows(config: Config, packs: list[Pack], warmup: int = 3) -> list[Row]:
+    """Times of both, in turns, and their ratio."""
+    steps = steps_of(config)
+    losses = {name: [step(pack) for pack in packs[:warmup]] for name, step in steps.items()}
+    np.testing.assert_allclose(losses["hetu"], losses["torch"], rtol=1e-4)
+    times: dict[str, list[float]] = {"hetu": [], "torch": []}
+    for i, pack in enumerate(packs[warmup:]):
+        for name in ("hetu", "torch") if i % 2 else ("torch", "hetu"):
+            times[name].append(timed(lambda name=name, pack=pack: steps[name](pack), 1e3))
+    ratios = [a / b for a, b in zip(times["hetu"], times["torch"], strict=True)]
+    return [
+        Row.of("training step, by torch", "ms", times["torch"]),
+        Row.of("training step, by hetu", "ms", times["hetu"]),
+        Row.of("training step, hetu over torch", "times", ratios, limit=1.15),
+    ]
+
+
+def peak(name: str, config: Config, packs: list[Pack]) -> float:
+    """MB that this process takes at its peak over what it held before the first step."""
+    hetu.manual_seed(0)
+    step, graph = hetu_step(config)
+    if name == "torch":
+        step = torch_step(config, graph.state_dict()["parameters"])
+    first = [document[:8] for document in packs[0][:1]]
+    step(first)  # libraries load and optimisers make their state
+    before = resident()
+    for pack in packs:
+        step(pack)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+
+
+def resident() -> float:
+    """MB that the process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6 * 1e3 / 1024
+
+
+def memory_rows(arguments: list[str], repeats: int = 3) -> list[Row]:
+    """Peaks of both, each in a process of its own."""
+    peaks: dict[str, list[float]] = {"torch": [], "hetu": []}
+    for _ in range(repeats):
+        for name, own in peaks.items():
+            command = [sys.executable, __file__, *arguments, "--peak", name]
+            own.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    ratios = [a / b for a, b in zip(peaks["hetu"], peaks["torch"], strict=True)]
+    return [
+        Row.of("peak memory of steps, by torch", "MB", peaks["torch"]),
+        Row.of("peak memory of steps, by hetu", "MB", peaks["hetu"]),
+        Row.of("peak memory of steps, hetu over torch", "times", ratios, limit=1.1),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a pack")
+    parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
+    parser.add_argument("--peak", choices=("hetu", "torch"), help="print the peak of one, and nothing else")
+    parser.add_argument("--write-docs", action="store_true", help=f"also write into {DOCS.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    packs = make_packs(cut(read_files(), longest=1024), arguments.tokens, arguments.steps + 3)
+    if arguments.peak:
+        print(peak(arguments.peak, Config(), packs[:5]))
+        return
+    rows = time_rows(Config(), packs) + memory_rows(["--tokens", str(arguments.tokens)])
+    print_table(rows)
+    keep("training", rows, arguments.write_docs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Norms in torch: its fused kernels where a device has them, few passes over memory where it does not."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from hetu.backends.lowering import NodeLowering, lowering
+
+aten = torch.ops.aten
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``(..., width)`` as ``(rows, width)``."""
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 where it is of half precision: torch's CPU kernels would keep half statistics."""
+    return x.float() if x.itemsize == 2 else x
+
+
+def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x * rstd * weight``, and ``rstd = 1 / sqrt(mean(x ** 2) + eps)`` of each row, ``(..., 1)``."""
+    width = x.shape[-1]
+    if x.device.type == "cuda":
+        return aten._fused_rms_norm(x, [width], weight, eps)
+    wide = _wide(x)
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
+    out = wide * rstd
+    return (out if weight is None else out.mul_(weight)).to(x.dtype), rstd
+
+
+def hetu_rms_norm_grad(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """``d_x = rstd * (grad * weight - x * rstd ** 2 * mean(grad * weight * x))``, and the weight's gradient."""
+    width = x.shape[-1]
+    if x.device.type == "cuda":
+        d_x, d_weight = aten._fused_rms_norm_backward(grad, x, [width], rstd, weight, [True, weight is not None])
+        return (d_x,) if weight is None else (d_x, d_weight)
+    dy, rows, scale = as_rows(_wide(grad)), as_rows(_wide(x)), as_rows(rstd)
+    product = dy * rows
+    total = product.sum(1, keepdim=True) if weight is None else (product @ _wide(weight)).unsqueeze(1)
+    factor = total.mul_(scale.square()).div_(-width)
+    d_weight = [] if weight is None else [product.mul_(scale).sum(0).to(weight.dtype)]
+    d_x = torch.mul(rows, factor, out=product)  # whose memory is free by now
+    d_x = d_x.add_(dy) if weight is None else d_x.addcmul_(dy, _wide(weight))
+    return d_x.mul_(scale).to(x.dtype).view(x.shape), *d_weight
+
+
+def hetu_layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The normalised x, and the mean and ``1 / sqrt(var + eps)`` of each row, ``(..., 1)``."""
+    x_, weight_, bias_ = _for_kernel(x, x, weight, bias)
+    out, mean, rstd = aten.native_layer_norm(x_, x.shape[-1:], weight_, bias_, eps)
+    return out.to(x.dtype), mean, rstd
+
+
+def hetu_layer_norm_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients of x and, as far as there are any, of weight and bias."""
+    grad_, x_, weight_, bias_ = _for_kernel(x, grad, x, weight, bias)
+    wanted = [True, weight is not None, bias is not None]
+    found = aten.native_layer_norm_backward(grad_, x_, x.shape[-1:], mean, rstd, weight_, bias_, wanted)
+    return tuple(item.to(x.dtype) for item, is_wanted in zip(found, wanted, strict=True) if is_wanted)
+
+
+def _for_kernel(x: torch.Tensor, *operands: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Operands as the layer_norm kernel of x's device takes them: that of CUDA computes in float32 by itself."""
+    return [item if item is None or x.device.type == "cuda" else _wide(item) for item in operands]
+
+
+def _all(cx: NodeLowering, outputs: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(cx.item(outputs, i) for i in range(len(cx.node.outputs)))
+
+
+@lowering("rms_norm", backend="torch")
+def _rms_norm(cx: NodeLowering, x: fx.Node, weight: fx.Node | None) -> tuple[fx.Node, ...]:
+    return _all(cx, cx.call(hetu_rms_norm, x, weight, cx.node.attrs["eps"]))
+
+
+@lowering("rms_norm_grad", backend="torch")
+def _rms_norm_grad(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
+    return _all(cx, cx.call(hetu_rms_norm_grad, *operands))
+
+
+@lowering("layer_norm", backend="torch")
+def _layer_norm(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
+    return _all(cx, cx.call(hetu_layer_norm, *operands, cx.node.attrs["eps"]))
+
+
+@lowering("layer_norm_grad", backend="torch")
+def _layer_norm_grad(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
+    return _all(cx, cx.call(hetu_layer_norm_grad, *operands))

@@ -1,0 +1,66 @@
+"""``rotary`` in torch: a table of angles once a run, then one output written in place a rotation."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lowering import NodeLowering, lowering
+
+
+def hetu_rotary_table(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> torch.Tensor:
+    """Cosines and sines ``(T, 2, head_dim / 2)``; angles in float64, for float32 has no fractions at 2 ** 23."""
+    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
+    angles = positions.double().unsqueeze(1) * base ** (pairs / -head_dim)
+    table = angles.new_empty((len(angles), 2, head_dim // 2), dtype=dtype)
+    table[:, 0], table[:, 1] = angles.cos(), angles.sin_()
+    return table
+
+
+def hetu_rotary(
+    x: torch.Tensor, table: torch.Tensor, head_dim: int, num_heads: int, interleaved: bool, inverse: bool
+) -> torch.Tensor:
+    """Rotates the first ``num_heads`` heads by the table's angles, or back; the rest is copied."""
+    out = x.new_empty(x.shape)
+    old, new = (y if y.ndim == 3 else y.unflatten(1, (y.shape[1] // head_dim, head_dim)) for y in (x, out))
+    turned, rest = new[:, :num_heads], old[:, num_heads:]
+    wide = turned if out.dtype == table.dtype else turned.new_empty(turned.shape, dtype=table.dtype)
+    rotate = _rotate_pairs if interleaved else _rotate_halves
+    if turned.numel():
+        rotate(old[:, :num_heads].to(table.dtype), table[:, 0].unsqueeze(1), table[:, 1].unsqueeze(1), inverse, wide)
+    if wide is not turned:
+        turned.copy_(wide)
+    new[:, num_heads:].copy_(rest)
+    return out
+
+
+def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, out: torch.Tensor) -> None:
+    half = x.shape[-1] // 2
+    halves = x.unflatten(-1, (2, half))
+    torch.mul(halves, cos.unsqueeze(-2), out=out.unflatten(-1, (2, half)))
+    sign = -1 if inverse else 1
+    out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin, value=sign)
+
+
+def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, out: torch.Tensor) -> None:
+    # Neighbouring pairs are complex numbers in memory: one pass instead of four with gaps.
+    turn = torch.complex(cos, -sin if inverse else sin)
+    if x.stride(-1) != 1 or any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1])):
+        x = x.clone(memory_format=torch.contiguous_format)
+    pairs = (y.unflatten(-1, (y.shape[-1] // 2, 2)) for y in (x, out))
+    numbers, result = map(torch.view_as_complex, pairs)
+    torch.mul(numbers, turn, out=result)
+
+
+@lowering("rotary_table", backend="torch")
+def _rotary_table(cx: NodeLowering, positions: fx.Node) -> fx.Node:
+    attrs = cx.node.attrs
+    return cx.call(hetu_rotary_table, positions, attrs["head_dim"], attrs["base"], TORCH_DTYPES[attrs["dtype"]])
+
+
+@lowering("rotary", backend="torch")
+def _rotary(cx: NodeLowering, x: fx.Node, table: fx.Node) -> fx.Node:
+    attrs = cx.node.attrs
+    return cx.call(hetu_rotary, x, table, attrs["head_dim"], attrs["num_heads"], attrs["interleaved"], attrs["inverse"])

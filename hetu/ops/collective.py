@@ -1,0 +1,185 @@
+"""Ops over all pipelines of a strategy: all_reduce; and over all micro-batches too: step_sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hetu.dtypes import bool_, float32, int32, int64
+from hetu.errors import DTypeError, HetuError, ShapeError
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, RunView, Tensor, TensorSpec, register
+from hetu.graph.passes import live_nodes
+from hetu.ops._build import build, floating, output, tensor, whole
+from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.sources import placeholder
+
+
+@register
+class AllReduce(OpDef):
+    """The sum or the mean over the strategy's pipelines, the same on all of them."""
+
+    name = "all_reduce"
+    inputs = ("x",)
+    spans_pipelines = True
+    is_view = True  # with one pipeline it is x itself
+    has_plan = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        x, op = tensor(call, 0, "x"), call.attrs["op"]
+        if op not in ("sum", "mean"):
+            call.fail(HetuError, f'expected op to be "sum" or "mean", got {op!r}')
+        if op == "mean":
+            floating(call, x, "x, for a mean,")
+        if x.dtype == bool_:
+            call.fail(DTypeError, "can't sum bools", f"cast them: hetu.cast({x.name}, hetu.int64)")
+        return [output(call, x.dtype, x.symbolic_shape)]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        # What is differentiated is the sum of all pipelines' ys. All that every pipeline's y tells of the reduced value
+        # comes back to each pipeline's x, so gradients are reduced just as values are.
+        return [lambda: build("all_reduce", grads, node.attrs)]
+
+    def num_pipelines(self, node: Node, strategy: int) -> int | None:
+        return None
+
+    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
+        dims = node.outputs[0].symbolic_shape
+        shapes = [tuple(pipeline.value(dim) for dim in dims) for pipeline in view.pipelines]
+        other = next((r for r, shape in enumerate(shapes) if shape != shapes[0]), None)
+        if other is not None:
+            raise ShapeError(
+                f"expected x to have one shape on all pipelines, got {list(shapes[0])} on pipeline 0 "
+                f"and {list(shapes[other])} on pipeline {other}",
+                op=self.name,
+                where=node.where,
+                bound=view.pipelines[other].describe(*dims),
+                fix="reduce what does not depend on each pipeline's tokens: a sum over them, or a parameter's gradient",
+            )
+        return [shapes[0]]
+
+    def plan(self, key: Any) -> Any:
+        return key  # what pipelines must agree on is all that there is to plan
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        good = [
+            GoodSample(all_reduce, [eighths(3, 5)], lambda x: x, [(0, 0)]),
+            GoodSample(lambda x: all_reduce(x, "mean"), [eighths(3, 5, dtype="float16")], lambda x: x),
+            GoodSample(all_reduce, [whole_numbers(dtype="int32")], lambda x: x),
+            GoodSample(all_reduce, [eighths(0, 3)], lambda x: x),
+        ]
+        bad = [
+            BadSample(lambda: all_reduce(_float(2), "max"), HetuError, '"sum" or "mean", got \'max\''),
+            BadSample(lambda: all_reduce(placeholder(int64, [2]), "mean"), DTypeError, "for a mean, to be floating"),
+            BadSample(lambda: all_reduce(placeholder(bool_, [2])), DTypeError, "can't sum bools"),
+            BadSample(lambda: all_reduce(1.0), DTypeError, "x to be a tensor, got 1.0"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
+@register
+class StepSum(OpDef):
+    """The sum of all elements on all pipelines and in all micro-batches of a run."""
+
+    name = "step_sum"
+    inputs = ("x",)
+    is_step_wide = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        x = tensor(call, 0, "x")
+        if x.dtype.is_floating:
+            # A sum of floats would depend on how they lie on pipelines; this one is the same under every strategy.
+            call.fail(DTypeError, f"expected x to be of an int dtype or bool, got {x.dtype}", "sum counts, not values")
+        for node in live_nodes([x]):
+            if node.definition.is_step_wide:
+                call.fail(
+                    HetuError,
+                    f"x depends on {node.name} (made at {node.where.short}), which is a sum over the whole step too",
+                    "compute what is summed from each pipeline's own feeds",
+                )
+        least = call.attrs["least"]
+        call.attrs["least"] = -(2**63) if least is None else whole(call, least, "least")
+        return [output(call, int64, ())]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        good = [
+            GoodSample(step_sum, [whole_numbers(3, 5, dtype="int32")], np.sum, [(0, 0)]),
+            GoodSample(step_sum, [whole_numbers(7) > 0], np.sum),
+            GoodSample(step_sum, [whole_numbers(9, dtype="uint8", low=200, high=256)], lambda x: np.sum(x, dtype=int)),
+            GoodSample(lambda x: step_sum(x, least=1), [whole_numbers(0, 3)], lambda x: np.int64(1)),
+            GoodSample(lambda x: step_sum(x, least=-7), [whole_numbers(5) - 9], lambda x: np.int64(-7)),
+            GoodSample(step_sum, [whole_numbers(low=-5, high=0)], np.sum),
+        ]
+        bad = [
+            BadSample(lambda: step_sum(_float(2)), DTypeError, "an int dtype or bool, got hetu.float32"),
+            BadSample(lambda: step_sum(placeholder(int32, [2]), least=0.5), ShapeError, "least to be an int"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
+def _float(*shape: int) -> Tensor:
+    return placeholder(float32, shape)
+
+
+def all_reduce(x: Tensor, op: str = "sum", name: str | None = None) -> Tensor:
+    """Adds up, or averages, a tensor over the pipelines of the strategy that a run chooses.
+
+    Adds in the order of the pipelines; half precision in float32. With one pipeline it is x itself, at no cost.
+
+    Args:
+        x: Of any shape, which must be the same on all pipelines, and any dtype but bool; floating for a mean.
+        op: ``"sum"`` or ``"mean"``.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of x's dtype and shape, with the same value on all pipelines.
+
+    Raises:
+        HetuError: If there is no such op.
+        DTypeError: If x is of a dtype that can't be summed, or averaged.
+        ShapeError: When run, if x has another shape on another pipeline.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.all_reduce(x)
+        >>> for shard in g.run(y, feed_dict={x: hetu.Shards([[1.0, 2.0], [10.0, 20.0]])}):
+        ...     print(shard)
+        tensor([11., 22.])
+        tensor([11., 22.])
+    """
+    return build("all_reduce", (x,), {"op": op}, name)
+
+
+def step_sum(x: Tensor, least: int | None = None, name: str | None = None) -> Tensor:
+    """Sums a tensor's elements over all pipelines and micro-batches of a run.
+
+    It is computed before everything else of the run, from the part of the graph that x needs, and is the same in
+    all micro-batches. The number of labelled tokens of a step is the use that it is made for.
+
+    Args:
+        x: Of an int dtype or bool, any shape, which may differ between pipelines and micro-batches. It must not depend
+            on another ``step_sum``.
+        least: The smallest value that it gives, whatever the sum is: 1 for what will be divided by. None for no bound.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        An int64 tensor without dimensions.
+
+    Raises:
+        DTypeError: If x is floating.
+        ShapeError: If least is not an int.
+        HetuError: If x depends on another ``step_sum``.
+
+    Example:
+        >>> import hetu
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.int64, [n], name="x")
+        ...     y = hetu.step_sum(x)
+        >>> g.run(y, feed_dict={x: [[1, 2], [3]]}, num_micro_batches=2)
+        [tensor(6), tensor(6)]
+    """
+    return build("step_sum", (x,), {"least": least}, name)
