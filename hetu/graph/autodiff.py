@@ -93,7 +93,7 @@ def _walk(seeds: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor]) -> 
         terms.setdefault(y, []).append(seed)
     wanted = set(sources)
     for node in reversed(nodes):
-        if not any(item in between for item in node.tensors):
+        if node.definition.stops_gradient or not any(item in between for item in node.tensors):
             continue
         grads = tuple(_sum(terms[item]) if item in terms else None for item in node.outputs)
         if any(grad is not None for grad in grads):

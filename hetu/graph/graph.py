@@ -7,6 +7,8 @@ from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
@@ -132,6 +134,8 @@ class Graph:
         return name
 
     def _operand(self, item: Any, op: str, where: Where) -> Operand:
+        if isinstance(item, (np.bool_, np.integer, np.floating)):
+            item = item.item()
         if item is None or isinstance(item, (IntSymbol, bool, int, float)):
             return item
         if not isinstance(item, Tensor):

@@ -88,5 +88,25 @@ class Tensor:
     def __matmul__(self, other: Any) -> Tensor:
         return self._apply("matmul", self, other)
 
+    def __pow__(self, other: Any) -> Tensor:
+        return self._apply("pow", self, other)
+
+    def __rpow__(self, other: Any) -> Tensor:
+        return self._apply("pow", other, self)
+
     def __neg__(self) -> Tensor:
         return self._apply("mul", self, -1)
+
+    # No == and != element by element, which are hetu.eq and hetu.ne: tensors are keys of dicts.
+
+    def __lt__(self, other: Any) -> Tensor:
+        return self._apply("lt", self, other)
+
+    def __le__(self, other: Any) -> Tensor:
+        return self._apply("le", self, other)
+
+    def __gt__(self, other: Any) -> Tensor:
+        return self._apply("gt", self, other)
+
+    def __ge__(self, other: Any) -> Tensor:
+        return self._apply("ge", self, other)

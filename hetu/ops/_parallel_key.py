@@ -124,8 +124,7 @@ def refuse_rows(node: Node, view: RunView, pipeline: int, rows: int, seq_len: in
     refuse(
         node,
         f"{node.definition.inputs[0]} has {rows} rows on pipeline {pipeline}, "
-        f"but the strategy gives it {seq_len} tokens of each sequence, "
-        + what,
+        f"but the strategy gives it {seq_len} tokens of each sequence, " + what,
         "feed batch * seq_len rows: layout.scatter(x) of the same strategy makes the shards",
         view.pipelines[pipeline].describe(node.tensors[0].symbolic_shape[0], *listed_lengths(node, view, [pipeline])),
     )

@@ -1,37 +1,94 @@
-"""Functions of each element of a floating tensor: silu and gelu."""
+"""Functions of each element of a floating tensor that networks are made non-linear by: relu to gelu."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hetu.dtypes import bfloat16, int64
 from hetu.errors import DTypeError, HetuError
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import build, floating, output, tensor
-from hetu.ops._samples import eighths
+from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, register
+from hetu.ops import _activation_gradients  # noqa: F401 - registers the ops that the rules are made of
+from hetu.ops._build import build
+from hetu.ops._elementwise import Pointwise
+from hetu.ops._samples import eighths, not_zero
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
 
-class _Activation(OpDef):
-    """A function of each element of a floating tensor."""
+@register
+class Relu(Pointwise):
+    """``max(x, 0)``."""
 
-    inputs = ("x",)
+    name = "relu"
 
-    def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x = tensor(call, 0, "x")
-        floating(call, x, "x")
-        return [output(call, x.dtype, x.symbolic_shape)]
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("relu_grad", (grads[0], node.outputs[0]))]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        def reference(x: np.ndarray) -> np.ndarray:
+            return np.maximum(x, 0)
+
+        signed = not_zero(3, 5) * np.where(np.arange(15).reshape(3, 5) % 2, -1, 1).astype("float32")
+        good = [
+            GoodSample(relu, [signed], reference, [(0, 0)]),
+            GoodSample(relu, [np.array([-0.5, 0.0, np.inf, -np.inf, np.nan])], reference, smooth=False),
+            GoodSample(relu, [eighths(0, 3)], reference),
+            GoodSample(lambda x: relu(cast(x, bfloat16)), [eighths(7)], reference, smooth=False),
+        ]
+        return good, [BadSample(lambda: relu(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
 
 
 @register
-class Silu(_Activation):
+class Sigmoid(Pointwise):
+    """``1 / (1 + exp(-x))``."""
+
+    name = "sigmoid"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("sigmoid_grad", (grads[0], node.outputs[0]))]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        def reference(x: np.ndarray) -> np.ndarray:
+            return 1 / (1 + np.exp(-x))
+
+        good = [
+            GoodSample(sigmoid, [eighths(3, 5)], reference, [(0, 0)]),
+            GoodSample(sigmoid, [np.array([-1000.0, 1000.0])], reference),  # so far out that exp alone overflows
+            GoodSample(sigmoid, [eighths(1, dtype="float16")], reference),
+            GoodSample(sigmoid, [eighths(0, 3)], reference),
+        ]
+        return good, [BadSample(lambda: sigmoid(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
+
+
+@register
+class Tanh(Pointwise):
+    """The hyperbolic tangent."""
+
+    name = "tanh"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("tanh_grad", (grads[0], node.outputs[0]))]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        good = [
+            GoodSample(tanh, [eighths(3, 5)], np.tanh, [(0, 0), (0, 1)]),
+            GoodSample(tanh, [eighths(1, dtype="float16")], np.tanh),
+            GoodSample(tanh, [eighths(0, 3)], np.tanh),
+        ]
+        return good, [BadSample(lambda: tanh(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
+
+
+@register
+class Silu(Pointwise):
     """``x * sigmoid(x)``."""
 
     name = "silu"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("silu_grad", (grads[0], *node.inputs))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def reference(x: np.ndarray) -> np.ndarray:
@@ -41,13 +98,13 @@ class Silu(_Activation):
             GoodSample(silu, [eighths(3, 5)], reference, [(0, 0)]),
             GoodSample(silu, [eighths(1, dtype="float16")], reference),
             GoodSample(silu, [eighths(0, 3)], reference),
-            GoodSample(lambda x: silu(cast(x, bfloat16)), [eighths(7)], reference),
+            GoodSample(lambda x: silu(cast(x, bfloat16)), [eighths(7)], reference, smooth=False),
         ]
         return good, [BadSample(lambda: silu(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
 
 
 @register
-class Gelu(_Activation):
+class Gelu(Pointwise):
     """``x`` times the normal distribution function of ``x``."""
 
     name = "gelu"
@@ -57,6 +114,9 @@ class Gelu(_Activation):
         if kind not in ("none", "tanh"):
             call.fail(HetuError, f'expected approximate to be "none" or "tanh", got {kind!r}')
         return super().infer(call)
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("gelu_grad", (grads[0], *node.inputs), node.attrs)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def exact(x: np.ndarray) -> np.ndarray:
@@ -81,6 +141,80 @@ class Gelu(_Activation):
             BadSample(lambda: gelu(placeholder(int64, [3])), DTypeError, "expected x to be floating"),
         ]
         return good, bad
+
+
+def relu(x: Tensor, name: str | None = None) -> Tensor:
+    """Applies ``max(x, 0)``; NaN stays NaN.
+
+    Its gradient at 0 is 0, as torch has it.
+
+    Args:
+        x: Floating, any shape.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of x's dtype and shape.
+
+    Raises:
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.relu(x)
+        >>> g.run(y, feed_dict={x: [-1.0, 2.0]})
+        tensor([0., 2.])
+    """
+    return build("relu", (x,), name=name)
+
+
+def sigmoid(x: Tensor, name: str | None = None) -> Tensor:
+    """Applies the logistic function ``1 / (1 + exp(-x))``.
+
+    Args:
+        x: Floating, any shape.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of x's dtype and shape.
+
+    Raises:
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.sigmoid(x)
+        >>> g.run(y, feed_dict={x: [0.0, 1.0]})
+        tensor([0.5000, 0.7311])
+    """
+    return build("sigmoid", (x,), name=name)
+
+
+def tanh(x: Tensor, name: str | None = None) -> Tensor:
+    """Applies the hyperbolic tangent.
+
+    Args:
+        x: Floating, any shape.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of x's dtype and shape.
+
+    Raises:
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.tanh(x)
+        >>> g.run(y, feed_dict={x: [0.0, 1.0]})
+        tensor([0.0000, 0.7616])
+    """
+    return build("tanh", (x,), name=name)
 
 
 def silu(x: Tensor, name: str | None = None) -> Tensor:

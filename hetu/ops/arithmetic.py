@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from hetu.dtypes import DType, bool_, float32
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import broadcast, build, output, result_type
+from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, register
+from hetu.ops._build import build
+from hetu.ops._elementwise import Elementwise, Operand
+from hetu.ops._gradients import single, unbroadcast
 from hetu.ops._samples import eighths, not_zero, whole_numbers
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
-Operand = Tensor | IntSymbol | int | float | bool
-
-
-class _Elementwise(OpDef):
-    """What the four have in common; ``dtype`` is the rule in which they differ."""
-
-    inputs = ("a", "b")
-
-    def dtype(self, call: Call) -> DType:
-        return result_type(call.inputs)
-
-    def infer(self, call: Call) -> Sequence[TensorSpec]:
-        for what, item in zip(self.inputs, call.inputs, strict=True):
-            if item is None:
-                call.fail(DTypeError, f"expected {what} to be a tensor or a number, got None")
-        if not any(isinstance(item, Tensor) for item in call.inputs):
-            call.fail(DTypeError, "expected at least one tensor, got two numbers", "calculate with them in Python")
-        dtype = self.dtype(call)
-        for item in call.inputs:
-            _check_fits(call, item, dtype)
-        shapes = [item.symbolic_shape if isinstance(item, Tensor) else () for item in call.inputs]
-        return [output(call, dtype, broadcast(call, *shapes))]
-
-
-def _check_fits(call: Call, item: Any, dtype: DType) -> None:
-    """Refuses a number that the result's int dtype can't hold; torch would let it wrap around."""
-    if isinstance(item, int) and dtype.kind == "int":
-        bits = 8 * dtype.itemsize
-        low, high = (0, 2**bits - 1) if dtype.name.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        if not low <= item <= high:
-            call.fail(DTypeError, f"{item} does not fit {dtype} ({low} to {high})", "cast the tensor to a wider dtype")
-
 
 @register
-class Add(_Elementwise):
+class Add(Elementwise):
     """``a + b``."""
 
     name = "add"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (a, b) = single(grads), node.inputs
+        return [lambda: unbroadcast(grad, a), lambda: unbroadcast(grad, b)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -67,7 +40,7 @@ class Add(_Elementwise):
             ),
             GoodSample(lambda a: add(a, a.symbolic_shape[0]), [eighths(5)], lambda a: a + a.shape[0], [(0, 0)]),
             GoodSample(lambda a: add(2.5, a), [whole_numbers(3)], lambda a: 2.5 + a),
-            GoodSample(lambda a: add(cast(a, "bfloat16"), 1), [eighths(3)], lambda a: a + 1),
+            GoodSample(lambda a: add(cast(a, "bfloat16"), 1), [eighths(3)], lambda a: a + 1, smooth=False),
         ]
         bad = [
             BadSample(lambda: add(_float(3), _float(4)), ShapeError, "shapes that broadcast, got [3] and [4]"),
@@ -82,7 +55,7 @@ class Add(_Elementwise):
 
 
 @register
-class Sub(_Elementwise):
+class Sub(Elementwise):
     """``a - b``."""
 
     name = "sub"
@@ -92,6 +65,10 @@ class Sub(_Elementwise):
             if isinstance(item, bool) or (isinstance(item, Tensor) and item.dtype == bool_):
                 call.fail(DTypeError, "can't subtract with bools", "cast them to an int dtype")
         return super().dtype(call)
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (a, b) = single(grads), node.inputs
+        return [lambda: unbroadcast(grad, a), lambda: -unbroadcast(grad, b)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -110,10 +87,14 @@ class Sub(_Elementwise):
 
 
 @register
-class Mul(_Elementwise):
+class Mul(Elementwise):
     """``a * b``."""
 
     name = "mul"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (a, b) = single(grads), node.inputs
+        return [lambda: unbroadcast(grad * b, a), lambda: unbroadcast(grad * a, b)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -131,7 +112,7 @@ class Mul(_Elementwise):
 
 
 @register
-class Div(_Elementwise):
+class Div(Elementwise):
     """``a / b``: true division."""
 
     name = "div"
@@ -139,6 +120,10 @@ class Div(_Elementwise):
     def dtype(self, call: Call) -> DType:
         dtype = super().dtype(call)
         return dtype if dtype.is_floating else float32
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (a, b) = single(grads), node.inputs
+        return [lambda: unbroadcast(grad / b, a), lambda: -unbroadcast(grad * (node.outputs[0] / b), b)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops._build import broadcast, build, floating, output, rank, same_dtype, show, tensor
+from hetu.ops._gradients import single, sum_to, to_shape
 from hetu.ops._samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
@@ -19,6 +21,7 @@ class MatMul(OpDef):
     """``a @ b``."""
 
     name = "matmul"
+    precision = "low"
     inputs = ("a", "b")
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
@@ -39,6 +42,25 @@ class MatMul(OpDef):
         rows = shape_a[-2:-1]  # none where a is a vector; and no columns where b is one
         columns = shape_b[-1:] if b.ndim > 1 else ()
         return [output(call, a.dtype, (*batch, *rows, *columns))]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (a, b) = single(grads), node.tensors
+        # Vectors as what they are multiplied as: a row and a column.
+        shape_a, shape_b = (1, *a.shape)[-max(a.ndim, 2) :], (*b.shape, 1)[: max(b.ndim, 2)]
+        batch = node.outputs[0].shape[: max(a.ndim, b.ndim, 2) - 2]
+        d_out = to_shape(grad, (*batch, shape_a[-2], shape_b[-1]))
+
+        def grad_a() -> Tensor:
+            product = matmul(d_out, _swapped(to_shape(b, shape_b)))
+            return to_shape(sum_to(product, shape_a), a.shape)
+
+        def grad_b() -> Tensor:
+            if len(shape_b) == 2:  # one product over the rows of the whole batch, and no sum after it
+                return to_shape(matmul(_swapped(_rows(a)), _rows(d_out)), b.shape)
+            product = matmul(_swapped(to_shape(a, shape_a)), d_out)
+            return to_shape(sum_to(product, shape_b), b.shape)
+
+        return [grad_a, grad_b]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -71,6 +93,7 @@ class Linear(OpDef):
     """``x @ weight.T + bias``."""
 
     name = "linear"
+    precision = "low"
     inputs = ("x", "weight", "bias")
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
@@ -93,6 +116,14 @@ class Linear(OpDef):
             what = f"expected bias to have weight's first dimension, got {show(bias.shape)} and {show(weight.shape)}"
             call.same(bias.symbolic_shape[0], features, what)
         return [output(call, x.dtype, (*x.symbolic_shape[:-1], features))]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (x, weight) = single(grads), node.tensors[:2]
+        return [
+            lambda: matmul(grad, weight),
+            lambda: matmul(_swapped(_rows(grad)), _rows(x)),
+            lambda: sum_to(grad, weight.shape[:1]),
+        ]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def plain(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -134,6 +165,16 @@ class Linear(OpDef):
             ),
         ]
         return good, bad
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``(..., n)`` as a matrix with all that stands before the last dimension in its rows."""
+    return x if x.ndim == 2 else to_shape(x, (math.prod(x.shape[:-1]), x.shape[-1]))
+
+
+def _swapped(x: Tensor) -> Tensor:
+    """The transpose of each matrix."""
+    return build("transpose", (x,), {"dim0": x.ndim - 2, "dim1": x.ndim - 1})
 
 
 def _float(*shape: int | IntSymbol) -> Tensor:

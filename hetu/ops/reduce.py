@@ -1,22 +1,26 @@
-"""Reductions: sum and mean. Half precision is accumulated in float32."""
+"""Reductions: sum, mean and max. Half precision is accumulated in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import axes, build, floating, output, tensor
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.ops._build import Dim, axes, build, floating, output, show, tensor
+from hetu.ops._gradients import single, to_shape
 from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.compare import eq
 from hetu.ops.sources import placeholder
+from hetu.symbols import IntSymbol
 
 
 class _Reduction(OpDef):
-    """What the two have in common. ``dim`` becomes the tuple of all reduced dimensions."""
+    """What they have in common. ``dim`` becomes the tuple of all reduced dimensions."""
 
     inputs = ("x",)
 
@@ -31,15 +35,30 @@ class _Reduction(OpDef):
         shape = [1 if place in dims else size for place, size in sizes if keepdim or place not in dims]
         return [output(call, self.dtype(call, x), shape)]
 
+    def kept(self, node: Node) -> list[Dim]:
+        """The shape of x with 1 for reduced dimensions: what the output is reshaped to before it is stretched."""
+        sizes = enumerate(node.tensors[0].shape)
+        return [1 if place in node.attrs["dim"] else size for place, size in sizes]
+
+    def stretched(self, grad: Tensor, node: Node) -> Tensor:
+        """The output's gradient, given to every element of x."""
+        x, kept = node.tensors[0], self.kept(node)
+        grad = to_shape(grad, kept)
+        return grad if tuple(kept) == x.shape else build("broadcast_to", (grad,), {"shape": x.shape})
+
 
 @register
 class Sum(_Reduction):
     """The sum over dimensions."""
 
     name = "sum"
+    precision = "high"
 
     def dtype(self, call: Call, x: Tensor) -> DType:
         return x.dtype if x.dtype.is_floating else int64
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: self.stretched(single(grads), node)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -78,6 +97,10 @@ class Mean(_Reduction):
         floating(call, x, "x")
         return x.dtype
 
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        count = math.prod(size for place, size in enumerate(node.tensors[0].shape) if place in node.attrs["dim"])
+        return [lambda: self.stretched(single(grads) / count, node)]
+
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
             GoodSample(mean, [eighths(3, 5)], np.mean, [(0, 0), (0, 1)]),
@@ -92,6 +115,58 @@ class Mean(_Reduction):
             BadSample(lambda: mean(_float(2, 3), 2), ShapeError, "there is no dimension 2"),
         ]
         return good, bad
+
+
+@register
+class Max(_Reduction):
+    """The largest element over dimensions; NaN where there is one."""
+
+    name = "max"
+
+    def dtype(self, call: Call, x: Tensor) -> DType:
+        for place in call.attrs["dim"]:
+            what = (
+                f"expected at least one element in dimension {place}, got {show(x.shape)}: there is no max of nothing"
+            )
+            call.check(x.shape[place] >= 1, what)
+        return x.dtype
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (x,) = single(grads), node.tensors
+
+        def shared() -> Tensor:
+            """The gradient in equal parts to all elements that are the largest."""
+            kept = self.kept(node)
+            is_max = eq(x, to_shape(node.outputs[0], kept))
+            return is_max * (to_shape(grad, kept) / sum(is_max, node.attrs["dim"] or None, keepdim=True))
+
+        return [shared]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        distinct = np.random.default_rng(0).permutation(15).reshape(3, 5).astype("float32") / 8
+        good = [
+            GoodSample(max, [distinct], np.max, [(0, 0)]),
+            GoodSample(lambda x: max(x, 1), [distinct], lambda x: x.max(1), [(0, 0), (0, 1)]),
+            GoodSample(lambda x: max(x, (0, -1), keepdim=True), [distinct], lambda x: x.max(keepdims=True)),
+            GoodSample(lambda x: max(x, 0), [distinct[:, :0]], lambda x: x.max(0)),
+            GoodSample(max, [eighths()], np.max),
+            GoodSample(lambda x: max(x, 0), [eighths(9, 2, dtype="float16")], lambda x: x.max(0), smooth=False),
+            GoodSample(max, [whole_numbers(7, dtype="uint8", low=0)], np.max),
+            GoodSample(lambda x: max(x, 0), [whole_numbers(3, 2) > 2], lambda x: x.max(0)),
+            GoodSample(lambda x: max(x, -1), [np.array([[1.0, np.nan], [-np.inf, -np.inf]])], _last_max, smooth=False),
+        ]
+        s = IntSymbol("s", max=0)
+        bad = [
+            BadSample(lambda: max(_float(2, 0)), ShapeError, "element in dimension 1, got [2, 0]: there is no max"),
+            BadSample(lambda: max(placeholder(float32, [s]), 0), ShapeError, "there is no max of nothing"),
+            BadSample(lambda: max(_float(2, 3), 2), ShapeError, "there is no dimension 2"),
+            BadSample(lambda: max(1), DTypeError, "x to be a tensor, got 1"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
+def _last_max(x: np.ndarray) -> np.ndarray:
+    return x.max(-1)
 
 
 def _float(*shape: int) -> Tensor:
@@ -149,6 +224,35 @@ def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = Fals
         tensor(2.5000)
     """
     return build("mean", (x,), {"dim": _tuple(dim), "keepdim": keepdim}, name)
+
+
+def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
+    """Takes the largest element over dimensions, as ``torch.amax``.
+
+    Its gradient goes in equal parts to all elements that are the largest.
+
+    Args:
+        x: Any dtype and shape; at least one element in every reduced dimension.
+        dim: One dimension or several; negative ones count from the end; None for all.
+        keepdim: Whether reduced dimensions stay, with size 1.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of x's dtype; NaN where an element is.
+
+    Raises:
+        ShapeError: If there is no such dimension, one is named twice, or one has size 0. What only the symbols'
+            values decide is checked by every run.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2, 2], name="x")
+        ...     y = hetu.max(x, 0)
+        >>> g.run(y, feed_dict={x: [[1.0, 4.0], [3.0, 2.0]]})
+        tensor([3., 4.])
+    """
+    return build("max", (x,), {"dim": _tuple(dim), "keepdim": keepdim}, name)
 
 
 def _tuple(dim: Any) -> Any:

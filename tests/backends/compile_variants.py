@@ -12,13 +12,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hetu.backends.triton import Variant, tile, variants
+from hetu.backends.triton import BackwardVariant, Tile, Variant, backward_tile, backward_variants, tile, variants
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -37,11 +38,37 @@ def chosen() -> list[Variant]:
     ]
 
 
+def chosen_backward() -> list[BackwardVariant]:
+    """The same for the backward."""
+    return [
+        *(variant for variant in backward_variants([64, 128], [torch.bfloat16]) if not variant.first),
+        *(BackwardVariant(d, torch.float16, first=d % 16 == 0) for d in (72, 256)),
+        BackwardVariant(64, torch.float32, dropout=True),
+        BackwardVariant(128, torch.float32, first=False),
+    ]
+
+
 def compiled(variant: Variant, capability: int) -> dict[str, object]:
     """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory."""
     shape = tile(variant, capability)
-    source = ASTSource(**variant.source(num_q=32, num_kv=8, tile=shape))
-    kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options(shape))
+    return used(variant, "out", variant.source(num_q=32, num_kv=8, tile=shape), shape, capability)
+
+
+def compiled_backward(variant: BackwardVariant, capability: int) -> list[dict[str, object]]:
+    """The same for both kernels of a backward."""
+    sources = variant.sources(num_q=32, num_kv=8, tiles=backward_tile(variant, capability))
+    return [
+        used(variant, name, source, shape, capability)
+        for name, (source, shape) in zip(("dk", "dq"), sources, strict=True)
+    ]
+
+
+def used(
+    variant: Variant | BackwardVariant, what: str, source: dict[str, Any], shape: Tile, capability: int
+) -> dict[str, object]:
+    """Compiles a kernel, and asks cuobjdump what it uses."""
+    target, options = GPUTarget("cuda", capability, 32), variant.options(shape)
+    kernel = triton.compile(ASTSource(**source), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -49,8 +76,10 @@ def compiled(variant: Variant, capability: int) -> dict[str, object]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return {
-        "variant": str(variant),
+        "variant": f"{variant} {what}",
         "head_dim": variant.head_dim,
+        "dtype": str(variant.dtype),
+        "writes": what,
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
@@ -60,3 +89,6 @@ def compiled(variant: Variant, capability: int) -> dict[str, object]:
 if __name__ == "__main__":
     for each in chosen():
         print(json.dumps(compiled(each, int(sys.argv[1]))), flush=True)
+    for both in chosen_backward():
+        for result in compiled_backward(both, int(sys.argv[1])):
+            print(json.dumps(result), flush=True)

@@ -50,13 +50,13 @@ def test_work_list_of_nothing() -> None:
 
 
 def test_tables_are_put_on_the_device_once() -> None:
-    from hetu.backends.triton.launch import _items, _segments, _spans
+    from hetu.backends.triton.launch import items_on, segments_on, spans_on
 
     spans, table = varlen_tables(np.array([0, 9]), np.array([0, 9]), 9, True)
     cpu = torch.device("cpu")
-    assert _items(spans, table, 4, True, cpu) is _items(spans, table, 4, True, cpu)
-    assert _items(spans, table, 4, True, cpu) is not _items(spans, table, 8, True, cpu)
-    assert _spans(spans, cpu) is _spans(spans, cpu) and _segments(table, cpu) is _segments(table, cpu)
+    assert items_on(spans, table, 4, True, cpu) is items_on(spans, table, 4, True, cpu)
+    assert items_on(spans, table, 4, True, cpu) is not items_on(spans, table, 8, True, cpu)
+    assert spans_on(spans, cpu) is spans_on(spans, cpu) and segments_on(table, cpu) is segments_on(table, cpu)
 
 
 @pytest.mark.parametrize("capability", [INTERPRETER, 80, 86, 90, 100])

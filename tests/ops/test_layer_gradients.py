@@ -15,6 +15,7 @@ from torch.nn import functional
 import hetu
 from hetu.backends.torch import loss as torch_loss
 
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of the largest entry of a gradient: the roundings of its inputs, of what is kept for it, and of itself.
 TOLERANCE = {"float64": 1e-12, "float32": 3e-6, "bfloat16": 3e-2, "float16": 4e-3}
@@ -139,19 +140,19 @@ def inputs_of(case: Case, dtype: str, seed: int = 0) -> list[torch.Tensor]:
     return [torch.from_numpy(rng.standard_normal(shape)).to(DTYPES[dtype]) for shape in case.shapes]
 
 
-def run(case: Case, dtype: str, values: Sequence[torch.Tensor], seed: int = 1) -> tuple[Any, Any, Any]:
+def run(case: Case, dtype: str, values: Sequence[torch.Tensor], device: str = "cpu") -> tuple[Any, Any, Any]:
     """The op's output, the weights of its elements, and the gradients of the weighted sum."""
-    with hetu.graph("define_and_run", device="cpu") as g:
+    with hetu.graph("define_and_run", device=device) as g:
         xs = [hetu.placeholder(dtype, shape) for shape in case.shapes]
         others = [hetu.placeholder("int64", item.shape) for item in case.others]
         y = case.build(*xs, *others)
         weight = hetu.placeholder(y.dtype, y.shape)
         grads = hetu.gradients(y, xs, weight)
     g.verify()
-    weights = torch.from_numpy(np.random.default_rng(seed).standard_normal([int(n) for n in y.shape]))
+    weights = torch.from_numpy(np.random.default_rng(1).standard_normal([int(n) for n in y.shape]))
     weights = weights.to(DTYPES[y.dtype.name])
     feeds = {**dict(zip(xs, values, strict=True)), **dict(zip(others, case.others, strict=True)), weight: weights}
-    y_value, *found = g.run([y, *grads], feed_dict=feeds)
+    y_value, *found = (item.cpu() for item in g.run([y, *grads], feed_dict=feeds))
     return y_value, weights, found
 
 
@@ -164,13 +165,14 @@ def assert_close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> N
 
 @EVERY_CASE
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_against_autograd(case: Case, dtype: str) -> None:
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_against_autograd(case: Case, dtype: str, device: str) -> None:
     """Autograd in float64 on the same inputs, so half precision has only its own roundings to show."""
     values = inputs_of(case, dtype)
-    y, weights, grads = run(case, dtype, values)
+    y, weights, grads = run(case, dtype, values, device)
     wide = [value.double().requires_grad_() for value in values]
     expected = case.torch(*wide, *map(torch.from_numpy, map(np.asarray, case.others)))
-    assert_close(y, expected.detach(), TOLERANCE[y.dtype.__str__().removeprefix("torch.")])
+    assert_close(y, expected.detach(), TOLERANCE[str(y.dtype).removeprefix("torch.")])
     wanted = torch.autograd.grad(expected, wide, weights.to(expected.dtype))
     for got, value, exact in zip(grads, values, wanted, strict=True):
         assert got.dtype == value.dtype

@@ -12,7 +12,7 @@ import torch
 
 import hetu
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.graph import BadSample, GoodSample, registry
+from hetu.graph import BadSample, GoodSample, OpDef, registry
 
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1.6e-2, "float32": 2e-5, "float64": 1e-12}
 SAMPLES = {name: definition.samples() for name, definition in registry().items()}
@@ -43,6 +43,10 @@ def doubled(sample: GoodSample) -> list[np.ndarray]:
     return [np.resize(feed, shape) for feed, shape in zip(sample.feeds, shapes, strict=True)]
 
 
+def as_list(built: Any) -> list[Any]:
+    return list(built) if isinstance(built, (tuple, list)) else [built]
+
+
 def as_float64(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
@@ -64,8 +68,7 @@ def check(
     }
     with np.errstate(all="ignore"):
         wanted = sample.reference(*map(as_float64, feeds))
-    wanted = wanted if isinstance(wanted, (tuple, list)) else [wanted]
-    for tensor, result, expected in zip(outputs, results, wanted, strict=True):
+    for tensor, result, expected in zip(outputs, results, as_list(wanted), strict=True):
         assert result.dtype == TORCH_DTYPES[tensor.dtype]
         assert tuple(result.shape) == tuple(dim.evaluate(sizes) for dim in tensor.symbolic_shape)
         assert tuple(result.shape) == np.shape(expected)
@@ -84,8 +87,7 @@ def test_good_sample(name: str, sample: GoodSample, device: str) -> None:
     backend = "torch" if device == "cpu" else None
     with hetu.graph("define_and_run", device=device) as g, hetu.config(backend=backend):
         inputs = placeholders(sample)
-        built = sample.build(*inputs)
-        outputs = list(built) if isinstance(built, (tuple, list)) else [built]
+        outputs = as_list(sample.build(*inputs))
         runs = [sample.feeds, doubled(sample)] if sample.symbolic else [sample.feeds]
         for feeds in runs:
             results = g.run(outputs, feed_dict=dict(zip(inputs, feeds, strict=True)))
@@ -110,7 +112,10 @@ def test_bad_sample(name: str, sample: BadSample) -> None:
     assert not refused, "the op was refused, and yet it is in the graph"
 
 
-@pytest.mark.parametrize("name", registry())
+PUBLIC = [name for name, definition in registry().items() if definition.is_public]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
 def test_documented_and_sampled(name: str) -> None:
     good, bad = SAMPLES[name]
     assert good
@@ -125,3 +130,82 @@ def test_documented_and_sampled(name: str) -> None:
     ]:
         assert f"{parameter}" in doc.split("Args:")[1], f"{name} does not document {parameter}"
     assert doctest.DocTestParser().get_examples(doc), "pytest runs them, but there are none"
+
+
+# Gradients
+
+WITHOUT_GRADIENT = {"constant", "full", "parameter", "placeholder", "stop_gradient"}
+"""Ops with floating outputs that no gradient passes through: what has no inputs, and what is there to stop it."""
+
+NOT_IN_FLOAT64 = {"attn_varlen", "parallel_attn"}
+"""Their kernels take no float64, in which finite differences are told from rounding: tests/attention has theirs."""
+
+
+def has_rule(name: str) -> bool:
+    return type(registry()[name]).gradient is not OpDef.gradient
+
+
+def test_what_has_no_gradient_is_listed() -> None:
+    """Every public op that gives something floating has a rule, or is one of a few that are known not to."""
+    found = set()
+    for name in PUBLIC:
+        for sample in SAMPLES[name][0]:
+            with hetu.graph("define_and_run"):
+                outputs = as_list(sample.build(*placeholders(sample)))
+            if any(item.dtype.is_floating and item.op.definition.name == name for item in outputs):
+                found |= set() if has_rule(name) else {name}
+    assert found == WITHOUT_GRADIENT
+
+
+def in_float64(sample: GoodSample) -> list[GoodSample]:
+    """The sample with plain sizes and, if it has any, with symbols."""
+    feeds = [as_float64(feed) for feed in sample.feeds]
+    sizes = [(), sample.symbolic] if sample.symbolic else [()]
+    return [GoodSample(sample.build, feeds, sample.reference, symbolic) for symbolic in sizes]
+
+
+SMOOTH = [
+    pytest.param(item, id=f"{name}-{i}-{'symbolic' if item.symbolic else 'plain'}")
+    for name, (good, _) in SAMPLES.items()
+    for i, sample in enumerate(good)
+    if has_rule(name) and name not in NOT_IN_FLOAT64
+    if sample.smooth and any(feed.dtype.kind == "f" for feed in sample.feeds)
+    for item in in_float64(sample)
+]
+
+
+@pytest.mark.parametrize("sample", SMOOTH)
+def test_gradient_is_that_of_finite_differences(sample: GoodSample) -> None:
+    """In float64, of the sum of all outputs' elements with random weights, along random directions of all inputs."""
+    rng, h = np.random.default_rng(0), 1e-5
+    with hetu.graph("define_and_run", device="cpu") as g:
+        inputs = placeholders(sample)
+        outputs = [item for item in as_list(sample.build(*inputs)) if item.dtype.is_floating]
+        weights = [hetu.placeholder(item.dtype, item.symbolic_shape) for item in outputs]
+        sources = [item for item in inputs if item.dtype.is_floating]
+        grads = hetu.gradients(outputs, sources, weights)
+    g.verify()
+
+    def run(feeds: Sequence[np.ndarray], more: dict[hetu.Tensor, Any], *fetches: hetu.Tensor) -> list[np.ndarray]:
+        hetu.manual_seed(0)
+        results = g.run([*outputs, *fetches], feed_dict={**dict(zip(inputs, feeds, strict=True)), **more})
+        return [item.numpy() for item in results]
+
+    values = run(sample.feeds, {})
+    fed = dict(zip(weights, [rng.standard_normal(item.shape) for item in values], strict=True))
+    found = run(sample.feeds, fed, *grads)[len(outputs) :]
+    fed_sources = [sample.feeds[inputs.index(item)] for item in sources]
+    assert [(item.dtype, item.shape) for item in found] == [(item.dtype, item.shape) for item in fed_sources]
+
+    def weighted(steps: dict[hetu.Tensor, np.ndarray], factor: float) -> float:
+        moved = [
+            feed + factor * steps[item] if item in steps else feed
+            for item, feed in zip(inputs, sample.feeds, strict=True)
+        ]
+        return sum((value * weight).sum() for value, weight in zip(run(moved, {}), fed.values(), strict=True))
+
+    for _ in range(3):
+        steps = {item: rng.standard_normal(feed.shape) for item, feed in zip(sources, fed_sources, strict=True)}
+        slope = (weighted(steps, h) - weighted(steps, -h)) / (2 * h)
+        told = sum((grad * step).sum() for grad, step in zip(found, steps.values(), strict=True))
+        assert told == pytest.approx(slope, rel=1e-6, abs=1e-7)

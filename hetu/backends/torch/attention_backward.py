@@ -1,7 +1,7 @@
 """The backward of attention over segment tables in torch: matrix products over blocks of queries and keys.
 
-Blocks that stay in the cache make this as fast on a CPU as torch's own flash backward (measured at 1,024 and 2,048 tokens),
-which knows neither dropout nor gradients of the log-sum-exps; so there is one path for all.
+Blocks that stay in the cache make this as fast on a CPU as torch's own flash backward (measured at 1,024 and 2,048
+tokens), which knows neither dropout nor gradients of the log-sum-exps; so there is one path for all.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def attend_backward(
     Computes in float32, or in float64 for float64 inputs.
     """
     dtype, num_kv, group = compute_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
-    # Everything below is (H_kv, rows, D), the query heads that share a key head one after the other in the rows, so that
-    # one matrix product a key head serves them all and adds their gradients up.
+    # Everything below is (H_kv, rows, D), the query heads that share a key head one after the other in the rows, so
+    # that one matrix product a key head serves them all and adds their gradients up.
     keys, values = (x.to(dtype).transpose(0, 1) for x in (k, v))
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values)]
     dq = torch.zeros(q.shape, dtype=dtype, device=q.device) if first or state.dq.dtype != dtype else state.dq

@@ -1,8 +1,7 @@
-"""All ops but attention in plain torch: one torch call a node wherever torch has the op as it is defined here."""
+"""Sources, arithmetic, products, shapes and reductions: one torch call a node wherever torch has the op as it is."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lowering import NodeLowering, lowering
+from hetu.dtypes import DType
 from hetu.graph import Tensor
 
 # Sources
@@ -55,25 +55,25 @@ def _cast(cx: NodeLowering, x: Any, dtype: torch.dtype) -> fx.Node:
     return cx.call(torch.Tensor.to, x, dtype)
 
 
-def _operands(cx: NodeLowering, a: Any, b: Any) -> tuple[Any, Any]:
-    """Operands with which torch's own promotion gives the dtype that the shape rule promised."""
-    wanted = cx.node.outputs[0].dtype
+def operands(cx: NodeLowering, a: Any, b: Any, wanted: DType | None = None) -> tuple[Any, Any]:
+    """Operands with which torch's own promotion gives the dtype ``wanted``: by default that of the node's output."""
+    wanted = wanted or cx.node.outputs[0].dtype
     if wanted.is_floating and not any(tensor.dtype.is_floating for tensor in cx.node.tensors):
         if isinstance(cx.node.inputs[0], Tensor):
             a = _cast(cx, a, TORCH_DTYPES[wanted])
         else:
             b = _cast(cx, b, TORCH_DTYPES[wanted])
-    return _number(a, wanted.is_floating), _number(b, wanted.is_floating)
+    return number(a, wanted.is_floating), number(b, wanted.is_floating)
 
 
-def _number(item: Any, floating: bool) -> Any:
+def number(item: Any, floating: bool) -> Any:
     """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway."""
     return float(item) if floating and isinstance(item, int) and not -(2**63) <= item < 2**63 else item
 
 
 def _commutative(fn: Callable[..., torch.Tensor]) -> Callable[..., fx.Node]:
     def lower(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
-        a, b = _operands(cx, a, b)
+        a, b = operands(cx, a, b)
         return cx.call(fn, a, b) if isinstance(cx.node.inputs[0], Tensor) else cx.call(fn, b, a)
 
     return lower
@@ -85,13 +85,13 @@ lowering("mul", backend="torch")(_commutative(torch.mul))
 
 @lowering("sub", backend="torch")
 def _sub(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
-    a, b = _operands(cx, a, b)
+    a, b = operands(cx, a, b)
     return cx.call(torch.sub, a, b) if isinstance(cx.node.inputs[0], Tensor) else cx.call(torch.rsub, b, a)
 
 
 @lowering("div", backend="torch")
 def _div(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
-    a, b = _operands(cx, a, b)
+    a, b = operands(cx, a, b)
     if isinstance(cx.node.inputs[0], Tensor):
         return cx.call(torch.div, a, b)
     # torch has number / tensor only as reciprocal and product, which rounds twice (1/49 * 49 is not 1).
@@ -127,16 +127,14 @@ def _transpose(cx: NodeLowering, x: fx.Node) -> fx.Node:
     return cx.call(torch.transpose, x, cx.node.attrs["dim0"], cx.node.attrs["dim1"])
 
 
-@lowering("slice", backend="torch")
-def _slice(cx: NodeLowering, x: fx.Node, start: Any, stop: Any) -> fx.Node:
-    dim, step = cx.node.attrs["dim"], cx.node.attrs["step"]
-    # Not torch.ops.aten.slice: indexing takes half the time.
-    return cx.call(operator.getitem, x, (slice(None),) * dim + (slice(start, stop, step),))
+@lowering("broadcast_to", backend="torch")
+def _broadcast_to(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(torch.broadcast_to, x, tuple(cx.shape()))
 
 
-@lowering("concat", backend="torch")
-def _concat(cx: NodeLowering, *parts: fx.Node) -> fx.Node:
-    return cx.call(torch.cat, parts, cx.node.attrs["dim"])
+@lowering("stop_gradient", backend="torch")
+def _stop_gradient(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return x
 
 
 # Reductions
@@ -152,3 +150,4 @@ def _reduction(fn: Callable[..., torch.Tensor]) -> Callable[..., fx.Node]:
 
 lowering("sum", backend="torch")(_reduction(torch.sum))
 lowering("mean", backend="torch")(_reduction(torch.mean))
+lowering("max", backend="torch")(_reduction(torch.amax))

@@ -14,6 +14,21 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hetu.backends.triton.launch import attend, work_list
+from hetu.backends.triton.launch_backward import attend_backward, key_work_list
 from hetu.backends.triton.variants import Tile, Variant, tile, variants
+from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_tile, backward_variants
 
-__all__ = ["Tile", "Variant", "attend", "tile", "variants", "work_list"]
+__all__ = [
+    "BackwardTiles",
+    "BackwardVariant",
+    "Tile",
+    "Variant",
+    "attend",
+    "attend_backward",
+    "backward_tile",
+    "backward_variants",
+    "key_work_list",
+    "tile",
+    "variants",
+    "work_list",
+]

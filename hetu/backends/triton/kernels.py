@@ -80,12 +80,10 @@ def store_rows(base, stride, tile, rows, ROWS: tl.constexpr, HEAD_DIM: tl.conste
 
 
 @triton.jit
-def dropout_keeps(key_low, key_high, threshold, document, head, queries, keys):
-    """Which entries of (queries, keys) dropout keeps; ``hetu/backends/dropout.py`` has the definition."""
+def dropout_keeps(key_low, key_high, threshold, document, head, i, j):
+    """Which entries dropout keeps, of queries i and keys j that broadcast; ``hetu/backends/dropout.py`` defines it."""
     low = key_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     high = key_high.to(tl.uint32, bitcast=True).to(tl.uint64)
-    i = queries[:, None]
-    j = keys[None, :]
     zero = (i + j) * 0
     word0, word1, word2, word3 = tl.philox(
         (high << 32) | low, (j >> 2) + zero, i + zero, document + zero, head + zero, _PHILOX_ROUNDS
@@ -128,7 +126,7 @@ def fold_keys(
         row_sum = row_sum * fade + tl.sum(p, 1)
         row_max = new_max
         if DROPOUT:
-            keeps = dropout_keeps(key_low, key_high, threshold, document, head, queries, keys)
+            keeps = dropout_keeps(key_low, key_high, threshold, document, head, queries[:, None], keys[None, :])
             p = tl.where(keeps, p * keep_scale, 0.0)
         v_tile = load_rows(v, stride_vt, left, BLOCK_N, HEAD_DIM, BLOCK_D, CUT)
         if PRECISION == "ieee":

@@ -38,8 +38,8 @@ def attend(
     """
     num_q, head_dim = q.shape[1:]
     variant = Variant(head_dim, q.dtype, first, last, dropout is not None, state.scores is not None)
-    shape = tile(variant, _capability(q.device))
-    items = _items(spans, table, shape.block_m, first or last, q.device)
+    shape = tile(variant, capability(q.device))
+    items = items_on(spans, table, shape.block_m, first or last, q.device)
     if len(items) == 0:
         return
     q, softmax_scale = with_positive_scale(q, softmax_scale)
@@ -55,10 +55,10 @@ def attend(
             state.lse,
             None if first and last else state.acc,
             state.scores,
-            _key_position(key_position, table, q.device) if needs_positions else None,
+            key_position_on(key_position, table, q.device) if needs_positions else None,
             items,
-            _spans(spans, q.device),
-            _segments(table, q.device),
+            spans_on(spans, q.device),
+            segments_on(table, q.device),
             *q.stride()[:2],
             *k.stride()[:2],
             *v.stride()[:2],
@@ -66,9 +66,9 @@ def attend(
             *state.lse.stride()[:2],
             *scores_strides,
             softmax_scale,
-            _int32_bits(key_low),
-            _int32_bits(key_high),
-            _int32_bits(dropout.threshold if dropout else 0),
+            int32_bits(key_low),
+            int32_bits(key_high),
+            int32_bits(dropout.threshold if dropout else 0),
             dropout.scale if dropout else 1.0,
             **variant.constants(num_q, k.shape[1], shape),
             **variant.options(shape),
@@ -114,28 +114,32 @@ def work_list(spans: QuerySpans, table: SegmentTable, block_m: int, cover: bool)
     return np.stack([columns[name][order] for name in ITEM_FIELDS], axis=1).astype(np.int32)
 
 
-def _items(spans: QuerySpans, table: SegmentTable, block_m: int, cover: bool, device: torch.device) -> torch.Tensor:
+def items_on(spans: QuerySpans, table: SegmentTable, block_m: int, cover: bool, device: torch.device) -> torch.Tensor:
+    """The work list on a device, made once a table."""
     key = ("triton.items", device, block_m, cover)
     if key not in table.memo:
         table.memo[key] = torch.from_numpy(work_list(spans, table, block_m, cover)).to(device)
     return table.memo[key]
 
 
-def _spans(spans: QuerySpans, device: torch.device) -> torch.Tensor:
+def spans_on(spans: QuerySpans, device: torch.device) -> torch.Tensor:
+    """Query spans on a device, copied there once."""
     key = ("triton.spans", device)
     if key not in spans.memo:
-        spans.memo[key] = _packed([getattr(spans, name) for name in SPAN_FIELDS], device)
+        spans.memo[key] = packed([getattr(spans, name) for name in SPAN_FIELDS], device)
     return spans.memo[key]
 
 
-def _segments(table: SegmentTable, device: torch.device) -> torch.Tensor:
+def segments_on(table: SegmentTable, device: torch.device) -> torch.Tensor:
+    """Segments on a device, copied there once."""
     key = ("triton.segments", device)
     if key not in table.memo:
-        table.memo[key] = _packed([getattr(table, name) for name in SEGMENT_FIELDS], device)
+        table.memo[key] = packed([getattr(table, name) for name in SEGMENT_FIELDS], device)
     return table.memo[key]
 
 
-def _key_position(positions: np.ndarray | None, table: SegmentTable, device: torch.device) -> torch.Tensor:
+def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: torch.device) -> torch.Tensor:
+    """Positions of a buffer's keys on a device, copied there once."""
     assert positions is not None, "dropout and scores need the keys' positions"
     key = ("triton.key_position", device)
     kept = table.memo.get(key)
@@ -144,18 +148,19 @@ def _key_position(positions: np.ndarray | None, table: SegmentTable, device: tor
     return kept[1]
 
 
-def _packed(fields: list[np.ndarray], device: torch.device) -> torch.Tensor:
+def packed(fields: list[np.ndarray], device: torch.device) -> torch.Tensor:
     """One int32 row an entry, so that what a program reads of an entry lies together."""
     return torch.from_numpy(np.stack(fields, axis=1).astype(np.int32)).to(device)
 
 
-def _int32_bits(word: int) -> int:
+def int32_bits(word: int) -> int:
     """The int32 with the bits of a 32-bit word."""
     return word - 2**32 if word >= 2**31 else word
 
 
 @cache
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
+    """Compute capability of a device, 80 for sm_80."""
     if device.type != "cuda":
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(device)

@@ -59,8 +59,8 @@ class Variant:
 
     @property
     def block_d(self) -> int:
-        """Columns of a tile: a power of two, and at least 16 as tensor cores need."""
-        return max(16, 1 << (self.head_dim - 1).bit_length())
+        """Columns of a tile."""
+        return block_columns(self.head_dim)
 
     def constants(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
         """The kernel's compile-time arguments for these numbers of heads."""
@@ -81,11 +81,7 @@ class Variant:
 
     def options(self, tile: Tile) -> dict[str, Any]:
         """The compiler's options."""
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-        if self.dtype == torch.float32:
-            # Dots without tensor cores are long straight code, for which ptxas would rather spill than take registers.
-            options["maxnreg"] = 255
-        return options
+        return compiler_options(self.dtype, tile)
 
     def source(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
         """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU.
@@ -99,19 +95,48 @@ class Variant:
         types |= {} if self.first and self.last else {"acc_state": "*fp32"}
         types |= {"scores": "*fp32"} if self.scores else {}
         types |= {"key_position": "*i32"} if self.scores or self.dropout else {}
-        constants = self.constants(num_q, num_kv, tile)
-        signature, values, divisible = {}, dict[str, Any](constants), {}
-        for place, parameter in enumerate(forward_kernel.params):
-            name = parameter.name
-            absent = name in ("acc_state", "scores", "key_position") and name not in types
-            if name in constants or absent:
-                signature[name] = "constexpr"
-                values.setdefault(name, None)
-                continue
-            signature[name] = types.get(name, "i32")
-            if signature[name] != "fp32" and not parameter.do_not_specialize:
-                divisible[(place,)] = [["tt.divisibility", 16]]
-        return {"fn": forward_kernel, "signature": signature, "constexprs": values, "attrs": divisible}
+        return source(forward_kernel, types, self.constants(num_q, num_kv, tile))
+
+
+def block_columns(head_dim: int) -> int:
+    """Columns of a tile: a power of two, and at least 16 as tensor cores need."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def compiler_options(dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    """The compiler's options."""
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    if dtype == torch.float32:
+        # Dots without tensor cores are long straight code, for which ptxas would rather spill than take registers.
+        options["maxnreg"] = 255
+    return options
+
+
+OPTIONAL = ("acc_state", "scores", "key_position")
+"""Arguments of kernels that are None in some variants."""
+
+
+def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU.
+
+    Pointers and strides are taken to be multiples of 16, as they are for whole tensors.
+
+    Args:
+        kernel: The kernel.
+        types: Triton's names of its arguments' types; what isn't there is an int32, or None if it is optional.
+        constants: Its compile-time arguments.
+    """
+    signature, values, divisible = {}, dict[str, Any](constants), {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants or (name in OPTIONAL and name not in types):
+            signature[name] = "constexpr"
+            values.setdefault(name, None)
+            continue
+        signature[name] = types.get(name, "i32")
+        if signature[name] != "fp32" and not parameter.do_not_specialize:
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    return {"fn": kernel, "signature": signature, "constexprs": values, "attrs": divisible}
 
 
 def tile(variant: Variant, capability: int) -> Tile:

@@ -1,0 +1,365 @@
+"""Comparisons of elements, and the choice between elements: eq, ne, lt, le, gt, ge, where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from hetu.dtypes import DType, bool_, float32
+from hetu.errors import DTypeError, ShapeError
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.ops._build import broadcast, build, output, result_type, tensor
+from hetu.ops._elementwise import Elementwise, Operand, check_fits
+from hetu.ops._gradients import single, unbroadcast
+from hetu.ops._samples import eighths, not_zero, whole_numbers
+from hetu.ops.sources import placeholder
+
+
+class _Comparison(Elementwise):
+    """A comparison, made in the common dtype of the operands. ``reference`` is the same in numpy."""
+
+    reference: Callable[..., np.ndarray]
+
+    def output_dtype(self, dtype: DType) -> DType:
+        return bool_
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        def compare(a: Operand, b: Operand) -> Tensor:
+            return build(self.name, (a, b))
+
+        reference, n = type(self).reference, np.array([np.nan, np.inf, 1.0, 0.0])
+        ints = whole_numbers(5, low=0, high=3)
+        good = [
+            GoodSample(compare, [eighths(3, 5), eighths(5, seed=1)], reference, [(0, 0)]),
+            GoodSample(compare, [eighths(3, 5), eighths(3, 5)], reference, [(0, 0), (1, 0), (0, 1), (1, 1)]),
+            GoodSample(compare, [ints, whole_numbers(4, 1, low=0, high=3, dtype="int8")], reference),
+            GoodSample(compare, [ints, eighths(5, dtype="float16")], reference),
+            GoodSample(compare, [n, n[::-1].copy()], reference),
+            GoodSample(compare, [ints > 0, ints > 1], reference),
+            GoodSample(lambda x: compare(x, 1), [ints], lambda x: reference(x, 1)),
+            GoodSample(lambda x: compare(1.5, x), [eighths(0, 3)], lambda x: reference(1.5, x)),
+            GoodSample(lambda x: compare(2, x), [ints], lambda x: reference(2, x)),
+            GoodSample(
+                lambda x: compare(x.symbolic_shape[0], x), [eighths(3)], lambda x: reference(len(x), x), [(0, 0)]
+            ),
+        ]
+        bad = [
+            BadSample(lambda: compare(_float(2), _float(3)), ShapeError, "2 and 3 differ"),
+            BadSample(lambda: compare(placeholder("int8", [2]), 300), DTypeError, "300 does not fit hetu.int8"),
+            BadSample(lambda: compare(1, 2), DTypeError, "at least one tensor"),
+            BadSample(lambda: compare(_float(2), None), DTypeError, "expected b"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
+@register
+class Eq(_Comparison):
+    """``a == b``."""
+
+    name = "eq"
+    reference = np.equal
+
+
+@register
+class Ne(_Comparison):
+    """``a != b``."""
+
+    name = "ne"
+    reference = np.not_equal
+
+
+@register
+class Lt(_Comparison):
+    """``a < b``."""
+
+    name = "lt"
+    reference = np.less
+
+
+@register
+class Le(_Comparison):
+    """``a <= b``."""
+
+    name = "le"
+    reference = np.less_equal
+
+
+@register
+class Gt(_Comparison):
+    """``a > b``."""
+
+    name = "gt"
+    reference = np.greater
+
+
+@register
+class Ge(_Comparison):
+    """``a >= b``."""
+
+    name = "ge"
+    reference = np.greater_equal
+
+
+@register
+class Where(OpDef):
+    """``a`` where a condition holds, ``b`` elsewhere."""
+
+    name = "where"
+    inputs = ("condition", "a", "b")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        condition = tensor(call, 0, "condition")
+        if condition.dtype != bool_:
+            fix = f"compare it with something, or cast it: hetu.cast({condition.name}, hetu.bool)"
+            call.fail(DTypeError, f"expected condition to be bool, got {condition.dtype}", fix)
+        dtype, shape = result_type(call.inputs[1:]), condition.shape
+        for what, item in zip(self.inputs[1:], call.inputs[1:], strict=True):
+            if item is None:
+                call.fail(DTypeError, f"expected {what} to be a tensor or a number, got None")
+            check_fits(call, item, dtype)
+            if isinstance(item, Tensor):
+                shape = broadcast(call, shape, item.shape)
+        return [output(call, dtype, shape)]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (condition, a, b) = single(grads), node.inputs
+        return [
+            None,
+            lambda: unbroadcast(build("where", (condition, grad, 0.0)), a),
+            lambda: unbroadcast(build("where", (condition, 0.0, grad)), b),
+        ]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        mask = whole_numbers(3, 5) > 0
+        good = [
+            GoodSample(where, [mask, eighths(3, 5), eighths(3, 5, seed=1)], np.where, [(0, 0), (1, 0), (2, 0)]),
+            GoodSample(where, [mask[0], eighths(3, 1), eighths(5, seed=1)], np.where),
+            GoodSample(where, [mask, eighths(dtype="float64"), eighths(5, dtype="float16")], np.where),
+            GoodSample(where, [mask[:, :1], whole_numbers(5), eighths(5, dtype="float16")], np.where),
+            GoodSample(
+                lambda c, a: where(c, a, 0), [mask, eighths(3, 5)], lambda c, a: np.where(c, a, 0), [(0, 1), (1, 1)]
+            ),
+            GoodSample(lambda c, b: where(c, -1.5, b), [mask, whole_numbers(5)], lambda c, b: np.where(c, -1.5, b)),
+            GoodSample(lambda c: where(c, 1, 0), [mask], lambda c: np.where(c, 1, 0)),
+            GoodSample(
+                lambda c: where(c, 0.5, c.symbolic_shape[0]), [mask], lambda c: np.where(c, 0.5, len(c)), [(0, 0)]
+            ),
+            # A NaN that is not chosen leaves no trace.
+            GoodSample(where, [mask[0], not_zero(5), np.full(5, np.nan, "float32")], np.where, smooth=False),
+            GoodSample(where, [mask[:0], eighths(0, 5), eighths(1, 5)], np.where),
+        ]
+        condition = placeholder
+        bad = [
+            BadSample(lambda: where(_float(2), 1, 2), DTypeError, "condition to be bool, got hetu.float32"),
+            BadSample(lambda: where(True, _float(2), 2), DTypeError, "condition to be a tensor"),  # type: ignore[arg-type]
+            BadSample(lambda: where(condition(bool_, [2]), _float(3), 0), ShapeError, "2 and 3 differ"),
+            BadSample(lambda: where(condition(bool_, [2]), None, 0), DTypeError, "expected a to be"),  # type: ignore[arg-type]
+            BadSample(
+                lambda: where(condition(bool_, [2]), condition("int8", [2]), 200), DTypeError, "200 does not fit"
+            ),
+        ]
+        return good, bad
+
+
+def _float(*shape: int) -> Tensor:
+    return placeholder(float32, shape)
+
+
+def eq(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` is equal to ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The
+    operator ``==`` does not build it: it compares tensors as keys of dicts.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN gives False.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.eq(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([False,  True, False])
+    """
+    return build("eq", (a, b), name=name)
+
+
+def ne(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` differs from ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The
+    operator ``!=`` does not build it: it compares tensors as keys of dicts.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN differs from everything.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.ne(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([ True, False,  True])
+    """
+    return build("ne", (a, b), name=name)
+
+
+def lt(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` is less than ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The operator ``<`` builds it too.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN gives False.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.lt(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([ True, False, False])
+    """
+    return build("lt", (a, b), name=name)
+
+
+def le(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` is at most ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The operator ``<=`` builds it too.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN gives False.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.le(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([ True,  True, False])
+    """
+    return build("le", (a, b), name=name)
+
+
+def gt(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` is greater than ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The operator ``>`` builds it too.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN gives False.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.gt(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([False, False,  True])
+    """
+    return build("gt", (a, b), name=name)
+
+
+def ge(a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Tells for each element whether ``a`` is at least ``b``. Broadcasts as :func:`hetu.add` does.
+
+    The comparison is made in the dtype of ``torch.result_type``. The operator ``>=`` builds it too.
+
+    Args:
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same; one of the two must be a tensor.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A bool tensor of the common shape. NaN gives False.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: Where :func:`hetu.add` raises it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [3], name="x")
+        ...     y = hetu.ge(x, 2)
+        >>> g.run(y, feed_dict={x: [1.0, 2.0, 3.0]})
+        tensor([False,  True,  True])
+    """
+    return build("ge", (a, b), name=name)
+
+
+def where(condition: Tensor, a: Operand, b: Operand, name: str | None = None) -> Tensor:
+    """Takes elements of ``a`` where a condition holds, and of ``b`` elsewhere. Broadcasts as :func:`hetu.add` does.
+
+    What is not chosen has the gradient 0.
+
+    Args:
+        condition: A bool tensor of any shape.
+        a: A tensor of any dtype and shape, a number, or an IntSymbol.
+        b: The same.
+        name: Unique in the graph; made up if None.
+
+    Returns:
+        A tensor of the common shape of all three; its dtype is that of ``torch.result_type`` of a and b.
+
+    Raises:
+        ShapeError: If the shapes don't broadcast.
+        DTypeError: If the condition is no bool tensor, or an int does not fit the dtype.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.where(x > 0, x, 0.5)
+        >>> g.run(y, feed_dict={x: [2.0, -2.0]})
+        tensor([2.0000, 0.5000])
+    """
+    return build("where", (condition, a, b), name=name)
