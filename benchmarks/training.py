@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,7 +56,7 @@ def torch_step(config: Config, values: dict[str, torch.Tensor]) -> Step:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), NORM)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
 
@@ -92,18 +91,20 @@ def peak(name: str, config: Config, packs: list[Pack]) -> float:
     step, graph = hetu_step(config)
     if name == "torch":
         step = torch_step(config, graph.state_dict()["parameters"])
-    first = [document[:8] for document in packs[0][:1]]
-    step(first)  # libraries load and optimisers make their state
-    before = resident()
+    step([packs[0][-1][:64]])  # libraries load and optimisers make their state
+    before = memory("VmRSS")
     for pack in packs:
         step(pack)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3 - before
+    return memory("VmHWM") - before
 
 
-def resident() -> float:
-    """MB that the process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6 * 1e3 / 1024
+def memory(field: str) -> float:
+    """MB that the process holds now (VmRSS), or held at its peak (VmHWM).
+
+    Not by getrusage: what it tells of a new process includes what its parent held.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024 / 1e6
 
 
 def memory_rows(arguments: list[str], repeats: int = 3) -> list[Row]:

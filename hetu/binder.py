@@ -79,12 +79,13 @@ class Binder:
         subgraph: What will be computed.
         strategy: Index of the strategy.
         num_pipelines: How many pipelines it has.
+        feeds: The placeholders whose shapes are known.
     """
 
-    def __init__(self, subgraph: Subgraph, strategy: int, num_pipelines: int) -> None:
-        self.subgraph, self.strategy, self.num_pipelines = subgraph, strategy, num_pipelines
+    def __init__(self, subgraph: Subgraph, strategy: int, num_pipelines: int, feeds: Sequence[Tensor]) -> None:
+        self.subgraph, self.strategy, self.num_pipelines, self.feeds = subgraph, strategy, num_pipelines, feeds
         self.leaves = subgraph.leaves(strategy)
-        nodes, feeds = subgraph.nodes, subgraph.feeds
+        nodes = subgraph.nodes
         dims = [
             Equation(dim, f"shape of {x.name}, dimension {i}", x.op.where)
             for x in feeds
@@ -118,7 +119,7 @@ class Binder:
 
         Args:
             given: ``int_symbol_dict``.
-            shapes: For each pipeline the fed arrays' shapes, in the order of ``Subgraph.feeds``.
+            shapes: For each pipeline the fed arrays' shapes, in the order of ``feeds``.
             host_value: Gives the values of host inputs.
 
         Raises:
@@ -144,7 +145,7 @@ class Binder:
         return run
 
     def _dims(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-        for tensor, shape in zip(self.subgraph.feeds, shapes, strict=True):
+        for tensor, shape in zip(self.feeds, shapes, strict=True):
             if len(shape) != tensor.ndim:
                 raise ShapeError(
                     f"{tensor.name} has {tensor.ndim} dimensions [{', '.join(map(str, tensor.shape))}], "

@@ -193,14 +193,11 @@ def _determinism(wanted: bool) -> Iterator[None]:
         return
     # cuBLAS gives the same bits with a fixed workspace only; it reads this when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # finds bugs of kernels, at the cost of a pass
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def to_device(value: Any, tensor: Tensor, device: torch.device) -> torch.Tensor:

@@ -24,11 +24,13 @@ class FeedSet:
     """The arrays of one run.
 
     Attributes:
+        tensors: The placeholders: those of the subgraph, and those of its witnesses that are fed.
         arrays: For each pipeline, each placeholder's array.
-        shapes: For each pipeline the shapes, in the order of ``Subgraph.feeds``.
+        shapes: For each pipeline the shapes, in the order of ``tensors``.
         host_bytes: The contents of the arrays that planning reads: with the shapes, all that a plan depends on.
     """
 
+    tensors: tuple[Tensor, ...]
     arrays: tuple[dict[Tensor, Any], ...]
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
     host_bytes: tuple[bytes, ...]
@@ -72,12 +74,15 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
             where=missing[0].op.where,
             fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
         )
-    sharded = [len(feed_dict[tensor]) for tensor in subgraph.feeds if isinstance(feed_dict[tensor], Shards)]
+    tensors = subgraph.feeds
+    if subgraph.witnesses:
+        tensors += tuple(tensor for tensor in subgraph.witnesses if tensor in feed_dict)
+    sharded = [len(feed_dict[tensor]) for tensor in tensors if isinstance(feed_dict[tensor], Shards)]
     count = declared or max(sharded, default=1)
-    spread = [_spread(tensor, feed_dict[tensor], count) for tensor in subgraph.feeds]
-    arrays = tuple(dict(zip(subgraph.feeds, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
+    spread = [_spread(tensor, feed_dict[tensor], count) for tensor in tensors]
+    arrays = tuple(dict(zip(tensors, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
     shapes = tuple(tuple(tuple(array.shape) for array in row.values()) for row in arrays)
-    return FeedSet(arrays, shapes, tuple(_bytes(subgraph, arrays)))
+    return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
 
 
 def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[bytes]:

@@ -9,6 +9,7 @@ from hetu.dtypes import float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, gradients, register
 from hetu.graph.passes import live_nodes
+from hetu.ops import all_reduce
 
 Groups = Sequence[Tensor] | Sequence[Mapping[str, Any]]
 
@@ -82,14 +83,13 @@ class Optimizer:
             self._refuse(ShapeError, f"the loss has shape {shape}, expected no dimension", "sum it: hetu.sum(loss)")
         groups = self._groups(loss, parameters)
         params = [item for group in groups for item in group["params"]]
-        graph = loss.graph
-        grads = [graph.apply("all_reduce", (grad,), {"op": "sum"})[0] for grad in gradients(loss, params)]
+        grads = [all_reduce(grad) for grad in gradients(loss, params)]
         attrs = {
             "optimizer": self,
             "parameters": tuple(item.op.name for item in params),
             "groups": tuple((len(g["params"]), {k: v for k, v in g.items() if k != "params"}) for g in groups),
         }
-        return graph.apply("update", (loss, *grads), attrs, name)[0]
+        return loss.graph.apply("update", (loss, *grads), attrs, name)[0]
 
     def _groups(self, loss: Tensor, parameters: Groups | None) -> list[dict[str, Any]]:
         """Parameters in groups with options of their own."""
@@ -97,7 +97,8 @@ class Optimizer:
             nodes = [node for node in live_nodes([loss]) if node.definition.name == "parameter"]
             parameters = [node.outputs[0] for node in nodes if node.attrs["requires_grad"]]
         items = list(parameters)
-        groups = [dict(item) for item in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
+        is_grouped = bool(items) and all(isinstance(item, Mapping) for item in items)
+        groups: list[dict[str, Any]] = [dict(item) for item in items] if is_grouped else [{"params": items}]  # type: ignore[call-overload]
         seen: set[Tensor] = set()
         for group in groups:
             group["params"] = list(group.get("params", ()))

@@ -147,8 +147,8 @@ class Planner:
     ) -> tuple[Prepared, FeedSet]:
         feeds = read_feeds(subgraph, feed_dict, subgraph.num_pipelines(strategy) or num_pipelines)
         binder = self.binders.get(
-            (subgraph.fetches, strategy, feeds.num_pipelines, self._version),
-            lambda: Binder(subgraph, strategy, feeds.num_pipelines),
+            (subgraph.fetches, strategy, feeds.num_pipelines, feeds.tensors, self._version),
+            lambda: Binder(subgraph, strategy, feeds.num_pipelines, feeds.tensors),
         )
         key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
         return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds

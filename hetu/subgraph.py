@@ -20,6 +20,8 @@ class Subgraph:
         nodes: Live nodes without duplicates, in computing order.
         replaced: Tensors of merged duplicates, and what to read instead.
         feeds: Placeholders that must be fed.
+        witnesses: Placeholders that need not be fed, whose shapes tell symbols that no other's does, if they are: the
+            gradient of a sum depends on the length of what is summed, and on nothing else of it.
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
         spanning: Nodes that span the pipelines, and so know how many there are.
@@ -34,6 +36,7 @@ class Subgraph:
     nodes: tuple[Node, ...]
     replaced: dict[Tensor, Tensor]
     feeds: tuple[Tensor, ...]
+    witnesses: tuple[Tensor, ...]
     host_feeds: tuple[Tensor, ...]
     planned: tuple[Node, ...]
     spanning: tuple[Node, ...]
@@ -61,6 +64,7 @@ class Subgraph:
             nodes=tuple(kept),
             replaced=replaced,
             feeds=_placeholders(kept),
+            witnesses=_witnesses(graph, kept),
             host_feeds=_placeholders(live_nodes(hosts)),
             planned=tuple(planned),
             spanning=tuple(node for node in kept if node.definition.spans_pipelines),
@@ -92,6 +96,19 @@ class Subgraph:
         operands = (item for node in self.nodes for item in node.inputs if isinstance(item, IntSymbol))
         lists = (s for node in self.nodes for s in node.definition.shared_symbols(node, strategy))
         return tuple(dict.fromkeys(leaf for expr in (*shapes, *operands, *lists) for leaf in expr.leaves))
+
+
+def _witnesses(graph: Graph, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
+    told = {leaf for tensor in _placeholders(nodes) for dim in tensor.symbolic_shape for leaf in dim.leaves}
+    needed = {leaf for node in nodes for item in node.outputs for dim in item.symbolic_shape for leaf in dim.leaves}
+    missing = needed - told
+    if not missing:
+        return ()
+    return tuple(
+        tensor
+        for tensor in _placeholders(graph.nodes)
+        if any(leaf in missing for dim in tensor.symbolic_shape for leaf in dim.leaves)
+    )
 
 
 def _placeholders(nodes: Sequence[Node]) -> tuple[Tensor, ...]:

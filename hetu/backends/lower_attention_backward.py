@@ -54,7 +54,9 @@ def hetu_attn_varlen_grad(
     dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
     dropout = options.dropout(_random(rng_state), 0)
     backward_kernel(options.backend)(
-        *(as_heads(x, options.head_dim) for x in (q, k, v)),
+        as_heads(q, options.head_dim),
+        as_heads(k, options.head_dim),
+        as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
         _state(out, lse, dout, dlse, dq, plan, options.head_dim),

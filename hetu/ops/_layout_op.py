@@ -25,7 +25,7 @@ class LayoutOp(OpDef):
     perhaps ``cu_seqlens_k``.
     """
 
-    host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
+    host_inputs: ClassVar[tuple[str, ...]] = ("cu_seqlens_q", "cu_seqlens_k")
     spans_pipelines = True
     has_plan = True
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"split": tuple(SPLITS)}

@@ -149,7 +149,7 @@ class AttnVarlen(_VarlenAttention):
         return heads[0]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
-        d_output, d_lse = attention_gradient(node, *grads[:3])
+        d_output, d_lse = attention_gradient(node, grads[0], grads[1], grads[2])
         q, k, v, cu_q, cu_k = node.inputs
         output, lse, _, rng_state = node.outputs
 

@@ -23,8 +23,7 @@ class CrossEntropy(OpDef):
     """``log(sum(exp(logits))) - logits[label]``, reduced over the rows that are not ignored."""
 
     name = "cross_entropy"
-    inputs = ("logits", "labels")
-    precision = "high"
+    inputs = ("logits", "labels")  # not cast by autocast: computed in float32 in any case, without a copy of logits
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         logits, labels = tensor(call, 0, "logits"), tensor(call, 1, "labels")

@@ -76,7 +76,7 @@ class ParallelAttn(_ParallelAttention):
         return specs
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
-        d_output, d_lse = attention_gradient(node, *grads[:2], grads[3] if len(grads) > 3 else None)
+        d_output, d_lse = attention_gradient(node, grads[0], grads[1], grads[3] if len(grads) > 3 else None)
         qkv, cu_q, cu_k = node.inputs
         inputs = (qkv, node.outputs[0], node.outputs[1], node.outputs[2], d_output, d_lse, cu_q, cu_k)
         return [lambda: node.graph.apply("parallel_attn_grad", inputs, node.attrs)[0], None, None]

@@ -148,7 +148,7 @@ class Parameter(OpDef):
             GoodSample(lambda: parameter(lambda x: x + 1, [2], "bfloat16"), [], lambda: np.ones(2)),
         ]
         bad = [
-            BadSample(lambda: parameter(0.0, [IntSymbol("n")]), ShapeError, "plain sizes of at least 0, got [n]"),
+            BadSample(lambda: parameter(0.0, [IntSymbol("n")]), ShapeError, "sizes of at least 0, got [n]"),  # type: ignore[list-item]
             BadSample(lambda: parameter(0.0, 3), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
             BadSample(lambda: parameter(0, [2], "int64"), DTypeError, "a floating dtype, got hetu.int64"),
             BadSample(lambda: parameter(table, [3, 2]), ShapeError, "init to have shape [3, 2], got [2, 3]"),

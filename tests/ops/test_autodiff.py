@@ -357,3 +357,17 @@ def test_comparisons_by_operator() -> None:
     assert (x == z) is False and x in (z, x)
     with pytest.raises(hetu.HetuError, match="neither true nor false"):
         bool(x < z)
+
+
+def test_what_is_fed_tells_lengths_even_where_its_values_are_not_needed() -> None:
+    n = hetu.IntSymbol("n")
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [n, 2], name="x")
+        dx = hetu.gradients(hetu.sum(x), x)
+    for rows in (3, 0, 5):
+        assert torch.equal(g.run(dx, {x: np.zeros((rows, 2), np.float32)}), torch.ones(rows, 2))
+    shards = hetu.Shards([np.zeros((rows, 2), np.float32) for rows in (1, 4)])
+    assert [len(part) for part in g.run(dx, {x: shards})] == [1, 4]
+    assert g.run(dx, int_symbol_dict={n: 2}).shape == (2, 2)
+    with pytest.raises(hetu.UnboundSymbolError, match="no value for n"):
+        g.run(dx)

@@ -54,7 +54,7 @@ def by_torch(make: Any, steps: int, max_norm: float | None = None, schedule: Any
         optimizer.step()
         if plan is not None:
             plan.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, [w.detach(), b.detach()]
 
 

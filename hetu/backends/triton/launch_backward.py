@@ -54,8 +54,8 @@ def attend_backward(
     tiles = backward_tile(variant, capability(device))
     key_low, key_high = dropout.key_words if dropout else (0, 0)
     positions = key_position_on(key_position, table, device) if dropout else None
-    shared = (softmax_scale, int32_bits(key_low), int32_bits(key_high))
-    shared += (int32_bits(dropout.threshold if dropout else 0), dropout.scale if dropout else 1.0)
+    threshold, keep_scale = (dropout.threshold, dropout.scale) if dropout else (0, 1.0)
+    shared = (softmax_scale, int32_bits(key_low), int32_bits(key_high), int32_bits(threshold), keep_scale)
     operands = (q, k, v, state.dout, state.lse, state.delta)
     strides = [stride for x in (q, k, v, state.dout) for stride in x.stride()[:2]]
     key_items, visits, covers = key_work(table, spans, len(k), tiles.keys.block_n, device)
