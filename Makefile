@@ -13,13 +13,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo train test lint format bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo  ## one graph over real documents under four parallel strategies
 	$(BIN)/python examples/documents.py
+
+train: $(VENV)/.demo  ## a language model under another strategy at every step; draws train_lm.png
+	$(BIN)/python examples/train_lm.py
 
 test: lint  ## ruff, mypy, the import direction, then every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
@@ -34,8 +37,9 @@ format: $(VENV)/.dev  ## rewrites the code as ruff wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.demo  ## how long the host takes for its part of a run
+bench: $(VENV)/.demo  ## how long the host takes for its part of a run, and a training step against plain torch
 	$(BIN)/python benchmarks/host.py
+	$(BIN)/python benchmarks/training.py
 
 clean:  ## removes .venv and everything that tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

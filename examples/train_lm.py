@@ -147,7 +147,7 @@ def plot(losses: list[float], indices: list[int], path: Path) -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens that a pack may hold")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens that a pack may hold")
     parser.add_argument("--micro-batches", type=int, default=1, help="packs of a step")
     parser.add_argument("--longest", type=int, default=1024, help="longer files are cut into documents of this length")
     parser.add_argument(

@@ -54,3 +54,16 @@ def test_documents() -> None:
     printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "2048")
     for name in ("one pipeline", "two pipelines", "three of unequal lengths", "six in three context groups"):
         assert f"{name}, 1 pack" in printed
+
+
+SMALL = "--tokens 160 --longest 80 --layers 1 --width 32 --heads 2 --kv-heads 1 --head-dim 16 --hidden 32".split()
+
+
+def test_train_lm(tmp_path: Path) -> None:
+    options = [*SMALL, "--plot", str(tmp_path / "loss.png"), "--checkpoint", str(tmp_path / "lm.safetensors")]
+    whole = run_script("examples/train_lm.py", *options, "--steps", "5")
+    assert "5 steps in" in whole
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    resumed = run_script("examples/train_lm.py", *options, "--steps", "6", "--resume", "--micro-batches", "2")
+    assert "resumed after 5 steps" in resumed
+    assert "1 steps in" in resumed
