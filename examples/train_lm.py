@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,8 @@ def main() -> None:
     if arguments.checkpoint:
         save(model, losses, arguments.checkpoint)
     report(console, losses, first, time.perf_counter() - start)
-    if arguments.plot:
-        plot(losses, [order[step % len(order)] for step in range(len(losses))], arguments.plot)
-        console.print(f"loss curve in {arguments.plot}", highlight=False)
+    drawn = plot(losses, [order[step % len(order)] for step in range(len(losses))], arguments.plot)
+    console.print(f"loss curve in {arguments.plot}" if drawn else "no loss curve: install matplotlib", highlight=False)
 
 
 def run_step(model: Model, train: hetu.Tensor, index: int, batch: list[list[np.ndarray]]) -> float:
@@ -126,8 +126,10 @@ def report(console: Console, losses: list[float], first: int, seconds: float) ->
         )
 
 
-def plot(losses: list[float], indices: list[int], path: Path) -> None:
-    """Draws the loss of each step, marked by its strategy."""
+def plot(losses: list[float], indices: list[int], path: Path) -> bool:
+    """Draws the loss of each step, marked by its strategy; False where there is nothing to draw with."""
+    if find_spec("matplotlib") is None:
+        return False
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,6 +144,7 @@ def plot(losses: list[float], indices: list[int], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats a byte)", title="One graph, another parallel strategy at every step")
     axes.legend(title="strategy of the step")
     figure.savefig(path, dpi=150)
+    return True
 
 
 def parse() -> argparse.Namespace:

@@ -56,7 +56,16 @@ def test_documents() -> None:
         assert f"{name}, 1 pack" in printed
 
 
-SMALL = "--tokens 160 --longest 80 --layers 1 --width 32 --heads 2 --kv-heads 1 --head-dim 16 --hidden 32".split()
+SMALL = [
+    "--tokens=160",
+    "--longest=80",
+    "--layers=1",
+    "--width=32",
+    "--heads=2",
+    "--kv-heads=1",
+    "--head-dim=16",
+    "--hidden=32",
+]
 
 
 def test_train_lm(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_any_strategy_on_torch(case: Case, dtype: torch.dtype, with_lse: bool) -
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(case=cases(return_softmax=False), with_lse=st.booleans())
 def test_any_strategy_on_triton(case: Case, with_lse: bool) -> None:
     check_parallel(case, "triton", with_lse=with_lse)

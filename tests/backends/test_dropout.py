@@ -10,7 +10,7 @@ import triton.language as tl
 
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask, philox
 from hetu.backends.triton.kernels import dropout_keeps
-from hetu.backends.triton.launch import _int32_bits
+from hetu.backends.triton.launch import int32_bits
 
 # Known answers that the authors of the generator publish: rounds, counter, key, result.
 KNOWN = [
@@ -35,7 +35,7 @@ def test_philox_gives_the_published_answers(rounds: int, counter: str, key: str,
 def mask_kernel(out, queries, keys, key_low, key_high, threshold, document, head, BLOCK: tl.constexpr):
     i = tl.load(queries + tl.arange(0, BLOCK))
     j = tl.load(keys + tl.arange(0, BLOCK))
-    keep = dropout_keeps(key_low, key_high, threshold, document, head, i, j)
+    keep = dropout_keeps(key_low, key_high, threshold, document, head, i[:, None], j[None, :])
     tl.store(out + tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], keep.to(tl.int8))
 
 
@@ -45,7 +45,7 @@ def test_triton_has_the_same_mask(key: int, p: float) -> None:
     dropout, rng = Dropout(p, key), np.random.default_rng(key % 97)
     queries, keys = (torch.from_numpy(rng.integers(0, 2**31 - 1, 32)) for _ in range(2))
     out = torch.full((32, 32), -1, dtype=torch.int8)
-    bits = [_int32_bits(word) for word in (*dropout.key_words, dropout.threshold)]
+    bits = [int32_bits(word) for word in (*dropout.key_words, dropout.threshold)]
     mask_kernel[(1,)](out, queries.int(), keys.int(), *bits, 7, 5, BLOCK=32)
     assert torch.equal(out.bool(), keep_mask(dropout, 7, torch.tensor([5]), queries, keys)[0])
 
