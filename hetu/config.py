@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from contextvars import ContextVar
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -29,8 +30,9 @@ class Settings:
     deterministic: bool = False
 
 
-def _from_environment() -> Settings:
-    return _checked(Settings(), {"backend": os.environ.get("HETU_BACKEND") or None})
+@cache  # every run asks
+def _from_environment(backend: str | None) -> Settings:
+    return _checked(Settings(), {"backend": backend or None})
 
 
 def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
@@ -48,7 +50,7 @@ _settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=Non
 
 def settings() -> Settings:
     """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``)."""
-    return _settings.get() or _from_environment()
+    return _settings.get() or _from_environment(os.environ.get("HETU_BACKEND"))
 
 
 class config:  # noqa: N801 - used like a function, as torch.no_grad is

@@ -224,6 +224,13 @@ def test_varlen_options(backend: str, options: dict[str, Any]) -> None:
     check_varlen(*LENGTHS, backend, **options)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_diagonals_at_the_edges_of_blocks(backend: str) -> None:
+    lens_q = [70, 66, 65, 64, 80]
+    check_varlen(lens_q, [n + more for n, more in zip(lens_q, (62, 63, 64, 1, -1), strict=True)], backend, heads=(1, 1))
+
+
 def test_varlen_in_float64() -> None:
     check_varlen(*LENGTHS, "torch", dtype=torch.float64, tail=1)
 
