@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from hetu.backends.triton.kernels import (
+    _ITEM_WIDTH,
     _LOG2E,
+    _SEGMENT_WIDTH,
     _SPAN_WIDTH,
     dot,
     dropout_keeps,
@@ -224,7 +226,7 @@ def query_gradient_kernel(
 
     Arguments as of ``key_gradient_kernel``; ``items`` and ``segments`` are the forward's.
     """
-    item = items + (tl.program_id(0) // HEADS) * 4
+    item = items + (tl.program_id(0) // HEADS) * _ITEM_WIDTH
     head = tl.program_id(0) % HEADS
     far_head = head.to(tl.int64)
     offset = tl.load(item + 1)
@@ -248,7 +250,7 @@ def query_gradient_kernel(
     v_head = v + (far_head // GROUP) * stride_vh
     dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for number in loop(segment_begin, segment_end):
-        segment = segments + number * 3
+        segment = segments + number * _SEGMENT_WIDTH
         k_start = tl.load(segment).to(tl.int64)
         k_len = tl.load(segment + 1)
         reach = offset + tl.load(segment + 2)  # the last key that the block's first row sees
