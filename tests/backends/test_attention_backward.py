@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from backends.tables import Case, buffers, random_case, run
+from backends.tables import Case, Step, buffers, random_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +16,8 @@ from hetu.backends.dropout import keep_mask
 from hetu.backends.kernels import attention_kernel, backward_kernel
 from hetu.parallel.segments import SegmentTable, varlen_tables
 
-HEADS_Q, HEADS_K = 4, 2
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest error of a gradient, relative to the largest entry."""
 
 
 def oracle(
@@ -31,7 +32,8 @@ def oracle(
     """Gradients of q and of every step's k and v, of ``sum(out * dout) + sum(lse * dlse)``; dlse is ``(T_q, H_q)``."""
     leaves = [q.double(), *(x.double().nan_to_num(0) for pair in pairs for x in pair)]
     leaves = [x.detach().requires_grad_() for x in leaves]
-    k, v = (torch.cat(leaves[start::2]).repeat_interleave(HEADS_Q // HEADS_K, 1) for start in (1, 2))
+    heads, group = q.shape[1], q.shape[1] // pairs[0][0].shape[1]
+    k, v = (torch.cat(leaves[start::2]).repeat_interleave(group, 1) for start in (1, 2))
     seen = torch.cat(case.seen, 1)
     spans = case.spans
     rows = seen.any(1)
@@ -44,7 +46,7 @@ def oracle(
         parts = [begin + step * torch.arange(length) for begin, step, length in runs]
         queries = torch.cat([torch.empty(0, dtype=torch.int64), *parts])
         keys = torch.from_numpy(np.concatenate([step.key_position for step in case.steps]))
-        keep = keep_mask(dropout, documents, torch.arange(HEADS_Q), queries, keys)
+        keep = keep_mask(dropout, documents, torch.arange(heads), queries, keys)
         p = p * keep[:, rows] * dropout.scale
     loss = (torch.einsum("hij,jhd->ihd", p, v) * dout.double()[rows]).sum() + (lse.T * dlse.double()[rows]).sum()
     return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
@@ -55,89 +57,165 @@ def gradients(
     backend: str,
     q: torch.Tensor,
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
-    dout: torch.Tensor,
-    dlse: torch.Tensor,
+    state: BackwardState,
     scale: float,
     dropout: Dropout | None,
 ) -> list[torch.Tensor]:
-    """What the backend computes, step by step, into memory that held NaN."""
-    forward = run(attention_kernel(backend), case, q, pairs, scale=scale, dropout=dropout)
-    spans = case.spans
-    slots = torch.zeros_like(forward.lse)
-    for start, length, slot, slot_row in zip(spans.start, spans.length, spans.slot, spans.slot_row, strict=True):
-        if slot >= 0:
-            slots[slot, :, slot_row : slot_row + length] = dlse[start : start + length].T
-    high = torch.float64 if q.dtype == torch.float64 else torch.float32
-    dq = torch.full(q.shape, torch.nan, dtype=high)
-    state = BackwardState(dout, forward.lse, attention_delta(forward.out, dout, slots, spans), dq)
-    grads = [dq]
+    """What the backend computes, step by step, into memory that held NaN: in the dtype of ``state.dq``."""
+    state.dq.fill_(torch.nan)
+    grads = []
     for number, (step, (k, v)) in enumerate(zip(case.steps, pairs, strict=True)):
-        wide = torch.full((len(k), 2, *k.shape[1:]), torch.nan, dtype=high)
+        wide = q.new_full((len(k), 2, *k.shape[1:]), torch.nan, dtype=state.dq.dtype)
         backward_kernel(backend)(
-            q, k, v, spans, step.table, state, wide[:, 0], wide[:, 1],
+            q, k, v, case.spans, step.table, state, wide[:, 0], wide[:, 1],
             softmax_scale=scale, first=number == 0, dropout=dropout, key_position=step.key_position,
         )  # fmt: skip
         grads += [wide[:, 0], wide[:, 1]]
-    return grads
+    return [state.dq.clone(), *grads]
 
 
-def check(case: Case, backend: str, dtype: torch.dtype, head_dim: int, scale: float, p: float, seed: int) -> None:
-    q, pairs = buffers(case, HEADS_Q, HEADS_K, head_dim, dtype, seed)
+def lse_gradient(case: Case, lse: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
+    """``(slots, H_q, S)`` from dlse ``(T_q, H_q)``."""
+    spans, slots = case.spans, torch.zeros_like(lse)
+    for start, length, slot, slot_row in zip(spans.start, spans.length, spans.slot, spans.slot_row, strict=True):
+        if slot >= 0:
+            slots[slot, :, slot_row : slot_row + length] = dlse[start : start + length].T
+    return slots
+
+
+def check(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 8,
+    scale: float = 0.3,
+    p: float = 0.0,
+    seed: int = 0,
+    heads: tuple[int, int] = (4, 2),
+    device: str = "cpu",
+    in_q_dtype: bool = False,
+) -> None:
+    """Compares with the oracle, and a second call with the first, bit for bit."""
+    q, pairs = buffers(case, *heads, head_dim, dtype, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     dout = torch.randn(q.shape, generator=generator).to(dtype)
-    dlse = torch.randn(len(q), HEADS_Q, generator=generator).to(
-        torch.float64 if dtype == torch.float64 else torch.float32
-    )
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    dlse = torch.randn(len(q), heads[0], generator=generator).to(high)
     dropout = Dropout(p, key=seed + 5) if p else None
-    got = gradients(case, backend, q, pairs, dout, dlse, scale, dropout)
+    there, there_pairs = q.to(device), [(k.to(device), v.to(device)) for k, v in pairs]
+    forward = run(attention_kernel(backend), case, there, there_pairs, scale=scale, dropout=dropout)
+    delta = attention_delta(forward.out, dout.to(device), lse_gradient(case, forward.lse, dlse.to(device)), case.spans)
+    dq = torch.empty_like(there, dtype=dtype if in_q_dtype else high)
+    state = BackwardState(dout.to(device), forward.lse, delta, dq)
+    got, again = (gradients(case, backend, there, there_pairs, state, scale, dropout) for _ in range(2))
     for mine, want in zip(got, oracle(case, q, pairs, dout, dlse, scale, dropout), strict=True):
         size = max(1.0, float(want.abs().max())) if want.numel() else 1.0
-        atol = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 5e-2}[dtype] * size
-        torch.testing.assert_close(mine.double(), want, atol=atol, rtol=0)
+        torch.testing.assert_close(mine.cpu().double(), want, atol=TOLERANCE[dtype] * size, rtol=0)
+    assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "two calls give different bits"
 
 
-LENGTHS = st.lists(st.integers(0, 20), max_size=4)
+BACKENDS = ["torch", "triton"]
 
 
 @settings(max_examples=60)
 @given(
-    lengths=LENGTHS,
+    lengths=st.lists(st.integers(0, 20), max_size=4),
     causal=st.booleans(),
     steps=st.integers(1, 3),
     p=st.sampled_from([0.0, 0.4]),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     scale=st.sampled_from([0.3, -0.2, 0.0]),
+    heads=st.sampled_from([(4, 2), (3, 1), (2, 2)]),
     seed=st.integers(0, 99),
 )
 def test_steps_on_torch(
-    lengths: list[int], causal: bool, steps: int, p: float, dtype: torch.dtype, scale: float, seed: int
+    lengths: list[int],
+    causal: bool,
+    steps: int,
+    p: float,
+    dtype: torch.dtype,
+    scale: float,
+    heads: tuple[int, int],
+    seed: int,
 ) -> None:
     case = random_case(seed, lengths, is_causal=causal, num_steps=steps, tail=seed % 3)
-    check(case, "torch", dtype, 8, scale, p, seed)
+    check(case, "torch", dtype, 8, scale, p, seed, heads)
 
 
 @settings(max_examples=5)
 @given(
-    lengths=LENGTHS,
+    lengths=st.lists(st.integers(0, 20), max_size=2),
     causal=st.booleans(),
     steps=st.integers(1, 3),
     p=st.sampled_from([0.0, 0.4]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    head_dim=st.sampled_from([8, 24]),
-    scale=st.sampled_from([0.3, 0.3, -0.2, 0.0]),
+    scale=st.sampled_from([0.3, 0.3, -0.2]),
+    heads=st.sampled_from([(2, 1), (3, 1), (2, 2)]),
     seed=st.integers(0, 99),
 )
 def test_steps_on_triton(
-    lengths: list[int], causal: bool, steps: int, p: float, dtype: torch.dtype, head_dim: int, scale: float, seed: int
+    lengths: list[int], causal: bool, steps: int, p: float, scale: float, heads: tuple[int, int], seed: int
 ) -> None:
     case = random_case(seed, lengths, is_causal=causal, num_steps=steps, tail=seed % 3)
-    check(case, "triton", dtype, head_dim, scale, p, seed)
+    check(case, "triton", torch.float32, 8, scale, p, seed, heads)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_more_rows_than_a_block(backend: str) -> None:
-    case = random_case(3, [150, 1, 90], is_causal=True, num_steps=2, tail=5)
-    check(case, backend, torch.float32, 16, 0.25, 0.0, 3)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("head_dim", "dtype"), [(8, torch.float16), (24, torch.bfloat16), (64, torch.bfloat16)])
+def test_half_precision(backend: str, dtype: torch.dtype, head_dim: int) -> None:
+    """A single step may write its gradients in the dtype of q, k and v; several add up in float32."""
+    case = whole_documents([21, 0, 70], is_causal=True)
+    check(case, backend, dtype, head_dim, head_dim**-0.5, heads=(3, 1), in_q_dtype=True)
+    case = random_case(4, [7], is_causal=True, num_steps=2, tail=2)
+    check(case, backend, dtype, head_dim, head_dim**-0.5, heads=(4, 2))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_any_scale(backend: str, scale: float) -> None:
+    check(random_case(5, [13], is_causal=True, num_steps=2, tail=1), backend, scale=scale, p=0.3, heads=(2, 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_more_rows_than_a_block(backend: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that nobody sees, that everybody sees, and that the diagonal or an end cuts through."""
+    monkeypatch.setattr("hetu.backends.torch.attention_backward.CPU_BLOCK", (7, 12))
+    check(random_case(3, [150, 1], is_causal=is_causal, num_steps=2, tail=5), backend, head_dim=16, heads=(2, 1))
+    check(whole_documents([200, 67], is_causal), backend, head_dim=16, p=0.2, heads=(2, 1))
+
+
+def whole_documents(lengths: list[int], is_causal: bool) -> Case:
+    """Plain varlen attention, with its mask spelled out."""
+    cu, rows = np.cumsum([0, *lengths]), sum(lengths)
+    spans, table = varlen_tables(cu, cu, rows, is_causal)
+    seen = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
+    seen = seen.tril() if is_causal else seen
+    step = Step(table, rows, np.concatenate([np.arange(n) for n in lengths]))
+    return Case(spans, [step], [seen], rows, len(lengths), max(lengths), max(lengths))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_table_over_buffers_of_other_lengths(backend: str) -> None:
+    """Rows that a longer buffer has more are written too, although what the table gives is kept."""
+    case = whole_documents([5, 3], is_causal=True)
+    step = case.steps[0]
+    check(case, backend, heads=(2, 1))
+    longer = Step(step.table, step.rows + 4, np.pad(step.key_position, (0, 4)))
+    seen = [torch.nn.functional.pad(case.seen[0], (0, 4))]
+    check(Case(case.spans, [longer], seen, case.rows, 2, 5, 5), backend, heads=(2, 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 128, 192, 256])
+def test_on_gpu(head_dim: int, dtype: torch.dtype, p: float) -> None:
+    scale = head_dim**-0.5
+    for is_causal in (True, False):
+        check(whole_documents([300, 1, 64], is_causal), "triton", dtype, head_dim, scale, p, device="cuda")
+    case = random_case(head_dim, [150, 1, 290], is_causal=True, num_steps=3, tail=5)
+    check(case, "triton", dtype, head_dim, -scale, p, heads=(3, 1), device="cuda")
 
 
 # The key-major work list

@@ -58,8 +58,8 @@ def attend_backward(
     shared = (softmax_scale, int32_bits(key_low), int32_bits(key_high), int32_bits(threshold), keep_scale)
     operands = (q, k, v, state.dout, state.lse, state.delta)
     strides = [stride for x in (q, k, v, state.dout) for stride in x.stride()[:2]]
-    key_items, visits, covers = key_work(table, spans, len(k), tiles.keys.block_n, device)
-    if not covers:  # rows that no segment names
+    key_items, visits, named = key_work(table, spans, tiles.keys.block_n, device)
+    if named < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
     items = items_on(spans, table, tiles.queries.block_m, first, device)
@@ -105,15 +105,15 @@ def _with_other_scale(
 
 
 def key_work(
-    table: SegmentTable, spans: QuerySpans, rows: int, block_n: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """The key-major work list on the device, what its items visit, and whether it covers all rows of the buffer."""
+    table: SegmentTable, spans: QuerySpans, block_n: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The key-major work list on the device, what its items visit, and how many rows of the buffer segments name."""
     key = ("triton.key_work", device, block_n)
     if key not in table.memo:
         items, visited = key_work_list(spans, table, block_n)
         fields = {name: getattr(table, name)[visited] for name in VISIT_FIELDS}
         visits = packed([fields[name] for name in VISIT_FIELDS], device)
-        table.memo[key] = torch.from_numpy(items).to(device), visits, int(items[:, 1].sum()) == rows
+        table.memo[key] = torch.from_numpy(items).to(device), visits, int(items[:, 1].sum())
     return table.memo[key]
 
 
