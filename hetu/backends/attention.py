@@ -22,11 +22,13 @@ __all__ = [
     "AttentionState",
     "BackwardState",
     "Dropout",
+    "RowDot",
     "attention_delta",
     "ceil_padded",
     "dropout_key",
     "finish_softmax",
     "new_state",
+    "row_dot",
 ]
 
 PADDING = 128
@@ -159,8 +161,26 @@ class AttendBackward(Protocol):
         ...
 
 
+class RowDot(Protocol):
+    """Dot products of rows: what a backend may implement better than :func:`row_dot`."""
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """See :func:`row_dot`."""
+        ...
+
+
+def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``, float64 for float64, contiguous."""
+    high = compute_dtype(a.dtype)
+    return torch.einsum("thd,thd->th", a.to(high), b.to(high)).contiguous()
+
+
 def attention_delta(
-    out: torch.Tensor, dout: torch.Tensor, dlse: torch.Tensor | None, spans: QuerySpans
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    spans: QuerySpans,
+    row_dot: RowDot = row_dot,
 ) -> torch.Tensor:
     """What every score's gradient has subtracted: the sum of ``dout * out`` over a row, less the gradient of its lse.
 
@@ -169,12 +189,12 @@ def attention_delta(
         dout: ``(T_q, H_q, D)``, its gradient.
         dlse: ``(slots, H_q, S)``, the gradient of the log-sum-exps, or None.
         spans: The rows of q.
+        row_dot: The backend's.
 
     Returns:
-        float32 ``(T_q, H_q)`` (float64 for float64 inputs).
+        float32 ``(T_q, H_q)`` (float64 for float64 inputs), contiguous.
     """
-    high = compute_dtype(out.dtype)
-    delta = torch.einsum("thd,thd->th", dout.to(high), out.to(high))
+    delta = row_dot(out, dout)
     if dlse is not None:
         owned = spans.slot >= 0
         slot, slot_row = (
@@ -182,8 +202,8 @@ def attention_delta(
             for x in (spans.slot, spans.slot_row - spans.start)
         )
         rows = torch.from_numpy(np.flatnonzero(np.repeat(owned, spans.length))).to(out.device)
-        delta[rows] -= dlse[slot, :, slot_row + rows].to(high)
-    return delta.contiguous()
+        delta[rows] -= dlse[slot, :, slot_row + rows].to(delta.dtype)
+    return delta
 
 
 def with_positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import torch
 
-from hetu.backends.attention import Attend, AttendBackward
+from hetu.backends.attention import Attend, AttendBackward, RowDot
 from hetu.config import settings
 
 
@@ -18,6 +18,7 @@ def default_backend(device: torch.device) -> str:
 
 _FORWARD = {"torch": "hetu.backends.torch.attention", "triton": "hetu.backends.triton"}
 _BACKWARD = {"torch": "hetu.backends.torch.attention_backward", "triton": "hetu.backends.triton"}
+_ROW_DOT = {"torch": "hetu.backends.attention", "triton": "hetu.backends.triton"}
 
 
 @cache
@@ -31,4 +32,11 @@ def attention_kernel(backend: str) -> Attend:
 def backward_kernel(backend: str) -> AttendBackward:
     """The ``attend_backward`` of a backend."""
     kernel: AttendBackward = import_module(_BACKWARD[backend]).attend_backward
+    return kernel
+
+
+@cache
+def row_dot_kernel(backend: str) -> RowDot:
+    """The ``row_dot`` of a backend."""
+    kernel: RowDot = import_module(_ROW_DOT[backend]).row_dot
     return kernel

@@ -11,7 +11,7 @@ from torch import fx
 
 from hetu.backends.attention import BackwardState, attention_delta, compute_dtype
 from hetu.backends.comm import LocalComm, follow_backward, run_lock_step
-from hetu.backends.kernels import backward_kernel
+from hetu.backends.kernels import backward_kernel, row_dot_kernel
 from hetu.backends.lower_attention import Options, as_heads, key_positions, register_attention, with_rows
 from hetu.backends.lowering import NodeLowering
 from hetu.parallel import AttnPlan
@@ -26,11 +26,12 @@ def _state(
     dlse: torch.Tensor | None,
     dq: torch.Tensor,
     plan: Any,
-    head_dim: int,
+    options: Options,
 ) -> BackwardState:
     """What the steps read of the queries; ``plan`` has the spans."""
-    out, dout = as_heads(out, head_dim), as_heads(dout, head_dim)
-    return BackwardState(dout, lse, attention_delta(out, dout, dlse, plan.spans), dq)
+    out, dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
+    delta = attention_delta(out, dout, dlse, plan.spans, row_dot_kernel(options.backend))
+    return BackwardState(dout, lse, delta, dq)
 
 
 # attn_varlen
@@ -59,7 +60,7 @@ def hetu_attn_varlen_grad(
         as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
-        _state(out, lse, dout, dlse, dq, plan, options.head_dim),
+        _state(out, lse, dout, dlse, dq, plan, options),
         dk,
         dv,
         softmax_scale=options.softmax_scale,
@@ -140,7 +141,7 @@ class _PipelineBackward:
         high, several = compute_dtype(qkv.dtype), self.plan.sums_gradients
         self.sums = qkv.new_empty(qkv.shape, dtype=high) if several and qkv.dtype != high else self.grad
         dq, self.dkv = self._cut(self.sums)
-        self.state = _state(out, lse, dout, dlse, dq, self.plan, options.head_dim)
+        self.state = _state(out, lse, dout, dlse, dq, self.plan, options)
 
     def _cut(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of q ``(rows, H_q, head_dim)`` and of k and v ``(rows, 2, H_kv, head_dim)``."""

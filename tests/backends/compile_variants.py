@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hetu.backends.triton import BackwardVariant, Tile, Variant, backward_tile, backward_variants, tile, variants
+from hetu.backends.triton import (
+    BackwardVariant,
+    Heads,
+    Variant,
+    backward_options,
+    backward_tile,
+    backward_variants,
+    compiler_options,
+    tile,
+    variants,
+)
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -31,7 +42,7 @@ def chosen() -> list[Variant]:
         *(
             Variant(d, torch.float32, *f)
             for d in (64, 128)
-            for f in [(True, True), (False, True), (False, False, True, True)]
+            for f in [(True, True), (False, True), (False, False, True, True, True)]
         ),
         *(Variant(d, torch.float16, last=d % 16 == 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
         Variant(256, torch.float32, dropout=True),
@@ -48,27 +59,29 @@ def chosen_backward() -> list[BackwardVariant]:
     ]
 
 
-def compiled(variant: Variant, capability: int) -> dict[str, object]:
-    """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory."""
-    shape = tile(variant, capability)
-    return used(variant, "out", variant.source(num_q=32, num_kv=8, tile=shape), shape, capability)
+HEADS = Heads(num_q=32, num_kv=8)
+KEYS_PER_ROW = (100, 10_000)
 
 
-def compiled_backward(variant: BackwardVariant, capability: int) -> list[dict[str, object]]:
-    """The same for both kernels of a backward."""
-    sources = variant.sources(num_q=32, num_kv=8, tiles=backward_tile(variant, capability))
-    return [
-        used(variant, name, source, shape, capability)
-        for name, (source, shape) in zip(("dk", "dq"), sources, strict=True)
-    ]
+def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
+    """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
+    for shape in dict.fromkeys(tile(variant, capability, keys) for keys in KEYS_PER_ROW):
+        options = compiler_options(variant.dtype, shape)
+        yield used(variant, "out", variant.source(HEADS, shape), options, capability)
+
+
+def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
+    """The same for the backward."""
+    for tiles in dict.fromkeys(backward_tile(variant, capability, keys) for keys in KEYS_PER_ROW):
+        options = backward_options(variant.dtype, tiles)
+        yield used(variant, "gradients", variant.source(HEADS, tiles), options, capability)
 
 
 def used(
-    variant: Variant | BackwardVariant, what: str, source: dict[str, Any], shape: Tile, capability: int
+    variant: Variant | BackwardVariant, what: str, source: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, object]:
     """Compiles a kernel, and asks cuobjdump what it uses."""
-    target, options = GPUTarget("cuda", capability, 32), variant.options(shape)
-    kernel = triton.compile(ASTSource(**source), target=target, options=options)
+    kernel = triton.compile(ASTSource(**source), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -88,7 +101,8 @@ def used(
 
 if __name__ == "__main__":
     for each in chosen():
-        print(json.dumps(compiled(each, int(sys.argv[1]))), flush=True)
-    for both in chosen_backward():
-        for result in compiled_backward(both, int(sys.argv[1])):
+        for result in compiled(each, int(sys.argv[1])):
+            print(json.dumps(result), flush=True)
+    for backward in chosen_backward():
+        for result in compiled_backward(backward, int(sys.argv[1])):
             print(json.dumps(result), flush=True)

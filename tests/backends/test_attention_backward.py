@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from hetu.backends.attention import BackwardState, Dropout, attention_delta
 from hetu.backends.dropout import keep_mask
 from hetu.backends.kernels import attention_kernel, backward_kernel
-from hetu.parallel.segments import SegmentTable, varlen_tables
+from hetu.parallel.segments import varlen_tables
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a gradient, relative to the largest entry."""
@@ -216,52 +214,3 @@ def test_on_gpu(head_dim: int, dtype: torch.dtype, p: float) -> None:
         check(whole_documents([300, 1, 64], is_causal), "triton", dtype, head_dim, scale, p, device="cuda")
     case = random_case(head_dim, [150, 1, 290], is_causal=True, num_steps=3, tail=5)
     check(case, "triton", dtype, head_dim, -scale, p, heads=(3, 1), device="cuda")
-
-
-# The key-major work list
-
-
-def visits_of(lens_q: list[int], lens_k: list[int], block_n: int, causal: bool) -> None:
-    """Every key that a segment names is in one block, and a block visits just the segments that meet it."""
-    from hetu.backends.triton import key_work_list
-
-    cu_q, cu_k = (np.cumsum([0, *lens]) for lens in (lens_q, lens_k))
-    spans, table = varlen_tables(cu_q, cu_k, int(cu_q[-1]), causal)
-    items, segments = key_work_list(spans, table, block_n)
-    rows = [row for k_row, count, _, _ in items.tolist() for row in range(k_row, k_row + count)]
-    named = {
-        row for start, count in zip(table.k_start, table.k_len, strict=True) for row in range(start, start + count)
-    }
-    assert sorted(rows) == sorted(named)
-    weights = []
-    for k_row, count, begin, end in items.tolist():
-        assert 0 < count <= block_n
-        meets = (table.k_start < k_row + count) & (table.k_start + table.k_len > k_row)
-        assert sorted(segments[begin:end].tolist()) == np.flatnonzero(meets).tolist()
-        first = np.maximum(np.maximum(k_row - table.k_start, 0) - table.diagonal, 0)
-        weights.append(int((spans.length[table.query] - first)[meets].clip(0).sum()))
-    assert weights == sorted(weights, reverse=True), "the heaviest block is not first"
-
-
-@pytest.mark.parametrize(("block_n", "causal"), [*product([1, 4, 64], [False, True])])
-def test_key_work_list(block_n: int, causal: bool) -> None:
-    visits_of([5, 0, 9, 3], [5, 2, 7, 0], block_n, causal)
-    visits_of([200], [131], block_n, causal)
-
-
-def test_key_work_list_of_overlapping_segments() -> None:
-    from hetu.backends.triton import key_work_list
-
-    spans, _ = varlen_tables(np.array([0, 3, 6]), np.array([0, 3, 6]), 6, True)
-    table = SegmentTable(*(np.array(x) for x in ([0, 1, 1], [2, 2, 9], [3, 6, 2], [2, 5, 1])))
-    items, segments = key_work_list(spans, table, 4)
-    found = {tuple(item[:2]): sorted(segments[item[2] : item[3]].tolist()) for item in items.tolist()}
-    assert found == {(2, 4): [0, 1], (6, 2): [1], (9, 2): [2]}
-
-
-def test_key_work_list_of_nothing() -> None:
-    from hetu.backends.triton import key_work_list
-
-    spans, table = varlen_tables(np.array([0, 0]), np.array([0, 4]), 3, True)
-    items, segments = key_work_list(spans, table, 16)
-    assert len(items) == len(segments) == 0

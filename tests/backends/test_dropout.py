@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask, philox
-from hetu.backends.triton.kernels import dropout_keeps
 from hetu.backends.triton.launch import int32_bits
+from hetu.backends.triton.tiles import dropout_keeps
 
 # Known answers that the authors of the generator publish: rounds, counter, key, result.
 KNOWN = [

@@ -13,22 +13,30 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from hetu.backends.triton.launch import attend, work_list
-from hetu.backends.triton.launch_backward import attend_backward, key_work_list
-from hetu.backends.triton.variants import Tile, Variant, tile, variants
-from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_tile, backward_variants
+from hetu.backends.triton.launch import attend
+from hetu.backends.triton.launch_backward import attend_backward, row_dot
+from hetu.backends.triton.variants import Heads, Tile, Variant, compiler_options, tile, variants
+from hetu.backends.triton.variants_backward import (
+    BackwardTiles,
+    BackwardVariant,
+    backward_options,
+    backward_tile,
+    backward_variants,
+)
 
 __all__ = [
     "BackwardTiles",
     "BackwardVariant",
+    "Heads",
     "Tile",
     "Variant",
     "attend",
     "attend_backward",
+    "backward_options",
     "backward_tile",
     "backward_variants",
-    "key_work_list",
+    "compiler_options",
+    "row_dot",
     "tile",
     "variants",
-    "work_list",
 ]

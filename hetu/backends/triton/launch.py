@@ -1,21 +1,21 @@
-"""From segment tables to kernel launches: the work list, what is kept on the device, the launch."""
+"""From segment tables to kernel launches: what is kept on the device, and the forward's launch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
-from hetu.backends.triton.kernels import ITEM_FIELDS, SEGMENT_FIELDS, SPAN_FIELDS, forward_kernel
-from hetu.backends.triton.variants import INTERPRETER, Variant, tile
+from hetu.backends.triton.kernels import forward_kernel
+from hetu.backends.triton.variants import INTERPRETER, Heads, Variant, compiler_options, row_strides, tile
+from hetu.backends.triton.work import WorkList, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable
-
-Int32Array = NDArray[np.int32]
 
 
 def attend(
@@ -36,18 +36,18 @@ def attend(
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    num_q, head_dim = q.shape[1:]
-    variant = Variant(head_dim, q.dtype, first, last, dropout is not None, state.scores is not None)
-    shape = tile(variant, capability(q.device))
-    items = items_on(spans, table, shape.block_m, first or last, q.device)
-    if len(items) == 0:
+    heads, device = Heads(q.shape[1], k.shape[1]), q.device
+    variant = Variant(q.shape[2], q.dtype, first, last, False, dropout is not None, state.scores is not None)
+    shape = tile(variant, capability(device), keys_per_row(spans, table))
+    tokens, cover = shape.block_m // heads.pack, first or last
+    work = work_on(table, ("queries", tokens, cover), lambda: query_work(spans, table, tokens, cover), device)
+    if work.items == 0:
         return
+    variant = replace(variant, more=work.has_more)
     q, softmax_scale = with_positive_scale(q, softmax_scale)
-    needs_positions = variant.dropout or variant.scores
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
-    key_low, key_high = dropout.key_words if dropout else (0, 0)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        forward_kernel[(len(items) * num_q,)](
+    with on_device(device):
+        forward_kernel[(work.items * heads.num_q // heads.pack,)](
             q,
             k,
             v,
@@ -55,87 +55,45 @@ def attend(
             state.lse,
             None if first and last else state.acc,
             state.scores,
-            key_position_on(key_position, table, q.device) if needs_positions else None,
-            items,
-            spans_on(spans, q.device),
-            segments_on(table, q.device),
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            *state.out.stride()[:2],
+            key_position_on(key_position, table, device) if variant.dropout or variant.scores else None,
+            work.records,
             *state.lse.stride()[:2],
             *scores_strides,
             softmax_scale,
-            int32_bits(key_low),
-            int32_bits(key_high),
-            int32_bits(dropout.threshold if dropout else 0),
-            dropout.scale if dropout else 1.0,
-            **variant.constants(num_q, k.shape[1], shape),
-            **variant.options(shape),
+            *dropout_arguments(dropout),
+            **variant.constants(heads, shape, row_strides(Q=q, K=k, V=v, O=state.out)),
+            **compiler_options(variant.dtype, shape),
         )
 
 
-def work_list(spans: QuerySpans, table: SegmentTable, block_m: int, cover: bool) -> Int32Array:
-    """Cuts query spans into blocks of rows, and orders them by how many keys they see, most first.
+@dataclass(frozen=True, slots=True)
+class DeviceWork:
+    """A work list on a device: int32 ``(rows, 16)``, how many rows are items, and if some have several segments."""
 
-    A GPU starts programs in order as others finish: with the long ones first, what is left at the end is short.
-
-    Args:
-        spans: The query rows.
-        table: What they see.
-        block_m: Rows of a block.
-        cover: Whether to list blocks that see nothing too, so that every row is written.
-
-    Returns:
-        int32 ``(items, 4)``: span, first row in the span, first segment, segment after the last one.
-
-    Example:
-        >>> from hetu.parallel.segments import varlen_tables
-        >>> cu_seqlens = np.array([0, 5, 12])
-        >>> work_list(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), block_m=4, cover=True).tolist()
-        [[1, 4, 1, 2], [0, 4, 0, 1], [0, 0, 0, 1], [1, 0, 1, 2]]
-    """
-    blocks = -(-spans.length // block_m)
-    span = np.repeat(np.arange(len(spans)), blocks)
-    offset = (np.arange(len(span)) - np.repeat(np.cumsum(blocks) - blocks, blocks)) * block_m
-    begin = np.searchsorted(table.query, span, "left")
-    end = np.searchsorted(table.query, span, "right")
-    # What the last row of a block sees is what the block has to walk. One entry a (block, segment) from here on.
-    last_row = np.minimum(offset + block_m, spans.length[span]) - 1
-    count = end - begin
-    item = np.repeat(np.arange(len(span)), count)
-    segment = np.arange(len(item)) + np.repeat(begin - (np.cumsum(count) - count), count)
-    keys = np.clip(last_row[item] + table.diagonal[segment] + 1, 0, table.k_len[segment])
-    weight = np.bincount(item, keys, minlength=len(span))
-    order = np.argsort(-weight, kind="stable")
-    if not cover:
-        order = order[weight[order] > 0]
-    columns = {"span": span, "offset": offset, "segment_begin": begin, "segment_end": end}
-    return np.stack([columns[name][order] for name in ITEM_FIELDS], axis=1).astype(np.int32)
+    records: torch.Tensor
+    items: int
+    has_more: bool
 
 
-def items_on(spans: QuerySpans, table: SegmentTable, block_m: int, cover: bool, device: torch.device) -> torch.Tensor:
-    """The work list on a device, made once a table."""
-    key = ("triton.items", device, block_m, cover)
+def work_on(
+    table: SegmentTable, name: tuple[object, ...], build: Callable[[], WorkList], device: torch.device
+) -> DeviceWork:
+    """A work list on a device, made and copied there once a table."""
+    key = ("triton.work", device, name)
     if key not in table.memo:
-        table.memo[key] = torch.from_numpy(work_list(spans, table, block_m, cover)).to(device)
-    return table.memo[key]
+        work = build()
+        records = torch.from_numpy(work.records()).to(device)
+        table.memo[key] = DeviceWork(records, len(work.items), len(work.further) > 0)
+    work_there: DeviceWork = table.memo[key]
+    return work_there
 
 
-def spans_on(spans: QuerySpans, device: torch.device) -> torch.Tensor:
-    """Query spans on a device, copied there once."""
-    key = ("triton.spans", device)
-    if key not in spans.memo:
-        spans.memo[key] = packed([getattr(spans, name) for name in SPAN_FIELDS], device)
-    return spans.memo[key]
-
-
-def segments_on(table: SegmentTable, device: torch.device) -> torch.Tensor:
-    """Segments on a device, copied there once."""
-    key = ("triton.segments", device)
-    if key not in table.memo:
-        table.memo[key] = packed([getattr(table, name) for name in SEGMENT_FIELDS], device)
-    return table.memo[key]
+def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
+    """Keys that a row sees on average, over the rows of q."""
+    if "keys_per_row" not in table.memo:
+        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length.sum()), 1)
+    keys: float = table.memo["keys_per_row"]
+    return keys
 
 
 def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: torch.device) -> torch.Tensor:
@@ -148,14 +106,22 @@ def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: t
     return kept[1]
 
 
-def packed(fields: list[np.ndarray], device: torch.device) -> torch.Tensor:
-    """One int32 row an entry, so that what a program reads of an entry lies together."""
-    return torch.from_numpy(np.stack(fields, axis=1).astype(np.int32)).to(device)
+def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, int, float]:
+    """What the kernels take of dropout: the words of its key, the threshold, the scale of what is kept."""
+    if dropout is None:
+        return 0, 0, 0, 1.0
+    low, high = dropout.key_words
+    return int32_bits(low), int32_bits(high), int32_bits(dropout.threshold), dropout.scale
 
 
 def int32_bits(word: int) -> int:
     """The int32 with the bits of a 32-bit word."""
     return word - 2**32 if word >= 2**31 else word
+
+
+def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
+    """Triton launches on the current device: this makes it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The variants that a kernel is compiled in, and the tile of each: pure functions, no search at the first call."""
+"""The variants that the forward kernel is compiled in, and their tiles: pure functions, no search at a first call."""
 
 from __future__ import annotations
 
@@ -19,22 +19,50 @@ HEAD_DIMS = range(8, 257, 8)
 INTERPRETER = 0
 """Stands for Triton's interpreter where a compute capability is asked for."""
 
+MAX_PACK = 4
+"""Most heads of a block: more would save little, and the work list grows with them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
     """How a kernel cuts its work.
 
     Attributes:
-        block_m: Query rows of a program.
+        block_m: Query rows of a program: tokens times packed heads.
         block_n: Keys of one iteration.
         num_warps: Warps of a program.
         num_stages: Depth of the pipeline of loads.
+        max_registers: Of a thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
     """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The heads of a call.
+
+    Attributes:
+        num_q: Query heads.
+        num_kv: Key heads, which divide them.
+    """
+
+    num_q: int
+    num_kv: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.num_q // self.num_kv
+
+    @property
+    def pack(self) -> int:
+        """Heads that a block of query rows holds: the largest power of two that divides a group, up to MAX_PACK."""
+        return min(self.group & -self.group, MAX_PACK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +74,7 @@ class Variant:
         dtype: Of q, k, v and out.
         first: Whether the step has nothing to merge with.
         last: Whether the step writes out in ``dtype``.
+        more: Whether a block of rows sees several segments.
         dropout: Whether entries are dropped.
         scores: Whether scores are written.
     """
@@ -54,6 +83,7 @@ class Variant:
     dtype: torch.dtype
     first: bool = True
     last: bool = True
+    more: bool = False
     dropout: bool = False
     scores: bool = False
 
@@ -62,40 +92,61 @@ class Variant:
         """Columns of a tile."""
         return block_columns(self.head_dim)
 
-    def constants(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
-        """The kernel's compile-time arguments for these numbers of heads."""
+    def constants(self, heads: Heads, tile: Tile, strides: dict[str, int]) -> dict[str, Any]:
+        """The kernel's compile-time arguments. ``strides``: those of q, k, v and out, see :func:`row_strides`."""
         return {
-            "HEADS": num_q,
-            "GROUP": num_q // num_kv,
+            **strides,
+            "HEADS": heads.num_q,
+            "GROUP": heads.group,
+            "PACK": heads.pack,
             "HEAD_DIM": self.head_dim,
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
             "FIRST": self.first,
             "LAST": self.last,
+            "MORE": self.more,
             "DROPOUT": self.dropout,
             "SCORES": self.scores,
-            # float32 means float32: without this the tensor cores would round the inputs to TF32.
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "PRECISION": precision(self.dtype),
         }
 
-    def options(self, tile: Tile) -> dict[str, Any]:
-        """The compiler's options."""
-        return compiler_options(self.dtype, tile)
-
-    def source(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
+    def source(self, heads: Heads, tile: Tile) -> dict[str, Any]:
         """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU.
 
         Pointers and strides are taken to be multiples of 16, as they are for whole tensors.
         """
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "out"), element)
-        types |= {"lse": "*fp32", "items": "*i32", "spans": "*i32", "segments": "*i32"}
-        types |= {"scale": "fp32", "keep_scale": "fp32"}
+        types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
         types |= {} if self.first and self.last else {"acc_state": "*fp32"}
         types |= {"scores": "*fp32"} if self.scores else {}
         types |= {"key_position": "*i32"} if self.scores or self.dropout else {}
-        return source(forward_kernel, types, self.constants(num_q, num_kv, tile))
+        q, kv = heads.num_q, heads.num_kv
+        strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "O": q})
+        return source(forward_kernel, types, self.constants(heads, tile, strides))
+
+
+def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
+    """Compile-time strides of ``(T, heads, D)`` tensors over rows and heads, by the prefix of their names.
+
+    Those of sizes 1 may be anything: they are set to what they are in a whole tensor, so that they make no variant.
+    """
+    strides = {}
+    for name, x in tensors.items():
+        rows, heads, width = x.shape
+        strides[f"STRIDE_{name}H"] = x.stride(1) if heads > 1 else width
+        strides[f"STRIDE_{name}T"] = x.stride(0) if rows > 1 else heads * width
+    return strides
+
+
+def whole_strides(head_dim: int, heads: dict[str, int]) -> dict[str, int]:
+    """The same of contiguous tensors with these numbers of heads."""
+    return {
+        f"STRIDE_{name}{axis}": head_dim * (count if axis == "T" else 1)
+        for name, count in heads.items()
+        for axis in "TH"
+    }
 
 
 def block_columns(head_dim: int) -> int:
@@ -103,13 +154,17 @@ def block_columns(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How dots are computed. float32 means float32: tensor cores would round the inputs to TF32."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
 def compiler_options(dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
     """The compiler's options."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    if dtype == torch.float32:
-        # Dots without tensor cores are long straight code, for which ptxas would rather spill than take registers.
-        options["maxnreg"] = 255
-    return options
+    # Dots without tensor cores are long straight code, for which ptxas would rather spill than take registers.
+    registers = 255 if dtype == torch.float32 else tile.max_registers
+    return options if registers is None else {**options, "maxnreg": registers}
 
 
 OPTIONAL = ("acc_state", "scores", "key_position")
@@ -139,32 +194,45 @@ def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dic
     return {"fn": kernel, "signature": signature, "constexprs": values, "attrs": divisible}
 
 
-def tile(variant: Variant, capability: int) -> Tile:
-    """The tile of a variant: the largest tried that spills no registers at head_dim 64 and 128.
+def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
+    """The tile of a variant. From sm_90 on the fastest of those measured on an H100; ``docs/kernels.md`` has the times.
 
     Args:
         variant: What the kernel is specialised for.
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
+        keys_per_row: Keys that a query row sees on average. Few want many small programs, so that some load while
+            others compute; many want blocks of many keys.
 
     Example:
-        >>> tile(Variant(128, torch.bfloat16), 90)
-        Tile(block_m=128, block_n=64, num_warps=8, num_stages=2)
+        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
+        Tile(block_m=128, block_n=32, num_warps=4, num_stages=3, max_registers=None)
+        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
+        128
     """
     width = variant.block_d
     if capability == INTERPRETER:  # a NumPy call an operation: large blocks, of which short sequences waste little
         return Tile(64, 64, 4, 1)
-    extras = variant.dropout or variant.scores
     if variant.dtype == torch.float32:  # no tensor cores: operands live in registers
-        return Tile(32, 16, 8, 2 if width <= 128 else 1)
-    if width == 128 and variant.dropout and variant.scores:
-        return Tile(64, 32, 8, 2)
-    if width <= 128 and extras:
-        return Tile(128, 32, 8, 2)
+        return Tile(64, 32, 8, 2 if width <= 64 else 1) if width <= 128 else Tile(32, 16, 8, 1)
+    if capability < 90:
+        return _ampere_tile(variant, width)
+    if variant.dropout or variant.scores:
+        return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
-        return Tile(128, 64, 8, 3)
-    if width == 128:  # masked loads, where head_dim is not 128, take registers too
-        return Tile(128, 64, 8, 2) if capability >= 90 and variant.head_dim == width else Tile(128, 32, 8, 3)
-    return Tile(64, 32, 8, 2)
+        return Tile(64, 32, 4, 4) if keys_per_row < 512 else Tile(128, 64, 8, 3, max_registers=128)
+    if width == 128:
+        return Tile(128, 32, 4, 3) if keys_per_row < 2048 else Tile(128, 128, 8, 3)
+    return Tile(128, 64, 8, 2)
+
+
+def _ampere_tile(variant: Variant, width: int) -> Tile:
+    """Below sm_90: the largest that keep everything in registers and 99 KB of shared memory; not measured."""
+    extras = variant.dropout or variant.scores
+    if width <= 64:
+        return Tile(128, 32, 8, 2) if extras else Tile(128, 64, 8, 2)
+    if width == 128:
+        return Tile(64, 32, 8, 2) if extras else Tile(128, 32, 8, 2)
+    return Tile(64, 16, 8, 2) if extras else Tile(64, 32, 8, 1)
 
 
 def variants(
@@ -181,7 +249,7 @@ def variants(
         extras: Whether to give those with dropout and scores too.
     """
     flags = (False, True) if extras else (False,)
-    for head_dim, dtype, first, last, dropout, scores in product(
-        head_dims, dtypes, (False, True), (False, True), flags, flags
+    for head_dim, dtype, first, last, more, dropout, scores in product(
+        head_dims, dtypes, (False, True), (False, True), (False, True), flags, flags
     ):
-        yield Variant(head_dim, dtype, first, last, dropout, scores)
+        yield Variant(head_dim, dtype, first, last, more, dropout, scores)

@@ -1,4 +1,4 @@
-"""The variants and tiles of the backward's kernels; see :mod:`hetu.backends.triton.variants`."""
+"""The variants that the backward's kernels are compiled in, and their tiles."""
 
 from __future__ import annotations
 
@@ -9,104 +9,138 @@ from typing import Any
 
 import torch
 
-from hetu.backends.triton.backward import key_gradient_kernel, query_gradient_kernel
-from hetu.backends.triton.variants import DTYPES, HEAD_DIMS, INTERPRETER, Tile, block_columns, compiler_options, source
+from hetu.backends.triton.backward import backward_kernel
+from hetu.backends.triton.variants import (
+    DTYPES,
+    HEAD_DIMS,
+    INTERPRETER,
+    Heads,
+    Tile,
+    block_columns,
+    compiler_options,
+    precision,
+    source,
+    whole_strides,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """How both kernels cut their work."""
+    """How the backward's programs cut their work; both kinds have as many warps.
+
+    Attributes:
+        keys: Of those for keys: ``block_n`` keys, and ``block_m`` query rows of one iteration.
+        queries: Of those for queries: ``block_m`` query rows, and ``block_n`` keys of one iteration.
+        is_split: Whether keys and values have programs of their own.
+        packs_keys: Whether an iteration of the programs for keys takes the rows of several heads.
+    """
 
     keys: Tile
     queries: Tile
+    is_split: bool = False
+    packs_keys: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardVariant:
-    """What the backward's kernels are specialised for.
+    """What the kernel is specialised for.
 
     Attributes:
         head_dim: 8 to 256, a multiple of 8.
         dtype: Of q, k, v and dout.
         first: Whether the gradient of q holds nothing yet.
-        dropout: Whether entries were dropped.
+        more: Whether a block of rows sees several segments, or a block of keys is seen through several.
+        dropout: Whether entries are dropped.
     """
 
     head_dim: int
     dtype: torch.dtype
     first: bool = True
+    more: bool = False
     dropout: bool = False
 
-    def key_constants(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
-        """Compile-time arguments of the kernel for keys and values."""
+    def constants(self, heads: Heads, tiles: BackwardTiles, strides: dict[str, int]) -> dict[str, Any]:
+        """The kernel's compile-time arguments. ``strides``: those of q, k, v, dout, dq, dk and dv."""
         return {
-            "HEADS": num_q,
-            "GROUP": num_q // num_kv,
+            **strides,
+            "HEADS": heads.num_q,
+            "GROUP": heads.group,
             "HEAD_DIM": self.head_dim,
-            "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n,
             "BLOCK_D": block_columns(self.head_dim),
+            "KEY_PACK": heads.pack if tiles.packs_keys else 1,
+            "KEY_M": tiles.keys.block_m,
+            "KEY_N": tiles.keys.block_n,
+            "KEY_STAGES": tiles.keys.num_stages,
+            "PACK": heads.pack,
+            "QUERY_M": tiles.queries.block_m,
+            "QUERY_N": tiles.queries.block_n,
+            "QUERY_STAGES": tiles.queries.num_stages,
+            "SPLIT": tiles.is_split,
+            "FIRST": self.first,
+            "MORE": self.more,
             "DROPOUT": self.dropout,
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "PRECISION": precision(self.dtype),
         }
 
-    def query_constants(self, num_q: int, num_kv: int, tile: Tile) -> dict[str, Any]:
-        """Compile-time arguments of the kernel for queries."""
-        return {**self.key_constants(num_q, num_kv, tile), "FIRST": self.first}
-
-    def options(self, tile: Tile) -> dict[str, Any]:
-        """The compiler's options."""
-        return compiler_options(self.dtype, tile)
-
-    def sources(self, num_q: int, num_kv: int, tiles: BackwardTiles) -> list[tuple[dict[str, Any], Tile]]:
-        """Arguments of ``triton.compiler.ASTSource`` for both kernels, each with its tile."""
+    def source(self, heads: Heads, tiles: BackwardTiles) -> dict[str, Any]:
+        """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU."""
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "dout"), element)
         types |= dict.fromkeys(("lse", "delta", "dq", "dk", "dv"), "*fp32")
-        types |= dict.fromkeys(("items", "visits", "spans", "segments"), "*i32")
-        types |= {"scale": "fp32", "keep_scale": "fp32"} | ({"key_position": "*i32"} if self.dropout else {})
-        keys = source(key_gradient_kernel, types, self.key_constants(num_q, num_kv, tiles.keys))
-        queries = source(query_gradient_kernel, types, self.query_constants(num_q, num_kv, tiles.queries))
-        return [(keys, tiles.keys), (queries, tiles.queries)]
+        types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"key_position": "*i32"} if self.dropout else {}
+        q, kv = heads.num_q, heads.num_kv
+        strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "D": q, "DQ": q, "DK": kv, "DV": kv})
+        return source(backward_kernel, types, self.constants(heads, tiles, strides))
 
 
-def backward_tile(variant: BackwardVariant, capability: int) -> BackwardTiles:
-    """The tiles of a variant.
+def backward_options(dtype: torch.dtype, tiles: BackwardTiles) -> dict[str, Any]:
+    """The compiler's options."""
+    assert tiles.keys.num_warps == tiles.queries.num_warps, "both kinds of programs are of one launch"
+    return compiler_options(dtype, tiles.keys)
 
-    From sm_90 on the fastest of those measured on an H100 over 32,768 tokens of real document lengths (8,192 in
-    float32). The larger ones keep some values in local memory, mostly where blocks are masked, and are still up to four
-    times faster than the largest that keep none. Below sm_90 the same as far as 99 KB of shared memory allow.
+
+def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0) -> BackwardTiles:
+    """The tiles of a variant. From sm_90 on the fastest of those measured on an H100; see ``docs/kernels.md``.
 
     Args:
-        variant: What the kernels are specialised for.
+        variant: What the kernel is specialised for.
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
+        keys_per_row: Keys that a query row sees on average.
 
     Example:
         >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90).keys
-        Tile(block_m=32, block_n=128, num_warps=8, num_stages=2)
+        Tile(block_m=32, block_n=64, num_warps=4, num_stages=3, max_registers=None)
     """
     width = block_columns(variant.head_dim)
     if capability == INTERPRETER:
         return BackwardTiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
-    is_hopper = capability >= 90
     if variant.dtype == torch.float32:  # no tensor cores: operands live in registers
         if width <= 64:
-            return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 64 if is_hopper else 32, 8, 1))
+            return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
         if width == 128:
-            return BackwardTiles(Tile(32, 64 if is_hopper else 32, 8, 1), Tile(64 if is_hopper else 32, 32, 8, 1))
+            return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
         return BackwardTiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+    if capability < 90:  # what 99 KB of shared memory allow; not measured
+        if width <= 64:
+            return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
+        if width == 128:
+            return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
+        return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
     if width <= 64:
-        return BackwardTiles(Tile(32, 128, 4, 2), Tile(128, 64, 4, 3 if is_hopper else 2))
+        if keys_per_row < 512:  # registers for three programs a multiprocessor
+            return BackwardTiles(Tile(32, 64, 4, 2, max_registers=168), Tile(64, 64, 4, 3))
+        return BackwardTiles(Tile(32, 128, 4, 2), Tile(128, 64, 4, 3))
     if width == 128:
-        return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 3 if is_hopper else 2))
-    if is_hopper:
-        return BackwardTiles(Tile(32, 64, 8, 2), Tile(128, 32, 8, 2))
-    return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+        return BackwardTiles(Tile(32, 64, 4, 3), Tile(64 if keys_per_row < 512 else 128, 32, 4, 3))
+    # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
+    return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 1), is_split=True)
 
 
 def backward_variants(
     head_dims: Iterable[int] = HEAD_DIMS, dtypes: Iterable[torch.dtype] = tuple(DTYPES)
 ) -> Iterator[BackwardVariant]:
     """Every variant of the backward that a run may ask for."""
-    for head_dim, dtype, first, dropout in product(head_dims, dtypes, (False, True), (False, True)):
-        yield BackwardVariant(head_dim, dtype, first, dropout)
+    flags = (False, True)
+    for head_dim, dtype, first, more, dropout in product(head_dims, dtypes, flags, flags, flags):
+        yield BackwardVariant(head_dim, dtype, first, more, dropout)

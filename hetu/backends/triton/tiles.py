@@ -1,0 +1,93 @@
+"""What the attention kernels share: records of work, tiles of rows, dropout, and dots."""
+
+# mypy: disable-error-code=no-untyped-def
+# (what a kernel takes has types of the GPU, which its docstring gives)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+RECORD_WIDTH = tl.constexpr(16)  # int32 fields of a record of work; work.py says what they mean
+
+_PHILOX_ROUNDS = tl.constexpr(7)
+_WIDE = tl.constexpr(2**31 // 512)  # a stride from which on offsets inside a tile may pass 2**31
+
+
+def _interpreted_range(*bounds: Any, num_stages: Any = None) -> Iterator[int]:
+    """``tl.range`` for the interpreter: that of Triton 3.6 cannot make an int of its scalars under NumPy 2.4."""
+    return iter(range(*(bound.handle.data.item() if isinstance(bound, tl.tensor) else bound for bound in bounds)))
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+loop = _interpreted_range if triton.knobs.runtime.interpret else tl.range
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc`` with float32 accumulation. The interpreter's own dot misreads bfloat16, so it gets float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def add_dot(a, b, acc, factor, PRECISION: tl.constexpr):
+    """``a @ b + acc * factor``; float32 sums a product by itself first: one long chain of additions loses digits."""
+    if PRECISION == "ieee":
+        # By an fma, because the compiler would turn an addition into the dot's accumulator, and so a chain.
+        result = tl.fma(acc, tl.zeros_like(acc) + factor, dot(a, b, None, PRECISION))
+    else:
+        result = dot(a.to(b.dtype), b, acc * factor, PRECISION)
+    return result
+
+
+@triton.jit
+def tile_offsets(token, member, STRIDE_T: tl.constexpr, STRIDE_H: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Offsets of the elements of a tile whose rows are those of ``token`` and heads ``member``.
+
+    Strides are compile-time constants: the distances between the chunks that a thread loads then are immediates
+    of its instructions, which saves it some thirty registers of addresses.
+    """
+    if STRIDE_T >= _WIDE or STRIDE_H >= _WIDE:
+        token = token.to(tl.int64)
+        member = member.to(tl.int64)
+    return (token * STRIDE_T + member * STRIDE_H)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_rows(base, offsets, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads a tile; rows that are not ``live`` and columns past HEAD_DIM are 0."""
+    if HEAD_DIM == BLOCK_D:
+        tile = tl.load(base + offsets, mask=live[:, None], other=0.0)
+    else:
+        tile = tl.load(base + offsets, mask=live[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM), other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(base, offsets, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores the live rows and first HEAD_DIM columns of a tile, in the target's dtype."""
+    mask = live[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def dropout_keeps(key_low, key_high, threshold, document, head, i, j):
+    """Which entries dropout keeps, of heads, queries i and keys j that broadcast; see ``hetu/backends/dropout.py``."""
+    low = key_low.to(tl.uint32, bitcast=True).to(tl.uint64)
+    high = key_high.to(tl.uint32, bitcast=True).to(tl.uint64)
+    zero = (i + j + head) * 0
+    word0, word1, word2, word3 = tl.philox(
+        (high << 32) | low, (j >> 2) + zero, i + zero, document + zero, head + zero, _PHILOX_ROUNDS
+    )
+    lane = j & 3
+    random = tl.where(lane < 2, tl.where(lane == 0, word0, word1), tl.where(lane == 2, word2, word3))
+    return random >= threshold.to(tl.uint32, bitcast=True)
