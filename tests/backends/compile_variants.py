@@ -26,7 +26,6 @@ from hetu.backends.triton import (
     Variant,
     backward_options,
     backward_tile,
-    backward_variants,
     compiler_options,
     tile,
     variants,
@@ -36,26 +35,29 @@ CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia",
 
 
 def chosen() -> list[Variant]:
-    """All combinations where they must not spill, and each way to be another head_dim: padded and whole tiles."""
+    """All combinations without extras where speed matters most, and a sample of every other kind."""
+    half, single = torch.bfloat16, torch.float32
     return [
-        *variants([64, 128], [torch.bfloat16]),
-        *(
-            Variant(d, torch.float32, *f)
-            for d in (64, 128)
-            for f in [(True, True), (False, True), (False, False, True, True, True)]
-        ),
+        *variants([64, 128], [half], extras=False),
+        *(Variant(d, half, dropout=p, scores=s) for d in (64, 128) for p, s in [(True, False), (False, True)]),
+        *(Variant(d, half, False, False, True, True, True) for d in (64, 128)),
+        *(Variant(d, single, *flags) for d in (64, 128) for flags in [(True, True), (False, False, True, True, True)]),
         *(Variant(d, torch.float16, last=d % 16 == 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
-        Variant(256, torch.float32, dropout=True),
+        Variant(256, half),
+        Variant(256, single, dropout=True),
     ]
 
 
 def chosen_backward() -> list[BackwardVariant]:
     """The same for the backward."""
+    half, single = torch.bfloat16, torch.float32
+    flags = [(True, False, False), (False, True, False), (False, False, True)]
     return [
-        *(variant for variant in backward_variants([64, 128], [torch.bfloat16]) if not variant.first),
+        *(BackwardVariant(d, half, *some) for d in (64, 128) for some in flags),
         *(BackwardVariant(d, torch.float16, first=d % 16 == 0) for d in (72, 256)),
-        BackwardVariant(64, torch.float32, dropout=True),
-        BackwardVariant(128, torch.float32, first=False),
+        BackwardVariant(64, single, dropout=True),
+        BackwardVariant(128, single, first=False),
+        BackwardVariant(256, single),
     ]
 
 
@@ -66,19 +68,19 @@ KEYS_PER_ROW = (100, 10_000)
 def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
     """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
     for shape in dict.fromkeys(tile(variant, capability, keys) for keys in KEYS_PER_ROW):
-        options = compiler_options(variant.dtype, shape)
-        yield used(variant, "out", variant.source(HEADS, shape), options, capability)
+        options = compiler_options(shape)
+        yield used(f"{variant} {shape}", variant, variant.source(HEADS, shape), options, capability)
 
 
 def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
     """The same for the backward."""
     for tiles in dict.fromkeys(backward_tile(variant, capability, keys) for keys in KEYS_PER_ROW):
-        options = backward_options(variant.dtype, tiles)
-        yield used(variant, "gradients", variant.source(HEADS, tiles), options, capability)
+        options = backward_options(tiles)
+        yield used(f"{variant} {tiles}", variant, variant.source(HEADS, tiles), options, capability)
 
 
 def used(
-    variant: Variant | BackwardVariant, what: str, source: dict[str, Any], options: dict[str, Any], capability: int
+    name: str, variant: Variant | BackwardVariant, source: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, object]:
     """Compiles a kernel, and asks cuobjdump what it uses."""
     kernel = triton.compile(ASTSource(**source), target=GPUTarget("cuda", capability, 32), options=options)
@@ -89,10 +91,8 @@ def used(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return {
-        "variant": f"{variant} {what}",
-        "head_dim": variant.head_dim,
-        "dtype": str(variant.dtype),
-        "writes": what,
+        "variant": name,
+        "is_backward": isinstance(variant, BackwardVariant),
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,

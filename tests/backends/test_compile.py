@@ -1,4 +1,4 @@
-"""Every kind of kernel variant compiles ahead of time, without a GPU, and spills no registers where it matters."""
+"""Every kind of kernel variant compiles ahead of time, without a GPU, and keeps nearly everything in registers."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.
 
 
 def allowed(result: dict[str, Any]) -> int:
-    """Bytes of local memory: none in the forward; the backward's tiles were chosen by their speed."""
-    return 0 if result["writes"] == "out" else 8192
+    """Bytes of local memory a thread. Tiles were chosen by their speed; this catches a kernel that falls off."""
+    return 768 if result["is_backward"] or result["dtype"] == "torch.float32" else 256
 
 
 @pytest.mark.timeout(900)  # a minute on two idle cores
@@ -42,8 +42,8 @@ def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capabilit
     out, err = compilers[capability].communicate()
     assert compilers[capability].returncode == 0, err
     results = [json.loads(line) for line in out.splitlines()]
-    assert len({result["variant"] for result in results}) == len(results) >= 55
-    spilling = [result for result in results if result["head_dim"] in (64, 128) and result["stack"] > allowed(result)]
+    assert len({result["variant"] for result in results}) == len(results) >= 45
+    spilling = [result for result in results if result["stack"] > allowed(result)]
     assert not spilling, f"local memory is used: {spilling}"
     too_big = [result for result in results if result["shared"] > SHARED_MEMORY[capability]]
     assert not too_big, f"more shared memory than there is: {too_big}"

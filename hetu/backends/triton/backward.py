@@ -279,8 +279,8 @@ def backward_kernel(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr,
     STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    KEY_PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
-    PACK: tl.constexpr, QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
+    PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
+    QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
     SPLIT: tl.constexpr, FIRST: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
@@ -319,7 +319,7 @@ def backward_kernel(
                     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
                     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-                    STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, KEY_PACK, HEAD_DIM,
+                    STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
                     KEY_M, KEY_N, BLOCK_D, KEY_STAGES, _VALUES_ONLY, MORE, DROPOUT, PRECISION,
                 )  # fmt: skip
         else:
@@ -327,7 +327,7 @@ def backward_kernel(
                 q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
                 stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
                 STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-                STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, KEY_PACK, HEAD_DIM,
+                STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
                 KEY_M, KEY_N, BLOCK_D, KEY_STAGES, KEY_ROLE, MORE, DROPOUT, PRECISION,
             )  # fmt: skip
 

@@ -62,7 +62,7 @@ def attend(
             softmax_scale,
             *dropout_arguments(dropout),
             **variant.constants(heads, shape, row_strides(Q=q, K=k, V=v, O=state.out)),
-            **compiler_options(variant.dtype, shape),
+            **compiler_options(shape),
         )
 
 

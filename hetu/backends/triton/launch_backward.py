@@ -77,7 +77,7 @@ def attend_backward(
             softmax_scale,
             *dropout_arguments(dropout),
             **variant.constants(heads, tiles, strides),
-            **backward_options(variant.dtype, tiles),
+            **backward_options(tiles),
         )
 
 

@@ -41,7 +41,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def add_dot(a, b, acc, factor, PRECISION: tl.constexpr):
     """``a @ b + acc * factor``; float32 sums a product by itself first: one long chain of additions loses digits."""
-    if PRECISION == "ieee":
+    if PRECISION != "tf32":  # float32, then
         # By an fma, because the compiler would turn an addition into the dot's accumulator, and so a chain.
         result = tl.fma(acc, tl.zeros_like(acc) + factor, dot(a, b, None, PRECISION))
     else:

@@ -33,6 +33,8 @@ class Tile:
         num_warps: Warps of a program.
         num_stages: Depth of the pipeline of loads.
         max_registers: Of a thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
+        precision: Of dots: ``"tf32"`` for half types; for float32 ``"ieee"``, without tensor cores, or ``"tf32x3"``,
+            three products on them that together keep float32's digits.
     """
 
     block_m: int
@@ -40,6 +42,7 @@ class Tile:
     num_warps: int
     num_stages: int
     max_registers: int | None = None
+    precision: str = "tf32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class Variant:
             "MORE": self.more,
             "DROPOUT": self.dropout,
             "SCORES": self.scores,
-            "PRECISION": precision(self.dtype),
+            "PRECISION": tile.precision,
         }
 
     def source(self, heads: Heads, tile: Tile) -> dict[str, Any]:
@@ -154,16 +157,11 @@ def block_columns(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How dots are computed. float32 means float32: tensor cores would round the inputs to TF32."""
-    return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def compiler_options(dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+def compiler_options(tile: Tile) -> dict[str, Any]:
     """The compiler's options."""
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     # Dots without tensor cores are long straight code, for which ptxas would rather spill than take registers.
-    registers = 255 if dtype == torch.float32 else tile.max_registers
+    registers = 255 if tile.precision == "ieee" else tile.max_registers
     return options if registers is None else {**options, "maxnreg": registers}
 
 
@@ -205,29 +203,41 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
 
     Example:
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
-        Tile(block_m=128, block_n=32, num_warps=4, num_stages=3, max_registers=None)
+        Tile(block_m=128, block_n=32, num_warps=4, num_stages=3, max_registers=None, precision='tf32')
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
         128
     """
     width = variant.block_d
     if capability == INTERPRETER:  # a NumPy call an operation: large blocks, of which short sequences waste little
-        return Tile(64, 64, 4, 1)
-    if variant.dtype == torch.float32:  # no tensor cores: operands live in registers
-        return Tile(64, 32, 8, 2 if width <= 64 else 1) if width <= 128 else Tile(32, 16, 8, 1)
+        return Tile(64, 64, 4, 1, precision="ieee" if variant.dtype == torch.float32 else "tf32")
+    if variant.dtype == torch.float32:
+        return _float32_tile(variant, capability)
     if capability < 90:
-        return _ampere_tile(variant, width)
+        return _ampere_tile(variant)
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
         return Tile(64, 32, 4, 4) if keys_per_row < 512 else Tile(128, 64, 8, 3, max_registers=128)
     if width == 128:
-        return Tile(128, 32, 4, 3) if keys_per_row < 2048 else Tile(128, 128, 8, 3)
+        return Tile(128, 32, 4, 3) if keys_per_row < 512 else Tile(128, 128, 8, 3)
     return Tile(128, 64, 8, 2)
 
 
-def _ampere_tile(variant: Variant, width: int) -> Tile:
+def _float32_tile(variant: Variant, capability: int) -> Tile:
+    """float32 means float32: one TF32 product would keep 10 bits of the inputs; three keep them all but the last."""
+    width, extras = variant.block_d, variant.dropout or variant.scores
+    if width > 128:  # the parts of three products would need more shared memory than there is
+        return Tile(32, 32, 8, 1, precision="ieee")
+    if capability < 90:
+        return Tile(64, 32, 8, 2 if width <= 64 else 1, precision="ieee")
+    if width <= 64 and not extras:
+        return Tile(64, 64, 4, 2, precision="tf32x3")
+    return Tile(128, 32, 8, 2, precision="tf32x3")
+
+
+def _ampere_tile(variant: Variant) -> Tile:
     """Below sm_90: the largest that keep everything in registers and 99 KB of shared memory; not measured."""
-    extras = variant.dropout or variant.scores
+    width, extras = variant.block_d, variant.dropout or variant.scores
     if width <= 64:
         return Tile(128, 32, 8, 2) if extras else Tile(128, 64, 8, 2)
     if width == 128:

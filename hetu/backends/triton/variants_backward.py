@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,6 @@ from hetu.backends.triton.variants import (
     Tile,
     block_columns,
     compiler_options,
-    precision,
     source,
     whole_strides,
 )
@@ -32,13 +31,11 @@ class BackwardTiles:
         keys: Of those for keys: ``block_n`` keys, and ``block_m`` query rows of one iteration.
         queries: Of those for queries: ``block_m`` query rows, and ``block_n`` keys of one iteration.
         is_split: Whether keys and values have programs of their own.
-        packs_keys: Whether an iteration of the programs for keys takes the rows of several heads.
     """
 
     keys: Tile
     queries: Tile
     is_split: bool = False
-    packs_keys: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +64,6 @@ class BackwardVariant:
             "GROUP": heads.group,
             "HEAD_DIM": self.head_dim,
             "BLOCK_D": block_columns(self.head_dim),
-            "KEY_PACK": heads.pack if tiles.packs_keys else 1,
             "KEY_M": tiles.keys.block_m,
             "KEY_N": tiles.keys.block_n,
             "KEY_STAGES": tiles.keys.num_stages,
@@ -79,7 +75,7 @@ class BackwardVariant:
             "FIRST": self.first,
             "MORE": self.more,
             "DROPOUT": self.dropout,
-            "PRECISION": precision(self.dtype),
+            "PRECISION": tiles.keys.precision,
         }
 
     def source(self, heads: Heads, tiles: BackwardTiles) -> dict[str, Any]:
@@ -94,10 +90,11 @@ class BackwardVariant:
         return source(backward_kernel, types, self.constants(heads, tiles, strides))
 
 
-def backward_options(dtype: torch.dtype, tiles: BackwardTiles) -> dict[str, Any]:
+def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
     """The compiler's options."""
     assert tiles.keys.num_warps == tiles.queries.num_warps, "both kinds of programs are of one launch"
-    return compiler_options(dtype, tiles.keys)
+    assert tiles.keys.precision == tiles.queries.precision
+    return compiler_options(tiles.keys)
 
 
 def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0) -> BackwardTiles:
@@ -110,17 +107,14 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
 
     Example:
         >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90).keys
-        Tile(block_m=32, block_n=64, num_warps=4, num_stages=3, max_registers=None)
+        Tile(block_m=32, block_n=64, num_warps=4, num_stages=3, max_registers=None, precision='tf32')
     """
     width = block_columns(variant.head_dim)
     if capability == INTERPRETER:
-        return BackwardTiles(Tile(64, 64, 4, 1), Tile(64, 64, 4, 1))
-    if variant.dtype == torch.float32:  # no tensor cores: operands live in registers
-        if width <= 64:
-            return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 1))
-        if width == 128:
-            return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
-        return BackwardTiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1))
+        tile = Tile(64, 64, 4, 1, precision="ieee" if variant.dtype == torch.float32 else "tf32")
+        return BackwardTiles(tile, tile)
+    if variant.dtype == torch.float32:
+        return _float32_tile(width, capability)
     if capability < 90:  # what 99 KB of shared memory allow; not measured
         if width <= 64:
             return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
@@ -135,6 +129,18 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
         return BackwardTiles(Tile(32, 64, 4, 3), Tile(64 if keys_per_row < 512 else 128, 32, 4, 3))
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
     return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 1), is_split=True)
+
+
+def _float32_tile(width: int, capability: int) -> BackwardTiles:
+    """See ``variants._float32_tile``."""
+    if width > 128:
+        return BackwardTiles(Tile(16, 16, 8, 1, precision="ieee"), Tile(16, 16, 8, 1, precision="ieee"))
+    if capability < 90:
+        keys = Tile(32, 64 if width <= 64 else 32, 8, 1, precision="ieee")
+        return BackwardTiles(keys, replace(keys, block_n=32))
+    if width <= 64:
+        return BackwardTiles(Tile(32, 64, 4, 1, precision="tf32x3"), Tile(64, 32, 4, 2, precision="tf32x3"))
+    return BackwardTiles(Tile(32, 32, 4, 1, precision="tf32x3"), Tile(64, 32, 4, 1, precision="tf32x3"))
 
 
 def backward_variants(
