@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
@@ -21,16 +23,17 @@ def dense(
     (n, heads, head_dim), m = q.shape, len(k)
     group = heads // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    numbers = partial(torch.arange, device=q.device)
     scores = torch.einsum("ihd,jhd->hij", q, k) * (head_dim**-0.5 if scale is None else scale)
     if is_causal:
-        hidden = torch.arange(m)[None, :] > torch.arange(n)[:, None] + m - n
+        hidden = numbers(m)[None, :] > numbers(n)[:, None] + m - n
         scores = scores.masked_fill(hidden, -torch.inf)
-    lse = scores.logsumexp(-1) if m else torch.full((heads, n), -torch.inf, dtype=torch.float64)
+    lse = scores.logsumexp(-1) if m else scores.new_full((heads, n), -torch.inf)
     p = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     keep = torch.ones_like(p, dtype=torch.bool)
     factor = 1.0
     if dropout is not None:
-        keep = keep_mask(dropout, document, torch.arange(heads), torch.arange(n), torch.arange(m))
+        keep = keep_mask(dropout, document, numbers(heads), numbers(n), numbers(m))
         factor = 1 / (1 - dropout.p)
     out = torch.einsum("hij,jhd->ihd", p * keep * factor, v)
     return out, lse, torch.where(keep, p, -p)
