@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -95,21 +95,34 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join([name.ljust(widths[0]), *cells]).rstrip())
 
 
-def keep(name: str, rows: Sequence[Row], in_docs: bool) -> None:
-    """Writes ``benchmarks/results/<name>.json``, and ``in_docs`` the table into ``docs/performance.md``.
+def keep(
+    name: str, rows: Sequence[Row], in_docs: bool, folder: Path = ROOT / "benchmarks" / "results", device: str = ""
+) -> None:
+    """Writes ``<name>.json`` into the folder, and ``in_docs`` the table into ``docs/performance.md``.
 
-    There it stands between ``<!-- <name>.json: begin -->`` and ``<!-- <name>.json: end -->``.
+    There it stands between ``<!-- <name>.json: begin -->`` and ``<!-- <name>.json: end -->``. ``device`` is a GPU, if one
+    took part.
     """
-    told, results = environment(), ROOT / "benchmarks" / "results" / f"{name}.json"
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({**told, "rows": [asdict(row) for row in rows]}, indent=2, ensure_ascii=False) + "\n")
-    if not in_docs:
-        return
+    told = environment()
+    told |= {"device": f"{device} beside {told['device']}"} if device else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {**told, "rows": [asdict(row) for row in rows]}
+    (folder / f"{name}.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    if in_docs:
+        document(name, rows, told)
+
+
+def document(name: str, rows: Sequence[Row], told: Mapping[str, str]) -> None:
+    """Writes a table into ``docs/performance.md``."""
     lines = [f"| {' | '.join(HEADER)} |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
     lines += [f"| {' | '.join(row.cells)} |" for row in rows]
     versions = ", ".join(f"{name} {told[name]}" for name in ("python", "torch", "triton", "numpy", "sympy"))
     lines += ["", f"{told['device']}; {versions}; {told['date']}; `{told['command']}`."]
-    text, begin, end = DOCS.read_text(encoding="utf-8"), f"<!-- {name}.json: begin -->", f"<!-- {name}.json: end -->"
-    before, rest = text.split(begin)
-    after = rest.split(end)[1]
-    DOCS.write_text(f"{before}{begin}\n\n" + "\n".join(lines) + f"\n\n{end}{after}", encoding="utf-8")
+    write_between(f"{name}.json", "\n".join(lines))
+
+
+def write_between(marker: str, text: str) -> None:
+    """Replaces what stands between a marker's two comments in ``docs/performance.md``."""
+    before, rest = DOCS.read_text(encoding="utf-8").split(begin := f"<!-- {marker}: begin -->")
+    after = rest.split(end := f"<!-- {marker}: end -->")[1]
+    DOCS.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")

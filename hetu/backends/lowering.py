@@ -269,6 +269,10 @@ def lower(
     flat = [value for tensor in fetched for value in _to_give(tensor, values[tensor], builder)]
     builder.graph.output(tuple(flat))
     builder.graph.eliminate_dead_code()  # outputs that nobody reads, and what only the whole step's values need
+    for item, placeholder in list(builder.inputs.items()):
+        if not placeholder.users:  # lengths that are in a plan already: they need not go to the device
+            builder.graph.erase_node(placeholder)
+            del builder.inputs[item]
     builder.graph.lint()
     exprs = list(builder.exprs)
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))

@@ -27,8 +27,8 @@ _BFLOAT16 = 4.0 if not torch.cuda.is_available() else 1.0
 OUT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2 * _BFLOAT16}
 """Largest error of an output, relative to the largest entry (1 if that is smaller)."""
 
-GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2 * _BFLOAT16}
-"""The same of a gradient."""
+GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2 * _BFLOAT16}
+"""The same of a gradient. The forward's rounding of out, 2**-9 in bfloat16, is in it absolutely, through delta."""
 
 GROUPS = [(1, 1), (4, 1), (3, 1), (5, 1), (7, 1), (8, 1), (9, 3), (12, 2), (10, 5), (5, 5)]
 """Heads of queries and of keys; groups that are powers of two and others."""

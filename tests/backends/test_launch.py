@@ -2,36 +2,71 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from hetu.backends.triton import BackwardVariant, Heads, Tile, Variant, backward_tile, backward_variants, tile, variants
-from hetu.backends.triton.launch import DeviceWork, work_on
-from hetu.backends.triton.variants import DTYPES, HEAD_DIMS, INTERPRETER, MAX_PACK, row_strides, whole_strides
+from hetu.backends.attention import BackwardState, new_state
+from hetu.backends.triton import (
+    BackwardVariant,
+    Heads,
+    Tile,
+    Variant,
+    backward_tile,
+    backward_variants,
+    launch,
+    launch_backward,
+    tile,
+    variants,
+)
+from hetu.backends.triton.variants import (
+    DTYPES,
+    HEAD_DIMS,
+    INTERPRETER,
+    MAX_PACK,
+    named_strides,
+    row_strides,
+    whole_strides,
+)
 from hetu.backends.triton.work import query_work
 from hetu.parallel.segments import varlen_tables
 
 
-def test_work_is_put_on_the_device_once() -> None:
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_work_is_made_once(is_backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that share lengths share the work list, and what is on the device of it."""
+    made = []
+    module = launch_backward if is_backward else launch
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        made.append(arguments)
+        return query_work(*arguments, **options)
+
+    monkeypatch.setattr(module, "query_work", counted)
     spans, table = varlen_tables(np.array([0, 9]), np.array([0, 9]), 9, True)
-    cpu = torch.device("cpu")
-
-    def work(tokens: int) -> DeviceWork:
-        return work_on(table, ("queries", tokens), lambda: query_work(spans, table, tokens, cover=True), cpu)
-
-    assert work(4) is work(4)
-    assert work(4) is not work(8)
-    assert work(4).items == 3 and not work(4).has_more
+    for heads in (2, 2, 4):
+        q, k = torch.randn(9, heads, 8), torch.randn(9, 2, 8)
+        state = new_state(q, spans, 1, 9, single_step=True)
+        launch.attend(q, k, k, spans, table, state, softmax_scale=1.0, first=True, last=True)
+        if is_backward:
+            of = BackwardState(q, state.lse, torch.zeros(9, heads), torch.empty_like(q))
+            grads = torch.empty_like(k), torch.empty_like(k)
+            launch_backward.attend_backward(q, k, k, spans, table, of, *grads, softmax_scale=1.0, first=True)
+    assert len(made) == 2, "one for the layers with two heads, one for that with four"
 
 
 def test_strides_of_single_rows_and_heads_make_no_variant() -> None:
     row = torch.zeros(9, 6, 8)[:1]
-    assert row_strides(Q=row) == whole_strides(8, {"Q": 6})
-    assert row_strides(Q=row.as_strided((1, 6, 8), (7, 8, 1))) == whole_strides(8, {"Q": 6})
-    assert row_strides(Q=torch.zeros(5, 1, 8).as_strided((5, 1, 8), (8, 3, 1))) == whole_strides(8, {"Q": 1})
+    assert row_strides(row) == (48, 8)
+    assert row_strides(row.as_strided((1, 6, 8), (7, 8, 1))) == (48, 8)
+    assert row_strides(torch.zeros(5, 1, 8).as_strided((5, 1, 8), (8, 3, 1))) == (8, 8)
     packed = torch.zeros(5, 80).view(5, 10, 8)[:, 2:4]
-    assert row_strides(K=packed) == {"STRIDE_KT": 80, "STRIDE_KH": 8}
+    assert row_strides(packed) == (80, 8)
+    named = {"STRIDE_QT": 48, "STRIDE_QH": 8, "STRIDE_KT": 80, "STRIDE_KH": 8}
+    assert named_strides("QK", [(48, 8), (80, 8)]) == named
+    assert whole_strides(8, {"Q": 6, "K": 10}) == named
 
 
 @pytest.mark.parametrize(

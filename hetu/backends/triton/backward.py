@@ -332,7 +332,7 @@ def backward_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def row_dot_kernel(
     a, b, result, rows,
     STRIDE_AT: tl.constexpr, STRIDE_AH: tl.constexpr, STRIDE_BT: tl.constexpr, STRIDE_BH: tl.constexpr,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -13,8 +12,18 @@ import torch
 from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.triton.kernels import forward_kernel
-from hetu.backends.triton.variants import INTERPRETER, Heads, Variant, compiler_options, row_strides, tile
-from hetu.backends.triton.work import WorkList, query_work
+from hetu.backends.triton.launcher import Constants, Launcher, copied_to, on_device
+from hetu.backends.triton.variants import (
+    INTERPRETER,
+    Heads,
+    Tile,
+    Variant,
+    compiler_options,
+    named_strides,
+    row_strides,
+    tile,
+)
+from hetu.backends.triton.work import query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
 
@@ -36,56 +45,86 @@ def attend(
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    heads, device = Heads(q.shape[1], k.shape[1]), q.device
-    variant = Variant(q.shape[2], q.dtype, first, last, False, dropout is not None, state.scores is not None)
-    shape = tile(variant, capability(device), keys_per_row(spans, table))
-    tokens, cover = shape.block_m // heads.pack, first or last
-    work = work_on(table, ("queries", tokens, cover), lambda: query_work(spans, table, tokens, cover), device)
-    if work.items == 0:
+    call = (q.device, q.dtype, *q.shape[1:], k.shape[1], first, last, dropout is not None, state.scores is not None)
+    launch = table.memo.get(call)
+    if launch is None:
+        launch = table.memo[call] = _prepared(spans, table, *call)
+    if launch.programs == 0:
         return
-    variant = replace(variant, more=work.has_more)
     q, softmax_scale = with_positive_scale(q, softmax_scale)
+    strides = (row_strides(q), row_strides(k), row_strides(v), row_strides(state.out))
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
-    with on_device(device):
-        forward_kernel[(work.items * heads.num_q // heads.pack,)](
-            q,
-            k,
-            v,
-            state.out,
-            state.lse,
-            None if first and last else state.acc,
-            state.scores,
-            key_position_on(key_position, table, device) if variant.dropout or variant.scores else None,
-            work.records,
-            *state.lse.stride()[:2],
-            *scores_strides,
-            softmax_scale,
-            *dropout_arguments(dropout),
-            **variant.constants(heads, shape, row_strides(Q=q, K=k, V=v, O=state.out)),
-            **compiler_options(shape),
+    needs_positions = launch.variant.dropout or launch.variant.scores
+    with on_device(q.device):
+        _forward(
+            (launch.key, strides),
+            launch.programs,
+            (
+                q,
+                k,
+                v,
+                state.out,
+                state.lse,
+                None if first and last else state.acc,
+                state.scores,
+                key_position_on(key_position, table, q.device) if needs_positions else None,
+                launch.records,
+            ),
+            (*state.lse.stride()[:2], *scores_strides, softmax_scale, *dropout_arguments(dropout)),
+            partial(_constants, launch, strides),
         )
 
 
+_forward = Launcher(forward_kernel)
+
+
 @dataclass(frozen=True, slots=True)
-class DeviceWork:
-    """A work list on a device: int32 ``(rows, 16)``, how many rows are items, and if some have several segments."""
+class _Launch:
+    """What a step's launches have in common, whoever's data they compute."""
 
     records: torch.Tensor
-    items: int
-    has_more: bool
+    programs: int
+    variant: Variant
+    heads: Heads
+    shape: Tile
+    key: Hashable
 
 
-def work_on(
-    table: SegmentTable, name: tuple[object, ...], build: Callable[[], WorkList], device: torch.device
-) -> DeviceWork:
-    """A work list on a device, made and copied there once a table."""
-    key = ("triton.work", device, name)
-    if key not in table.memo:
-        work = build()
-        records = torch.from_numpy(work.records()).to(device)
-        table.memo[key] = DeviceWork(records, len(work.items), len(work.further) > 0)
-    work_there: DeviceWork = table.memo[key]
-    return work_there
+def _prepared(
+    spans: QuerySpans,
+    table: SegmentTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_q: int,
+    head_dim: int,
+    num_kv: int,
+    first: bool,
+    last: bool,
+    dropout: bool,
+    scores: bool,
+) -> _Launch:
+    """Chooses the tile, and puts the work list on the device."""
+    heads, variant = Heads(num_q, num_kv), Variant(head_dim, dtype, first, last, False, dropout, scores)
+    shape = tile(variant, capability(device), keys_per_row(spans, table))
+    work = query_work(spans, table, shape.block_m // heads.pack, cover=first or last)
+    variant = replace(variant, more=work.has_more)
+    programs = len(work.items) * num_q // heads.pack
+    return _Launch(
+        copied_to(work.records(), device), programs, variant, heads, shape, interned((variant, heads, shape, device))
+    )
+
+
+def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:
+    named = named_strides("QKVO", strides)
+    return launch.variant.constants(launch.heads, launch.shape, named), compiler_options(launch.shape)
+
+
+_keys: dict[Hashable, int] = {}
+
+
+def interned(key: Hashable) -> int:
+    """A number for a key that takes long to hash."""
+    return _keys.setdefault(key, len(_keys))
 
 
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
@@ -102,7 +141,7 @@ def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: t
     key = ("triton.key_position", device)
     kept = table.memo.get(key)
     if kept is None or kept[0] is not positions:
-        kept = table.memo[key] = (positions, torch.from_numpy(positions.astype(np.int32)).to(device))
+        kept = table.memo[key] = (positions, copied_to(positions.astype(np.int32), device))
     return kept[1]
 
 
@@ -117,11 +156,6 @@ def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, int, float]:
 def int32_bits(word: int) -> int:
     """The int32 with the bits of a 32-bit word."""
     return word - 2**32 if word >= 2**31 else word
-
-
-def on_device(device: torch.device) -> torch.cuda.device | nullcontext[None]:
-    """Triton launches on the current device: this makes it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,15 +12,9 @@ import torch
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
-from hetu.backends.triton.launch import (
-    capability,
-    dropout_arguments,
-    key_position_on,
-    keys_per_row,
-    on_device,
-    work_on,
-)
-from hetu.backends.triton.variants import INTERPRETER, Heads, block_columns, row_strides
+from hetu.backends.triton.launch import capability, dropout_arguments, interned, key_position_on, keys_per_row
+from hetu.backends.triton.launcher import Constants, Launcher, copied_to, on_device
+from hetu.backends.triton.variants import INTERPRETER, Heads, block_columns, named_strides, row_strides
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
 from hetu.backends.triton.work import KEYS_ONLY, VALUES_ONLY, WorkList, key_work, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable
@@ -48,37 +44,80 @@ def attend_backward(
             q, k, v, spans, table, state, dk, dv, softmax_scale, first=first, dropout=dropout, key_position=key_position
         )
         return
-    heads, device = Heads(q.shape[1], k.shape[1]), q.device
-    variant = BackwardVariant(q.shape[2], q.dtype, first, False, dropout is not None)
-    tiles = backward_tile(variant, capability(device), keys_per_row(spans, table))
+    grads = (state.dq.dtype, dk.dtype, dv.dtype)
+    call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], first, dropout is not None, grads)
+    launch = table.memo.get(call)
+    if launch is None:
+        launch = table.memo[call] = _prepared(spans, table, *call[1:])
     if named_rows(table) < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
-    name = ("backward", tiles, heads.pack, first)
-    work = work_on(table, name, lambda: backward_work(spans, table, tiles, heads, first), device)
-    if work.items == 0:
+    if launch.programs == 0:
         return
-    variant = replace(variant, more=work.has_more)
-    strides = row_strides(Q=q, K=k, V=v, D=state.dout, DQ=state.dq, DK=dk, DV=dv)
-    with on_device(device):
-        backward_kernel[(work.items * heads.num_q // heads.pack,)](
-            q,
-            k,
-            v,
-            state.dout,
-            state.lse,
-            state.delta,
-            state.dq,
-            dk,
-            dv,
-            key_position_on(key_position, table, device) if dropout else None,
-            work.records,
-            *state.lse.stride()[:2],
-            softmax_scale,
-            *dropout_arguments(dropout),
-            **variant.constants(heads, tiles, strides),
-            **backward_options(tiles),
+    strides = tuple(map(row_strides, (q, k, v, state.dout, state.dq, dk, dv)))
+    with on_device(q.device):
+        _backward(
+            (launch.key, strides),
+            launch.programs,
+            (
+                q,
+                k,
+                v,
+                state.dout,
+                state.lse,
+                state.delta,
+                state.dq,
+                dk,
+                dv,
+                key_position_on(key_position, table, q.device) if dropout else None,
+                launch.records,
+            ),
+            (*state.lse.stride()[:2], softmax_scale, *dropout_arguments(dropout)),
+            partial(_constants, launch, strides),
         )
+
+
+_backward = Launcher(backward_kernel)
+_row_dot = Launcher(row_dot_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What a step's launches have in common, whoever's data they compute."""
+
+    records: torch.Tensor
+    programs: int
+    variant: BackwardVariant
+    heads: Heads
+    tiles: BackwardTiles
+    key: Hashable
+
+
+def _prepared(
+    spans: QuerySpans,
+    table: SegmentTable,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_q: int,
+    head_dim: int,
+    num_kv: int,
+    first: bool,
+    dropout: bool,
+    grads: tuple[torch.dtype, ...],
+) -> _Launch:
+    """Chooses the tiles, and puts the work list on the device."""
+    heads, variant = Heads(num_q, num_kv), BackwardVariant(head_dim, dtype, first, False, dropout)
+    tiles = backward_tile(variant, capability(device), keys_per_row(spans, table))
+    work = backward_work(spans, table, tiles, heads, first)
+    variant = replace(variant, more=work.has_more)
+    programs = len(work.items) * num_q // heads.pack
+    key = interned((variant, heads, tiles, device, grads))
+    return _Launch(copied_to(work.records(), device), programs, variant, heads, tiles, key)
+
+
+def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:
+    named = named_strides(("Q", "K", "V", "D", "DQ", "DK", "DV"), strides)
+    return launch.variant.constants(launch.heads, launch.tiles, named), backward_options(launch.tiles)
 
 
 def _with_other_scale(
@@ -130,13 +169,18 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``. The last dims are contiguous."""
     rows, heads, head_dim = a.shape
     result = torch.empty(rows, heads, dtype=torch.float32, device=a.device)
-    block_d = block_columns(head_dim)
-    block_r = 8192 // block_d if capability(a.device) != INTERPRETER else 1024
     if result.numel() == 0:
         return result
+    block_d = block_columns(head_dim)
+    block_r = 8192 // block_d if capability(a.device) != INTERPRETER else 1024
+    strides = (row_strides(a), row_strides(b))
+
+    def constants() -> Constants:
+        sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r}
+        return named_strides("AB", strides) | sizes, {}
+
     with on_device(a.device):
-        row_dot_kernel[(-(-rows * heads // block_r),)](
-            a, b, result, rows * heads,
-            **row_strides(A=a, B=b), HEADS=heads, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_R=block_r,
-        )  # fmt: skip
+        programs = -(-rows * heads // block_r)
+        key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
+        _row_dot(key, programs, (a, b, result), (rows * heads,), constants)
     return result

@@ -96,7 +96,7 @@ class Variant:
         return block_columns(self.head_dim)
 
     def constants(self, heads: Heads, tile: Tile, strides: dict[str, int]) -> dict[str, Any]:
-        """The kernel's compile-time arguments. ``strides``: those of q, k, v and out, see :func:`row_strides`."""
+        """The kernel's compile-time arguments. ``strides``: of q, k, v and out, by :func:`named_strides`."""
         return {
             **strides,
             "HEADS": heads.num_q,
@@ -130,26 +130,24 @@ class Variant:
         return source(forward_kernel, types, self.constants(heads, tile, strides))
 
 
-def row_strides(**tensors: torch.Tensor) -> dict[str, int]:
-    """Compile-time strides of ``(T, heads, D)`` tensors over rows and heads, by the prefix of their names.
+def row_strides(x: torch.Tensor) -> tuple[int, int]:
+    """Strides of a ``(T, heads, D)`` tensor over rows and heads, for kernels to be compiled for.
 
     Those of sizes 1 may be anything: they are set to what they are in a whole tensor, so that they make no variant.
     """
-    strides = {}
-    for name, x in tensors.items():
-        rows, heads, width = x.shape
-        strides[f"STRIDE_{name}H"] = x.stride(1) if heads > 1 else width
-        strides[f"STRIDE_{name}T"] = x.stride(0) if rows > 1 else heads * width
-    return strides
+    (rows, heads, width), strides = x.shape, x.stride()
+    return strides[0] if rows > 1 else heads * width, strides[1] if heads > 1 else width
+
+
+def named_strides(names: Iterable[str], strides: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """The kernels' arguments for the strides of tensors; ``names`` are the prefixes."""
+    pairs = list(zip(names, strides, strict=True))
+    return {f"STRIDE_{name}T": over[0] for name, over in pairs} | {f"STRIDE_{name}H": over[1] for name, over in pairs}
 
 
 def whole_strides(head_dim: int, heads: dict[str, int]) -> dict[str, int]:
     """The same of contiguous tensors with these numbers of heads."""
-    return {
-        f"STRIDE_{name}{axis}": head_dim * (count if axis == "T" else 1)
-        for name, count in heads.items()
-        for axis in "TH"
-    }
+    return named_strides(heads, [(count * head_dim, head_dim) for count in heads.values()])
 
 
 def block_columns(head_dim: int) -> int:

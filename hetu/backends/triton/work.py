@@ -63,6 +63,11 @@ class WorkList:
     further: Int32Array
     documents: IntArray
 
+    @property
+    def has_more(self) -> bool:
+        """Whether an item has several segments."""
+        return len(self.further) > 0
+
     def records(self) -> Int32Array:
         """What kernels read: the items, then the further rows and one that is read as the last one's next."""
         if len(self.further) == 0:

@@ -1,0 +1,179 @@
+"""What the attention benchmark runs on: heads, lengths, inputs, and what is right."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise, product
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DISTRIBUTION = Path(__file__).parent / "data" / "doc_length_distribution.csv"
+
+HEADS = {"32:8:128": (32, 8, 128), "16:16:128": (16, 16, 128), "32:32:64": (32, 32, 64), "16:4:256": (16, 4, 256)}
+"""Query heads, key heads, head_dim."""
+
+TOKENS = (32_768, 4_096)
+LENGTHS = ("mix", "equal", "one", "short", "ragged")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of inputs.
+
+    Attributes:
+        heads: A key of HEADS.
+        tokens: In all documents together.
+        lengths: A member of LENGTHS.
+        is_causal: Whether the mask is causal.
+    """
+
+    heads: str
+    tokens: int
+    lengths: str
+    is_causal: bool
+
+    @property
+    def documents(self) -> list[int]:
+        return document_lengths(self.lengths, self.tokens)
+
+    @property
+    def flops(self) -> int:
+        """Of the forward: two products of 2 * head_dim operations for every pair that the mask lets through."""
+        num_q, _, head_dim = HEADS[self.heads]
+        pairs = sum(n * (n + 1) // 2 if self.is_causal else n * n for n in self.documents)
+        return 4 * head_dim * num_q * pairs
+
+    def __str__(self) -> str:
+        return f"{self.heads} {self.tokens} {self.lengths} {'causal' if self.is_causal else 'full'}"
+
+
+def cases(heads: list[str], tokens: list[int], lengths: list[str], masks: list[str]) -> Iterator[Case]:
+    """All combinations."""
+    for one in product(tokens, heads, lengths, masks):
+        yield Case(one[1], one[0], one[2], one[3] == "causal")
+
+
+@cache
+def distribution() -> tuple[list[tuple[int, int]], list[float]]:
+    """The bins of real document lengths, each with both ends, and the share of documents in each."""
+    with DISTRIBUTION.open(encoding="utf-8") as file:
+        rows = [(re.findall(r"\d+", row["range"]), int(row["number"])) for row in csv.DictReader(file)]
+    bins = [(max(int(ends[0]), 1), int(ends[1])) for ends, _ in rows]
+    counts = np.array([number for _, number in rows], float)
+    return bins, list(counts / counts.sum())
+
+
+def document_lengths(kind: str, total: int, seed: int = 0) -> list[int]:
+    """Lengths of documents that make ``total`` tokens.
+
+    ``mix``: drawn from the distribution of real documents, log-uniform inside a bin, each at most a quarter of the
+    total; ``equal``: 2,048 each; ``one``: a single one; ``short``: 256 each; ``ragged``: one of half the total, the
+    rest 64 and 65 in turns. The last document takes what is left.
+
+    Example:
+        >>> document_lengths("ragged", 400)
+        [200, 64, 65, 64, 7]
+        >>> sum(document_lengths("mix", 4096)), max(document_lengths("mix", 4096)) <= 1024
+        (4096, True)
+    """
+    rng, (bins, shares) = np.random.default_rng(seed), distribution()
+    lengths: list[int] = []
+    while (left := total - sum(lengths)) > 0:
+        if kind == "mix":
+            low, high = bins[rng.choice(len(bins), p=shares)]
+            drawn = min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), total // 4)
+        elif kind == "ragged":
+            drawn = 64 + (len(lengths) - 1) % 2 if lengths else total // 2
+        else:
+            drawn = {"equal": 2048, "short": 256, "one": total}[kind]
+        lengths.append(min(drawn, left))
+    return lengths
+
+
+@dataclass
+class Inputs:
+    """Tensors of a case. ``cu_seqlens`` is on the CPU, ``cu_seqlens_there`` on the device."""
+
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    dout: torch.Tensor
+    cu_seqlens: torch.Tensor
+    cu_seqlens_there: torch.Tensor
+    longest: int
+    scale: float
+
+    @classmethod
+    def draw(cls, case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+        """Random inputs, never zeros: those run faster than real data."""
+        num_q, num_kv, head_dim = HEADS[case.heads]
+        generator = torch.Generator(device).manual_seed(1)
+
+        def rows(heads: int) -> torch.Tensor:
+            return torch.randn(case.tokens, heads, head_dim, device=device, dtype=dtype, generator=generator)
+
+        q, k, v, dout = rows(num_q), rows(num_kv), rows(num_kv), rows(num_q)
+        cu_seqlens = torch.tensor(np.cumsum([0, *case.documents]), dtype=torch.int32)
+        return cls(case, q, k, v, dout, cu_seqlens, cu_seqlens.to(device), max(case.documents), head_dim**-0.5)
+
+
+Results = dict[str, torch.Tensor]
+
+
+def sampled(inputs: Inputs, results: Results) -> Results:
+    """The first and the last key head of each result, with the query heads that share them."""
+    num_q, num_kv, _ = HEADS[inputs.case.heads]
+    group = num_q // num_kv
+    keys = sorted({0, num_kv - 1})
+    queries = [head * group + i for head in keys for i in range(group)]
+    return {name: x[:, queries if x.shape[1] == num_q else keys] for name, x in results.items()}
+
+
+def reference(inputs: Inputs, block: int = 2048) -> Results:
+    """The output and the gradients in float64, of the sampled heads.
+
+    Block by block of query rows, so that a document of 32,768 tokens takes 2 GB. Source of the formulas: Dao,
+    "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, section 2.
+    """
+    case = inputs.case
+    given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "dout": inputs.dout}
+    q, k, v, dout = (x.double() for x in sampled(inputs, given).values())
+    kept = k.shape[1]
+    q, dout = (x.unflatten(1, (kept, -1)) for x in (q, dout))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    places = inputs.cu_seqlens.tolist()
+    for head in range(kept):
+        for start, end in pairwise(places):
+            keys, values = k[start:end, head], v[start:end, head]
+            for row in range(start, end, block):
+                rows = slice(row, min(row + block, end))
+                seen = rows.stop - start if case.is_causal else end - start
+                scores = torch.einsum("igd,jd->igj", q[rows, head], keys[:seen]) * inputs.scale
+                if case.is_causal:
+                    i = torch.arange(row - start, rows.stop - start, device=q.device)
+                    hidden = torch.arange(seen, device=q.device)[None, :] > i[:, None]
+                    scores.masked_fill_(hidden[:, None, :], -torch.inf)
+                p = scores.softmax(-1)
+                out[rows, head] = torch.einsum("igj,jd->igd", p, values[:seen])
+                dp = torch.einsum("igd,jd->igj", dout[rows, head], values[:seen])
+                dv[start : start + seen, head] += torch.einsum("igj,igd->jd", p, dout[rows, head])
+                delta = (out[rows, head] * dout[rows, head]).sum(-1, keepdim=True)
+                ds = p.mul_(dp.sub_(delta)).mul_(inputs.scale)
+                dq[rows, head] = torch.einsum("igj,jd->igd", ds, keys[:seen])
+                dk[start : start + seen, head] += torch.einsum("igj,igd->jd", ds, q[rows, head])
+    return {"out": out.flatten(1, 2), "dq": dq.flatten(1, 2), "dk": dk, "dv": dv}
+
+
+def error(inputs: Inputs, results: Results, right: Results) -> float:
+    """The largest ``norm(x - right) / norm(right)`` of the results that are given; NaN is infinite."""
+    errors = [
+        float((x.double() - right[name]).norm() / right[name].norm()) for name, x in sampled(inputs, results).items()
+    ]
+    return max(e if e == e else float("inf") for e in errors)

@@ -1,0 +1,88 @@
+"""What one attention call costs the host when its kernels run on a GPU.
+
+Calls follow each other without waiting, on inputs so small that the GPU is always done first: the time of a call is the
+host's, the launch of the kernel included. Lengths are on the host, q, k and v on the device.
+
+    python benchmarks/host_gpu.py [--out DIR] [--write-docs]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tables import DOCS, ROOT, Row, keep, print_table, timed
+
+import hetu
+import hetu.functional
+
+HEADS, KV_HEADS, HEAD_DIM, TOKENS, DOCUMENTS = 8, 2, 64, 1024, 16
+
+
+class Case:
+    """A graph that holds one ``attn_varlen``, and lengths to run it with."""
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+        rows = hetu.IntSymbol("rows")
+        with hetu.graph("define_and_run", device="cuda") as self.graph:
+            widths = {"q": HEADS, "k": KV_HEADS, "v": KV_HEADS}
+            self.qkv = [hetu.placeholder(hetu.bfloat16, [rows, n, HEAD_DIM], name=name) for name, n in widths.items()]
+            self.cu_seqlens = hetu.placeholder(hetu.int32, [hetu.IntSymbol("docs") + 1], name="cu_seqlens")
+            cu_seqlens = self.cu_seqlens, self.cu_seqlens
+            self.out = hetu.attn_varlen(*self.qkv, HEAD_DIM, *cu_seqlens, is_causal=True)[0]
+        self.data = [
+            torch.randn(TOKENS, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS)
+        ]
+
+    def lengths(self) -> torch.Tensor:
+        """New cumulative lengths of as many documents with as many tokens."""
+        lengths = self.random.multinomial(TOKENS, self.random.dirichlet(np.ones(DOCUMENTS)))
+        return torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
+
+    def run(self, cu_seqlens: torch.Tensor) -> Any:
+        feeds: dict[Any, Any] = dict(zip(self.qkv, self.data, strict=True))
+        return self.graph.run(self.out, feeds | {self.cu_seqlens: cu_seqlens})
+
+    def call(self, cu_seqlens: torch.Tensor) -> Any:
+        return hetu.functional.attn_varlen(*self.data, cu_seqlens, cu_seqlens, is_causal=True)
+
+
+def per_call(calls: list[Callable[[], Any]]) -> list[float]:
+    """Microseconds of each call; the device is waited for before the first only."""
+    torch.cuda.synchronize()
+    return [timed(call, 1e6) for call in calls]
+
+
+def rows(repeats: int) -> Iterator[Row]:
+    case = Case()
+    seen = case.lengths()
+    for _ in range(20):  # compiles and fills caches
+        case.run(seen), case.call(seen), case.run(case.lengths()), case.call(case.lengths())
+    yield Row.of("g.run, lengths seen before", "µs", per_call([lambda: case.run(seen)] * repeats), limit=80)
+    fresh = [case.lengths() for _ in range(repeats)]
+    yield Row.of("g.run, new lengths", "µs", per_call([lambda x=x: case.run(x) for x in fresh]), limit=250)  # type: ignore[misc]
+    yield Row.of("functional, lengths seen before", "µs", per_call([lambda: case.call(seen)] * repeats), limit=30)
+    fresh = [case.lengths() for _ in range(repeats)]
+    yield Row.of("functional, new lengths", "µs", per_call([lambda x=x: case.call(x) for x in fresh]))  # type: ignore[misc]
+    for x in case.data:
+        x.requires_grad_()
+    yield Row.of("functional with gradients, the forward", "µs", per_call([lambda: case.call(seen)] * repeats))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--write-docs", action="store_true", help=f"also write into {DOCS.relative_to(ROOT)}")
+    arguments = parser.parse_args()
+    measured = list(rows(300))
+    print_table(measured)
+    keep("host_gpu", measured, arguments.write_docs, arguments.out, device=torch.cuda.get_device_name())
+
+
+if __name__ == "__main__":
+    main()

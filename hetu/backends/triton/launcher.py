@@ -1,0 +1,86 @@
+"""Launches of a Triton kernel at the cost of a lookup, and what they copy to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Constants = tuple[dict[str, Any], dict[str, Any]]
+"""A kernel's compile-time arguments and the compiler's options."""
+
+_ALIGNED = 16
+_INT32 = 2**31
+
+
+class Launcher:
+    """Launches one kernel.
+
+    Triton finds the compiled variant of a call by looking at every argument, 20 to 50 µs of Python for kernels with
+    dozens of them. Here the caller says what the variant depends on, and calls with the same key reuse what Triton
+    compiled for the first of them. Its own way is taken for a key's first call, in the interpreter, and where an argument
+    is specialised otherwise than usual: a pointer that is no multiple of 16 bytes, an integer past int32.
+
+    The kernel's parameters are tensors, then numbers that are not specialised (``do_not_specialize``), then constants.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self,
+        key: Hashable,
+        programs: int,
+        tensors: Sequence[torch.Tensor | None],
+        numbers: Sequence[int | float],
+        constants: Callable[[], Constants],
+    ) -> None:
+        """Launches ``programs`` programs on the current device and stream.
+
+        Args:
+            key: Whatever decides the constants, the tensors' element types, and which of them are None; the device too.
+            programs: Size of the grid.
+            tensors: The first arguments.
+            numbers: Those after them.
+            constants: Gives the rest, where a call is a key's first.
+        """
+        pointers = 0
+        for x in tensors:
+            if x is not None:
+                pointers |= x.data_ptr()
+        is_usual = pointers % _ALIGNED == 0 and max(numbers) < _INT32
+        kept = self._compiled.get(key) if is_usual else None
+        if kept is not None:
+            compiled, rest = kept
+            compiled[(programs, 1, 1)](*tensors, *numbers, *rest)
+            return
+        values, options = constants()
+        compiled = self.kernel[(programs,)](*tensors, *numbers, **values, **options)
+        if is_usual and compiled is not None:  # the interpreter gives None
+            names = self.kernel.arg_names[len(tensors) + len(numbers) :]
+            self._compiled[key] = compiled, tuple(values[name] for name in names)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device: this makes it the tensors'."""
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def copied_to(array: NDArray[np.int32], device: torch.device) -> torch.Tensor:
+    """A copy of a host array on a device, which nobody waits for.
+
+    From memory that the driver may read by itself: a copy from ordinary memory would wait for the stream. torch keeps
+    such memory, and gives it out again only when the copy is done.
+    """
+    if device.type != "cuda":
+        return torch.from_numpy(array)
+    staged = torch.empty(array.shape, dtype=torch.int32, pin_memory=True)
+    staged.numpy()[...] = array
+    return staged.to(device, non_blocking=True)

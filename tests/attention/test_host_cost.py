@@ -1,0 +1,145 @@
+"""What a run costs the host beyond time: copies, waits and compilations, counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hetu
+import hetu.functional
+from hetu.backends.lowering import FeedInput
+
+HEADS, HEAD_DIM = 2, 16
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies between devices, by where they go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default, torch.ops.aten.item.default):
+            source = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            target = result.device.type if isinstance(result, torch.Tensor) else "host"
+            if source.device.type != target:
+                self.seen.append((source.device.type, target))
+        return result
+
+
+@contextmanager
+def no_waiting() -> Iterator[Copies]:
+    """Fails on whatever makes the host wait for the device."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with Copies() as copies:
+            yield copies
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class Varlen:
+    """A graph with one ``attn_varlen`` and its gradients, fed with tensors on the device and lengths on the host."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        with hetu.graph("define_and_run", device=device) as self.graph:
+            rows, width = hetu.IntSymbol("rows"), HEADS * HEAD_DIM
+            self.qkv = [hetu.placeholder(hetu.bfloat16, [rows, width], name=name) for name in "qkv"]
+            self.cu_seqlens = hetu.placeholder(hetu.int32, [hetu.IntSymbol("docs") + 1], name="cu_seqlens")
+            out, lse, *_ = hetu.attn_varlen(*self.qkv, HEAD_DIM, self.cu_seqlens, self.cu_seqlens, is_causal=True)
+            self.fetches = [out, *hetu.gradients([out, lse], self.qkv)]
+
+    def feeds(self, lengths: list[int]) -> dict[Any, Any]:
+        rows = (sum(lengths), HEADS * HEAD_DIM)
+        fed: dict[Any, Any] = {x: torch.ones(rows, dtype=torch.bfloat16, device=self.device) for x in self.qkv}
+        return fed | {self.cu_seqlens: np.cumsum([0, *lengths]).astype(np.int32)}
+
+
+class Parallel:
+    """The same of a ``parallel_attn`` over three pipelines."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        with hetu.graph("define_and_run", device=device) as self.graph:
+            held = [hetu.IntSymbol(f"held{i}") for i in range(3)]
+            self.qkv = hetu.placeholder(hetu.bfloat16, [hetu.IntSymbol("rows"), 3 * HEADS * HEAD_DIM], name="qkv")
+            out, lse, *_ = hetu.parallel_attn(self.qkv, HEAD_DIM, HEADS, [held], [[0, 0, 0]], split="sym")
+            self.held, self.fetches = held, [out, *hetu.gradients([out, lse], self.qkv)]
+
+    def feeds(self, lengths: list[int]) -> dict[Any, Any]:
+        total = sum(lengths)
+        held = [total // 3, total // 3, total - 2 * (total // 3)]
+        width = 3 * HEADS * HEAD_DIM
+        return {self.qkv: hetu.Shards(torch.ones(n, width, dtype=torch.bfloat16, device=self.device) for n in held)}
+
+
+def test_lengths_that_are_in_the_plan_are_no_input() -> None:
+    case = Varlen("cpu")
+    case.graph.run(case.fetches, case.feeds([3, 0, 5]))
+    (executable,) = case.graph.executor._executables._items.values()
+    fed = {item.tensor for item in executable.inputs if isinstance(item, FeedInput)}
+    assert fed == set(case.qkv), "cumulative lengths would be copied to the device, and waited for"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", [Varlen, Parallel])
+def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel]) -> None:
+    case = kind("cuda")
+    case.graph.run(case.fetches, case.feeds([90, 38]))  # compiles
+    for lengths in ([200, 1, 0, 7], [200, 1, 0, 7], [5, 64]):  # new, seen, new
+        feeds = case.feeds(lengths)
+        with no_waiting() as copies:
+            case.graph.run(case.fetches, feeds)
+        assert all(source == "cpu" for source, _ in copies.seen), copies.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_functional_entry_waits_for_nothing() -> None:
+    def rows(count: int) -> torch.Tensor:
+        return torch.ones(count, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+
+    for turn, lengths in enumerate(([30, 4], [7, 7, 200], [7, 7, 200])):
+        q, k, v = (rows(sum(lengths)) for _ in range(3))
+        cu_seqlens, dout = torch.tensor(np.cumsum([0, *lengths])), torch.ones_like(q)
+        if turn == 0:  # compiles
+            hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
+            continue
+        with (
+            no_waiting() as copies
+        ):  # what a mode watches goes through the dispatcher, which is to wait for nothing either
+            hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
+        assert all(source == "cpu" for source, _ in copies.seen), copies.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_other_lengths_compile_nothing() -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    case, random = Varlen("cuda"), np.random.default_rng(0)
+    knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(str(about["repr"]))
+    try:
+        for turn in range(200):
+            documents = int(random.integers(1, 40))
+            lengths = np.minimum(random.lognormal(4.5, 1.3, documents).astype(int), 4000).tolist()
+            if turn == 0:
+                lengths = [2000]  # a long one, so that both tiles are seen at once
+            case.graph.run(case.fetches, case.feeds([*lengths, 1]))
+            if turn == 4:
+                known = len(compiled)
+    finally:
+        knobs.runtime.jit_post_compile_hook = None
+    assert 0 < known == len(compiled), compiled

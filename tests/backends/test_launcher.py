@@ -1,0 +1,87 @@
+"""Launches by key: what Triton compiled for one call is reused for just the calls that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hetu.backends.triton.launcher import Constants, Launcher, copied_to
+
+
+class Compiled:
+    """Stands for a compiled kernel: remembers how it is launched."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: self.calls.append((grid, *arguments))
+
+
+class Kernel:
+    """Stands for a ``@triton.jit`` function with two tensors, two numbers and two constants."""
+
+    arg_names = ("x", "y", "n", "scale", "WIDTH", "FLAG")
+
+    def __init__(self, interpreted: bool = False) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+        self.compiled: list[Compiled] = []
+        self.interpreted = interpreted
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled | None]:
+        def launch(*arguments: Any, **options: Any) -> Compiled | None:
+            self.launches.append((grid, arguments, options))
+            if self.interpreted:
+                return None
+            self.compiled.append(Compiled())
+            return self.compiled[-1]
+
+        return launch
+
+
+def constants() -> Constants:
+    return {"FLAG": True, "WIDTH": 64}, {"num_warps": 4}
+
+
+def test_the_first_call_of_a_key_goes_through_triton() -> None:
+    kernel, x = Kernel(), torch.zeros(8)
+    launch = Launcher(kernel)
+    launch("a", 3, (x, None), (7, 0.5), constants)
+    assert kernel.launches == [((3,), (x, None, 7, 0.5), {"FLAG": True, "WIDTH": 64, "num_warps": 4})]
+    launch("a", 5, (x, None), (8, 0.25), lambda: pytest.fail("the constants are known"))
+    assert len(kernel.launches) == 1
+    # The constants stand in the order of the parameters, as Triton passes them.
+    assert kernel.compiled[0].calls == [((5, 1, 1), x, None, 8, 0.25, 64, True)]
+    launch("b", 5, (x, None), (8, 0.25), constants)
+    assert len(kernel.launches) == 2
+
+
+def test_unusual_arguments_go_through_triton_every_time() -> None:
+    kernel, x = Kernel(), torch.zeros(64)
+    launch = Launcher(kernel)
+    for _ in range(2):
+        launch("a", 1, (x[1:], x), (1, 1.0), constants)  # 4 bytes past a multiple of 16
+        launch("a", 1, (x, x), (2**31, 1.0), constants)
+    assert len(kernel.launches) == 4
+    launch("a", 1, (x, x), (2**31 - 1, 1.0), constants)
+    launch("a", 1, (x, x), (1, 1.0), constants)
+    assert len(kernel.launches) == 5 and len(kernel.compiled[-1].calls) == 1, "what was compiled for those is not kept"
+    launch("a", 1, (x[1:], x), (1, 1.0), constants)
+    assert len(kernel.launches) == 6, "nor is what was compiled for whole tensors used for others"
+
+
+def test_the_interpreter_compiles_nothing() -> None:
+    kernel = Kernel(interpreted=True)
+    launch = Launcher(kernel)
+    for _ in range(2):
+        launch("a", 1, (torch.zeros(4), None), (1, 1.0), constants)
+    assert len(kernel.launches) == 2
+
+
+def test_copies_to_the_host_share_memory() -> None:
+    array = np.arange(6, dtype=np.int32)
+    assert copied_to(array, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4, 5]
