@@ -100,7 +100,7 @@ def keep(
 ) -> None:
     """Writes ``<name>.json`` into the folder, and ``in_docs`` the table into ``docs/performance.md``.
 
-    There it stands between ``<!-- <name>.json: begin -->`` and ``<!-- <name>.json: end -->``. ``device`` is a GPU, if one
+    There it stands between ``<!-- <name>.json: begin -->`` and ``<!-- <name>.json: end -->``. ``device`` is a GPU that
     took part.
     """
     told = environment()

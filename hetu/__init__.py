@@ -6,9 +6,10 @@ at every run. Importing hetu loads neither torch nor triton: graphs are built, b
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hetu import graph, optim
 from hetu.config import config
@@ -34,9 +35,18 @@ from hetu.rng import manual_seed
 from hetu.shards import Shards
 from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximum, minimum
 
+if TYPE_CHECKING:
+    from hetu import functional as functional
+
 __version__ = "0.1.0"
 
 tensor = Tensor
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":  # it brings torch
+        return importlib.import_module("hetu.functional")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _executor(of: Graph) -> Any:

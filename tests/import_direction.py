@@ -21,7 +21,7 @@ FLOORS = (
     ("optim",),
     ("planner",),
     ("backends",),
-    ("executor",),
+    ("executor", "functional"),
     ("__init__",),
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

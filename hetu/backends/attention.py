@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
+from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
 __all__ = [
@@ -196,14 +197,21 @@ def attention_delta(
     """
     delta = row_dot(out, dout)
     if dlse is not None:
-        owned = spans.slot >= 0
-        slot, slot_row = (
-            torch.from_numpy(np.repeat(x[owned], spans.length[owned])).to(out.device)
-            for x in (spans.slot, spans.slot_row - spans.start)
-        )
-        rows = torch.from_numpy(np.flatnonzero(np.repeat(owned, spans.length))).to(out.device)
-        delta[rows] -= dlse[slot, :, slot_row + rows].to(delta.dtype)
+        rows, slot, slot_row = _lse_places(spans, out.device)
+        delta[rows] -= dlse[slot, :, slot_row].to(delta.dtype)
     return delta
+
+
+def _lse_places(spans: QuerySpans, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows of q that have a log-sum-exp, and the slot and the place in it of each; copied to a device once."""
+    key = ("lse_places", device)
+    if key not in spans.memo:
+        owned = np.repeat(spans.slot >= 0, spans.length)
+        rows = np.flatnonzero(owned)
+        slot, shift = (np.repeat(x, spans.length)[owned] for x in (spans.slot, spans.slot_row - spans.start))
+        spans.memo[key] = tuple(copied_to(x, device) for x in (rows, slot, shift + rows))
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = spans.memo[key]
+    return places
 
 
 def with_positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:

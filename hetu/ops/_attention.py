@@ -98,19 +98,30 @@ def read_cu_seqlens(node: Node, name: str, pipeline: Pipeline) -> NDArray[np.int
         BindingError: If they are not.
     """
     values = np.asarray(pipeline.host(node.input(name)), np.int64)
+    if fault := cu_seqlens_fault(name, values):
+        refuse(node, *fault)
+    return values
+
+
+def cu_seqlens_fault(name: str, values: NDArray[np.int64]) -> tuple[str, str] | None:
+    """What is wrong with the values of cumulative lengths, and what to do about it; None if nothing is.
+
+    Example:
+        >>> cu_seqlens_fault("cu_seqlens_q", np.array([1, 4]))[0]
+        'cu_seqlens_q starts with 1, expected 0'
+    """
     if values.shape[-1] == 0 or values[..., 0].any():
         first = "nothing" if values.shape[-1] == 0 else values[..., 0].tolist()
-        refuse(node, f"{name} starts with {first}, expected 0", "cu_seqlens are cumulative: [0, n0, n0 + n1, ...]")
+        return f"{name} starts with {first}, expected 0", "cu_seqlens are cumulative: [0, n0, n0 + n1, ...]"
     drops = np.argwhere(np.diff(values) < 0)
     if len(drops):
         at = tuple(drops[0])
         after = (*at[:-1], at[-1] + 1)
-        refuse(
-            node,
+        return (
             f"{name} decreases from {values[at]} to {values[after]} at sequence {at[-1]}",
             "cu_seqlens are cumulative: pass torch.cumsum of the lengths, with a 0 in front",
         )
-    return values
+    return None
 
 
 def check_longest(node: Node, bound: str, lengths: NDArray[np.int64], of: str, pipeline: Pipeline) -> None:

@@ -30,7 +30,7 @@ class QuerySpans:
         document: The document's (sequence's) number in its group, the ``b`` of dropout; -1 for the tail.
         position: Position in its document of the first row, the ``i`` of dropout.
         step: Distance in positions between neighbouring rows.
-        slot: First index of ``softmax_lse`` and ``p`` for these rows; -1 where they have none (the tail).
+        slot: First index of ``softmax_lse`` and ``p`` for these rows; -1 where they have none (mostly the tail).
         slot_row: Last index of ``softmax_lse``, third of ``p``, of the first row; neighbours follow at distance 1.
         column: Column of ``p`` of the document's position 0.
         memo: Where a backend keeps what it derived from these arrays (device copies); not part of the value.
@@ -88,7 +88,7 @@ class SegmentTable:
 
 
 def varlen_tables(
-    cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool
+    cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool, packed_lse: bool = False
 ) -> tuple[QuerySpans, SegmentTable]:
     """The table of plain variable-length attention: one segment a sequence.
 
@@ -100,6 +100,8 @@ def varlen_tables(
         cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
         rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
         is_causal: Whether the mask is causal.
+        packed_lse: Whether lse is ``(1, H_q, rows)``, every row of q at its own index, the tail too, instead of
+            ``(B, H_q, longest)``, a slot a sequence.
     """
     q_cu, k_cu = np.asarray(cu_seqlens_q, np.int64), np.asarray(cu_seqlens_k, np.int64)
     q_len, k_len = np.diff(q_cu), np.diff(k_cu)
@@ -111,14 +113,15 @@ def varlen_tables(
         body = np.broadcast_to(np.asarray(values, np.int64), q_len.shape)[kept]
         return np.concatenate([body, end * last])
 
+    start = column(q_cu[:-1], int(q_cu[-1]))
     spans = QuerySpans(
-        start=column(q_cu[:-1], int(q_cu[-1])),
+        start=start,
         length=column(q_len, tail),
         document=column(np.arange(len(q_len)), -1),
         position=column(0, 0),
         step=column(1, 1),
-        slot=column(np.arange(len(q_len)), -1),
-        slot_row=column(0, 0),
+        slot=column(0, 0) if packed_lse else column(np.arange(len(q_len)), -1),
+        slot_row=start if packed_lse else column(0, 0),
         column=column(0, 0),
     )
     diagonal = (k_len - q_len)[kept] if is_causal else (k_len - 1)[kept]

@@ -25,9 +25,11 @@ class VarlenPlan:
     cu_seqlens_k: IntArray
 
     @classmethod
-    def build(cls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool) -> VarlenPlan:
+    def build(
+        cls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool, packed_lse: bool = False
+    ) -> VarlenPlan:
         """The plan for the given lengths; arguments as of :func:`~hetu.parallel.segments.varlen_tables`."""
-        spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, is_causal)
+        spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, is_causal, packed_lse)
         return cls(spans, table, cu_seqlens_k)
 
     @cached_property

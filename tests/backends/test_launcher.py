@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from hetu.backends.triton.launcher import Constants, Launcher, copied_to
+from hetu.backends.triton.launcher import Constants, Launcher
 
 
 class Compiled:
@@ -80,8 +79,3 @@ def test_the_interpreter_compiles_nothing() -> None:
     for _ in range(2):
         launch("a", 1, (torch.zeros(4), None), (1, 1.0), constants)
     assert len(kernel.launches) == 2
-
-
-def test_copies_to_the_host_share_memory() -> None:
-    array = np.arange(6, dtype=np.int32)
-    assert copied_to(array, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4, 5]

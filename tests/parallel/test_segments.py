@@ -59,6 +59,13 @@ def test_varlen_tables(is_causal: bool) -> None:
         assert (table.k_len > 0).all() and (table.k_len <= spans.length[table.query] + table.diagonal).all()
         is_tail = spans.start >= q_cu[-1]
         assert is_tail.sum() == min(tail, 1) and (spans.document[is_tail] == -1).all()
+        assert (spans.slot[is_tail] == -1).all() and (spans.slot_row == 0).all()
+        assert np.array_equal(spans.slot[~is_tail], np.flatnonzero(np.diff(q_cu)))
+        packed, same = varlen_tables(q_cu, k_cu, rows, is_causal, packed_lse=True)
+        assert (packed.slot == 0).all() and np.array_equal(packed.slot_row, packed.start)
+        others = ("start", "length", "document", "position", "step", "column")
+        assert all(np.array_equal(getattr(packed, name), getattr(spans, name)) for name in others)
+        assert all(np.array_equal(getattr(same, name), getattr(table, name)) for name in ("query", "k_start", "k_len"))
 
 
 def check_reach(group: GroupLayout, is_causal: bool) -> None:

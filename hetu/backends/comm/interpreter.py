@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from hetu.backends.attention import compute_dtype
+from hetu.backends.transfer import copied_to
 from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Wait
 
 AttendStep = Callable[[Attend, torch.Tensor, bool, bool], None]
@@ -138,7 +139,7 @@ class _Gradients:
             start, length = int(runs.start[0]), int(runs.length[0])
             self.own[start : start + length] += rows
         else:
-            self.own.index_add_(0, torch.from_numpy(runs.indices()).to(rows.device), rows)
+            self.own.index_add_(0, copied_to(runs.indices(), rows.device), rows)
 
     def finish(self) -> None:
         """Clears the gradients of the shard if nothing was written there."""
@@ -169,4 +170,4 @@ def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
     if len(runs.start) == 1:
         start, length = int(runs.start[0]), int(runs.length[0])
         return buffer[start : start + length].clone(memory_format=torch.contiguous_format)
-    return buffer.index_select(0, torch.from_numpy(runs.indices()).to(buffer.device))
+    return buffer.index_select(0, copied_to(runs.indices(), buffer.device))

@@ -10,6 +10,7 @@ import torch
 
 from hetu.backends.attention import AttentionState, compute_dtype, with_positive_scale
 from hetu.backends.dropout import Dropout, keep_mask
+from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
 _BLOCK_ENTRIES = 2**22
@@ -151,7 +152,7 @@ class _Extras:
         """Positions of the segment's first ``number`` keys."""
         assert self.key_position is not None, "dropout and scores need the keys' positions"
         part = self.key_position[self.k_start : self.k_start + number]
-        return torch.from_numpy(np.asarray(part, np.int64)).to(device)
+        return copied_to(np.asarray(part, np.int64), device)
 
     def write_scores(self, scores: torch.Tensor, begin: int) -> None:
         """Writes ``(H, n, keys)`` from the span's row ``begin`` on; no other segment of the span has these keys."""

@@ -13,6 +13,7 @@ import torch
 
 from hetu.backends.attention import BackwardState, compute_dtype
 from hetu.backends.dropout import Dropout, keep_mask
+from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable
 
 CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
@@ -108,7 +109,7 @@ class _Block:
         """Which entries dropout keeps, ``(H_q, n, keys)``."""
         assert key_position is not None, "dropout needs the keys' positions"
         queries = self.position + self.step * torch.arange(self.count, device=device)
-        positions = torch.from_numpy(np.asarray(key_position[keys], np.int64)).to(device)
+        positions = copied_to(np.asarray(key_position[keys], np.int64), device)
         return keep_mask(dropout, self.document, torch.arange(heads, device=device), queries, positions)
 
 

@@ -8,13 +8,14 @@ import torch
 from torch import fx
 
 from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.transfer import copied_to
 from hetu.parallel.tokens import TokenTable
 
 
 def hetu_layout_tokens(table: TokenTable, device: torch.device) -> list[torch.Tensor]:
     """Each pipeline's int64 ``(3, rows)`` table; a copy on the device, for what a run returns is the caller's."""
     if device not in table.memo:
-        table.memo[device] = [torch.from_numpy(rows).to(device) for rows in table.pipelines]
+        table.memo[device] = [copied_to(rows, device) for rows in table.pipelines]
     return [rows.clone() for rows in table.memo[device]]
 
 

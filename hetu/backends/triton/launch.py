@@ -11,8 +11,9 @@ import torch
 
 from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
+from hetu.backends.transfer import copied_to
 from hetu.backends.triton.kernels import forward_kernel
-from hetu.backends.triton.launcher import Constants, Launcher, copied_to, on_device
+from hetu.backends.triton.launcher import Constants, Launcher, on_device
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,

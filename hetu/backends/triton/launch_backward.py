@@ -11,9 +11,10 @@ import torch
 
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
+from hetu.backends.transfer import copied_to
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
 from hetu.backends.triton.launch import capability, dropout_arguments, interned, key_position_on, keys_per_row
-from hetu.backends.triton.launcher import Constants, Launcher, copied_to, on_device
+from hetu.backends.triton.launcher import Constants, Launcher, on_device
 from hetu.backends.triton.variants import INTERPRETER, Heads, block_columns, named_strides, row_strides
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
 from hetu.backends.triton.work import KEYS_ONLY, VALUES_ONLY, WorkList, key_work, query_work

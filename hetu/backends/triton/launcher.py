@@ -1,4 +1,4 @@
-"""Launches of a Triton kernel at the cost of a lookup, and what they copy to the device."""
+"""Launches of a Triton kernel at the cost of a lookup."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 Constants = tuple[dict[str, Any], dict[str, Any]]
 """A kernel's compile-time arguments and the compiler's options."""
@@ -22,8 +20,8 @@ class Launcher:
 
     Triton finds the compiled variant of a call by looking at every argument, 20 to 50 µs of Python for kernels with
     dozens of them. Here the caller says what the variant depends on, and calls with the same key reuse what Triton
-    compiled for the first of them. Its own way is taken for a key's first call, in the interpreter, and where an argument
-    is specialised otherwise than usual: a pointer that is no multiple of 16 bytes, an integer past int32.
+    compiled for the first of them. Its own way is taken for a key's first call, in the interpreter, and where an
+    argument is specialised otherwise than usual: a pointer that is no multiple of 16 bytes, an integer past int32.
 
     The kernel's parameters are tensors, then numbers that are not specialised (``do_not_specialize``), then constants.
     """
@@ -71,16 +69,3 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return nullcontext()
     return torch.cuda.device(device)
-
-
-def copied_to(array: NDArray[np.int32], device: torch.device) -> torch.Tensor:
-    """A copy of a host array on a device, which nobody waits for.
-
-    From memory that the driver may read by itself: a copy from ordinary memory would wait for the stream. torch keeps
-    such memory, and gives it out again only when the copy is done.
-    """
-    if device.type != "cuda":
-        return torch.from_numpy(array)
-    staged = torch.empty(array.shape, dtype=torch.int32, pin_memory=True)
-    staged.numpy()[...] = array
-    return staged.to(device, non_blocking=True)
