@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
     parser.add_argument("--mask", nargs="+", choices=("causal", "full"), default=["causal", "full"])
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[YARDSTICK, "hetu", "cuDNN"])
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[YARDSTICK, "hetu"])
     parser.add_argument("--samples", type=int, default=10)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md from the kept results")

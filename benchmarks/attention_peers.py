@@ -59,7 +59,12 @@ def flash_attention_2(x: Inputs) -> Calls:
 
 
 def cudnn(x: Inputs) -> Calls:
-    """The op of cuDNN that torch has, which takes cumulative lengths."""
+    """The op of cuDNN that torch has, which takes cumulative lengths.
+
+    In torch 2.11.0 on an H100 its forward is right but takes 65 to 75 ms of host time a call, gradients with grouped
+    heads are no numbers, and one document of 32,768 tokens makes it read outside its memory, after which no peer
+    of the process runs: it is measured only where it is asked for.
+    """
     ops, lengths = torch.ops.aten, (x.cu_seqlens_there, x.cu_seqlens_there, x.longest, x.longest)
 
     def forward() -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import CUDA, DEVICES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hetu
@@ -36,15 +37,17 @@ class Copies(TorchDispatchMode):
 
 
 @contextmanager
-def no_waiting() -> Iterator[Copies]:
-    """Fails on whatever makes the host wait for the device."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+def no_waiting(device: str) -> Iterator[Copies]:
+    """Fails on whatever makes the host wait for a CUDA device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
     try:
         with Copies() as copies:
             yield copies
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 class Varlen:
@@ -64,6 +67,9 @@ class Varlen:
         fed: dict[Any, Any] = {x: torch.ones(rows, dtype=torch.bfloat16, device=self.device) for x in self.qkv}
         return fed | {self.cu_seqlens: np.cumsum([0, *lengths]).astype(np.int32)}
 
+    def run(self, lengths: list[int], feeds: dict[Any, Any]) -> Any:
+        return self.graph.run(self.fetches, feeds)
+
 
 class Parallel:
     """The same of a ``parallel_attn`` over three pipelines."""
@@ -73,14 +79,21 @@ class Parallel:
         with hetu.graph("define_and_run", device=device) as self.graph:
             held = [hetu.IntSymbol(f"held{i}") for i in range(3)]
             self.qkv = hetu.placeholder(hetu.bfloat16, [hetu.IntSymbol("rows"), 3 * HEADS * HEAD_DIM], name="qkv")
-            out, lse, *_ = hetu.parallel_attn(self.qkv, HEAD_DIM, HEADS, [held], [[0, 0, 0]], split="sym")
-            self.held, self.fetches = held, [out, *hetu.gradients([out, lse], self.qkv)]
+            out, lse, *_ = hetu.parallel_attn(self.qkv, HEAD_DIM, 1, [held], [[0, 0, 0]], split="sym")
+            self.held, self.fetches = held, [out, *hetu.gradients([out, lse], [self.qkv])]
+
+    def shards(self, lengths: list[int]) -> list[int]:
+        total = sum(lengths)
+        return [total // 3, total // 3, total - 2 * (total // 3)]
 
     def feeds(self, lengths: list[int]) -> dict[Any, Any]:
-        total = sum(lengths)
-        held = [total // 3, total // 3, total - 2 * (total // 3)]
         width = 3 * HEADS * HEAD_DIM
-        return {self.qkv: hetu.Shards(torch.ones(n, width, dtype=torch.bfloat16, device=self.device) for n in held)}
+        rows = (torch.ones(n, width, dtype=torch.bfloat16, device=self.device) for n in self.shards(lengths))
+        return {self.qkv: hetu.Shards(rows)}
+
+    def run(self, lengths: list[int], feeds: dict[Any, Any]) -> Any:
+        symbols = dict(zip(self.held, self.shards(lengths), strict=True))
+        return self.graph.run(self.fetches, feeds, int_symbol_dict=symbols)
 
 
 def test_lengths_that_are_in_the_plan_are_no_input() -> None:
@@ -91,24 +104,22 @@ def test_lengths_that_are_in_the_plan_are_no_input() -> None:
     assert fed == set(case.qkv), "cumulative lengths would be copied to the device, and waited for"
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", [Varlen, Parallel])
-def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel]) -> None:
-    case = kind("cuda")
-    case.graph.run(case.fetches, case.feeds([90, 38]))  # compiles
+def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel], device: str) -> None:
+    case = kind(device)
+    case.run([90, 38], case.feeds([90, 38]))  # compiles
     for lengths in ([200, 1, 0, 7], [200, 1, 0, 7], [5, 64]):  # new, seen, new
         feeds = case.feeds(lengths)
-        with no_waiting() as copies:
-            case.graph.run(case.fetches, feeds)
+        with no_waiting(device) as copies:
+            case.run(lengths, feeds)
         assert all(source == "cpu" for source, _ in copies.seen), copies.seen
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_the_functional_entry_waits_for_nothing() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_functional_entry_waits_for_nothing(device: str) -> None:
     def rows(count: int) -> torch.Tensor:
-        return torch.ones(count, HEADS, HEAD_DIM, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        return torch.ones(count, HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device, requires_grad=True)
 
     for turn, lengths in enumerate(([30, 4], [7, 7, 200], [7, 7, 200])):
         q, k, v = (rows(sum(lengths)) for _ in range(3))
@@ -116,20 +127,19 @@ def test_the_functional_entry_waits_for_nothing() -> None:
         if turn == 0:  # compiles
             hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
             continue
-        with (
-            no_waiting() as copies
-        ):  # what a mode watches goes through the dispatcher, which is to wait for nothing either
+        with no_waiting(
+            device
+        ) as copies:  # what a mode watches goes through the dispatcher, which is to wait for nothing either
             hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
         assert all(source == "cpu" for source, _ in copies.seen), copies.seen
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_other_lengths_compile_nothing() -> None:
+@pytest.mark.parametrize("device", [CUDA])
+def test_other_lengths_compile_nothing(device: str) -> None:
     from triton import knobs
 
     compiled: list[str] = []
-    case, random = Varlen("cuda"), np.random.default_rng(0)
+    case, random = Varlen(device), np.random.default_rng(0)
     knobs.runtime.jit_post_compile_hook = lambda **about: compiled.append(str(about["repr"]))
     try:
         for turn in range(200):

@@ -55,9 +55,9 @@ def fold_segment(
     end = tl.minimum(k_len, reach + rows)
     for n in loop(0, end, BLOCK_N):
         left = end - n
-        # Both are loaded here, and so waited for together.
         k_tile = load_rows(k, k_offsets, j < left, HEAD_DIM, BLOCK_D)
-        v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
+        if BLOCK_D <= 128:  # waited for together; wide tiles are rather waited for when they are needed
+            v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k_tile), None, PRECISION)
         if n >= whole:
             s = tl.where(j[None, :] <= tl.minimum(token + (reach - n), left - 1)[:, None], s, float("-inf"))
@@ -78,6 +78,8 @@ def fold_segment(
                 key_low, key_high, threshold, document, head[:, None], queries[:, None], keys[None, :]
             )
             p = tl.where(keeps, p * keep_scale, 0.0)
+        if BLOCK_D > 128:
+            v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         acc = add_dot(p, v_tile, acc, fade[:, None], PRECISION)
         k += BLOCK_N * STRIDE_KT
         v += BLOCK_N * STRIDE_VT
