@@ -37,9 +37,10 @@ format: $(VENV)/.dev  ## rewrites the code as ruff wants it
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.demo  ## how long the host takes for its part of a run, and a training step against plain torch
+bench: $(VENV)/.demo  ## the host's part of a run, a training step against plain torch, attention where there is a GPU
 	$(BIN)/python benchmarks/host.py
 	$(BIN)/python benchmarks/training.py
+	if command -v nvidia-smi >/dev/null; then $(BIN)/python benchmarks/attention.py; fi
 
 clean:  ## removes .venv and everything that tools left
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise, product
@@ -15,11 +15,13 @@ import torch
 
 DISTRIBUTION = Path(__file__).parent / "data" / "doc_length_distribution.csv"
 
-HEADS = {"32:8:128": (32, 8, 128), "16:16:128": (16, 16, 128), "32:32:64": (32, 32, 64), "16:4:256": (16, 4, 256)}
+HEADS = ("32:8:128", "16:16:128", "32:32:64", "16:4:256")
 """Query heads, key heads, head_dim."""
 
 TOKENS = (32_768, 4_096)
 LENGTHS = ("mix", "equal", "one", "short", "ragged")
+MASKS = ("causal", "full")
+DIRECTIONS = ("forward", "backward")
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Case:
     """One line of inputs.
 
     Attributes:
-        heads: A key of HEADS.
+        heads: Query heads, key heads and head_dim, as ``"32:8:128"``.
         tokens: In all documents together.
         lengths: A member of LENGTHS.
         is_causal: Whether the mask is causal.
@@ -39,24 +41,34 @@ class Case:
     is_causal: bool
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Query heads, key heads, head_dim."""
+        num_q, num_kv, head_dim = map(int, self.heads.split(":"))
+        return num_q, num_kv, head_dim
+
+    @property
+    def mask(self) -> str:
+        """A member of MASKS."""
+        return MASKS[0 if self.is_causal else 1]
+
+    @property
     def documents(self) -> list[int]:
         return document_lengths(self.lengths, self.tokens)
 
-    @property
-    def flops(self) -> int:
-        """Of the forward: two products of 2 * head_dim operations for every pair that the mask lets through."""
-        num_q, _, head_dim = HEADS[self.heads]
+    def flops(self, direction: str) -> float:
+        """Two products of 2 * head_dim operations for every pair that the mask lets through; 2.5 times that back."""
+        num_q, _, head_dim = self.shape
         pairs = sum(n * (n + 1) // 2 if self.is_causal else n * n for n in self.documents)
-        return 4 * head_dim * num_q * pairs
+        return 4 * head_dim * num_q * pairs * (2.5 if direction == "backward" else 1)
 
     def __str__(self) -> str:
-        return f"{self.heads} {self.tokens} {self.lengths} {'causal' if self.is_causal else 'full'}"
+        return f"{self.heads} {self.tokens:>6} {self.lengths:<6} {self.mask:<6}"
 
 
-def cases(heads: list[str], tokens: list[int], lengths: list[str], masks: list[str]) -> Iterator[Case]:
+def cases(heads: Sequence[str], tokens: Sequence[int], lengths: Sequence[str], masks: Sequence[str]) -> Iterator[Case]:
     """All combinations."""
-    for one in product(tokens, heads, lengths, masks):
-        yield Case(one[1], one[0], one[2], one[3] == "causal")
+    for total, one, kind, mask in product(tokens, heads, lengths, masks):
+        yield Case(one, total, kind, mask == "causal")
 
 
 @cache
@@ -84,15 +96,17 @@ def document_lengths(kind: str, total: int, seed: int = 0) -> list[int]:
     """
     rng, (bins, shares) = np.random.default_rng(seed), distribution()
     lengths: list[int] = []
-    while (left := total - sum(lengths)) > 0:
+    left = total
+    while left:
         if kind == "mix":
             low, high = bins[rng.choice(len(bins), p=shares)]
-            drawn = min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), total // 4)
+            drawn = min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), max(total // 4, 1))
         elif kind == "ragged":
-            drawn = 64 + (len(lengths) - 1) % 2 if lengths else total // 2
+            drawn = 64 + (len(lengths) - 1) % 2 if lengths else max(total // 2, 1)
         else:
             drawn = {"equal": 2048, "short": 256, "one": total}[kind]
         lengths.append(min(drawn, left))
+        left -= lengths[-1]
     return lengths
 
 
@@ -113,7 +127,7 @@ class Inputs:
     @classmethod
     def draw(cls, case: Case, device: str, dtype: torch.dtype = torch.bfloat16) -> Inputs:
         """Random inputs, never zeros: those run faster than real data."""
-        num_q, num_kv, head_dim = HEADS[case.heads]
+        num_q, num_kv, head_dim = case.shape
         generator = torch.Generator(device).manual_seed(1)
 
         def rows(heads: int) -> torch.Tensor:
@@ -127,24 +141,27 @@ class Inputs:
 Results = dict[str, torch.Tensor]
 
 
-def sampled(inputs: Inputs, results: Results) -> Results:
-    """The first and the last key head of each result, with the query heads that share them."""
-    num_q, num_kv, _ = HEADS[inputs.case.heads]
+def sampled(case: Case, results: Results) -> Results:
+    """The first and the last key head of each tensor, with the query heads that share them.
+
+    ``q``, ``out``, ``dout`` and ``dq`` have query heads, the others key heads.
+    """
+    num_q, num_kv, _ = case.shape
     group = num_q // num_kv
     keys = sorted({0, num_kv - 1})
     queries = [head * group + i for head in keys for i in range(group)]
-    return {name: x[:, queries if x.shape[1] == num_q else keys] for name, x in results.items()}
+    return {name: x[:, queries if name in ("q", "out", "dout", "dq") else keys] for name, x in results.items()}
 
 
 def reference(inputs: Inputs, block: int = 2048) -> Results:
-    """The output and the gradients in float64, of the sampled heads.
+    """The output and the gradients in float64, of the sampled heads: all of them would take minutes.
 
-    Block by block of query rows, so that a document of 32,768 tokens takes 2 GB. Source of the formulas: Dao,
-    "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, section 2.
+    Block by block of query rows, so that a document of 32,768 tokens takes 2 GB a copy of its scores. Source of the
+    formulas: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning", 2023, section 2.
     """
     case = inputs.case
-    given = {"q": inputs.q, "k": inputs.k, "v": inputs.v, "dout": inputs.dout}
-    q, k, v, dout = (x.double() for x in sampled(inputs, given).values())
+    given = sampled(case, {"q": inputs.q, "k": inputs.k, "v": inputs.v, "dout": inputs.dout})
+    q, k, v, dout = (x.double() for x in given.values())
     kept = k.shape[1]
     q, dout = (x.unflatten(1, (kept, -1)) for x in (q, dout))
     out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
@@ -171,9 +188,10 @@ def reference(inputs: Inputs, block: int = 2048) -> Results:
     return {"out": out.flatten(1, 2), "dq": dq.flatten(1, 2), "dk": dk, "dv": dv}
 
 
-def error(inputs: Inputs, results: Results, right: Results) -> float:
+def error(case: Case, results: Results, right: Results) -> float:
     """The largest ``norm(x - right) / norm(right)`` of the results that are given; NaN is infinite."""
     errors = [
-        float((x.double() - right[name]).norm() / right[name].norm()) for name, x in sampled(inputs, results).items()
+        float((x.detach().double() - right[name]).norm() / right[name].norm())
+        for name, x in sampled(case, results).items()
     ]
     return max(e if e == e else float("inf") for e in errors)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,15 +16,26 @@ from attention_cases import Inputs, Results
 
 @dataclass(frozen=True)
 class Calls:
-    """A peer's work on some inputs. ``forward`` returns the output, ``backward`` dq, dk and dv."""
+    """A peer's work on some inputs, with the tensors ``(T, heads, head_dim)`` of :class:`Inputs`.
+
+    Attributes:
+        forward: Gives the output.
+        backward: Gives dq, dk and dv, from the output and the log-sum-exps of a forward that was done before. All that
+            they need besides is part of it, the rows' dot products of dout and out too.
+    """
 
     forward: Callable[[], torch.Tensor]
     backward: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
-    def results(self) -> dict[str, Results]:
-        """What both compute, by direction."""
-        dq, dk, dv = self.backward()
-        return {"forward": {"out": self.forward()}, "backward": {"dq": dq, "dk": dk, "dv": dv}}
+    def of(self, direction: str) -> Callable[[], Any]:
+        """What is timed."""
+        return self.forward if direction == "forward" else self.backward
+
+    def results(self, direction: str) -> Results:
+        """What it computes, by name."""
+        if direction == "forward":
+            return {"out": self.forward()}
+        return dict(zip(("dq", "dk", "dv"), self.backward(), strict=True))
 
 
 def hetu(x: Inputs) -> Calls:
@@ -61,33 +72,45 @@ def flash_attention_2(x: Inputs) -> Calls:
 def cudnn(x: Inputs) -> Calls:
     """The op of cuDNN that torch has, which takes cumulative lengths.
 
-    In torch 2.11.0 on an H100 its forward is right but takes 65 to 75 ms of host time a call, gradients with grouped
-    heads are no numbers, and one document of 32,768 tokens makes it read outside its memory, after which no peer
-    of the process runs: it is measured only where it is asked for.
+    It builds cuDNN's graph anew in each call with them: much work for the host, which is not part of the times.
     """
     ops, lengths = torch.ops.aten, (x.cu_seqlens_there, x.cu_seqlens_there, x.longest, x.longest)
 
     def forward() -> Any:
         return ops._cudnn_attention_forward(
             x.q, x.k, x.v, None, *lengths, True, 0.0, x.case.is_causal, False, scale=x.scale
-        )
-
-    out, lse, _, _, _, _, seed, offset, _ = forward()
-    bias = None  # for the op: an undefined tensor
+        )[0]
 
     def backward() -> Any:
-        return ops._cudnn_attention_backward(
-            x.dout, x.q, x.k, x.v, out, lse, seed, offset, bias, *lengths, 0.0, x.case.is_causal, scale=x.scale
-        )
+        # https://github.com/pytorch/pytorch/pull/186142: an illegal access, after which the process can do nothing more
+        raise NotImplementedError("torch's op takes head_dim for the longest length, and reads past its buffers")
 
-    return Calls(lambda: forward()[0], backward)
+    return Calls(forward, backward)
+
+
+_uncompilable: dict[Hashable, str] = {}
+
+
+def _compiling(key: Hashable, call: Callable[[], Any]) -> Any:
+    """What a call gives that may compile something; if that failed before, fails without trying for seconds again."""
+    if key in _uncompilable:
+        raise RuntimeError(_uncompilable[key])
+    try:
+        return call()
+    except Exception as failure:
+        _uncompilable[key] = str(failure)  # not the error itself, which keeps all tensors of its frames
+        raise
 
 
 @cache
 def _compiled_flex() -> Any:
+    """FlexAttention compiled for static shapes, its fastest way: once for each heads, number of tokens and mask."""
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    # Past the limit torch would run it uncompiled, with all scores in memory; fullgraph makes that an error.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex_attention(x: Inputs) -> Calls:
@@ -96,28 +119,26 @@ def flex_attention(x: Inputs) -> Calls:
 
     lengths = x.cu_seqlens_there.diff().long()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=x.q.device), lengths)
-    is_causal, tokens = x.case.is_causal, x.case.tokens
+    is_causal, tokens, variant = x.case.is_causal, x.case.tokens, (x.case.heads, x.case.tokens, x.case.mask)
 
     def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
         same = document[i] == document[j]
         return same & (i >= j) if is_causal else same
 
-    blocks = create_block_mask(mask, None, None, tokens, tokens, device=str(x.q.device), _compile=True)
+    blocks = create_block_mask(mask, None, None, tokens, tokens, device=x.q.device.type)
     leaves = [y.detach().transpose(0, 1)[None].requires_grad_() for y in (x.q, x.k, x.v)]
-    attend = _compiled_flex()
+    dout, attend = x.dout.transpose(0, 1)[None], _compiled_flex()
 
-    def forward(inputs: Any = None) -> torch.Tensor:
-        out: torch.Tensor = attend(
-            *(inputs or [y.detach() for y in leaves]), block_mask=blocks, scale=x.scale, enable_gqa=True
-        )
-        return out[0].transpose(0, 1)
+    def forward() -> Any:
+        return _compiling(variant, lambda: attend(*leaves, block_mask=blocks, scale=x.scale, enable_gqa=True))
 
-    out = forward(leaves)
+    out = forward()
 
     def backward() -> Any:
-        return tuple(y[0].transpose(0, 1) for y in torch.autograd.grad(out, leaves, x.dout, retain_graph=True))
+        grads = _compiling((*variant, "backward"), lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+        return tuple(y[0].transpose(0, 1) for y in grads)
 
-    return Calls(forward, backward)
+    return Calls(lambda: forward()[0].transpose(0, 1), backward)
 
 
 YARDSTICK = "FlashAttention-2"

@@ -59,15 +59,16 @@ def timed(call: Callable[[], Any], scale: float) -> float:
     return (perf_counter() - start) * scale
 
 
-def environment() -> dict[str, str]:
-    """What the numbers depend on."""
+def environment(command: Sequence[str] | None = None) -> dict[str, str]:
+    """What the numbers depend on. ``command``: a script under ROOT and its arguments; None means this process's."""
+    script, *arguments = command or (str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:])
     versions = {name: version(name) for name in ("hetu", "torch", "triton", "numpy", "sympy")}
     return {
         "device": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": shlex.join(["python", str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:]]),
+        "command": shlex.join(["python", script, *arguments]),
     }
 
 

@@ -113,9 +113,9 @@ def cu_seqlens_fault(name: str, values: NDArray[np.int64]) -> tuple[str, str] | 
     if values.shape[-1] == 0 or values[..., 0].any():
         first = "nothing" if values.shape[-1] == 0 else values[..., 0].tolist()
         return f"{name} starts with {first}, expected 0", "cu_seqlens are cumulative: [0, n0, n0 + n1, ...]"
-    drops = np.argwhere(np.diff(values) < 0)
-    if len(drops):
-        at = tuple(drops[0])
+    drops = values[..., 1:] < values[..., :-1]
+    if drops.any():
+        at = tuple(np.argwhere(drops)[0])
         after = (*at[:-1], at[-1] + 1)
         return (
             f"{name} decreases from {values[at]} to {values[after]} at sequence {at[-1]}",

@@ -104,27 +104,25 @@ def varlen_tables(
             ``(B, H_q, longest)``, a slot a sequence.
     """
     q_cu, k_cu = np.asarray(cu_seqlens_q, np.int64), np.asarray(cu_seqlens_k, np.int64)
-    q_len, k_len = np.diff(q_cu), np.diff(k_cu)
-    kept = np.flatnonzero(q_len)
-    tail = rows - int(q_cu[-1])
-    end = np.ones(int(tail > 0), np.int64)
-
-    def column(values: IntArray | int, last: int) -> IntArray:
-        body = np.broadcast_to(np.asarray(values, np.int64), q_len.shape)[kept]
-        return np.concatenate([body, end * last])
-
-    start = column(q_cu[:-1], int(q_cu[-1]))
+    sequences = len(q_cu) - 1
+    if rows > q_cu[-1]:  # the tail, a sequence without keys
+        q_cu, k_cu = np.append(q_cu, rows), np.append(k_cu, k_cu[-1])
+    q_len, k_len = q_cu[1:] - q_cu[:-1], k_cu[1:] - k_cu[:-1]
+    kept = q_len.nonzero()[0]
+    start, q_len, k_len = q_cu[kept], q_len[kept], k_len[kept]
+    zeros = np.zeros(len(kept), np.int64)
+    document = np.where(kept < sequences, kept, -1)
     spans = QuerySpans(
         start=start,
-        length=column(q_len, tail),
-        document=column(np.arange(len(q_len)), -1),
-        position=column(0, 0),
-        step=column(1, 1),
-        slot=column(0, 0) if packed_lse else column(np.arange(len(q_len)), -1),
-        slot_row=start if packed_lse else column(0, 0),
-        column=column(0, 0),
+        length=q_len,
+        document=document,
+        position=zeros,
+        step=zeros + 1,
+        slot=zeros if packed_lse else document,
+        slot_row=start if packed_lse else zeros,
+        column=zeros,
     )
-    diagonal = (k_len - q_len)[kept] if is_causal else (k_len - 1)[kept]
-    seen = np.minimum(k_len[kept], q_len[kept] + diagonal)
-    live = np.flatnonzero(seen > 0)
-    return spans, SegmentTable(query=live, k_start=k_cu[:-1][kept][live], k_len=seen[live], diagonal=diagonal[live])
+    diagonal = k_len - q_len if is_causal else k_len - 1
+    seen = np.minimum(k_len, q_len + diagonal)
+    live = (seen > 0).nonzero()[0]
+    return spans, SegmentTable(query=live, k_start=k_cu[kept[live]], k_len=seen[live], diagonal=diagonal[live])

@@ -111,13 +111,10 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, cover: bool)
     ranks, keys = document_ranks(spans, table)
     order = np.lexsort((-keys, ranks))
     blocks = -(-spans.length[order] // tokens)
-    span = np.repeat(order, blocks)
-    offset = (np.repeat(blocks.cumsum(), blocks) - 1 - np.arange(len(span))) * tokens  # the last block first
-    bounds = np.searchsorted(table.query, np.arange(len(spans) + 1))
+    span = order.repeat(blocks)
+    offset = (blocks.cumsum().repeat(blocks) - 1 - np.arange(len(span))) * tokens  # the last block first
     # One entry a (block, segment) from here on, of those where the block's last row sees a key.
-    count = (bounds[1:] - bounds[:-1])[span]
-    item = np.repeat(np.arange(len(span)), count)
-    segment = np.arange(len(item)) + np.repeat(bounds[span] - (count.cumsum() - count), count)
+    item, segment = _segments_of(span, table, len(spans))
     last_row = np.minimum(offset + tokens, spans.length[span]) - 1
     sees = last_row[item] + table.diagonal[segment] >= 0
     item, segment = item[sees], segment[sees]
@@ -186,12 +183,26 @@ def document_ranks(spans: QuerySpans, table: SegmentTable) -> tuple[IntArray, In
     Spans that see nothing come last.
     """
     keys = np.bincount(table.query, table.k_len, minlength=len(spans))
-    _, document = np.unique(spans.document, return_inverse=True)
-    most = np.zeros(len(document))
+    document = spans.document + 1  # the tail's is -1
+    most = np.zeros(document.max(initial=0) + 1)
     np.maximum.at(most, document, keys)
-    rank = np.empty(len(document), np.int64)
-    rank[np.argsort(-most, kind="stable")] = np.arange(len(document))
+    rank = np.empty(len(most), np.int64)
+    rank[(-most).argsort(kind="stable")] = np.arange(len(most))
     return rank[document], keys
+
+
+def _segments_of(span: IntArray, table: SegmentTable, spans: int) -> tuple[IntArray, IntArray]:
+    """For blocks of query spans all (block, segment) pairs, ordered by block."""
+    if (table.query[1:] > table.query[:-1]).all():  # a segment a span, as plain attention has: half the work
+        of_span = np.full(spans, -1)
+        of_span[table.query] = np.arange(len(table))
+        segment = of_span[span]
+        item = (segment >= 0).nonzero()[0]
+        return item, segment[item]
+    bounds = np.searchsorted(table.query, np.arange(spans + 1))
+    count = (bounds[1:] - bounds[:-1])[span]
+    item = np.arange(len(span)).repeat(count)
+    return item, np.arange(len(item)) + (bounds[span] - (count.cumsum() - count)).repeat(count)
 
 
 def _key_blocks(table: SegmentTable, block_n: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
@@ -229,12 +240,16 @@ def _work_list(
     items = np.zeros((len(documents), WIDTH), np.int32)
     for name, values in head.items():
         items[:, fields.index(name)] = values
-    is_own = np.diff(item, prepend=-1) > 0  # the first segment of its item
-    further = np.zeros((len(item) - np.count_nonzero(is_own), WIDTH), np.int32)
+    is_own = np.ones(len(item), bool)  # the first segment of its item
+    is_own[1:] = item[1:] != item[:-1]
+    further = np.zeros((len(item) - int(is_own.sum()), WIDTH), np.int32)
+    if len(further) == 0:
+        for name, values in tail.items():
+            items[item, fields.index(name)] = values
+        return WorkList(items, further, documents)
     for name, values in tail.items():
         items[item[is_own], fields.index(name)] = values[is_own]
         further[:, fields.index(name)] = values[~is_own]
-    if len(further):
-        count = np.bincount(item[~is_own], minlength=len(items))
-        items[:, _MORE] = np.stack([count.cumsum() - count, count.cumsum()], axis=1)
+    count = np.bincount(item[~is_own], minlength=len(items))
+    items[:, _MORE] = np.stack([count.cumsum() - count, count.cumsum()], axis=1)
     return WorkList(items, further, documents)
