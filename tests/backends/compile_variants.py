@@ -93,6 +93,7 @@ def used(
     return {
         "variant": name,
         "is_backward": isinstance(variant, BackwardVariant),
+        "dtype": str(variant.dtype),
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
