@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
@@ -12,6 +12,7 @@ import torch
 from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
+from hetu.backends.triton import autotune
 from hetu.backends.triton.kernels import forward_kernel
 from hetu.backends.triton.launcher import Constants, Launcher, on_device
 from hetu.backends.triton.variants import (
@@ -47,33 +48,15 @@ def attend(
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
     call = (q.device, q.dtype, *q.shape[1:], k.shape[1], first, last, dropout is not None, state.scores is not None)
+    q, softmax_scale = with_positive_scale(q, softmax_scale)
+
+    def run(launch: _Launch) -> None:
+        _run(launch, q, k, v, table, state, softmax_scale, dropout, key_position)
+
     launch = table.memo.get(call)
     if launch is None:
-        launch = table.memo[call] = _prepared(spans, table, *call)
-    if launch.programs == 0:
-        return
-    q, softmax_scale = with_positive_scale(q, softmax_scale)
-    strides = (row_strides(q), row_strides(k), row_strides(v), row_strides(state.out))
-    scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
-    needs_positions = launch.variant.dropout or launch.variant.scores
-    with on_device(q.device):
-        _forward(
-            (launch.key, strides),
-            launch.programs,
-            (
-                q,
-                k,
-                v,
-                state.out,
-                state.lse,
-                None if first and last else state.acc,
-                state.scores,
-                key_position_on(key_position, table, q.device) if needs_positions else None,
-                launch.records,
-            ),
-            (*state.lse.stride()[:2], *scores_strides, softmax_scale, *dropout_arguments(dropout)),
-            partial(_constants, launch, strides),
-        )
+        launch = table.memo[call] = _prepared(run, spans, table, *call)
+    run(launch)
 
 
 _forward = Launcher(forward_kernel)
@@ -91,7 +74,44 @@ class _Launch:
     key: Hashable
 
 
+def _run(
+    launch: _Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: SegmentTable,
+    state: AttentionState,
+    softmax_scale: float,
+    dropout: Dropout | None,
+    key_position: np.ndarray | None,
+) -> None:
+    if launch.programs == 0:
+        return
+    variant = launch.variant
+    strides = (row_strides(q), row_strides(k), row_strides(v), row_strides(state.out))
+    scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
+    with on_device(q.device):
+        _forward(
+            (launch.key, strides),
+            launch.programs,
+            (
+                q,
+                k,
+                v,
+                state.out,
+                state.lse,
+                None if variant.first and variant.last else state.acc,
+                state.scores,
+                key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
+                launch.records,
+            ),
+            (*state.lse.stride()[:2], *scores_strides, softmax_scale, *dropout_arguments(dropout)),
+            partial(_constants, launch, strides),
+        )
+
+
 def _prepared(
+    run: Callable[[_Launch], None],
     spans: QuerySpans,
     table: SegmentTable,
     device: torch.device,
@@ -106,13 +126,23 @@ def _prepared(
 ) -> _Launch:
     """Chooses the tile, and puts the work list on the device."""
     heads, variant = Heads(num_q, num_kv), Variant(head_dim, dtype, first, last, False, dropout, scores)
-    shape = tile(variant, capability(device), keys_per_row(spans, table))
-    work = query_work(spans, table, shape.block_m // heads.pack, cover=first or last)
-    variant = replace(variant, more=work.has_more)
-    programs = len(work.items) * num_q // heads.pack
-    return _Launch(
-        copied_to(work.records(), device), programs, variant, heads, shape, interned((variant, heads, shape, device))
-    )
+    keys = keys_per_row(spans, table)
+
+    def made(shape: Tile) -> _Launch:
+        work = query_work(spans, table, shape.block_m // heads.pack, cover=first or last)
+        own = replace(variant, more=work.has_more)
+        programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, shape, device))
+        return _Launch(copied_to(work.records(), device), programs, own, heads, shape, key)
+
+    def trial(shape: Tile) -> float:
+        launch = made(shape)
+        return autotune.milliseconds(lambda: run(launch))
+
+    shape = tile(variant, capability(device), keys)
+    if autotune.is_wanted(device):
+        kind, repeats = autotune.kind_of(variant, heads, keys), first and last
+        shape = autotune.tuned(kind, shape, autotune.forward_candidates(shape), trial if repeats else None, device)
+    return made(shape)
 
 
 def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:

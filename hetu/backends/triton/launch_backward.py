@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +12,7 @@ import torch
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
+from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
 from hetu.backends.triton.launch import capability, dropout_arguments, interned, key_position_on, keys_per_row
 from hetu.backends.triton.launcher import Constants, Launcher, on_device
@@ -47,12 +48,48 @@ def attend_backward(
         return
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
     call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], first, dropout is not None, grads)
+
+    def run(launch: _Launch) -> None:
+        _run(launch, q, k, v, table, state, dk, dv, softmax_scale, dropout, key_position)
+
     launch = table.memo.get(call)
     if launch is None:
-        launch = table.memo[call] = _prepared(spans, table, *call[1:])
+        launch = table.memo[call] = _prepared(run, spans, table, *call[1:])
     if named_rows(table) < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
+    run(launch)
+
+
+_backward = Launcher(backward_kernel)
+_row_dot = Launcher(row_dot_kernel)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """What a step's launches have in common, whoever's data they compute."""
+
+    records: torch.Tensor
+    programs: int
+    variant: BackwardVariant
+    heads: Heads
+    tiles: BackwardTiles
+    key: Hashable
+
+
+def _run(
+    launch: _Launch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: SegmentTable,
+    state: BackwardState,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    softmax_scale: float,
+    dropout: Dropout | None,
+    key_position: np.ndarray | None,
+) -> None:
     if launch.programs == 0:
         return
     strides = tuple(map(row_strides, (q, k, v, state.dout, state.dq, dk, dv)))
@@ -78,23 +115,8 @@ def attend_backward(
         )
 
 
-_backward = Launcher(backward_kernel)
-_row_dot = Launcher(row_dot_kernel)
-
-
-@dataclass(frozen=True, slots=True)
-class _Launch:
-    """What a step's launches have in common, whoever's data they compute."""
-
-    records: torch.Tensor
-    programs: int
-    variant: BackwardVariant
-    heads: Heads
-    tiles: BackwardTiles
-    key: Hashable
-
-
 def _prepared(
+    run: Callable[[_Launch], None],
     spans: QuerySpans,
     table: SegmentTable,
     device: torch.device,
@@ -108,12 +130,23 @@ def _prepared(
 ) -> _Launch:
     """Chooses the tiles, and puts the work list on the device."""
     heads, variant = Heads(num_q, num_kv), BackwardVariant(head_dim, dtype, first, False, dropout)
-    tiles = backward_tile(variant, capability(device), keys_per_row(spans, table))
-    work = backward_work(spans, table, tiles, heads, first)
-    variant = replace(variant, more=work.has_more)
-    programs = len(work.items) * num_q // heads.pack
-    key = interned((variant, heads, tiles, device, grads))
-    return _Launch(copied_to(work.records(), device), programs, variant, heads, tiles, key)
+    keys = keys_per_row(spans, table)
+
+    def made(tiles: BackwardTiles) -> _Launch:
+        work = backward_work(spans, table, tiles, heads, first)
+        own = replace(variant, more=work.has_more)
+        programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, tiles, device, grads))
+        return _Launch(copied_to(work.records(), device), programs, own, heads, tiles, key)
+
+    def trial(tiles: BackwardTiles) -> float:
+        launch = made(tiles)
+        return autotune.milliseconds(lambda: run(launch))
+
+    tiles = backward_tile(variant, capability(device), keys)
+    if autotune.is_wanted(device):
+        kind, candidates = autotune.kind_of(variant, heads, keys), autotune.backward_candidates(tiles)
+        tiles = autotune.tuned(kind, tiles, candidates, trial if first else None, device)
+    return made(tiles)
 
 
 def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:

@@ -1,0 +1,143 @@
+"""A search for the fastest tile on the device at hand: for ``HETU_AUTOTUNE=1``, kept on disk.
+
+The tiles of ``variants.py`` were measured on some devices. On another one, or with another version of Triton, a search
+may find faster ones: the first call of each kind then tries every candidate, which takes minutes, and writes the winner
+to ``$HETU_CACHE_DIR`` (or ``~/.cache/hetu``), where every later process finds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
+from functools import cache
+from itertools import chain, product
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources, PTXASError
+
+from hetu.backends.triton.variants import Heads, Tile, Variant
+from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
+
+AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
+
+REPEATS = 5
+"""Times that a candidate is launched; the fastest counts."""
+
+
+def is_wanted(device: torch.device) -> bool:
+    """Whether tiles are searched for on a device."""
+    return os.environ.get("HETU_AUTOTUNE") == "1" and device.type == "cuda"
+
+
+def tuned(
+    kind: str,
+    default: AnyTile,
+    candidates: Iterable[AnyTile],
+    trial: Callable[[AnyTile], float] | None,
+    device: torch.device,
+) -> AnyTile:
+    """The fastest tile of a kind of call: from the disk, or found by trying.
+
+    Args:
+        kind: What the choice is for; see :func:`kind_of`.
+        default: What is used where nothing is kept and nothing can be tried; it is tried too.
+        candidates: What else to try. Those that the device has no room for are passed over.
+        trial: Milliseconds of a call with a tile; None where a call can't be repeated, since it adds to what is there.
+        device: Where it runs.
+    """
+    path = cache_file(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    kept = _read(path).get(kind)
+    if kept is not None:
+        return _decoded(kept, default)
+    if trial is None:
+        return default
+    times: dict[AnyTile, float] = {}
+    for candidate in dict.fromkeys(chain([default], candidates)):
+        try:
+            times[candidate] = trial(candidate)
+        except (OutOfResources, PTXASError):
+            continue
+    best = min(times, key=times.__getitem__, default=default)
+    _write(path, kind, best)
+    return best
+
+
+def kind_of(variant: Variant | BackwardVariant, heads: Heads, keys_per_row: float) -> str:
+    """What one search is for. Steps of a longer attention take the tile of a whole one; lengths are of two classes."""
+    flags = [name for name in ("dropout", "scores") if getattr(variant, name, False)]
+    direction = "backward" if isinstance(variant, BackwardVariant) else "forward"
+    dtype = str(variant.dtype).removeprefix("torch.")
+    keys = "few" if keys_per_row < 512 else "many"
+    return " ".join([direction, f"{heads.num_q}:{heads.num_kv}:{variant.head_dim}", dtype, *flags, f"{keys} keys"])
+
+
+def milliseconds(call: Callable[[], None]) -> float:
+    """Time of a call on the device, the first of which compiles."""
+    call()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in events)
+
+
+def forward_candidates(default: Tile) -> Iterator[Tile]:
+    """Tiles of the forward around a default."""
+    for block_m, block_n, warps, stages in product((64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)):
+        yield replace(default, block_m=block_m, block_n=block_n, num_warps=warps, num_stages=stages, max_registers=None)
+
+
+def backward_candidates(default: BackwardTiles) -> Iterator[BackwardTiles]:
+    """Tiles of the backward around a default."""
+    keys_tiles, query_tiles = [(32, 64), (32, 128), (64, 64), (64, 128)], [(64, 32), (64, 64), (128, 32), (128, 64)]
+    for keys, queries, warps, stages in product(keys_tiles, query_tiles, (4, 8), (2, 3)):
+        tile = replace(default.keys, num_warps=warps, num_stages=stages, max_registers=None)
+        yield replace(
+            default,
+            keys=replace(tile, block_m=keys[0], block_n=keys[1]),
+            queries=replace(tile, block_m=queries[0], block_n=queries[1]),
+        )
+
+
+# What is kept
+
+
+@cache
+def cache_file(device: str) -> Path:
+    """Where the tiles of a device are kept, for this version of Triton."""
+    folder = os.environ.get("HETU_CACHE_DIR") or Path.home() / ".cache" / "hetu"
+    name = re.sub(r"\W+", "-", f"{device} triton {triton.__version__}").lower()
+    return Path(folder) / f"tiles-{name}.json"
+
+
+def _read(path: Path) -> dict[str, dict[str, object]]:
+    try:
+        kept: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return kept
+
+
+def _write(path: Path, kind: str, tile: Tile | BackwardTiles) -> None:
+    """Adds a tile to the file, which is whole at any moment: other processes read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**_read(path), kind: asdict(tile)}, indent=1)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+        file.write(text + "\n")
+    os.replace(file.name, path)
+
+
+def _decoded(kept: dict[str, object], like: AnyTile) -> AnyTile:
+    fields = dict(kept)
+    if isinstance(like, BackwardTiles):
+        fields["keys"], fields["queries"] = (Tile(**fields[name]) for name in ("keys", "queries"))  # type: ignore[arg-type]
+    return type(like)(**fields)  # type: ignore[arg-type]
