@@ -11,6 +11,7 @@ import torch
 
 from hetu import checkpoint, rng
 from hetu.backends import default_backend
+from hetu.backends.comm import LocalWorld, World
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lowering import (
     Executable,
@@ -21,6 +22,7 @@ from hetu.backends.lowering import (
     RandomInput,
     SizeInput,
     StepInput,
+    WorldInput,
     lower,
 )
 from hetu.binder import BoundPipeline
@@ -42,6 +44,7 @@ class Executor:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        self.world: World = LocalWorld()
         self.state = GraphState(graph, lambda: self.device(None))
         self._executables: LRU[Executable] = LRU(STRUCTURES)
         self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
@@ -68,7 +71,7 @@ class Executor:
         subgraph = planner.subgraph(step.wanted)
         batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
         ready = [planner.prepare(subgraph, feeds, symbols, strategy) for feeds, symbols in batches]
-        executables = [self._executable(subgraph, prepared.num_pipelines, place) for prepared, _ in ready]
+        executables = [self._own_executable(subgraph, prepared.num_pipelines, place) for prepared, _ in ready]
         step.prepare()
         random = [rng.take(subgraph.draws) for _ in ready]
         with _determinism(settings().deterministic):
@@ -85,17 +88,27 @@ class Executor:
             found = torch.device("cuda", torch.cuda.current_device())
         return found
 
+    def _own_executable(self, subgraph: Subgraph, num_pipelines: int, device: torch.device) -> Executable:
+        """What computes the pipelines that run in this process."""
+        return self._executable(subgraph, num_pipelines, self.world.pipelines(num_pipelines), device)
+
     def _executable(
-        self, subgraph: Subgraph, num_pipelines: int, device: torch.device, backend: str | None = None
+        self,
+        subgraph: Subgraph,
+        num_pipelines: int,
+        pipelines: Sequence[int],
+        device: torch.device,
+        backend: str | None = None,
     ) -> Executable:
-        backend = backend or default_backend(device)
+        backend, pipelines = backend or default_backend(device), tuple(pipelines)
         return self._executables.get(
-            (subgraph.fetches, len(subgraph.nodes), num_pipelines, device, backend),
+            (subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend),
             lambda: lower(
                 subgraph.nodes,
                 subgraph.fetches,
                 subgraph.replaced,
                 num_pipelines=num_pipelines,
+                pipelines=pipelines,
                 device=device,
                 backend=backend,
                 constants=self._constants,
@@ -117,7 +130,7 @@ class Executor:
         for (feeds, symbols), (main, _), draws in zip(batches, ready, random, strict=True):
             needed = {tensor: feeds[tensor] for tensor in before.feeds if tensor in feeds}
             prepared, read = self.graph.planner.prepare(before, needed, symbols, main.strategy, main.num_pipelines)
-            executable = self._executable(before, prepared.num_pipelines, device)
+            executable = self._own_executable(before, prepared.num_pipelines, device)
             flat = self._launch(prepared, read, executable, device, draws, {})
             for i, values in enumerate(flat):
                 for value in values:
@@ -156,10 +169,12 @@ class Executor:
                     return self.state.value(node).to(device)
                 case StepInput(node):
                     return step_values[node]
+                case WorldInput():
+                    return self.world
 
         with torch.no_grad():
             flat = executable.module.forward(*map(argument, executable.inputs))
-        count = prepared.num_pipelines
+        count = len(self.world.pipelines(prepared.num_pipelines))
         return [tuple(flat[i : i + count]) for i in range(0, len(flat), count)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -173,7 +188,7 @@ class Executor:
     def compute_on_host(self, tensor: Tensor, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
         """Computes on the CPU what planning needs and the graph makes: ``cu_seqlens`` from lengths, say."""
         cpu = torch.device("cpu")
-        executable = self._executable(self.graph.planner.subgraph(tensor), 1, cpu, "torch")
+        executable = self._executable(self.graph.planner.subgraph(tensor), 1, (0,), cpu, "torch")
         sizes = executable.sizes(*(bound.value(leaf) for leaf in executable.leaves))
         arguments = [
             to_device(arrays[item.tensor], item.tensor, cpu) if isinstance(item, FeedInput) else sizes[item.index]

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from hetu.backends.attention import Dropout, dropout_key, finish_softmax, new_state
-from hetu.backends.comm import LocalComm, follow, run_lock_step
+from hetu.backends.comm import World, follow, run_lock_step
 from hetu.backends.kernels import attention_kernel
 from hetu.backends.lowering import NodeLowering, lowering
 from hetu.dtypes import float64
@@ -144,23 +144,25 @@ def hetu_parallel_attn(
     plan: AttnPlan,
     random: Random,
     shapes: Sequence[tuple[int, int, int]],
+    world: World,
     **given: Any,
 ) -> list[tuple[torch.Tensor, ...]]:
-    """Runs ``parallel_attn`` on all pipelines of a strategy, in lock step.
+    """Runs ``parallel_attn`` on all pipelines that run here, in lock step.
 
     Args:
-        qkv: Each pipeline's shard.
-        plan: What each pipeline does.
+        qkv: The shard of each of them.
+        plan: What each pipeline of the strategy does.
         random: Seed and offset.
-        shapes: Each pipeline's (batch, seq_len, columns of p).
+        shapes: The (batch, seq_len, columns of p) of each that runs here.
+        world: Which these are, and the way to the others.
         **given: The fields of :class:`Options`.
 
     Returns:
-        Each pipeline's outputs.
+        The outputs of each that runs here.
     """
-    options = Options(**given)
-    comm = LocalComm()
-    calls = [PipelineCall(shard, plan, r, random, shapes[r], options) for r, shard in enumerate(qkv)]
+    options, comm = Options(**given), world.communicator()
+    own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
+    calls = [PipelineCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
     run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls])
     return [call.outputs() for call in calls]
 
@@ -215,12 +217,12 @@ class PipelineCall:
 
 def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
     node, shapes = cx.node, []
-    for r in range(cx.num_pipelines):
+    for r in cx.pipelines:
         batch, _, seq_len = cx.shape(1, pipeline=r)
         shapes.append((batch, seq_len, cx.shape(3, pipeline=r)[3] if len(node.outputs) > 3 else 0))
     options = asdict(Options.of(node, backend))
-    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, **options)
-    pipelines = [cx.item(results, r) for r in range(cx.num_pipelines)]
+    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, cx.world(), **options)
+    pipelines = [cx.item(results, i) for i in range(len(cx.pipelines))]
     return [tuple(cx.item(one, i) for i in range(len(node.outputs))) for one in pipelines]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.attention import BackwardState, attention_delta, compute_dtype
-from hetu.backends.comm import LocalComm, follow_backward, run_lock_step
+from hetu.backends.comm import World, follow_backward, run_lock_step
 from hetu.backends.kernels import backward_kernel, row_dot_kernel
 from hetu.backends.lower_attention import Options, as_heads, key_positions, register_attention, with_rows
 from hetu.backends.lowering import NodeLowering
@@ -95,25 +95,27 @@ def hetu_parallel_attn_grad(
     dout: Sequence[torch.Tensor],
     dlse: Sequence[torch.Tensor] | None,
     plan: AttnPlan,
+    world: World,
     **given: Any,
 ) -> list[torch.Tensor]:
-    """The gradients of all pipelines' qkv, in lock step.
+    """The gradients of qkv on all pipelines that run here, in lock step.
 
     Args:
-        qkv: Each pipeline's shard.
+        qkv: The shard of each of them.
         out: Its output of the forward.
         lse: Its log-sum-exps.
         rng_state: The forward's seed and offset.
         dout: The gradient of each output.
         dlse: The gradient of each lse, or None.
         plan: What each pipeline does: the backward of the forward's plan.
+        world: Which pipelines run here, and the way to the others.
         **given: The fields of :class:`Options`.
     """
-    options, comm, calls = Options(**given), LocalComm(), []
+    options, comm, calls = Options(**given), world.communicator(), []
     random = _random(rng_state[0])
-    for r in range(len(qkv)):
-        own_dlse = None if dlse is None else dlse[r]
-        calls.append(_PipelineBackward(qkv[r], out[r], lse[r], dout[r], own_dlse, plan, r, random, options))
+    for i, r in enumerate(world.pipelines(len(plan.pipelines))):
+        own_dlse = None if dlse is None else dlse[i]
+        calls.append(_PipelineBackward(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
     run_lock_step([follow_backward(call.plan, call.kv, call.dkv, comm, call.attend) for call in calls])
     return [call.gradient() for call in calls]
 
@@ -176,8 +178,9 @@ class _PipelineBackward:
 
 def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
     *tensors, _, _ = operands
-    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), **asdict(Options.of(cx.node, backend)))
-    return [(cx.item(grads, r),) for r in range(cx.num_pipelines)]
+    options = asdict(Options.of(cx.node, backend))
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), cx.world(), **options)
+    return [(cx.item(grads, i),) for i in range(len(cx.pipelines))]
 
 
 register_attention("attn_varlen_grad", _lower_varlen)

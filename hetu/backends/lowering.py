@@ -2,7 +2,9 @@
 
 A backend registers for an op a function that emits calls into an fx graph. All pipelines of a strategy
 are lowered into one module: a node becomes one call a pipeline, a node that spans the pipelines one
-call over all of them. Sizes are plain int inputs of the module, so lengths never cause a new one.
+call over all of them. Where other processes run the other pipelines, a module holds those that run here,
+and such a call reaches the rest through the world, which is an input too. Sizes are plain int inputs of
+the module, so lengths never cause a new one.
 """
 
 from __future__ import annotations
@@ -115,7 +117,12 @@ class StepInput:
     node: Node
 
 
-Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput
+@dataclass(frozen=True, slots=True)
+class WorldInput:
+    """A module input: the world, through which pipelines reach each other."""
+
+
+Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput | WorldInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +185,14 @@ class NodeLowering:
         node: The hetu node.
         pipeline: Whose call is emitted; None where the node spans the pipelines.
         num_pipelines: Of the strategy.
+        pipelines: Those that the module computes, in order.
         device: Where the module runs.
     """
 
     node: Node
     pipeline: int | None
     num_pipelines: int
+    pipelines: tuple[int, ...]
     device: torch.device
     builder: _Builder
 
@@ -232,6 +241,10 @@ class NodeLowering:
         suffix = "" if self.pipeline is None else f"_p{self.pipeline}"
         return self.builder.input(PlanInput(self.node, self.pipeline), f"{self.node.name}_plan{suffix}")
 
+    def world(self) -> fx.Node:
+        """The module input that brings the world."""
+        return self.builder.input(WorldInput(), "world")
+
     def random(self) -> fx.Node:
         """The module input that brings the node's ``(seed, offset)``."""
         return self.builder.input(RandomInput(self.node), f"{self.node.name}_rng")
@@ -243,17 +256,19 @@ def lower(
     replaced: Mapping[Tensor, Tensor],
     *,
     num_pipelines: int,
+    pipelines: Sequence[int],
     device: torch.device,
     backend: str,
     constants: dict[tuple[Node, torch.device], torch.Tensor],
 ) -> Executable:
-    """Lowers live nodes into one fx module over all pipelines.
+    """Lowers live nodes into one fx module over all pipelines that run in this process.
 
     Args:
         nodes: In computing order.
         fetches: What the module returns.
         replaced: Tensors to be read instead of others (common subexpressions).
         num_pipelines: Pipelines of the strategy.
+        pipelines: Those of them that the module computes, in order.
         device: Where it will run.
         backend: The wanted backend; nodes that it declines fall to torch.
         constants: Where constants on a device are kept from one module to the next.
@@ -264,7 +279,8 @@ def lower(
     builder = _Builder(device, constants)
     values: dict[Tensor, list[Any]] = {}
     for node in nodes:
-        _lower_node(node, builder, values, replaced, num_pipelines, find_lowering(node, backend, device))
+        chosen = find_lowering(node, backend, device)
+        _lower_node(node, builder, values, replaced, num_pipelines, tuple(pipelines), chosen)
     fetched = [replaced.get(tensor, tensor) for tensor in fetches]
     flat = [value for tensor in fetched for value in _to_give(tensor, values[tensor], builder)]
     builder.graph.output(tuple(flat))
@@ -294,21 +310,22 @@ def _lower_node(
     values: dict[Tensor, list[Any]],
     replaced: Mapping[Tensor, Tensor],
     num_pipelines: int,
+    pipelines: tuple[int, ...],
     chosen: Lowering,
 ) -> None:
     def operand(item: Any, cx: NodeLowering) -> Any:
         if isinstance(item, Tensor):
             shards = values[replaced.get(item, item)]
-            return shards if cx.pipeline is None else shards[cx.pipeline]
+            return shards if cx.pipeline is None else shards[pipelines.index(cx.pipeline)]
         return cx.size(item) if isinstance(item, IntSymbol) else item
 
     def emit(pipeline: int | None) -> Any:
-        cx = NodeLowering(node, pipeline, num_pipelines, builder.device, builder)
+        cx = NodeLowering(node, pipeline, num_pipelines, pipelines, builder.device, builder)
         return chosen.lower(cx, *(operand(item, cx) for item in node.inputs))
 
     if node.definition.spans_pipelines:
         results = emit(None)
     else:
-        results = [emit(pipeline) for pipeline in range(num_pipelines)]
+        results = [emit(pipeline) for pipeline in pipelines]
     for index, tensor in enumerate(node.outputs):
         values[tensor] = [item[index] if isinstance(item, (tuple, list)) else item for item in results]

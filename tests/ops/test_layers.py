@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 import hetu
-from hetu.backends.torch.collective import hetu_all_reduce
+from hetu.backends.comm import reduce_in_order
 from hetu.backends.torch.rotary import hetu_rotary, hetu_rotary_table
 from hetu.graph import registry
 
@@ -62,11 +62,11 @@ def test_all_reduce_and_its_gradient(op: str, count: int) -> None:
 
 def test_all_reduce_adds_half_precision_in_float32_and_in_order() -> None:
     values = [torch.tensor([v], dtype=torch.bfloat16) for v in (256.0, 1.0, 1.0)]
-    assert hetu_all_reduce(values, "sum").item() == 258  # bfloat16 would stay at 256
+    assert reduce_in_order(values, "sum").item() == 258  # bfloat16 would stay at 256
     big = [torch.tensor([v]) for v in (1e8, -1e8, 1.0)]
-    assert hetu_all_reduce(big, "sum").item() == 1
+    assert reduce_in_order(big, "sum").item() == 1
     halves = [torch.tensor([60000.0], dtype=torch.float16)] * 2
-    assert hetu_all_reduce(halves, "mean").item() == 60000  # whose sum float16 can't hold
+    assert reduce_in_order(halves, "mean").item() == 60000  # whose sum float16 can't hold
 
 
 def test_all_reduce_of_ints_and_of_one_pipeline() -> None:
@@ -76,7 +76,7 @@ def test_all_reduce_of_ints_and_of_one_pipeline() -> None:
     for got in g.run(y, {x: hetu.Shards([[1, 2], [3, 4], [5, 6]])}):
         assert got.dtype == torch.int8 and got.tolist() == [9, 12]
     one = torch.ones(2)
-    assert hetu_all_reduce([one], "mean") is one
+    assert reduce_in_order([one], "mean") is one
 
 
 def test_all_reduce_refuses_shapes_that_differ_before_anything_is_computed() -> None:

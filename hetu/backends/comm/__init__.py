@@ -2,13 +2,17 @@
 
 from hetu.backends.comm.interpreter import AttendBackwardStep, AttendStep, Communicator, follow, follow_backward
 from hetu.backends.comm.local import LocalComm, run_lock_step
+from hetu.backends.comm.world import LocalWorld, World, reduce_in_order
 
 __all__ = [
     "AttendBackwardStep",
     "AttendStep",
     "Communicator",
     "LocalComm",
+    "LocalWorld",
+    "World",
     "follow",
     "follow_backward",
+    "reduce_in_order",
     "run_lock_step",
 ]
