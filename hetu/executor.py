@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -200,12 +200,13 @@ class Executor:
         return result
 
 
-@contextmanager
-def _determinism(wanted: bool) -> Iterator[None]:
+def _determinism(wanted: bool) -> AbstractContextManager[Any]:
     """Torch's own choice of deterministic kernels, for as long as a run takes."""
-    if not wanted or torch.are_deterministic_algorithms_enabled():
-        yield
-        return
+    return nullcontext() if not wanted or torch.are_deterministic_algorithms_enabled() else _deterministic()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
     # cuBLAS gives the same bits with a fixed workspace only; it reads this when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -250,17 +250,26 @@ def new_state(
         columns: Last size of p before padding; None if the softmax is not asked for.
     """
     total, heads, head_dim = q.shape
-    assert int(spans.length.sum()) == total, "spans cover every row of q"
     high = compute_dtype(q.dtype)
     scores = None
     if columns is not None:
         scores = q.new_full((slots, heads, ceil_padded(rows), ceil_padded(columns)), -torch.inf, dtype=high)
+    # Every row writes its lse: only what lies between the sequences has to be filled.
+    has_gaps = _rows_with_lse(spans) < slots * rows
+    lse = (slots, heads, rows)
     return AttentionState(
         out=q.new_empty((total, heads, head_dim)),
-        lse=q.new_full((slots, heads, rows), -torch.inf, dtype=high),
+        lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else q.new_empty(lse, dtype=high),
         acc=None if single_step else q.new_empty((total, heads, head_dim), dtype=high),
         scores=scores,
     )
+
+
+def _rows_with_lse(spans: QuerySpans) -> int:
+    if "rows_with_lse" not in spans.memo:
+        spans.memo["rows_with_lse"] = int(spans.length[spans.slot >= 0].sum())
+    rows: int = spans.memo["rows_with_lse"]
+    return rows
 
 
 def finish_softmax(

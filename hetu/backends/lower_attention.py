@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +24,11 @@ from hetu.parallel.varlen import VarlenPlan
 Random = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What of an attention op's arguments its computation depends on, whatever the lengths."""
+class Options(NamedTuple):
+    """What of an attention op's arguments its computation depends on, whatever the lengths.
+
+    A named tuple, because those may stand in a module's code, and because a run makes one at each call.
+    """
 
     backend: str
     num_q: int
@@ -100,10 +101,9 @@ def hetu_attn_varlen(
     batch: int,
     max_seqlen_q: int,
     columns: int,
-    **given: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Runs ``attn_varlen`` on one pipeline; gives its four outputs. ``given`` are the fields of :class:`Options`."""
-    options = Options(**given)
+    options: Options,
+) -> tuple[torch.Tensor, ...]:
+    """Runs ``attn_varlen`` on one pipeline; gives its output, lse and, if asked for, p."""
     rank3 = [as_heads(x, options.head_dim) for x in (q, k, v)]
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
@@ -123,17 +123,28 @@ def hetu_attn_varlen(
         dropout=dropout,
         key_position=plan.key_position if options.needs_positions else None,
     )
-    p = finish_softmax(state, plan.spans, dropout, q.dtype) if options.return_softmax else q.new_empty(0)
-    return state.out.view(q.shape), state.lse, p, torch.tensor(random, dtype=torch.int64)
+    outputs = state.out.view(q.shape), state.lse
+    return (*outputs, finish_softmax(state, plan.spans, dropout, q.dtype)) if options.return_softmax else outputs
+
+
+def hetu_no_softmax(q: torch.Tensor) -> torch.Tensor:
+    """What stands for p where it was not asked for."""
+    return q.new_empty(0)
+
+
+def hetu_rng_state(random: Random) -> torch.Tensor:
+    """Seed and offset as a tensor; a call of its own, so that nothing is made where nobody fetches it."""
+    return torch.tensor(random, dtype=torch.int64)
 
 
 def _lower_varlen(backend: str, cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:
     lse, p = cx.node.outputs[1:3]
     columns = cx.size(p.symbolic_shape[3]) if cx.node.attrs["return_softmax"] else 0
     batch, max_q = cx.size(lse.symbolic_shape[0]), cx.size(lse.symbolic_shape[2])
-    options = asdict(Options.of(cx.node, backend))
-    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, **options)
-    return tuple(cx.item(outputs, i) for i in range(len(cx.node.outputs)))
+    options = Options.of(cx.node, backend)
+    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, options)
+    softmax = cx.item(outputs, 2) if options.return_softmax else cx.call(hetu_no_softmax, q)
+    return cx.item(outputs, 0), cx.item(outputs, 1), softmax, cx.call(hetu_rng_state, cx.random())
 
 
 # parallel_attn
@@ -144,8 +155,8 @@ def hetu_parallel_attn(
     plan: AttnPlan,
     random: Random,
     shapes: Sequence[tuple[int, int, int]],
+    options: Options,
     world: World,
-    **given: Any,
 ) -> list[tuple[torch.Tensor, ...]]:
     """Runs ``parallel_attn`` on all pipelines that run here, in lock step.
 
@@ -154,13 +165,13 @@ def hetu_parallel_attn(
         plan: What each pipeline of the strategy does.
         random: Seed and offset.
         shapes: The (batch, seq_len, columns of p) of each that runs here.
+        options: What of the op's arguments it depends on.
         world: Which these are, and the way to the others.
-        **given: The fields of :class:`Options`.
 
     Returns:
-        The outputs of each that runs here.
+        Output, lse and, if asked for, p of each that runs here.
     """
-    options, comm = Options(**given), world.communicator()
+    comm = world.communicator()
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
     calls = [PipelineCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
     run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls])
@@ -179,7 +190,7 @@ class PipelineCall:
         shape: tuple[int, int, int],
         options: Options,
     ) -> None:
-        self.options, self.random, self.layout, self.plan = options, random, plan.layout, plan.pipelines[pipeline]
+        self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
         queries = options.num_q * options.head_dim
         qkv = with_rows(qkv)
         self.q = qkv[:, :queries].view(len(qkv), options.num_q, options.head_dim)
@@ -207,9 +218,9 @@ class PipelineCall:
         )
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
-        """The op's outputs, after the last step."""
+        """Output, lse and, if asked for, p, after the last step."""
         state = self.state
-        outputs = (state.out.flatten(1), state.lse, torch.tensor(self.random, dtype=torch.int64))
+        outputs = (state.out.flatten(1), state.lse)
         if not self.options.return_softmax:
             return outputs
         return (*outputs, finish_softmax(state, self.plan.spans, self.dropout, self.q.dtype))
@@ -220,10 +231,11 @@ def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens:
     for r in cx.pipelines:
         batch, _, seq_len = cx.shape(1, pipeline=r)
         shapes.append((batch, seq_len, cx.shape(3, pipeline=r)[3] if len(node.outputs) > 3 else 0))
-    options = asdict(Options.of(node, backend))
-    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, cx.world(), **options)
+    options = Options.of(node, backend)
+    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, options, cx.world())
     pipelines = [cx.item(results, i) for i in range(len(cx.pipelines))]
-    return [tuple(cx.item(one, i) for i in range(len(node.outputs))) for one in pipelines]
+    values = [[cx.item(one, i) for i in range(len(node.outputs) - 1)] for one in pipelines]
+    return [(out, lse, cx.call(hetu_rng_state, cx.random()), *p) for out, lse, *p in values]
 
 
 def register_attention(op: str, lower: Callable[..., Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -47,10 +46,9 @@ def hetu_attn_varlen_grad(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     plan: VarlenPlan,
-    **given: Any,
+    options: Options,
 ) -> list[torch.Tensor]:
-    """The gradients of one pipeline's q, k and v. ``given`` are the fields of :class:`Options`."""
-    options = Options(**given)
+    """The gradients of one pipeline's q, k and v."""
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
     dropout = options.dropout(_random(rng_state), 0)
@@ -79,8 +77,7 @@ def _random(rng_state: torch.Tensor) -> tuple[int, int]:
 
 def _lower_varlen(backend: str, cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
     *tensors, _, _ = operands  # the cumulative lengths are in the plan
-    options = asdict(Options.of(cx.node, backend))
-    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), **options)
+    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), Options.of(cx.node, backend))
     return tuple(cx.item(grads, i) for i in range(3))
 
 
@@ -95,8 +92,8 @@ def hetu_parallel_attn_grad(
     dout: Sequence[torch.Tensor],
     dlse: Sequence[torch.Tensor] | None,
     plan: AttnPlan,
+    options: Options,
     world: World,
-    **given: Any,
 ) -> list[torch.Tensor]:
     """The gradients of qkv on all pipelines that run here, in lock step.
 
@@ -108,10 +105,10 @@ def hetu_parallel_attn_grad(
         dout: The gradient of each output.
         dlse: The gradient of each lse, or None.
         plan: What each pipeline does: the backward of the forward's plan.
+        options: What of the op's arguments it depends on.
         world: Which pipelines run here, and the way to the others.
-        **given: The fields of :class:`Options`.
     """
-    options, comm, calls = Options(**given), world.communicator(), []
+    comm, calls = world.communicator(), []
     random = _random(rng_state[0])
     for i, r in enumerate(world.pipelines(len(plan.pipelines))):
         own_dlse = None if dlse is None else dlse[i]
@@ -178,8 +175,7 @@ class _PipelineBackward:
 
 def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
     *tensors, _, _ = operands
-    options = asdict(Options.of(cx.node, backend))
-    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), cx.world(), **options)
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), Options.of(cx.node, backend), cx.world())
     return [(cx.item(grads, i),) for i in range(len(cx.pipelines))]
 
 
