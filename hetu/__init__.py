@@ -37,15 +37,22 @@ from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximu
 
 if TYPE_CHECKING:
     from hetu import functional as functional
+    from hetu.distributed import gather_shards, init_distributed, shutdown_distributed
 
 __version__ = "0.1.0"
 
 tensor = Tensor
 
 
+_DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards")
+"""Functions of a module that brings torch."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "functional":  # it brings torch
         return importlib.import_module("hetu.functional")
+    if name in _DISTRIBUTED:
+        return getattr(importlib.import_module("hetu.distributed"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -133,8 +140,10 @@ __all__ = [
     "float16",
     "float32",
     "float64",
+    "gather_shards",
     "gradients",
     "graph",
+    "init_distributed",
     "int8",
     "int16",
     "int32",
@@ -146,6 +155,7 @@ __all__ = [
     "optim",
     "require",
     "save",
+    "shutdown_distributed",
     "tensor",
     "uint8",
     *_ops,

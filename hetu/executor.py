@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from hetu import checkpoint, rng
+from hetu.agreement import Agreement, Asked
 from hetu.backends import default_backend
-from hetu.backends.comm import LocalWorld, World
+from hetu.backends.comm import World, current_world
+from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lowering import (
     Executable,
@@ -28,7 +32,8 @@ from hetu.backends.lowering import (
 from hetu.binder import BoundPipeline
 from hetu.cache import LRU, CacheStats
 from hetu.config import settings
-from hetu.feeds import FeedSet, split_micro_batches
+from hetu.errors import HetuError, caller
+from hetu.feeds import Feeds, FeedSet, Read, Symbols, read_feeds, split_micro_batches
 from hetu.graph import Graph, Node, Tensor
 from hetu.planner import STRUCTURES, Prepared
 from hetu.state import GraphState
@@ -44,7 +49,6 @@ class Executor:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.world: World = LocalWorld()
         self.state = GraphState(graph, lambda: self.device(None))
         self._executables: LRU[Executable] = LRU(STRUCTURES)
         self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
@@ -66,31 +70,81 @@ class Executor:
         run_level: str,
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
-        planner, place = self.graph.planner, self.device(device)
-        step = Step(fetches, run_level, self.state)
-        subgraph = planner.subgraph(step.wanted)
-        batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
-        ready = [planner.prepare(subgraph, feeds, symbols, strategy) for feeds, symbols in batches]
-        executables = [self._own_executable(subgraph, prepared.num_pipelines, place) for prepared, _ in ready]
-        step.prepare()
-        random = [rng.take(subgraph.draws) for _ in ready]
+        request = _Request(
+            fetches, feed_dict or {}, int_symbol_dict or {}, strategy, num_micro_batches, device, run_level
+        )
+        world = current_world()
+        if not isinstance(world, DistributedWorld):
+            begun = self._begin(world, request)
+            reads = [partial(read_feeds, begun.subgraph, feeds) for feeds, _ in begun.batches]
+            return self._compute(self._prepare(begun, reads))
+        with world.lock:
+            world.control.check()
+            return self._run_with_others(world, request)
+
+    def _run_with_others(self, world: DistributedWorld, request: _Request) -> Any:
+        """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
+        agreement, begun = Agreement(world), list[_Begun]()
+
+        def ask() -> Asked:
+            begun.append(self._begin(world, request))
+            return begun[0].asked(self.graph)
+
+        reads = agreement.hear(ask)
+        run = agreement.confirm(
+            lambda: self._prepare(begun[0], reads), lambda run: [prepared for prepared, _ in run.prepared]
+        )
+        with world.hanging_up():
+            return self._compute(run)
+
+    def _begin(self, world: World, request: _Request) -> _Begun:
+        """What can be said of a run without its feeds."""
+        step = Step(request.fetches, request.run_level, self.state, world)
+        subgraph = self.graph.planner.subgraph(step.wanted)
+        batches = split_micro_batches(request.feed_dict, request.int_symbol_dict, request.num_micro_batches)
+        return _Begun(world, request, step, subgraph, batches, self.device(request.device))
+
+    def _prepare(self, begun: _Begun, reads: Sequence[Read]) -> _Run:
+        """Binds, selects, plans and lowers every micro-batch."""
+        ready = []
+        for read, (_, symbols) in zip(reads, begun.batches, strict=True):
+            ready.append(self.graph.planner.prepare_read(begun.subgraph, read, symbols, begun.request.strategy))
+        executables = [self._own_executable(begun, begun.subgraph, prepared.num_pipelines) for prepared, _ in ready]
+        begun.step.prepare()
+        return _Run(begun, ready, executables)
+
+    def _compute(self, run: _Run) -> Any:
+        """Draws random numbers, launches every micro-batch, and ends the step."""
+        begun, subgraph = run.begun, run.begun.subgraph
+        random = [rng.take(subgraph.draws) for _ in run.prepared]
         with _determinism(settings().deterministic):
-            values = self._step_values(subgraph, batches, ready, random, place) if subgraph.step_wide else {}
-            for (prepared, feeds), executable, draws in zip(ready, executables, random, strict=True):
-                step.collect(self._launch(prepared, feeds, executable, place, draws, values))
-            return step.finish()
+            values = self._step_values(run, random) if subgraph.step_wide else {}
+            for (prepared, feeds), executable, draws in zip(run.prepared, run.executables, random, strict=True):
+                flat = self._launch(begun, prepared, feeds, executable, draws, values)
+                begun.step.collect(flat, prepared.num_pipelines, begun.place)
+            return begun.step.finish(begun.place)
 
     def device(self, device: str | None) -> torch.device:
         """Where a run that asks for ``device`` takes place."""
-        wanted = device or self.graph.device
+        wanted, own = device or self.graph.device, current_world().device
+        if wanted is None and own is not None:
+            return own
         found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:
             found = torch.device("cuda", torch.cuda.current_device())
+        if own is not None and found.type != own.type:
+            raise HetuError(
+                f"the graph runs on {found}, but the ranks of this run reach each other from {own} only",
+                op="run",
+                where=caller(),
+                fix="give init_distributed the backend of that device: nccl for cuda, gloo for cpu",
+            )
         return found
 
-    def _own_executable(self, subgraph: Subgraph, num_pipelines: int, device: torch.device) -> Executable:
-        """What computes the pipelines that run in this process."""
-        return self._executable(subgraph, num_pipelines, self.world.pipelines(num_pipelines), device)
+    def _own_executable(self, begun: _Begun, subgraph: Subgraph, num_pipelines: int) -> Executable | None:
+        """What computes the pipelines that run in this process; None if there are none."""
+        pipelines = begun.world.pipelines(num_pipelines)
+        return self._executable(subgraph, num_pipelines, pipelines, begun.place) if pipelines else None
 
     def _executable(
         self,
@@ -115,40 +169,36 @@ class Executor:
             ),
         )
 
-    def _step_values(
-        self,
-        subgraph: Subgraph,
-        batches: Sequence[tuple[Mapping[Tensor, Any], Mapping[IntSymbol, Any]]],
-        ready: Sequence[tuple[Prepared, FeedSet]],
-        random: Sequence[tuple[int, int]],
-        device: torch.device,
-    ) -> StepValues:
+    def _step_values(self, run: _Run, random: Sequence[tuple[int, int]]) -> StepValues:
         """What is summed over all pipelines and micro-batches before any of them is computed in full."""
-        inputs = [node.tensors[0] for node in subgraph.step_wide]
-        before = self.graph.planner.subgraph(inputs)
-        sums = [torch.zeros((), dtype=torch.int64, device=device) for _ in inputs]
-        for (feeds, symbols), (main, _), draws in zip(batches, ready, random, strict=True):
-            needed = {tensor: feeds[tensor] for tensor in before.feeds if tensor in feeds}
-            prepared, read = self.graph.planner.prepare(before, needed, symbols, main.strategy, main.num_pipelines)
-            executable = self._own_executable(before, prepared.num_pipelines, device)
-            flat = self._launch(prepared, read, executable, device, draws, {})
+        begun, nodes, planner = run.begun, run.begun.subgraph.step_wide, self.graph.planner
+        before = planner.subgraph([node.tensors[0] for node in nodes])
+        sums = [torch.zeros((), dtype=torch.int64, device=begun.place) for _ in nodes]
+        for (main, feeds), (_, symbols), draws in zip(run.prepared, begun.batches, random, strict=True):
+            part, count = feeds.restricted(before), main.num_pipelines
+            prepared, read = planner.prepare_read(before, lambda _, part=part: part, symbols, main.strategy, count)
+            executable = self._own_executable(begun, before, count)
+            flat = self._launch(begun, prepared, read, executable, draws, {})
             for i, values in enumerate(flat):
                 for value in values:
                     sums[i] += value.sum()
-        least = [node.attrs["least"] for node in subgraph.step_wide]
-        return {node: s.clamp(min=n) for node, s, n in zip(subgraph.step_wide, sums, least, strict=True)}
+        sums = begun.world.total(sums)
+        return {node: s.clamp(min=node.attrs["least"]) for node, s in zip(nodes, sums, strict=True)}
 
     def _launch(
         self,
+        begun: _Begun,
         prepared: Prepared,
         feeds: FeedSet,
-        executable: Executable,
-        device: torch.device,
+        executable: Executable | None,
         draws: tuple[int, int],
         step_values: StepValues,
     ) -> list[tuple[torch.Tensor, ...]]:
-        """Fills in the module's inputs and calls it; gives for each fetch one value a pipeline."""
-        seed, offset = draws
+        """Fills in the module's inputs and calls it; gives for each fetch one value a pipeline that runs here."""
+        world, device, (seed, offset) = begun.world, begun.place, draws
+        world.begin()
+        if executable is None:
+            return [() for _ in prepared.subgraph.fetches]
         sizes = prepared.memo.get(executable)
         if sizes is None:
             leaves = executable.leaves
@@ -170,11 +220,11 @@ class Executor:
                 case StepInput(node):
                     return step_values[node]
                 case WorldInput():
-                    return self.world
+                    return world
 
         with torch.no_grad():
             flat = executable.module.forward(*map(argument, executable.inputs))
-        count = len(self.world.pipelines(prepared.num_pipelines))
+        count = len(world.pipelines(prepared.num_pipelines))
         return [tuple(flat[i : i + count]) for i in range(0, len(flat), count)]
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,6 +253,50 @@ class Executor:
 def _determinism(wanted: bool) -> AbstractContextManager[Any]:
     """Torch's own choice of deterministic kernels, for as long as a run takes."""
     return nullcontext() if not wanted or torch.are_deterministic_algorithms_enabled() else _deterministic()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """The arguments of :meth:`hetu.Graph.run`."""
+
+    fetches: Tensor | Sequence[Tensor]
+    feed_dict: Mapping[Tensor, Any]
+    int_symbol_dict: Mapping[IntSymbol, Any]
+    strategy: int | str | None
+    num_micro_batches: int
+    device: str | None
+    run_level: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A run of which everything is known but the feeds."""
+
+    world: World
+    request: _Request
+    step: Step
+    subgraph: Subgraph
+    batches: Sequence[tuple[Feeds, Symbols]]
+    place: torch.device
+
+    def asked(self, graph: Graph) -> Asked:
+        """What the ranks have to agree on."""
+        others = {
+            "run_level": self.request.run_level,
+            "the kind of device": self.place.type,
+            "the backend": default_backend(self.place),
+            "hetu.config(deterministic=...)": settings().deterministic,
+        }
+        return Asked(graph, self.subgraph, self.batches, self.request.strategy, others)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A run that only has to be computed: for each micro-batch its plans, feeds and executable."""
+
+    begun: _Begun
+    prepared: Sequence[tuple[Prepared, FeedSet]]
+    executables: Sequence[Executable | None]
 
 
 @contextmanager

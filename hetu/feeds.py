@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,6 +18,8 @@ from hetu.symbols import IntSymbol
 
 Feeds = Mapping[Tensor, Any]
 Symbols = Mapping[IntSymbol, Any]
+Read = Callable[[int | None], "FeedSet"]
+"""Gives the feeds of a strategy of so many pipelines; None if no op says how many there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,14 @@ class FeedSet:
     @property
     def num_pipelines(self) -> int:
         return len(self.arrays)
+
+    def restricted(self, subgraph: Subgraph) -> FeedSet:
+        """What a part of the graph needs of these."""
+        kept = [i for i, tensor in enumerate(self.tensors) if tensor in subgraph.feeds + subgraph.witnesses]
+        tensors = tuple(self.tensors[i] for i in kept)
+        arrays = tuple({tensor: row[tensor] for tensor in tensors if tensor in row} for row in self.arrays)
+        shapes = tuple(tuple(row[i] for i in kept) for row in self.shapes)
+        return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
 
 
 def is_torch(value: Any) -> bool:
@@ -74,20 +84,7 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
         DTypeError: If an array's element type is not the placeholder's.
         StrategyError: If there are not as many shards as pipelines.
     """
-    for key in feed_dict:
-        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
-            raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
-    missing = [tensor for tensor in subgraph.feeds if tensor not in feed_dict]
-    if missing:
-        raise BindingError(
-            f"placeholder {missing[0].name} is not fed",
-            op="run",
-            where=missing[0].op.where,
-            fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
-        )
-    tensors = subgraph.feeds
-    if subgraph.witnesses:
-        tensors += tuple(tensor for tensor in subgraph.witnesses if tensor in feed_dict)
+    tensors = _fed(subgraph, feed_dict)
     values = [feed_dict[tensor] for tensor in tensors]
     sharded = [len(value) for value in values if isinstance(value, Shards)]
     count = declared or max(sharded, default=1)
@@ -98,6 +95,72 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
         arrays = tuple(dict(zip(tensors, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
     shapes = tuple(tuple(tuple(array.shape) for array in row.values()) for row in arrays)
     return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
+
+
+def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
+    """The placeholders that are fed and looked at, none of those missing that must be fed."""
+    check_keys(feed_dict)
+    missing = [tensor for tensor in subgraph.feeds if tensor not in feed_dict]
+    if missing:
+        raise BindingError(
+            f"placeholder {missing[0].name} is not fed",
+            op="run",
+            where=missing[0].op.where,
+            fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
+        )
+    if not subgraph.witnesses:
+        return subgraph.feeds
+    return subgraph.feeds + tuple(tensor for tensor in subgraph.witnesses if tensor in feed_dict)
+
+
+def check_keys(feed_dict: Feeds) -> None:
+    """Refuses what is no placeholder."""
+    for key in feed_dict:
+        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
+            raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
+
+
+def shard_count(feed_dict: Feeds) -> int | None:
+    """How many shards the values of a ``feed_dict`` have; None if none is sharded."""
+    counts = [len(value) for value in feed_dict.values() if isinstance(value, Shards)]
+    return max(counts, default=None)
+
+
+def read_own_feeds(
+    subgraph: Subgraph, feed_dict: Feeds, pipelines: Sequence[int], declared: int | None
+) -> tuple[tuple[Tensor, ...], dict[int, dict[Tensor, Any]]]:
+    """What a process feeds the pipelines that it runs, where others run the rest.
+
+    Args:
+        subgraph: What will be computed.
+        feed_dict: What the user fed: this process's own arrays, or shards of all pipelines.
+        pipelines: Those that run here.
+        declared: How many pipelines the strategy has; None if no op says.
+
+    Returns:
+        The placeholders, and each own pipeline's arrays.
+
+    Raises:
+        BindingError, DTypeError, StrategyError: As :func:`read_feeds`.
+    """
+    if not pipelines:
+        check_keys(feed_dict)
+        return (), {}
+    arrays: dict[int, dict[Tensor, Any]] = {r: {} for r in pipelines}
+    tensors = _fed(subgraph, feed_dict)
+    for tensor in tensors:
+        value = feed_dict[tensor]
+        if isinstance(value, Shards):
+            _check_shards(tensor, value, declared or len(value))
+        common = None if isinstance(value, Shards) else read_array(tensor, value)
+        for r in pipelines:
+            arrays[r][tensor] = read_array(tensor, value[r]) if common is None else common
+    return tensors, arrays
+
+
+def host_values(subgraph: Subgraph, arrays: Mapping[Tensor, Any]) -> dict[Tensor, NDArray[Any]]:
+    """What planning reads of a pipeline's arrays, on the host."""
+    return {tensor: np.ascontiguousarray(host_array(arrays[tensor])) for tensor in subgraph.host_feeds}
 
 
 def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[bytes]:
@@ -114,6 +177,11 @@ def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[b
 def _spread(tensor: Tensor, value: Any, count: int) -> list[Any]:
     if not isinstance(value, Shards):
         return [read_array(tensor, value)] * count
+    _check_shards(tensor, value, count)
+    return [read_array(tensor, item) for item in value]
+
+
+def _check_shards(tensor: Tensor, value: Shards, count: int) -> None:
     if len(value) != count:
         raise StrategyError(
             f"{tensor.name} was fed {len(value)} shards, but the strategy has {count} pipelines",
@@ -121,7 +189,6 @@ def _spread(tensor: Tensor, value: Any, count: int) -> list[Any]:
             where=caller(),
             fix="feed one array a pipeline: layout.scatter(x) of the same strategy makes them",
         )
-    return [read_array(tensor, item) for item in value]
 
 
 def read_array(tensor: Tensor, value: Any) -> Any:

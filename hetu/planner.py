@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NoReturn
 
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from hetu.binder import Binder, BoundPipeline
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import HetuError, StrategyError, caller
-from hetu.feeds import FeedSet, host_array, read_feeds
+from hetu.feeds import FeedSet, Read, host_array, read_feeds
 from hetu.graph import Graph, Node, Tensor
 from hetu.ops._layout_op import LayoutOp
 from hetu.ops._parallel_key import LayoutKey
@@ -94,11 +95,26 @@ class Planner:
         feed_dict: Mapping[Tensor, Any],
         symbols: Mapping[IntSymbol, int],
         strategy: int | str | None,
+    ) -> tuple[Prepared, FeedSet]:
+        """Selects, binds and plans a run that is fed in this process; see :meth:`prepare_read`."""
+        return self.prepare_read(subgraph, partial(read_feeds, subgraph, feed_dict), symbols, strategy)
+
+    def prepare_read(
+        self,
+        subgraph: Subgraph,
+        read: Read,
+        symbols: Mapping[IntSymbol, int],
+        strategy: int | str | None,
         num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects the strategy: by index, or the cheapest of those that can run at all; binds and plans it.
 
-        ``num_pipelines`` is for a part of a graph in which no op says how many the strategy has.
+        Args:
+            subgraph: What will be computed.
+            read: Gives the feeds.
+            symbols: ``int_symbol_dict``.
+            strategy: What the user asked for.
+            num_pipelines: For a part of a graph in which no op says how many the strategy has.
 
         Raises:
             StrategyError: If there is no such strategy, or none that can run (with each one's reason).
@@ -108,11 +124,11 @@ class Planner:
         if strategy is None and count == 1:
             strategy = 0
         if strategy not in (None, "auto"):
-            return self._prepare(subgraph, feed_dict, symbols, self._index(strategy), num_pipelines)
+            return self._prepare(subgraph, read, symbols, self.index(strategy), num_pipelines)
         feasible, reasons = [], []
         for index in range(count):
             try:
-                feasible.append(self._prepare(subgraph, feed_dict, symbols, index))
+                feasible.append(self._prepare(subgraph, read, symbols, index))
             except HetuError as error:
                 reasons.append(f"strategy {index}: {type(error).__name__}: {error.what}")
         if not feasible:
@@ -126,7 +142,8 @@ class Planner:
         hardware = Hardware.h100()
         return min(feasible, key=lambda item: item[0].predicted_time(hardware))
 
-    def _index(self, strategy: Any) -> int:
+    def index(self, strategy: Any) -> int:
+        """An index of a strategy, checked."""
         count = self.graph.num_strategy
         if isinstance(strategy, bool) or not isinstance(strategy, int) or not 0 <= strategy < count:
             raise StrategyError(
@@ -140,12 +157,12 @@ class Planner:
     def _prepare(
         self,
         subgraph: Subgraph,
-        feed_dict: Mapping[Tensor, Any],
+        read: Read,
         symbols: Mapping[IntSymbol, int],
         strategy: int,
         num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
-        feeds = read_feeds(subgraph, feed_dict, subgraph.num_pipelines(strategy) or num_pipelines)
+        feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
         binder = self.binders.get(
             (subgraph.fetches, strategy, feeds.num_pipelines, feeds.tensors, self._version),
             lambda: Binder(subgraph, strategy, feeds.num_pipelines, feeds.tensors),
@@ -184,7 +201,7 @@ class Planner:
         nodes = [node for node in nodes if name in (None, node.name)]
         if not nodes:
             _no_layout(f"the graph has no parallel_attn{f' named {name}' if name else ''}", "name one that it has")
-        index, values = self._index(strategy), dict(symbols or {})
+        index, values = self.index(strategy), dict(symbols or {})
         keys = [_layout_op(node).inspect(node, index, values, cu_seqlens, batch) for node in nodes]
         if len(set(keys)) > 1:
             names = ", ".join(node.name for node in nodes)

@@ -22,13 +22,14 @@ FLOORS = (
     ("planner",),
     ("backends",),
     ("executor", "functional"),
+    ("distributed",),
     ("__init__",),
 )
 FLOOR_OF = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 # Modules beside a room's own that are part of it.
 PART_OF = {
     **dict.fromkeys(("binder", "feeds", "subgraph"), "planner"),
-    **dict.fromkeys(("checkpoint", "state", "step"), "executor"),
+    **dict.fromkeys(("agreement", "checkpoint", "state", "step"), "executor"),
 }
 
 FRAMEWORKS = {"torch", "triton"}

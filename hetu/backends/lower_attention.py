@@ -171,10 +171,10 @@ def hetu_parallel_attn(
     Returns:
         Output, lse and, if asked for, p of each that runs here.
     """
-    comm = world.communicator()
+    comm = world.communicator(len(plan.pipelines))
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
     calls = [PipelineCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
-    run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls])
+    run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls], comm.stuck)
     return [call.outputs() for call in calls]
 
 

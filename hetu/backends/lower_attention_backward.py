@@ -108,12 +108,12 @@ def hetu_parallel_attn_grad(
         options: What of the op's arguments it depends on.
         world: Which pipelines run here, and the way to the others.
     """
-    comm, calls = world.communicator(), []
+    comm, calls = world.communicator(len(plan.pipelines)), []
     random = _random(rng_state[0])
     for i, r in enumerate(world.pipelines(len(plan.pipelines))):
         own_dlse = None if dlse is None else dlse[i]
         calls.append(_PipelineBackward(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
-    run_lock_step([follow_backward(call.plan, call.kv, call.dkv, comm, call.attend) for call in calls])
+    run_lock_step([follow_backward(call.plan, call.kv, call.dkv, comm, call.attend) for call in calls], comm.stuck)
     return [call.gradient() for call in calls]
 
 

@@ -35,6 +35,28 @@ class Lowering:
     declines: Declines | None
 
 
+class Deferred:
+    """A value that is on its way: what ends the waiting is emitted where somebody reads it first.
+
+    Args:
+        finish: Emits that.
+    """
+
+    def __init__(self, finish: Callable[[], fx.Node]) -> None:
+        self._finish = finish
+        self._value: fx.Node | None = None
+
+    def value(self) -> fx.Node:
+        """The finished value."""
+        if self._value is None:
+            self._value = self._finish()
+        return self._value
+
+
+def _read(value: Any) -> Any:
+    return value.value() if isinstance(value, Deferred) else value
+
+
 _lowerings: dict[str, list[Lowering]] = {}
 
 
@@ -43,7 +65,8 @@ def lowering(op: str, *, backend: str, declines: Declines | None = None) -> Call
 
     The function gets a :class:`NodeLowering` and the operands: fx nodes for tensors (for an op that spans the
     pipelines: a list of them, one a pipeline), numbers, and sizes. It returns an fx node, a tuple of them for
-    several outputs, or, where the op spans the pipelines, such a tuple a pipeline.
+    several outputs, or, where the op spans the pipelines, such a tuple a pipeline. A :class:`Deferred` stands for a
+    value that takes its time while other nodes are computed.
     """
 
     def add(fn: Lower) -> Lower:
@@ -278,11 +301,11 @@ def lower(
     """
     builder = _Builder(device, constants)
     values: dict[Tensor, list[Any]] = {}
-    for node in nodes:
+    for node in _with_early_starts(nodes, replaced):
         chosen = find_lowering(node, backend, device)
         _lower_node(node, builder, values, replaced, num_pipelines, tuple(pipelines), chosen)
     fetched = [replaced.get(tensor, tensor) for tensor in fetches]
-    flat = [value for tensor in fetched for value in _to_give(tensor, values[tensor], builder)]
+    flat = [value for tensor in fetched for value in _to_give(tensor, list(map(_read, values[tensor])), builder)]
     builder.graph.output(tuple(flat))
     builder.graph.eliminate_dead_code()  # outputs that nobody reads, and what only the whole step's values need
     for item, placeholder in list(builder.inputs.items()):
@@ -294,6 +317,16 @@ def lower(
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
     module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
     return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves))
+
+
+def _with_early_starts(nodes: Sequence[Node], replaced: Mapping[Tensor, Tensor]) -> list[Node]:
+    """The nodes in an order in which what overlaps with computation starts as soon as its operands are there."""
+    place: dict[Node, tuple[int, int]] = {}
+    for i, node in enumerate(nodes):
+        operands = [place[replaced.get(tensor, tensor).op] for tensor in node.tensors]
+        number, depth = max(operands, default=(i, 0))
+        place[node] = (number, depth + 1) if node.definition.overlaps else (i, 0)
+    return sorted(nodes, key=place.__getitem__)
 
 
 def _to_give(tensor: Tensor, shards: Sequence[fx.Node], builder: _Builder) -> Sequence[fx.Node]:
@@ -316,7 +349,7 @@ def _lower_node(
     def operand(item: Any, cx: NodeLowering) -> Any:
         if isinstance(item, Tensor):
             shards = values[replaced.get(item, item)]
-            return shards if cx.pipeline is None else shards[pipelines.index(cx.pipeline)]
+            return list(map(_read, shards)) if cx.pipeline is None else _read(shards[pipelines.index(cx.pipeline)])
         return cx.size(item) if isinstance(item, IntSymbol) else item
 
     def emit(pipeline: int | None) -> Any:

@@ -148,6 +148,7 @@ class OpDef:
         is_view: Whether the output may lie in its input's memory.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
+        overlaps: Whether it takes its time while others are computed, and so is started as early as can be.
         plan_name: Ops of one name share plans, for equal keys; None for the op's own name.
         is_step_wide: Whether its value is made of all pipelines and micro-batches of a run, before the rest is
             computed.
@@ -166,6 +167,7 @@ class OpDef:
     is_view: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
+    overlaps: ClassVar[bool] = False
     plan_name: ClassVar[str | None] = None
     is_step_wide: ClassVar[bool] = False
     is_public: ClassVar[bool] = True

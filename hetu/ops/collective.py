@@ -25,6 +25,7 @@ class AllReduce(OpDef):
     spans_pipelines = True
     is_view = True  # with one pipeline it is x itself
     has_plan = True
+    overlaps = True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x, op = tensor(call, 0, "x"), call.attrs["op"]

@@ -2,7 +2,7 @@
 
 from hetu.backends.comm.interpreter import AttendBackwardStep, AttendStep, Communicator, follow, follow_backward
 from hetu.backends.comm.local import LocalComm, run_lock_step
-from hetu.backends.comm.world import LocalWorld, World, reduce_in_order
+from hetu.backends.comm.world import LocalWorld, World, current_world, reduce_in_order, set_world
 
 __all__ = [
     "AttendBackwardStep",
@@ -11,8 +11,10 @@ __all__ = [
     "LocalComm",
     "LocalWorld",
     "World",
+    "current_world",
     "follow",
     "follow_backward",
     "reduce_in_order",
     "run_lock_step",
+    "set_world",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -34,7 +34,10 @@ class Communicator(Protocol):
         """Starts receiving into ``place``."""
 
     def done(self, pipeline: int, transfer: int) -> bool:
-        """Whether this pipeline's end of a transfer is done; a communicator of several processes blocks instead."""
+        """Whether this pipeline's end of a transfer is done; it may block instead, if that holds up no other."""
+
+    def stuck(self, pipelines: Sequence[int]) -> None:
+        """Called when all pipelines of this process wait: waits until one may go on, or refuses."""
 
 
 Buffers = Mapping[int, torch.Tensor]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
 
 import torch
 
@@ -46,9 +47,29 @@ class LocalComm:
         place.copy_(rows)
         return True
 
+    def stuck(self, pipelines: Sequence[int]) -> None:
+        """Nothing comes from elsewhere: they wait for each other.
 
-def run_lock_step(pipelines: Sequence[Iterator[bool]]) -> None:
+        Raises:
+            CommunicationError: Always.
+        """
+        refuse_deadlock(pipelines)
+
+
+def refuse_deadlock(pipelines: Sequence[int]) -> NoReturn:
+    """Says that pipelines wait for each other for ever."""
+    names = ", ".join(map(str, pipelines))
+    raise CommunicationError(f"pipelines {names} wait for each other", fix="verify the plan: plan.verify()")
+
+
+def run_lock_step(
+    pipelines: Sequence[Iterator[bool]], stuck: Callable[[Sequence[int]], None] = refuse_deadlock
+) -> None:
     """Runs coroutines of :func:`~hetu.backends.comm.interpreter.follow` in turns until all are done.
+
+    Args:
+        pipelines: The coroutines.
+        stuck: Called when all that are left have to wait: waits for something to come, or refuses.
 
     Raises:
         CommunicationError: If all that are left wait for each other.
@@ -62,5 +83,4 @@ def run_lock_step(pipelines: Sequence[Iterator[bool]]) -> None:
                 del waiting[number]
             got_on = got_on or state is not False
         if not got_on:
-            names = ", ".join(map(str, waiting))
-            raise CommunicationError(f"pipelines {names} wait for each other", fix="verify the plan: plan.verify()")
+            stuck(list(waiting))

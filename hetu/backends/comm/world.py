@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.local import LocalComm
+
+Spec = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
 
 
 class World(Protocol):
@@ -20,43 +23,109 @@ class World(Protocol):
     Attributes:
         rank: This process's number.
         size: How many processes there are.
+        device: Where graphs that name no device run; None for torch's choice.
+        is_distributed: Whether there are other processes.
     """
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device | None: ...
+
+    @property
+    def is_distributed(self) -> bool: ...
 
     def pipelines(self, count: int) -> Sequence[int]:
         """Which pipelines of a strategy of ``count`` run here, in order; none on a rank that is past the last."""
 
-    def communicator(self) -> Communicator:
-        """What carries the rows of one attention, forward or backward, of all pipelines that run here."""
+    def begin(self) -> None:
+        """A module is launched next, on every rank that has pipelines of it; all ranks say so."""
 
-    def all_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
-        """The sum or the mean over a strategy's pipelines, added in their order.
+    def communicator(self, count: int) -> Communicator:
+        """What carries the rows of one attention, forward or backward, of a strategy of ``count`` pipelines."""
+
+    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Any:
+        """Starts to add up, or average, a tensor over a strategy's pipelines, in their order.
 
         Args:
-            parts: The values of the pipelines that run here.
+            parts: The values of the pipelines that run here; they are not changed before the end.
             op: ``"sum"`` or ``"mean"``.
             count: Pipelines of the strategy.
+
+        Returns:
+            What :meth:`finish_reduce` takes.
         """
+
+    def finish_reduce(self, started: Any) -> torch.Tensor:
+        """The sum or the mean, the same on all pipelines."""
+
+    def gather(
+        self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> list[torch.Tensor]:
+        """Numbers of all pipelines, on every rank.
+
+        Args:
+            own: Tensors without dimensions: of each of several launches those of the pipelines that run here.
+            counts: Pipelines of each launch.
+            dtype: Of the tensors.
+            device: Where they lie.
+
+        Returns:
+            Those of all pipelines, launch after launch.
+        """
+
+    def share(
+        self, tensors: Sequence[torch.Tensor] | None, like: Sequence[Spec], count: int, device: torch.device
+    ) -> list[torch.Tensor]:
+        """Gives tensors that are the same on all pipelines to the ranks that have none; those give None."""
+
+    def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Sums of int64 tensors without dimensions over all ranks."""
 
 
 class LocalWorld:
     """One process that runs all pipelines, in lock step."""
 
-    rank, size = 0, 1
+    rank, size, device, is_distributed = 0, 1, None, False
 
     def pipelines(self, count: int) -> Sequence[int]:
         """All of them."""
         return range(count)
 
-    def communicator(self) -> Communicator:
+    def begin(self) -> None:
+        """Nobody else has to know."""
+
+    def communicator(self, count: int) -> Communicator:
         """A mailbox of its own for each attention."""
         return LocalComm()
 
-    def all_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
+    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
         """Adds them up."""
         return reduce_in_order(parts, op)
+
+    def finish_reduce(self, started: torch.Tensor) -> torch.Tensor:
+        """The sum."""
+        return started
+
+    def gather(
+        self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> list[torch.Tensor]:
+        """All pipelines run here."""
+        return list(own)
+
+    def share(
+        self, tensors: Sequence[torch.Tensor] | None, like: Sequence[Spec], count: int, device: torch.device
+    ) -> list[torch.Tensor]:
+        """There is no other rank."""
+        return list(tensors or ())
+
+    def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """There is no other rank."""
+        return list(numbers)
 
 
 def reduce_in_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
@@ -74,3 +143,17 @@ def reduce_in_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
     for part in parts[2:]:
         total.add_(part)
     return (total.div_(len(parts)) if op == "mean" else total).to(dtype)
+
+
+_world: World = LocalWorld()
+
+
+def current_world() -> World:
+    """The world of this process: that of ``hetu.init_distributed``, else one that runs all pipelines here."""
+    return _world
+
+
+def set_world(world: World) -> None:
+    """Replaces the world of this process."""
+    global _world
+    _world = world

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from hetu.backends.comm import World
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lowering import Deferred, NodeLowering, lowering
 
 
-def hetu_all_reduce(parts: Sequence[torch.Tensor], op: str, count: int, world: World) -> torch.Tensor:
-    """The sum or the mean of one tensor a pipeline, of which ``parts`` are those of this process."""
-    return world.all_reduce(parts, op, count)
+def hetu_start_reduce(parts: Sequence[torch.Tensor], op: str, count: int, world: World) -> Any:
+    """Starts a sum or a mean over a strategy's ``count`` pipelines; ``parts`` are the values of those that run here."""
+    return world.start_reduce(parts, op, count)
+
+
+def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
+    """Its result."""
+    return world.finish_reduce(started)
 
 
 @lowering("all_reduce", backend="torch")
-def _all_reduce(cx: NodeLowering, parts: Sequence[fx.Node]) -> list[fx.Node]:
+def _all_reduce(cx: NodeLowering, parts: Sequence[fx.Node]) -> list[Deferred]:
+    started = cx.call(hetu_start_reduce, parts, cx.node.attrs["op"], cx.num_pipelines, cx.world())
     # One tensor for all pipelines: no op writes to its operands.
-    reduced = cx.call(hetu_all_reduce, parts, cx.node.attrs["op"], cx.num_pipelines, cx.world())
-    return [reduced] * len(cx.pipelines)
+    return [Deferred(partial(cx.call, hetu_finish_reduce, started, cx.world()))] * len(cx.pipelines)

@@ -1,0 +1,197 @@
+"""The control plane: small messages between all ranks on the CPU, and saying who is missing when one fails.
+
+It has a process group of its own, so that nothing here meets keys and values on their way. Every exchange is numbered;
+ranks that are at different exchanges are an error and not a mix-up. When an exchange or a transfer fails, each rank
+writes why it stopped into the store that all of them reach, waits a moment for the others to do so, and names those who
+did not: they died, or never came.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from hetu.errors import CommunicationError, caller
+
+Store = Any
+"""``torch.distributed.Store``, which torch's types don't know."""
+
+FIRST_BYTES = 2048
+"""What a rank says is sent in one message up to this size, in two beyond it."""
+
+GRACE = 3.0
+"""Seconds in which the others may say why they stopped, too."""
+
+_HEAD = struct.Struct("<qq")
+
+
+class Control:
+    """The control plane of one rank.
+
+    Args:
+        store: Reached by all ranks; keys are this plane's own.
+        rank: This process's number.
+        size: How many processes there are.
+        timeout: Seconds that a rank waits for another.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.group: dist.ProcessGroup | None = None
+        self.number = 0
+        self.broken: str | None = None
+
+    def check(self) -> None:
+        """Refuses to go on once something failed.
+
+        Raises:
+            CommunicationError: If it did.
+        """
+        if self.broken is not None:
+            raise CommunicationError(
+                f"the ranks can't go on after an earlier failure: {self.broken}",
+                where=caller(),
+                fix="start all ranks again, from the last checkpoint",
+            )
+
+    def meet(self, what: str) -> None:
+        """Waits until all ranks are here; works before there is a process group.
+
+        Raises:
+            CommunicationError: If some don't come in time, naming them.
+        """
+        keys = [f"{what}/{rank}" for rank in range(self.size)]
+        try:
+            self.store.set(keys[self.rank], "here")
+            until = time.monotonic() + self.timeout
+            while not self.store.check(keys):
+                if time.monotonic() > until:
+                    missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
+                    self._refuse(f"{_ranks(missing)} did not come to {what} within {self.timeout:g} s")
+                time.sleep(0.02)
+        except RuntimeError as error:
+            self._refuse(f"the store of {what} can't be reached: {error}")
+
+    def exchange(self, payload: bytes, what: str) -> list[bytes]:
+        """What every rank says; all ranks have to call it.
+
+        Args:
+            payload: What this rank says.
+            what: What for, for the error: ``"run 7"``.
+
+        Raises:
+            CommunicationError: If a rank doesn't come in time, has died, or is at another exchange.
+        """
+        self.check()
+        self.number += 1
+        first = torch.zeros(_HEAD.size + FIRST_BYTES, dtype=torch.uint8)
+        self._fill(first, _HEAD.pack(self.number, len(payload)) + payload[:FIRST_BYTES])
+        said = [bytes(row.numpy()) for row in self._gather(first, what)]
+        numbers, lengths = zip(*(_HEAD.unpack_from(row) for row in said), strict=True)
+        if len(set(numbers)) > 1:
+            at = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
+            self.stop(f"ranks are at different exchanges: {at}")
+            self.check()
+        bodies = [row[_HEAD.size : _HEAD.size + length] for row, length in zip(said, lengths, strict=True)]
+        longest = max(lengths) - FIRST_BYTES
+        if longest > 0:
+            rest = torch.zeros(longest, dtype=torch.uint8)
+            self._fill(rest, payload[FIRST_BYTES:])
+            more = [bytes(row.numpy()) for row in self._gather(rest, what)]
+            bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
+        return bodies
+
+    @staticmethod
+    def _fill(place: torch.Tensor, data: bytes) -> None:
+        if data:
+            place[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def _gather(self, own: torch.Tensor, what: str) -> list[torch.Tensor]:
+        places = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            dist.all_gather(places, own, group=self.group)
+        except RuntimeError as error:
+            self.lost(f"waiting for all ranks to come to {what}", error)
+        except BaseException:  # Ctrl-C, say: the others wait for what will not come
+            self.stop(f"rank {self.rank} was interrupted at {what}")
+            raise
+        return places
+
+    def stop(self, why: str) -> None:
+        """Breaks this world: notes why for the others, and refuses whatever comes after."""
+        if self.broken is None:
+            self.broken = why
+            with suppress(RuntimeError):  # the store may be gone as well; whoever asks is told so
+                self.store.set(f"stopped/{self.rank}", why)
+
+    def lost(self, doing: str, error: BaseException, peers: Sequence[int] = ()) -> NoReturn:
+        """Turns a failure of the network into an error that names the ranks to blame.
+
+        Args:
+            doing: What this rank was doing.
+            error: What torch raised.
+            peers: Whom it was waiting for, if that is known.
+        """
+        self.stop(f"rank {self.rank} failed {doing}")
+        reasons, missing = self._reasons()
+        whom = f" for {_ranks(peers)}" if peers else ""
+        what = f"failed {doing}{whom}"
+        if missing:
+            what += f"; {_ranks(missing)} died, or did not come within {self.timeout:g} s"
+        self.broken = what
+        raise CommunicationError(
+            what,
+            where=caller(),
+            bound=[f"rank {rank}: {reason}" for rank, reason in reasons.items()] + [_first_line(error)],
+            fix="see the first error of the ranks that are named; then start all ranks again, from the last checkpoint",
+        ) from error
+
+    def _reasons(self) -> tuple[dict[int, str], list[int]]:
+        """Why the other ranks stopped, as far as they said so within the grace period, and who did not."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        until, reasons = time.monotonic() + min(GRACE, self.timeout), dict[int, str]()
+        try:
+            while len(reasons) < len(others) and time.monotonic() < until:
+                for rank in others:
+                    if rank not in reasons and self.store.check([f"stopped/{rank}"]):
+                        reasons[rank] = self.store.get(f"stopped/{rank}").decode()
+                time.sleep(0.02)
+        except RuntimeError:
+            reasons.setdefault(-1, "the process that holds the store is gone, mostly that of rank 0")
+        missing = [rank for rank in others if rank not in reasons]
+        return {rank: reason for rank, reason in reasons.items() if rank >= 0}, missing
+
+    def _refuse(self, what: str) -> NoReturn:
+        self.broken = what
+        raise CommunicationError(
+            what,
+            op="init_distributed",
+            where=caller(),
+            fix="see why these ranks did not start, or give a longer timeout",
+        )
+
+
+def seconds(timeout: float) -> timedelta:
+    """A timeout as torch takes it."""
+    return timedelta(seconds=timeout)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """``rank 2`` or ``ranks 2, 5``.
+
+    Example:
+        >>> _ranks([2]), _ranks([2, 5])
+        ('rank 2', 'ranks 2, 5')
+    """
+    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"torch: {str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__}"

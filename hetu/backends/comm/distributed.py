@@ -1,0 +1,286 @@
+"""Pipelines in several processes: the world over ``torch.distributed``, and the communicator of its attentions."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hetu.backends.comm.control import Control, seconds
+from hetu.backends.comm.interpreter import Communicator
+from hetu.backends.comm.local import LocalComm
+from hetu.backends.comm.reduce import Reducer, Started, reduce_over
+from hetu.backends.comm.world import Spec
+from hetu.parallel.plan import Receive, Send
+
+_TAGS = 2**31
+
+
+class DistributedWorld:
+    """This process and the others that torchrun started.
+
+    Pipeline r of a strategy runs on rank ``r % size``: on the rank of its number, as long as there are enough.
+
+    Attributes:
+        rank: This process's number.
+        size: How many processes there are.
+        device: The device of this process.
+        backend: ``"gloo"`` or ``"nccl"``.
+        control: The control plane.
+        agreed: What the ranks agreed on so far; see :mod:`hetu.agreement`.
+        lock: Held while a run takes place: runs of several threads would mix up their messages.
+    """
+
+    is_distributed = True
+
+    def __init__(self, control: Control, device: torch.device, backend: str) -> None:
+        self.rank, self.size, self.device, self.backend, self.control = (
+            control.rank,
+            control.size,
+            device,
+            backend,
+            control,
+        )
+        self.agreed: set[bytes] = set()
+        self.lock = threading.RLock()
+        self.launches = self.calls = 0
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._reducer = Reducer(self._reduce)
+        everyone = range(self.size)
+        control.group = dist.new_group(backend="gloo", timeout=seconds(control.timeout))
+        # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
+        # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
+        self.up = self._new_group(everyone)
+        self.down = self.up if backend == "gloo" else self._new_group(everyone)
+        self._groups[tuple(everyone)] = self._new_group(everyone)
+
+    def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        return dist.new_group(list(ranks), backend=self.backend, timeout=seconds(self.control.timeout))
+
+    def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        return self._groups[tuple(ranks)]
+
+    def prepare(self, count: int) -> None:
+        """Makes the process groups of strategies of ``count`` pipelines; all ranks call it, before they use one."""
+        for ranks in (self._active(count), self._with_idle(count)):
+            if tuple(ranks) not in self._groups and len(ranks) > 1:
+                self._groups[tuple(ranks)] = self._new_group(ranks)
+
+    def _active(self, count: int) -> range:
+        return range(min(count, self.size))
+
+    def _with_idle(self, count: int) -> list[int]:
+        """Rank 0 and those without a pipeline."""
+        return [0, *range(max(count, 1), self.size)]
+
+    def pipelines(self, count: int) -> Sequence[int]:
+        """Those whose number is this rank's, modulo the number of processes."""
+        return range(self.rank, count, self.size)
+
+    def begin(self) -> None:
+        """Messages of a launch are told from those of others, also by ranks that took no part in some."""
+        self.launches, self.calls = self.launches + 1, 0
+
+    def communicator(self, count: int) -> Communicator:
+        """One for each attention."""
+        self.calls += 1
+        return DistributedComm(self, len(self.pipelines(count)))
+
+    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
+        """Puts the tensor into a bucket, which travels once it is full."""
+        return parts[0] if count == 1 else self._reducer.start(parts, op, count)
+
+    def finish_reduce(self, started: Started | torch.Tensor) -> torch.Tensor:
+        """Waits for its bucket."""
+        if isinstance(started, torch.Tensor):
+            return started
+        try:
+            return self._reducer.finish(started)
+        except RuntimeError as error:
+            self.control.lost("adding up gradients", error)
+
+    def _reduce(self, own: torch.Tensor, op: str, count: int) -> torch.Tensor:
+        active = self._active(count)
+        return reduce_over(own, op, [range(rank, count, self.size) for rank in active], self._group(active))
+
+    def gather(
+        self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> list[torch.Tensor]:
+        """Every rank sends as many numbers as the one with the most has."""
+        held = [[len(range(rank, count, self.size)) for count in counts] for rank in range(self.size)]
+        sent = torch.zeros(max(map(sum, held)), dtype=dtype, device=device)
+        if own:
+            sent[: len(own)] = torch.stack(list(own))
+        received = [torch.empty_like(sent) for _ in held]
+        try:
+            dist.all_gather(received, sent, group=self._group(range(self.size)))
+        except RuntimeError as error:
+            self.control.lost("gathering losses", error)
+        queues = [iter(row) for row in received]
+        return [next(queues[r % self.size]) for count in counts for r in range(count)]
+
+    def share(
+        self, tensors: Sequence[torch.Tensor] | None, like: Sequence[Spec], count: int, device: torch.device
+    ) -> list[torch.Tensor]:
+        """Rank 0 sends them to the ranks past the last pipeline, those of a dtype together."""
+        ranks = self._with_idle(count)
+        if len(ranks) == 1 or self.rank not in ranks:
+            return list(tensors or ())
+        made = list(tensors) if tensors is not None else [torch.empty(s, dtype=t, device=device) for s, t in like]
+        for dtype in dict.fromkeys(x.dtype for x in made):
+            own = [x for x in made if x.dtype == dtype]
+            flat = torch.cat([x.reshape(-1) for x in own])
+            self._broadcast(flat, 0, self._group(ranks))
+            if tensors is None:
+                for x, values in zip(own, flat.split([x.numel() for x in own]), strict=True):
+                    x.copy_(values.view(x.shape))
+        return made
+
+    def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """An all-reduce: integers give the same sum in any order."""
+        summed = torch.stack(list(numbers))
+        try:
+            dist.all_reduce(summed, group=self._group(range(self.size)))
+        except RuntimeError as error:
+            self.control.lost("adding up what the step's batches count", error)
+        return list(summed)
+
+    def gather_values(self, own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors of any shapes, those of all pipelines in order, on every rank."""
+        with self.lock, self.hanging_up():
+            kinds = [(tuple(x.shape), x.dtype) for x in own]
+            said = [pickle.loads(body) for body in self.control.exchange(pickle.dumps(kinds), "gather_shards")]
+            found: dict[int, torch.Tensor] = {}
+            for rank, theirs in enumerate(said):
+                for i, (shape, dtype) in enumerate(theirs):
+                    is_own = rank == self.rank
+                    place = own[i].contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
+                    there = place.to(self.device)  # rng_state lies on the CPU
+                    self._broadcast(there, rank, self._group(range(self.size)))
+                    found[rank + i * self.size] = own[i] if is_own else there
+            return [found[r] for r in sorted(found)]
+
+    def _broadcast(self, x: torch.Tensor, source: int, group: Any) -> None:
+        if x.numel() == 0:
+            return
+        try:
+            dist.broadcast(x.view(-1).view(torch.uint8), source, group=group)
+        except RuntimeError as error:
+            self.control.lost("sharing tensors", error, [source])
+
+    @contextmanager
+    def hanging_up(self) -> Iterator[None]:
+        """Tells the others of an error that only this rank has, and hangs up so that they need not wait for long."""
+        try:
+            yield
+        except BaseException as error:
+            if self.control.broken is None:
+                self.control.stop(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            self._reducer.forget()
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Leaves all process groups that were made here."""
+        groups = {id(group): group for group in (self.control.group, self.up, self.down, *self._groups.values())}
+        for group in groups.values():
+            with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
+                dist.destroy_process_group(group)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _End:
+    """One end of a transfer that was started: torch's handle, the memory it needs, and who is at the other end."""
+
+    work: Any
+    memory: torch.Tensor
+    peer: int
+    doing: str
+    landed: Future[Any] | None = None
+
+
+class DistributedComm:
+    """Carries the rows of one attention between processes, and between pipelines of this process.
+
+    Where several pipelines run here, none may block while another can go on: threads wait in their place.
+
+    Args:
+        world: The processes.
+        pipelines: How many pipelines run here.
+    """
+
+    def __init__(self, world: DistributedWorld, pipelines: int) -> None:
+        self.world, self.pipelines, self.base = world, pipelines, world.launches * 4096 + world.calls
+        self._ends: dict[tuple[int, int], _End] = {}
+        self._local = LocalComm()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def send(self, pipeline: int, instruction: Send, rows: torch.Tensor) -> None:
+        """Starts sending packed rows."""
+        peer = instruction.peer % self.world.size
+        if peer == self.world.rank:
+            self._local.send(pipeline, instruction, rows)
+            return
+        group = self.world.up if peer > self.world.rank else self.world.down
+        self._start(pipeline, instruction, peer, rows, dist.isend, group, "sending rows to")
+
+    def receive(self, pipeline: int, instruction: Receive, place: torch.Tensor) -> None:
+        """Starts receiving into ``place``."""
+        peer = instruction.peer % self.world.size
+        if peer == self.world.rank:
+            self._local.receive(pipeline, instruction, place)
+            return
+        group = self.world.up if peer < self.world.rank else self.world.down
+        self._start(pipeline, instruction, peer, place, dist.irecv, group, "receiving rows from")
+
+    def _start(
+        self, pipeline: int, item: Send | Receive, peer: int, memory: torch.Tensor, start: Any, group: Any, doing: str
+    ) -> None:
+        # Both ends name a transfer alike; where two share a tag all the same, their order is the same at both ends.
+        tag = (self.base * 2**20 + item.transfer) % _TAGS
+        end = {"group_dst" if start is dist.isend else "group_src": peer}
+        try:
+            work = start(memory, group=group, tag=tag, **end)
+        except RuntimeError as error:
+            self.world.control.lost(doing, error, [peer])
+        self._ends[pipeline, item.transfer] = _End(work, memory, peer, doing, self._wait_aside(work))
+
+    def _wait_aside(self, work: Any) -> Future[Any] | None:
+        if self.pipelines <= 1 or self.world.backend != "gloo":
+            return None
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(256, thread_name_prefix="hetu-transfer")
+        return self._threads.submit(work.wait, seconds(self.world.control.timeout))
+
+    def done(self, pipeline: int, transfer: int) -> bool:
+        """Blocks until this end of the transfer is done, if no other pipeline of this process could go on meanwhile."""
+        end = self._ends.get((pipeline, transfer))
+        if end is None:
+            return self._local.done(pipeline, transfer)
+        if self.pipelines > 1 and not (end.landed.done() if end.landed else end.work.is_completed()):
+            return False
+        del self._ends[pipeline, transfer]
+        try:
+            if end.landed is not None:
+                end.landed.result()
+            elif self.world.backend == "gloo":
+                end.work.wait(seconds(self.world.control.timeout))
+            else:
+                end.work.wait()  # the stream waits, not the host
+        except RuntimeError as error:
+            self.world.control.lost(end.doing, error, [end.peer])
+        return True
+
+    def stuck(self, pipelines: Sequence[int]) -> None:
+        """Waits until a transfer of one of the pipelines is done, all of which wait."""
+        if not self._ends:
+            self._local.stuck(pipelines)
+        if aside := [end.landed for end in self._ends.values() if end.landed is not None]:
+            wait(aside, self.world.control.timeout, FIRST_COMPLETED)
