@@ -94,8 +94,6 @@ def _steps(plan: AttnPlan, part: PipelinePlan, timeline: Timeline) -> Iterator[E
     times = pairwise([0.0, *timeline.ends[part.pipeline]])
     for item, name, (start, end) in zip(part.instructions, step_names(part), times, strict=True):
         args, lane = step_args(item, part), COMPUTE
-        if isinstance(item, Wait) and start == end:
-            continue
         if isinstance(item, Attend):
             args["flops"] = attend_flops(plan, part, item)
         elif isinstance(item, (Send, Receive)):
@@ -103,7 +101,9 @@ def _steps(plan: AttnPlan, part: PipelinePlan, timeline: Timeline) -> Iterator[E
                 continue
             args["bytes"], lane = transfer_bytes(plan, item), link_lane(type(item), item.peer)
             start, end = timeline.transfers[item.transfer]
-        yield step_event(part.pipeline, lane, name, _nanoseconds(start), _nanoseconds(end), args)
+        event = step_event(part.pipeline, lane, name, _nanoseconds(start), _nanoseconds(end), args)
+        if event["dur"] or not isinstance(item, Wait):
+            yield event
 
 
 def _arrows(part: PipelinePlan, timeline: Timeline) -> Iterator[Event]:
