@@ -91,41 +91,50 @@ class Ticking:
 
 
 class Slow(LocalComm):
-    """A message is there ``travel`` µs after it was sent, and one end of it is looked for at a time: each blocks."""
+    """A message is there 20 µs after it was sent; to look whether it is takes 5 µs."""
 
-    def __init__(self, tick: Ticking, travel: int) -> None:
+    def __init__(self, tick: Ticking) -> None:
         super().__init__()
-        self.tick, self.travel, self.sent = tick, travel, dict[int, int]()
+        self.tick, self.arrival = tick, dict[int, int]()
 
     def send(self, pipeline: int, instruction: Send, rows: torch.Tensor) -> None:
         super().send(pipeline, instruction, rows)
-        self.sent[instruction.transfer] = self.tick.now
+        self.arrival[instruction.transfer] = self.tick.now + 20_000
 
     def done(self, pipeline: int, transfer: int) -> bool:
-        if transfer not in self.sent:
-            return False
-        self.tick.now = max(self.tick.now, self.sent[transfer] + 1000 * self.travel)
-        return super().done(pipeline, transfer)
+        self.tick(5)
+        return self.tick.now >= self.arrival[transfer] and super().done(pipeline, transfer)
 
 
 def test_times_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both send two rows, attend 5 µs to their own, and wait for the other's: one after the other in this process."""
+    """Both send two rows, attend to their own for 5 µs, wait for the other's, attend to it, and wait to have sent."""
     tick, plan = Ticking(monkeypatch), plan_of([2, 2])
     with hetu.trace() as t:
-        run(plan, lambda *_: tick(5), Slow(tick, travel=20))
-    timed = [
-        (e["pid"], lane_names(t.events)[e["pid"], e["tid"]], e["ts"], e["dur"], e["name"]) for e in steps(t.events)
-    ]
-    own, other = "attend buffer 0 (rows of {}): 1 segment, 4 pairs", "attend buffer 1 (rows of {}): 1 segment, 4 pairs"
-    # Pipeline 0 sends at 0 and attends until 5, pipeline 1 sends at 5 and attends until 10. Pipeline 0's turn comes
-    # again: what was sent at 5 is there at 25.
-    assert (0, "compute", 0.0, 5.0, own.format(0)) in timed
-    assert (1, "compute", 5.0, 5.0, own.format(1)) in timed
-    assert (0, "from 1", 0.0, 25.0, "receive 2 rows from 1 into buffer 1") in timed
-    assert (0, "compute", 5.0, 20.0, "wait for what comes from 1") in timed
-    assert (0, "compute", 25.0, 5.0, other.format(1)) in timed
-    (sent,) = [e for e in timed if e[:2] == (0, "to 1")]
-    assert sent[2] == 0.0 and sent[3] >= 20.0
+        run(plan, lambda *_: tick(5), Slow(tick))
+    lanes, timed = lane_names(t.events), dict[str, list[tuple[str, float, float]]]()
+    for e in steps(t.events):
+        span = e["name"].split(":")[0], e["ts"], e["ts"] + e["dur"]
+        timed.setdefault(f"{e['pid']} {lanes[e['pid'], e['tid']]}", []).append(span)
+    # They take turns. 0 sends at 0 and 1 at 5. At 15 0 looks in vain, at 20 1 finds what was sent to it and attends,
+    # at 30 0 does so, at 40 1 knows that its message has left, and at 45 0.
+    assert timed == {
+        "0 compute": [
+            ("attend buffer 0 (rows of 0)", 0.0, 5.0),
+            ("wait for what comes from 1", 5.0, 30.0),
+            ("attend buffer 1 (rows of 1)", 30.0, 35.0),
+            ("wait to have sent to 1", 35.0, 45.0),
+        ],
+        "0 to 1": [("send 2 rows (1 run) of buffer 0 to 1", 0.0, 45.0)],
+        "0 from 1": [("receive 2 rows from 1 into buffer 1", 0.0, 30.0)],
+        "1 compute": [
+            ("attend buffer 0 (rows of 1)", 5.0, 10.0),
+            ("wait for what comes from 0", 10.0, 20.0),
+            ("attend buffer 1 (rows of 0)", 20.0, 25.0),
+            ("wait to have sent to 0", 25.0, 40.0),
+        ],
+        "1 to 0": [("send 2 rows (1 run) of buffer 0 to 0", 5.0, 40.0)],
+        "1 from 0": [("receive 2 rows from 0 into buffer 1", 5.0, 20.0)],
+    }
 
 
 def test_processes_of_a_host_agree() -> None:

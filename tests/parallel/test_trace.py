@@ -168,12 +168,23 @@ def test_gradients_lead_to_where_they_are_added() -> None:
 
 
 def test_what_a_ring_only_passes_on_has_no_arrow() -> None:
-    """The third document is 0's and 2's: 1 passes on what comes from 0, and attends to nothing of it."""
-    cu = [np.array([[0, 0, 4], [0, 4, 4], [0, 0, 4]], np.int32)]
-    plan = build_plan(Layout.build([4] * 3, [0] * 3, cu_seqlens=cu), method="ring", is_causal=False, heads=HEADS)
-    received = [i for part in plan.pipelines for i in part.instructions if isinstance(i, Receive)]
-    passing = [i for i in plan.pipelines[1].instructions if isinstance(i, Receive)]
-    assert passing and len(arrows(plan)) == len(received) - len(passing)
+    """Documents of 0 and 2, and of 3 and 1. What 1 passes on to 2 lay where later is what 1 itself attends to."""
+    pieces = [[4, 0], [0, 4], [4, 0], [0, 4], [0, 0]]
+    cu = [np.cumsum([[0, *row] for row in pieces], axis=1)]
+    layout = Layout.build(np.sum(pieces, axis=1).tolist(), [0] * 5, cu_seqlens=cu)
+    plan = build_plan(layout, method="ring", is_causal=False, heads=HEADS)
+    landed = [i.buffer for i in plan.pipelines[1].instructions if isinstance(i, Receive)]
+    assert len(landed) > len(set(landed))
+    owners = sorted(reader[reader.index("(") : reader.index(":")] for _, _, reader in arrows(plan))
+    assert owners == ["(rows of 0)", "(rows of 1)", "(rows of 2)", "(rows of 3)"]
+
+
+def test_an_arrow_leads_to_the_first_that_reads() -> None:
+    plan = build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=HEADS)
+    instructions, at = find(plan, Attend, 1, 1)
+    twice = with_instructions(plan, 1, [*instructions, instructions[at]])
+    check_events(twice.trace()["traceEvents"])
+    assert len(arrows(twice)) == 1
 
 
 # Damaged plans
