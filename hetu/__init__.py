@@ -103,7 +103,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def trace() -> Recorder:
-    """Records what the attentions of the runs in a ``with`` block really do, as a Chrome trace.
+    """Records what every ``parallel_attn`` of the runs in a ``with`` block really does, as a Chrome trace.
 
     A pipeline is a process of the trace, with a lane for what it computes and one a link, as in ``plan.trace()``,
     which predicts it; steps have the same names. A transfer lasts from when it is started to when the pipeline that
