@@ -37,6 +37,7 @@ from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximu
 
 if TYPE_CHECKING:
     from hetu import functional as functional
+    from hetu.backends.comm.recorder import Recorder
     from hetu.distributed import gather_shards, init_distributed, shutdown_distributed
 
 __version__ = "0.1.0"
@@ -108,6 +109,43 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     return checkpoint.load(path)
 
 
+def trace() -> Recorder:
+    """Records what every ``parallel_attn`` of the runs in a ``with`` block really does, as a Chrome trace.
+
+    A pipeline is a process of the trace, with a lane for what it computes and one a link, as in ``plan.trace()``,
+    which predicts it; steps have the same names. A transfer lasts from when it is started to when the pipeline that
+    waits for it sees that it is done. Times are the host's, and those of the stream for tensors on a GPU. It records
+    its own thread; where blocks are nested the innermost records.
+
+    Traces of several processes are put together by concatenating their events: processes have their pipelines'
+    numbers, and times agree as far as the hosts' clocks do.
+
+    Returns:
+        A context manager with ``events``, filled when the block is left, and ``save(path)``.
+
+    Example:
+        >>> import hetu, numpy, os, tempfile
+        >>> rows = hetu.IntSymbol("rows")
+        >>> with hetu.graph("define_and_run", device="cpu") as g:
+        ...     qkv = hetu.placeholder(hetu.float32, [rows, 24], name="qkv")
+        ...     out, lse, rng = hetu.parallel_attn(qkv, 8, 1, [[2, 2]], [[0, 0]])
+        >>> with hetu.trace() as t:
+        ...     shards = g.run(out, {qkv: hetu.Shards([numpy.zeros((2, 24), numpy.float32)] * 2)})
+        >>> for event in t.events:
+        ...     if event["ph"] == "X" and event["pid"] == 1:
+        ...         print(event["name"])
+        receive 2 rows from 0 into buffer 1
+        attend buffer 0 (rows of 1): 1 segment, 3 pairs
+        wait for what comes from 0
+        attend buffer 1 (rows of 0): 1 segment, 4 pairs
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     t.save(os.path.join(folder, "trace.json"))
+    """
+    from hetu.backends.comm.recorder import Recorder
+
+    return Recorder()
+
+
 Graph.planner_factory = Planner
 Graph.executor_factory = _executor
 
@@ -157,6 +195,7 @@ __all__ = [
     "save",
     "shutdown_distributed",
     "tensor",
+    "trace",
     "uint8",
     *_ops,
 ]

@@ -1,4 +1,7 @@
-"""What a plan costs: FLOPs, bytes a link, memory, and the time that a simulation of its steps predicts."""
+"""What a plan costs: FLOPs, bytes a link, memory, and the time that a simulation of its steps predicts.
+
+There is one simulation, :func:`simulate`: :func:`predict` sums it up, and ``hetu/parallel/trace.py`` draws it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import heapq
 from dataclasses import dataclass
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, PipelinePlan, Receive, Send, Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,83 +62,114 @@ class Cost:
         return max(self.finish)
 
 
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When everything happens, in seconds from the plan's start.
+
+    Attributes:
+        ends: For each pipeline, when each of its instructions is done; each begins when the one before is done.
+        transfers: When a transfer is on its way, ``{number: (start, end)}``.
+        flops: FLOPs of each pipeline.
+    """
+
+    ends: tuple[list[float], ...]
+    transfers: dict[int, tuple[float, float]]
+    flops: tuple[int, ...]
+
+    @property
+    def finish(self) -> tuple[float, ...]:
+        """Second at which each pipeline is done."""
+        return tuple(ends[-1] if ends else 0.0 for ends in self.ends)
+
+
+def attend_flops(plan: AttnPlan, part: PipelinePlan, item: Attend) -> int:
+    """FLOPs of one step of a pipeline; see :attr:`Cost.flops`."""
+    return (10 if plan.is_backward else 4) * plan.heads.head_dim * plan.heads.num_q * item.table.pairs(part.spans)
+
+
+def transfer_bytes(plan: AttnPlan, item: Send | Receive) -> int:
+    """Bytes of the transfer that an instruction begins or ends."""
+    return item.rows * plan.heads.row_bytes(item.grads)
+
+
 def predict(plan: AttnPlan, hardware: Hardware) -> Cost:
     """See :meth:`hetu.parallel.plan.AttnPlan.cost`.
 
     Raises:
         PlanError: If the plan deadlocks.
     """
-    pipelines = range(len(plan.pipelines))
+    timeline = simulate(plan, hardware)
     links: dict[tuple[int, int], int] = {}
-    for r in pipelines:
-        for item in plan.pipelines[r].instructions:
+    for part in plan.pipelines:
+        for item in part.instructions:
             if isinstance(item, Send):
-                sent = item.rows * plan.heads.row_bytes(item.grads)
-                links[r, item.peer] = links.get((r, item.peer), 0) + sent
-    peak = tuple(plan.peak_bytes(r) for r in pipelines)
-    pair_flops = (10 if plan.is_backward else 4) * plan.heads.head_dim * plan.heads.num_q
-    return Cost(
-        flops=tuple(pair_flops * plan.pairs(r) for r in pipelines),
-        link_bytes=links,
-        peak_bytes=peak,
-        finish=_Clock(plan, hardware, pair_flops).run(),
-        fits=max(peak) <= hardware.memory_bytes,
-    )
+                link = part.pipeline, item.peer
+                links[link] = links.get(link, 0) + transfer_bytes(plan, item)
+    peak = tuple(plan.peak_bytes(r) for r in range(len(plan.pipelines)))
+    return Cost(timeline.flops, links, peak, timeline.finish, fits=max(peak) <= hardware.memory_bytes)
 
 
-class _Clock:
+def simulate(plan: AttnPlan, hardware: Hardware) -> Timeline:
     """Follows all pipelines in the order of their clocks.
 
     Computing and transfers overlap. A transfer starts when both its ends are posted and the sender's outgoing and the
     receiver's incoming link are free; links carry one transfer at a time.
-    """
 
-    def __init__(self, plan: AttnPlan, hardware: Hardware, pair_flops: int) -> None:
-        self.plan, self.hardware, self.pair_flops = plan, hardware, pair_flops
+    Raises:
+        PlanError: If the plan deadlocks.
+    """
+    return _Simulation(plan, hardware).run()
+
+
+class _Simulation:
+    """The state of :func:`simulate`."""
+
+    def __init__(self, plan: AttnPlan, hardware: Hardware) -> None:
+        self.plan, self.hardware = plan, hardware
         count = len(plan.pipelines)
-        self.next, self.finish = [0] * count, [0.0] * count
+        self.ends: tuple[list[float], ...] = tuple([] for _ in range(count))
+        self.flops = [0] * count
         self.out_free, self.in_free = [0.0] * count, [0.0] * count
         self.posted: set[int] = set()
-        self.landed: dict[int, float] = {}
+        self.transfers: dict[int, tuple[float, float]] = {}
         self.blocked: dict[int, list[tuple[float, int]]] = {}
         self.ready = [(0.0, r) for r in range(count)]
 
-    def run(self) -> tuple[float, ...]:
-        """Second at which each pipeline is done."""
+    def run(self) -> Timeline:
         # Always the earliest pipeline goes on, so that transfers are posted in the order of time.
         while self.ready:
             now, r = heapq.heappop(self.ready)
-            part = self.plan.pipelines[r]
-            if self.next[r] == len(part.instructions):
-                self.finish[r] = now
+            part, ends = self.plan.pipelines[r], self.ends[r]
+            if len(ends) == len(part.instructions):
                 continue
-            item = part.instructions[self.next[r]]
-            self.next[r] += 1
+            item = part.instructions[len(ends)]
             if isinstance(item, Attend):
-                now += self.pair_flops * item.table.pairs(part.spans) / self.hardware.flops
+                flops = attend_flops(self.plan, part, item)
+                self.flops[r] += flops
+                now += flops / self.hardware.flops
             elif isinstance(item, Wait):
-                if item.transfer not in self.landed:
+                if item.transfer not in self.transfers:
                     self.blocked.setdefault(item.transfer, []).append((now, r))
                     continue
-                now = max(now, self.landed[item.transfer])
+                now = max(now, self.transfers[item.transfer][1])
             elif not isinstance(item, Accumulate):
                 self._post(now, r, item)
+            ends.append(now)
             heapq.heappush(self.ready, (now, r))
         if self.blocked:
             what = f"pipelines wait for ever for transfers {sorted(self.blocked)}"
             raise PlanError(what, op="plan", fix="see plan.verify()")
-        return tuple(self.finish)
+        return Timeline(self.ends, self.transfers, tuple(self.flops))
 
     def _post(self, now: float, r: int, item: Send | Receive) -> None:
-        """Starts a transfer if this is its second end, and wakes who waits for it."""
+        """Starts a transfer if this is its second end, and lets those who wait for it look again."""
         if item.transfer not in self.posted:
             self.posted.add(item.transfer)
             return
         source, target = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
         start = max(now, self.out_free[source], self.in_free[target])
-        end = (
-            start + self.hardware.latency + item.rows * self.plan.heads.row_bytes(item.grads) / self.hardware.link_bytes
-        )
-        self.out_free[source] = self.in_free[target] = self.landed[item.transfer] = end
-        for since, waiting in self.blocked.pop(item.transfer, ()):
-            heapq.heappush(self.ready, (max(since, end), waiting))
+        end = start + self.hardware.latency + transfer_bytes(self.plan, item) / self.hardware.link_bytes
+        self.out_free[source] = self.in_free[target] = end
+        self.transfers[item.transfer] = start, end
+        for waiting in self.blocked.pop(item.transfer, ()):
+            heapq.heappush(self.ready, waiting)

@@ -346,6 +346,39 @@ class AttnPlan:
 
         return predict(self, hardware)
 
+    def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
+        """The timeline that :meth:`cost` predicts, as a trace for https://ui.perfetto.dev or chrome://tracing.
+
+        A pipeline is a process of the trace, with a lane for what it computes and one for each link; steps are named as
+        in ``print(plan)``. An arrow leads from each transfer to the step that needs it.
+
+        Args:
+            hardware: What to predict for; an H100 if None.
+
+        Returns:
+            A Chrome trace, to be written by ``json.dump``.
+
+        Raises:
+            PlanError: If the plan deadlocks.
+
+        Example:
+            >>> from hetu.parallel import Hardware, build_plan
+            >>> plan = build_plan(Layout.build([4, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+            >>> slow = Hardware(flops=256e6, link_bytes=128e6, latency=1e-6, memory_bytes=1e9)  # a pair takes 1 µs
+            >>> for event in plan.trace(slow)["traceEvents"]:
+            ...     if event["ph"] == "X":
+            ...         print(event["pid"], event["tid"], event["ts"], event["dur"], event["name"])
+            0 3 0.0 9.0 send 4 rows (1 run) of buffer 0 to 1
+            0 0 0.0 10.0 attend buffer 0 (rows of 0): 1 segment, 10 pairs
+            1 2 0.0 9.0 receive 4 rows from 0 into buffer 1
+            1 0 0.0 3.0 attend buffer 0 (rows of 1): 1 segment, 3 pairs
+            1 0 3.0 6.0 wait for what comes from 0
+            1 0 9.0 8.0 attend buffer 1 (rows of 0): 1 segment, 8 pairs
+        """
+        from hetu.parallel.trace import predicted_trace
+
+        return predicted_trace(self, hardware)
+
     def hash(self) -> str:
         """A digest of all that the plan says: equal on every machine for equal plans."""
         digest = hashlib.blake2b(digest_size=16)

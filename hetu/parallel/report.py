@@ -50,11 +50,21 @@ def _steps(part: PipelinePlan) -> list[str]:
     sizes = ", ".join(f"{size:,}" for size in part.buffers)
     landing = f", landing buffers of {', '.join(f'{size:,}' for size in part.landing)} rows" if part.landing else ""
     lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
-    ends = {item.transfer: item for item in part.instructions if isinstance(item, (Send, Receive))}
-    for item in part.instructions[:MAX_STEPS]:
-        lines.append(f"  {_step(item, ends, part)}")
+    ends = _ends(part)
+    lines += [f"  {_step(item, ends, part)}" for item in part.instructions[:MAX_STEPS]]
     hidden = len(part.instructions) - MAX_STEPS
     return lines + ([f"  ... {hidden} more"] if hidden > 0 else [])
+
+
+def step_names(part: PipelinePlan) -> list[str]:
+    """What traces call each of a pipeline's instructions: its line of ``print(plan)``."""
+    ends = _ends(part)
+    return [" ".join(_step(item, ends, part).split()) for item in part.instructions]
+
+
+def _ends(part: PipelinePlan) -> dict[int, Send | Receive]:
+    """What begins each transfer at this pipeline's end."""
+    return {item.transfer: item for item in part.instructions if isinstance(item, (Send, Receive))}
 
 
 def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from hetu.backends.attention import compute_dtype
+from hetu.backends.comm.recorder import watched
 from hetu.backends.transfer import copied_to
 from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Wait
 
@@ -55,9 +56,10 @@ def follow(plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: Att
     Yields:
         True when it comes to a wait, and then False as long as it has to wait there; ends when the plan is done.
     """
+    instructions, comm = watched(plan, comm, kv.device)
     buffers = _new_buffers(plan, kv)
     steps = [item for item in plan.instructions if isinstance(item, Attend)]
-    for item in plan.instructions:
+    for item in instructions:
         match item:
             case Attend(buffer=buffer):
                 attend(item, buffers[buffer], item is steps[0], item is steps[-1])
@@ -82,9 +84,10 @@ def follow_backward(
     Yields:
         As :func:`follow`.
     """
+    instructions, comm = watched(plan, comm, kv.device)
     buffers, grads = _new_buffers(plan, kv), _Gradients(plan, kv, dkv)
     last_reads, is_first = plan.last_reads(), True
-    for number, item in enumerate(plan.instructions):
+    for number, item in enumerate(instructions):
         match item:
             case Attend(buffer=buffer):
                 rows = item.rows if buffer else plan.rows
