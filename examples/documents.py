@@ -6,7 +6,8 @@ The graph is built once, with lengths that are symbols. From pack to pack the st
 is compared with one device. At the end a small pack goes through the Triton kernels: on a GPU if there is one, else
 in Triton's interpreter.
 
-Run it with ``make demo``, or ``python examples/documents.py --packs 4 --tokens 4096``.
+Run it with ``make demo``, or ``python examples/documents.py --packs 4 --tokens 4096``; in several processes, with the
+same numbers, by ``torchrun --nproc-per-node 3 examples/documents.py``.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def run(index: int, pack: list[np.ndarray]) -> tuple[torch.Tensor, AttnPlan]:
         cu_seqlens: hetu.Shards(cu[group] for group in strategy.groups),
     }
     result = g.run(attended, feeds, int_symbol_dict=symbols, strategy=index)
-    whole = layout.gather([result] if len(strategy.groups) == 1 else result)
+    whole = layout.gather(hetu.gather_shards(result))
     return whole if len(lists) == 1 else torch.cat(whole), plan
 
 
@@ -136,10 +137,12 @@ class Tally:
         self.difference = max(self.difference, difference)
 
 
-def run_packs(packs: list[list[np.ndarray]], order: list[int], label: str, **settings: str) -> list[Tally]:
+def run_packs(
+    packs: list[list[np.ndarray]], order: list[int], label: str, console: Console, **settings: str
+) -> list[Tally]:
     """Runs the ``i``-th pack under strategy ``order[i]`` and ``settings``; compares with one device without them."""
     tallies = [Tally(len(strategy.groups)) for strategy in STRATEGIES]
-    for pack, index in track(list(zip(packs, order, strict=True)), description=label):
+    for pack, index in track(list(zip(packs, order, strict=True)), description=label, console=console):
         one_device, _ = run(0, pack)
         with hetu.config(**settings):
             result, plan = run(index, pack)
@@ -167,22 +170,28 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=8, help="how many packs are run")
     parser.add_argument("--tokens", type=int, default=20_000, help="tokens that a pack may hold")
     arguments = parser.parse_args()
-    console, start = Console(), time.perf_counter()
+    world = hetu.init_distributed()
+    console, start = Console(quiet=world.rank > 0), time.perf_counter()
 
     files = read_files()
     documents = cut(files)
     packs = make_packs(documents, arguments.tokens, arguments.packs)
     lengths = [*map(len, files)]
-    print(f"{len(files):,} files of {min(lengths)} to {max(lengths):,} tokens, a median of {np.median(lengths):,.0f};")
-    print(f"cut into {len(documents):,} documents, of which {len(packs)} packs of up to {arguments.tokens:,} tokens\n")
-    print(g)
-    tallies = run_packs(packs, [i % len(STRATEGIES) for i in range(len(packs))], "packs")
+    if world.rank == 0:
+        print(
+            f"{len(files):,} files of {min(lengths)} to {max(lengths):,} tokens, a median of {np.median(lengths):,.0f};"
+        )
+        print(
+            f"cut into {len(documents):,} documents, of which {len(packs)} packs of up to {arguments.tokens:,} tokens\n"
+        )
+        print(g)
+    tallies = run_packs(packs, [i % len(STRATEGIES) for i in range(len(packs))], "packs", console)
     for strategy, tally in zip(STRATEGIES, tallies, strict=True):
         show(console, strategy, tally)
 
     # The same graph through the Triton kernels, with short documents: the interpreter takes its time.
     short = make_packs([document for document in documents if len(document) <= 160], 256, len(STRATEGIES))
-    triton = run_packs(short, list(range(len(STRATEGIES))), "Triton", backend="triton")
+    triton = run_packs(short, list(range(len(STRATEGIES))), "Triton", console, backend="triton")
 
     summary = Table("in all", "tokens", "pairs", "MB moved", "off by", "Triton off by", box=None, header_style="dim")
     summary.columns[0].no_wrap = True
@@ -194,11 +203,14 @@ def main() -> None:
     console.print("", summary, "\n[dim]off by: the largest difference from one device[/dim]")
     cache = g.executor.stats()["executables"]
     console.print(f"{cache.misses} executables were built for {cache.hits + cache.misses} runs", highlight=False)
-    console.print(f"{time.perf_counter() - start:.0f} s", highlight=False)
+    processes = f" in {world.size} processes" if world.is_distributed else ""
+    console.print(f"{time.perf_counter() - start:.0f} s{processes}", highlight=False)
 
     worst = max(tally.difference for tally in (*tallies, *triton))
     if not worst <= TOLERANCE:  # written so that NaN fails too
         raise SystemExit(f"a strategy differs from one device by {worst:.1e}, more than {TOLERANCE:.0e}")
+
+    hetu.shutdown_distributed()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ two, on three of unequal lengths, on four in two context groups. The loss goes o
     python examples/train_lm.py --checkpoint lm.safetensors           # saves there; --resume goes on from there
     python examples/train_lm.py --dtype bfloat16 --layers 4 --width 1024 --heads 16 --kv-heads 4 --head-dim 64 \
         --hidden 2816 --tokens 32768 --steps 500                      # on a GPU
+    torchrun --nproc-per-node 4 examples/train_lm.py                  # in four processes, with the same losses
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import hetu
 
 def main() -> None:
     arguments = parse()
-    console = Console()
+    world = hetu.init_distributed()
+    is_first = world.rank == 0  # the others compute the same losses, and keep quiet
+    console = Console(quiet=not is_first)
     hetu.manual_seed(arguments.seed)
     config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
     model = build(config, arguments.dtype, arguments.device)
@@ -63,13 +66,16 @@ def main() -> None:
             losses.append(run_step(model, train, index, batch))
             rate = sum(len(document) for pack in batch for document in pack) / (time.perf_counter() - began)
             bar.update(task, advance=1, loss=losses[-1], rate=rate, strategy=STRATEGIES[index].name)
-            if arguments.checkpoint and (step + 1) % arguments.save_every == 0:
+            if arguments.checkpoint and is_first and (step + 1) % arguments.save_every == 0:
                 save(model, losses, arguments.checkpoint)
-    if arguments.checkpoint:
+    if arguments.checkpoint and is_first:
         save(model, losses, arguments.checkpoint)
     report(console, losses, first, time.perf_counter() - start)
-    drawn = plot(losses, [order[step % len(order)] for step in range(len(losses))], arguments.plot)
-    console.print(f"loss curve in {arguments.plot}" if drawn else "no loss curve: install matplotlib", highlight=False)
+    if is_first:
+        drawn = plot(losses, [order[step % len(order)] for step in range(len(losses))], arguments.plot)
+        text = f"loss curve in {arguments.plot}" if drawn else "no loss curve: install matplotlib"
+        console.print(text, highlight=False)
+    hetu.shutdown_distributed()
 
 
 def run_step(model: Model, train: hetu.Tensor, index: int, batch: list[list[np.ndarray]]) -> float:
