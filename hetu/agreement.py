@@ -25,6 +25,7 @@ from hetu.backends.comm.distributed import DistributedWorld
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.feeds import Feeds, FeedSet, Read, Symbols, host_values, is_torch, read_own_feeds, shard_count
 from hetu.graph import Graph, Tensor
+from hetu.parallel import AttnPlan
 from hetu.planner import Prepared
 from hetu.subgraph import Subgraph
 
@@ -130,7 +131,8 @@ class Agreement:
         self._refuse_lost_feeds([one["feeds"] for one in everything])
         assert made is not None
         for item in prepared(made):
-            self.world.prepare(item.num_pipelines)
+            plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
+            self.world.prepare(item.num_pipelines, plans)
         if len(self.world.agreed) >= MOST_AGREED:
             self.world.agreed.clear()
         self.world.agreed.add(self.key)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.world import Spec
-from hetu.parallel.plan import Receive, Send
+from hetu.parallel.plan import AttnPlan, Receive, Send
 
 _TAGS = 2**31
 
@@ -52,6 +52,7 @@ class DistributedWorld:
         self.lock = threading.RLock()
         self.launches = self.calls = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._connected: set[tuple[int, int]] = set()
         self._reducer = Reducer(self._reduce)
         everyone = range(self.size)
         control.group = dist.new_group(backend="gloo", timeout=seconds(control.timeout))
@@ -62,16 +63,48 @@ class DistributedWorld:
         self._groups[tuple(everyone)] = self._new_group(everyone)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        return dist.new_group(list(ranks), backend=self.backend, timeout=seconds(self.control.timeout))
+        options = None
+        if self.backend == "nccl":  # messages get multiprocessors before the kernels that wait in line
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+        timeout = seconds(self.control.timeout)
+        return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         return self._groups[tuple(ranks)]
 
-    def prepare(self, count: int) -> None:
-        """Makes the process groups of strategies of ``count`` pipelines; all ranks call it, before they use one."""
-        for ranks in (self._active(count), self._with_idle(count)):
-            if tuple(ranks) not in self._groups and len(ranks) > 1:
-                self._groups[tuple(ranks)] = self._new_group(ranks)
+    def prepare(self, count: int, plans: Iterable[AttnPlan]) -> None:
+        """Makes the process groups of a strategy of ``count`` pipelines, and opens the connections that plans use.
+
+        All ranks call it, with plans of the same strategies in the same order, before they follow one.
+        """
+        try:
+            for ranks in (self._active(count), self._with_idle(count)):
+                if tuple(ranks) not in self._groups and len(ranks) > 1:
+                    self._groups[tuple(ranks)] = self._new_group(ranks)
+            if self.backend == "nccl":
+                self._connect({link for plan in plans for link in self._links(plan)})
+        except RuntimeError as error:
+            self.control.lost("connecting to the other ranks", error)
+
+    def _links(self, plan: AttnPlan) -> Iterator[tuple[int, int]]:
+        for part in plan.pipelines:
+            for item in part.instructions:
+                if isinstance(item, Send) and part.pipeline % self.size != item.peer % self.size:
+                    yield part.pipeline % self.size, item.peer % self.size
+
+    def _connect(self, links: set[tuple[int, int]]) -> None:
+        """Sends a byte over each link, in an order that all ranks share.
+
+        The first message between two ranks blocks both until NCCL has connected them. In the order of a plan rank 0
+        could so wait for 2, 2 for 1, and 1 for 0.
+        """
+        for source, target in sorted(links - self._connected, key=lambda link: (min(link), max(link), link)):
+            group, byte = self.up if target > source else self.down, torch.zeros(1, dtype=torch.uint8)
+            if self.rank == source:
+                dist.send(byte.to(self.device), group=group, group_dst=target)
+            elif self.rank == target:
+                dist.recv(byte.to(self.device), group=group, group_src=source)
+            self._connected.add((source, target))
 
     def _active(self, count: int) -> range:
         return range(min(count, self.size))
