@@ -214,7 +214,13 @@ def _forking() -> Any:
     """Starts the server that forks, without CUDA, which can't be used in a fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    settings = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    settings = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
