@@ -55,7 +55,7 @@ class DistributedWorld:
         self._connected: set[tuple[int, int]] = set()
         self._reducer = Reducer(self._reduce)
         everyone = range(self.size)
-        control.group = dist.new_group(backend="gloo", timeout=seconds(control.timeout))
+        control.group = dist.new_group(backend="gloo", timeout=seconds(control.patience))
         # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
         # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
         self.up = self._new_group(everyone)
@@ -66,7 +66,7 @@ class DistributedWorld:
         options = None
         if self.backend == "nccl":  # messages get multiprocessors before the kernels that wait in line
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        timeout = seconds(self.control.timeout)
+        timeout = seconds(self.control.patience)
         return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -206,7 +206,7 @@ class DistributedWorld:
         try:
             dist.broadcast(x.view(-1).view(torch.uint8), source, group=group)
         except RuntimeError as error:
-            self.control.lost("sharing tensors", error, [source])
+            self.control.lost("getting tensors from", error, [source])
 
     @contextmanager
     def hanging_up(self) -> Iterator[None]:
@@ -290,7 +290,7 @@ class DistributedComm:
             return None
         if self._threads is None:
             self._threads = ThreadPoolExecutor(256, thread_name_prefix="hetu-transfer")
-        return self._threads.submit(work.wait, seconds(self.world.control.timeout))
+        return self._threads.submit(work.wait, seconds(self.world.control.patience))
 
     def done(self, pipeline: int, transfer: int) -> bool:
         """Blocks until this end of the transfer is done, if no other pipeline of this process could go on meanwhile."""
@@ -304,7 +304,7 @@ class DistributedComm:
             if end.landed is not None:
                 end.landed.result()
             elif self.world.backend == "gloo":
-                end.work.wait(seconds(self.world.control.timeout))
+                end.work.wait(seconds(self.world.control.patience))
             else:
                 end.work.wait()  # the stream waits, not the host
         except RuntimeError as error:
@@ -316,4 +316,4 @@ class DistributedComm:
         if not self._ends:
             self._local.stuck(pipelines)
         if aside := [end.landed for end in self._ends.values() if end.landed is not None]:
-            wait(aside, self.world.control.timeout, FIRST_COMPLETED)
+            wait(aside, self.world.control.patience, FIRST_COMPLETED)
