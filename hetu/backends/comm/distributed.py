@@ -221,11 +221,13 @@ class DistributedWorld:
             raise
 
     def close(self) -> None:
-        """Leaves all process groups that were made here."""
+        """Leaves all process groups that were made here, without waiting for anybody."""
         groups = {id(group): group for group in (self.control.group, self.up, self.down, *self._groups.values())}
         for group in groups.values():
             with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
-                dist.destroy_process_group(group)
+                is_nccl = self.backend == "nccl" and group is not self.control.group
+                # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
+                dist.distributed_c10d._abort_process_group(group) if is_nccl else dist.destroy_process_group(group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
