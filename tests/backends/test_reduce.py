@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from devices import DEVICES
 
 import hetu
 from hetu.backends.comm import reduce_in_order
@@ -24,10 +25,14 @@ class Log:
         return reduce_in_order(list(own), op)
 
 
-def test_small_tensors_share_a_bucket_and_keep_their_shapes() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_small_tensors_share_a_bucket_and_keep_their_shapes(device: str) -> None:
     log = Log()
     reducer = Reducer(log)
-    parts = [[torch.randn(shape, dtype=torch.float64) for _ in range(3)] for shape in ((2, 3), (), (0, 4), (5,))]
+    parts = [
+        [torch.randn(shape, dtype=torch.float64, device=device) for _ in range(3)]
+        for shape in ((2, 3), (), (0, 4), (5,))
+    ]
     started = [reducer.start(own, "sum", 3) for own in parts]
     assert not log.asked
     sums = [reducer.finish(item) for item in started]
@@ -36,17 +41,18 @@ def test_small_tensors_share_a_bucket_and_keep_their_shapes() -> None:
         assert torch.equal(total, own[0] + own[1] + own[2])
 
 
-def test_a_full_bucket_leaves_before_anybody_waits() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_full_bucket_leaves_before_anybody_waits(device: str) -> None:
     log = Log()
     reducer = Reducer(log)
-    large = torch.ones(BUCKET_BYTES // 4 - 1)
+    large = torch.ones(BUCKET_BYTES // 4 - 1, device=device)
     first = reducer.start([large], "sum", 2)
     assert not log.asked
-    second = reducer.start([torch.ones(1)], "sum", 2)
-    third = reducer.start([torch.ones(2)], "sum", 2)
-    assert torch.equal(reducer.finish(second), torch.ones(1))
+    second = reducer.start([torch.ones(1, device=device)], "sum", 2)
+    third = reducer.start([torch.ones(2, device=device)], "sum", 2)
+    assert torch.equal(reducer.finish(second).cpu(), torch.ones(1))
     assert [shape[1] for shape, _, _ in log.asked] == [len(large) + 1]
-    assert torch.equal(reducer.finish(third), torch.ones(2))
+    assert torch.equal(reducer.finish(third).cpu(), torch.ones(2))
     assert len(reducer.finish(first)) == len(large)
 
 
