@@ -35,6 +35,7 @@ class DistributedWorld:
         backend: ``"gloo"`` or ``"nccl"``.
         control: The control plane.
         agreed: What the ranks agreed on so far; see :mod:`hetu.agreement`.
+        runs: How many runs were asked for.
         lock: Held while a run takes place: runs of several threads would mix up their messages.
     """
 
@@ -50,7 +51,7 @@ class DistributedWorld:
         )
         self.agreed: set[bytes] = set()
         self.lock = threading.RLock()
-        self.launches = self.calls = 0
+        self.runs = self.launches = self.calls = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connected: set[tuple[int, int]] = set()
         self._reducer = Reducer(self._reduce)
@@ -152,8 +153,9 @@ class DistributedWorld:
         if own:
             sent[: len(own)] = torch.stack(list(own))
         received = [torch.empty_like(sent) for _ in held]
-        try:
-            dist.all_gather(received, sent, group=self._group(range(self.size)))
+        try:  # as bytes, for gloo doesn't know all types
+            places = [x.view(torch.uint8) for x in received]
+            dist.all_gather(places, sent.view(torch.uint8), group=self._group(range(self.size)))
         except RuntimeError as error:
             self.control.lost("gathering losses", error)
         queues = [iter(row) for row in received]
