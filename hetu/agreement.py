@@ -58,7 +58,8 @@ class Agreement:
     """One run's agreement between all ranks."""
 
     def __init__(self, world: DistributedWorld) -> None:
-        self.world, self.name = world, f"run {world.control.number + 1}"
+        world.runs += 1
+        self.world, self.name = world, f"run {world.runs}"
         self.key = b""
         self.asked: Asked | None = None
 

@@ -57,8 +57,10 @@ def caller() -> Where:
 
 def _is_ours(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    # The methods that dataclasses write have no file; their globals say whose they are.
-    return name.startswith(_PACKAGE_DIR) or (name == "<string>" and frame.f_globals.get("__name__", "")[:5] == "hetu.")
+    # The methods that dataclasses write have no file; their globals say whose they are. A lowered module is ours.
+    return name.startswith((_PACKAGE_DIR, "<eval_with_key>")) or (
+        name == "<string>" and frame.f_globals.get("__name__", "")[:5] == "hetu."
+    )
 
 
 class HetuError(Exception):

@@ -27,7 +27,7 @@ FIRST_BYTES = 2048
 """What a rank says is sent in one message up to this size, in two beyond it."""
 
 GRACE = 3.0
-"""Seconds in which the others may say why they stopped, too."""
+"""Seconds of the timeout in which the others may say why they stopped, too; at most a quarter of it."""
 
 _HEAD = struct.Struct("<qq")
 
@@ -39,11 +39,17 @@ class Control:
         store: Reached by all ranks; keys are this plane's own.
         rank: This process's number.
         size: How many processes there are.
-        timeout: Seconds that a rank waits for another.
+        timeout: Seconds that a rank waits for another, until it raises the error.
+
+    Attributes:
+        grace: The part of it in which ranks tell each other why they stopped.
+        patience: The part of it before that.
     """
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.grace = min(GRACE, timeout / 4)
+        self.patience = timeout - self.grace
         self.group: dist.ProcessGroup | None = None
         self.number = 0
         self.broken: str | None = None
@@ -67,14 +73,19 @@ class Control:
         Raises:
             CommunicationError: If some don't come in time, naming them.
         """
-        keys = [f"{what}/{rank}" for rank in range(self.size)]
+        keys, verdict = [f"{what}/{rank}" for rank in range(self.size)], f"{what}/given up"
+        until = time.monotonic() + self.patience
         try:
             self.store.set(keys[self.rank], "here")
-            until = time.monotonic() + self.timeout
             while not self.store.check(keys):
+                if self.store.check([verdict]):
+                    self._refuse(self.store.get(verdict).decode())
                 if time.monotonic() > until:
                     missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                    self._refuse(f"{_ranks(missing)} did not come to {what} within {self.timeout:g} s")
+                    what = f"{_ranks(missing)} did not come to {what} within {self.timeout:g} s"
+                    self.store.set(verdict, what)
+                    time.sleep(self.grace)  # the store ends with this process, if it is the one that holds it
+                    self._refuse(what)
                 time.sleep(0.02)
         except RuntimeError as error:
             self._refuse(f"the store of {what} can't be reached: {error}")
@@ -135,14 +146,13 @@ class Control:
         """Turns a failure of the network into an error that names the ranks to blame.
 
         Args:
-            doing: What this rank was doing.
+            doing: What this rank was doing, to be followed by the peers: ``"sending rows to"``.
             error: What torch raised.
             peers: Whom it was waiting for, if that is known.
         """
-        self.stop(f"rank {self.rank} failed {doing}")
+        what = " ".join(["failed", doing, *([_ranks(peers)] if peers else [])])
+        self.stop(what)
         reasons, missing = self._reasons()
-        whom = f" for {_ranks(peers)}" if peers else ""
-        what = f"failed {doing}{whom}"
         if missing:
             what += f"; {_ranks(missing)} died, or did not come within {self.timeout:g} s"
         self.broken = what
@@ -156,7 +166,7 @@ class Control:
     def _reasons(self) -> tuple[dict[int, str], list[int]]:
         """Why the other ranks stopped, as far as they said so within the grace period, and who did not."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        until, reasons = time.monotonic() + min(GRACE, self.timeout), dict[int, str]()
+        until, reasons = time.monotonic() + self.grace, dict[int, str]()
         try:
             while len(reasons) < len(others) and time.monotonic() < until:
                 for rank in others:

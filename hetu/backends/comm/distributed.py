@@ -35,6 +35,7 @@ class DistributedWorld:
         backend: ``"gloo"`` or ``"nccl"``.
         control: The control plane.
         agreed: What the ranks agreed on so far; see :mod:`hetu.agreement`.
+        runs: How many runs were asked for.
         lock: Held while a run takes place: runs of several threads would mix up their messages.
     """
 
@@ -50,12 +51,12 @@ class DistributedWorld:
         )
         self.agreed: set[bytes] = set()
         self.lock = threading.RLock()
-        self.launches = self.calls = 0
+        self.runs = self.launches = self.calls = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connected: set[tuple[int, int]] = set()
         self._reducer = Reducer(self._reduce)
         everyone = range(self.size)
-        control.group = dist.new_group(backend="gloo", timeout=seconds(control.timeout))
+        control.group = dist.new_group(backend="gloo", timeout=seconds(control.patience))
         # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
         # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
         self.up = self._new_group(everyone)
@@ -66,7 +67,7 @@ class DistributedWorld:
         options = None
         if self.backend == "nccl":  # messages get multiprocessors before the kernels that wait in line
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        timeout = seconds(self.control.timeout)
+        timeout = seconds(self.control.patience)
         return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -152,8 +153,9 @@ class DistributedWorld:
         if own:
             sent[: len(own)] = torch.stack(list(own))
         received = [torch.empty_like(sent) for _ in held]
-        try:
-            dist.all_gather(received, sent, group=self._group(range(self.size)))
+        try:  # as bytes, for gloo doesn't know all types
+            places = [x.view(torch.uint8) for x in received]
+            dist.all_gather(places, sent.view(torch.uint8), group=self._group(range(self.size)))
         except RuntimeError as error:
             self.control.lost("gathering losses", error)
         queues = [iter(row) for row in received]
@@ -206,7 +208,7 @@ class DistributedWorld:
         try:
             dist.broadcast(x.view(-1).view(torch.uint8), source, group=group)
         except RuntimeError as error:
-            self.control.lost("sharing tensors", error, [source])
+            self.control.lost("getting tensors from", error, [source])
 
     @contextmanager
     def hanging_up(self) -> Iterator[None]:
@@ -221,11 +223,13 @@ class DistributedWorld:
             raise
 
     def close(self) -> None:
-        """Leaves all process groups that were made here."""
+        """Leaves all process groups that were made here, without waiting for anybody."""
         groups = {id(group): group for group in (self.control.group, self.up, self.down, *self._groups.values())}
         for group in groups.values():
             with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
-                dist.destroy_process_group(group)
+                is_nccl = self.backend == "nccl" and group is not self.control.group
+                # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
+                dist.distributed_c10d._abort_process_group(group) if is_nccl else dist.destroy_process_group(group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -290,7 +294,7 @@ class DistributedComm:
             return None
         if self._threads is None:
             self._threads = ThreadPoolExecutor(256, thread_name_prefix="hetu-transfer")
-        return self._threads.submit(work.wait, seconds(self.world.control.timeout))
+        return self._threads.submit(work.wait, seconds(self.world.control.patience))
 
     def done(self, pipeline: int, transfer: int) -> bool:
         """Blocks until this end of the transfer is done, if no other pipeline of this process could go on meanwhile."""
@@ -304,7 +308,7 @@ class DistributedComm:
             if end.landed is not None:
                 end.landed.result()
             elif self.world.backend == "gloo":
-                end.work.wait(seconds(self.world.control.timeout))
+                end.work.wait(seconds(self.world.control.patience))
             else:
                 end.work.wait()  # the stream waits, not the host
         except RuntimeError as error:
@@ -316,4 +320,4 @@ class DistributedComm:
         if not self._ends:
             self._local.stuck(pipelines)
         if aside := [end.landed for end in self._ends.values() if end.landed is not None]:
-            wait(aside, self.world.control.timeout, FIRST_COMPLETED)
+            wait(aside, self.world.control.patience, FIRST_COMPLETED)
