@@ -6,9 +6,11 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
+
+_NOTHING: Any = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +44,11 @@ class LRU(Generic[Value]):
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of ``key``, made by ``make`` if it is not there. An error in ``make`` leaves nothing behind."""
         with self._lock:
-            if key in self._items:
+            found = self._items.get(key, _NOTHING)
+            if found is not _NOTHING:
                 self._hits += 1
                 self._items.move_to_end(key)
-                return self._items[key]
+                return found
         value = make()  # outside of the lock: two threads may make it twice, none waits for the other
         with self._lock:
             self._misses += 1

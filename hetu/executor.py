@@ -255,7 +255,7 @@ def _determinism(wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext() if not wanted or torch.are_deterministic_algorithms_enabled() else _deterministic()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Request:
     """The arguments of :meth:`hetu.Graph.run`."""
 
@@ -268,7 +268,7 @@ class _Request:
     run_level: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Begun:
     """A run of which everything is known but the feeds."""
 
@@ -290,7 +290,7 @@ class _Begun:
         return Asked(graph, self.subgraph, self.batches, self.request.strategy, others)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Run:
     """A run that only has to be computed: for each micro-batch its plans, feeds and executable."""
 

@@ -22,7 +22,7 @@ Read = Callable[[int | None], "FeedSet"]
 """Gives the feeds of a strategy of so many pipelines; None if no op says how many there are."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FeedSet:
     """The arrays of one run.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +26,17 @@ if TYPE_CHECKING:
     from hetu.parallel.cost import Cost, Hardware
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Runs:
     """A set of rows as runs ``start[i] .. start[i] + length[i]``, in the order they are packed."""
 
     start: IntArray
     length: IntArray
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Where a backend keeps what it derived from these arrays (device copies); not part of the value."""
+        return {}
 
     @property
     def rows(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from hetu.backends.attention import compute_dtype
@@ -145,7 +146,7 @@ class _Gradients:
             start, length = int(runs.start[0]), int(runs.length[0])
             self.own[start : start + length] += rows
         else:
-            self.own.index_add_(0, copied_to(runs.indices(), rows.device), rows)
+            self.own.index_add_(0, _indices(runs, rows.device), rows)
 
     def finish(self) -> None:
         """Clears the gradients of the shard if nothing was written there."""
@@ -176,4 +177,11 @@ def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
     if len(runs.start) == 1:
         start, length = int(runs.start[0]), int(runs.length[0])
         return buffer[start : start + length].clone(memory_format=torch.contiguous_format)
-    return buffer.index_select(0, copied_to(runs.indices(), buffer.device))
+    return buffer.index_select(0, _indices(runs, buffer.device))
+
+
+def _indices(runs: Runs, device: torch.device) -> torch.Tensor:
+    """The rows' numbers on the device, copied there once a plan."""
+    if device not in runs.memo:
+        runs.memo[device] = copied_to(runs.indices().astype(np.int32), device)
+    return runs.memo[device]
