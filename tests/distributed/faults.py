@@ -44,7 +44,7 @@ def script(dtype: str = "float32") -> Script:
         cu = hetu.placeholder(hetu.int32, [hetu.IntSymbol("documents") + 1], name="cu")
         qkv = x * hetu.parameter(1.0, [24], dtype, name="scale")
         groups = [[0] * len(lens) for lens in LENGTHS]
-        out, lse, _ = hetu.parallel_attn(qkv, 8, 1, LENGTHS, groups, True, cu, p_dropout=0.1, method="direct")
+        out, lse, _ = hetu.parallel_attn(qkv, 8, 1, LENGTHS, groups, True, cu, p_dropout=0.1, split="sym")
         loss = hetu.sum(out * out)
         train = hetu.optim.SGD(lr=0.1).minimize(loss, name="train")
     return Script(g, x, cu, out, lse, loss, train)
@@ -64,13 +64,16 @@ class Run:
     backend: str = "torch"
 
     def bind(self, tokens: int, strategy: int) -> None:
-        """Feeds the rank's own shard of so many tokens."""
+        """Feeds the rank's own shard of so many tokens, or all shards where there is no other rank."""
         g, cu = self.script.graph, np.array([0, tokens // 4, tokens], np.int32)
         self.symbols, self.options["strategy"] = {S: tokens}, strategy
         layout = g.layout(strategy, int_symbol_dict=self.symbols, cu_seqlens=[cu])
         data = torch.randn(tokens, 24, generator=torch.Generator().manual_seed(tokens))
         shards = layout.scatter(data.to(getattr(torch, self.script.x.dtype.name)))
-        self.feeds = {self.script.x: shards[self.rank], self.script.cu: cu} if self.rank < len(shards) else {}
+        if not hetu.init_distributed().is_distributed:
+            self.feeds = {self.script.x: hetu.Shards(shards), self.script.cu: cu}
+        else:
+            self.feeds = {self.script.x: shards[self.rank], self.script.cu: cu} if self.rank < len(shards) else {}
 
 
 Change = Callable[[Run], None]
@@ -88,6 +91,25 @@ def run(changes: Mapping[int, Change] | None = None, tokens: int = 12, strategy:
         return own(made.script.graph.run(made.fetches, made.feeds, int_symbol_dict=made.symbols, **made.options))
 
 
+def watched(changes: dict[int, Change], tokens: int) -> tuple[list[str], bool]:
+    """Runs a script that is refused: the error's kinds and text, and whether anything was begun."""
+    world = hetu.init_distributed()
+    launches = world.launches
+    try:
+        run(changes, tokens)
+    except Exception as error:
+        return [*(kind.__name__ for kind in type(error).__mro__), str(error)], world.launches > launches
+    raise AssertionError("it was not refused")
+
+
+def gather(changes: Mapping[int, Change]) -> Any:
+    """Calls gather_shards, with a change on some ranks."""
+    made = Run(hetu.init_distributed().rank, script())
+    if made.rank in changes:
+        changes[made.rank](made)
+    return list(hetu.gather_shards(torch.ones(made.rank)))
+
+
 def here() -> int:
     """That the process lives."""
     return os.getpid()
@@ -100,7 +122,7 @@ def another_strategy(made: Run) -> None:
     made.bind(12, 1)
 
 
-def a_list_of_strategies(made: Run) -> None:
+def a_strategy_to_be_chosen(made: Run) -> None:
     made.options["strategy"] = "auto"
 
 

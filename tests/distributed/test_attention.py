@@ -76,3 +76,11 @@ def test_half_precision(world: World, method: str, dtype: torch.dtype) -> None:
 def test_several_groups_that_lie_across_processes(world: World) -> None:
     for size in SIZES:
         check(world, size, Case([5, 3, 0, 7, 4, 1], [2, 0, 2, 0, 1, 0], "sym", dtype=torch.float64))
+
+
+def test_eight_processes(world: World) -> None:
+    """As many pipelines, one and five of them, and more."""
+    for lens in ([3, 1, 0, 7, 2, 0, 5, 4], [9], [4, 0, 3, 8, 1], [2, 1, 3, 0, 2, 5, 1, 1, 4, 3]):
+        for method in METHODS:
+            check(world, 8, Case(lens, [0] * len(lens), "sym", method, "1d", cut=[0.3, 0.6], p=0.2))
+    check(world, 8, Case([3, 1, 4, 7, 2, 0, 5, 4], [0, 1, 0, 1, 2, 2, 0, 1], "stripe", dtype=torch.float64))
