@@ -1,4 +1,4 @@
-"""What goes wrong on one rank is an error on all of them: within the timeout, naming ranks, and before anything is sent."""
+"""What goes wrong on one rank is an error on all: within the timeout, naming ranks, and before anything is sent."""
 
 from __future__ import annotations
 

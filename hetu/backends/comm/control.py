@@ -2,8 +2,8 @@
 
 It has a process group of its own, so that nothing here meets keys and values on their way. Every exchange is numbered;
 ranks that are at different exchanges are an error and not a mix-up. When an exchange or a transfer fails, each rank
-writes why it stopped, and whom it waited for, into the store that all of them reach, waits a moment for the others to do
-so, and names those who were waited for and said nothing: they died, or never came.
+writes why it stopped, and whom it waited for, into the store that all of them reach, waits a moment for the others to
+do so, and names those who were waited for and said nothing: they died, or never came.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ class Control:
         first = torch.zeros(_HEAD.size + FIRST_BYTES, dtype=torch.uint8)
         self._fill(first, _HEAD.pack(self.number, len(payload), what.encode()) + payload[:FIRST_BYTES])
         said = [bytes(row.numpy()) for row in self._gather(first, what)]
-        numbers, lengths, names = zip(*(_HEAD.unpack_from(row) for row in said), strict=True)
-        names = [name.rstrip(bytes(1)).decode() for name in names]
-        places = [f"{name} (message {number})" for name, number in zip(names, numbers, strict=True)]
+        heads = [_HEAD.unpack_from(row) for row in said]
+        lengths = [length for _, length, _ in heads]
+        places = [f"{name.rstrip(bytes(1)).decode()} (message {number})" for number, _, name in heads]
         if len(set(places)) > 1:
             self._refuse_places(places)
         bodies = [row[_HEAD.size : _HEAD.size + length] for row, length in zip(said, lengths, strict=True)]

@@ -54,13 +54,14 @@ class DistributedWorld:
         self.runs = self.launches = self.calls = 0
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._connected: set[tuple[int, int]] = set()
+        self._comms: list[DistributedComm] = []
         self._reducer = Reducer(self._reduce)
         everyone = range(self.size)
         control.group = dist.new_group(backend="gloo", timeout=seconds(control.patience))
         # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
         # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
-        self.up = self._new_group(everyone)
-        self.down = self.up if backend == "gloo" else self._new_group(everyone)
+        self.up: dist.ProcessGroup | None = self._new_group(everyone)
+        self.down: dist.ProcessGroup | None = self.up if backend == "gloo" else self._new_group(everyone)
         self._groups[tuple(everyone)] = self._new_group(everyone)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -121,11 +122,13 @@ class DistributedWorld:
     def begin(self) -> None:
         """Messages of a launch are told from those of others, also by ranks that took no part in some."""
         self.launches, self.calls = self.launches + 1, 0
+        self._comms.clear()
 
     def communicator(self, count: int) -> Communicator:
         """One for each attention."""
         self.calls += 1
-        return DistributedComm(self, len(self.pipelines(count)))
+        self._comms.append(DistributedComm(self, len(self.pipelines(count))))
+        return self._comms[-1]
 
     def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
         """Puts the tensor into a bucket, which travels once it is full."""
@@ -224,12 +227,20 @@ class DistributedWorld:
 
     def close(self) -> None:
         """Leaves all process groups that were made here, without waiting for anybody."""
-        groups = {id(group): group for group in (self.control.group, self.up, self.down, *self._groups.values())}
-        for group in groups.values():
+        for comm in self._comms:  # gloo keeps a connection open as long as something is under way on it
+            comm.forget()
+        # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
+        leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
+        groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
+        groups[id(self.control.group)] = dist.destroy_process_group, self.control.group
+        # Whoever still held a group would hold its connections open.
+        self.control.group = self.up = self.down = None
+        self._groups.clear()
+        while groups:
+            _, (leave, group) = groups.popitem()
             with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
-                is_nccl = self.backend == "nccl" and group is not self.control.group
-                # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
-                dist.distributed_c10d._abort_process_group(group) if is_nccl else dist.destroy_process_group(group)
+                if group is not None:
+                    leave(group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -314,6 +325,10 @@ class DistributedComm:
         except RuntimeError as error:
             self.world.control.lost(end.doing, error, [end.peer])
         return True
+
+    def forget(self) -> None:
+        """Lets go of all transfers that are under way."""
+        self._ends.clear()
 
     def stuck(self, pipelines: Sequence[int]) -> None:
         """Waits until a transfer of one of the pipelines is done, all of which wait."""
