@@ -141,7 +141,7 @@ def report(run: Run) -> str:
         lines += _against_yardstick(found, total, direction)
     lines += [_verdict(run), "", *_mixes(tokens)]
     lines += _other_peers(run.rows)
-    lines += left_out(run.left_out)
+    lines += _left_out(run.left_out)
     return "\n".join([*lines, colophon(run.about)])
 
 
@@ -229,7 +229,7 @@ def _other_peers(rows: Sequence[Measured]) -> list[str]:
     return [*lines, ""]
 
 
-def left_out(rows: Sequence[Any]) -> list[str]:
+def _left_out(rows: Sequence[LeftOut]) -> list[str]:
     """Each peer and reason once."""
     counts = Counter((row.peer, row.direction, row.reason) for row in rows)
     if not counts:

@@ -19,6 +19,9 @@ PACKS = ("one", "mix")
 
 FORWARD, BOTH = DIRECTIONS = ("forward", "forward+backward")
 
+ALONE = "one GPU"
+"""Who attends to all tokens on each GPU; the ideal is its time over the number of GPUs."""
+
 
 @dataclass(frozen=True)
 class Spread(Case):
@@ -47,11 +50,19 @@ class Spread(Case):
         return f"{self.heads} {self.tokens:>7} {self.lengths:<4} {self.shares:<4} {self.split:<6}"
 
 
-def spread_cases(heads: str, tokens: Sequence[int], packs: Sequence[str], split: str, size: int) -> Iterator[Spread]:
-    """Each number of tokens and each pack over ``size`` pipelines: ``one`` evenly, ``mix`` three to two."""
+def spread_cases(
+    heads: str, tokens: Sequence[int], packs: Sequence[str], shares: str, split: str, size: int
+) -> Iterator[Spread]:
+    """Each number of tokens and each pack over ``size`` pipelines: ``one`` evenly, ``mix`` by shares, which repeat.
+
+    Example:
+        >>> [case.shares for case in spread_cases("4:2:16", [100], ["one", "mix"], "3:2", "sym", size=3)]
+        ['1:1:1', '3:2:3']
+    """
+    uneven = shares.split(":")
     for total, pack in product(tokens, packs):
-        shares = [1 if pack == "one" else (3, 2)[rank % 2] for rank in range(size)]
-        yield Spread(heads, total, pack, True, ":".join(map(str, shares)), split)
+        own = [uneven[r % len(uneven)] if pack == "mix" else "1" for r in range(size)]
+        yield Spread(heads, total, pack, True, ":".join(own), split)
 
 
 class Ranks:

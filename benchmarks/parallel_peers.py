@@ -13,9 +13,9 @@ from itertools import product
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from attention_cases import Inputs, Results
-from parallel_cases import BOTH, Ranks, Spread, check_rows
+from parallel_cases import ALONE, BOTH, Ranks, Spread, check_rows
+from timing import first_line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hetu
@@ -28,7 +28,10 @@ class Peer(ABC):
     Attributes:
         rows: Numbers of the tokens that this rank holds, in the order in which it holds them.
         copies: How many ranks hold each token.
+        note: What has to be said of it.
     """
+
+    note = ""
 
     def __init__(self, rows: torch.Tensor, tokens: int, ranks: Ranks) -> None:
         self.rows, self.copies = rows, check_rows(rows, tokens, ranks)
@@ -117,9 +120,8 @@ class Hetu(Peer):
         return [plan, plan.backward()] if direction == BOTH else [plan]
 
 
-BACKENDS = {"flash": "FLASH_ATTENTION", "cuDNN": "CUDNN_ATTENTION", "math": "MATH"}
-"""Of ``scaled_dot_product_attention``. ``math`` is for trying it out without a GPU, and right only if it balances
-nothing: with a number of tokens that two pieces a rank don't make."""
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+"""Of ``scaled_dot_product_attention``."""
 
 ROTATIONS = ("allgather", "alltoall")
 
@@ -127,27 +129,27 @@ ROTATIONS = ("allgather", "alltoall")
 class ContextParallel(Peer):
     """Torch's ``context_parallel`` around ``scaled_dot_product_attention``.
 
-    It is entered outside of what is timed, and inputs are sharded beforehand. Where it doesn't take fewer key heads than
-    query heads, key heads are repeated, as its user would have to, and that is part of what is timed.
+    It is entered outside of what is timed, and inputs are sharded beforehand. Where it doesn't take fewer key heads
+    than query heads, key heads are repeated, as its user would have to, and that is part of what is timed.
 
     Args:
         x: The inputs, of one document.
         ranks: The ranks.
-        backend: Of BACKENDS.
+        backend: Of ``scaled_dot_product_attention``.
         rotation: Of ROTATIONS.
 
     Raises:
         ValueError: If there are several documents.
     """
 
-    def __init__(self, x: Inputs, ranks: Ranks, backend: str, rotation: str) -> None:
+    def __init__(self, x: Inputs, ranks: Ranks, backend: SDPBackend, rotation: str) -> None:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.tensor.experimental import context_parallel
 
         case = _spread(x)
         if len(case.documents) > 1:
             raise ValueError("knows no packed documents")
-        self.case, self.backend, self.rotation = case, getattr(SDPBackend, BACKENDS[backend]), rotation
+        self.case, self.backend, self.rotation = case, backend, rotation
         self.mesh = init_device_mesh(x.q.device.type, (ranks.size,))
         self._context = context_parallel
         self._unused = torch.zeros(2 * ranks.size if case.tokens % (2 * ranks.size) == 0 else ranks.size).to(x.q.device)
@@ -162,9 +164,10 @@ class ContextParallel(Peer):
         self.repeats = 1
         try:
             self._try()
-        except Exception:  # whatever it is, it is the same on all ranks, before anything is sent
+        except Exception as failure:  # of whatever kind; it is the same on all ranks
             num_q, num_kv, _ = case.shape
             self.repeats = num_q // num_kv
+            self.note = f"key heads are repeated for it, as without that it fails ({first_line(failure)})"
             self._try()
 
     def _try(self) -> None:
@@ -185,7 +188,8 @@ class ContextParallel(Peer):
         if self.repeats > 1:
             k, v = (y.repeat_interleave(self.repeats, 1) for y in (k, v))
         is_grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=self.case.is_causal, enable_gqa=is_grouped)
+        attend = torch.nn.functional.scaled_dot_product_attention  # looked up here: the context replaces it
+        return attend(q, k, v, is_causal=self.case.is_causal, enable_gqa=is_grouped)
 
     def call(self, direction: str) -> Any:
         """The forward alone, without what a backward needs, or both."""
@@ -199,9 +203,7 @@ class ContextParallel(Peer):
         """The output, and the gradients of the shards."""
         with self.around():
             found = self.call(direction)
-        return {
-            name: y[0].transpose(0, 1) for name, y in zip(("out", "dq", "dk", "dv"), found, strict=False)
-        }
+        return {name: y[0].transpose(0, 1) for name, y in zip(("out", "dq", "dk", "dv"), found, strict=False)}
 
 
 def _set_rotation(rotation: str) -> None:
@@ -219,15 +221,13 @@ def _spread(x: Inputs) -> Spread:
     return x.case
 
 
-ALONE = "one GPU"
-
 Make = Callable[[Inputs, Ranks], Peer]
 
 HETU: dict[str, Make] = {f"hetu {method}": partial(Hetu, method=method) for method in METHODS}
 
 TORCH: dict[str, Make] = {
-    f"torch {backend} {rotation}": partial(ContextParallel, backend=backend, rotation=rotation)
-    for backend, rotation in product(BACKENDS, ROTATIONS)
+    f"torch {name} {rotation}": partial(ContextParallel, backend=backend, rotation=rotation)
+    for (name, backend), rotation in product(BACKENDS.items(), ROTATIONS)
 }
 
 PEERS: dict[str, Make] = {ALONE: partial(Hetu, method=None), **HETU, **TORCH}

@@ -18,6 +18,10 @@ BUDGET = 500.0  # milliseconds of samples of a peer on a case, so that long kern
 FEWEST_SAMPLES = 5
 
 
+class WaitsForDevice(RuntimeError):  # noqa: N818
+    """A call's time on the device cannot be told from the host's."""
+
+
 class DeviceTimer:
     """Times of a call on the device, without what the host does for it.
 
@@ -25,7 +29,7 @@ class DeviceTimer:
     counted, and taken again with a longer sleep.
 
     Raises:
-        RuntimeError: If no sleep is long enough, because the call waits for the device.
+        WaitsForDevice: If no sleep is long enough, because the call waits for the device.
     """
 
     def __init__(self, call: Call) -> None:
@@ -42,7 +46,7 @@ class DeviceTimer:
             if is_hidden:
                 return time
             self.sleep *= 2
-        raise RuntimeError("waits for the device, so that its time cannot be told from the host's")
+        raise WaitsForDevice("waits for the device, so that its time cannot be told from the host's")
 
     def _host_time(self) -> float:
         """Milliseconds until the call returns."""
@@ -101,8 +105,13 @@ def attempt(made: dict[str, Any], reasons: dict[str, str], name: str, make: Call
     try:
         made[name] = make()
     except Exception as failure:
-        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        reasons[name] = lines[0][:160] if lines else type(failure).__name__
+        reasons[name] = first_line(failure)
+
+
+def first_line(failure: Exception) -> str:
+    """Of what it says, no more than fits into a line."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return lines[0][:160] if lines else type(failure).__name__
 
 
 def about(script: str, device: str, argv: Sequence[str]) -> dict[str, str]:
