@@ -141,7 +141,7 @@ def report(run: Run) -> str:
     lines += _moved(run.rows)
     lines += _by_reason("Left out", ((row.reason, row) for row in run.left_out))
     lines += _by_reason("Notes", ((row.note, row) for row in run.rows if row.note))
-    return "\n".join([*lines, f"{size} × {colophon(run.about)}"])  # noqa: RUF001
+    return "\n".join([*lines, f"{size} x {colophon(run.about)}"])
 
 
 def _by_reason(title: str, told: Iterable[tuple[str, Row]]) -> list[str]:
@@ -173,7 +173,7 @@ def _times(found: Found, pack: str, direction: str, tokens: Sequence[int], size:
             lines.append(_line(f"the ideal: 1/{size} of it", [_time(time) for time in ideal]))
     best = [_times_as_fast(rows, total) for total in tokens]
     if any(best):
-        lines.append(_line("hetu's best, by the best of torch", best))
+        lines.append(_line("hetu's best against torch's best", best))
     return [*lines, ""]
 
 
@@ -199,9 +199,9 @@ def _fastest(rows: Iterable[Measured]) -> Measured | None:
 
 
 def _times_as_fast(rows: Iterable[Measured], tokens: int) -> str:
-    here = [row for row in rows if row.tokens == tokens and row.peer != ALONE]
-    own, other = _fastest(row for row in here if row.is_hetu), _fastest(row for row in here if not row.is_hetu)
-    return "" if own is None or other is None else f"{other.median / own.median:.2f} times"
+    here = [row for row in rows if row.tokens == tokens]
+    own, other = (_fastest(row for row in here if row.peer.startswith(name)) for name in ("hetu ", "torch "))
+    return "" if own is None or other is None else f"{other.median / own.median:.2f} times as fast"
 
 
 def _verdicts(run: Run) -> list[str]:

@@ -18,7 +18,7 @@ def main(folder: str, *arguments: str) -> None:
     import parallel_peers
     import torch
     from attention_cases import Inputs, Results, reference
-    from parallel_cases import BOTH, Ranks, Spread, check_rows
+    from parallel_cases import BOTH, DIRECTIONS, Ranks, Spread, check_rows
     from torch.nn.attention import SDPBackend
 
     import hetu
@@ -40,6 +40,14 @@ def main(folder: str, *arguments: str) -> None:
         def plans(self, direction: str) -> Any:
             return super().plans(direction)[:1] if direction == BOTH else []
 
+    class Ungrouped(parallel_peers.ContextParallel):
+        """Wants as many key heads as query heads."""
+
+        def _attend(self) -> torch.Tensor:
+            if self.repeats == 1:
+                raise NotImplementedError("knows no groups")
+            return super()._attend()
+
     def missing(x: Inputs, ranks: Ranks) -> Any:
         return 1 / ranks.rank
 
@@ -53,15 +61,16 @@ def main(folder: str, *arguments: str) -> None:
     # torch's dispatcher has no kernel of a ring on CPUs; without a mask its DTensors do the same on their own.
     inputs = Inputs.draw(Spread("4:2:16", 64, "one", False, "1:1", "sym"), "cpu", torch.float32)
     right = reference(inputs)
-    for rotation in parallel_peers.ROTATIONS:
-        peer = parallel_peers.ContextParallel(inputs, ranks, SDPBackend.MATH, rotation)
-        for direction in (BOTH, "forward"):
+    kinds = {rotation: (parallel_peers.ContextParallel, rotation) for rotation in parallel_peers.ROTATIONS}
+    for name, (kind, rotation) in (kinds | {"ungrouped": (Ungrouped, "allgather")}).items():
+        peer = kind(inputs, ranks, SDPBackend.MATH, rotation)
+        for direction in DIRECTIONS:
             errors, reasons = parallel.judge(inputs, {"torch": peer}, direction, right, ranks)
-            checks[f"{rotation} {direction}"] = [errors, reasons, peer.note]
+            checks[f"{name} {direction}"] = [errors, reasons, peer.note]
 
     held = torch.arange(5)[ranks.rank :: 2]
     checks["copies"] = [check_rows(held, 5, ranks), check_rows(torch.arange(5), 5, ranks)]
-    for name, rows in {"twice": held + (ranks.rank == 0), "none": held[1:]}.items():
+    for name, rows in {"twice": held.clamp(max=3), "missing": held[1:]}.items():
         try:
             check_rows(rows, 5, ranks)
         except ValueError as error:
