@@ -206,7 +206,7 @@ def follows(peer: Peer, direction: str, ranks: Ranks) -> dict[str, Any]:
     plans = peer.plans(direction)
     if not plans:
         return {"load": None, "planned": None, "counted": None}
-    flops = sum(np.array(plan.cost(Hardware.h100()).flops, float) for plan in plans)
+    flops = np.sum([plan.cost(Hardware.h100()).flops for plan in plans], axis=0)
     planned = [sum(plan.bytes_sent(r) for plan in plans) for r in range(ranks.size)]
     counted = ranks.exchange(count_sent(partial(peer.call, direction), ranks.rank))
     return {"load": float(flops.max() / flops.mean()), "planned": planned, "counted": counted}

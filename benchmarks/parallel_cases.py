@@ -103,7 +103,8 @@ def check_rows(rows: torch.Tensor, tokens: int, ranks: Ranks) -> int:
     Raises:
         ValueError: If some are held by more ranks than others.
     """
-    held = sum(np.bincount(np.frombuffer(said, np.int64), minlength=tokens) for said in ranks.exchange(_bytes(rows)))
+    said = np.frombuffer(b"".join(ranks.exchange(_bytes(rows))), np.int64)
+    held = np.bincount(said, minlength=tokens)
     copies = int(held[0])
     if len(held) != tokens or copies < 1 or (held != copies).any():
         raise ValueError(f"not all of {tokens} tokens lie on as many ranks")
