@@ -123,6 +123,8 @@ class Agreement:
             said = {"same": {"the plans": [_plan_hash(item) for item in prepared(made)]}}
             said["feeds"] = self._common_feeds(prepared(made))
         except Exception as error:
+            if isinstance(error, HetuError):  # it tells of pipelines; whose feeds were they?
+                error.add_bound(f"pipeline r is fed by rank r % {self.world.size}")
             failure, said = error, {"error": _in_words(error)}
         everything = [pickle.loads(body) for body in self.world.control.exchange(pickle.dumps(said), self.name)]
         if failure is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -142,19 +144,30 @@ def _connect(rank: int, timeout: float) -> Any:
     """The store of torchrun's agent, or that of rank 0; doesn't wait for the others."""
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_master = rank == 0 and not has_agent
     try:
-        store = TCPStore(
-            address,
-            port,
-            is_master=rank == 0 and not has_agent,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=timeout),
-        )
-    except RuntimeError as error:
+        if not is_master:
+            _wait_for_port(address, port, timeout)
+        wait = timedelta(seconds=timeout)
+        store = TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=wait)
+    except (RuntimeError, OSError) as error:
         what = f"the store at {address}:{port} can't be reached within {timeout:g} s"
         fix = "see that rank 0 has started, and that its address can be reached from here"
         raise CommunicationError(what, op="init_distributed", where=caller(), bound=[str(error)], fix=fix) from error
     return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _wait_for_port(address: str, port: int, timeout: float) -> None:
+    """Waits until somebody listens there; torch's own attempts may take twice the time they are given."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((address, port), max(until - time.monotonic(), 0.01)).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 def _refuse(what: str, fix: str) -> Any:

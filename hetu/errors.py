@@ -86,6 +86,11 @@ class HetuError(Exception):
         self.what, self.op, self.where, self.bound, self.fix = what, op, where, tuple(bound), fix
         super().__init__(self.render())
 
+    def add_bound(self, text: str) -> None:
+        """Adds a line to what led there, which only who passes the error on knows."""
+        self.bound += (text,)
+        self.args = (self.render(),)
+
     def render(self) -> str:
         """The whole message, one line a question."""
         lines = [f"[{self.op}] {self.what}" if self.op else self.what]

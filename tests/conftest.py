@@ -11,6 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
+from poison import poisoned_new_empty
 
 # Several test processes run side by side: threads of one would wait for cores that the others have.
 torch.set_num_threads(1)
@@ -29,10 +30,4 @@ settings.load_profile("hetu")
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN, so that an output row that nobody writes is seen."""
-    plain = torch.Tensor.new_empty
-
-    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        fresh = plain(self, *args, **kwargs)  # type: ignore[arg-type]
-        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new_empty())

@@ -24,8 +24,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from attention.cases import Case
 from attention.test_gradients import check_parallel
-from attention.test_parallel_attn import Case, check_case
+from attention.test_parallel_attn import check_case
 from backends.packs import Pack, assert_right, by_kernels, by_op
 
 import hetu

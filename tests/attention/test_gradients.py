@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention.cases import METHODS, SPLITS, Case, cases, cu_seqlens
 from attention.dense import dense, dropout_of
-from attention.test_parallel_attn import METHODS, SPLITS, Case, cases, cu_seqlens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention.test_parallel_attn import Case, cases, cu_seqlens
+from attention.cases import Case, cases, cu_seqlens
 from hypothesis import given
 
 import hetu

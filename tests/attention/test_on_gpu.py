@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from attention.cases import METHODS, SPLITS, Case, cases
 from attention.test_attn_varlen import check, run_varlen
 from attention.test_gradients import check_parallel, check_varlen
-from attention.test_parallel_attn import METHODS, SPLITS, Case, cases, check_case
+from attention.test_parallel_attn import check_case
 from backends.packs import Pack, assert_right, by_op, heads_of
 from devices import CUDA, DEVICES, ON_CUDA
 from hypothesis import given, settings

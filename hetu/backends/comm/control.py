@@ -2,15 +2,16 @@
 
 It has a process group of its own, so that nothing here meets keys and values on their way. Every exchange is numbered;
 ranks that are at different exchanges are an error and not a mix-up. When an exchange or a transfer fails, each rank
-writes why it stopped into the store that all of them reach, waits a moment for the others to do so, and names those who
-did not: they died, or never came.
+writes why it stopped, and whom it waited for, into the store that all of them reach, waits a moment for the others to do
+so, and names those who were waited for and said nothing: they died, or never came.
 """
 
 from __future__ import annotations
 
+import json
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -29,7 +30,8 @@ FIRST_BYTES = 2048
 GRACE = 3.0
 """Seconds of the timeout in which the others may say why they stopped, too; at most a quarter of it."""
 
-_HEAD = struct.Struct("<qq")
+_HEAD = struct.Struct("<qq32s")
+"""Of a message: the number of the exchange, bytes of what is said, and what the exchange is for."""
 
 
 class Control:
@@ -103,13 +105,13 @@ class Control:
         self.check()
         self.number += 1
         first = torch.zeros(_HEAD.size + FIRST_BYTES, dtype=torch.uint8)
-        self._fill(first, _HEAD.pack(self.number, len(payload)) + payload[:FIRST_BYTES])
+        self._fill(first, _HEAD.pack(self.number, len(payload), what.encode()) + payload[:FIRST_BYTES])
         said = [bytes(row.numpy()) for row in self._gather(first, what)]
-        numbers, lengths = zip(*(_HEAD.unpack_from(row) for row in said), strict=True)
-        if len(set(numbers)) > 1:
-            at = ", ".join(f"{number} on rank {rank}" for rank, number in enumerate(numbers))
-            self.stop(f"ranks are at different exchanges: {at}")
-            self.check()
+        numbers, lengths, names = zip(*(_HEAD.unpack_from(row) for row in said), strict=True)
+        names = [name.rstrip(bytes(1)).decode() for name in names]
+        places = [f"{name} (message {number})" for name, number in zip(names, numbers, strict=True)]
+        if len(set(places)) > 1:
+            self._refuse_places(places)
         bodies = [row[_HEAD.size : _HEAD.size + length] for row, length in zip(said, lengths, strict=True)]
         longest = max(lengths) - FIRST_BYTES
         if longest > 0:
@@ -118,6 +120,16 @@ class Control:
             more = [bytes(row.numpy()) for row in self._gather(rest, what)]
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
         return bodies
+
+    def _refuse_places(self, places: Sequence[str]) -> NoReturn:
+        what = "the ranks are at different places of the script"
+        self.stop(what)
+        raise CommunicationError(
+            what,
+            where=caller(),
+            bound=[f"rank {rank}: at {place}" for rank, place in enumerate(places)],
+            fix="call the same functions of hetu in the same order on all ranks; then start them again",
+        )
 
     @staticmethod
     def _fill(place: torch.Tensor, data: bytes) -> None:
@@ -135,12 +147,12 @@ class Control:
             raise
         return places
 
-    def stop(self, why: str) -> None:
-        """Breaks this world: notes why for the others, and refuses whatever comes after."""
+    def stop(self, why: str, waited_for: Iterable[int] = ()) -> None:
+        """Breaks this world: notes for the others why, and for whom it waited; refuses whatever comes after."""
         if self.broken is None:
             self.broken = why
             with suppress(RuntimeError):  # the store may be gone as well; whoever asks is told so
-                self.store.set(f"stopped/{self.rank}", why)
+                self.store.set(f"stopped/{self.rank}", json.dumps([why, list(waited_for)]))
 
     def lost(self, doing: str, error: BaseException, peers: Sequence[int] = ()) -> NoReturn:
         """Turns a failure of the network into an error that names the ranks to blame.
@@ -148,35 +160,34 @@ class Control:
         Args:
             doing: What this rank was doing, to be followed by the peers: ``"sending rows to"``.
             error: What torch raised.
-            peers: Whom it was waiting for, if that is known.
+            peers: Whom it was waiting for; none for all.
         """
         what = " ".join(["failed", doing, *([_ranks(peers)] if peers else [])])
-        self.stop(what)
-        reasons, missing = self._reasons()
-        if missing:
+        self.stop(what, peers or range(self.size))
+        said = self._what_others_say()
+        waited_for = {*(peers or range(self.size)), *(rank for _, ranks in said.values() for rank in ranks)}
+        if missing := sorted(waited_for - said.keys() - {self.rank}):
             what += f"; {_ranks(missing)} died, or did not come within {self.timeout:g} s"
         self.broken = what
         raise CommunicationError(
             what,
             where=caller(),
-            bound=[f"rank {rank}: {reason}" for rank, reason in reasons.items()] + [_first_line(error)],
+            bound=[f"rank {rank}: {why}" for rank, (why, _) in said.items()] + [_first_line(error)],
             fix="see the first error of the ranks that are named; then start all ranks again, from the last checkpoint",
         ) from error
 
-    def _reasons(self) -> tuple[dict[int, str], list[int]]:
-        """Why the other ranks stopped, as far as they said so within the grace period, and who did not."""
+    def _what_others_say(self) -> dict[int, tuple[str, list[int]]]:
+        """Why other ranks stopped, and for whom they waited, as far as they say so within the grace period."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        until, reasons = time.monotonic() + self.grace, dict[int, str]()
-        try:
-            while len(reasons) < len(others) and time.monotonic() < until:
+        until, said = time.monotonic() + self.grace, dict[int, tuple[str, list[int]]]()
+        with suppress(RuntimeError):  # the process that holds the store is gone, mostly that of rank 0
+            while len(said) < len(others) and time.monotonic() < until:
                 for rank in others:
-                    if rank not in reasons and self.store.check([f"stopped/{rank}"]):
-                        reasons[rank] = self.store.get(f"stopped/{rank}").decode()
+                    if rank not in said and self.store.check([f"stopped/{rank}"]):
+                        why, waited_for = json.loads(self.store.get(f"stopped/{rank}"))
+                        said[rank] = why, waited_for
                 time.sleep(0.02)
-        except RuntimeError:
-            reasons.setdefault(-1, "the process that holds the store is gone, mostly that of rank 0")
-        missing = [rank for rank in others if rank not in reasons]
-        return {rank: reason for rank, reason in reasons.items() if rank >= 0}, missing
+        return dict(sorted(said.items()))
 
     def _refuse(self, what: str) -> NoReturn:
         self.broken = what

@@ -1,0 +1,86 @@
+"""parallel_attn in several processes: the very bits of one process, forward and backward, under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from attention.cases import SPLITS, Case, cases
+from distributed.jobs import attention
+from distributed.pool import Pool
+from distributed.same import assert_own
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hetu.parallel import METHODS
+
+World = Callable[..., Pool]
+SIZES = (2, 3, 4)
+
+
+def check(world: World, size: int, case: Case, backend: str = "torch", own_shard: bool = False) -> None:
+    """Each rank gives, to the bit, what its pipelines gave in one process; ranks without any give nothing."""
+    (alone,) = world(1).run(attention, case, backend)
+    ranks = world(size).run(attention, case, backend, own_shard=own_shard)
+    assert all(len(values) == len(case.lens) for values in alone)
+    for rank, values in enumerate(ranks):
+        for mine, whole in zip(values, alone, strict=True):
+            assert_own(mine, whole, rank, size)
+
+
+LENGTHS = {1: [13], 2: [9, 4], 3: [0, 11, 5], 4: [7, 0, 1, 12], 5: [3, 8, 0, 2, 6], 6: [1, 5, 0, 4, 9, 2]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("size", SIZES)
+def test_every_method_and_split(world: World, size: int, method: str) -> None:
+    """With fewer pipelines than processes, as many, and more; packed and not; empty shards."""
+    for split in SPLITS:
+        for packing in ("", "1d", "2d"):
+            for count in (size - 1, size, size + 2):
+                case = Case(LENGTHS[count], [0] * count, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
+                check(world, size, case)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@settings(max_examples=40)
+@given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]), own_shard=st.booleans())
+def test_any_strategy_on_torch(world: World, size: int, case: Case, dtype: torch.dtype, own_shard: bool) -> None:
+    case.dtype = dtype
+    check(world, size, case, own_shard=own_shard and len(case.lens) <= size)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([9, 4], [0, 0], "stripe", "ring"),
+        Case([3, 0, 6], [0, 0, 0], "sym", "direct", "1d", cut=[0.5], p=0.3),
+        Case(
+            [5, 2, 0, 4], [0, 1, 1, 0], "normal", "all_gather", "2d", cut=[0.3], dtype=torch.bfloat16, is_causal=False
+        ),
+    ],
+    ids=lambda case: case.method,
+)
+def test_on_triton(world: World, case: Case) -> None:
+    check(world, 3, case, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision(world: World, method: str, dtype: torch.dtype) -> None:
+    for split in SPLITS:
+        check(world, 3, Case([13, 0, 1, 15], [0] * 4, split, method, "1d", dtype=dtype, cut=[0.5, 0.51], p=0.2))
+
+
+def test_several_groups_that_lie_across_processes(world: World) -> None:
+    for size in SIZES:
+        check(world, size, Case([5, 3, 0, 7, 4, 1], [2, 0, 2, 0, 1, 0], "sym", dtype=torch.float64))
+
+
+def test_eight_processes(world: World) -> None:
+    """As many pipelines, one and five of them, and more."""
+    for lens in ([3, 1, 0, 7, 2, 0, 5, 4], [9], [4, 0, 3, 8, 1], [2, 1, 3, 0, 2, 5, 1, 1, 4, 3]):
+        for method in METHODS:
+            check(world, 8, Case(lens, [0] * len(lens), "sym", method, "1d", cut=[0.3, 0.6], p=0.2))
+    check(world, 8, Case([3, 1, 4, 7, 2, 0, 5, 4], [0, 1, 0, 1, 2, 2, 0, 1], "stripe", dtype=torch.float64))

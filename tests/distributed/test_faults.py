@@ -1,0 +1,240 @@
+"""What goes wrong on one rank is an error on all of them: within the timeout, naming ranks, and before anything is sent."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+from distributed import faults
+from distributed.faults import Change
+from distributed.pool import Outcome, Pool, join
+from distributed.same import assert_own
+
+import hetu
+
+World = Callable[..., Pool]
+TIMEOUT = 3.0
+SLACK = 3.0
+"""Seconds that a process may have to wait for a core."""
+
+
+def refused(world: World, change: Change, tokens: int) -> list[list[str]]:
+    """The error of each of three ranks, if a run is refused for what the last one does; none of them begins it.
+
+    Afterwards the same ranks run what they ran before, to the bit.
+    """
+    errors, begun = zip(*world(3).run(faults.watched, {2: change}, tokens), strict=True)
+    assert not any(begun)
+    (alone,) = world(1).run(faults.run)
+    for rank, values in enumerate(world(3).run(faults.run)):
+        assert_own(values, alone, rank, 3)
+    return list(errors)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "sides"),
+    [
+        (faults.another_strategy, "the strategy", ["ranks 0, 1: 0", "rank 2: 1"]),
+        (faults.a_strategy_to_be_chosen, "the strategy", ["ranks 0, 1: 0", "rank 2: 'auto'"]),
+        (faults.other_lengths, "int_symbol_dict", ["ranks 0, 1: [('s', '12')]", "rank 2: [('s', '11')]"]),
+        (faults.other_symbols_alone, "int_symbol_dict", ["ranks 0, 1: [('s', '12')]", "rank 2: [('s', '13')]"]),
+        (faults.other_dtype, "the graph", ["ranks 0, 1: '", "rank 2: '"]),
+        (faults.other_fetches, "what is fetched", ["rank 2: ('parallel_attn_0.softmax_lse',)"]),
+        (faults.more_fetches, "what is fetched", ["ranks 0, 1: ('parallel_attn_0.output',)"]),
+        (faults.more_micro_batches, "the number of micro-batches", ["ranks 0, 1: 1", "rank 2: 2"]),
+        (faults.another_seed, "the generator's state", ["ranks 0, 1: (0, 0)", "rank 2: (99, 0)"]),
+        (faults.another_backend, "the backend", ["ranks 0, 1: 'torch'", "rank 2: 'triton'"]),
+        (faults.another_run_level, "run_level", ["ranks 0, 1: 'update'", "rank 2: 'grad'"]),
+        (faults.plans_something_else, "the plans", ["ranks 0, 1: [(0, 3, '", "rank 2: [(0, 3, '"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_differs_is_shown_on_all_ranks(world: World, change: Change, name: str, sides: list[str]) -> None:
+    # Plans of lengths seen before are not made again.
+    tokens = 30 if change is faults.plans_something_else else 12
+    for *kinds, text in refused(world, change, tokens):
+        assert kinds[0] == "CommunicationError"
+        assert f"{name} must be the same on all ranks, but the ranks differ in run " in text
+        assert all(f"bound:  {side}" in text for side in sides), text
+        assert "where:  faults.py:" in text and "return own(made.script.graph.run(" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        (faults.too_many_rows, "BindingError", "qkv has 4 rows on pipeline 2, but the strategy gives it 2 tokens"),
+        (faults.no_rows, "BindingError", "qkv has 0 rows on pipeline 2, but the strategy gives it 2 tokens"),
+        (faults.other_columns, "BindingError", "shape of x, dimension 1 is 23, expected 24"),
+        (faults.other_documents, "BindingError", "cu_seqlens_q on pipeline 2 differs from cu_seqlens_q on pipeline 0"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_wrong_shards_are_refused_alike_by_all(world: World, change: Change, kind: str, text: str) -> None:
+    for *kinds, found in refused(world, change, 12):
+        assert kinds[0] == kind and text in found
+        assert "bound:  pipeline r is fed by rank r % 3" in found
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "text"),
+    [
+        (faults.wrong_feed_dtype, "DTypeError", "x is float32, but a torch.float64 tensor was fed"),
+        (faults.missing_feed, "BindingError", "placeholder cu is not fed"),
+        (faults.no_feeds, "BindingError", "placeholder x is not fed"),
+        (faults.no_placeholder, "BindingError", "it is no placeholder"),
+        (faults.too_few_shards, "StrategyError", "x was fed 2 shards, but the strategy has 3 pipelines"),
+        (faults.no_such_strategy, "StrategyError", "there is no strategy 7 in a graph of 2"),
+        (faults.of_another_graph, "HetuError", "it is no tensor of this graph"),
+        (faults.no_such_run_level, "HetuError", "there is no run_level 'often'"),
+        (faults.raises_while_planning, "ValueError", "no plan today"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_one_rank_refuses_no_rank_begins(world: World, change: Change, kind: str, text: str) -> None:
+    tokens = 31 if change is faults.raises_while_planning else 12
+    *others, (*kinds, found) = refused(world, change, tokens)
+    assert kinds[0] == kind and text in found
+    for *kinds, theirs in others:
+        assert kinds[0] == "CommunicationError"
+        assert re.search(r"run \d+ was refused by rank 2, so nothing was computed", theirs)
+        assert f"rank 2: {kind}: " in theirs and text in theirs
+
+
+# Ranks that are late, or gone
+
+
+@pytest.fixture
+def impatient() -> Iterator[Pool]:
+    """Three ranks with a short timeout."""
+    pool = Pool(3, timeout=TIMEOUT)
+    yield pool
+    pool.close()
+
+
+def assert_lost(outcome: Outcome, pattern: str) -> None:
+    """It got an error that says so, in time: it is neither stuck nor ended."""
+    assert outcome.raised is not None, str(outcome)
+    assert outcome.raised.kinds[0] == "CommunicationError", outcome.raised.traceback
+    assert re.search(pattern, outcome.raised.text), outcome.raised.text
+
+
+def assert_stopped(pool: Pool, ranks: list[int]) -> None:
+    """They live, and say of the next run that there can't be one."""
+    assert all(outcome.is_value for outcome in pool.outcomes(faults.here, ranks))
+    for outcome in pool.outcomes(faults.run, ranks, limit=TIMEOUT):
+        assert_lost(outcome, "the ranks can't go on after an earlier failure: .*rank")
+
+
+def fail(pool: Pool, change: Change, rank: int = 1) -> list[Outcome]:
+    """How a second run ends, in which a change takes place on one rank; all but that one have to come back in time."""
+    pool.run(faults.run, tokens=48)
+    return pool.outcomes(partial(faults.run, {rank: change}, tokens=48), limit=TIMEOUT + SLACK)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("change", [faults.dies, faults.sleeps, faults.is_interrupted], ids=lambda f: f.__name__)
+def test_a_rank_that_does_not_come_to_a_run(impatient: Pool, change: Change, rank: int) -> None:
+    outcomes = fail(impatient, change, rank)
+    others = [0, 2] if rank == 1 else [1, 2]
+    for other in others:
+        assert_lost(outcomes[other], rf"to come to run 2; rank {rank} died, or did not come within {TIMEOUT:g} s")
+    assert_stopped(impatient, others)
+
+
+SAYS = {"raises": "rank 1: ValueError: out of luck", "is interrupted": "rank 1: KeyboardInterrupt"}
+GONE = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
+
+
+@pytest.mark.parametrize("end", ["send", "receive"])
+@pytest.mark.parametrize("what", ["dies", "raises", "sleeps", "is interrupted"])
+def test_a_rank_that_fails_before_it_sends_anything(impatient: Pool, what: str, end: str) -> None:
+    """The others say whom they lost, or what that one says of itself."""
+    outcomes = fail(impatient, faults.at_the_transfer(what, 1, end))
+    for other in (0, 2):
+        assert_lost(outcomes[other], SAYS.get(what, GONE))
+    if what in SAYS:
+        assert (raised := outcomes[1].raised) is not None
+        assert raised.kinds[0] == ("ValueError" if what == "raises" else "KeyboardInterrupt")
+    assert_stopped(impatient, [0, 2])
+
+
+@pytest.mark.parametrize("what", ["dies", "raises", "sleeps", "is interrupted"])
+def test_a_rank_that_fails_after_it_sent(impatient: Pool, what: str) -> None:
+    """Whoever got all that it needed has a result; the next run tells it."""
+    outcomes = fail(impatient, faults.at_the_transfer(what, 1, "done"))
+    done = [rank for rank in (0, 2) if outcomes[rank].is_value]
+    for rank, outcome in zip(done, impatient.outcomes(faults.run, done, limit=TIMEOUT + SLACK), strict=True):
+        outcomes[rank] = outcome
+    for other in (0, 2):
+        assert_lost(outcomes[other], "|".join([SAYS.get(what, GONE), "failed .*rank"]))
+    assert_stopped(impatient, [0, 2])
+
+
+@pytest.mark.parametrize("what", ["dies", "raises"])
+def test_nobody_waits_the_whole_timeout_for_a_rank_that_is_gone(what: str) -> None:
+    with Pool(3, timeout=90.0) as pool:
+        pool.run(faults.run, tokens=48)
+        change = faults.at_the_transfer(what, 1, "send")
+        outcomes = pool.outcomes(partial(faults.run, {1: change}, tokens=48), limit=45.0)
+        for other in (0, 2):
+            assert_lost(outcomes[other], SAYS.get(what, "rank 1 died"))
+
+
+def test_a_rank_that_does_something_else(impatient: Pool) -> None:
+    for outcome in fail(impatient, faults.gathers_instead):
+        assert_lost(outcome, r"(?s)at different places of the script.*rank 0: at run 2 .*rank 1: at gather_shards ")
+
+
+@pytest.mark.parametrize("agent", [True, False], ids=["with torchrun's store", "with the store of rank 0"])
+@pytest.mark.parametrize("missing", [0, 2])
+def test_a_rank_that_never_starts(agent: bool, missing: int) -> None:
+    ranks = [rank for rank in range(3) if rank != missing]
+    with Pool(3, backend=None, agent=agent) as pool:
+        for outcome in pool.outcomes(partial(join, "gloo", TIMEOUT), ranks, limit=TIMEOUT + SLACK):
+            if missing or agent:
+                assert_lost(outcome, rf"rank {missing} did not come to init_distributed within {TIMEOUT:g} s")
+            else:
+                assert_lost(outcome, f"can't be reached within {TIMEOUT:g} s(?s:.*)see that rank 0 has started")
+
+
+def test_a_rank_that_dies_while_the_others_gather(impatient: Pool) -> None:
+    impatient.run(faults.run)
+    outcomes = impatient.outcomes(partial(faults.gather, {1: faults.dies}), limit=TIMEOUT + SLACK)
+    for other in (0, 2):
+        assert_lost(outcomes[other], rf"rank 1 died, or did not come within {TIMEOUT:g} s")
+    assert_stopped(impatient, [0, 2])
+
+
+# Before there is a world
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "text"),
+    [
+        ({"RANK": "0"}, {}, "the environment has RANK, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({}, {"timeout": 0}, "timeout is 0"),
+        ({}, {"timeout": -1.5}, "timeout is -1.5"),
+        ({}, {"timeout": float("nan")}, "timeout is nan"),
+        ({}, {"backend": "mpi"}, "there is no backend 'mpi'"),
+    ],
+)
+def test_a_bad_start(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], options: dict[str, object], text: str
+) -> None:
+    whole = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (environment or whole).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(hetu.HetuError, match=re.escape(text)):
+        hetu.init_distributed(**options)
+
+
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"RANK": "9", "WORLD_SIZE": "10", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    with pytest.raises(hetu.HetuError, match=r"this is process 9 of its host, which has 8 GPUs"):
+        hetu.init_distributed("nccl")

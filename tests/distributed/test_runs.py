@@ -1,0 +1,45 @@
+"""Sums over pipelines, choosing, gathering and planning in several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from distributed.jobs import chosen, gathered, reduced
+from distributed.pool import Pool
+from distributed.same import assert_own, assert_same
+
+World = Callable[..., Pool]
+
+KINDS = [
+    *((dtype, op) for dtype in ("float64", "float32", "float16", "bfloat16") for op in ("sum", "mean")),
+    *((dtype, "sum") for dtype in ("int32", "int64", "uint8")),
+]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_sums_over_pipelines(world: World, size: int) -> None:
+    """Added in the order of the pipelines, whichever processes they run in; in one bucket or many."""
+    for dtype, op in KINDS:
+        for count, bucket in ((1, 1), (size - 1, 100), (size, 10**6), (2 * size + 1, 100)):
+            (alone,) = world(1).run(reduced, dtype, op, count)
+            for rank, values in enumerate(world(size).run(reduced, dtype, op, count, bucket)):
+                for mine, whole in zip(values, alone, strict=True):
+                    assert_own(mine, whole, rank, size)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("lens", [[5], [3, 0, 4], [1, 2, 3, 0, 5]])
+def test_gathered_shards_are_those_of_one_process_on_every_rank(world: World, size: int, lens: list[int]) -> None:
+    (alone,) = world(1).run(gathered, lens)
+    for rank in world(size).run(gathered, lens):
+        assert_same(rank, alone)
+
+
+@pytest.mark.parametrize("strategy", ["auto", None, 1])
+def test_all_ranks_choose_alike(world: World, strategy: str | int | None) -> None:
+    for count in [1, 2, 3] if strategy != 1 else [2]:
+        (alone,) = world(1).run(chosen, strategy, count)
+        for rank, (index, plan, values) in enumerate(world(2).run(chosen, strategy, count)):
+            assert (index, plan) == alone[:2] and index == count - 1
+            assert_own(values, alone[2], rank, 2)
