@@ -125,6 +125,13 @@ class Run(attention_report.Run):
         """Rows whose bytes are not those of the plan."""
         return [row for row in self.rows if not row.moves_as_planned]
 
+    @property
+    def faults(self) -> list[str]:
+        """Why the run as a whole failed, if it did."""
+        missing = sum(row.is_hetu or row.peer == ALONE for row in self.left_out)
+        said = {"rows sent other bytes than planned": len(self.astray), "of hetu's rows are missing": missing}
+        return [f"{count} {what}" for what, count in said.items() if count]
+
 
 Found = Mapping[tuple[str, str, int, str], Measured]
 

@@ -108,10 +108,16 @@ def attempt(made: dict[str, Any], reasons: dict[str, str], name: str, make: Call
         reasons[name] = first_line(failure)
 
 
-def first_line(failure: Exception) -> str:
-    """Of what it says, no more than fits into a line."""
+def first_line(failure: BaseException) -> str:
+    """Of what it says, and of what caused it, no more than fits into a line.
+
+    Example:
+        >>> first_line(ValueError("too large: 7"))
+        'too large: 7'
+    """
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-    return lines[0][:160] if lines else type(failure).__name__
+    first = lines[0][:160] if lines else type(failure).__name__
+    return f"{first}: {first_line(failure.__cause__)}"[:240] if failure.__cause__ else first
 
 
 def about(script: str, device: str, argv: Sequence[str]) -> dict[str, str]:

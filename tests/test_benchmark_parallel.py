@@ -28,10 +28,10 @@ import parallel_cases  # noqa: E402
 import parallel_peers  # noqa: E402
 import parallel_report  # noqa: E402
 import tables  # noqa: E402
+import timing  # noqa: E402
 from attention_cases import Inputs, document_lengths, reference  # noqa: E402
 from parallel_cases import ALONE, BOTH, DIRECTIONS, PACKS, TOKENS, Spread, joint_error, squares  # noqa: E402
 from parallel_report import NO_RESULTS, LeftOut, Measured, Run, report  # noqa: E402
-from timing import WaitsForDevice  # noqa: E402
 
 
 def load_script() -> Any:
@@ -159,6 +159,14 @@ def test_rows_lie_on_as_many_ranks(ran: Ran) -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(parallel_cases) == (0, 3)
+    assert doctest.testmod(timing) == (0, 1)
+
+
+def test_reasons_tell_their_cause() -> None:
+    failure = RuntimeError("no rows came\nwhere: there")
+    failure.__cause__ = ValueError("not contiguous")
+    assert timing.first_line(failure) == "no rows came: not contiguous"
+    assert timing.first_line(KeyError()) == "KeyError"
 
 
 @pytest.mark.parametrize("total", [*TOKENS, 98, 7, 1])
@@ -202,7 +210,6 @@ def test_of_who_waits_for_the_device_the_host_is_timed_too() -> None:
     timer.sleep, timer.note, timer._take = 1.0, "", take
     assert timer.sample() == 7.0 and slept == [1.0, 2.0, 4.0, 8.0, 0.0]
     assert timer.sample() == 7.0 and slept[5:] == [0.0] and "waits for the device" in timer.note
-    assert issubclass(WaitsForDevice, RuntimeError)
 
 
 def test_the_slowest_rank_counts() -> None:
@@ -288,6 +295,8 @@ def test_bytes_that_go_astray_are_told() -> None:
     row = replace(ROW, counted=[10**7, 0])
     assert Run(ABOUT, [ROW, row]).astray == [row] and "SENT [10000000, 0], PLANNED" in str(row)
     assert "| one, 8,192: ring | 10 + 0 | NO |" in report(Run(ABOUT, [row]))
+    assert Run(ABOUT, [ROW, row]).faults == ["1 rows sent other bytes than planned"]
+    assert a_run().faults == ["1 of hetu's rows are missing"] and not Run(ABOUT, [ROW], a_run().left_out[:2]).faults
 
 
 def test_docs_are_made_from_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
