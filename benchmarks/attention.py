@@ -18,113 +18,24 @@ import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import numpy as np
 import torch
 from attention_cases import DIRECTIONS, HEADS, LENGTHS, MASKS, TOKENS, Case, Inputs, Results, cases, error, reference
 from attention_peers import PEERS, YARDSTICK, Calls
 from attention_report import RESULTS, LeftOut, Measured, Run, report
-from tables import environment
-
-Call = Callable[[], Any]
-
-# Timing
-
-FLUSHED = 128 * 2**20  # bytes; the L2 cache of an H100 has 50 MB
-CYCLES = 2_000_000  # of a sleeping kernel in a millisecond, at the highest clocks of an H100
-BUDGET = 500.0  # milliseconds of samples of a peer on a case, so that long kernels get fewer
-FEWEST_SAMPLES = 5
-
-
-class DeviceTimer:
-    """Times of a call on the device, without what the host does for it.
-
-    The device sleeps until the host has queued the whole call. A sample for which it didn't sleep long enough is not
-    counted, and taken again with a longer sleep.
-
-    Raises:
-        RuntimeError: If no sleep is long enough, because the call waits for the device.
-    """
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.flushed = torch.empty(FLUSHED, dtype=torch.int8, device="cuda")
-        torch.cuda.synchronize()
-        start = perf_counter()
-        call()
-        self.host = (perf_counter() - start) * 1e3
-        torch.cuda.synchronize()
-        self.sleep = 0.2 + 2 * self.host
-        self.cost = self.sample() + self.sleep
-
-    def sample(self) -> float:
-        """Milliseconds."""
-        for _ in range(4):
-            time, is_hidden = self._take()
-            if is_hidden:
-                return time
-            self.sleep *= 2
-        raise RuntimeError("waits for the device, so that its time cannot be told from the host's")
-
-    def _take(self) -> tuple[float, bool]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flushed.zero_()
-        torch.cuda._sleep(int(self.sleep * CYCLES))
-        start.record()
-        self.call()
-        end.record()
-        is_hidden = not start.query()  # the device still sleeps
-        end.synchronize()
-        return start.elapsed_time(end), is_hidden
-
-
-class HostTimer:
-    """Times of a call on the CPU; has what :class:`DeviceTimer` has."""
-
-    def __init__(self, call: Call) -> None:
-        self.call, self.host = call, None
-        self.cost = self.sample()
-
-    def sample(self) -> float:
-        start = perf_counter()
-        self.call()
-        return (perf_counter() - start) * 1e3
-
-
-Timer = DeviceTimer | HostTimer
-
-
-def take_turns(timers: dict[str, Timer], samples: int) -> dict[str, list[float]]:
-    """Samples of all, the first of each, then the second of each and so on."""
-    counts = {name: max(min(samples, int(BUDGET / timer.cost)), FEWEST_SAMPLES) for name, timer in timers.items()}
-    taken: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in range(max(counts.values(), default=0)):
-        for name, timer in timers.items():
-            if turn < counts[name]:
-                taken[name].append(timer.sample())
-    return taken
-
+from timing import DeviceTimer, HostTimer, Timer, about, attempt, take_turns
 
 # A case
 
 MOST_WRONG = 0.05
 """What an error may be at most, also if FlashAttention-2's is larger or missing."""
-
-
-def attempt(made: dict[str, Any], reasons: dict[str, str], name: str, make: Call) -> None:
-    """Puts what ``make`` gives into ``made``, or why it failed into ``reasons``: peers fail in all sorts of ways."""
-    try:
-        made[name] = make()
-    except Exception as failure:
-        lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
-        reasons[name] = lines[0][:160] if lines else type(failure).__name__
 
 
 def error_of(peer: Calls, inputs: Inputs, direction: str, right: Results) -> float:
@@ -242,16 +153,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def about(device: str, argv: Sequence[str]) -> dict[str, str]:
-    """The machine, the versions and the command, without where the results were put."""
-    folder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    folder.add_argument("--out")
-    command = ["benchmarks/attention.py", *folder.parse_known_args(argv)[1]]
-    versions = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    told = environment(command) | versions
-    return told | {"device": torch.cuda.get_device_name()} if device == "cuda" else told
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
@@ -265,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if device == "cuda" and arguments.warm_up_processes > 1:
         warm_up(arguments)
         print(f"compiled in {perf_counter() - start:.0f} s", flush=True)
-    run = Run(about(device, argv))
+    run = Run(about("benchmarks/attention.py", device, argv))
     for case in chosen:
         for row in measure(case, arguments.peers, arguments.direction, arguments.samples, device):
             run.add(row)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from attention_cases import DIRECTIONS, LENGTHS, MASKS, Case, document_lengths
@@ -95,32 +96,36 @@ class Run:
     """All that a run of the benchmark found.
 
     Attributes:
+        benchmark: How its files are called.
+        kinds: The class of rows that were measured, and of those that were not.
         about: Device, versions, date and command.
         rows: What was measured.
         left_out: What was not.
     """
 
+    benchmark: ClassVar[str] = "attention"
+    kinds: ClassVar[tuple[Any, Any]] = Measured, LeftOut
+
     about: dict[str, str]
-    rows: list[Measured] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
+    rows: list[Any] = field(default_factory=list)
+    left_out: list[Any] = field(default_factory=list)
 
     @classmethod
-    def read(cls, path: Path) -> Run:
+    def read(cls, path: Path) -> Self:
         kept = json.loads(path.read_text(encoding="utf-8"))
         rows, left_out = kept.pop("rows"), kept.pop("left_out", [])
-        return cls(kept, [Measured(**row) for row in rows], [LeftOut(**row) for row in left_out])
+        measured, missing = cls.kinds
+        return cls(kept, [measured(**row) for row in rows], [missing(**row) for row in left_out])
 
-    def add(self, row: Measured | LeftOut) -> None:
-        if isinstance(row, Measured):
-            self.rows.append(row)
-        else:
-            self.left_out.append(row)
+    def add(self, row: Any) -> None:
+        """A row of one of the two kinds."""
+        (self.rows if isinstance(row, self.kinds[0]) else self.left_out).append(row)
 
     def write(self, folder: Path) -> Path:
-        """Writes ``attention_<device>.json``, whole or not at all: a run may be killed at any time."""
+        """Writes ``<benchmark>_<device>.json``, whole or not at all: a run may be killed at any time."""
         maker, _, device = self.about["device"].partition(" ")
         name = device.split()[0].lower() if maker == "NVIDIA" else "cpu"
-        path, unfinished = folder / f"attention_{name}.json", folder / f".attention_{name}.json"
+        path, unfinished = folder / f"{self.benchmark}_{name}.json", folder / f".{self.benchmark}_{name}.json"
         folder.mkdir(parents=True, exist_ok=True)
         lists = {"rows": [asdict(row) for row in self.rows], "left_out": [asdict(row) for row in self.left_out]}
         unfinished.write_text(json.dumps({**self.about, **lists}, indent=1, ensure_ascii=False) + "\n", "utf-8")
@@ -137,10 +142,14 @@ def report(run: Run) -> str:
     lines += [_verdict(run), "", *_mixes(tokens)]
     lines += _other_peers(run.rows)
     lines += _left_out(run.left_out)
-    names = ("python", "torch", "triton", "cuda", "cudnn")
-    versions = ", ".join(f"{name} {run.about[name]}" for name in names if name in run.about)
-    lines.append(f"{run.about['device']}; {versions}; {run.about['date']}; `{run.about['command']}`.")
-    return "\n".join(lines)
+    return "\n".join([*lines, colophon(run.about)])
+
+
+def colophon(about: Mapping[str, str]) -> str:
+    """What it was measured on, when, and how."""
+    names = ("python", "torch", "triton", "cuda", "cudnn", "nccl")
+    versions = ", ".join(f"{name} {about[name]}" for name in names if name in about)
+    return f"{about['device']}; {versions}; {about['date']}; `{about['command']}`."
 
 
 Found = dict[tuple[int, str, str, str, str, str], Measured]
@@ -151,7 +160,7 @@ def _against_yardstick(found: Found, tokens: int, direction: str) -> list[str]:
     heads = dict.fromkeys(key[2] for key in found if key[:2] == (tokens, direction))
     if not heads:
         return []
-    lines = _header(f"{direction}, {tokens:,} tokens", LENGTHS)
+    lines = header(f"{direction}, {tokens:,} tokens", LENGTHS)
     for one, mask in product(heads, MASKS):
         keys = [(tokens, direction, one, mask, kind) for kind in LENGTHS]
         cells = [_cell(found.get((*key, "hetu")), found.get((*key, YARDSTICK))) for key in keys]
@@ -160,7 +169,7 @@ def _against_yardstick(found: Found, tokens: int, direction: str) -> list[str]:
     return [*lines, ""]
 
 
-def _header(first: str, others: Iterable[str]) -> list[str]:
+def header(first: str, others: Iterable[str]) -> list[str]:
     others = list(others)
     return [f"| {first} | {' | '.join(others)} |", "| --- |" + " ---: |" * len(others)]
 
@@ -209,7 +218,7 @@ def _other_peers(rows: Sequence[Measured]) -> list[str]:
     peers = [peer for peer in dict.fromkeys(row.peer for row in rows) if peer not in ("hetu", YARDSTICK)]
     if not peers:
         return []
-    lines = _header(f"times the speed of {YARDSTICK}, on average", [*LENGTHS, "rows"])
+    lines = header(f"times the speed of {YARDSTICK}, on average", [*LENGTHS, "rows"])
     tokens = sorted({row.tokens for row in rows}, reverse=True)
     for total, direction, peer in product(tokens, DIRECTIONS, ["hetu", *peers]):
         own = [row for row in rows if (row.tokens, row.direction, row.peer) == (total, direction, peer)]

@@ -1,0 +1,233 @@
+"""Who is compared over several GPUs: hetu's methods, hetu on each GPU alone, and torch's ``context_parallel``.
+
+A peer is made on all ranks at once, from inputs that are the same on all of them, and keeps this rank's part.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from attention_cases import Inputs, Results
+from parallel_cases import ALONE, BOTH, Ranks, Spread, check_rows
+from timing import first_line
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hetu
+from hetu.parallel import METHODS, AttnPlan
+
+
+class Peer(ABC):
+    """Attention over the ranks.
+
+    Attributes:
+        rows: Numbers of the tokens that this rank holds, in the order in which it holds them.
+        copies: How many ranks hold each token.
+        note: What has to be said of it.
+    """
+
+    note = ""
+
+    def __init__(self, rows: torch.Tensor, tokens: int, ranks: Ranks) -> None:
+        self.rows, self.copies = rows, check_rows(rows, tokens, ranks)
+
+    @abstractmethod
+    def call(self, direction: str) -> Any:
+        """What is timed."""
+
+    @abstractmethod
+    def results(self, direction: str) -> Results:
+        """What it computes, by name: ``(rows, heads, head_dim)``."""
+
+    def plans(self, direction: str) -> list[AttnPlan]:
+        """What it follows, if it says so."""
+        return []
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What has to be entered for calls, and is not part of their times."""
+        yield
+
+
+class Hetu(Peer):
+    """``hetu.parallel_attn`` through ``g.run``; each rank feeds its own shard.
+
+    Args:
+        x: The inputs, of a :class:`Spread`.
+        ranks: The ranks.
+        method: How keys and values move; None if each GPU attends to all tokens, alone, all at the same time: as
+            busy and as warm as in the other rows, and the slowest of them counts.
+    """
+
+    def __init__(self, x: Inputs, ranks: Ranks, method: str | None) -> None:
+        case = _spread(x)
+        num_q, num_kv, head_dim = case.shape
+        is_alone = method is None
+        lens = [case.tokens] * ranks.size if is_alone else case.seq_lens
+        groups = list(range(ranks.size)) if is_alone else [0] * ranks.size
+        dtype = hetu.as_dtype(str(x.q.dtype).removeprefix("torch."))
+        rows, docs = hetu.IntSymbol("rows"), hetu.IntSymbol("docs")
+        with hetu.graph("define_and_run") as g:
+            qkv = hetu.placeholder(dtype, [rows, (num_q + 2 * num_kv) * head_dim], name="qkv")
+            dout = hetu.placeholder(dtype, [rows, num_q * head_dim], name="dout")
+            cu_seqlens = hetu.placeholder(hetu.int32, [docs + 1], name="cu_seqlens")
+            out = hetu.parallel_attn(
+                qkv,
+                head_dim,
+                num_q // num_kv,
+                [lens],
+                [groups],
+                packing=True,
+                cu_seqlens_q=cu_seqlens,
+                cu_seqlens_k=cu_seqlens,
+                is_causal=case.is_causal,
+                split=case.split,
+                method=method or "auto",
+            )[0]
+            dqkv = hetu.gradients(out, qkv, dout)
+        self.graph, self.case, self.out, self.fetches = g, case, out, [out, dqkv]
+        self.cu_seqlens = [x.cu_seqlens.numpy()] * len(set(groups))
+        layout = g.layout(0, cu_seqlens=self.cu_seqlens)
+        tokens = torch.arange(case.tokens)
+        super().__init__(layout.scatter([tokens] * len(set(groups)))[ranks.rank], case.tokens, ranks)
+        there = self.rows.to(x.q.device)
+        self.feeds = {
+            qkv: torch.cat([y[there].flatten(1) for y in (x.q, x.k, x.v)], 1),
+            dout: x.dout[there].flatten(1),
+            cu_seqlens: x.cu_seqlens,
+        }
+
+    def call(self, direction: str) -> Any:
+        """A run."""
+        return self.graph.run(self.fetches if direction == BOTH else self.out, self.feeds)
+
+    def results(self, direction: str) -> Results:
+        """The output, and the gradients of what was fed."""
+        num_q, num_kv, head_dim = self.case.shape
+        if direction != BOTH:
+            return {"out": self.call(direction).unflatten(1, (num_q, head_dim))}
+        out, dqkv = (y.unflatten(1, (-1, head_dim)) for y in self.call(direction))
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *dqkv.split([num_q, num_kv, num_kv], 1)), strict=True))
+
+    def plans(self, direction: str) -> list[AttnPlan]:
+        """The plan, and that of the gradients."""
+        plan = self.graph.plan(0, cu_seqlens=self.cu_seqlens)
+        return [plan, plan.backward()] if direction == BOTH else [plan]
+
+
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+"""Of ``scaled_dot_product_attention``."""
+
+ROTATIONS = ("allgather", "alltoall")
+
+
+class ContextParallel(Peer):
+    """Torch's ``context_parallel`` around ``scaled_dot_product_attention``.
+
+    It is entered outside of what is timed, and inputs are sharded beforehand. Where it doesn't take fewer key heads
+    than query heads, key heads are repeated, as its user would have to, and that is part of what is timed.
+
+    Args:
+        x: The inputs, of one document.
+        ranks: The ranks.
+        backend: Of ``scaled_dot_product_attention``.
+        rotation: Of ROTATIONS.
+
+    Raises:
+        ValueError: If there are several documents.
+    """
+
+    def __init__(self, x: Inputs, ranks: Ranks, backend: SDPBackend, rotation: str) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.experimental import context_parallel
+
+        case = _spread(x)
+        if len(case.documents) > 1:
+            raise ValueError("knows no packed documents")
+        self.case, self.backend, self.rotation = case, backend, rotation
+        self.mesh = init_device_mesh(x.q.device.type, (ranks.size,))
+        self._context = context_parallel
+        self._unused = torch.zeros(2 * ranks.size if case.tokens % (2 * ranks.size) == 0 else ranks.size).to(x.q.device)
+        buffers = [y.transpose(0, 1)[None].clone(memory_format=torch.contiguous_format) for y in _given(x)]
+        buffers.append(torch.arange(case.tokens, device=x.q.device))
+        with context_parallel(
+            self.mesh, buffers=buffers, buffer_seq_dims=[2, 2, 2, 2, 0], no_restore_buffers=set(buffers)
+        ):
+            *shards, rows = buffers
+        self.leaves, self.dout = [y.detach().requires_grad_() for y in shards[:3]], shards[3]
+        super().__init__(rows.clone(), case.tokens, ranks)
+        self.repeats = 1
+        try:
+            self._try()
+        except Exception as failure:  # of whatever kind; it is the same on all ranks
+            num_q, num_kv, _ = case.shape
+            self.repeats = num_q // num_kv
+            self.note = f"key heads are repeated for it, as without that it fails ({first_line(failure)})"
+            self._try()
+
+    def _try(self) -> None:
+        with self.around():
+            self.call(BOTH)
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """The contexts of a user's training step."""
+        with ExitStack() as stack:
+            stack.enter_context(self._context(self.mesh, buffers=[self._unused], buffer_seq_dims=[0]))
+            stack.enter_context(sdpa_kernel(self.backend))
+            _set_rotation(self.rotation)
+            yield
+
+    def _attend(self) -> torch.Tensor:
+        q, k, v = self.leaves
+        if self.repeats > 1:
+            k, v = (y.repeat_interleave(self.repeats, 1) for y in (k, v))
+        is_grouped = q.shape[1] != k.shape[1]
+        attend = torch.nn.functional.scaled_dot_product_attention  # looked up here: the context replaces it
+        return attend(q, k, v, is_causal=self.case.is_causal, enable_gqa=is_grouped)
+
+    def call(self, direction: str) -> Any:
+        """The forward alone, without what a backward needs, or both."""
+        if direction != BOTH:
+            with torch.no_grad():
+                return (self._attend(),)
+        out = self._attend()
+        return out, *torch.autograd.grad(out, self.leaves, self.dout)
+
+    def results(self, direction: str) -> Results:
+        """The output, and the gradients of the shards."""
+        with self.around():
+            found = self.call(direction)
+        return {name: y[0].transpose(0, 1) for name, y in zip(("out", "dq", "dk", "dv"), found, strict=False)}
+
+
+def _set_rotation(rotation: str) -> None:
+    from torch.distributed.tensor.experimental import _attention
+
+    _attention.set_rotate_method(rotation)
+
+
+def _given(x: Inputs) -> list[torch.Tensor]:
+    return [x.q, x.k, x.v, x.dout]
+
+
+def _spread(x: Inputs) -> Spread:
+    assert isinstance(x.case, Spread)
+    return x.case
+
+
+Make = Callable[[Inputs, Ranks], Peer]
+
+HETU: dict[str, Make] = {f"hetu {method}": partial(Hetu, method=method) for method in METHODS}
+
+TORCH: dict[str, Make] = {
+    f"torch {name} {rotation}": partial(ContextParallel, backend=backend, rotation=rotation)
+    for (name, backend), rotation in product(BACKENDS.items(), ROTATIONS)
+}
+
+PEERS: dict[str, Make] = {ALONE: partial(Hetu, method=None), **HETU, **TORCH}
