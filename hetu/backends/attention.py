@@ -28,6 +28,7 @@ __all__ = [
     "ceil_padded",
     "dropout_key",
     "finish_softmax",
+    "lse_places",
     "new_state",
     "row_dot",
 ]
@@ -197,12 +198,12 @@ def attention_delta(
     """
     delta = row_dot(out, dout)
     if dlse is not None:
-        rows, slot, slot_row = _lse_places(spans, out.device)
+        rows, slot, slot_row = lse_places(spans, out.device)
         delta[rows] -= dlse[slot, :, slot_row].to(delta.dtype)
     return delta
 
 
-def _lse_places(spans: QuerySpans, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def lse_places(spans: QuerySpans, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of q that have a log-sum-exp, and the slot and the place in it of each; copied to a device once."""
     key = ("lse_places", device)
     if key not in spans.memo:

@@ -37,10 +37,12 @@ class Dropout:
     Attributes:
         p: Probability that an entry is dropped, in ``[0, 1)``.
         key: 64-bit key of the mask, from :func:`dropout_key`.
+        first_head: Number of the first query head at hand, where these are not all that there are.
     """
 
     p: float
     key: int
+    first_head: int = 0
 
     @property
     def threshold(self) -> int:
@@ -116,7 +118,7 @@ def keep_mask(
     Args:
         dropout: Probability and key.
         document: The documents' numbers: an int, or int64 ``(Q,)``, one a query.
-        heads: int64 ``(H,)``, numbers of query heads.
+        heads: int64 ``(H,)``, query heads, counted from ``dropout.first_head``.
         queries: int64 ``(Q,)``, positions in the document.
         keys: int64 ``(K,)``, positions in the document.
 
@@ -131,6 +133,11 @@ def keep_mask(
     # Four neighbouring keys share one evaluation: evaluate each quad once, then pick every key's word.
     quads, quad_of_key = torch.unique(keys >> 2, return_inverse=True)
     documents = torch.as_tensor(document, dtype=torch.int64, device=keys.device).reshape(1, -1, 1)
-    counter = (quads.reshape(1, 1, -1), queries.reshape(1, -1, 1), documents, heads.reshape(-1, 1, 1))
+    counter = (
+        quads.reshape(1, 1, -1),
+        queries.reshape(1, -1, 1),
+        documents,
+        (heads + dropout.first_head).reshape(-1, 1, 1),
+    )
     words = torch.stack(philox(counter, dropout.key_words), dim=-1)
     return words.flatten(-2)[..., quad_of_key * 4 + (keys & 3)] >= dropout.threshold

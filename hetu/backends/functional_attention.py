@@ -19,8 +19,8 @@ import numpy as np
 import torch
 
 from hetu.backends.attention import AttentionState, BackwardState, Dropout, compute_dtype, dropout_key
+from hetu.backends.attention_options import with_rows
 from hetu.backends.kernels import attention_kernel, backward_kernel, default_backend, row_dot_kernel
-from hetu.backends.lower_attention import with_rows
 from hetu.cache import LRU
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
 from hetu.ops._attention import FLOATS, cu_seqlens_fault

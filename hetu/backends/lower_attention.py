@@ -2,91 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import fx
 
-from hetu.backends.attention import Dropout, dropout_key, finish_softmax, new_state
-from hetu.backends.comm import World, follow, run_lock_step
+from hetu.backends.attention import finish_softmax, new_state
+from hetu.backends.attention_options import Options, Random, as_heads, key_positions, with_rows
+from hetu.backends.comm import Communicator, World, follow, run_lock_step
 from hetu.backends.kernels import attention_kernel
+from hetu.backends.lower_heads import HeadsCall
 from hetu.backends.lowering import NodeLowering, lowering
 from hetu.dtypes import float64
 from hetu.graph import Node
-from hetu.parallel import AttnPlan, Layout
+from hetu.parallel import AttnPlan
 from hetu.parallel.plan import Attend
 from hetu.parallel.varlen import VarlenPlan
-
-Random = tuple[int, int]
-
-
-class Options(NamedTuple):
-    """What of an attention op's arguments its computation depends on, whatever the lengths.
-
-    A named tuple, because those may stand in a module's code, and because a run makes one at each call.
-    """
-
-    backend: str
-    num_q: int
-    num_kv: int
-    head_dim: int
-    p_dropout: float
-    softmax_scale: float
-    return_softmax: bool
-    zero_tensors: bool = False
-
-    @classmethod
-    def of(cls, node: Node, backend: str) -> Options:
-        """The options of an attention node, or of the gradient of one."""
-        attrs = node.attrs
-        lse = node.outputs[1] if node.definition.is_random else node.input("softmax_lse")
-        num_q = lse.symbolic_shape[1].constant or 0
-        width = (node.tensors[0].symbolic_shape[1].constant or 0) // attrs["head_dim"]
-        return cls(
-            backend,
-            num_q,
-            (width - num_q) // 2,
-            attrs["head_dim"],
-            attrs["p_dropout"],
-            attrs["softmax_scale"],
-            attrs["return_softmax"],
-            attrs.get("zero_tensors", False),
-        )
-
-    def dropout(self, random: Random, group: int) -> Dropout | None:
-        """The dropout of a group's documents in this run."""
-        return Dropout(self.p_dropout, dropout_key(*random, group)) if self.p_dropout else None
-
-    @property
-    def needs_positions(self) -> bool:
-        return self.return_softmax or self.p_dropout > 0
 
 
 def _triton_declines(node: Node, device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     return "float64 has no kernel" if node.tensors[0].dtype == float64 else None
-
-
-def with_rows(x: torch.Tensor) -> torch.Tensor:
-    """The tensor with neighbouring elements in its last dimension, as kernels read it; copied only if they aren't."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """``(T, H * head_dim)`` or ``(T, H, head_dim)`` as the latter."""
-    x = with_rows(x)
-    return x if x.ndim == 3 else x.unflatten(1, (-1, head_dim))
-
-
-def key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
-    """The position in its document of every key in a step's buffer."""
-    parts = [layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
-    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 # attn_varlen
@@ -173,8 +113,11 @@ def hetu_parallel_attn(
     """
     comm = world.communicator(len(plan.pipelines))
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
-    calls = [PipelineCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
-    run_lock_step([follow(call.plan, call.kv, comm, call.attend) for call in calls], comm.stuck)
+    calls: list[PipelineCall | HeadsCall] = []
+    for r, shard, shape in own:
+        kind = PipelineCall if plan.pipelines[r].heads is None else HeadsCall
+        calls.append(kind(shard, plan, r, random, shape, options))
+    run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     return [call.outputs() for call in calls]
 
 
@@ -191,15 +134,16 @@ class PipelineCall:
         options: Options,
     ) -> None:
         self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
-        queries = options.num_q * options.head_dim
-        qkv = with_rows(qkv)
-        self.q = qkv[:, :queries].view(len(qkv), options.num_q, options.head_dim)
-        self.kv = qkv[:, queries:].view(len(qkv), 2, options.num_kv, options.head_dim)
+        self.q, self.kv = options.cut(with_rows(qkv))
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
         batch, seq_len, columns = shape
         steps = sum(isinstance(item, Attend) for item in self.plan.instructions)
         wanted = columns if options.return_softmax else None
         self.state = new_state(self.q, self.plan.spans, batch, seq_len, single_step=steps == 1, columns=wanted)
+
+    def follow(self, comm: Communicator) -> Iterator[bool]:
+        """Follows its part of the plan."""
+        return follow(self.plan, self.kv, comm, self.attend)
 
     def attend(self, step: Attend, buffer: torch.Tensor, first: bool, last: bool) -> None:
         """Attends to one buffer of keys and values."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from hetu.backends.attention import BackwardState, attention_delta, compute_dtype
-from hetu.backends.comm import World, follow_backward, run_lock_step
+from hetu.backends.attention_options import Options, as_heads, key_positions, with_rows
+from hetu.backends.comm import Communicator, World, follow_backward, run_lock_step
 from hetu.backends.kernels import backward_kernel, row_dot_kernel
-from hetu.backends.lower_attention import Options, as_heads, key_positions, register_attention, with_rows
+from hetu.backends.lower_attention import register_attention
+from hetu.backends.lower_heads import HeadsBackward
 from hetu.backends.lowering import NodeLowering
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan import Attend
@@ -108,12 +110,13 @@ def hetu_parallel_attn_grad(
         options: What of the op's arguments it depends on.
         world: Which pipelines run here, and the way to the others.
     """
-    comm, calls = world.communicator(len(plan.pipelines)), []
-    random = _random(rng_state[0])
+    comm, random = world.communicator(len(plan.pipelines)), _random(rng_state[0])
+    calls: list[_PipelineBackward | HeadsBackward] = []
     for i, r in enumerate(world.pipelines(len(plan.pipelines))):
+        kind = _PipelineBackward if plan.pipelines[r].heads is None else HeadsBackward
         own_dlse = None if dlse is None else dlse[i]
-        calls.append(_PipelineBackward(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
-    run_lock_step([follow_backward(call.plan, call.kv, call.dkv, comm, call.attend) for call in calls], comm.stuck)
+        calls.append(kind(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
+    run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     return [call.gradient() for call in calls]
 
 
@@ -133,21 +136,18 @@ class _PipelineBackward:
         options: Options,
     ) -> None:
         self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
-        self.q, self.kv = self._cut(with_rows(qkv))
+        self.q, self.kv = options.cut(with_rows(qkv))
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
         self.grad = qkv.new_empty(qkv.shape)
         # Sums of several parts are made in float32; a single step writes the gradient as it is returned.
         high, several = compute_dtype(qkv.dtype), self.plan.sums_gradients
         self.sums = qkv.new_empty(qkv.shape, dtype=high) if several and qkv.dtype != high else self.grad
-        dq, self.dkv = self._cut(self.sums)
+        dq, self.dkv = options.cut(self.sums)
         self.state = _state(out, lse, dout, dlse, dq, self.plan, options)
 
-    def _cut(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of q ``(rows, H_q, head_dim)`` and of k and v ``(rows, 2, H_kv, head_dim)``."""
-        num_q, num_kv, head_dim = self.options.num_q, self.options.num_kv, self.options.head_dim
-        queries = num_q * head_dim
-        q = qkv[:, :queries].view(len(qkv), num_q, head_dim)
-        return q, qkv[:, queries:].view(len(qkv), 2, num_kv, head_dim)
+    def follow(self, comm: Communicator) -> Iterator[bool]:
+        """Follows its part of the plan."""
+        return follow_backward(self.plan, self.kv, self.dkv, comm, self.attend)
 
     def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""

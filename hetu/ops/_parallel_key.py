@@ -64,12 +64,14 @@ class ParallelKey:
         method: How keys and values move.
         is_causal: Whether the mask is causal.
         heads: Widths of a token's row.
+        return_softmax: Whether the probabilities are returned.
     """
 
     layout: LayoutKey
     method: str
     is_causal: bool
     heads: Heads
+    return_softmax: bool
 
     @classmethod
     def of(cls, node: Node, layout: LayoutKey) -> ParallelKey:
@@ -83,6 +85,7 @@ class ParallelKey:
             attrs["method"],
             attrs["is_causal"],
             Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
+            attrs["return_softmax"],
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,7 +40,10 @@ class _ParallelAttention(LayoutOp):
         return ParallelKey.of(node, layout)
 
     def plan(self, key: ParallelKey) -> AttnPlan:
-        return build_plan(key.layout.layout(), method=key.method, is_causal=key.is_causal, heads=key.heads)
+        layout, heads = key.layout.layout(), key.heads
+        if key.return_softmax:
+            heads = replace(heads, columns=max(int(group.lengths.max(initial=0)) for group in layout.groups))
+        return build_plan(layout, method=key.method, is_causal=key.is_causal, heads=heads)
 
 
 @register
@@ -188,7 +192,8 @@ def parallel_attn(
         return_softmax: Whether to return ``p`` as well. It takes memory quadratic in the sequence length.
         split: How a sequence lies over its group: ``"normal"`` (contiguous), ``"sym"`` (a front piece and a back
             piece each) or ``"stripe"`` (dealt one token at a time). See ``docs/layouts.md``.
-        method: How keys and values move in a group: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"auto"``.
+        method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
+            ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
         name: The node's name.
 
     Returns:

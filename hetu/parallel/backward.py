@@ -1,4 +1,4 @@
-"""From the plan of an attention to the plan of its gradients, whatever the method.
+"""From the plan of an attention to the plan of its gradients, whatever the method that moves keys and values.
 
 Keys and values travel once more as in the forward, for they are not kept. After each attend the gradients of foreign
 rows, those that a segment names, go straight home to their owner, who adds them to the gradients of its own shard.
@@ -34,7 +34,7 @@ from typing import NoReturn
 import numpy as np
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, Kind, PipelinePlan, Receive, Runs, Send, Wait
 from hetu.parallel.segments import IntArray
 
 
@@ -73,8 +73,6 @@ Returns = dict[tuple[int, int], list[_Return]]
 
 def build_backward(plan: AttnPlan) -> AttnPlan:
     """See :meth:`hetu.parallel.plan.AttnPlan.backward`."""
-    if plan.is_backward:
-        raise PlanError("this plan is a backward already", op="plan", fix="turn the plan of the forward round")
     returns = _find_returns(plan)
     rounds = _Order(plan, returns).rounds()
     parts = [_Part(part) for part in plan.pipelines]
@@ -314,7 +312,7 @@ class _Part:
         if isinstance(item, Attend):
             for ret in [ret for ret in self.sent if ret.landing is not None]:
                 self._wait_for_sent(ret)
-            self.instructions += [Send(ret.transfer, ret.owner, ret.buffer, ret.runs, grads=True) for ret in returns]
+            self.instructions += [Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS) for ret in returns]
             self.sent += returns
 
     def add_up(self, before: int) -> None:
@@ -351,7 +349,7 @@ class _Part:
             self.landing.append(0)
         ret.landing, rows = self.free.popleft(), ret.home.rows
         self.landing[ret.landing] = max(self.landing[ret.landing], rows)
-        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, grads=True))
+        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Kind.KV_GRADS))
         self.unposted[ret.source].popleft()
 
     def _wait_for_sent(self, ret: _Return) -> None:

@@ -1,4 +1,4 @@
-"""From a layout to a plan: the methods of moving keys and values inside a context group.
+"""From a layout to a plan: the methods, and those that move keys and values inside a context group.
 
 A method is a function from a group to the parts of some of its members, entered into ``METHODS``. What a part says
 depends on the layout alone, never on which other parts are built with it, so a process may build only its own.
@@ -14,9 +14,11 @@ import numpy as np
 
 from hetu.errors import StrategyError, caller
 from hetu.parallel.layout import GroupLayout, Layout
+from hetu.parallel.peers import around, transfer_number, whole
 from hetu.parallel.plan import Attend, AttnPlan, Heads, Instruction, PipelinePlan, Receive, Runs, Send, Source, Wait
 from hetu.parallel.segments import IntArray, SegmentTable
 from hetu.parallel.tables import extents, see
+from hetu.parallel.ulysses import ulysses
 
 
 def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, heads: Heads) -> AttnPlan:
@@ -24,8 +26,9 @@ def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, 
 
     Args:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"`` or ``"all_gather"``; ``"auto"`` is ``"direct"``: no method moves fewer bytes,
-            and each of its transfers can be hidden behind all of the computation before it.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
+            move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
+            computation before it.
         is_causal: Whether a query sees only keys up to its own position in its document.
         heads: Widths of a token's row.
 
@@ -40,37 +43,40 @@ def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, 
     method, build = _find(method)
     parts: dict[int, PipelinePlan] = {}
     for group in layout.groups:
-        for part in build(group, slice(0, len(group.members)), is_causal, layout.num_pipelines):
+        for part in build(group, slice(0, len(group.members)), is_causal, layout.num_pipelines, heads):
             parts[part.pipeline] = part
     return AttnPlan(layout, method, is_causal, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
-def build_pipeline_plan(layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True) -> PipelinePlan:
+def build_pipeline_plan(
+    layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True, heads: Heads
+) -> PipelinePlan:
     """One pipeline's part of what :func:`build_plan` gives, without building the others'.
 
     Example:
-        >>> part = build_pipeline_plan(Layout.build([2, 2], [0, 0]), 1, method="ring")
+        >>> heads = Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2)
+        >>> part = build_pipeline_plan(Layout.build([2, 2], [0, 0]), 1, method="ring", heads=heads)
         >>> [type(item).__name__ for item in part.instructions]
         ['Receive', 'Attend', 'Wait', 'Attend']
     """
     group, member = layout.place(pipeline)
-    return _find(method)[1](group, slice(member, member + 1), is_causal, layout.num_pipelines)[0]
+    return _find(method)[1](group, slice(member, member + 1), is_causal, layout.num_pipelines, heads)[0]
 
 
 # The methods
 
 
-def direct(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) -> list[PipelinePlan]:
+def direct(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
     """Each owner sends what is needed straight to who needs it, all at once; a buffer a peer, nearest peer first."""
     taken, given, tables, landed, sent = _exchange(group, who, is_causal)
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
         part = _Part(group, member, num_pipelines)
-        sources = [c for c in _around(R, member, -1) if taken[i][c]]
+        sources = [c for c in around(R, member, -1) if taken[i][c]]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])
-        part.send_all([(r, sent[r][i]) for r in _around(R, member, 1) if given[r][i]])
-        part.attend(0, tables[i * R + member], [(member, _whole(group, member))])
+        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
         for buffer, c in enumerate(sources, 1):
             part.wait_for(c)
             part.attend(buffer, tables[i * R + c], [(c, landed[i][c])])
@@ -78,7 +84,7 @@ def direct(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) 
     return parts
 
 
-def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) -> list[PipelinePlan]:
+def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
     """What is needed of all peers lands in one buffer, and one step attends to it; the own shard is never copied."""
     taken, given, tables, landed, sent = _exchange(group, who, is_causal)
     R, parts = len(group.members), []
@@ -88,8 +94,8 @@ def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: i
         offsets = dict(zip(sources, np.cumsum([0] + [taken[i][c] for c in sources]).tolist(), strict=False))
         for c in sources:
             part.receive(c, 1, taken[i][c], offsets[c])
-        part.send_all([(r, sent[r][i]) for r in _around(R, member, 1) if given[r][i]])
-        part.attend(0, tables[i * R + member], [(member, _whole(group, member))])
+        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
         for c in sources:
             part.wait_for(c)
         if sources:
@@ -99,7 +105,7 @@ def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: i
     return parts
 
 
-def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) -> list[PipelinePlan]:
+def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
     """Shards hop from neighbour to neighbour, shrinking to what somebody further along still needs.
 
     Two buffers take turns: while one is attended to and passed on, the other fills. ``carried[h, c]`` are the rows of
@@ -140,16 +146,16 @@ def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int) ->
                 part.send(after, _buffer(hop), sent[i][hop], hop + 1)
             table = tables[i * R + c]
             if hop == 0:
-                part.attend(0, table, [(member, _whole(group, member))])
+                part.attend(0, table, [(member, whole(group.rows[member]))])
             elif has_come and len(table):  # a shard may only pass through
                 part.attend(_buffer(hop), table, [(c, landed[i][hop - 1])])
         parts.append(part.finish())
     return parts
 
 
-Build = Callable[[GroupLayout, slice, bool, int], list[PipelinePlan]]
+Build = Callable[[GroupLayout, slice, bool, int, Heads], list[PipelinePlan]]
 
-METHODS: dict[str, Build] = {"ring": ring, "direct": direct, "all_gather": all_gather}
+METHODS: dict[str, Build] = {"ring": ring, "direct": direct, "all_gather": all_gather, "ulysses": ulysses}
 """A method: the parts of ``who`` (a slice of the group's members) in a strategy of so many pipelines."""
 
 AUTO = "direct"
@@ -217,17 +223,6 @@ def _cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
     return [runs[i : i + m] for i in range(0, n * m, max(m, 1))]
 
 
-def _whole(group: GroupLayout, member: int) -> Runs:
-    """A member's shard as one run, or none if it is empty."""
-    rows = group.rows[member]
-    return Runs(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64))
-
-
-def _around(size: int, member: int, direction: int) -> list[int]:
-    """All other members, nearest first; each starts with another, so that nobody is everyone's first target."""
-    return [(member + direction * hop) % size for hop in range(1, size)]
-
-
 def _buffer(hop: int) -> int:
     """Which of the ring's buffers a hop lands in; the own shard is buffer 0."""
     return 2 - hop % 2 if hop else 0
@@ -254,8 +249,7 @@ class _Part:
         self.sending: dict[int, list[int]] = {}  # buffer: transfers that may still read it
 
     def _transfer(self, hop: int, source: int, target: int) -> int:
-        """A number that both ends know without asking: unique over hops, ends and groups."""
-        return (hop * self.num_pipelines + source) * self.num_pipelines + target
+        return transfer_number(hop, source, target, self.num_pipelines)
 
     def receive(self, owner: int, buffer: int, rows: int, offset: int = 0, hop: int = 0) -> None:
         self.instructions += [Wait(transfer) for transfer in self.sending.pop(buffer, ())]

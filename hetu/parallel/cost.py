@@ -9,7 +9,7 @@ import heapq
 from dataclasses import dataclass
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, PipelinePlan, Receive, Send, Wait
+from hetu.parallel.plan import Attend, AttnPlan, PipelinePlan, Receive, Send, Wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,9 @@ class Cost:
     """What a plan costs on some hardware.
 
     Attributes:
-        flops: Of each pipeline: ``4 * head_dim * num_q`` a pair, for the scores and the weighted sum. In the backward
-            ``10 * head_dim * num_q``, for the scores once more and four gradients; adding up is not counted.
+        flops: Of each pipeline: ``4 * head_dim`` a pair and query head, for the scores and the weighted sum. In the
+            backward ``10 * head_dim``, for the scores once more and four gradients; adding up and copying are not
+            counted.
         link_bytes: Bytes from one pipeline to another, ``{(source, target): bytes}``.
         peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
@@ -84,12 +85,13 @@ class Timeline:
 
 def attend_flops(plan: AttnPlan, part: PipelinePlan, item: Attend) -> int:
     """FLOPs of one step of a pipeline; see :attr:`Cost.flops`."""
-    return (10 if plan.is_backward else 4) * plan.heads.head_dim * plan.heads.num_q * item.table.pairs(part.spans)
+    num_q = (item.heads or plan.heads.all).num_q
+    return (10 if plan.is_backward else 4) * plan.heads.head_dim * num_q * item.table.pairs(part.spans)
 
 
 def transfer_bytes(plan: AttnPlan, item: Send | Receive) -> int:
     """Bytes of the transfer that an instruction begins or ends."""
-    return item.rows * plan.heads.row_bytes(item.grads)
+    return item.rows * plan.heads.row_bytes(item.kind, item.heads)
 
 
 def predict(plan: AttnPlan, hardware: Hardware) -> Cost:
@@ -152,7 +154,7 @@ class _Simulation:
                     self.blocked.setdefault(item.transfer, []).append((now, r))
                     continue
                 now = max(now, self.transfers[item.transfer][1])
-            elif not isinstance(item, Accumulate):
+            elif isinstance(item, (Send, Receive)):
                 self._post(now, r, item)
             ends.append(now)
             heapq.heappush(self.ready, (now, r))

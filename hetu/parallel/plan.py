@@ -1,8 +1,12 @@
 """AttnPlan: what each pipeline attends to, sends and receives, step by step, as plain data.
 
 A plan is a list of instructions a pipeline, over integers only. ``hetu/backends/comm`` runs it; the
-verifier, the cost model, the printer and the tests read the same lists. Keys and values of a token
-travel together, so a row of a buffer is one token's k and v.
+verifier, the cost model, the printer and the tests read the same lists. Values of a token that are needed together
+travel together: a row of a transfer is one token's k and v, say; see :class:`~hetu.parallel.heads.Kind`.
+
+There are two ways to move tokens to where they are attended to. Either keys and values travel, and each pipeline
+attends for its own queries (``ring``, ``direct``, ``all_gather``). Or all that a few heads need travels to a pipeline
+that attends for them, and what it computes travels home (``ulysses``); such a part has :attr:`PipelinePlan.heads`.
 
 In the backward (:meth:`AttnPlan.backward`) an ``Attend`` computes gradients: those of the queries, and those of the
 keys and values of its buffer. The latter stay where they are if the buffer is the pipeline's own shard; else ``Send``
@@ -14,122 +18,45 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 
+from hetu.errors import PlanError
+from hetu.parallel.heads import HeadRange, Heads, Kind
+from hetu.parallel.instructions import (
+    Accumulate,
+    Attend,
+    Copy,
+    Instruction,
+    Receive,
+    Runs,
+    Send,
+    Source,
+    Wait,
+)
 from hetu.parallel.layout import Layout
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans
 
 if TYPE_CHECKING:
     from hetu.parallel.cost import Cost, Hardware
 
-
-@dataclass(frozen=True, eq=False)
-class Runs:
-    """A set of rows as runs ``start[i] .. start[i] + length[i]``, in the order they are packed."""
-
-    start: IntArray
-    length: IntArray
-
-    @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """Where a backend keeps what it derived from these arrays (device copies); not part of the value."""
-        return {}
-
-    @property
-    def rows(self) -> int:
-        """Rows of all runs together."""
-        return int(self.length.sum())
-
-    def indices(self) -> IntArray:
-        """Every row number, in packing order."""
-        ends = np.cumsum(self.length)
-        return np.repeat(self.start - (ends - self.length), self.length) + np.arange(self.rows)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Send:
-    """Packs ``runs`` of ``buffer`` and starts sending them to ``peer``; the buffer is read until waited for.
-
-    With ``grads`` it sends the gradients of these rows that the last ``Attend`` to ``buffer`` computed.
-    """
-
-    transfer: int
-    peer: int
-    buffer: int
-    runs: Runs
-    grads: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Rows that are sent."""
-        return self.runs.rows
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Receive:
-    """Starts receiving ``rows`` rows from ``peer`` into ``buffer[offset : offset + rows]``.
-
-    With ``grads`` these are gradients, and ``buffer`` counts in :attr:`PipelinePlan.landing`.
-    """
-
-    transfer: int
-    peer: int
-    buffer: int
-    offset: int
-    rows: int
-    grads: bool = False
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Wait:
-    """Blocks until this pipeline's end of ``transfer`` is done: landed, or its buffer free to be reused."""
-
-    transfer: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Source:
-    """What rows of a buffer are: rows ``runs`` of ``owner``'s shard, in packing order."""
-
-    owner: int
-    runs: Runs
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Attend:
-    """Attends the pipeline's queries to ``buffer`` by ``table`` and merges into the running (out, lse).
-
-    In the backward: adds to the gradients of the queries, and computes those of the buffer's keys and values.
-
-    Attributes:
-        buffer: Index of the buffer of keys and values; 0 is the pipeline's own shard.
-        table: The segments; rows of ``k_start`` count in the buffer.
-        sources: What the buffer holds, from its row 0 on.
-    """
-
-    buffer: int
-    table: SegmentTable
-    sources: tuple[Source, ...]
-
-    @property
-    def rows(self) -> int:
-        """Rows that the buffer holds."""
-        return sum(source.runs.rows for source in self.sources)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Accumulate:
-    """Adds rows ``offset .. offset + runs.rows`` of landing buffer ``buffer`` to the gradients of own rows ``runs``."""
-
-    buffer: int
-    offset: int
-    runs: Runs
-
-
-Instruction = Send | Receive | Wait | Attend | Accumulate
+__all__ = [
+    "Accumulate",
+    "Attend",
+    "AttnPlan",
+    "Copy",
+    "HeadRange",
+    "Heads",
+    "Instruction",
+    "Kind",
+    "PipelinePlan",
+    "Receive",
+    "Runs",
+    "Send",
+    "Source",
+    "Wait",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,11 +66,13 @@ class PipelinePlan:
     Attributes:
         pipeline: Its number in the strategy.
         rows: Rows of its shard.
-        spans: Its query rows; every ``Attend`` refers to them.
-        buffers: Rows that each buffer holds; buffer 0 is the shard itself and is never received into.
-        instructions: What it does, in order. There is always at least one ``Attend`` (its table may be
-            empty), so that every output row is written.
+        spans: The query rows that it attends for; every ``Attend`` refers to them. Its own, unless it has ``heads``.
+        buffers: Rows that each buffer holds; buffer 0 is the shard itself. Keys are never received into it.
+        instructions: What it does, in order. Without ``heads`` there is always at least one ``Attend`` (its table
+            may be empty), so that every output row is written.
         landing: Rows of each buffer in which gradients of own rows land that others computed; only in the backward.
+        heads: If it attends for some heads only, but for all tokens of its group: which, maybe none. Then buffer 1 has
+            a row a token, document after document; ``spans`` are these rows.
     """
 
     pipeline: int
@@ -152,18 +81,7 @@ class PipelinePlan:
     buffers: tuple[int, ...]
     instructions: tuple[Instruction, ...]
     landing: tuple[int, ...] = ()
-
-    def bytes_in_flight(self, heads: Heads) -> int:
-        """Most bytes at a time that are packed and not yet known to be sent."""
-        flying: dict[int, int] = {}
-        most = 0
-        for item in self.instructions:
-            if isinstance(item, Send):
-                flying[item.transfer] = item.rows * heads.row_bytes(item.grads)
-                most = max(most, sum(flying.values()))
-            elif isinstance(item, Wait):
-                flying.pop(item.transfer, None)
-        return most
+    heads: HeadRange | None = None
 
     @property
     def attends(self) -> int:
@@ -172,8 +90,16 @@ class PipelinePlan:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients of own rows come in several parts, so that they are summed up in float32."""
-        return self.attends > 1 or any(isinstance(item, Accumulate) for item in self.instructions)
+        """Whether gradients of own rows come in several parts, so that they are summed up in float32.
+
+        Those of keys and values alone, if the part has ``heads``: each query has but one attend.
+        """
+        if self.heads is None and self.attends > 1:
+            return True
+        return any(
+            isinstance(item, Accumulate) or (isinstance(item, Copy) and item.kind is Kind.KV_GRADS)
+            for item in self.instructions
+        )
 
     def last_reads(self) -> set[int]:
         """After which instructions, by number, nobody needs the gradients of their buffer any more: they may be freed.
@@ -194,44 +120,25 @@ class PipelinePlan:
                 is_read_later.discard(item.buffer)
         return last
 
-    @property
-    def scratch_rows(self) -> int:
-        """Most rows at a time whose gradients are computed aside: to be sent home, or added to those of own rows."""
-        last, held, most, in_place = self.last_reads(), dict[int, int](), 0, True
+    def last_uses(self) -> dict[int, tuple[Kind, ...]]:
+        """After which instructions, by number, nobody needs what buffer 1 holds of some kinds any more.
+
+        Of a part that has ``heads``: what came there is needed up to the last ``Attend``, and what that computed until
+        it is sent and copied.
+        """
+        came = [item.kind for item in self.instructions if _fills_buffer(item)]
+        last: dict[Kind, int] = {}
         for number, item in enumerate(self.instructions):
             if isinstance(item, Attend):
-                if item.buffer or not in_place:  # the first gradients of own rows are written where they belong
-                    held[item.buffer] = item.rows if item.buffer else self.rows
-                    most = max(most, sum(held.values()))
-                in_place = in_place and item.buffer != 0
-            in_place = in_place and not isinstance(item, Accumulate)
-            if number in last and isinstance(item, (Send, Attend)):
-                held.pop(item.buffer, None)
-        return most
+                last |= dict.fromkeys(came, number)
+            elif isinstance(item, (Send, Copy)) and item.buffer:
+                last[item.kind] = number
+        return {number: tuple(kind for kind in last if last[kind] == number) for number in set(last.values())}
 
 
-@dataclass(frozen=True, slots=True)
-class Heads:
-    """The widths of a token's row: what turns rows into bytes and FLOPs."""
-
-    num_q: int
-    num_kv: int
-    head_dim: int
-    itemsize: int
-
-    @property
-    def kv_row_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return 2 * self.num_kv * self.head_dim * self.itemsize
-
-    @property
-    def grad_row_bytes(self) -> int:
-        """Bytes of the gradients of one token's keys and values: float32, or float64 for float64 inputs."""
-        return 2 * self.num_kv * self.head_dim * max(self.itemsize, 4)
-
-    def row_bytes(self, grads: bool) -> int:
-        """Bytes of one row of a transfer."""
-        return self.grad_row_bytes if grads else self.kv_row_bytes
+def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:
+    """Whether an instruction brings what is attended to."""
+    return isinstance(item, (Receive, Copy)) and not item.kind.is_result
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -240,7 +147,7 @@ class AttnPlan:
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"`` or ``"all_gather"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
         is_causal: Whether the mask is causal.
         heads: Widths of a token's row.
         pipelines: One part a pipeline, in order.
@@ -258,8 +165,8 @@ class AttnPlan:
     def backward(self) -> AttnPlan:
         """The plan of the gradients of the attention that this plan computes; made once.
 
-        Keys and values travel once more, as they do here. Gradients of foreign rows return to their owner, in float32,
-        and are added in an order that the plan fixes.
+        Keys and values travel once more, as they do here. Gradients of foreign rows return to their owner, and those
+        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes.
 
         Raises:
             PlanError: If this plan is a backward itself, or can't be followed to its end.
@@ -271,42 +178,52 @@ class AttnPlan:
             direct backward, causal: 4 tokens of 1 document on 2 pipelines in 1 group; 10 pairs, largest share 1.40 of
             the mean; 1.5 kB sent
         """
+        if self.is_backward:
+            raise PlanError("this plan is a backward already", op="plan", fix="turn the plan of the forward round")
         if "backward" not in self.memo:
-            from hetu.parallel.backward import build_backward
+            from hetu.parallel import backward, ulysses
 
-            self.memo["backward"] = build_backward(self)
+            has_heads = any(part.heads is not None for part in self.pipelines)
+            self.memo["backward"] = (ulysses if has_heads else backward).build_backward(self)
         plan: AttnPlan = self.memo["backward"]
         return plan
 
     def pairs(self, pipeline: int) -> int:
-        """(query, key) pairs that a pipeline computes."""
+        """(query, key) pairs that a pipeline computes, for all heads or for some."""
         part = self.pipelines[pipeline]
-        return sum(item.table.pairs(part.spans) for item in part.instructions if isinstance(item, Attend))
+        pairs = [item.table.pairs(part.spans) for item in part.instructions if isinstance(item, Attend)]
+        return sum(pairs) if part.heads is None else max(pairs, default=0)  # all its heads see the same pairs
+
+    def head_pairs(self, pipeline: int) -> int:
+        """The same, those of each query head counted for themselves: what the work is proportional to."""
+        part = self.pipelines[pipeline]
+        attends = [item for item in part.instructions if isinstance(item, Attend)]
+        return sum(item.table.pairs(part.spans) * (item.heads or self.heads.all).num_q for item in attends)
 
     def rows_sent(self, pipeline: int) -> int:
-        """Rows of keys and values that a pipeline sends."""
-        return self._rows(pipeline, Send, False)
+        """Rows whose keys and values a pipeline sends."""
+        return self._rows(pipeline, Send, "k")
 
     def rows_received(self, pipeline: int) -> int:
-        """Rows of keys and values that a pipeline receives."""
-        return self._rows(pipeline, Receive, False)
+        """Rows whose keys and values a pipeline receives."""
+        return self._rows(pipeline, Receive, "k")
 
     def grad_rows_sent(self, pipeline: int) -> int:
-        """Rows whose gradients a pipeline sends home; 0 in a forward plan."""
-        return self._rows(pipeline, Send, True)
+        """Rows whose gradients of keys and values a pipeline sends home; 0 in a forward plan."""
+        return self._rows(pipeline, Send, "dk")
 
     def grad_rows_received(self, pipeline: int) -> int:
-        """Rows whose gradients a pipeline receives from others."""
-        return self._rows(pipeline, Receive, True)
+        """Rows whose gradients of keys and values a pipeline receives from others."""
+        return self._rows(pipeline, Receive, "dk")
 
-    def _rows(self, pipeline: int, kind: type[Send | Receive], grads: bool) -> int:
+    def _rows(self, pipeline: int, end: type[Send | Receive], value: str) -> int:
         items = self.pipelines[pipeline].instructions
-        return sum(item.rows for item in items if isinstance(item, kind) and item.grads is grads)
+        return sum(item.rows for item in items if isinstance(item, end) and value in item.kind.values)
 
     def bytes_sent(self, pipeline: int) -> int:
-        """Bytes of keys and values, and of their gradients, that a pipeline sends."""
-        heads = self.heads
-        return self.rows_sent(pipeline) * heads.kv_row_bytes + self.grad_rows_sent(pipeline) * heads.grad_row_bytes
+        """Bytes of all that a pipeline sends."""
+        sends = [item for item in self.pipelines[pipeline].instructions if isinstance(item, Send)]
+        return sum(item.rows * self.heads.row_bytes(item.kind, item.heads) for item in sends)
 
     def peak_bytes(self, pipeline: int) -> int:
         """Most bytes that a pipeline holds at a time.
@@ -315,18 +232,9 @@ class AttnPlan:
         steps the running output in float32. In the backward also the gradients: of output, queries, keys and values
         in the user's dtype, those that are summed up in float32, those computed of foreign rows, and landing buffers.
         """
-        part, heads = self.pipelines[pipeline], self.heads
-        width = heads.num_q * heads.head_dim
-        moved = sum(part.buffers) * heads.kv_row_bytes + part.bytes_in_flight(heads)
-        if not self.is_backward:
-            query_bytes = 2 * width * heads.itemsize + 4 * heads.num_q + 4 * width * (part.attends > 1)
-            return moved + part.rows * query_bytes
-        # q, out, dout, dq; lse and delta; dk and dv. Where several parts are summed up, all but float32 needs a copy.
-        row_bytes = 4 * width * heads.itemsize + 2 * 4 * heads.num_q + heads.kv_row_bytes
-        if part.sums_gradients and heads.itemsize < 4:
-            row_bytes += 4 * width + heads.grad_row_bytes
-        aside = (sum(part.landing) + part.scratch_rows) * heads.grad_row_bytes
-        return moved + aside + part.rows * row_bytes
+        from hetu.parallel.memory import peak_bytes
+
+        return peak_bytes(self, self.pipelines[pipeline])
 
     def verify(self, max_bytes: int | None = None) -> None:
         """Proves, without running it, that the plan computes the attention and can be followed.

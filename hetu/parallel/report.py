@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 from hetu.parallel.layout import GroupLayout, Layout
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
+from hetu.parallel.plan import (
+    Accumulate,
+    Attend,
+    AttnPlan,
+    Copy,
+    HeadRange,
+    Instruction,
+    Kind,
+    PipelinePlan,
+    Receive,
+    Runs,
+    Send,
+)
 
 MAX_STEPS = 64
 """Step by step is printed for plans up to so many steps a pipeline, and for so many pipelines."""
@@ -13,26 +25,31 @@ MAX_PIPELINES = 16
 def summary(plan: AttnPlan) -> str:
     """See :meth:`hetu.parallel.plan.AttnPlan.summary`."""
     layout, pipelines = plan.layout, range(len(plan.pipelines))
-    pairs = [plan.pairs(r) for r in pipelines]
+    work = [plan.head_pairs(r) for r in pipelines]  # those who share a group's heads compute the same pairs
+    pairs = sum(work) // plan.heads.num_q
     tokens, documents = sum(g.tokens for g in layout.groups), sum(len(g.lengths) for g in layout.groups)
-    mean = sum(pairs) / len(pairs)
-    load = f", largest share {max(pairs) / mean:.2f} of the mean" if mean and len(pairs) > 1 else ""
+    mean = sum(work) / len(work)
+    load = f", largest share {max(work) / mean:.2f} of the mean" if mean and len(work) > 1 else ""
     moved = sum(plan.bytes_sent(r) for r in pipelines)
     return (
         f"{plan.method}{' backward' * plan.is_backward}, {'causal' if plan.is_causal else 'full'}: "
         f"{tokens:,} tokens of {_count(documents, 'document')} "
-        f"on {_count(len(pairs), 'pipeline')} in {_count(len(layout.groups), 'group')}; {sum(pairs):,} pairs{load}; "
+        f"on {_count(len(work), 'pipeline')} in {_count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
         f"{_bytes(moved)} sent"
     )
 
 
 def table(plan: AttnPlan) -> str:
     """See ``print(plan)``."""
+    has_heads = any(part.heads is not None for part in plan.pipelines)
     moved = ("rows sent", "rows received", *(("gradients sent", "gradients received") if plan.is_backward else ()))
-    lines: list[tuple[str, ...]] = [("pipeline", "group", "tokens", "pairs", "steps", *moved, "sent", "held at most")]
+    lines: list[tuple[str, ...]] = [
+        ("pipeline", "group", "tokens", *(["heads"] * has_heads), "pairs", "steps", *moved, "sent", "held at most")
+    ]
     for r, part in enumerate(plan.pipelines):
         group, _ = plan.layout.place(r)
-        counts: tuple[int, ...] = (part.rows, plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
+        counts: tuple[int, ...] = (part.rows, *([(part.heads or plan.heads.all).num_q] * has_heads))
+        counts += (plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
         if plan.is_backward:
             counts += (plan.grad_rows_sent(r), plan.grad_rows_received(r))
         sizes = (_bytes(plan.bytes_sent(r)), _bytes(plan.peak_bytes(r)))
@@ -70,24 +87,45 @@ def _ends(part: PipelinePlan) -> dict[int, Send | Receive]:
 def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
     if isinstance(item, Send):
         what = "send home gradients of" if item.grads else "send    "
-        runs = _count(len(item.runs.start), "run")
-        return f"{what} {item.rows:,} rows ({runs}) of buffer {item.buffer} to {item.peer}"
+        return f"{what} {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} to {item.peer}"
     if isinstance(item, Receive):
         what, place = ("receive gradients of", "landing buffer") if item.grads else ("receive ", "buffer")
-        return f"{what} {item.rows:,} rows from {item.peer} into {place} {item.buffer}{_offset(item)}"
+        into = f"{place} {item.buffer}" + (_offset(item) if item.runs is None else f", {_runs(item.runs)}")
+        return f"{what} {item.rows:,} rows{_values(item.kind, item.heads)} from {item.peer} into {into}"
+    if isinstance(item, Copy):
+        into = f"{'add to' if item.kind is Kind.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
+        return f"copy     {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} {into}"
     if isinstance(item, Accumulate):
-        runs = _count(len(item.runs.start), "run")
-        return f"add      {item.runs.rows:,} rows ({runs}) of landing buffer {item.buffer}{_offset(item)} to the own"
+        heads = f", {item.heads}," if item.heads else ""
+        return f"add      {_rows(item.runs)}{heads} of landing buffer {item.buffer}{_offset(item)} to the own"
     if isinstance(item, Attend):
         owners = ", ".join(str(source.owner) for source in item.sources)
+        heads = f", {item.heads}" if item.heads else ""
         segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
-        return f"attend   buffer {item.buffer} (rows of {owners}): {segments}, {pairs:,} pairs"
+        return f"attend   buffer {item.buffer} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
     end = ends.get(item.transfer)
     if end is None:
         return f"wait     transfer {item.transfer}, which is none of this pipeline's"
+    values = end.kind.label
     if isinstance(end, Send):
-        return f"wait     to have sent {'home gradients ' if end.grads else ''}to {end.peer}"
-    return f"wait     for {'gradients' if end.grads else 'what comes'} from {end.peer}"
+        what = "home gradients " if end.grads else f"{values} " if end.heads else ""
+        return f"wait     to have sent {what}to {end.peer}"
+    return f"wait     for {'gradients' if end.grads else values if end.heads else 'what comes'} from {end.peer}"
+
+
+def _rows(runs: Runs) -> str:
+    return f"{runs.rows:,} rows ({_runs(runs)})"
+
+
+def _runs(runs: Runs) -> str:
+    return _count(len(runs.start), "run")
+
+
+def _values(kind: Kind, heads: HeadRange | None) -> str:
+    """Which values of the rows, where that is not all that this kind of plan moves."""
+    if heads is None:
+        return ""
+    return f", {heads}," if kind is Kind.KV_GRADS else f", {kind.label} of {heads},"
 
 
 def _offset(item: Receive | Accumulate) -> str:

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from hetu.parallel.cost import Hardware, Timeline, attend_flops, simulate, transfer_bytes
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, Instruction, PipelinePlan, Receive, Send, Wait
 from hetu.parallel.report import step_names
 
 Event = dict[str, Any]
@@ -70,7 +70,7 @@ def step_args(item: Instruction, part: PipelinePlan) -> dict[str, Any]:
             return {"rows": item.rows, "transfer": item.transfer}
         case Attend():
             return {"rows": item.rows, "segments": len(item.table), "pairs": item.table.pairs(part.spans)}
-        case Accumulate():
+        case Accumulate() | Copy():
             return {"rows": item.runs.rows}
         case Wait():
             return {"transfer": item.transfer}
@@ -121,9 +121,11 @@ def _first_readers(part: PipelinePlan) -> Iterator[tuple[Receive, int]]:
     """What each transfer brings, and which instruction, by number, is the first to compute with it, if any does."""
     unread: list[Receive] = []
     for number, item in enumerate(part.instructions):
-        if isinstance(item, Receive):  # what others were only passed on is overwritten unread
-            unread = [old for old in unread if not _overlap(old, item.grads, item.buffer, item.offset, item.rows)]
-            unread.append(item)
+        if isinstance(item, Receive):
+            if part.heads is None:  # what others were only passed on is overwritten unread
+                unread = [old for old in unread if not _overlap(old, item.grads, item.buffer, item.offset, item.rows)]
+            if item.grads or not item.kind.is_result:  # finished results are where they belong, and nobody reads them
+                unread.append(item)
         elif isinstance(item, (Attend, Accumulate)):
             lands = isinstance(item, Accumulate)
             offset, rows = (item.offset, item.runs.rows) if isinstance(item, Accumulate) else (0, item.rows)

@@ -41,7 +41,8 @@ class Contributions:
         token: list[IntArray] = [np.empty(0, np.int64)]
         places: list[tuple[int, int]] = []
         for r, part in enumerate(plan.pipelines):
-            attends = [item for item in part.instructions if isinstance(item, Attend)]
+            # Where heads are exchanged all gradients come home that way; see verify_heads.
+            attends = [item for item in part.instructions if isinstance(item, Attend) and part.heads is None]
             for number, item in enumerate(attends):
                 if item.buffer == 0:
                     continue

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, Kind, PipelinePlan, Receive, Runs, Send, Wait
 from hetu.parallel.segments import IntArray, QuerySpans
 
-_BY_ROW = ("document", "position", "slot", "slot_row", "column")
+BY_ROW = ("document", "position", "slot", "slot_row", "column")
 """What query spans say of every row."""
 
 UNWRITTEN, LANDING = -1, -2
@@ -62,12 +63,8 @@ class Tokens:
 
 def check_part(plan: AttnPlan, r: int, part: PipelinePlan) -> None:
     """That a part is of its pipeline, and that its instructions name what exists."""
-    if part.pipeline != r or part.rows != plan.layout.rows(r) or not part.buffers or part.buffers[0] != part.rows:
-        refuse(
-            f"the part of pipeline {r} says it is of pipeline {part.pipeline} with {part.rows} rows and buffers "
-            f"{part.buffers}, but its shard has {plan.layout.rows(r)} rows"
-        )
-    _check_spans(plan.layout.query_spans(r), part, r)
+    check_shard(plan, r, part)
+    check_spans(by_row(plan.layout.query_spans(r), part.rows, r), part, part.rows)
     if not any(isinstance(item, Attend) for item in part.instructions):
         refuse(f"pipeline {r} never attends, so its output is never written")
     for item in part.instructions:
@@ -75,8 +72,21 @@ def check_part(plan: AttnPlan, r: int, part: PipelinePlan) -> None:
             _check_instruction(plan, part, item)
 
 
-def _check_instruction(plan: AttnPlan, part: PipelinePlan, item: Send | Receive | Attend | Accumulate) -> None:
+def check_shard(plan: AttnPlan, r: int, part: PipelinePlan) -> None:
+    """That a part is of its pipeline, and of its shard."""
+    if part.pipeline != r or part.rows != plan.layout.rows(r) or not part.buffers or part.buffers[0] != part.rows:
+        refuse(
+            f"the part of pipeline {r} says it is of pipeline {part.pipeline} with {part.rows} rows and buffers "
+            f"{part.buffers}, but its shard has {plan.layout.rows(r)} rows"
+        )
+
+
+def _check_instruction(plan: AttnPlan, part: PipelinePlan, item: Send | Receive | Attend | Accumulate | Copy) -> None:
     what = f"pipeline {part.pipeline}: {instruction_name(item)}"
+    if isinstance(item, Copy) or item.heads is not None:
+        refuse(f"{what} is about some heads, but the pipeline attends for all")
+    if isinstance(item, (Send, Receive)) and item.kind not in (Kind.KV, Kind.KV_GRADS):
+        refuse(f"{what} is of {item.kind.label}, but only keys and values and their gradients travel")
     if not plan.is_backward and (isinstance(item, Accumulate) or (not isinstance(item, Attend) and item.grads)):
         refuse(f"{what} is about gradients, but the plan is no backward")
     is_landing = isinstance(item, Accumulate) or (isinstance(item, Receive) and item.grads)
@@ -85,39 +95,39 @@ def _check_instruction(plan: AttnPlan, part: PipelinePlan, item: Send | Receive 
         refuse(f"pipeline {part.pipeline} has no {kind} {item.buffer}, which {instruction_name(item)} names")
     size, place = sizes[item.buffer], f"{kind} {item.buffer}"
     if isinstance(item, Send):
-        _check_runs(item.runs, size, f"{what} sends", place)
+        check_runs(item.runs, size, f"{what} sends", place)
         if item.grads and item.buffer == 0:
             refuse(f"{what} sends gradients of buffer 0, the pipeline's own shard")
     elif isinstance(item, Receive):
         if item.buffer == 0 and not item.grads:
             refuse(f"{what} lands in buffer 0, the pipeline's own shard")
-        _check_rows(item.offset, item.rows, size, f"{what} lands in", place)
+        check_rows(item.offset, item.rows, size, f"{what} lands in", place)
     elif isinstance(item, Accumulate):
-        _check_rows(item.offset, item.runs.rows, size, f"{what} adds", place)
-        _check_runs(item.runs, part.rows, f"{what} adds to", "the shard")
+        check_rows(item.offset, item.runs.rows, size, f"{what} adds", place)
+        check_runs(item.runs, part.rows, f"{what} adds to", "the shard")
         # Rows that are added to twice at once would be so in an order that nothing fixes.
         row, times = np.unique(item.runs.indices(), return_counts=True)
         if (times > 1).any():
             refuse(f"{what} adds to row {row[(times > 1).argmax()]} of the shard twice")
     else:
-        _check_table(item, plan, part)
+        check_table(item, plan, part)
 
 
-def _check_rows(offset: int, rows: int, size: int, what: str, place: str) -> None:
+def check_rows(offset: int, rows: int, size: int, what: str, place: str) -> None:
     if rows <= 0 or offset < 0 or offset + rows > size:
         refuse(f"{what} rows {offset} to {offset + rows} of {place}, which has {size}")
 
 
-def _check_spans(expected: QuerySpans, part: PipelinePlan, r: int) -> None:
-    """That the query spans are the rows of the layout, however they are cut."""
-    given, wanted = _by_row(part.spans, part.rows, r), _by_row(expected, part.rows, r)
-    for name, mine, layouts in zip(_BY_ROW, given, wanted, strict=True):
+def check_spans(expected: Sequence[IntArray], part: PipelinePlan, rows: int) -> None:
+    """That the query spans say of every row what they should, see ``BY_ROW``, however they are cut."""
+    r = part.pipeline
+    for name, mine, layouts in zip(BY_ROW, by_row(part.spans, rows, r), expected, strict=True):
         if not np.array_equal(mine, layouts):
             row = int((mine != layouts).argmax())
             refuse(f"pipeline {r}: {name} of query row {row} is {mine[row]}, but {layouts[row]} in the layout")
 
 
-def _by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
+def by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
     ends = spans.length.cumsum()
     if (spans.length <= 0).any() or not np.array_equal(spans.start, ends - spans.length) or spans.length.sum() != rows:
         refuse(f"pipeline {r}: its query spans don't cover its {rows} rows one after the other")
@@ -125,17 +135,17 @@ def _by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
         refuse(f"pipeline {r}: query span {int((spans.step < 1).argmax())} has a step below 1")
     i = np.arange(rows) - spans.start.repeat(spans.length)
     slopes: tuple[Any, ...] = (0, spans.step.repeat(spans.length), 0, 1, 0)
-    return [getattr(spans, name).repeat(spans.length) + i * slope for name, slope in zip(_BY_ROW, slopes, strict=True)]
+    return [getattr(spans, name).repeat(spans.length) + i * slope for name, slope in zip(BY_ROW, slopes, strict=True)]
 
 
-def _check_runs(runs: Runs, size: int, what: str, place: str) -> None:
+def check_runs(runs: Runs, size: int, what: str, place: str) -> None:
     bad = (runs.start < 0) | (runs.length <= 0) | (runs.start + runs.length > size)
     if bad.any():
         start, length = runs.start[bad][0], runs.length[bad][0]
         refuse(f"{what} rows {start} to {start + length} of {place}, which has {size}")
 
 
-def _check_table(item: Attend, plan: AttnPlan, part: PipelinePlan) -> None:
+def check_table(item: Attend, plan: AttnPlan, part: PipelinePlan) -> None:
     table, what = item.table, f"pipeline {part.pipeline}: attending to buffer {item.buffer}"
     if not len(table.query) == len(table.k_start) == len(table.k_len) == len(table.diagonal):
         refuse(f"{what}: the columns of the segment table differ in length")
@@ -143,21 +153,23 @@ def _check_table(item: Attend, plan: AttnPlan, part: PipelinePlan) -> None:
         if not 0 <= source.owner < len(plan.pipelines):
             refuse(f"{what}: there is no pipeline {source.owner}, of which a source is")
         shard = f"the shard of pipeline {source.owner}"
-        _check_runs(source.runs, plan.layout.rows(source.owner), f"{what}: a source is", shard)
+        check_runs(source.runs, plan.layout.rows(source.owner), f"{what}: a source is", shard)
     if item.rows > part.buffers[item.buffer]:
         refuse(f"{what}: its sources have {item.rows} rows, but the buffer only {part.buffers[item.buffer]}")
     if len(table) == 0:
         return
     if table.query.min() < 0 or table.query.max() >= len(part.spans) or (np.diff(table.query) < 0).any():
         refuse(f"{what}: its segments are not ordered by query span, or name one that does not exist")
-    _check_runs(Runs(table.k_start, table.k_len), item.rows, f"{what}: a segment sees", f"buffer {item.buffer}")
+    check_runs(Runs(table.k_start, table.k_len), item.rows, f"{what}: a segment sees", f"buffer {item.buffer}")
     unseen = table.k_len > part.spans.length[table.query] + table.diagonal
     if unseen.any():
         refuse(f"{what}: segment {int(unseen.argmax())} has keys that no row of its query span sees")
 
 
-def instruction_name(item: Send | Receive | Attend | Accumulate) -> str:
+def instruction_name(item: Send | Receive | Attend | Accumulate | Copy) -> str:
     """An instruction, as messages call it."""
+    if isinstance(item, Copy):
+        return "a copy"
     if isinstance(item, Attend):
         return "an attend"
     if isinstance(item, Accumulate):
@@ -210,14 +222,18 @@ def pair_transfers(plan: AttnPlan) -> dict[int, Transfer]:
                 f"transfer {number} from pipeline {source} to {target} sends {send.rows} rows, "
                 f"but {receive.rows} are received"
             )
-        if send.grads != receive.grads:
-            kinds = ("gradients", "keys and values") if send.grads else ("keys and values", "gradients")
+        if (send.kind, send.heads) != (receive.kind, receive.heads):
             refuse(
-                f"transfer {number} from pipeline {source} to {target} sends {kinds[0]}, but {kinds[1]} are received"
+                f"transfer {number} from pipeline {source} to {target} sends {_content(send)}, "
+                f"but {_content(receive)} are received"
             )
         transfers[number] = Transfer(source, send, target, receive)
     _check_order(plan)
     return transfers
+
+
+def _content(item: Send | Receive) -> str:
+    return f"{item.kind.label}{'' if item.heads is None else f' of {item.heads}'}"
 
 
 def _check_order(plan: AttnPlan) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 SPLITS = ("normal", "sym", "stripe")
-METHODS = ("ring", "direct", "all_gather", "auto")
+METHODS = ("ring", "direct", "all_gather", "ulysses", "auto")
 
 
 @dataclass

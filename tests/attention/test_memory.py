@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from devices import ON_CUDA
 
 import hetu
-from hetu.backends import lower_attention, lower_attention_backward
+from hetu.backends import lower_attention, lower_attention_backward, lower_heads
 from hetu.parallel.builders import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -78,8 +79,10 @@ def check(peak: int, plan: Any, shards: list[torch.Tensor], slack: int) -> None:
 def test_the_figure_bounds_what_is_allocated(
     lens: str, method: str, is_backward: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(lower_attention, "attention_kernel", lambda backend: zeros_forward)
-    monkeypatch.setattr(lower_attention_backward, "backward_kernel", lambda backend: zeros_backward)
+    for module in (lower_attention, lower_heads):
+        monkeypatch.setattr(module, "attention_kernel", lambda backend: zeros_forward)
+    for module in (lower_attention_backward, lower_heads):
+        monkeypatch.setattr(module, "backward_kernel", lambda backend: zeros_backward)
     g, qkv, fetches, layout = build(LENS[lens], method, "cpu", hetu.float32)
     rows = np.random.default_rng(0).standard_normal((sum(LENS[lens]), WIDTH), np.float32)
     shards = [torch.from_numpy(shard) for shard in layout.scatter(rows)]
@@ -109,3 +112,19 @@ def test_the_figure_bounds_what_a_gpu_holds(on: str, lens: str, method: str, is_
     call()
     plan = g.plan(0)
     check(peak_on_gpu(call), plan.backward() if is_backward else plan, shards, 2**21)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_outlives_a_run(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run held is freed when it ends, without waiting for the garbage collector."""
+    g, qkv, fetches, layout = build(LENS["uneven"], method, "cpu", hetu.float32)
+    shards = [torch.zeros(layout.rows(r), WIDTH) for r in range(len(LENS["uneven"]))]
+    g.run(fetches, {qkv: hetu.Shards(shards)})
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(x, torch.Tensor) for x in gc.get_objects())
+        g.run(fetches, {qkv: hetu.Shards(shards)})
+        assert sum(isinstance(x, torch.Tensor) for x in gc.get_objects()) == before
+    finally:
+        gc.enable()

@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel.cases import HEADS, random_case, random_custom_layout
-from parallel.plans import broadcast
+from parallel.plans import KV_METHODS, broadcast
 
 import hetu
 from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
-from hetu.parallel import METHODS, Layout, QuerySpans, SegmentTable, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, PipelinePlan, Receive, Runs, Send, Source, Wait
+from hetu.parallel import Layout, QuerySpans, SegmentTable, build_plan
+from hetu.parallel.memory import scratch_rows
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Kind, PipelinePlan, Receive, Runs, Send, Source, Wait
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -95,7 +96,7 @@ def check(layout: Layout, method: str, is_causal: bool, dtype: torch.dtype) -> N
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("method", [*METHODS, "broadcast"])
+@pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
 @given(seed=SEEDS, is_causal=st.booleans(), custom=st.booleans())
 def test_every_gradient_comes_home(method: str, dtype: torch.dtype, seed: int, is_causal: bool, custom: bool) -> None:
     """Keys and values may be bfloat16, in which no weight from 257 on is exact: gradients travel in float32."""
@@ -104,7 +105,7 @@ def test_every_gradient_comes_home(method: str, dtype: torch.dtype, seed: int, i
     check(layout, method, is_causal, dtype)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "broadcast"])
+@pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
 def test_sums_have_the_same_bits_whoever_is_faster(method: str) -> None:
     layout = Layout.build([9, 4, 7, 6], [0] * 4, split="sym", cu_seqlens=[0, 11, 26])
     build = broadcast(layout, False) if method == "broadcast" else None
@@ -178,7 +179,7 @@ def test_scratch_is_freed_once_it_is_sent() -> None:
         step = Counting(part, torch.ones(4, dtype=torch.float64))
         coroutines.append(follow_backward(part, kv, torch.empty(4, 2, 1, 2), comm, step))
     run_lock_step(coroutines)
-    assert max(alive) == 4 == max(part.scratch_rows for part in plan.pipelines)
+    assert max(alive) == 4 == max(scratch_rows(part) for part in plan.pipelines)
 
 
 # Taking turns
@@ -201,8 +202,8 @@ def test_who_waits_in_its_first_turn_may_have_sent_what_others_wait_for(turn: in
 
 def mailed(rows: torch.Tensor, place: torch.Tensor) -> None:
     comm, runs = LocalComm(), Runs(np.array([0]), np.array([2]))
-    comm.receive(1, Receive(0, 0, 0, 0, 2, grads=True), place)
-    comm.send(0, Send(0, 1, 1, runs, grads=True), rows)
+    comm.receive(1, Receive(0, 0, 0, 0, 2, Kind.KV_GRADS), place)
+    comm.send(0, Send(0, 1, 1, runs, Kind.KV_GRADS), rows)
     assert comm.done(0, 0) and comm.done(1, 0)
 
 

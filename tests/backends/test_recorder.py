@@ -20,25 +20,37 @@ from parallel.cases import HEADS, random_case, random_custom_layout
 from parallel.traces import check_events, lane_names, named_steps, steps, wanted_steps
 
 import hetu
-from hetu.backends.comm import LocalComm, follow, follow_backward, recorder, run_lock_step
+from hetu.backends.comm import Held, LocalComm, follow, follow_backward, follow_heads, recorder, run_lock_step
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
 from hetu.parallel import METHODS, Layout, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send, Wait
+from hetu.parallel.cost import transfer_bytes
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, Kind, PipelinePlan, Receive, Send, Wait
+from hetu.parallel.trace import link_lane
 
 SEEDS = st.integers(0, 2**32 - 1)
 CPU = torch.device("cpu")
 
 
 def run(plan: AttnPlan, attend: Any = lambda *_: None, comm: Any = None) -> None:
-    """Follows a plan of float32 with one head of two numbers; gradients are zeros."""
+    """Follows a plan of float32 on zeros."""
     comm, coroutines = comm or LocalComm(), []
     for part in plan.pipelines:
-        kv = torch.zeros(part.rows, 2, 1, 2)
+        if part.heads is not None:
+            coroutines.append(follow_heads(part, held(part), comm, attend))
+            continue
+        kv = torch.zeros(part.rows, 2, HEADS.num_kv, HEADS.head_dim)
         if plan.is_backward:
             coroutines.append(follow_backward(part, kv, torch.zeros_like(kv), comm, lambda *given: given[2].zero_()))
         else:
             coroutines.append(follow(part, kv, comm, attend))
     run_lock_step(coroutines)
+
+
+def held(part: PipelinePlan) -> Held:
+    """Zeros of everything, results too."""
+    values = {name: kind for kind in Kind for name in kind.values}
+    shapes = {name: (part.rows, HEADS.all.count(name), HEADS.numbers(kind)) for name, kind in values.items()}
+    return Held(part, HEADS, {name: torch.zeros(shape) for name, shape in shapes.items()}, dict)
 
 
 def plan_of(lens: list[int], method: str = "direct", is_backward: bool = False) -> AttnPlan:
@@ -56,13 +68,18 @@ def test_the_steps_of_the_plan(method: str, seed: int, is_causal: bool, is_backw
     with hetu.trace() as t:
         run(plan)
     check_events(t.events)
-    assert named_steps(t.events) == wanted_steps(plan, Attend, Accumulate, Send, Receive, Wait)
+    assert named_steps(t.events) == wanted_steps(plan, Attend, Accumulate, Copy, Send, Receive, Wait)
     predicted = plan.trace()["traceEvents"]
     assert lane_names(t.events) == lane_names(predicted)
     assert not named_steps(predicted) - named_steps(t.events)  # only of waits does it predict fewer
-    itemsize = 4 * 4  # bytes of a row: keys and values of one head of two numbers
-    for e in steps(t.events):
-        assert "bytes" not in e["args"] or e["args"]["bytes"] == e["args"]["rows"] * itemsize
+    sizes = {
+        (part.pipeline, link_lane(type(item), item.peer), item.transfer): transfer_bytes(plan, item)
+        for part in plan.pipelines
+        for item in part.instructions
+        if isinstance(item, (Send, Receive))
+    }
+    told = {(e["pid"], e["tid"], e["args"]["transfer"]): e["args"]["bytes"] for e in steps(t.events) if e["tid"]}
+    assert told == sizes
 
 
 def test_nothing_is_in_between_when_nobody_looks() -> None:
@@ -183,7 +200,7 @@ def test_several_runs_and_names_told_once() -> None:
         for plan in plans:
             run(plan)
     check_events(t.events)
-    everything = [wanted_steps(plan, Attend, Accumulate, Send, Receive, Wait) for plan in plans]
+    everything = [wanted_steps(plan, Attend, Accumulate, Copy, Send, Receive, Wait) for plan in plans]
     assert named_steps(t.events) == sum(everything, Counter())
 
 

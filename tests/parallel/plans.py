@@ -11,9 +11,13 @@ import pytest
 from parallel.cases import HEADS
 
 import hetu
-from hetu.parallel import Layout
-from hetu.parallel.builders import _exchange, _Part, _whole
+from hetu.parallel import METHODS, Layout
+from hetu.parallel.builders import _exchange, _Part
+from hetu.parallel.peers import whole
 from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
+
+KV_METHODS = tuple(method for method in METHODS if method != "ulysses")
+"""Those that move keys and values."""
 
 
 def broadcast(layout: Layout, is_causal: bool) -> AttnPlan:
@@ -53,7 +57,7 @@ def in_orders(
                         part.receive(owner, buffers[owner], taken[i][owner])
                 if c == i:
                     part.send_all([] if send_first else sends)
-                    part.attend(0, tables[i * R + i], [(i, _whole(group, i))])
+                    part.attend(0, tables[i * R + i], [(i, whole(group.rows[i]))])
                 elif c is not None:
                     part.wait_for(c)
                     part.attend(buffers[c], tables[i * R + c], [(c, landed[i][c])])

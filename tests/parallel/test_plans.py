@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from parallel.cases import HEADS, random_case, random_custom_layout
+from parallel.plans import KV_METHODS
 
 from hetu.parallel import METHODS, Hardware, Layout, build_pipeline_plan, build_plan
 from hetu.parallel.plan import Attend, AttnPlan, Receive, Send, Wait
@@ -96,7 +97,7 @@ def check(layout: Layout, method: str, is_causal: bool) -> None:
     for rows in arrived:  # a ring carries for others, but nothing that nobody uses
         assert rows <= set().union(*needed.values())
     for r in range(layout.num_pipelines):
-        alone = build_pipeline_plan(layout, r, method=method, is_causal=is_causal)
+        alone = build_pipeline_plan(layout, r, method=method, is_causal=is_causal, heads=HEADS)
         assert repr_of(alone) == repr_of(plan.pipelines[r])
 
 
@@ -104,15 +105,15 @@ def repr_of(part: object) -> str:
     return repr(part).replace("\n", "")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KV_METHODS)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_random_layouts(method: str, is_causal: bool) -> None:
-    rng = np.random.default_rng(list(METHODS).index(method))
+    rng = np.random.default_rng(KV_METHODS.index(method))
     for _ in range(60):
         check(random_case(rng, longest=9, most=6).layout(), method, is_causal)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", KV_METHODS)
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_invented_layouts(method: str, is_causal: bool) -> None:
     rng = np.random.default_rng(7)
@@ -126,7 +127,7 @@ def test_direct_moves_no_more_than_the_others() -> None:
         layout = random_case(rng).layout()
         moved = {
             name: sum(plan.rows_sent(r) for r in range(layout.num_pipelines))
-            for name in METHODS
+            for name in KV_METHODS
             for plan in [build_plan(layout, method=name, heads=HEADS)]
         }
         assert moved["direct"] == moved["all_gather"] <= moved["ring"]

@@ -13,7 +13,7 @@ from parallel.plans import broadcast, find, refused, with_instructions
 
 import hetu
 from hetu.parallel import Layout, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Kind, Receive, Runs, Send, Wait
 
 
 def good(method: str = "direct", count: int = 3, is_causal: bool = True) -> AttnPlan:
@@ -99,7 +99,7 @@ def test_a_transfer_to_another_peer() -> None:
 
 def test_a_transfer_of_another_kind() -> None:
     def change(instructions: list[Any], at: int) -> None:
-        instructions[at] = dataclasses.replace(instructions[at], buffer=1, grads=False)
+        instructions[at] = dataclasses.replace(instructions[at], buffer=1, kind=Kind.KV)
 
     refused(damaged(change, Receive, is_causal=False), "sends gradients, but keys and values are received")
 

@@ -7,7 +7,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, PipelinePlan, Receive, Send
+from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, PipelinePlan, Receive, Send
 from hetu.parallel.report import step_names
 
 Event = dict[str, Any]
@@ -60,7 +60,7 @@ def named_steps(events: list[Event]) -> Counter[tuple[int, str, str]]:
 
 def wanted_steps(plan: AttnPlan, *kinds: type) -> Counter[tuple[int, str, str]]:
     """The same of the instructions of some kinds: by default all but waits, one step each."""
-    kinds = kinds or (Attend, Accumulate, Send, Receive)
+    kinds = kinds or (Attend, Accumulate, Copy, Send, Receive)
     wanted: Counter[tuple[int, str, str]] = Counter()
     for part in plan.pipelines:
         for item, name in zip(part.instructions, step_names(part), strict=True):

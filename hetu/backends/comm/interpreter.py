@@ -146,7 +146,7 @@ class _Gradients:
             start, length = int(runs.start[0]), int(runs.length[0])
             self.own[start : start + length] += rows
         else:
-            self.own.index_add_(0, _indices(runs, rows.device), rows)
+            self.own.index_add_(0, indices(runs, rows.device), rows)
 
     def finish(self) -> None:
         """Clears the gradients of the shard if nothing was written there."""
@@ -174,13 +174,13 @@ def _transfer(pipeline: int, item: Send | Receive | Wait, buffers: Buffers, comm
 
 def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
     """The rows that the wire needs, one after the other: the only copy of them that is made."""
-    if len(runs.start) == 1:
-        start, length = int(runs.start[0]), int(runs.length[0])
-        return buffer[start : start + length].clone(memory_format=torch.contiguous_format)
-    return buffer.index_select(0, _indices(runs, buffer.device))
+    part = runs.as_slice
+    if part is not None:
+        return buffer[part].clone(memory_format=torch.contiguous_format)
+    return buffer.index_select(0, indices(runs, buffer.device))
 
 
-def _indices(runs: Runs, device: torch.device) -> torch.Tensor:
+def indices(runs: Runs, device: torch.device) -> torch.Tensor:
     """The rows' numbers on the device, copied there once a plan."""
     if device not in runs.memo:
         runs.memo[device] = copied_to(runs.indices().astype(np.int32), device)

@@ -45,6 +45,7 @@ class LocalComm:
                 f"transfer {transfer} to pipeline {pipeline} brings {rows.dtype}, expected {place.dtype}"
             )
         place.copy_(rows)
+        del self._places[pipeline, transfer]  # its memory may be needed
         return True
 
     def stuck(self, pipelines: Sequence[int]) -> None:

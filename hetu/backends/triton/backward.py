@@ -96,7 +96,7 @@ def fold_queries(
 @triton.jit
 def key_gradients(
     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, kv_head,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
@@ -151,7 +151,8 @@ def key_gradients(
                 dk_tile, dv_tile, k_tile, v_tile,
                 q + start * STRIDE_QT + first_head * STRIDE_QH, dout + start * STRIDE_DT + first_head * STRIDE_DH,
                 lse + slot * stride_lb + first_head * stride_lh + slot_row, delta + start * HEADS + first_head,
-                begin, length, whole, first, last_key, diagonal, token, member, first_head.to(tl.int32) + member,
+                begin, length, whole, first, last_key, diagonal, token, member,
+                head_start + first_head.to(tl.int32) + member,
                 scale, position, step, key_positions, document, key_low, key_high, threshold, keep_scale,
                 STRIDE_QT, STRIDE_QH, STRIDE_DT, STRIDE_DH, stride_lh, HEADS, PACK,
                 BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, ROLE, STAGES, DROPOUT, PRECISION,
@@ -208,7 +209,7 @@ def fold_keys(
 @triton.jit
 def query_gradients(
     q, k, v, dout, lse, delta, dq, key_position, records, record, set,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr,
@@ -254,7 +255,7 @@ def query_gradients(
         dq_tile = fold_keys(
             dq_tile, q_tile, dout_tile, k_head + k_start * STRIDE_KT, v_head + k_start * STRIDE_VT, lse_row, delta_row,
             k_len, reach, token, rows, scale,
-            positions, queries, document, head, key_low, key_high, threshold, keep_scale,
+            positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_VT, BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, DROPOUT, PRECISION,
         )  # fmt: skip
         if MORE:
@@ -270,10 +271,10 @@ def query_gradients(
     store_rows(dq, dq_offsets, dq_tile, live, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold"])
+@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dk, dv, key_position, records,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr,
@@ -295,7 +296,7 @@ def backward_kernel(
         dk, dv: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by their strides; rows that records name are written.
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
         records: int32 rows of RECORD fields, as of work.py.
-        scale, key_low, key_high, threshold, keep_scale: As of the forward.
+        scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need.
     """
@@ -307,7 +308,7 @@ def backward_kernel(
     if role == _QUERIES:
         query_gradients(
             q, k, v, dout, lse, delta, dq, key_position, records, record, set,
-            stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+            stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
             STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
             STRIDE_DQT, STRIDE_DQH, HEADS, GROUP, PACK, HEAD_DIM,
             QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, FIRST, MORE, DROPOUT, PRECISION,
@@ -317,7 +318,7 @@ def backward_kernel(
             if SPLIT:
                 key_gradients(
                     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
-                    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+                    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                     STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
                     KEY_M, KEY_N, BLOCK_D, KEY_STAGES, _VALUES_ONLY, MORE, DROPOUT, PRECISION,
@@ -325,7 +326,7 @@ def backward_kernel(
         else:
             key_gradients(
                 q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
-                stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale,
+                stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                 STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                 STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
                 KEY_M, KEY_N, BLOCK_D, KEY_STAGES, KEY_ROLE, MORE, DROPOUT, PRECISION,

@@ -87,11 +87,11 @@ def fold_segment(
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
-                               "key_low", "key_high", "threshold"])  # fmt: skip
+                               "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
 def forward_kernel(
     q, k, v, out, lse, acc_state, scores, key_position, records,
     stride_lb, stride_lh, stride_sb, stride_sh, stride_sm,
-    scale, key_low, key_high, threshold, keep_scale,
+    scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_OT: tl.constexpr, STRIDE_OH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -115,6 +115,7 @@ def forward_kernel(
         key_low, key_high, threshold: Bits of dropout's key and threshold as int32, so that no value of them
             makes another variant of the kernel.
         keep_scale: ``1 / (1 - p)``.
+        head_start: What dropout counts the heads from.
     """
     SETS: tl.constexpr = HEADS // PACK
     record = records + (tl.program_id(0) // SETS) * RECORD_WIDTH
@@ -169,7 +170,7 @@ def forward_kernel(
         acc, row_sum, row_max = fold_segment(
             acc, row_sum, row_max, q_tile, k_head + k_start * STRIDE_KT, v_head + k_start * STRIDE_VT,
             k_len, reach, token, rows, scale,
-            score_rows, positions, queries, document, head, key_low, key_high, threshold, keep_scale,
+            score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_VT, BLOCK_N, HEAD_DIM, BLOCK_D, DROPOUT, SCORES, PRECISION,
         )  # fmt: skip
         if MORE:

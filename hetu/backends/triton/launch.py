@@ -176,12 +176,12 @@ def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: t
     return kept[1]
 
 
-def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, int, float]:
-    """What the kernels take of dropout: the words of its key, the threshold, the scale of what is kept."""
+def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, int, float, int]:
+    """What the kernels take of dropout: the key's words, the threshold, the scale of what is kept, the first head."""
     if dropout is None:
-        return 0, 0, 0, 1.0
+        return 0, 0, 0, 1.0, 0
     low, high = dropout.key_words
-    return int32_bits(low), int32_bits(high), int32_bits(dropout.threshold), dropout.scale
+    return int32_bits(low), int32_bits(high), int32_bits(dropout.threshold), dropout.scale, dropout.first_head
 
 
 def int32_bits(word: int) -> int:

@@ -1,0 +1,160 @@
+"""What a row is: the heads of a token, ranges of them, and which of its values a transfer carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+_OF_KEY_HEADS = ("k", "v", "dk", "dv")
+_ONE_A_HEAD = ("lse", "delta")
+
+
+class Kind(Enum):
+    """What the rows of a transfer are: the values of a token that travel together, one after the other in a row.
+
+    ``delta`` is what the backward subtracts from every score's gradient, see
+    :func:`hetu.backends.attention.attention_delta`. ``KV_GRADS`` are parts that the owner adds up; the others that hold
+    gradients are finished ones.
+    """
+
+    KV = ("k", "v")
+    KV_GRADS = ("dk", "dv")
+    QKV = ("q", "k", "v")
+    OUT = ("out",)
+    LSE = ("lse",)
+    P = ("p",)
+    QKV_DOUT = ("q", "k", "v", "dout")
+    LSE_DELTA = ("lse", "delta")
+    Q_GRADS = ("dq",)
+    QKV_GRADS = ("dq", "dk", "dv")
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """Names of the values, in order."""
+        names: tuple[str, ...] = self.value
+        return names
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether they are float32 whatever the inputs are (float64 for float64 inputs)."""
+        return self in (Kind.KV_GRADS, Kind.LSE, Kind.LSE_DELTA)
+
+    @property
+    def is_result(self) -> bool:
+        """Whether an attend computes them, so that they travel to the owner of the rows and not from it."""
+        return self not in (Kind.KV, Kind.QKV, Kind.QKV_DOUT, Kind.LSE_DELTA)
+
+    @property
+    def label(self) -> str:
+        """The values, as printed plans and messages call them."""
+        labels = {Kind.KV: "keys and values", Kind.KV_GRADS: "gradients"}
+        return labels.get(self, ", ".join(self.values))
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRange:
+    """Neighbouring query heads, and the key heads that they use.
+
+    Attributes:
+        first_q: Number of the first query head.
+        num_q: How many.
+        first_kv: Number of the first key head.
+        num_kv: How many.
+    """
+
+    first_q: int
+    num_q: int
+    first_kv: int
+    num_kv: int
+
+    def of(self, value: str) -> slice:
+        """The heads of a value of a token, :attr:`Kind.values`."""
+        if value in _OF_KEY_HEADS:
+            return slice(self.first_kv, self.first_kv + self.num_kv)
+        return slice(self.first_q, self.first_q + self.num_q)
+
+    def count(self, value: str) -> int:
+        """How many heads :meth:`of` gives."""
+        return self.num_kv if value in _OF_KEY_HEADS else self.num_q
+
+    def width(self, kind: Kind) -> int:
+        """Heads that a row of a kind holds, those of all its values together."""
+        return sum(map(self.count, kind.values))
+
+    def columns(self, kind: Kind, value: str, row: HeadRange) -> slice:
+        """Which heads of a row of a kind are those of a value, if the row holds the heads of another range.
+
+        Example:
+            >>> row = HeadRange(first_q=4, num_q=4, first_kv=2, num_kv=2)
+            >>> HeadRange(first_q=6, num_q=2, first_kv=3, num_kv=1).columns(Kind.QKV, "v", row)
+            slice(7, 8, None)
+        """
+        before = sum(row.count(name) for name in kind.values[: kind.values.index(value)])
+        own, first = self.of(value), row.of(value).start
+        return slice(before + own.start - first, before + own.stop - first)
+
+    def __str__(self) -> str:
+        last = self.first_q + self.num_q - 1
+        return f"head {last}" if self.num_q == 1 else f"heads {self.first_q} to {last}" if self.num_q else "no heads"
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """The widths of a token's row: what turns rows into bytes and FLOPs.
+
+    Attributes:
+        num_q: Query heads.
+        num_kv: Key heads; a divisor of ``num_q``.
+        head_dim: Numbers of a head.
+        itemsize: Bytes of a number.
+        columns: If the softmax is returned, keys of the longest document; else 0.
+    """
+
+    num_q: int
+    num_kv: int
+    head_dim: int
+    itemsize: int
+    columns: int = 0
+
+    @property
+    def all(self) -> HeadRange:
+        """All heads."""
+        return HeadRange(0, self.num_q, 0, self.num_kv)
+
+    def range(self, start: int, stop: int) -> HeadRange:
+        """Query heads ``start .. stop``, and the key heads that they use.
+
+        Example:
+            >>> Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2).range(2, 4)
+            HeadRange(first_q=2, num_q=2, first_kv=0, num_kv=2)
+        """
+        if start == stop:
+            return HeadRange(start, 0, 0, 0)
+        group = self.num_q // self.num_kv
+        first, last = start // group, (stop - 1) // group
+        return HeadRange(start, stop - start, first, last - first + 1)
+
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return self.row_bytes(Kind.KV)
+
+    @property
+    def grad_row_bytes(self) -> int:
+        """Bytes of the gradients of one token's keys and values: float32, or float64 for float64 inputs."""
+        return self.row_bytes(Kind.KV_GRADS)
+
+    def row_bytes(self, kind: Kind, heads: HeadRange | None = None) -> int:
+        """Bytes of one row of a transfer, of all heads or of a range of them.
+
+        Example:
+            >>> heads = Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2)
+            >>> heads.row_bytes(Kind.KV), heads.row_bytes(Kind.QKV, heads.range(0, 3)), heads.row_bytes(Kind.LSE)
+            (64, 80, 24)
+        """
+        width = (heads or self.all).width(kind) * self.numbers(kind)
+        return width * (max(self.itemsize, 4) if kind.is_wide else self.itemsize)
+
+    def numbers(self, kind: Kind) -> int:
+        """How many numbers a head of a kind's values has."""
+        return self.columns if kind is Kind.P else 1 if kind.values[0] in _ONE_A_HEAD else self.head_dim
