@@ -9,19 +9,19 @@ pipelines one's second attend may be at the fourth hop, and the owner would hold
 it. So the forward's instructions are put into one order for all pipelines in which all can be followed, in rounds of at
 most one attend a pipeline, and the rest is put in between:
 
-* What was computed in round i is sent at once, and waited for and added by its owner at the end of round i + 1, in the
-  order of rounds and then of the distance around the group. That order is in the plan, so sums have the same bits every
-  time.
-* It lands in one of two buffers that take turns. Its receive is posted as soon as one is free, but in the sender's
-  order: process groups match the messages of two pipelines by their order, those of keys and values too. Where an order
-  can't be kept otherwise, a further buffer is made.
-* A sender waits for what it sent when its next gradients are computed, if the receive stands earlier in the common
-  order; at the latest before another attend to the same buffer, and then the owner posts the receive before that.
-  (Where keys and values that the owner receives late go before, the sender's attend is put off until they may.)
+* What was computed in round i is sent at its end, in waves: each pipeline sends the gradients of one owner a wave,
+  nearest first, and owners post the receives before anybody computes again. They are added at the end of round i + 1,
+  or after the next wave, in the order of rounds, waves and the distance around the group. That order is in the plan,
+  so sums have the same bits every time.
+* So two landing buffers that take turns are enough, unless several pipelines send to one in the same wave.
+* Process groups match the messages of two pipelines by their order, those of keys and values too: where an owner posts
+  the receive of keys and values early, it posts those of gradients that are sent before them first.
+* A sender waits for what it sent when its next gradients are computed.
 
-Why this can't deadlock: instructions are appended to the pipelines in one common order, in which a wait stands after
-both ends of its transfer are posted. So of all the instructions that are not followed yet, the first in that order can
-always be followed.
+Why this can't deadlock, even if all that computes waits for the transfers under way (see
+:mod:`hetu.parallel.verify_follow`): instructions are appended to the pipelines in one common order, in which a wait
+stands after both ends of its transfer are posted, and so does whatever a pipeline computes after it posted an end. So
+of all the instructions that are not followed yet, the first in that order can always be followed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,24 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
-from typing import NoReturn
+from operator import attrgetter
 
 import numpy as np
 
 from hetu.errors import PlanError
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, Kind, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan import (
+    Accumulate,
+    Attend,
+    AttnPlan,
+    Instruction,
+    Kind,
+    PipelinePlan,
+    Receive,
+    Runs,
+    Send,
+    Wait,
+    batches,
+)
 from hetu.parallel.segments import IntArray
 
 
@@ -50,6 +62,7 @@ class _Return:
         buffer: The source's buffer of keys and values.
         runs: Rows of that buffer.
         home: The same rows in the owner's shard.
+        wave: Which of the attend's it is, nearest owner first.
         round: When they are computed.
         before: How many messages of keys and values the source sends to the owner before.
         landing: The owner's buffer, once its receive is posted.
@@ -62,9 +75,15 @@ class _Return:
     buffer: int
     runs: Runs
     home: Runs
+    wave: int = 0
     round: int = -1
     before: int = 0
     landing: int | None = None
+
+    @property
+    def when(self) -> tuple[int, int]:
+        """In which round and wave they are sent."""
+        return self.round, self.wave
 
 
 Returns = dict[tuple[int, int], list[_Return]]
@@ -76,15 +95,23 @@ def build_backward(plan: AttnPlan) -> AttnPlan:
     returns = _find_returns(plan)
     rounds = _Order(plan, returns).rounds()
     parts = [_Part(part) for part in plan.pipelines]
-    for ret in sorted(chain.from_iterable(returns.values()), key=lambda ret: (ret.round, ret.distance, ret.transfer)):
+    waves: dict[tuple[int, int], list[_Return]] = {}
+    for ret in sorted(chain.from_iterable(returns.values()), key=attrgetter("when", "distance", "transfer")):
+        waves.setdefault(ret.when, []).append(ret)
         parts[ret.owner].expect(ret)
-    for number, steps in enumerate(rounds):
+    for number, (steps, clear) in enumerate(rounds):
         for r, step in steps:
-            parts[r].follow(step, returns.get((r, step), []), parts)
-        for part in parts:
-            part.add_up(number)
+            parts[r].follow(step)
+        for wave in range(max(sum(when[0] == number for when in waves), 1)):
+            sent = waves.get((number, wave), [])
+            for ret in sent:
+                parts[ret.source].send(ret)
+            for ret in sent:
+                parts[ret.owner].post_up_to(ret)
+            for r in clear:
+                parts[r].add_up((number, wave))
     for part in parts:
-        part.add_up(len(rounds))
+        part.add_up((len(rounds), 0))
     pipelines = tuple([part.finish() for part in parts])
     return AttnPlan(plan.layout, plan.method, plan.is_causal, plan.heads, pipelines, is_backward=True)
 
@@ -118,7 +145,9 @@ def _find_returns(plan: AttnPlan) -> Returns:
         returns.setdefault((r, number), []).append(_Return(transfer, r, owner, distance, buffer, runs, home))
         transfer += 1
     for sent in returns.values():
-        sent.sort(key=lambda ret: ret.distance)
+        sent.sort(key=attrgetter("distance"))
+        for wave, ret in enumerate(sent):
+            ret.wave = wave
     return returns
 
 
@@ -182,24 +211,27 @@ def _join(owner: IntArray, start: IntArray, length: IntArray, owners: int) -> li
 
 
 class _Order:
-    """Follows the forward's instructions on all pipelines; notes in which round each return is computed."""
+    """Follows the forward's instructions on all pipelines; notes in which round each return is computed.
+
+    Whoever computes has no transfer under way of which the other end is not posted.
+    """
 
     def __init__(self, plan: AttnPlan, returns: Returns) -> None:
         self.instructions = [part.instructions for part in plan.pipelines]
+        self.batches = [batches(part) for part in plan.pipelines]
         self.returns = returns
         self.next = [0] * len(self.instructions)
         self.ends: Counter[int] = Counter()  # of transfers: how many are posted
+        self.open: list[set[int]] = [set() for _ in self.instructions]  # what has no other end yet
         self.sent: Counter[tuple[int, int]] = Counter()  # messages from one pipeline to another
-        self.expected: Counter[tuple[int, int]] = Counter()
-        self.computed: dict[tuple[int, int], list[_Return]] = {}  # last, by pipeline and buffer
 
-    def rounds(self) -> list[list[tuple[int, int]]]:
-        """Each round's instructions as (pipeline, number), at most one attend a pipeline.
+    def rounds(self) -> list[tuple[list[tuple[int, int]], list[int]]]:
+        """Each round's instructions as (pipeline, number), at most one attend a pipeline; and who may compute then.
 
         Raises:
             PlanError: If they can't all be followed.
         """
-        rounds: list[list[tuple[int, int]]] = []
+        rounds: list[tuple[list[tuple[int, int]], list[int]]] = []
         while any(done < len(items) for done, items in zip(self.next, self.instructions, strict=True)):
             steps: list[tuple[int, int]] = []
             going, before = list(range(len(self.next))), -1
@@ -207,20 +239,11 @@ class _Order:
                 before = len(steps)
                 going = [r for r in going if not self._advance(r, len(rounds), steps)]
             if not steps:
-                self._refuse()
-            rounds.append(steps)
+                stuck = [r for r, items in enumerate(self.instructions) if self.next[r] < len(items)]
+                what = f"pipelines {stuck} wait for each other for ever"
+                raise PlanError(what, op="plan", fix="see what plan.verify() says of the forward")
+            rounds.append((steps, [r for r, transfers in enumerate(self.open) if not transfers]))
         return rounds
-
-    def _refuse(self) -> NoReturn:
-        stuck = [r for r, items in enumerate(self.instructions) if self.next[r] < len(items)]
-        for r in stuck:
-            item = self.instructions[r][self.next[r]]
-            if isinstance(item, Attend):
-                what = f"gradients of buffer {item.buffer} of pipeline {r} can't leave before it is attended to again"
-                what += ": their owners receive this pipeline's earlier keys and values too late"
-                raise PlanError(what, op="plan", fix="post the receives of keys and values earlier")
-        what = f"pipelines {stuck} wait for each other for ever"
-        raise PlanError(what, op="plan", fix="see what plan.verify() says of the forward")
 
     def _advance(self, r: int, number: int, steps: list[tuple[int, int]]) -> bool:
         """Follows one pipeline's instructions up to an attend or a wait; says whether it attended."""
@@ -228,34 +251,29 @@ class _Order:
         while self.next[r] < len(items):
             step = self.next[r]
             item = items[step]
-            if not self._can_follow(r, item):
+            if isinstance(item, Wait):
+                if self.ends[item.transfer] < 2:
+                    return False
+            elif (isinstance(item, Attend) or step in self.batches[r]) and self.open[r]:
                 return False
             steps.append((r, step))
             self.next[r] += 1
             if isinstance(item, Attend):
-                self._attend(r, step, item, number)
+                for ret in self.returns.get((r, step), ()):
+                    ret.round, ret.before = number, self.sent[r, ret.owner]
                 return True
-            if isinstance(item, Send):
-                self.ends[item.transfer] += 1
-                self.sent[r, item.peer] += 1
-            elif isinstance(item, Receive):
-                self.ends[item.transfer] += 1
-                self.expected[item.peer, r] += 1
+            if isinstance(item, (Send, Receive)):
+                self._post(r, item)
         return False
 
-    def _can_follow(self, r: int, item: Instruction) -> bool:
-        if isinstance(item, Wait):
-            return self.ends[item.transfer] == 2
-        if isinstance(item, Attend):
-            # What it sent home of the same buffer has to be gone, so the owner must be able to receive it: messages
-            # of keys and values that this pipeline sent to it before are received before.
-            return all(self.expected[r, ret.owner] >= ret.before for ret in self.computed.get((r, item.buffer), ()))
-        return True
-
-    def _attend(self, r: int, step: int, item: Attend, number: int) -> None:
-        self.computed[r, item.buffer] = self.returns.get((r, step), [])
-        for ret in self.computed[r, item.buffer]:
-            ret.round, ret.before = number, self.sent[r, ret.owner]
+    def _post(self, r: int, item: Send | Receive) -> None:
+        self.ends[item.transfer] += 1
+        if self.ends[item.transfer] == 1:
+            self.open[r].add(item.transfer)
+        else:
+            self.open[item.peer].discard(item.transfer)
+        if isinstance(item, Send):
+            self.sent[r, item.peer] += 1
 
 
 # The pipelines
@@ -271,8 +289,7 @@ class _Part:
         landing: Rows of its landing buffers.
         free: Those that nothing is on its way to, longest free first.
         coming: What will return to it, in the order in which it is added.
-        posted: How many of these, from the first, have a receive.
-        added: How many are added.
+        added: How many of these are added.
         unposted: Those of each source that have no receive, in the order in which they are sent.
         received: How many receives of keys and values from each source are posted.
         sent: What it sends home and hasn't waited for.
@@ -283,7 +300,6 @@ class _Part:
     landing: list[int] = field(default_factory=list)
     free: deque[int] = field(default_factory=deque)
     coming: list[_Return] = field(default_factory=list)
-    posted: int = 0
     added: int = 0
     unposted: dict[int, deque[_Return]] = field(default_factory=dict)
     received: Counter[int] = field(default_factory=Counter)
@@ -294,7 +310,7 @@ class _Part:
         self.coming.append(ret)
         self.unposted.setdefault(ret.source, deque()).append(ret)
 
-    def follow(self, step: int, returns: list[_Return], parts: list[_Part]) -> None:
+    def follow(self, step: int) -> None:
         """Appends an instruction of the forward and what goes with it."""
         item = self.forward.instructions[step]
         if isinstance(item, Receive):
@@ -303,45 +319,30 @@ class _Part:
             while first and first[0].before <= self.received[item.peer]:
                 self._post(first[0])
             self.received[item.peer] += 1
-        elif isinstance(item, Attend):
-            for ret in [ret for ret in self.sent if ret.buffer == item.buffer]:
-                parts[ret.owner].post_up_to(ret)
-                self._wait_for_sent(ret)
-            self._post_free()
+        elif isinstance(item, Attend):  # nothing reads any more what it overwrites
+            self._wait_for([ret for ret in self.sent if ret.buffer == item.buffer])
         self.instructions.append(item)
         if isinstance(item, Attend):
-            for ret in [ret for ret in self.sent if ret.landing is not None]:
-                self._wait_for_sent(ret)
-            self.instructions += [Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS) for ret in returns]
-            self.sent += returns
+            self._wait_for(list(self.sent))
 
-    def add_up(self, before: int) -> None:
-        """Waits for and adds what was computed in earlier rounds."""
-        while self.added < len(self.coming):
-            ret = self.coming[self.added]
-            if ret.round >= before or (ret.landing is None and self.received[ret.source] < ret.before):
-                return
-            self.post_up_to(ret)
-            assert ret.landing is not None
-            self.instructions += [Wait(ret.transfer), Accumulate(ret.landing, 0, ret.home)]
-            self.added += 1
-            self.free.append(ret.landing)
-            self._post_free()
+    def send(self, ret: _Return) -> None:
+        """Sends home what the last attend computed of one owner's rows."""
+        self.instructions.append(Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS))
+        self.sent.append(ret)
 
     def post_up_to(self, ret: _Return) -> None:
         """Sees to it that a return has a receive, after those of what its source sends earlier."""
         while ret.landing is None:
             self._post(self.unposted[ret.source][0])
 
-    def _post_free(self) -> None:
-        """Posts the receives of what is added next, as far as there is place."""
-        while self.posted < len(self.coming) and (self.free or len(self.landing) < 2):
-            ret = self.coming[self.posted]
-            if ret.landing is None:
-                if self.received[ret.source] < ret.before:
-                    return
-                self._post(ret)
-            self.posted += 1
+    def add_up(self, before: tuple[int, int]) -> None:
+        """Waits for and adds what was sent in earlier rounds and waves."""
+        while self.added < len(self.coming) and self.coming[self.added].when < before:
+            ret = self.coming[self.added]
+            assert ret.landing is not None, "its receive was posted when it was sent"
+            self.instructions += [Wait(ret.transfer), Accumulate(ret.landing, 0, ret.home)]
+            self.added += 1
+            self.free.append(ret.landing)
 
     def _post(self, ret: _Return) -> None:
         if not self.free:
@@ -352,11 +353,12 @@ class _Part:
         self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Kind.KV_GRADS))
         self.unposted[ret.source].popleft()
 
-    def _wait_for_sent(self, ret: _Return) -> None:
-        self.instructions.append(Wait(ret.transfer))
-        self.sent.remove(ret)
+    def _wait_for(self, sent: list[_Return]) -> None:
+        for ret in sent:
+            self.instructions.append(Wait(ret.transfer))
+            self.sent.remove(ret)
 
     def finish(self) -> PipelinePlan:
         """The part, after waiting for all that is still being sent."""
-        self.instructions += [Wait(ret.transfer) for ret in self.sent]
+        self._wait_for(list(self.sent))
         return replace(self.forward, landing=tuple(self.landing), instructions=tuple(self.instructions))

@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -134,6 +135,24 @@ class PipelinePlan:
             elif isinstance(item, (Send, Copy)) and item.buffer:
                 last[item.kind] = number
         return {number: tuple(kind for kind in last if last[kind] == number) for number in set(last.values())}
+
+
+@lru_cache(maxsize=1024)
+def batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
+    """Sends that are started together: by the number of the first of the transfers that follow each other.
+
+    All of them are packed before any is started, see :mod:`hetu.parallel.verify_follow`.
+    """
+    found: dict[int, tuple[Send, ...]] = {}
+    first: int | None = None
+    for number, item in enumerate(part.instructions):
+        if not isinstance(item, (Send, Receive)):
+            first = None
+            continue
+        first = number if first is None else first
+        if isinstance(item, Send):
+            found[first] = (*found.get(first, ()), item)
+    return found
 
 
 def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:

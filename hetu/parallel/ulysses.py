@@ -19,8 +19,8 @@ In the backward lse and delta come along, and gradients travel home. A query has
 finished, and so are those of keys where no key head has gone to several members. Where one has, gradients of keys and
 values come home in float32, and their owner adds them up: its own first, then the nearest member's.
 
-Nothing can deadlock: all of a member's transfers of one direction are posted before any of them is waited for, and to
-get from the way out to the way home a member only waits for what others post before they wait for anything.
+Nothing can deadlock: all of a member's transfers of one direction are posted together, and what it waits for or
+computes on the way to the others waits only for what everybody posts before that.
 """
 
 from __future__ import annotations
@@ -226,9 +226,9 @@ def _exchange(
     items += attends
     # What was sent is waited for no sooner: a peer that is late holds up nobody who has all that it needs.
     items += [Wait(link.to(c, kind)) for c in helpers for kind in out]
-    # Sent before anything is received: what was computed may then be freed before there is a place for what comes.
-    items += [Send(link.to(c, kind), link.peer(c), 1, places[c], kind, own) for c in owners for kind in home]
+    # Copied first, since nobody may compute while what it sent home can't be received yet.
     items += [Copy(kind, own, 1, places[member], 0, rows) for kind in home if is_both]
+    items += [Send(link.to(c, kind), link.peer(c), 1, places[c], kind, own) for c in owners for kind in home]
     for landing, c in enumerate(helpers):
         items += [link.receive_results(c, kind, ranges[c], rows, landing) for kind in home]
     for landing, c in enumerate(helpers):

@@ -58,7 +58,7 @@ def verify(plan: AttnPlan, max_bytes: int | None = None) -> None:
             runs.append(_Run(r, plan, tokens, transfers, contributions))
         else:
             runs.append(HeadsRun(r, plan, tokens, transfers, shares))
-    follow(runs, transfers)
+    follow(runs)
     for run in runs:
         run.check_end()
         if isinstance(run, _Run):

@@ -1,4 +1,10 @@
-"""Follows instructions without running them: what every pipeline of a plan that is proven has in common."""
+"""Follows instructions without running them: what every pipeline of a plan that is proven has in common.
+
+A pipeline may have to wait for all transfers that it has started before anything is computed. On a GPU a transfer
+occupies the device until the other end has started, too, and to load a kernel, or to allocate memory, waits for the
+device. So what computes is followed as if it waited, packing rows to be sent as well; what is sent together is packed
+before any of it is sent. A plan that passes doesn't hang whichever of its computations wait.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hetu.parallel.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
-from hetu.parallel.plan import AttnPlan
+from hetu.parallel.plan import AttnPlan, batches
 from hetu.parallel.segments import IntArray
 from hetu.parallel.verify_structure import Transfer, instruction_name, refuse
 
@@ -22,7 +28,7 @@ class Follower(ABC):
 
     def __init__(self, r: int, plan: AttnPlan, transfers: dict[int, Transfer]) -> None:
         self.r, self.part, self.transfers = r, plan.pipelines[r], transfers
-        self.next = 0
+        self.next, self.batches = 0, batches(self.part)
         self.pending: dict[int, Send | Receive] = {}
 
     @abstractmethod
@@ -52,7 +58,18 @@ class Follower(ABC):
             self.next += 1
         return self.next > begin
 
+    def waits_for(self) -> Transfer | None:
+        """The first transfer of which the other end has to be started before this pipeline surely goes on."""
+        item = None if self.is_done else self.part.instructions[self.next]
+        if isinstance(item, Wait):
+            return self.transfers[item.transfer]
+        computes = isinstance(item, (Attend, Accumulate, Copy)) or self.next in self.batches
+        transfers = [self.transfers[number] for number in self.pending] if computes else []
+        return next((t for t in transfers if not t.is_expected or t.payload is None), None)
+
     def _step(self) -> bool:
+        if not isinstance(self.part.instructions[self.next], Wait) and self.waits_for():
+            return False
         match self.part.instructions[self.next]:
             case Wait() as item:
                 return self._wait(item)
@@ -92,16 +109,14 @@ class Follower(ABC):
             self.refuse(f"{instruction_name(item)} is never waited for")
 
 
-def follow(runs: Sequence[Follower], transfers: dict[int, Transfer]) -> None:
+def follow(runs: Sequence[Follower]) -> None:
     """Follows all pipelines until they are done, or none can go on."""
     while not all(run.is_done for run in runs):
         if max([run.advance() for run in runs]):  # every one of them, not only the first that can
             continue
         waiting = []
         for run in runs:
-            item = None if run.is_done else run.part.instructions[run.next]
-            if isinstance(item, Wait):
-                transfer = transfers[item.transfer]
+            if transfer := run.waits_for():
                 other = transfer.source if transfer.target == run.r else transfer.target
-                waiting.append(f"pipeline {run.r} for pipeline {other} to start transfer {item.transfer}")
+                waiting.append(f"pipeline {run.r} for pipeline {other} to start transfer {transfer.send.transfer}")
         refuse(f"deadlock: these wait for each other: {'; '.join(waiting)}")

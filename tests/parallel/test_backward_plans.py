@@ -73,9 +73,8 @@ def test_members_that_attend_in_any_order(seed: int, is_causal: bool, send_first
     rng = np.random.default_rng(seed)
     layout = random_case(rng, longest=5, most=7).layout()
     plan = in_orders(layout, is_causal, lambda _, count: rng.permutation(count).tolist(), send_first, num_buffers)
-    if not error_of(plan.verify):  # not all such orders can be followed
-        why = error_of(lambda: plan.backward().verify())
-        assert not why or "can't leave before" in why
+    if not error_of(plan.verify):  # half of such orders can be followed
+        plan.backward().verify()
 
 
 def error_of(call: Callable[[], None]) -> str:
@@ -93,16 +92,17 @@ def around(member: int, count: int) -> list[int]:
 
 def test_one_buffer_used_again_at_once() -> None:
     """Gradients have to leave before the next attend, and they go to a pipeline that is itself about to attend."""
-    backward = in_orders(Layout.build([1] * 3, [0] * 3), False, around, num_buffers=1).backward()
+    backward = in_orders(Layout.build([1] * 4, [0] * 4), True, around, num_buffers=1).backward()
     backward.verify()
-    assert [part.buffers for part in backward.pipelines] == [(1, 1)] * 3
+    assert [part.buffers for part in backward.pipelines] == [(1,), (1, 1), (1, 1), (1, 1)]
 
 
-def test_gradients_that_cannot_leave() -> None:
-    """Each receives last from whom it sends gradients to first, behind keys: more than two buffers' worth is away."""
-    plan = in_orders(Layout.build([2] * 7, [0] * 7), False, around)
-    plan.verify()
-    with pytest.raises(hetu.PlanError, match="gradients of buffer 1 of pipeline 0 can't leave before"):
+def test_sends_that_are_received_too_late() -> None:
+    """Everybody sends at once, attends to its own rows, and then receives: to attend may wait for what is sent."""
+    plan = in_orders(Layout.build([2] * 3, [0] * 3), False, around, num_buffers=1)
+    with pytest.raises(hetu.PlanError, match="deadlock: these wait for each other: pipeline 0 for pipeline 1"):
+        plan.verify()
+    with pytest.raises(hetu.PlanError, match=r"pipelines \[0, 1, 2\] wait for each other for ever"):
         plan.backward()
 
 
@@ -260,9 +260,9 @@ pipeline  group  tokens  pairs  steps  rows sent  rows received  gradients sent 
 
 pipeline 0: 1 query span, buffers of 4 rows, landing buffers of 4 rows
   send     4 rows (1 run) of buffer 0 to 1
-  receive gradients of 4 rows from 1 into landing buffer 0
   attend   buffer 0 (rows of 0): 1 segment, 10 pairs
   wait     to have sent to 1
+  receive gradients of 4 rows from 1 into landing buffer 0
   wait     for gradients from 1
   add      4 rows (1 run) of landing buffer 0 to the own
 

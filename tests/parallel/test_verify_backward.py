@@ -167,8 +167,16 @@ def test_gradients_overwritten_before_they_are_sent() -> None:
         instructions.insert(again + 1, item)
         wait = next(i for i in range(at, again) if getattr(instructions[i], "transfer", None) == item.transfer)
         instructions.append(instructions.pop(wait))
+        late.append(item)
 
+    late: list[Send] = []
     plan = damaged(delay, Send, method="ring", count=4, is_causal=False)
+    # The owner receives it late, too, so that nobody waits for it.
+    items, owner = list(plan.pipelines[late[0].peer].instructions), late[0].peer
+    receive = next(i for i, item in enumerate(items) if getattr(item, "transfer", None) == late[0].transfer)
+    wait = next(i for i in range(receive + 1, len(items)) if getattr(items[i], "transfer", None) == late[0].transfer)
+    own = [items[receive], items[wait], items[wait + 1]]
+    plan = with_instructions(plan, owner, [*(item for item in items if item not in own), *own])
     refused(plan, "pipeline 0: the gradient of", "by attend 1 is overwritten by attend 3 before it is sent home")
 
 
@@ -255,7 +263,9 @@ def test_waiting_in_a_circle() -> None:
     for r in range(3):
         instructions, first = find(plan, Send, r, grads=True)
         at = next(i for i in range(len(instructions)) if isinstance(instructions[i], Accumulate))
-        instructions.insert(first, instructions.pop(at - 1))
+        wait = instructions.pop(at - 1)
+        place = next(i for i, item in enumerate(instructions) if getattr(item, "transfer", None) == wait.transfer)
+        instructions[first:first] = [instructions.pop(place), wait]
         plan = with_instructions(plan, r, instructions)
     refused(plan, "deadlock", "wait for each other")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from hetu.backends.attention import compute_dtype
-from hetu.backends.comm.interpreter import Communicator, indices, pack
+from hetu.backends.comm.interpreter import Communicator, Sends, indices, pack, wait_for
 from hetu.backends.comm.recorder import watched
 from hetu.parallel.plan import Accumulate, Attend, Copy, HeadRange, Heads, Kind, PipelinePlan, Receive, Runs, Send, Wait
 
@@ -155,17 +155,16 @@ def follow_heads(
         As ``follow``.
     """
     instructions, comm = watched(plan, comm, held.own["q"].device)
-    last_uses = plan.last_uses()
+    last_uses, sends = plan.last_uses(), Sends(plan, held.packed)
     for number, item in enumerate(instructions):
+        sends.come_to(number)
         match item:
             case Send():
-                comm.send(plan.pipeline, item, held.packed(item))
+                comm.send(plan.pipeline, item, sends.packed(item))
             case Receive():
                 comm.receive(plan.pipeline, item, held.place(item))
             case Wait(transfer=transfer):
-                yield True
-                while not comm.done(plan.pipeline, transfer):
-                    yield False
+                yield from wait_for(plan.pipeline, transfer, comm)
                 held.landed(transfer)
             case Copy():
                 held.copy(item)

@@ -11,7 +11,7 @@ import torch
 from hetu.backends.attention import compute_dtype
 from hetu.backends.comm.recorder import watched
 from hetu.backends.transfer import copied_to
-from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Wait, batches
 
 AttendStep = Callable[[Attend, torch.Tensor, bool, bool], None]
 """Attends to a buffer ``(rows, 2, H_kv, head_dim)``; says whether it is the first and the last step."""
@@ -58,14 +58,19 @@ def follow(plan: PipelinePlan, kv: torch.Tensor, comm: Communicator, attend: Att
         True when it comes to a wait, and then False as long as it has to wait there; ends when the plan is done.
     """
     instructions, comm = watched(plan, comm, kv.device)
-    buffers = _new_buffers(plan, kv)
+    buffers, sends = _new_buffers(plan, kv), Sends(plan, lambda item: pack(buffers[item.buffer], item.runs))
     steps = [item for item in plan.instructions if isinstance(item, Attend)]
-    for item in instructions:
+    for number, item in enumerate(instructions):
+        sends.come_to(number)
         match item:
             case Attend(buffer=buffer):
                 attend(item, buffers[buffer], item is steps[0], item is steps[-1])
-            case Send() | Receive() | Wait():
-                yield from _transfer(plan.pipeline, item, buffers, comm)
+            case Send():
+                comm.send(plan.pipeline, item, sends.packed(item))
+            case Receive():
+                comm.receive(plan.pipeline, item, _place(buffers, item))
+            case Wait(transfer=transfer):
+                yield from wait_for(plan.pipeline, transfer, comm)
 
 
 def follow_backward(
@@ -88,7 +93,13 @@ def follow_backward(
     instructions, comm = watched(plan, comm, kv.device)
     buffers, grads = _new_buffers(plan, kv), _Gradients(plan, kv, dkv)
     last_reads, is_first = plan.last_reads(), True
+
+    def packed(item: Send) -> torch.Tensor:
+        return pack((grads.scratch if item.grads else buffers)[item.buffer], item.runs)
+
+    sends = Sends(plan, packed)
     for number, item in enumerate(instructions):
+        sends.come_to(number)
         match item:
             case Attend(buffer=buffer):
                 rows = item.rows if buffer else plan.rows
@@ -97,12 +108,12 @@ def follow_backward(
                 is_first = False
             case Accumulate():
                 grads.add(grads.landing[item.buffer][item.offset : item.offset + item.runs.rows], item.runs)
-            case Send(grads=True):
-                yield from _transfer(plan.pipeline, item, grads.scratch, comm)
-            case Receive(grads=True):
-                yield from _transfer(plan.pipeline, item, grads.landing, comm)
-            case Send() | Receive() | Wait():
-                yield from _transfer(plan.pipeline, item, buffers, comm)
+            case Send():
+                comm.send(plan.pipeline, item, sends.packed(item))
+            case Receive():
+                comm.receive(plan.pipeline, item, _place(grads.landing if item.grads else buffers, item))
+            case Wait(transfer=transfer):
+                yield from wait_for(plan.pipeline, transfer, comm)
         if number in last_reads and isinstance(item, (Attend, Send)):
             grads.scratch.pop(item.buffer, None)
     grads.finish()
@@ -159,17 +170,37 @@ def _new_buffers(plan: PipelinePlan, kv: torch.Tensor) -> dict[int, torch.Tensor
     return {i: kv.new_empty((rows, *kv.shape[1:])) if i else kv for i, rows in enumerate(plan.buffers)}
 
 
-def _transfer(pipeline: int, item: Send | Receive | Wait, buffers: Buffers, comm: Communicator) -> Iterator[bool]:
-    """Starts or ends a transfer of rows of ``buffers``."""
-    match item:
-        case Send(buffer=buffer, runs=runs):
-            comm.send(pipeline, item, pack(buffers[buffer], runs))
-        case Receive(buffer=buffer, offset=offset, rows=rows):
-            comm.receive(pipeline, item, buffers[buffer][offset : offset + rows])
-        case Wait(transfer=transfer):
-            yield True  # it got here: what it sent on the way may be what others wait for
-            while not comm.done(pipeline, transfer):
-                yield False
+def _place(buffers: Buffers, item: Receive) -> torch.Tensor:
+    return buffers[item.buffer][item.offset : item.offset + item.rows]
+
+
+class Sends:
+    """Packs what is sent together before any of it is sent; see :func:`hetu.parallel.plan.batches`.
+
+    Args:
+        plan: The pipeline's part of the plan.
+        pack: Packs what one of its sends sends.
+    """
+
+    def __init__(self, plan: PipelinePlan, pack: Callable[[Send], torch.Tensor]) -> None:
+        self._batches, self._pack = batches(plan), pack
+        self._packed: dict[int, torch.Tensor] = {}
+
+    def come_to(self, number: int) -> None:
+        """Packs the batch that begins with an instruction, if one does."""
+        for item in self._batches.get(number, ()):
+            self._packed[item.transfer] = self._pack(item)
+
+    def packed(self, item: Send) -> torch.Tensor:
+        """What a send sends."""
+        return self._packed.pop(item.transfer)
+
+
+def wait_for(pipeline: int, transfer: int, comm: Communicator) -> Iterator[bool]:
+    """Waits for a pipeline's end of a transfer."""
+    yield True  # it got here: what it sent on the way may be what others wait for
+    while not comm.done(pipeline, transfer):
+        yield False
 
 
 def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
