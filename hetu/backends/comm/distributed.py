@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.world import Spec
+from hetu.errors import CommunicationError
 from hetu.parallel.plan import AttnPlan, Receive, Send
 
 _TAGS = 2**31
@@ -65,10 +66,10 @@ class DistributedWorld:
         self._groups[tuple(everyone)] = self._new_group(everyone)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        options = None
+        options, timeout = None, seconds(self.control.patience)
         if self.backend == "nccl":  # messages get multiprocessors before the kernels that wait in line
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        timeout = seconds(self.control.patience)
+            options._timeout = timeout  # else torch warns that it has another one
         return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -132,7 +133,12 @@ class DistributedWorld:
 
     def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
         """Puts the tensor into a bucket, which travels once it is full."""
-        return parts[0] if count == 1 else self._reducer.start(parts, op, count)
+        if count == 1:
+            return parts[0]
+        try:
+            return self._reducer.start(parts, op, count)
+        except RuntimeError as error:
+            self.control.lost("adding up gradients", error)
 
     def finish_reduce(self, started: Started | torch.Tensor) -> torch.Tensor:
         """Waits for its bucket."""
@@ -193,16 +199,16 @@ class DistributedWorld:
     def gather_values(self, own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of any shapes, those of all pipelines in order, on every rank."""
         with self.lock, self.hanging_up():
-            kinds = [(tuple(x.shape), x.dtype) for x in own]
+            kinds = [(tuple(x.shape), x.dtype, x.device.type) for x in own]
             said = [pickle.loads(body) for body in self.control.exchange(pickle.dumps(kinds), "gather_shards")]
             found: dict[int, torch.Tensor] = {}
             for rank, theirs in enumerate(said):
-                for i, (shape, dtype) in enumerate(theirs):
+                for i, (shape, dtype, kind) in enumerate(theirs):
                     is_own = rank == self.rank
                     place = own[i].contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
-                    there = place.to(self.device)  # rng_state lies on the CPU
+                    there = place.to(self.device)  # rng_state lies on the CPU, there and here
                     self._broadcast(there, rank, self._group(range(self.size)))
-                    found[rank + i * self.size] = own[i] if is_own else there
+                    found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
             return [found[r] for r in sorted(found)]
 
     def _broadcast(self, x: torch.Tensor, source: int, group: Any) -> None:
@@ -225,6 +231,13 @@ class DistributedWorld:
             self.close()
             raise
 
+    def finish(self) -> None:
+        """Waits until all that is under way has come, here and at the others; NCCL's messages outlast the run."""
+        if self.backend == "nccl" and self.control.broken is None:
+            torch.cuda.synchronize(self.device)
+            with suppress(CommunicationError):  # whoever left without a word needs nothing any more
+                self.control.exchange(b"", "shutdown_distributed")
+
     def close(self) -> None:
         """Leaves all process groups that were made here, without waiting for anybody."""
         for comm in self._comms:  # gloo keeps a connection open as long as something is under way on it
@@ -236,11 +249,18 @@ class DistributedWorld:
         # Whoever still held a group would hold its connections open.
         self.control.group = self.up = self.down = None
         self._groups.clear()
+        if self.backend == "nccl":  # ending one frees memory, for which CUDA waits for the kernels of all others
+            with ThreadPoolExecutor(len(groups), thread_name_prefix="hetu-leave") as threads:
+                while groups:
+                    threads.submit(_leave, *groups.popitem()[1])
         while groups:
-            _, (leave, group) = groups.popitem()
-            with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
-                if group is not None:
-                    leave(group)
+            _leave(*groups.popitem()[1])
+
+
+def _leave(leave: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup | None) -> None:
+    with suppress(RuntimeError, ValueError, AssertionError, KeyError):  # it may be gone already
+        if group is not None:
+            leave(group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -93,22 +93,24 @@ class Reducer:
         rows = zip(*bucket.parts, strict=True)
         own = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
         run = self._on_stream if device.type == "cuda" else self._in_thread
-        bucket.result = run(lambda: self.reduce(own, op, count), device)
+        bucket.result = run(lambda: self.reduce(own, op, count), own)
 
-    def _in_thread(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    def _in_thread(self, work: Callable[[], torch.Tensor], own: torch.Tensor) -> Callable[[], torch.Tensor]:
         """On the CPU one thread beside the one that computes; a single one, so that the order stays."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="hetu-reduce")
         future: Future[torch.Tensor] = self._thread.submit(work)
         return future.result
 
-    def _on_stream(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    def _on_stream(self, work: Callable[[], torch.Tensor], own: torch.Tensor) -> Callable[[], torch.Tensor]:
         """On a GPU a stream beside the one that computes; the host waits for neither."""
+        device = own.device
         stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             total = work()
             done = stream.record_event()
+        own.record_stream(stream)  # nobody else may get its memory before that stream has read it
 
         def result() -> torch.Tensor:
             current = torch.cuda.current_stream(device)
