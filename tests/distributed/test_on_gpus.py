@@ -249,4 +249,4 @@ def test_a_rank_that_is_lost(world: World, size: int, change: Change, pattern: s
         assert_lost(outcome, pattern)
         assert pool.outcomes(faults.here, [0])[0].is_value
         (again,) = pool.outcomes(job, [0], limit=SLACK)
-        assert_lost(again, "the ranks can't go on after an earlier failure: .*rank 1")
+        assert_lost(again, "(?s)the ranks can't go on after an earlier failure: .*rank 1")

@@ -121,7 +121,13 @@ class Reducer:
         return result
 
 
-def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_over(
+    own: torch.Tensor,
+    op: str,
+    held: Sequence[Sequence[int]],
+    group: dist.ProcessGroup,
+    landing: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
     """Adds up, or averages, a flat tensor over pipelines in several processes.
 
     Args:
@@ -129,6 +135,7 @@ def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group
         op: ``"sum"`` or ``"mean"``.
         held: For each process of the group the pipelines that it runs.
         group: The processes; all of them call this.
+        landing: Told of each tensor that others' values land in.
 
     Returns:
         ``(n,)``: with the pipelines' values added in their order, half precision in float32.
@@ -143,10 +150,12 @@ def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group
     rows = [len(pipelines) for pipelines in held]
     received = own.new_empty((sum(rows), piece))
     dist.all_to_all_single(_bytes(received), _bytes(sent), [k * size for k in rows], [mine * size] * ranks, group=group)
+    landing(received)
     by_pipeline = dict(zip([r for pipelines in held for r in pipelines], received, strict=True))
     total = reduce_in_order([by_pipeline[r] for r in sorted(by_pipeline)], op).contiguous()
     whole = own.new_empty(ranks * piece)
     dist.all_gather_into_tensor(_bytes(whole), _bytes(total), group=group)
+    landing(whole)
     return whole[:n]
 
 
