@@ -94,6 +94,7 @@ class DistributedWorld:
         """The current stream was made to wait for a message: NCCL's are watched, gloo's have come."""
         if self.watch is not None:
             self.watch.expect(into, doing, peers)
+            self.control.check()  # after noting it: what the watch ended before that was not filled
 
     def prepare(self, count: int, plans: Iterable[AttnPlan]) -> None:
         """Makes the process groups of a strategy of ``count`` pipelines, and opens the connections that plans use.
