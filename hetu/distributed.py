@@ -23,6 +23,18 @@ BACKENDS = ("gloo", "nccl")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun puts into the environment, among others."""
 
+NCCL_ENVIRONMENT = {
+    # Read when CUDA starts: messages of all peers at a time must be able to be under way.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
+    # torch's watchdog stops messages that nobody answers, and leaves the process alive to say so.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    # It does so at the timeout, rather than after it waited a minute more for a dump of what it recorded.
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+}
+"""Set where the user set nothing."""
+
 
 def init_distributed(backend: str | None = None, timeout: float = 300.0) -> World:
     """Joins the other processes that ``torchrun`` started; every process calls it, before its first run.
@@ -35,7 +47,8 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
 
     Args:
         backend: ``"nccl"`` or ``"gloo"``; None for nccl where there is CUDA, else gloo. With nccl a process uses the
-            GPU of its ``LOCAL_RANK``.
+            GPU of its ``LOCAL_RANK``; several may share one, to try things out, where the environment says
+            ``NCCL_MULTI_RANK_GPU_ENABLE=1`` and NCCL is 2.30 or later.
         timeout: Seconds that a rank waits for another before it gives up.
 
     Returns:
@@ -90,6 +103,7 @@ def shutdown_distributed() -> None:
     world = current_world()
     set_world(LocalWorld())
     if isinstance(world, DistributedWorld):
+        world.finish()
         world.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,12 +133,16 @@ def gather_shards(value: Any) -> Shards:
 
 
 def _own_device(backend: str) -> torch.device:
+    """The CPU for gloo; for NCCL the GPU of this process's number on its host, which becomes torch's current one.
+
+    NCCL lets several processes share a GPU, from version 2.30 on and if the environment asks for it. They take turns.
+    """
     if backend == "gloo":
         return torch.device("cpu")
-    local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-    if local >= torch.cuda.device_count():
+    local, count = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
+    if local >= count and not (count and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
         _refuse(
-            f"this is process {local} of its host, which has {torch.cuda.device_count()} GPUs",
+            f"this is process {local} of its host, which has {count} GPUs",
             "start one process a GPU, or pass backend='gloo'",
         )
     if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
@@ -132,12 +150,10 @@ def _own_device(backend: str) -> torch.device:
             "CUDA_DEVICE_MAX_CONNECTIONS is 1, with which messages to several peers wait for each other for ever",
             "unset it, or set it to 32",
         )
-    # Read when CUDA starts: messages of all peers at a time must be able to be under way.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-    # A process whose peer died gets an error instead of being ended.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    for name, value in NCCL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    torch.cuda.set_device(local % count)
+    return torch.device("cuda", local % count)
 
 
 def _connect(rank: int, timeout: float) -> Any:

@@ -131,13 +131,15 @@ class Executor:
             return own
         found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:
+            if own is not None and own.type == "cuda":
+                return own  # torch's current device is that of a thread
             found = torch.device("cuda", torch.cuda.current_device())
-        if own is not None and found.type != own.type:
+        if own is not None and (found.type != own.type or (found.type == "cuda" and found != own)):
             raise HetuError(
-                f"the graph runs on {found}, but the ranks of this run reach each other from {own} only",
+                f"the graph runs on {found}, but this rank of the run reaches the others from {own} only",
                 op="run",
                 where=caller(),
-                fix="give init_distributed the backend of that device: nccl for cuda, gloo for cpu",
+                fix="name 'cuda' without a number, or give init_distributed the device's backend: nccl or gloo",
             )
         return found
 

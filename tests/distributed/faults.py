@@ -37,9 +37,9 @@ class Script:
 
 
 @cache
-def script(dtype: str = "float32") -> Script:
+def script(dtype: str = "float32", device: str | None = "cpu") -> Script:
     """The same object for all runs of a process, as in a user's script."""
-    with hetu.graph("define_and_run", num_strategy=2, device="cpu") as g:
+    with hetu.graph("define_and_run", num_strategy=2, device=device) as g:
         x = hetu.placeholder(dtype, [hetu.IntSymbol("rows"), 24], name="x")
         cu = hetu.placeholder(hetu.int32, [hetu.IntSymbol("documents") + 1], name="cu")
         qkv = x * hetu.parameter(1.0, [24], dtype, name="scale")
@@ -79,9 +79,15 @@ class Run:
 Change = Callable[[Run], None]
 
 
-def run(changes: Mapping[int, Change] | None = None, tokens: int = 12, strategy: int = 0, fetch: str = "out") -> Any:
+def run(
+    changes: Mapping[int, Change] | None = None,
+    tokens: int = 12,
+    strategy: int = 0,
+    fetch: str = "out",
+    device: str = "cpu",
+) -> Any:
     """Runs the script, with a change on some ranks."""
-    made = Run(hetu.init_distributed().rank, script())
+    made = Run(hetu.init_distributed().rank, script(device=device))
     made.fetches = getattr(made.script, fetch)
     made.bind(tokens, strategy)
     if changes and made.rank in changes:
@@ -91,12 +97,12 @@ def run(changes: Mapping[int, Change] | None = None, tokens: int = 12, strategy:
         return own(made.script.graph.run(made.fetches, made.feeds, int_symbol_dict=made.symbols, **made.options))
 
 
-def watched(changes: dict[int, Change], tokens: int) -> tuple[list[str], bool]:
+def watched(changes: dict[int, Change], tokens: int, **options: Any) -> tuple[list[str], bool]:
     """Runs a script that is refused: the error's kinds and text, and whether anything was begun."""
     world = hetu.init_distributed()
     launches = world.launches
     try:
-        run(changes, tokens)
+        run(changes, tokens, **options)
     except Exception as error:
         return [*(kind.__name__ for kind in type(error).__mro__), str(error)], world.launches > launches
     raise AssertionError("it was not refused")
@@ -110,6 +116,13 @@ def gather(changes: Mapping[int, Change]) -> Any:
     return list(hetu.gather_shards(torch.ones(made.rank)))
 
 
+def run_from_used_memory(*arguments: Any, **options: Any) -> Any:
+    """Runs the script where fresh memory holds what was there, as it does for users, and not the tests' NaN."""
+    if "new_empty" in vars(torch.Tensor):
+        del torch.Tensor.new_empty
+    return run(*arguments, **options)
+
+
 def here() -> int:
     """That the process lives."""
     return os.getpid()
@@ -119,7 +132,7 @@ def here() -> int:
 
 
 def another_strategy(made: Run) -> None:
-    made.bind(12, 1)
+    made.bind(12, 1 - made.options["strategy"])
 
 
 def a_strategy_to_be_chosen(made: Run) -> None:
@@ -127,7 +140,7 @@ def a_strategy_to_be_chosen(made: Run) -> None:
 
 
 def other_lengths(made: Run) -> None:
-    made.bind(11, 0)
+    made.bind(11, made.options["strategy"])
 
 
 def other_symbols_alone(made: Run) -> None:
@@ -135,9 +148,9 @@ def other_symbols_alone(made: Run) -> None:
 
 
 def other_dtype(made: Run) -> None:
-    made.script = script("float64")
+    made.script = script("float64", made.script.graph.device)
     made.fetches = made.script.out
-    made.bind(12, 0)
+    made.bind(12, made.options["strategy"])
 
 
 def other_fetches(made: Run) -> None:

@@ -21,14 +21,29 @@ Own = list[torch.Tensor]
 
 
 def own(value: Any) -> Own:
-    """What a run gave, as a list."""
-    return list(value) if isinstance(value, hetu.Shards) else [] if value is None else [value]
+    """What a run gave, as a list, where another process can take it."""
+    values = list(value) if isinstance(value, hetu.Shards) else [] if value is None else [value]
+    return [x.cpu() for x in values]
+
+
+def in_turn(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Several jobs as one."""
+    given = []
+    for call in calls:
+        try:
+            given.append(call())
+        except BaseException as error:
+            error.add_note(f"in {call}")
+            raise
+    return given
 
 
 # Attention
 
 
-def attention(case: Case, backend: str, device: str = "cpu", with_grads: bool = True, own_shard: bool = False) -> Any:
+def attention(
+    case: Case, backend: str, device: str = "cpu", with_grads: bool = True, own_shard: bool = False, repeats: int = 1
+) -> Any:
     """Runs parallel_attn and its gradients under a strategy.
 
     Args:
@@ -37,9 +52,10 @@ def attention(case: Case, backend: str, device: str = "cpu", with_grads: bool = 
         device: Where.
         with_grads: Whether gradients are fetched too.
         own_shard: Whether each rank feeds its own shard alone, and ranks without a pipeline nothing.
+        repeats: How many runs follow each other before any of their values is looked at.
 
     Returns:
-        For each fetched tensor the values of the pipelines that run here.
+        For each fetched tensor of each run the values of the pipelines that run here.
     """
     generator = torch.Generator().manual_seed(case.seed)
     (num_q, num_kv), members = case.heads, case.members
@@ -77,7 +93,8 @@ def attention(case: Case, backend: str, device: str = "cpu", with_grads: bool = 
         feeds = {key: value[rank] for key, value in feeds.items()} if rank < len(case.lens) else {}
     hetu.manual_seed(case.seed)
     with hetu.config(backend=backend):
-        return [own(x) for x in g.run(fetches, feed_dict=feeds, int_symbol_dict=symbols)]
+        runs = [g.run(fetches, feed_dict=feeds, int_symbol_dict=symbols) for _ in range(repeats)]
+    return [own(x) for run in runs for x in run]
 
 
 # Training
@@ -101,7 +118,7 @@ class Trained:
     state: dict[str, Any]
 
 
-def float64_model(p_dropout: float = 0.1) -> Model:
+def float64_model(p_dropout: float = 0.1, device: str = "cpu") -> Model:
     """One attention with dropout between an embedding and a head."""
     width, head_dim, rows = 16, 8, hetu.IntSymbol("rows")
 
@@ -109,7 +126,7 @@ def float64_model(p_dropout: float = 0.1) -> Model:
         init = functools.partial(torch.nn.init.normal_, std=columns**-0.5)
         return hetu.parameter(init, [rows, columns], hetu.float64, name=name)
 
-    with hetu.graph("define_and_run", num_strategy=len(STRATEGIES), device="cpu") as g:
+    with hetu.graph("define_and_run", num_strategy=len(STRATEGIES), device=device) as g:
         tokens = hetu.placeholder(hetu.int64, [rows], name="tokens")
         labels = hetu.placeholder(hetu.int64, [rows], name="labels")
         cu = hetu.placeholder(hetu.int32, [hetu.IntSymbol("documents") + 1], name="cu_seqlens")
@@ -126,6 +143,7 @@ def train(
     begin: Path | None = None,
     end: Path | None = None,
     bucket_bytes: int = reduce.BUCKET_BYTES,
+    deterministic: bool = False,
 ) -> Trained:
     """Trains a model.
 
@@ -135,6 +153,7 @@ def train(
         begin: A checkpoint that all ranks start from.
         end: Where rank 0 saves one.
         bucket_bytes: What is reduced together.
+        deterministic: Whether torch's kernels have to give the same bits every time; on CPUs they do anyway.
     """
     reduce.BUCKET_BYTES = bucket_bytes
     hetu.manual_seed(3)
@@ -144,12 +163,25 @@ def train(
         model.graph.load_state_dict(hetu.load(begin))
     losses, norms = [], []
     for step in steps:
-        loss, norm = train_step(model, [node, hetu.optim.grad_norm(node)], step)
-        losses.append(loss)
-        norms.append(norm.nan_to_num(-1.0))  # there is none where no gradient was computed
+        with hetu.config(deterministic=deterministic):
+            loss, norm = train_step(model, [node, hetu.optim.grad_norm(node)], step)
+        losses.append(loss.cpu())
+        norms.append(norm.cpu().nan_to_num(-1.0))  # there is none where no gradient was computed
     if end is not None and hetu.init_distributed().rank == 0:
         hetu.save(model.graph, end)
-    return Trained(losses, norms, model.graph.state_dict())
+    return Trained(losses, norms, _on_cpu(model.graph.state_dict()))
+
+
+def _on_cpu(value: Any) -> Any:
+    """A nest of dicts and lists with all tensors on the CPU."""
+    match value:
+        case torch.Tensor():
+            return value.cpu()
+        case dict():
+            return {key: _on_cpu(item) for key, item in value.items()}
+        case list() | tuple():
+            return type(value)(map(_on_cpu, value))
+    return value
 
 
 def train_step(model: Model, fetches: Any, step: Step) -> Any:
@@ -171,14 +203,14 @@ def train_step(model: Model, fetches: Any, step: Step) -> Any:
 # Sums
 
 
-def reduced(dtype: str, op: str, count: int, bucket_bytes: int = reduce.BUCKET_BYTES) -> Any:
+def reduced(dtype: str, op: str, count: int, bucket_bytes: int = reduce.BUCKET_BYTES, device: str = "cpu") -> Any:
     """Reduces tensors of several shapes over ``count`` pipelines; then counts all of them by step_sum."""
     reduce.BUCKET_BYTES = bucket_bytes
     shapes = [(5,), (), (0, 3), (2, 7), (101,)]
     random = np.random.default_rng(count)
     values = [[(100 * random.standard_normal(shape)).astype(np.int64) for _ in range(count)] for shape in shapes]
     kind = hetu.as_dtype(dtype)
-    with hetu.graph("define_and_run", device="cpu") as g:
+    with hetu.graph("define_and_run", device=device) as g:
         fed = [hetu.placeholder(hetu.int64, shape) for shape in shapes]
         # Thirds have to be rounded, so that sums in another order have other bits.
         cast = [hetu.cast(x, kind) / 3 if kind.is_floating else hetu.cast(x, kind) for x in fed]
@@ -191,14 +223,15 @@ def reduced(dtype: str, op: str, count: int, bucket_bytes: int = reduce.BUCKET_B
 # What else a script does
 
 
-def gathered(lens: list[int]) -> Any:
+def gathered(lens: list[int], device: str = "cpu") -> Any:
     """hetu.gather_shards of an output, of what lies on the CPU, and of a loss that all ranks have."""
-    with hetu.graph("define_and_run", device="cpu") as g:
+    with hetu.graph("define_and_run", device=device) as g:
         x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="qkv")
         out, _, rng_state = hetu.parallel_attn(x, 8, 1, [lens], [[0] * len(lens)])
     shards = hetu.Shards([torch.randn(n, 24, generator=torch.Generator().manual_seed(n)) for n in lens])
     hetu.manual_seed(0)
-    return [list(hetu.gather_shards(value)) for value in g.run([out, rng_state], {x: shards})]
+    found = [hetu.gather_shards(value) for value in g.run([out, rng_state], {x: shards})]
+    return [(value.device.type, value.cpu()) for values in found for value in values]
 
 
 def chosen(strategy: str | int | None, count: int) -> Any:

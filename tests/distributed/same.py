@@ -8,9 +8,15 @@ from typing import Any
 import torch
 
 
-def assert_own(mine: list[torch.Tensor], everything: list[torch.Tensor], rank: int, size: int) -> None:
+def assert_own(
+    mine: list[torch.Tensor], everything: list[torch.Tensor], rank: int, size: int, name: str = "a value"
+) -> None:
     """A rank's values are those of its pipelines: those of its number, modulo the number of processes."""
-    assert_same(mine, everything[rank::size])
+    try:
+        assert_same(mine, everything[rank::size])
+    except AssertionError as error:
+        error.add_note(f"in {name}")
+        raise
 
 
 def assert_same(mine: Any, wanted: Any) -> None:

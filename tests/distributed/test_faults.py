@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from distributed.pool import Outcome, Pool, join
 from distributed.same import assert_own
 
 import hetu
+from hetu.distributed import NCCL_ENVIRONMENT, _own_device
 
 World = Callable[..., Pool]
 TIMEOUT = 3.0
@@ -231,10 +233,42 @@ def test_a_bad_start(
         hetu.init_distributed(**options)
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {"RANK": "9", "WORLD_SIZE": "10", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+def started_as(monkeypatch: pytest.MonkeyPatch, rank: int, gpus: int) -> None:
+    """Makes this process one of ten on a host with so many GPUs, though there may be none."""
+    environment = {"RANK": str(rank), "WORLD_SIZE": "10", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    with pytest.raises(hetu.HetuError, match=r"this is process 9 of its host, which has 8 GPUs"):
+    for name in ("LOCAL_RANK", "NCCL_MULTI_RANK_GPU_ENABLE", *NCCL_ENVIRONMENT):
+        monkeypatch.setenv(name, "")  # so that what is set here is gone afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.parametrize(("shared", "gpus"), [(None, 8), ("0", 8), ("1", 0)])
+def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, shared: str | None, gpus: int) -> None:
+    started_as(monkeypatch, 9, gpus)
+    if shared is not None:
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", shared)
+    with pytest.raises(hetu.HetuError, match=rf"this is process 9 of its host, which has {gpus} GPUs"):
+        hetu.init_distributed("nccl")
+
+
+@pytest.mark.parametrize(("rank", "gpus", "index"), [(9, 8, 1), (7, 8, 7), (3, 2, 1), (9, 1, 0)])
+def test_processes_that_share_gpus(monkeypatch: pytest.MonkeyPatch, rank: int, gpus: int, index: int) -> None:
+    """NCCL 2.30 lets them, if it is asked to; each takes the GPU of its number, modulo the number of GPUs."""
+    started_as(monkeypatch, rank, gpus)
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert _own_device("nccl") == torch.device("cuda", index) and chosen == [index]
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32" and os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
+    assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"  # the user's word stands
+
+
+def test_one_queue_to_the_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    started_as(monkeypatch, 0, 8)
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    with pytest.raises(hetu.HetuError, match="CUDA_DEVICE_MAX_CONNECTIONS is 1"):
         hetu.init_distributed("nccl")

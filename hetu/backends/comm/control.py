@@ -55,6 +55,7 @@ class Control:
         self.group: dist.ProcessGroup | None = None
         self.number = 0
         self.broken: str | None = None
+        self.reasons: list[str] = []
 
     def check(self) -> None:
         """Refuses to go on once something failed.
@@ -66,6 +67,7 @@ class Control:
             raise CommunicationError(
                 f"the ranks can't go on after an earlier failure: {self.broken}",
                 where=caller(),
+                bound=self.reasons,
                 fix="start all ranks again, from the last checkpoint",
             )
 
@@ -153,6 +155,14 @@ class Control:
             self.broken = why
             with suppress(RuntimeError):  # the store may be gone as well; whoever asks is told so
                 self.store.set(f"stopped/{self.rank}", json.dumps([why, list(waited_for)]))
+                self.store.set("stopped", "")
+
+    def has_stopped(self) -> bool:
+        """Whether any rank has noted that it stopped, or the store is gone with the process that held it."""
+        try:
+            return bool(self.store.check(["stopped"]))
+        except RuntimeError:
+            return True
 
     def lost(self, doing: str, error: BaseException, peers: Sequence[int] = ()) -> NoReturn:
         """Turns a failure of the network into an error that names the ranks to blame.
@@ -169,10 +179,11 @@ class Control:
         if missing := sorted(waited_for - said.keys() - {self.rank}):
             what += f"; {_ranks(missing)} died, or did not come within {self.timeout:g} s"
         self.broken = what
+        self.reasons = [f"rank {rank}: {why}" for rank, (why, _) in said.items()] + [_first_line(error)]
         raise CommunicationError(
             what,
             where=caller(),
-            bound=[f"rank {rank}: {why}" for rank, (why, _) in said.items()] + [_first_line(error)],
+            bound=self.reasons,
             fix="see the first error of the ranks that are named; then start all ranks again, from the last checkpoint",
         ) from error
 

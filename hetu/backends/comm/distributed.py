@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -17,10 +18,13 @@ from hetu.backends.comm.control import Control, seconds
 from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
+from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
+from hetu.errors import CommunicationError
 from hetu.parallel.plan import AttnPlan, Receive, Send
 
 _TAGS = 2**31
+_SENDING, _RECEIVING = "sending rows to", "receiving rows from"
 
 
 class DistributedWorld:
@@ -56,6 +60,10 @@ class DistributedWorld:
         self._connected: set[tuple[int, int]] = set()
         self._comms: list[DistributedComm] = []
         self._reducer = Reducer(self._reduce)
+        self._leaving = threading.Lock()
+        self.watch: Watch | None = None
+        if backend == "nccl":
+            self.watch = Watch(Gpu(device), control.patience, control.has_stopped, self._lose)
         everyone = range(self.size)
         control.group = dist.new_group(backend="gloo", timeout=seconds(control.patience))
         # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
@@ -65,14 +73,28 @@ class DistributedWorld:
         self._groups[tuple(everyone)] = self._new_group(everyone)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        options = None
+        options, timeout = None, seconds(self.control.patience)
         if self.backend == "nccl":  # messages get multiprocessors before the kernels that wait in line
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
-        timeout = seconds(self.control.patience)
+            timeout += seconds(self.control.timeout)  # our own watch is to be first
+            options._timeout = timeout  # else torch warns that it has another one
         return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        self.control.check()  # the watch may have left them
         return self._groups[tuple(ranks)]
+
+    def _lose(self, item: Awaited) -> None:
+        """In the watch's thread: breaks the world, for nobody is there to be told."""
+        with suppress(CommunicationError):
+            self.control.lost(item.doing, RuntimeError("a message did not come through NCCL"), item.peers)
+        self._leave_all()
+
+    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
+        """The current stream was made to wait for a message: NCCL's are watched, gloo's have come."""
+        if self.watch is not None:
+            self.watch.expect(into, doing, peers)
+            self.control.check()  # after noting it: what the watch ended before that was not filled
 
     def prepare(self, count: int, plans: Iterable[AttnPlan]) -> None:
         """Makes the process groups of a strategy of ``count`` pipelines, and opens the connections that plans use.
@@ -132,7 +154,12 @@ class DistributedWorld:
 
     def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
         """Puts the tensor into a bucket, which travels once it is full."""
-        return parts[0] if count == 1 else self._reducer.start(parts, op, count)
+        if count == 1:
+            return parts[0]
+        try:
+            return self._reducer.start(parts, op, count)
+        except RuntimeError as error:
+            self.control.lost("adding up gradients", error)
 
     def finish_reduce(self, started: Started | torch.Tensor) -> torch.Tensor:
         """Waits for its bucket."""
@@ -145,7 +172,8 @@ class DistributedWorld:
 
     def _reduce(self, own: torch.Tensor, op: str, count: int) -> torch.Tensor:
         active = self._active(count)
-        return reduce_over(own, op, [range(rank, count, self.size) for rank in active], self._group(active))
+        held = [range(rank, count, self.size) for rank in active]
+        return reduce_over(own, op, held, self._group(active), lambda x: self.expect([x], "adding up gradients"))
 
     def gather(
         self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
@@ -159,6 +187,7 @@ class DistributedWorld:
         try:  # as bytes, for gloo doesn't know all types
             places = [x.view(torch.uint8) for x in received]
             dist.all_gather(places, sent.view(torch.uint8), group=self._group(range(self.size)))
+            self.expect(received, "gathering losses")
         except RuntimeError as error:
             self.control.lost("gathering losses", error)
         queues = [iter(row) for row in received]
@@ -186,6 +215,7 @@ class DistributedWorld:
         summed = torch.stack(list(numbers))
         try:
             dist.all_reduce(summed, group=self._group(range(self.size)))
+            self.expect([summed], "adding up what the step's batches count")
         except RuntimeError as error:
             self.control.lost("adding up what the step's batches count", error)
         return list(summed)
@@ -193,16 +223,16 @@ class DistributedWorld:
     def gather_values(self, own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors of any shapes, those of all pipelines in order, on every rank."""
         with self.lock, self.hanging_up():
-            kinds = [(tuple(x.shape), x.dtype) for x in own]
+            kinds = [(tuple(x.shape), x.dtype, x.device.type) for x in own]
             said = [pickle.loads(body) for body in self.control.exchange(pickle.dumps(kinds), "gather_shards")]
             found: dict[int, torch.Tensor] = {}
             for rank, theirs in enumerate(said):
-                for i, (shape, dtype) in enumerate(theirs):
+                for i, (shape, dtype, kind) in enumerate(theirs):
                     is_own = rank == self.rank
                     place = own[i].contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
-                    there = place.to(self.device)  # rng_state lies on the CPU
+                    there = place.to(self.device)  # rng_state lies on the CPU, there and here
                     self._broadcast(there, rank, self._group(range(self.size)))
-                    found[rank + i * self.size] = own[i] if is_own else there
+                    found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
             return [found[r] for r in sorted(found)]
 
     def _broadcast(self, x: torch.Tensor, source: int, group: Any) -> None:
@@ -210,6 +240,7 @@ class DistributedWorld:
             return
         try:
             dist.broadcast(x.view(-1).view(torch.uint8), source, group=group)
+            self.expect([] if source == self.rank else [x], "getting tensors from", [source])
         except RuntimeError as error:
             self.control.lost("getting tensors from", error, [source])
 
@@ -225,22 +256,43 @@ class DistributedWorld:
             self.close()
             raise
 
+    def finish(self) -> None:
+        """Waits until all that is under way has come, here and at the others; NCCL's messages outlast the run."""
+        if self.backend == "nccl" and self.control.broken is None:
+            torch.cuda.synchronize(self.device)
+            with suppress(CommunicationError):  # whoever left without a word needs nothing any more
+                self.control.exchange(b"", "shutdown_distributed")
+
     def close(self) -> None:
         """Leaves all process groups that were made here, without waiting for anybody."""
         for comm in self._comms:  # gloo keeps a connection open as long as something is under way on it
             comm.forget()
-        # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
-        leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
-        groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
-        groups[id(self.control.group)] = dist.destroy_process_group, self.control.group
-        # Whoever still held a group would hold its connections open.
-        self.control.group = self.up = self.down = None
-        self._groups.clear()
-        while groups:
-            _, (leave, group) = groups.popitem()
-            with suppress(RuntimeError, ValueError, AssertionError):  # it may be gone already
-                if group is not None:
-                    leave(group)
+        self._leave_all()
+
+    def _leave_all(self) -> None:
+        with self._leaving:
+            if self.watch is not None:
+                self.watch.end()
+                self.watch.fill()
+            # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
+            leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
+            groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
+            groups[id(self.control.group)] = dist.destroy_process_group, self.control.group
+            # Whoever still held a group would hold its connections open.
+            self.control.group = self.up = self.down = None
+            self._groups.clear()
+            if self.backend == "nccl":  # ending one frees memory, for which CUDA waits for the kernels of all others
+                with ThreadPoolExecutor(len(groups), thread_name_prefix="hetu-leave") as threads:
+                    while groups:
+                        threads.submit(_leave, *groups.popitem()[1])
+            while groups:
+                _leave(*groups.popitem()[1])
+
+
+def _leave(leave: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup | None) -> None:
+    with suppress(RuntimeError, ValueError, AssertionError, KeyError):  # it may be gone already
+        if group is not None:
+            leave(group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,7 +303,8 @@ class _End:
     memory: torch.Tensor
     peer: int
     doing: str
-    landed: Future[Any] | None = None
+    landed: Future[Any] | None
+    since: float
 
 
 class DistributedComm:
@@ -277,7 +330,7 @@ class DistributedComm:
             self._local.send(pipeline, instruction, rows)
             return
         group = self.world.up if peer > self.world.rank else self.world.down
-        self._start(pipeline, instruction, peer, rows, dist.isend, group, "sending rows to")
+        self._start(pipeline, instruction, peer, rows, dist.isend, group, _SENDING)
 
     def receive(self, pipeline: int, instruction: Receive, place: torch.Tensor) -> None:
         """Starts receiving into ``place``."""
@@ -286,19 +339,20 @@ class DistributedComm:
             self._local.receive(pipeline, instruction, place)
             return
         group = self.world.up if peer < self.world.rank else self.world.down
-        self._start(pipeline, instruction, peer, place, dist.irecv, group, "receiving rows from")
+        self._start(pipeline, instruction, peer, place, dist.irecv, group, _RECEIVING)
 
     def _start(
         self, pipeline: int, item: Send | Receive, peer: int, memory: torch.Tensor, start: Any, group: Any, doing: str
     ) -> None:
         # Both ends name a transfer alike; where two share a tag all the same, their order is the same at both ends.
         tag = (self.base * 2**20 + item.transfer) % _TAGS
+        self.world.control.check()  # the watch may have left the group
         end = {"group_dst" if start is dist.isend else "group_src": peer}
         try:
             work = start(memory, group=group, tag=tag, **end)
         except RuntimeError as error:
             self.world.control.lost(doing, error, [peer])
-        self._ends[pipeline, item.transfer] = _End(work, memory, peer, doing, self._wait_aside(work))
+        self._ends[pipeline, item.transfer] = _End(work, memory, peer, doing, self._wait_aside(work), time.monotonic())
 
     def _wait_aside(self, work: Any) -> Future[Any] | None:
         if self.pipelines <= 1 or self.world.backend != "gloo":
@@ -313,6 +367,8 @@ class DistributedComm:
         if end is None:
             return self._local.done(pipeline, transfer)
         if self.pipelines > 1 and not (end.landed.done() if end.landed else end.work.is_completed()):
+            if time.monotonic() - end.since > self.world.control.timeout:  # nobody else looks at NCCL's
+                self.world.control.lost(end.doing, RuntimeError("a message did not come"), [end.peer])
             return False
         del self._ends[pipeline, transfer]
         try:
@@ -322,6 +378,7 @@ class DistributedComm:
                 end.work.wait(seconds(self.world.control.patience))
             else:
                 end.work.wait()  # the stream waits, not the host
+                self.world.expect([end.memory] if end.doing == _RECEIVING else [], end.doing, [end.peer])
         except RuntimeError as error:
             self.world.control.lost(end.doing, error, [end.peer])
         return True

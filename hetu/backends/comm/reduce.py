@@ -93,22 +93,24 @@ class Reducer:
         rows = zip(*bucket.parts, strict=True)
         own = torch.stack([torch.cat([part.reshape(-1) for part in row]) for row in rows])
         run = self._on_stream if device.type == "cuda" else self._in_thread
-        bucket.result = run(lambda: self.reduce(own, op, count), device)
+        bucket.result = run(lambda: self.reduce(own, op, count), own)
 
-    def _in_thread(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    def _in_thread(self, work: Callable[[], torch.Tensor], own: torch.Tensor) -> Callable[[], torch.Tensor]:
         """On the CPU one thread beside the one that computes; a single one, so that the order stays."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="hetu-reduce")
         future: Future[torch.Tensor] = self._thread.submit(work)
         return future.result
 
-    def _on_stream(self, work: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
+    def _on_stream(self, work: Callable[[], torch.Tensor], own: torch.Tensor) -> Callable[[], torch.Tensor]:
         """On a GPU a stream beside the one that computes; the host waits for neither."""
+        device = own.device
         stream = self._streams.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             total = work()
             done = stream.record_event()
+        own.record_stream(stream)  # nobody else may get its memory before that stream has read it
 
         def result() -> torch.Tensor:
             current = torch.cuda.current_stream(device)
@@ -119,7 +121,13 @@ class Reducer:
         return result
 
 
-def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_over(
+    own: torch.Tensor,
+    op: str,
+    held: Sequence[Sequence[int]],
+    group: dist.ProcessGroup,
+    landing: Callable[[torch.Tensor], None],
+) -> torch.Tensor:
     """Adds up, or averages, a flat tensor over pipelines in several processes.
 
     Args:
@@ -127,6 +135,7 @@ def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group
         op: ``"sum"`` or ``"mean"``.
         held: For each process of the group the pipelines that it runs.
         group: The processes; all of them call this.
+        landing: Told of each tensor that others' values land in.
 
     Returns:
         ``(n,)``: with the pipelines' values added in their order, half precision in float32.
@@ -141,10 +150,12 @@ def reduce_over(own: torch.Tensor, op: str, held: Sequence[Sequence[int]], group
     rows = [len(pipelines) for pipelines in held]
     received = own.new_empty((sum(rows), piece))
     dist.all_to_all_single(_bytes(received), _bytes(sent), [k * size for k in rows], [mine * size] * ranks, group=group)
+    landing(received)
     by_pipeline = dict(zip([r for pipelines in held for r in pipelines], received, strict=True))
     total = reduce_in_order([by_pipeline[r] for r in sorted(by_pipeline)], op).contiguous()
     whole = own.new_empty(ranks * piece)
     dist.all_gather_into_tensor(_bytes(whole), _bytes(total), group=group)
+    landing(whole)
     return whole[:n]
 
 

@@ -1,0 +1,173 @@
+"""Watching NCCL's messages, which come after the run that wants them has returned.
+
+Waiting for such a message makes the GPU's stream wait, not the host, so nobody is there to see that it never comes. A
+thread looks whether streams got past the waits. If one doesn't in time, or another rank has said that it stopped, then
+whatever was still to come is filled with NaN, the world is broken for all later runs, and the process groups are
+aborted, so that the streams go on. torch's own watchdog would abort them too, but leave in place of the
+message what was in that memory before, to be taken for numbers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+PERIOD = 0.05
+"""Seconds between two looks."""
+
+SLOW = 0.5
+"""Seconds after which it is time to ask whether another rank has stopped, which costs a message to the store."""
+
+
+class Device(Protocol):
+    """What a watch needs of a device."""
+
+    def enter(self) -> None:
+        """The thread that calls this will ask for marks."""
+
+    def queue(self) -> Hashable:
+        """The current stream; what one stream waits for comes in order."""
+
+    def mark(self) -> Any:
+        """Something whose ``query()`` says whether the current stream got to where it is now."""
+
+    def fill(self, places: Sequence[tuple[int, int]]) -> None:
+        """Fills memory, given by address and bytes, with ones: NaN in every floating point type."""
+
+
+class Gpu:
+    """A CUDA device.
+
+    Filling goes through a copy from the host: to start a kernel for the first time CUDA may have to wait for those that
+    run, and those wait for what never comes. All that it takes is made beforehand for the same reason.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.ones = torch.full((2**20,), 255, dtype=torch.uint8).pin_memory()
+
+    def enter(self) -> None:
+        """Else asking would open a context on the first GPU."""
+        torch.cuda.set_device(self.device)
+
+    def queue(self) -> int:
+        """Its handle."""
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def mark(self) -> torch.cuda.Event:
+        """An event."""
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def fill(self, places: Sequence[tuple[int, int]]) -> None:
+        """On a stream of its own."""
+        with torch.cuda.stream(self.stream):
+            for address, size in places:
+                for piece in torch.as_tensor(_Bytes(address, size), device=self.device).split(len(self.ones)):
+                    piece.copy_(self.ones[: len(piece)], non_blocking=True)
+        self.stream.synchronize()
+
+
+class _Bytes:
+    """Memory of a GPU, as the protocol that torch understands."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size,),
+            "strides": None,
+            "typestr": "|u1",
+            "version": 2,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A message that a stream waits for.
+
+    It holds no tensor: that would keep the memory until the host looks, many layers later. Its address is enough, for
+    as long as the stream has not got past the wait nothing else was written there.
+
+    Attributes:
+        mark: Reached by the stream right after the wait.
+        since: When the host asked for it.
+        places: Where it lands, by address and bytes; nothing for what is sent.
+        doing: For the error: ``"receiving rows from"``.
+        peers: Whom it depends on; none for all.
+    """
+
+    mark: Any
+    since: float
+    places: tuple[tuple[int, int], ...]
+    doing: str
+    peers: tuple[int, ...]
+
+
+class Watch:
+    """The messages that streams wait for, and the thread that looks after them.
+
+    Args:
+        device: Where.
+        patience: Seconds until a message counts as lost.
+        has_stopped: Whether a rank has said that it stopped.
+        lost: Called with what is lost, if anything is: breaks the world, fills what won't come, and ends messages.
+    """
+
+    def __init__(
+        self, device: Device, patience: float, has_stopped: Callable[[], bool], lost: Callable[[Awaited], None]
+    ) -> None:
+        self.device, self.patience, self.has_stopped, self.lost = device, patience, has_stopped, lost
+        self._awaited: dict[Hashable, deque[Awaited]] = {}
+        self._some, self._end = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
+        """Notes that the current stream was just made to wait for a message.
+
+        Args:
+            into: Where it lands.
+            doing: See :class:`Awaited`.
+            peers: See :class:`Awaited`.
+        """
+        places = tuple((x.data_ptr(), x.nbytes) for x in into if x.nbytes)
+        item = Awaited(self.device.mark(), time.monotonic(), places, doing, tuple(peers))
+        self._awaited.setdefault(self.device.queue(), deque()).append(item)
+        self._some.set()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="hetu-watch", daemon=True)
+            self._thread.start()
+
+    def fill(self) -> None:
+        """Fills what did not come yet with NaN; before messages are ended, for then streams go on."""
+        late = [x for items in list(self._awaited.values()) for x in list(items) if not x.mark.query()]
+        if places := [place for x in late for place in x.places]:
+            self.device.fill(places)
+
+    def end(self) -> None:
+        """No more looks; doesn't wait for one that is under way."""
+        self._end.set()
+        self._some.set()
+
+    def _run(self) -> None:
+        self.device.enter()
+        while not self._end.is_set():
+            self._some.wait()
+            self._some.clear()  # before looking: what is noted from now on is seen by the next look
+            while (first := self._oldest()) is not None and not self._end.wait(PERIOD):
+                late = time.monotonic() - first.since
+                if late > self.patience or (late > SLOW and self.has_stopped() and self._oldest() is first):
+                    return self.lost(first)
+
+    def _oldest(self) -> Awaited | None:
+        """What is waited for longest, after dropping what has come."""
+        for items in list(self._awaited.values()):
+            while items and items[0].mark.query():
+                items.popleft()
+        return min((items[0] for items in list(self._awaited.values()) if items), key=lambda x: x.since, default=None)
