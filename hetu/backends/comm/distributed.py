@@ -1,14 +1,12 @@
-"""Pipelines in several processes: the world over ``torch.distributed``, and the communicator of its attentions."""
+"""Pipelines in several processes: the world over ``torch.distributed``."""
 
 from __future__ import annotations
 
 import pickle
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,15 +14,12 @@ import torch.distributed as dist
 
 from hetu.backends.comm.control import Control, seconds
 from hetu.backends.comm.interpreter import Communicator
-from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
+from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
 from hetu.errors import CommunicationError
-from hetu.parallel.plan import AttnPlan, Receive, Send
-
-_TAGS = 2**31
-_SENDING, _RECEIVING = "sending rows to", "receiving rows from"
+from hetu.parallel.plan import AttnPlan, Send
 
 
 class DistributedWorld:
@@ -70,6 +65,9 @@ class DistributedWorld:
         # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
         self.up: dist.ProcessGroup | None = self._new_group(everyone)
         self.down: dist.ProcessGroup | None = self.up if backend == "gloo" else self._new_group(everyone)
+        self.host: dist.ProcessGroup | None = self.up
+        if backend == "nccl":
+            self.host = dist.new_group(backend="gloo", timeout=seconds(control.patience))
         self._groups[tuple(everyone)] = self._new_group(everyone)
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -105,7 +103,7 @@ class DistributedWorld:
             for ranks in (self._active(count), self._with_idle(count)):
                 if tuple(ranks) not in self._groups and len(ranks) > 1:
                     self._groups[tuple(ranks)] = self._new_group(ranks)
-            if self.backend == "nccl":
+            if self.backend == "nccl" and count <= self.size:
                 self._connect({link for plan in plans for link in self._links(plan)})
         except RuntimeError as error:
             self.control.lost("connecting to the other ranks", error)
@@ -149,7 +147,7 @@ class DistributedWorld:
     def communicator(self, count: int) -> Communicator:
         """One for each attention."""
         self.calls += 1
-        self._comms.append(DistributedComm(self, len(self.pipelines(count))))
+        self._comms.append(DistributedComm(self, count))
         return self._comms[-1]
 
     def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
@@ -277,9 +275,9 @@ class DistributedWorld:
             # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
             leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
-            groups[id(self.control.group)] = dist.destroy_process_group, self.control.group
+            groups |= {id(group): (dist.destroy_process_group, group) for group in (self.control.group, self.host)}
             # Whoever still held a group would hold its connections open.
-            self.control.group = self.up = self.down = None
+            self.control.group = self.up = self.down = self.host = None
             self._groups.clear()
             if self.backend == "nccl":  # ending one frees memory, for which CUDA waits for the kernels of all others
                 with ThreadPoolExecutor(len(groups), thread_name_prefix="hetu-leave") as threads:
@@ -293,103 +291,3 @@ def _leave(leave: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup 
     with suppress(RuntimeError, ValueError, AssertionError, KeyError):  # it may be gone already
         if group is not None:
             leave(group)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _End:
-    """One end of a transfer that was started: torch's handle, the memory it needs, and who is at the other end."""
-
-    work: Any
-    memory: torch.Tensor
-    peer: int
-    doing: str
-    landed: Future[Any] | None
-    since: float
-
-
-class DistributedComm:
-    """Carries the rows of one attention between processes, and between pipelines of this process.
-
-    Where several pipelines run here, none may block while another can go on: threads wait in their place.
-
-    Args:
-        world: The processes.
-        pipelines: How many pipelines run here.
-    """
-
-    def __init__(self, world: DistributedWorld, pipelines: int) -> None:
-        self.world, self.pipelines, self.base = world, pipelines, world.launches * 4096 + world.calls
-        self._ends: dict[tuple[int, int], _End] = {}
-        self._local = LocalComm()
-        self._threads: ThreadPoolExecutor | None = None
-
-    def send(self, pipeline: int, instruction: Send, rows: torch.Tensor) -> None:
-        """Starts sending packed rows."""
-        peer = instruction.peer % self.world.size
-        if peer == self.world.rank:
-            self._local.send(pipeline, instruction, rows)
-            return
-        group = self.world.up if peer > self.world.rank else self.world.down
-        self._start(pipeline, instruction, peer, rows, dist.isend, group, _SENDING)
-
-    def receive(self, pipeline: int, instruction: Receive, place: torch.Tensor) -> None:
-        """Starts receiving into ``place``."""
-        peer = instruction.peer % self.world.size
-        if peer == self.world.rank:
-            self._local.receive(pipeline, instruction, place)
-            return
-        group = self.world.up if peer < self.world.rank else self.world.down
-        self._start(pipeline, instruction, peer, place, dist.irecv, group, _RECEIVING)
-
-    def _start(
-        self, pipeline: int, item: Send | Receive, peer: int, memory: torch.Tensor, start: Any, group: Any, doing: str
-    ) -> None:
-        # Both ends name a transfer alike; where two share a tag all the same, their order is the same at both ends.
-        tag = (self.base * 2**20 + item.transfer) % _TAGS
-        self.world.control.check()  # the watch may have left the group
-        end = {"group_dst" if start is dist.isend else "group_src": peer}
-        try:
-            work = start(memory, group=group, tag=tag, **end)
-        except RuntimeError as error:
-            self.world.control.lost(doing, error, [peer])
-        self._ends[pipeline, item.transfer] = _End(work, memory, peer, doing, self._wait_aside(work), time.monotonic())
-
-    def _wait_aside(self, work: Any) -> Future[Any] | None:
-        if self.pipelines <= 1 or self.world.backend != "gloo":
-            return None
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(256, thread_name_prefix="hetu-transfer")
-        return self._threads.submit(work.wait, seconds(self.world.control.patience))
-
-    def done(self, pipeline: int, transfer: int) -> bool:
-        """Blocks until this end of the transfer is done, if no other pipeline of this process could go on meanwhile."""
-        end = self._ends.get((pipeline, transfer))
-        if end is None:
-            return self._local.done(pipeline, transfer)
-        if self.pipelines > 1 and not (end.landed.done() if end.landed else end.work.is_completed()):
-            if time.monotonic() - end.since > self.world.control.timeout:  # nobody else looks at NCCL's
-                self.world.control.lost(end.doing, RuntimeError("a message did not come"), [end.peer])
-            return False
-        del self._ends[pipeline, transfer]
-        try:
-            if end.landed is not None:
-                end.landed.result()
-            elif self.world.backend == "gloo":
-                end.work.wait(seconds(self.world.control.patience))
-            else:
-                end.work.wait()  # the stream waits, not the host
-                self.world.expect([end.memory] if end.doing == _RECEIVING else [], end.doing, [end.peer])
-        except RuntimeError as error:
-            self.world.control.lost(end.doing, error, [end.peer])
-        return True
-
-    def forget(self) -> None:
-        """Lets go of all transfers that are under way."""
-        self._ends.clear()
-
-    def stuck(self, pipelines: Sequence[int]) -> None:
-        """Waits until a transfer of one of the pipelines is done, all of which wait."""
-        if not self._ends:
-            self._local.stuck(pipelines)
-        if aside := [end.landed for end in self._ends.values() if end.landed is not None]:
-            wait(aside, self.world.control.patience, FIRST_COMPLETED)
