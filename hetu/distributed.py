@@ -26,10 +26,9 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NCCL_ENVIRONMENT = {
     # Read when CUDA starts: messages of all peers at a time must be able to be under way.
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    # torch's watchdog stops messages that nobody answers, and leaves the process alive to say so.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    # Our own watch stops messages that nobody answers. torch's would end the process, or go on with what was in memory.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
     "TORCH_NCCL_ENABLE_MONITORING": "0",
-    # It does so at the timeout, rather than after it waited a minute more for a dump of what it recorded.
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }

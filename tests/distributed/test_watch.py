@@ -120,6 +120,17 @@ def test_a_rank_that_says_that_it_stopped_is_heard_at_once(watched: Callable[[fl
     assert one.lost[0].peers == (1,) and place.isnan().all()
 
 
+def test_a_host_that_does_not_come_to_wait(watched: Callable[[float], Watched]) -> None:
+    """It may hang on its way there, in CUDA, behind the very message."""
+    one, came, place = watched(0.2), torch.ones(2), torch.ones(3)
+    one.watch.started("a", [came], "receiving rows from", [0])
+    one.watch.started("b", [place], "receiving rows from", [1])
+    one.watch.expect([came], "receiving rows from", [0], "a")
+    one.host.marks[0].is_reached = True
+    assert one.found.wait(SOON)
+    assert one.lost[0].peers == (1,) and place.eq(1).all() and came.eq(1).all()
+
+
 def test_after_its_end_nothing_is_looked_at(watched: Callable[[float], Watched]) -> None:
     one, place = watched(0.0), torch.ones(3)
     one.watch.end()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -20,6 +20,10 @@ from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
 from hetu.errors import CommunicationError
 from hetu.parallel.plan import AttnPlan, Send
+
+
+FILLING = 1.0
+"""Seconds in which what never came is filled with NaN; a host that hangs in CUDA may hold that up."""
 
 
 class DistributedWorld:
@@ -88,10 +92,12 @@ class DistributedWorld:
             self.control.lost(item.doing, RuntimeError("a message did not come through NCCL"), item.peers)
         self._leave_all()
 
-    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
+    def expect(
+        self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = (), name: Hashable = None
+    ) -> None:
         """The current stream was made to wait for a message: NCCL's are watched, gloo's have come."""
         if self.watch is not None:
-            self.watch.expect(into, doing, peers)
+            self.watch.expect(into, doing, peers, name)
             self.control.check()  # after noting it: what the watch ended before that was not filled
 
     def prepare(self, count: int, plans: Iterable[AttnPlan]) -> None:
@@ -271,7 +277,9 @@ class DistributedWorld:
         with self._leaving:
             if self.watch is not None:
                 self.watch.end()
-                self.watch.fill()
+                filling = threading.Thread(target=self.watch.fill, name="hetu-fill", daemon=True)
+                filling.start()
+                filling.join(FILLING)
             # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
             leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}

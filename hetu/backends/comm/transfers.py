@@ -39,6 +39,11 @@ class _End:
     landed: Future[Any] | None
 
     @property
+    def landing(self) -> list[torch.Tensor]:
+        """What it fills."""
+        return [] if self.place is None else [self.place]
+
+    @property
     def doing(self) -> str:
         """For errors."""
         return "sending rows to" if self.place is None else "receiving rows from"
@@ -97,7 +102,9 @@ class DistributedComm:
                 work = dist.irecv(memory, group=group, tag=tag, group_src=peer)
         except RuntimeError as error:
             control.lost("sending rows to" if place is None else "receiving rows from", error, [peer])
-        self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))
+        end = self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))
+        if world.watch is not None and not self.over_gloo:
+            world.watch.started((id(self), pipeline, item.transfer), end.landing, end.doing, [peer])
 
     def _wait_aside(self, work: Any) -> Future[Any] | None:
         if self.pipelines <= 1:
@@ -121,7 +128,7 @@ class DistributedComm:
                 end.work.wait(seconds(self.world.control.patience))
             else:
                 end.work.wait()  # the stream waits, not the host
-                self.world.expect([] if end.place is None else [end.place], end.doing, [end.peer])
+                self.world.expect(end.landing, end.doing, [end.peer], (id(self), pipeline, transfer))
         except RuntimeError as error:
             self.world.control.lost(end.doing, error, [end.peer])
         if end.place is not None and end.memory is not end.place:

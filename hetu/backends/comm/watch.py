@@ -1,10 +1,11 @@
 """Watching NCCL's messages, which come after the run that wants them has returned.
 
-Waiting for such a message makes the GPU's stream wait, not the host, so nobody is there to see that it never comes. A
-thread looks whether streams got past the waits. If one doesn't in time, or another rank has said that it stopped, then
-whatever was still to come is filled with NaN, the world is broken for all later runs, and the process groups are
-aborted, so that the streams go on. torch's own watchdog would abort them too, but leave in place of the
-message what was in that memory before, to be taken for numbers.
+Waiting for such a message makes the GPU's stream wait, not the host, so nobody is there to see that it never comes. And
+before it is waited for the host may hang: CUDA waits for all that runs, messages too, to load a kernel or to allocate
+memory. So a thread looks whether the host got to the waits, and streams past them. If one doesn't in time, or another
+rank has said that it stopped, then whatever was still to come is filled with NaN, the world is broken for all later
+runs, and the process groups are aborted, so that the streams go on. torch's own watchdog would abort them too, but
+leave in place of the message what was in that memory before, to be taken for numbers.
 """
 
 from __future__ import annotations
@@ -88,6 +89,13 @@ class _Bytes:
         }
 
 
+class _Never:
+    """The mark of what no stream waits for yet."""
+
+    def query(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Awaited:
     """A message that a stream waits for.
@@ -125,27 +133,49 @@ class Watch:
     ) -> None:
         self.device, self.patience, self.has_stopped, self.lost = device, patience, has_stopped, lost
         self._awaited: dict[Hashable, deque[Awaited]] = {}
+        self._started: dict[Hashable, Awaited] = {}
         self._some, self._end = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
+    def started(self, name: Hashable, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int]) -> None:
+        """Notes that a message was started, which the host will wait for.
+
+        Args:
+            name: Tells it from others.
+            into: Where it lands.
+            doing: See :class:`Awaited`.
+            peers: See :class:`Awaited`.
+        """
+        self._started[name] = Awaited(_Never(), time.monotonic(), _places(into), doing, tuple(peers))
+        self._wake()
+
+    def expect(
+        self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = (), name: Hashable = None
+    ) -> None:
         """Notes that the current stream was just made to wait for a message.
 
         Args:
             into: Where it lands.
             doing: See :class:`Awaited`.
             peers: See :class:`Awaited`.
+            name: If it was noted when it was started.
         """
-        places = tuple((x.data_ptr(), x.nbytes) for x in into if x.nbytes)
-        item = Awaited(self.device.mark(), time.monotonic(), places, doing, tuple(peers))
+        item = Awaited(self.device.mark(), time.monotonic(), _places(into), doing, tuple(peers))
         self._awaited.setdefault(self.device.queue(), deque()).append(item)
+        self._started.pop(name, None)
+        self._wake()
+
+    def _wake(self) -> None:
         self._some.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hetu-watch", daemon=True)
             self._thread.start()
 
     def fill(self) -> None:
-        """Fills what did not come yet with NaN; before messages are ended, for then streams go on."""
+        """Fills what streams wait for with NaN; before messages are ended, for then they go on.
+
+        What the host is still to wait for is left alone: it will be told that the world is broken.
+        """
         late = [x for items in list(self._awaited.values()) for x in list(items) if not x.mark.query()]
         if places := [place for x in late for place in x.places]:
             self.device.fill(places)
@@ -170,4 +200,9 @@ class Watch:
         for items in list(self._awaited.values()):
             while items and items[0].mark.query():
                 items.popleft()
-        return min((items[0] for items in list(self._awaited.values()) if items), key=lambda x: x.since, default=None)
+        first = [items[0] for items in list(self._awaited.values()) if items]
+        return min([*first, *list(self._started.values())], key=lambda x: x.since, default=None)
+
+
+def _places(into: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:
+    return tuple((x.data_ptr(), x.nbytes) for x in into if x.nbytes)
