@@ -21,7 +21,6 @@ from hetu.backends.comm.world import Spec
 from hetu.errors import CommunicationError
 from hetu.parallel.plan import AttnPlan, Send
 
-
 FILLING = 1.0
 """Seconds in which what never came is filled with NaN; a host that hangs in CUDA may hold that up."""
 
