@@ -3,9 +3,10 @@
 The proof is exact and takes time and memory in proportion to the keys that the segments name, not to the pairs:
 
 1. Every instruction refers to rows, spans and buffers that exist, and every transfer has two ends that agree.
-2. The instructions are followed. Sends and receives are posted, and a wait blocks until the other end of the transfer
-   is posted, so a plan that passes can't deadlock however little a network buffers. What lands in a buffer is known by
-   token, a read of what has not landed is refused, and so is a receive into rows that are still being sent.
+2. The instructions are followed. Sends and receives are posted, and a wait blocks until the other end of the
+   transfer is posted, and so does whatever computes, until those of all transfers under way are: a plan that passes
+   can't deadlock however little a network buffers, and whatever a device waits for. What lands in a buffer is known
+   by token, a read of what has not landed is refused, and so is a receive into rows that are still being sent.
 3. Row i of a query span sees a segment's key j from ``i = max(0, j - diagonal)`` on. The mask lets position ``p + i *
    step`` see key position k from ``i = max(0, ceil((k - p) / step))`` on. Where the two are equal for every key of
    every segment, and every key that the span's last row may see is named exactly once, every allowed pair is computed
