@@ -1,7 +1,7 @@
 """Attention over several GPUs: hetu's methods against one GPU alone and against torch's ``context_parallel``.
 
     torchrun --nproc-per-node 2 benchmarks/parallel.py [--out DIR] [--tokens 8192 32768 131072] [--packs one mix]
-        [--direction forward forward+backward] [--peers "one GPU" "hetu ring" ...] [--shares 3:2] [--split sym]
+        [--direction forward forward+backward] [--peers "one GPU" "hetu ring" ...] [--shares 3:2] [--split balanced]
         [--heads 32:8:128] [--samples 20]
 
 To try it out without GPUs, on gloo in float32: ``torchrun --nproc-per-node 2 benchmarks/parallel.py --tiny``.
@@ -39,12 +39,12 @@ import torch
 from attention_cases import Inputs, Results, reference
 from attention_report import RESULTS
 from parallel_cases import ALONE, DIRECTIONS, HEADS, PACKS, TOKENS, Ranks, Spread, joint_error, spread_cases, squares
-from parallel_peers import PEERS, Peer
+from parallel_peers import PEERS, Peer, load_of
 from parallel_report import LeftOut, Measured, Run, report
 from timing import Call, DeviceTimer, HostTimer, WaitsForDevice, about, attempt, take_turns
 
 import hetu
-from hetu.parallel import SPLITS, Hardware
+from hetu.parallel import SPLITS
 
 # Timing
 
@@ -207,10 +207,9 @@ def follows(peer: Peer, direction: str, ranks: Ranks) -> dict[str, Any]:
     plans = peer.plans(direction)
     if not plans:
         return {"load": None, "planned": None, "counted": None}
-    flops = np.sum([plan.cost(Hardware.h100()).flops for plan in plans], axis=0)
     planned = [sum(plan.bytes_sent(r) for plan in plans) for r in range(ranks.size)]
     counted = ranks.exchange(count_sent(partial(peer.call, direction), ranks.rank))
-    return {"load": float(flops.max() / flops.mean()), "planned": planned, "counted": counted}
+    return {"load": load_of(plans), "planned": planned, "counted": counted}
 
 
 def measure(
@@ -264,7 +263,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--packs", nargs="+", choices=PACKS, default=list(PACKS))
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--split", choices=list(SPLITS), default="sym")
+    parser.add_argument("--split", choices=list(SPLITS), default="balanced")
     parser.add_argument("--shares", default="3:2", help="of the tokens of mix, one a GPU")
     parser.add_argument("--samples", type=int, default=20, help="of each row at most; long ones get fewer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")

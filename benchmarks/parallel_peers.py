@@ -6,12 +6,13 @@ A peer is made on all ranks at once, from inputs that are the same on all of the
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from attention_cases import Inputs, Results
 from parallel_cases import ALONE, BOTH, Ranks, Spread, check_rows
@@ -19,7 +20,7 @@ from timing import first_line
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hetu
-from hetu.parallel import METHODS, AttnPlan
+from hetu.parallel import METHODS, AttnPlan, Hardware
 
 
 class Peer(ABC):
@@ -54,6 +55,71 @@ class Peer(ABC):
         yield
 
 
+class Attention:
+    """``hetu.parallel_attn`` over the documents of a :class:`Spread`, and its gradient, as a graph.
+
+    Args:
+        x: The inputs.
+        lens: Tokens of each pipeline.
+        groups: The pipelines' context groups, each of which holds all tokens.
+        method: How keys and values move.
+
+    Attributes:
+        rows: Numbers of the tokens that each pipeline holds.
+    """
+
+    def __init__(self, x: Inputs, lens: list[int], groups: list[int], method: str) -> None:
+        self.inputs, self.case = x, _spread(x)
+        num_q, num_kv, head_dim = self.case.shape
+        dtype = hetu.as_dtype(str(x.q.dtype).removeprefix("torch."))
+        rows, docs = hetu.IntSymbol("rows"), hetu.IntSymbol("docs")
+        with hetu.graph("define_and_run") as self.graph:
+            self.qkv = hetu.placeholder(dtype, [rows, (num_q + 2 * num_kv) * head_dim], name="qkv")
+            self.dout = hetu.placeholder(dtype, [rows, num_q * head_dim], name="dout")
+            self.documents = hetu.placeholder(hetu.int32, [docs + 1], name="cu_seqlens")
+            self.out = hetu.parallel_attn(
+                self.qkv,
+                head_dim,
+                num_q // num_kv,
+                [lens],
+                [groups],
+                packing=True,
+                cu_seqlens_q=self.documents,
+                cu_seqlens_k=self.documents,
+                is_causal=self.case.is_causal,
+                split=self.case.split,
+                method=method,
+            )[0]
+            self.dqkv = hetu.gradients(self.out, self.qkv, self.dout)
+        copies = len(set(groups))
+        self.cu_seqlens = [x.cu_seqlens.numpy()] * copies
+        layout = self.graph.layout(0, cu_seqlens=self.cu_seqlens)
+        self.rows: list[torch.Tensor] = layout.scatter([torch.arange(self.case.tokens)] * copies)
+
+    def feeds(self, rows: torch.Tensor) -> dict[Any, torch.Tensor]:
+        """What a pipeline that holds these tokens feeds."""
+        x, there = self.inputs, rows.to(self.inputs.q.device)
+        qkv = torch.cat([y[there].flatten(1) for y in (x.q, x.k, x.v)], 1)
+        return {self.qkv: qkv, self.dout: x.dout[there].flatten(1), self.documents: x.cu_seqlens}
+
+    def run(self, direction: str, feeds: dict[Any, Any]) -> Any:
+        """The output, or it and the gradient of qkv."""
+        return self.graph.run([self.out, self.dqkv] if direction == BOTH else self.out, feeds)
+
+    def named(self, direction: str, results: Any) -> Results:
+        """What one pipeline's run gave, by name."""
+        num_q, num_kv, head_dim = self.case.shape
+        if direction != BOTH:
+            return {"out": results.unflatten(1, (num_q, head_dim))}
+        out, dqkv = (y.unflatten(1, (-1, head_dim)) for y in results)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *dqkv.split([num_q, num_kv, num_kv], 1)), strict=True))
+
+    def plans(self, direction: str) -> list[AttnPlan]:
+        """The plan, and that of the gradients."""
+        plan = self.graph.plan(0, cu_seqlens=self.cu_seqlens)
+        return [plan, plan.backward()] if direction == BOTH else [plan]
+
+
 class Hetu(Peer):
     """``hetu.parallel_attn`` through ``g.run``; each rank feeds its own shard.
 
@@ -65,59 +131,30 @@ class Hetu(Peer):
     """
 
     def __init__(self, x: Inputs, ranks: Ranks, method: str | None) -> None:
-        case = _spread(x)
-        num_q, num_kv, head_dim = case.shape
         is_alone = method is None
-        lens = [case.tokens] * ranks.size if is_alone else case.seq_lens
+        lens = [x.case.tokens] * ranks.size if is_alone else _spread(x).seq_lens
         groups = list(range(ranks.size)) if is_alone else [0] * ranks.size
-        dtype = hetu.as_dtype(str(x.q.dtype).removeprefix("torch."))
-        rows, docs = hetu.IntSymbol("rows"), hetu.IntSymbol("docs")
-        with hetu.graph("define_and_run") as g:
-            qkv = hetu.placeholder(dtype, [rows, (num_q + 2 * num_kv) * head_dim], name="qkv")
-            dout = hetu.placeholder(dtype, [rows, num_q * head_dim], name="dout")
-            cu_seqlens = hetu.placeholder(hetu.int32, [docs + 1], name="cu_seqlens")
-            out = hetu.parallel_attn(
-                qkv,
-                head_dim,
-                num_q // num_kv,
-                [lens],
-                [groups],
-                packing=True,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                is_causal=case.is_causal,
-                split=case.split,
-                method=method or "auto",
-            )[0]
-            dqkv = hetu.gradients(out, qkv, dout)
-        self.graph, self.case, self.out, self.fetches = g, case, out, [out, dqkv]
-        self.cu_seqlens = [x.cu_seqlens.numpy()] * len(set(groups))
-        layout = g.layout(0, cu_seqlens=self.cu_seqlens)
-        tokens = torch.arange(case.tokens)
-        super().__init__(layout.scatter([tokens] * len(set(groups)))[ranks.rank], case.tokens, ranks)
-        there = self.rows.to(x.q.device)
-        self.feeds = {
-            qkv: torch.cat([y[there].flatten(1) for y in (x.q, x.k, x.v)], 1),
-            dout: x.dout[there].flatten(1),
-            cu_seqlens: x.cu_seqlens,
-        }
+        self.attention = Attention(x, lens, groups, method or "auto")
+        super().__init__(self.attention.rows[ranks.rank], x.case.tokens, ranks)
+        self.feeds = self.attention.feeds(self.rows)
 
     def call(self, direction: str) -> Any:
         """A run."""
-        return self.graph.run(self.fetches if direction == BOTH else self.out, self.feeds)
+        return self.attention.run(direction, self.feeds)
 
     def results(self, direction: str) -> Results:
         """The output, and the gradients of what was fed."""
-        num_q, num_kv, head_dim = self.case.shape
-        if direction != BOTH:
-            return {"out": self.call(direction).unflatten(1, (num_q, head_dim))}
-        out, dqkv = (y.unflatten(1, (-1, head_dim)) for y in self.call(direction))
-        return dict(zip(("out", "dq", "dk", "dv"), (out, *dqkv.split([num_q, num_kv, num_kv], 1)), strict=True))
+        return self.attention.named(direction, self.call(direction))
 
     def plans(self, direction: str) -> list[AttnPlan]:
         """The plan, and that of the gradients."""
-        plan = self.graph.plan(0, cu_seqlens=self.cu_seqlens)
-        return [plan, plan.backward()] if direction == BOTH else [plan]
+        return self.attention.plans(direction)
+
+
+def load_of(plans: Sequence[AttnPlan]) -> float:
+    """FLOPs of the busiest pipeline over their mean."""
+    flops = np.sum([plan.cost(Hardware.h100()).flops for plan in plans], axis=0)
+    return float(flops.max() / flops.mean())
 
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}

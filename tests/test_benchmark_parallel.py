@@ -328,7 +328,7 @@ def test_what_is_measured_by_default() -> None:
     arguments = parallel.parse([])
     assert arguments.heads == "32:8:128" and arguments.tokens == [8192, 32768, 131072]
     assert arguments.peers == list(parallel_peers.PEERS) and set(parallel_peers.HETU) == {f"hetu {m}" for m in METHODS}
-    assert arguments.packs == ["one", "mix"] and arguments.shares == "3:2" and arguments.split == "sym"
+    assert arguments.packs == ["one", "mix"] and arguments.shares == "3:2" and arguments.split == "balanced"
     assert parallel.parse(["--tiny"]).heads == "4:2:16" and parallel.parse(["--tiny", "--tokens", "9"]).tokens == [9]
 
 

@@ -15,7 +15,7 @@ import torch
 
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 __all__ = [
     "Attend",
@@ -42,11 +42,11 @@ class AttentionState:
     """What the steps of one attention build up. Made by :func:`new_state`; kernels write into it.
 
     Attributes:
-        out: ``(T_q, H_q, D)`` in the user's dtype; written by the last step.
+        out: ``(T_q, H_q, D)`` in the user's dtype; each row is written by its last step.
         lse: float32 ``(slots, H_q, S)``, natural logarithm of the softmax's denominators; -inf where no row
             lives and where a row has seen no key.
         acc: float32 ``(T_q, H_q, D)``, the attention over the keys seen so far (each row already divided by
-            its denominator); None where a single step sees all keys.
+            its denominator), of rows that further steps attend for; None where there are none.
         scores: float32 ``(slots, H_q, rows, columns)``, scaled scores, -inf where nothing was computed; None
             unless the softmax is asked for.
 
@@ -72,12 +72,14 @@ class Attend(Protocol):
         state: AttentionState,
         *,
         softmax_scale: float,
-        first: bool,
-        last: bool,
+        turn: Turn | None = None,
         dropout: Dropout | None = None,
         key_position: np.ndarray | None = None,
     ) -> None:
         """Attends to one buffer and merges the result into ``state``.
+
+        A row that sees no key at all gets out 0 and lse -inf. Rows of spans that the step does not attend for are not
+        touched.
 
         Args:
             q: ``(T_q, H_q, D)`` in any strides, the last dim contiguous.
@@ -87,10 +89,7 @@ class Attend(Protocol):
             table: Which keys of the buffer they see. May be empty.
             state: Changed in place.
             softmax_scale: Scores are ``softmax_scale * q @ k.T``.
-            first: Whether nothing was merged before: every row of the state is initialised, whatever it held.
-                A row that sees no key gets out 0 and lse -inf.
-            last: Whether nothing follows: ``state.out`` is written for every row. A step that is neither
-                first nor last touches only rows that have segments.
+            turn: What the state holds of each span, and whether its ``out`` is written; None if this is the only step.
             dropout: Drops entries; None drops none.
             key_position: ``(T_k,)``, the position in its document of each row of the buffer. Needed only by
                 dropout and by ``state.scores``.
@@ -106,16 +105,40 @@ class BackwardState:
         dout: ``(T_q, H_q, D)``, the gradient of the output, in any strides with the last dim contiguous.
         lse: float32 ``(slots, H_q, S)``, what the forward gave: the logarithms of the whole softmax's denominators.
         delta: float32 ``(T_q, H_q)``, contiguous; from :func:`attention_delta`.
-        dq: ``(T_q, H_q, D)`` in any strides with the last dim contiguous: the gradient of q. float32 where
-            several steps add to it, else float32 or q's dtype.
+        dq: ``(T_q, H_q, D)`` in any strides with the last dim contiguous: the gradient of q, in q's dtype or float32;
+            each row is written by its last step.
+        acc: float32, otherwise as ``dq``, which it may be itself: what was added up of rows that further steps attend
+            for, scaled or not as the backend likes; None where there are none.
 
-    For float64 inputs (torch backend only) ``lse``, ``delta`` and ``dq`` are float64.
+    For float64 inputs (torch backend only) ``lse``, ``delta``, ``dq`` and ``acc`` are float64.
     """
 
     dout: torch.Tensor
     lse: torch.Tensor
     delta: torch.Tensor
     dq: torch.Tensor
+    acc: torch.Tensor | None = None
+
+    def add_queries(self, dq: torch.Tensor, spans: QuerySpans, turn: Turn | None) -> None:
+        """Adds to the gradients of the rows that a step attends for; for kernels that compute them apart.
+
+        Args:
+            dq: ``(T_q, H_q, D)``, what the step's keys do to them.
+            spans: The rows of q.
+            turn: The step's.
+        """
+        if turn is None:
+            self.dq.copy_(dq)
+            return
+        for span in turn.attends.nonzero()[0].tolist():
+            rows = slice(int(spans.start[span]), int(spans.start[span] + spans.length[span]))
+            part = dq[rows]
+            if turn.merges[span]:
+                assert self.acc is not None, "there are several steps"
+                part = part + self.acc[rows]
+            target = self.acc if turn.continues[span] else self.dq
+            assert target is not None, "there are several steps"
+            target[rows] = part
 
 
 class AttendBackward(Protocol):
@@ -133,7 +156,7 @@ class AttendBackward(Protocol):
         dv: torch.Tensor,
         *,
         softmax_scale: float,
-        first: bool,
+        turn: Turn | None = None,
         dropout: Dropout | None = None,
         key_position: np.ndarray | None = None,
     ) -> None:
@@ -151,12 +174,13 @@ class AttendBackward(Protocol):
             v: ``(T_k, H_k, D)`` likewise.
             spans: The rows of q.
             table: Which keys of the buffer they see. May be empty.
-            state: ``dq`` is changed in place.
+            state: ``dq`` and ``acc`` are changed in place.
             dk: ``(T_k, H_k, D)`` in any strides, the last dim contiguous; float32 or k's dtype. Every row is
                 written, whatever it held: with 0 where no segment names it.
             dv: Likewise, for v.
             softmax_scale: Of the scores; any finite number.
-            first: Whether ``dq`` holds nothing yet: then every row is written, else rows with segments are added to.
+            turn: What ``state.acc`` holds of each span, and whether its ``dq`` is written; None if this is the only
+                step.
             dropout: The forward's.
             key_position: ``(T_k,)``, the position in its document of each row of the buffer; for dropout only.
         """
@@ -238,7 +262,7 @@ def ceil_padded(size: int) -> int:
 
 
 def new_state(
-    q: torch.Tensor, spans: QuerySpans, slots: int, rows: int, single_step: bool, columns: int | None = None
+    q: torch.Tensor, spans: QuerySpans, slots: int, rows: int, runs_on: bool, columns: int | None = None
 ) -> AttentionState:
     """Allocates the state of an attention.
 
@@ -247,7 +271,7 @@ def new_state(
         spans: The rows of q.
         slots: First size of lse and p: sequences.
         rows: Last size of lse; p's third is this, padded.
-        single_step: Whether one step sees all keys, so that nothing runs on between steps.
+        runs_on: Whether results run on between steps; see :attr:`hetu.parallel.plan.PipelinePlan.runs_on`.
         columns: Last size of p before padding; None if the softmax is not asked for.
     """
     total, heads, head_dim = q.shape
@@ -261,7 +285,7 @@ def new_state(
     return AttentionState(
         out=q.new_empty((total, heads, head_dim)),
         lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else q.new_empty(lse, dtype=high),
-        acc=None if single_step else q.new_empty((total, heads, head_dim), dtype=high),
+        acc=q.new_empty((total, heads, head_dim), dtype=high) if runs_on else None,
         scores=scores,
     )
 

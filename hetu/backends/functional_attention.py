@@ -115,8 +115,6 @@ def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
             call.plan.table,
             AttentionState(out, lse[None], None, None),
             softmax_scale=call.softmax_scale,
-            first=True,
-            last=True,
             dropout=call.dropout,
             key_position=call.key_position,
         )
@@ -150,7 +148,6 @@ def backward(
             dk,
             dv,
             softmax_scale=call.softmax_scale,
-            first=True,
             dropout=call.dropout,
             key_position=call.key_position,
         )

@@ -19,7 +19,7 @@ from hetu.backends.lowering import NodeLowering, lowering
 from hetu.dtypes import float64
 from hetu.graph import Node
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Attend
+from hetu.parallel.plan import Attend, Turn
 from hetu.parallel.varlen import VarlenPlan
 
 
@@ -47,7 +47,7 @@ def hetu_attn_varlen(
     rank3 = [as_heads(x, options.head_dim) for x in (q, k, v)]
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
-    state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, single_step=True, columns=wanted)
+    state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, runs_on=False, columns=wanted)
     if options.zero_tensors:
         state.lse.zero_()
     attention_kernel(options.backend)(
@@ -58,8 +58,6 @@ def hetu_attn_varlen(
         plan.table,
         state,
         softmax_scale=options.softmax_scale,
-        first=True,
-        last=True,
         dropout=dropout,
         key_position=plan.key_position if options.needs_positions else None,
     )
@@ -137,15 +135,14 @@ class PipelineCall:
         self.q, self.kv = options.cut(with_rows(qkv))
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
         batch, seq_len, columns = shape
-        steps = sum(isinstance(item, Attend) for item in self.plan.instructions)
         wanted = columns if options.return_softmax else None
-        self.state = new_state(self.q, self.plan.spans, batch, seq_len, single_step=steps == 1, columns=wanted)
+        self.state = new_state(self.q, self.plan.spans, batch, seq_len, self.plan.runs_on, columns=wanted)
 
     def follow(self, comm: Communicator) -> Iterator[bool]:
         """Follows its part of the plan."""
         return follow(self.plan, self.kv, comm, self.attend)
 
-    def attend(self, step: Attend, buffer: torch.Tensor, first: bool, last: bool) -> None:
+    def attend(self, step: Attend, buffer: torch.Tensor, turn: Turn | None) -> None:
         """Attends to one buffer of keys and values."""
         attention_kernel(self.options.backend)(
             self.q,
@@ -155,8 +152,7 @@ class PipelineCall:
             step.table,
             self.state,
             softmax_scale=self.options.softmax_scale,
-            first=first,
-            last=last,
+            turn=turn,
             dropout=self.dropout,
             key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
         )

@@ -16,7 +16,7 @@ from hetu.backends.lower_attention import register_attention
 from hetu.backends.lower_heads import HeadsBackward
 from hetu.backends.lowering import NodeLowering
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Attend
+from hetu.parallel.plan import Attend, Turn
 from hetu.parallel.varlen import VarlenPlan
 
 
@@ -64,7 +64,6 @@ def hetu_attn_varlen_grad(
         dk,
         dv,
         softmax_scale=options.softmax_scale,
-        first=True,
         dropout=dropout,
         key_position=plan.key_position if dropout else None,
     )
@@ -139,17 +138,22 @@ class _PipelineBackward:
         self.q, self.kv = options.cut(with_rows(qkv))
         self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
         self.grad = qkv.new_empty(qkv.shape)
-        # Sums of several parts are made in float32; a single step writes the gradient as it is returned.
-        high, several = compute_dtype(qkv.dtype), self.plan.sums_gradients
-        self.sums = qkv.new_empty(qkv.shape, dtype=high) if several and qkv.dtype != high else self.grad
-        dq, self.dkv = options.cut(self.sums)
+        # Sums of several parts are made in float32; what a single step computes is written as it is returned.
+        high = compute_dtype(qkv.dtype)
+        dq, self.dkv = options.cut(self.grad)
+        self.sums, acc = self.dkv, dq
+        if qkv.dtype != high and self.plan.sums_gradients:
+            self.sums = qkv.new_empty(self.dkv.shape, dtype=high)
+        if qkv.dtype != high and self.plan.runs_on:
+            acc = qkv.new_empty(dq.shape, dtype=high)
         self.state = _state(out, lse, dout, dlse, dq, self.plan, options)
+        self.state.acc = acc if self.plan.runs_on else None
 
     def follow(self, comm: Communicator) -> Iterator[bool]:
         """Follows its part of the plan."""
-        return follow_backward(self.plan, self.kv, self.dkv, comm, self.attend)
+        return follow_backward(self.plan, self.kv, self.sums, comm, self.attend)
 
-    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
+    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
         backward_kernel(self.options.backend)(
             self.q,
@@ -161,15 +165,15 @@ class _PipelineBackward:
             grads[:, 0],
             grads[:, 1],
             softmax_scale=self.options.softmax_scale,
-            first=first,
+            turn=turn,
             dropout=self.dropout,
             key_position=key_positions(step, self.layout) if self.dropout else None,
         )
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the shard, once the plan is done."""
-        if self.sums is not self.grad:
-            self.grad.copy_(self.sums)
+        if self.sums is not self.dkv:
+            self.dkv.copy_(self.sums)
         return self.grad
 
 

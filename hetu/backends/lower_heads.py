@@ -98,8 +98,6 @@ class HeadsCall(_Call):
             step.table,
             state,
             softmax_scale=self.options.softmax_scale,
-            first=True,
-            last=True,
             dropout=dropout,
             key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
         )
@@ -189,7 +187,6 @@ class HeadsBackward(_Call):
             dk,
             dv,
             softmax_scale=self.options.softmax_scale,
-            first=True,
             dropout=dropout,
             key_position=key_positions(step, self.layout) if dropout else None,
         )

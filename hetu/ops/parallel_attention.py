@@ -191,7 +191,8 @@ def parallel_attn(
         is_causal: Whether a token sees only itself and what stands before it in its document.
         return_softmax: Whether to return ``p`` as well. It takes memory quadratic in the sequence length.
         split: How a sequence lies over its group: ``"normal"`` (contiguous), ``"sym"`` (a front piece and a back
-            piece each) or ``"stripe"`` (dealt one token at a time). See ``docs/layouts.md``.
+            piece each), ``"stripe"`` (dealt one token at a time) or ``"balanced"`` (as sym, but most packed documents
+            whole on one pipeline, so that all have as much to do). See ``docs/layouts.md``.
         method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
             ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
         name: The node's name.

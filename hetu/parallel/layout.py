@@ -203,7 +203,7 @@ class Layout:
         Args:
             seq_lens: Tokens of each sequence on each pipeline.
             cp_groups: Each pipeline's context group.
-            split: ``"normal"``, ``"sym"`` or ``"stripe"``.
+            split: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
             batch: Sequences in each group's batch: one number, or one a group in the order of
                 :func:`~hetu.parallel.strategy.groups_of`. 1 with packing.
             cu_seqlens: With packing, int ``(B + 1,)``, the cumulative lengths of the whole group's documents, or

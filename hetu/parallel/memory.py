@@ -21,12 +21,12 @@ def _peak_by_tokens(plan: AttnPlan, part: PipelinePlan) -> int:
     width = heads.num_q * heads.head_dim
     moved = sum(part.buffers) * heads.kv_row_bytes + bytes_in_flight(part, heads)
     if not plan.is_backward:
-        query_bytes = 2 * width * heads.itemsize + 4 * heads.num_q + 4 * width * (part.attends > 1)
+        query_bytes = 2 * width * heads.itemsize + 4 * heads.num_q + 4 * width * part.runs_on
         return moved + part.rows * query_bytes
-    # q, out, dout, dq; lse and delta; dk and dv. Where several parts are summed up, all but float32 needs a copy.
+    # q, out, dout, dq; lse and delta; dk and dv. What comes in several parts is summed up in float32.
     row_bytes = 4 * width * heads.itemsize + 2 * 4 * heads.num_q + heads.kv_row_bytes
-    if part.sums_gradients and heads.itemsize < 4:
-        row_bytes += 4 * width + heads.grad_row_bytes
+    if heads.itemsize < 4:
+        row_bytes += 4 * width * part.runs_on + heads.grad_row_bytes * part.sums_gradients
     aside = (sum(part.landing) + scratch_rows(part)) * heads.grad_row_bytes
     return moved + aside + part.rows * row_bytes
 

@@ -37,7 +37,7 @@ from hetu.parallel.instructions import (
     Wait,
 )
 from hetu.parallel.layout import Layout
-from hetu.parallel.segments import QuerySpans
+from hetu.parallel.segments import QuerySpans, Turn, take_turns
 
 if TYPE_CHECKING:
     from hetu.parallel.cost import Cost, Hardware
@@ -56,6 +56,7 @@ __all__ = [
     "Runs",
     "Send",
     "Source",
+    "Turn",
     "Wait",
 ]
 
@@ -91,16 +92,21 @@ class PipelinePlan:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients of own rows come in several parts, so that they are summed up in float32.
-
-        Those of keys and values alone, if the part has ``heads``: each query has but one attend.
-        """
-        if self.heads is None and self.attends > 1:
-            return True
-        return any(
+        """Whether gradients of own keys and values come in several parts, so that they are summed up in float32."""
+        if any(
             isinstance(item, Accumulate) or (isinstance(item, Copy) and item.kind is Kind.KV_GRADS)
             for item in self.instructions
-        )
+        ):
+            return True
+        return sum(isinstance(item, Attend) and item.buffer == 0 for item in self.instructions) > 1
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether an ``Attend`` leaves results of queries that a later one adds to, so that they are kept in float32.
+
+        Of a forward these are outputs; of a backward gradients of queries.
+        """
+        return any(turn is not None and turn.runs_on for turn in turns(self).values())
 
     def last_reads(self) -> set[int]:
         """After which instructions, by number, nobody needs the gradients of their buffer any more: they may be freed.
@@ -153,6 +159,19 @@ def batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
         if isinstance(item, Send):
             found[first] = (*found.get(first, ()), item)
     return found
+
+
+@lru_cache(maxsize=1024)
+def turns(part: PipelinePlan) -> dict[int, Turn | None]:
+    """What each ``Attend`` of a part finds and leaves, by its number among the instructions.
+
+    Where heads are exchanged for tokens, each attend is the only one of its heads.
+    """
+    steps = [(number, item.table) for number, item in enumerate(part.instructions) if isinstance(item, Attend)]
+    if part.heads is not None:
+        return {number: None for number, _ in steps}
+    taken = take_turns(part.spans, [table for _, table in steps])
+    return {number: turn for (number, _), turn in zip(steps, taken, strict=True)}
 
 
 def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:

@@ -8,6 +8,7 @@ all-gathered buffer or a layout that somebody invents tomorrow are other tables.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +86,56 @@ class SegmentTable:
         first = self.diagonal + 1 + hidden  # keys that the first seeing row of the ramp sees
         rising = ramp - hidden
         return int((rising * first + rising * (rising - 1) // 2 + (q_len - ramp) * self.k_len).sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turn:
+    """What a step that is one of several finds and leaves, by query span: each span has a first and a last step.
+
+    These are the first and the last one whose table names it; if none does, both are the very first one. So a span
+    that is done early is written at once, and none but those that several steps attend for pass through float32.
+
+    Attributes:
+        merges: Whether an earlier step attended for the span, so that this one adds to what that left.
+        continues: Whether a later step attends for it, so that this one leaves a running result.
+        attends: Whether the step attends for the span; if not, the others mean nothing.
+        covers: Whether every row of the span has to be written, also where it sees no key in this step: in the
+            span's first step, which begins the running result, and in its last one, which ends it.
+        memo: Where a backend keeps what it derived from this turn and its table; not part of the value.
+    """
+
+    merges: NDArray[np.bool_]
+    continues: NDArray[np.bool_]
+    attends: NDArray[np.bool_]
+    covers: NDArray[np.bool_]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether there are running results, of earlier steps or for later ones."""
+        return bool((self.attends & (self.merges | self.continues)).any())
+
+
+def take_turns(spans: QuerySpans, tables: Sequence[SegmentTable]) -> list[Turn | None]:
+    """The turns of steps that follow each other; None stands for that of a single step, which does it all.
+
+    Example:
+        >>> spans, _ = varlen_tables(np.array([0, 2, 4]), np.array([0, 2, 4]), 4, is_causal=True)
+        >>> of_both, of_second = (SegmentTable(np.array(q), *[np.zeros(len(q), np.int64)] * 3) for q in ([0, 1], [1]))
+        >>> first, second = take_turns(spans, [of_both, of_second])
+        >>> first.continues.tolist(), first.covers.tolist(), second.covers.tolist()
+        ([False, True], [True, True], [False, True])
+    """
+    if len(tables) < 2:
+        return [None] * len(tables)
+    named = np.zeros((len(tables), len(spans)), bool)
+    for number, table in enumerate(tables):
+        named[number, table.query] = True
+    named[0] |= ~named.any(0)
+    first, last = named.argmax(0), len(tables) - 1 - named[::-1].argmax(0)
+    steps = np.arange(len(tables))[:, None]
+    merges, continues = steps > first, steps < last
+    return [Turn(m, c, n, n & ~(m & c)) for n, m, c in zip(named, merges, continues, strict=True)]
 
 
 def varlen_tables(

@@ -1,7 +1,8 @@
-"""How a document lies over the members of a group: ``normal``, ``sym`` and ``stripe``, in closed form.
+"""How a document lies over the members of a group: ``normal``, ``sym``, ``stripe`` and ``balanced``.
 
 First each document is cut into *pieces*, one a member: ``pieces[r, d]`` tokens of document d lie on member r. Then
-a split says which tokens these are, as a table of *parts*. Nothing here loops over tokens or documents.
+a split says which tokens these are, as a table of *parts*. All in closed form: nothing here loops over tokens or
+documents. How many they are, :mod:`hetu.parallel.pieces` says.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hetu.parallel.pieces import balance_pieces, cut_pieces, deal_pieces
 from hetu.parallel.segments import IntArray
 
 
@@ -39,44 +41,6 @@ class Parts:
     is_dealt: bool
 
 
-def cut_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
-    """Pieces of ``normal``: the concatenation of all documents is cut into runs of ``seq_lens[r]`` tokens.
-
-    Example:
-        >>> cut_pieces(np.array([0, 2, 9]), np.array([3, 6])).tolist()
-        [[2, 1], [0, 6]]
-    """
-    end = seq_lens.cumsum()[:, None]
-    inside = np.minimum(np.maximum(cu_seqlens, end - seq_lens[:, None]), end)
-    return inside[:, 1:] - inside[:, :-1]
-
-
-def deal_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
-    """Pieces of ``sym`` and ``stripe``: each document is dealt out in proportion to ``seq_lens``.
-
-    Think of the running total T of tokens at the end of each document. Of N tokens in all, member 0 takes
-    ``floor(T * n_0 / N)``, so that what it owes for rounding carries over from document to document. The rest,
-    ``T - floor(T * n_0 / N)`` of ``N - n_0``, is split between member 1 and those after it by the same rule, and so on.
-
-    Both shares never decrease as T grows by whole tokens (``T - floor(T * n_0 / N)`` is
-    ``ceil(T * (N - n_0) / N)``), so no piece is negative; at ``T = N`` they are exactly ``n_0`` and ``N - n_0``, so
-    every member ends with what the strategy gives it. Rounding each member's share of T by itself would not do: the
-    shares would not add up to T.
-
-    Example:
-        >>> deal_pieces(np.array([0, 1, 5, 9]), np.array([3, 3, 3])).tolist()
-        [[0, 1, 2], [0, 2, 1], [1, 1, 1]]
-    """
-    totals = np.empty((len(seq_lens), len(cu_seqlens)), np.int64)
-    rest, left = cu_seqlens, int(seq_lens.sum())
-    for share, length in zip(totals, seq_lens.tolist(), strict=True):
-        np.multiply(rest, length, out=share)
-        share //= max(left, 1)  # left is 0 only where the rest is 0 as well
-        rest = rest - share
-        left -= length
-    return totals[:, 1:] - totals[:, :-1]
-
-
 def normal(pieces: IntArray) -> Parts:
     """Contiguous, in the order of the members."""
     start = pieces.cumsum(0) - pieces
@@ -88,15 +52,17 @@ def sym(pieces: IntArray) -> Parts:
     """A front piece of half the tokens each, in order, then the back pieces in reverse order."""
     members, documents = pieces.shape
     front = pieces >> 1
-    front[-1] = pieces[-1]  # the last member's two pieces are neighbours: one run
+    # The two pieces of the last member that has any are neighbours: one run.
+    last, each = members - 1 - (pieces[::-1] > 0).argmax(0), np.arange(documents)
+    front[last, each] = pieces[last, each]
     back = pieces - front
     start, length = (np.empty((members, documents, 2), np.int64) for _ in range(2))
     length[..., 0], length[..., 1] = front, back
     np.subtract(front.cumsum(0), front, out=start[..., 0])
     np.subtract(pieces.sum(0), back.cumsum(0), out=start[..., 1])
-    first, shape = np.arange(documents), (members, 2 * documents)
+    shape = (members, 2 * documents)
     ones = np.ones(shape, np.int64)
-    return Parts(first.repeat(2), start.reshape(shape), length.reshape(shape), ones, 2 * first, is_dealt=False)
+    return Parts(each.repeat(2), start.reshape(shape), length.reshape(shape), ones, 2 * each, is_dealt=False)
 
 
 def stripe(pieces: IntArray) -> Parts:
@@ -130,5 +96,6 @@ SPLITS: dict[str, tuple[Callable[[IntArray, IntArray], IntArray], Split]] = {
     "normal": (cut_pieces, normal),
     "sym": (deal_pieces, sym),
     "stripe": (deal_pieces, stripe),
+    "balanced": (balance_pieces, sym),
 }
 """Each split: how 1-D cu_seqlens become pieces, and which tokens the pieces are."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-SPLITS = ("normal", "sym", "stripe")
+SPLITS = ("normal", "sym", "stripe", "balanced")
 METHODS = ("ring", "direct", "all_gather", "ulysses", "auto")
 
 

@@ -24,7 +24,7 @@ from devices import ON_CUDA
 import hetu
 from hetu.backends.attention import BackwardState, new_state
 from hetu.backends.kernels import attention_kernel, backward_kernel
-from hetu.parallel.segments import varlen_tables
+from hetu.parallel.segments import take_turns, varlen_tables
 
 pytestmark = pytest.mark.timeout(900)  # waiting for each other counts too
 
@@ -216,11 +216,12 @@ def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, devi
     for x in (x for pair in pairs for x in pair):
         x.normal_(generator=generator)
     spans, table = varlen_tables(np.array([0, rows - seeing, rows]), np.array([0, 0, keys]), rows, is_causal=False)
-    state = new_state(q, spans, 2, rows - seeing, single_step=False)
+    turns = take_turns(spans, [table] * 3)
+    state = new_state(q, spans, 2, rows - seeing, runs_on=True)
     assert state.acc is not None and (device == "cpu" or state.acc.numel() > 2**31)
     state.acc.fill_(torch.nan)
-    for number, (k, v) in enumerate(pairs):
-        attend(q, k, v, spans, table, state, softmax_scale=0.1, first=number == 0, last=number == 2)
+    for turn, (k, v) in zip(turns, pairs, strict=True):
+        attend(q, k, v, spans, table, state, softmax_scale=0.1, turn=turn)
     assert not state.out[:-seeing].any() and (state.lse[0] == -torch.inf).all()
     leaves = [q[-seeing:], torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])]
     leaves = [x.double().requires_grad_() for x in leaves]
@@ -234,12 +235,10 @@ def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, devi
     state.acc = None
     del state
     dq = torch.full(shape, torch.nan, device=device)
-    backward = BackwardState(q, lse_of_forward, delta, dq)  # dout is q: one such tensor is enough
+    backward = BackwardState(q, lse_of_forward, delta, dq, dq)  # dout is q: one such tensor is enough
     dkv = [[torch.full_like(x, torch.nan, dtype=torch.float32) for x in pair] for pair in pairs]
-    for number, ((k, v), (dk, dv)) in enumerate(zip(pairs, dkv, strict=True)):
-        backward_kernel("triton")(
-            q, k, v, spans, table, backward, dk, dv, softmax_scale=0.1, first=number == 0
-        )  # fmt: skip
+    for turn, (k, v), (dk, dv) in zip(turns, pairs, dkv, strict=True):
+        backward_kernel("triton")(q, k, v, spans, table, backward, dk, dv, softmax_scale=0.1, turn=turn)
     wants = torch.autograd.grad((out * leaves[0].detach()).sum(), leaves)
     gots = [dq[-seeing:], torch.cat([dk for dk, _ in dkv]), torch.cat([dv for _, dv in dkv])]
     for name, got, want in zip(GRADIENTS, gots, wants, strict=True):

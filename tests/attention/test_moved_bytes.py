@@ -12,6 +12,7 @@ import torch
 
 import hetu
 from hetu.backends.comm import LocalComm, LocalWorld, set_world
+from hetu.parallel import SPLITS
 from hetu.parallel.builders import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -54,7 +55,7 @@ def world() -> Iterator[CountingWorld]:
 
 @pytest.mark.parametrize("lens", LENS, ids=str)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("split", ["normal", "sym", "stripe"])
+@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", [hetu.bfloat16, hetu.float32, hetu.float64])
 def test_moved_bytes_are_the_plans(world: CountingWorld, lens: list[int], method: str, split: str, dtype: Any) -> None:
     with hetu.graph("define_and_run", device="cpu") as g:

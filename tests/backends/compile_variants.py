@@ -40,9 +40,9 @@ def chosen() -> list[Variant]:
     return [
         *variants([64, 128], [half], extras=False),
         *(Variant(d, half, dropout=p, scores=s) for d in (64, 128) for p, s in [(True, False), (False, True)]),
-        *(Variant(d, half, False, False, True, True, True) for d in (64, 128)),
-        *(Variant(d, single, *flags) for d in (64, 128) for flags in [(True, True), (False, False, True, True, True)]),
-        *(Variant(d, torch.float16, last=d % 16 == 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
+        *(Variant(d, half, True, True, True, True) for d in (64, 128)),
+        *(Variant(d, single, *flags) for d in (64, 128) for flags in [(False,), (True, True, True, True)]),
+        *(Variant(d, torch.float16, runs_on=d % 16 != 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
         Variant(256, half),
         Variant(256, single, dropout=True),
     ]
@@ -51,12 +51,12 @@ def chosen() -> list[Variant]:
 def chosen_backward() -> list[BackwardVariant]:
     """The same for the backward."""
     half, single = torch.bfloat16, torch.float32
-    flags = [(True, False, False), (False, True, False), (False, False, True)]
+    flags = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
     return [
         *(BackwardVariant(d, half, *some) for d in (64, 128) for some in flags),
-        *(BackwardVariant(d, torch.float16, first=d % 16 == 0) for d in (72, 256)),
+        *(BackwardVariant(d, torch.float16, runs_on=d % 16 != 0) for d in (72, 256)),
         BackwardVariant(64, single, dropout=True),
-        BackwardVariant(128, single, first=False),
+        BackwardVariant(128, single, runs_on=True),
         BackwardVariant(256, single),
     ]
 
@@ -82,12 +82,15 @@ def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dic
 def used(
     name: str, variant: Variant | BackwardVariant, source: dict[str, Any], options: dict[str, Any], capability: int
 ) -> dict[str, object]:
-    """Compiles a kernel, and asks cuobjdump what it uses."""
+    """Compiles a kernel, and asks cuobjdump what it uses and which instructions it has."""
     kernel = triton.compile(ASTSource(**source), target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage, code = (
+            subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+            for what in ("-res-usage", "-sass")
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return {
@@ -97,6 +100,8 @@ def used(
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": kernel.metadata.shared,
+        "products": len(re.findall(r"\bHGMMA\b", code)),
+        "starts": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)),
     }
 
 

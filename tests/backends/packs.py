@@ -82,13 +82,13 @@ def by_kernels(pack: Pack, data: Tensors, backend: str, device: str, into: Tenso
     plan = VarlenPlan.build(*pack.cu_seqlens, len(q), pack.is_causal)
     position = np.pad(plan.key_position, (0, pack.tail)) if pack.dropout else None
     options: dict[str, Any] = {"softmax_scale": pack.head_dim**-0.5, "dropout": pack.dropout, "key_position": position}
-    state = new_state(q, plan.spans, len(pack.lens_q), max(pack.lens_q, default=0), single_step=True)
+    state = new_state(q, plan.spans, len(pack.lens_q), max(pack.lens_q, default=0), runs_on=False)
     state.out.fill_(torch.nan)
-    attention_kernel(backend)(q, k, v, plan.spans, plan.table, state, first=True, last=True, **options)
+    attention_kernel(backend)(q, k, v, plan.spans, plan.table, state, **options)
     grads = into or {name: torch.full(pack.shape(name), torch.nan, dtype=q.dtype, device=device) for name in GRADIENTS}
     backward = BackwardState(dout, state.lse, attention_delta(state.out, dout, dlse, plan.spans), grads["dq"])
     backward_kernel(backend)(
-        q, k, v, plan.spans, plan.table, backward, grads["dk"], grads["dv"], first=True, **options
+        q, k, v, plan.spans, plan.table, backward, grads["dk"], grads["dv"], **options
     )  # fmt: skip
     return {"out": state.out, "lse": state.lse} | {name: grads[name] for name in GRADIENTS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from hetu.backends.attention import Attend, AttentionState, Dropout, new_state
 from hetu.backends.dropout import keep_mask
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, take_turns
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,16 @@ class Case:
     slots: int
     slot_rows: int
     columns: int
+
+    @cached_property
+    def turns(self) -> list[Turn | None]:
+        """What each step finds and leaves."""
+        return take_turns(self.spans, [step.table for step in self.steps])
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether results run on between steps."""
+        return any(turn is not None and turn.runs_on for turn in self.turns)
 
 
 def cut(rng: np.random.Generator, positions: range) -> list[range]:
@@ -156,8 +167,7 @@ def run(
 ) -> AttentionState:
     """All steps, into a state that held NaN wherever a kernel must write."""
     columns = case.columns if scores else None
-    single = len(case.steps) == 1
-    state = new_state(q, case.spans, case.slots, case.slot_rows, single_step=single, columns=columns)
+    state = new_state(q, case.spans, case.slots, case.slot_rows, case.runs_on, columns=columns)
     state.out.fill_(torch.nan)
     if state.acc is not None:
         state.acc.fill_(torch.nan)
@@ -165,10 +175,10 @@ def run(
     for slot, row, length in zip(spans.slot, spans.slot_row, spans.length, strict=True):
         if slot >= 0:
             state.lse[slot, :, row : row + length] = torch.nan
-    for number, (step, (k, v)) in enumerate(zip(case.steps, pairs, strict=True)):
+    for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
         attend(
-            q, k, v, spans, step.table, state, softmax_scale=scale, first=number == 0,
-            last=number == len(case.steps) - 1, dropout=dropout, key_position=step.key_position,
+            q, k, v, spans, step.table, state, softmax_scale=scale, turn=turn, dropout=dropout,
+            key_position=step.key_position,
         )  # fmt: skip
     return state
 

@@ -9,9 +9,9 @@ from backends.tables import Case, Step, buffers, dense, random_case, rows_of, ru
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetu.backends.attention import Attend, Dropout, ceil_padded, dropout_key, finish_softmax
+from hetu.backends.attention import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
 from hetu.backends.kernels import attention_kernel
-from hetu.parallel.segments import varlen_tables
+from hetu.parallel.segments import SegmentTable, take_turns, varlen_tables
 
 LENGTHS = [0, 1, 63, 127, 129]
 DROPOUT = Dropout(0.3, dropout_key(11, 2, 0))
@@ -119,7 +119,7 @@ def test_every_step_empty(attend: Attend) -> None:
 
 
 def test_middle_step_leaves_other_spans_alone(attend: Attend) -> None:
-    """A step that is neither first nor last touches only rows that have segments."""
+    """A step touches only rows of spans that it attends for."""
     case = varlen_case([3, 4], [3, 4], 7, is_causal=False)
     q, [(k, v)] = buffers(case, 1, 1, 8, torch.float32, seed=0)
     state = run(attend, Case(case.spans, case.steps * 2, case.seen * 2, 7, 2, 4, 4), q, [(k, v)] * 2, scale=1.0)
@@ -127,9 +127,28 @@ def test_middle_step_leaves_other_spans_alone(attend: Attend) -> None:
     before = state.acc[3:].clone(), state.lse[1].clone()
     table = case.steps[0].table
     first_only = type(table)(table.query[:1], table.k_start[:1], table.k_len[:1], table.diagonal[:1])
-    state.lse[1] = torch.nan
-    attend(q, k, v, case.spans, first_only, state, softmax_scale=1.0, first=False, last=False)
-    assert torch.equal(state.acc[3:], before[0]) and state.lse[1].isnan().all()
+    state.lse[1], state.out[:] = torch.nan, torch.nan
+    _, middle, _ = take_turns(case.spans, [case.steps[0].table, first_only, case.steps[0].table])
+    attend(q, k, v, case.spans, first_only, state, softmax_scale=1.0, turn=middle)
+    assert torch.equal(state.acc[3:], before[0]) and state.lse[1].isnan().all() and state.out.isnan().all()
+
+
+def test_a_span_is_written_by_its_last_step(attend: Attend) -> None:
+    """Whatever follows for others; nothing of it runs on."""
+    case = varlen_case([3, 4], [3, 4], 7, is_causal=False)
+    q, [(k, v)] = buffers(case, 1, 1, 8, torch.float32, seed=0)
+    table = case.steps[0].table
+    second_only = SegmentTable(table.query[1:], table.k_start[1:], table.k_len[1:], table.diagonal[1:])
+    turns = take_turns(case.spans, [table, second_only])
+    state = new_state(q, case.spans, case.slots, case.slot_rows, runs_on=True)
+    assert state.acc is not None
+    state.out.fill_(torch.nan), state.acc.fill_(torch.nan)
+    attend(q, k, v, case.spans, table, state, softmax_scale=1.0, turn=turns[0])
+    done = state.out[:3].clone()
+    torch.testing.assert_close(done.double(), dense(case, q, [(k, v)], scale=1.0).out[:3], rtol=0, atol=2e-5)
+    assert state.out[3:].isnan().all() and not state.acc[3:].isnan().any()
+    attend(q, k, v, case.spans, second_only, state, softmax_scale=1.0, turn=turns[1])
+    assert torch.equal(state.out[:3], done) and not state.out.isnan().any()
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])

@@ -61,12 +61,14 @@ def gradients(
 ) -> list[torch.Tensor]:
     """What the backend computes, step by step, into memory that held NaN: in the dtype of ``state.dq``."""
     state.dq.fill_(torch.nan)
+    if state.acc is not None:
+        state.acc.fill_(torch.nan)
     grads = []
-    for number, (step, (k, v)) in enumerate(zip(case.steps, pairs, strict=True)):
+    for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
         wide = q.new_full((len(k), 2, *k.shape[1:]), torch.nan, dtype=state.dq.dtype)
         backward_kernel(backend)(
             q, k, v, case.spans, step.table, state, wide[:, 0], wide[:, 1],
-            softmax_scale=scale, first=number == 0, dropout=dropout, key_position=step.key_position,
+            softmax_scale=scale, turn=turn, dropout=dropout, key_position=step.key_position,
         )  # fmt: skip
         grads += [wide[:, 0], wide[:, 1]]
     return [state.dq.clone(), *grads]
@@ -104,7 +106,10 @@ def check(
     forward = run(attention_kernel(backend), case, there, there_pairs, scale=scale, dropout=dropout)
     delta = attention_delta(forward.out, dout.to(device), lse_gradient(case, forward.lse, dlse.to(device)), case.spans)
     dq = torch.empty_like(there, dtype=dtype if in_q_dtype else high)
-    state = BackwardState(dout.to(device), forward.lse, delta, dq)
+    acc = None
+    if case.runs_on:
+        acc = dq if dq.dtype == high and seed % 2 else torch.empty_like(there, dtype=high)
+    state = BackwardState(dout.to(device), forward.lse, delta, dq, acc)
     got, again = (gradients(case, backend, there, there_pairs, state, scale, dropout) for _ in range(2))
     for mine, want in zip(got, oracle(case, q, pairs, dout, dlse, scale, dropout), strict=True):
         size = max(1.0, float(want.abs().max())) if want.numel() else 1.0

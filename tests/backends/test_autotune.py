@@ -81,7 +81,7 @@ def test_kinds() -> None:
     heads, half = Heads(8, 2), torch.bfloat16
     plain = Variant(64, half)
     assert autotune.kind_of(plain, heads, 100) == "forward 8:2:64 bfloat16 few keys"
-    step = replace(plain, first=False, more=True)
+    step = replace(plain, runs_on=True, more=True)
     assert autotune.kind_of(step, heads, 100) == autotune.kind_of(plain, heads, 100)
     others = {
         autotune.kind_of(plain, heads, 5000),

@@ -14,7 +14,20 @@ import hetu
 from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
 from hetu.parallel import Layout, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.memory import scratch_rows
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Kind, PipelinePlan, Receive, Runs, Send, Source, Wait
+from hetu.parallel.plan import (
+    Accumulate,
+    Attend,
+    AttnPlan,
+    Kind,
+    PipelinePlan,
+    Receive,
+    Runs,
+    Send,
+    Source,
+    Turn,
+    Wait,
+    turns,
+)
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -26,12 +39,12 @@ class Step:
     """
 
     def __init__(self, part: PipelinePlan, weights: torch.Tensor) -> None:
-        self.part, self.weights, self.firsts = part, weights, 0
+        self.part, self.weights, self.steps = part, weights, 0
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
+    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
         assert buffer.shape == grads.shape and len(buffer) == (item.rows if item.buffer else self.part.rows)
-        assert first == (self.firsts == 0)
-        self.firsts += 1
+        assert turn is list(turns(self.part).values())[self.steps]
+        self.steps += 1
         spans, table, total = self.part.spans, item.table, torch.zeros(grads.shape, dtype=torch.float64)
         named = torch.zeros(len(grads), dtype=torch.bool)
         columns = (table.query, table.k_start, table.k_len, table.diagonal)
@@ -51,9 +64,9 @@ class Step:
 class Rounding(Step):
     """The same divided by odd numbers, so that sums in another order have other bits."""
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
-        super().__call__(item, buffer, grads, first)
-        grads /= 3 + 7 * self.part.pipeline + self.firsts
+    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
+        super().__call__(item, buffer, grads, turn)
+        grads /= 3 + 7 * self.part.pipeline + self.steps
 
 
 def run(
@@ -131,7 +144,7 @@ def run_alone(plan: PipelinePlan, *values: float, dtype: torch.dtype = torch.flo
     """Gradients of a pipeline whose i-th attend computes ``values[i]`` for every row."""
     given, dkv = iter(values), torch.full((2, 2, 1, 2), torch.nan)
 
-    def attend(item: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
+    def attend(item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
         grads.fill_(next(given))
 
     run_lock_step([follow_backward(plan, torch.zeros(2, 2, 1, 2, dtype=dtype), dkv, LocalComm(), attend)])
@@ -167,8 +180,8 @@ def test_scratch_is_freed_once_it_is_sent() -> None:
     alive: list[int] = []
 
     class Counting(Step):
-        def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, first: bool) -> None:
-            super().__call__(item, buffer, grads, first)
+        def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
+            super().__call__(item, buffer, grads, turn)
             frame = coroutines[self.part.pipeline].gi_frame
             alive.append(sum(map(len, frame.f_locals["grads"].scratch.values())))
 

@@ -42,7 +42,9 @@ def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capabilit
     out, err = compilers[capability].communicate()
     assert compilers[capability].returncode == 0, err
     results = [json.loads(line) for line in out.splitlines()]
-    assert len({result["variant"] for result in results}) == len(results) >= 45
+    assert len({result["variant"] for result in results}) == len(results) >= 38
+    serial = [result for result in results if result["starts"] == result["products"] > 1]
+    assert not serial, f"ptxas lets every product on tensor cores wait for the one before: {serial}"
     spilling = [result for result in results if result["stack"] > allowed(result)]
     assert not spilling, f"local memory is used: {spilling}"
     too_big = [result for result in results if result["shared"] > SHARED_MEMORY[capability]]

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetu.backends.triton.work import (
+    CONTINUES,
     KEY_FIELDS,
     KEYS_ONLY,
+    MERGES,
+    QUERIES,
     QUERY_FIELDS,
     VALUES_ONLY,
     Int32Array,
@@ -21,7 +24,7 @@ from hetu.backends.triton.work import (
     key_work,
     query_work,
 )
-from hetu.parallel.segments import QuerySpans, SegmentTable, varlen_tables
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
 
 Record = dict[str, int]
 
@@ -86,13 +89,20 @@ def columns(table: SegmentTable) -> tuple[np.ndarray, ...]:
     return table.query, table.k_start, table.k_len, table.diagonal
 
 
+def middle(spans: QuerySpans, table: SegmentTable) -> Turn:
+    """Of a step between two others of the same table."""
+    turn = take_turns(spans, [table] * 3)[1]
+    assert turn is not None
+    return turn
+
+
 @cases
 def test_programs_compute_every_pair_once(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
     case = random_case(seed, lengths, is_causal=is_causal, num_steps=2, tail=tail)
     spans, table = case.spans, case.steps[0].table
     expected = pairs_of_table(spans, table)
-    for cover in (True, False):
-        assert pairs_of_queries(query_work(spans, table, size, cover)) == expected
+    for turn in (None, middle(spans, table)):
+        assert pairs_of_queries(query_work(spans, table, size, turn)) == expected
     assert pairs_of_keys(key_work(spans, table, size)) == expected
 
 
@@ -100,7 +110,7 @@ def test_programs_compute_every_pair_once(seed: int, lengths: list[int], is_caus
 def test_blocks_of_query_rows(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
     case = random_case(seed, lengths, is_causal=is_causal, num_steps=2, tail=tail)
     spans, table = case.spans, case.steps[0].table
-    items = [item for item, _ in told(query_work(spans, table, size, cover=True), QUERY_FIELDS)]
+    items = [item for item, _ in told(query_work(spans, table, size), QUERY_FIELDS)]
     rows = sorted(item["row"] + i for item in items for i in range(item["rows"]))
     assert rows == list(range(int(spans.length.sum()))), "every row is some program's"
     for item in items:
@@ -111,13 +121,29 @@ def test_blocks_of_query_rows(seed: int, lengths: list[int], is_causal: bool, si
         assert item["position"] == spans.position[span] + offset * spans.step[span]
         assert item["slot"] == spans.slot[span] and item["slot_row"] == spans.slot_row[span] + offset
         assert item["column"] == spans.column[span] and item["role"] == 0
-    working = [item for item, _ in told(query_work(spans, table, size, cover=False), QUERY_FIELDS)]
+    working = [item for item, _ in told(query_work(spans, table, size, middle(spans, table)), QUERY_FIELDS)]
     seeing = {item["row"] for item in working}
     assert all(item["k_len"] > 0 for item in working)
     assert {row for row, _ in pairs_of_table(spans, table)} <= {
         item["row"] + i for item in working for i in range(item["rows"])
     }
     assert seeing <= {item["row"] for item in items}
+
+
+@cases
+def test_roles_of_steps(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
+    """All rows of a span are listed where it begins and where it ends, and programs know which that is."""
+    case = random_case(seed, lengths, is_causal=is_causal, num_steps=3, tail=tail)
+    spans = case.spans
+    begun, ended = np.zeros(case.rows, int), np.zeros(case.rows, int)
+    for step, turn in zip(case.steps, case.turns, strict=True):
+        assert turn is not None
+        for item, _ in told(query_work(spans, step.table, size, turn), QUERY_FIELDS):
+            rows = slice(item["row"], item["row"] + item["rows"])
+            assert item["role"] & 3 == QUERIES
+            assert (begun[rows] == bool(item["role"] & MERGES)).all() and not ended[rows].any()
+            begun[rows], ended[rows] = 1, not item["role"] & CONTINUES
+    assert begun.all() and ended.all()
 
 
 @cases
@@ -140,7 +166,7 @@ def test_blocks_of_keys(seed: int, lengths: list[int], is_causal: bool, size: in
                 assert record[name] == getattr(spans, name)[span], name
 
 
-@pytest.mark.parametrize("make", [lambda *t: query_work(*t, 4, True), lambda *t: key_work(*t, 4)])
+@pytest.mark.parametrize("make", [lambda *t: query_work(*t, 4), lambda *t: key_work(*t, 4)])
 def test_a_document_stays_together_and_long_ones_come_first(make: object) -> None:
     lengths = [5, 40, 0, 17, 40, 8]
     cu_seqlens = np.cumsum([0, *lengths])
@@ -155,7 +181,7 @@ def test_a_document_stays_together_and_long_ones_come_first(make: object) -> Non
 def test_both_kinds_joined() -> None:
     case = random_case(3, [30, 0, 21, 9], is_causal=True, num_steps=1, tail=4)
     spans, table = case.spans, case.steps[0].table
-    keys, queries = key_work(spans, table, 4), query_work(spans, table, 8, cover=True)
+    keys, queries = key_work(spans, table, 4), query_work(spans, table, 8)
     assert len(keys.further) and len(queries.further), "the case shows nothing"
     both = keys.with_roles(KEYS_ONLY, VALUES_ONLY).joined(queries)
     records = both.records()
@@ -176,11 +202,11 @@ def test_both_kinds_joined() -> None:
 
 def test_work_of_nothing() -> None:
     spans, table = varlen_tables(np.array([0]), np.array([0]), 0, True)
-    assert query_work(spans, table, 64, cover=True).records().shape == (0, 16)
+    assert query_work(spans, table, 64).records().shape == (0, 16)
     spans, table = varlen_tables(np.array([0, 0]), np.array([0, 4]), 3, True)
     assert len(key_work(spans, table, 16).items) == 0
-    assert len(key_work(spans, table, 16).joined(query_work(spans, table, 16, cover=True)).items) == 1
-    assert len(query_work(spans, table, 16, cover=False).items) == 0
+    assert len(key_work(spans, table, 16).joined(query_work(spans, table, 16)).items) == 1
+    assert len(query_work(spans, table, 16, middle(spans, table)).items) == 0
 
 
 def test_overlapping_segments_share_blocks_of_keys() -> None:

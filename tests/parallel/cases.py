@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from hetu.parallel import Heads, Layout, groups_of
+from hetu.parallel.pieces import balance_pieces
 
 HEADS = Heads(num_q=2, num_kv=1, head_dim=8, itemsize=4)
 Tokens = list[tuple[int, int]]
@@ -49,6 +50,8 @@ class Case:
             owner = [r for r, length in enumerate(lens) for _ in range(length)]
             documents = [owner[cu[d] : cu[d + 1]] for d in range(len(cu) - 1)]
             return [[document.count(r) for r in range(len(lens))] for document in documents]
+        if self.split == "balanced":  # they are chosen; see test_pieces.py
+            return balance_pieces(cu.astype(np.int64), np.array(lens)).T.tolist()
         totals = [share(total, lens) for total in cu.tolist()]
         return [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
 
@@ -89,7 +92,7 @@ def random_case(rng: np.random.Generator, longest: int = 50, most: int = 9) -> C
     lens = (rng.integers(0, longest + 1, count) * (rng.random(count) < 0.85)).tolist()
     cp_groups = rng.choice([3, 3, 3, 0, 5], count).tolist()
     members = list(groups_of(cp_groups).values())
-    split = str(rng.choice(["normal", "sym", "stripe"]))
+    split = str(rng.choice(["normal", "sym", "stripe", "balanced"]))
     kind = rng.integers(3)
     if kind == 0:
         return Case(lens, cp_groups, split, rng.integers(1, 4, len(members)).tolist(), None)

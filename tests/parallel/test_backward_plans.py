@@ -213,11 +213,11 @@ def test_bytes_and_cost_by_hand() -> None:
     assert (forward.bytes_sent(0), forward.bytes_sent(1), forward.grad_rows_sent(1)) == (4 * 32, 0, 0)
     # q, out, dout, dq in 2 bytes, lse and delta in 4, and dk and dv in 2 bytes.
     row = 4 * 16 * 2 + 2 * 2 * 4 + 32
-    # Both sum up: dq, dk and dv in 4 bytes. Pipeline 0 sends four rows and four gradients land. Pipeline 1 has a buffer
-    # of four rows, computes their gradients aside, and packs them.
-    sums = 16 * 4 + 64
-    assert plan.peak_bytes(0) == (4 + 4) * 32 + 4 * 64 + 4 * (row + sums)
-    assert plan.peak_bytes(1) == (4 + 4) * 32 + (4 + 4) * 64 + 4 * (row + sums)
+    # Both sum up in 4 bytes: pipeline 0 dk and dv, which also come from the other, pipeline 1 dq, of two steps.
+    # Pipeline 0 sends four rows and four gradients land. Pipeline 1 has a buffer of four rows, computes their gradients
+    # aside, and packs them.
+    assert plan.peak_bytes(0) == (4 + 4) * 32 + 4 * 64 + 4 * (row + 64)
+    assert plan.peak_bytes(1) == (4 + 4) * 32 + (4 + 4) * 64 + 4 * (row + 16 * 4)
     # float32 needs no second copy of what is summed up.
     single = build_plan(forward.layout, method="direct", heads=dataclasses.replace(heads, itemsize=4)).backward()
     assert single.peak_bytes(0) == (4 + 4) * 64 + 4 * 64 + 4 * (4 * 16 * 4 + 2 * 2 * 4 + 64)

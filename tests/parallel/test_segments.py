@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from parallel.cases import random_case, random_custom_layout
 
-from hetu.parallel import GroupLayout, Layout, QuerySpans, SegmentTable
-from hetu.parallel.segments import varlen_tables
+from hetu.parallel import SPLITS, GroupLayout, Layout, QuerySpans, SegmentTable
+from hetu.parallel.segments import take_turns, varlen_tables
 from hetu.parallel.tables import extents, see
 
 
@@ -140,7 +140,7 @@ def test_the_general_path_finds_the_tables_of_the_splits() -> None:
 
 
 def test_one_segment_a_span_and_owner_under_every_split() -> None:
-    for split in ("normal", "sym", "stripe"):
+    for split in SPLITS:
         group = Layout.build([9, 4, 7], [0] * 3, split=split, cu_seqlens=[0, 11, 12, 20]).groups[0]
         reach = see(group, slice(0, 3), slice(0, 3), is_causal=True)
         assert len(np.unique(np.stack([reach.pair, reach.query]), axis=1).T) == len(reach.pair)
@@ -155,3 +155,27 @@ def test_unequal_steps_become_stairs() -> None:
     reach = see(layout.groups[0], slice(0, 1), slice(1, 2), is_causal=True)  # sees 0, 2, 4 keys
     assert reach.k_len.sum() == 4 and (reach.query == 0).all()
     check_reach(layout.groups[0], True)
+
+
+def test_turns() -> None:
+    """Each span has a first step that begins, a last one that ends, and those that name it in between."""
+    rng = np.random.default_rng(5)
+    spans, _ = varlen_tables(np.arange(7), np.arange(7), 6, is_causal=False)
+    for steps in range(2, 5):
+        for _ in range(30):
+            named = rng.random((steps, 6)) < rng.random()
+            tables = [SegmentTable(row.nonzero()[0], *np.zeros((3, row.sum()), np.int64)) for row in named]
+            turns = take_turns(spans, tables)
+            for span in range(6):
+                mine = named[:, span].nonzero()[0].tolist() or [0]
+                for number, turn in enumerate(turns):
+                    assert turn is not None and turn.attends[span] == (number in mine)
+                    if turn.attends[span]:
+                        assert (turn.merges[span], turn.continues[span]) == (number != mine[0], number != mine[-1])
+                    assert turn.covers[span] == (number in (mine[0], mine[-1]))
+            assert any(turn is not None and turn.runs_on for turn in turns) == (named.sum(0) > 1).any()
+
+
+def test_a_single_step_has_no_turn() -> None:
+    spans, table = varlen_tables(np.arange(7), np.arange(7), 6, is_causal=False)
+    assert take_turns(spans, [table]) == [None] and take_turns(spans, []) == []

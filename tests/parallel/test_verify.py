@@ -11,7 +11,7 @@ from parallel.cases import HEADS
 from parallel.plans import find, refused, with_instructions
 
 import hetu
-from hetu.parallel import Layout, build_plan
+from hetu.parallel import SPLITS, Layout, build_plan
 from hetu.parallel.plan import Attend, AttnPlan, Receive, Runs, Send, Source, Wait
 from hetu.parallel.segments import SegmentTable
 
@@ -24,7 +24,7 @@ def good(method: str = "direct", split: str = "sym", count: int = 3, is_causal: 
 
 def test_good_plans_pass() -> None:
     for method in ("ring", "direct", "all_gather"):
-        for split in ("normal", "sym", "stripe"):
+        for split in SPLITS:
             for is_causal in (True, False):
                 good(method, split, is_causal=is_causal).verify()
 

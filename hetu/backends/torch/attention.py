@@ -11,7 +11,7 @@ import torch
 from hetu.backends.attention import AttentionState, compute_dtype, with_positive_scale
 from hetu.backends.dropout import Dropout, keep_mask
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
@@ -30,8 +30,7 @@ def attend(
     state: AttentionState,
     *,
     softmax_scale: float,
-    first: bool,
-    last: bool,
+    turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
 ) -> None:
@@ -42,7 +41,7 @@ def attend(
     dtype = compute_dtype(q.dtype)
     q, softmax_scale = with_positive_scale(q, softmax_scale)
     acc = state.acc
-    if acc is None:  # a single step: build it up in the output itself if its type allows
+    if acc is None:  # nothing runs on: build it up in the output itself if its type allows
         acc = state.out if q.dtype == dtype else torch.empty_like(state.out, dtype=dtype)
     # Everything below is (H_kv, group, T, D): keys stand beside the query heads that share them, as views with
     # stride 0, and nothing is repeated in memory.
@@ -63,14 +62,15 @@ def attend(
     bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
     places = zip(spans.start.tolist(), spans.length.tolist(), spans.slot.tolist(), spans.slot_row.tolist(), strict=True)
     for span, (start, length, slot, slot_row) in enumerate(places):
+        if turn is not None and not turn.attends[span]:
+            continue
         own_segments = segments[bounds[span] : bounds[span + 1]]
-        if own_segments or first:
-            rows = slice(start, start + length)
-            own_lse = lse[slot, :, :, slot_row : slot_row + length] if slot >= 0 else None
-            own_parts = (parts(span, queries[:, :, rows], *segment) for segment in own_segments)
-            _fold(chain.from_iterable(own_parts), out[:, :, rows], own_lse, first)
-    if last and acc is not state.out:
-        state.out.copy_(acc)
+        rows = slice(start, start + length)
+        own_lse = lse[slot, :, :, slot_row : slot_row + length] if slot >= 0 else None
+        own_parts = (parts(span, queries[:, :, rows], *segment) for segment in own_segments)
+        _fold(chain.from_iterable(own_parts), out[:, :, rows], own_lse, turn is None or not turn.merges[span])
+        if acc is not state.out and (turn is None or not turn.continues[span]):
+            state.out[rows] = acc[rows]
 
 
 def _fold(parts: Iterable[Part], out: torch.Tensor, lse: torch.Tensor | None, empty: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from hetu.backends.attention import BackwardState, compute_dtype
 from hetu.backends.dropout import Dropout, keep_mask
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 """Queries and keys of a block: what a core's cache holds, and what keeps a GPU busy."""
@@ -31,7 +31,7 @@ def attend_backward(
     dv: torch.Tensor,
     *,
     softmax_scale: float,
-    first: bool,
+    turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
 ) -> None:
@@ -44,7 +44,7 @@ def attend_backward(
     # that one matrix product a key head serves them all and adds their gradients up.
     keys, values = (x.to(dtype).transpose(0, 1) for x in (k, v))
     sums = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (keys, values)]
-    dq = torch.zeros(q.shape, dtype=dtype, device=q.device) if first or state.dq.dtype != dtype else state.dq
+    dq = torch.zeros(q.shape, dtype=dtype, device=q.device)
     size_q, size_k = GPU_BLOCK if q.is_cuda else CPU_BLOCK
     for block in _blocks(spans, table, size_q):
         rows, own_keys = block.rows, block.keys
@@ -67,8 +67,7 @@ def attend_backward(
             sums[0][:, part].baddbmm_(ds.mT, own_q)
             own_dq.baddbmm_(ds, keys[:, part])
         dq[rows] += block.by_row(own_dq * softmax_scale, group)
-    if dq is not state.dq:
-        state.dq.copy_(dq if first else dq + state.dq)
+    state.add_queries(dq, spans, turn)
     dk.copy_(sums[0].transpose(0, 1))
     dv.copy_(sums[1].transpose(0, 1))
 

@@ -17,8 +17,14 @@ import triton
 import triton.language as tl
 
 from hetu.backends.triton.tiles import (
+    CONTINUES,
+    KEYS,
+    KEYS_ONLY,
     LOG2E,
+    MERGES,
+    QUERIES,
     RECORD_WIDTH,
+    VALUES_ONLY,
     add_dot,
     dot,
     dropout_keeps,
@@ -27,12 +33,6 @@ from hetu.backends.triton.tiles import (
     store_rows,
     tile_offsets,
 )
-
-# Roles of programs, in their records: gradients of queries; of keys and values; of keys; of values.
-_QUERIES = tl.constexpr(0)
-_KEYS = tl.constexpr(1)
-_KEYS_ONLY = tl.constexpr(2)
-_VALUES_ONLY = tl.constexpr(3)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def fold_queries(
         # Rows past the end have an infinite log-sum-exp, and so probabilities of 0.
         lse_row = tl.load(lse, mask=live, other=float("inf")) * LOG2E
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
-        if ROLE != _VALUES_ONLY:
+        if ROLE != VALUES_ONLY:
             delta_row = tl.load(delta, mask=live, other=0.0)
             dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
         p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
@@ -80,11 +80,11 @@ def fold_queries(
                 key_low, key_high, threshold, document, head[None, :], queries[None, :], key_positions[:, None]
             )
             kept = tl.where(keeps, p * keep_scale, 0.0)
-            if ROLE != _VALUES_ONLY:
+            if ROLE != VALUES_ONLY:
                 dp = tl.where(keeps, dp * keep_scale, 0.0)
-        if ROLE != _KEYS_ONLY:
+        if ROLE != KEYS_ONLY:
             dv = add_dot(kept, dout_tile, dv, 1.0, PRECISION)
-        if ROLE != _VALUES_ONLY:
+        if ROLE != VALUES_ONLY:
             dk = add_dot(p * (dp - delta_row[None, :]), q_tile, dk, 1.0, PRECISION)
         q += TOKENS * STRIDE_QT
         dout += TOKENS * STRIDE_DT
@@ -115,7 +115,7 @@ def key_gradients(
     k_offsets = tile_offsets(j, zero, STRIDE_KT, 0, BLOCK_D)
     k_tile = load_rows(k + k_row * STRIDE_KT + far_head * STRIDE_KH, k_offsets, live, HEAD_DIM, BLOCK_D)
     v_tile = k_tile
-    if ROLE != _VALUES_ONLY:
+    if ROLE != VALUES_ONLY:
         v_offsets = tile_offsets(j, zero, STRIDE_VT, 0, BLOCK_D)
         v_tile = load_rows(v + k_row * STRIDE_VT + far_head * STRIDE_VH, v_offsets, live, HEAD_DIM, BLOCK_D)
     key_positions = j
@@ -159,10 +159,10 @@ def key_gradients(
             )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
-    if ROLE != _VALUES_ONLY:
+    if ROLE != VALUES_ONLY:
         offsets = tile_offsets(j, zero, STRIDE_DKT, 0, BLOCK_D)
         store_rows(dk + k_row * STRIDE_DKT + far_head * STRIDE_DKH, offsets, dk_tile * scale, live, HEAD_DIM, BLOCK_D)
-    if ROLE != _KEYS_ONLY:
+    if ROLE != KEYS_ONLY:
         offsets = tile_offsets(j, zero, STRIDE_DVT, 0, BLOCK_D)
         store_rows(dv + k_row * STRIDE_DVT + far_head * STRIDE_DVH, offsets, dv_tile, live, HEAD_DIM, BLOCK_D)
 
@@ -208,16 +208,16 @@ def fold_keys(
 
 @triton.jit
 def query_gradients(
-    q, k, v, dout, lse, delta, dq, key_position, records, record, set,
+    q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
-    STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr,
+    STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    FIRST: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of query rows, added to ``dq`` unless FIRST; arguments as of the kernel."""
+    """Gradients of a block of query rows; arguments as of the kernel."""
     first_head = set * PACK
     far_head = first_head.to(tl.int64)
     row = tl.load(record).to(tl.int64)
@@ -242,7 +242,13 @@ def query_gradients(
     dout_tile = load_rows(dout + row * STRIDE_DT + far_head * STRIDE_DH, d_offsets, live, HEAD_DIM, BLOCK_D)
     k_head = k + (far_head // GROUP) * STRIDE_KH
     v_head = v + (far_head // GROUP) * STRIDE_VH
-    dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if RUNS_ON:
+        dq_state += row * STRIDE_DST + far_head * STRIDE_DSH
+        state_offsets = tile_offsets(token, member, STRIDE_DST, STRIDE_DSH, BLOCK_D)
+        merged = tl.where((role & MERGES) != 0, rows, 0)
+        dq_tile = load_rows(dq_state, state_offsets, token < merged, HEAD_DIM, BLOCK_D)
+    else:
+        dq_tile = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     more_begin = 0
     more_end = 0
     if MORE:
@@ -263,26 +269,29 @@ def query_gradients(
             k_start = tl.load(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
-    dq_tile *= scale
     dq += row * STRIDE_DQT + far_head * STRIDE_DQH
     dq_offsets = tile_offsets(token, member, STRIDE_DQT, STRIDE_DQH, BLOCK_D)
-    if not FIRST:
-        dq_tile += load_rows(dq, dq_offsets, live, HEAD_DIM, BLOCK_D)
-    store_rows(dq, dq_offsets, dq_tile, live, HEAD_DIM, BLOCK_D)
+    ends = live
+    if RUNS_ON:
+        state_offsets = tile_offsets(token, member, STRIDE_DST, STRIDE_DSH, BLOCK_D)
+        ending = tl.where((role & CONTINUES) != 0, 0, rows)
+        store_rows(dq_state, state_offsets, dq_tile, token < rows - ending, HEAD_DIM, BLOCK_D)
+        ends = token < ending
+    store_rows(dq, dq_offsets, dq_tile * scale, ends, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
 def backward_kernel(
-    q, k, v, dout, lse, delta, dq, dk, dv, key_position, records,
+    q, k, v, dout, lse, delta, dq, dq_state, dk, dv, key_position, records,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
-    STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr,
-    STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
+    STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
+    STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, FIRST: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
 
@@ -292,7 +301,9 @@ def backward_kernel(
         q, k, v, dout: ``(T, heads, HEAD_DIM)`` by their strides over rows and heads.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         delta: float32 ``(T_q, HEADS)``, contiguous.
-        dq: As q, by its strides; added to unless FIRST.
+        dq: As q, by its strides.
+        dq_state: float32, likewise: running results, not yet scaled, of rows whose records merge or continue. None
+            without RUNS_ON.
         dk, dv: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by their strides; rows that records name are written.
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
         records: int32 rows of RECORD fields, as of work.py.
@@ -304,24 +315,24 @@ def backward_kernel(
     record = records + (tl.program_id(0) // SETS) * RECORD_WIDTH
     set = tl.program_id(0) % SETS
     role = tl.load(record + 15)
-    KEY_ROLE: tl.constexpr = _KEYS_ONLY if SPLIT else _KEYS
-    if role == _QUERIES:
+    KEY_ROLE: tl.constexpr = KEYS_ONLY if SPLIT else KEYS
+    if (role & 3) == QUERIES:
         query_gradients(
-            q, k, v, dout, lse, delta, dq, key_position, records, record, set,
+            q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
             stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
             STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-            STRIDE_DQT, STRIDE_DQH, HEADS, GROUP, PACK, HEAD_DIM,
-            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, FIRST, MORE, DROPOUT, PRECISION,
+            STRIDE_DQT, STRIDE_DQH, STRIDE_DST, STRIDE_DSH, HEADS, GROUP, PACK, HEAD_DIM,
+            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, RUNS_ON, MORE, DROPOUT, PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
-        if role == _VALUES_ONLY:
+        if role == VALUES_ONLY:
             if SPLIT:
                 key_gradients(
                     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
                     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                     STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                    KEY_M, KEY_N, BLOCK_D, KEY_STAGES, _VALUES_ONLY, MORE, DROPOUT, PRECISION,
+                    KEY_M, KEY_N, BLOCK_D, KEY_STAGES, VALUES_ONLY, MORE, DROPOUT, PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(

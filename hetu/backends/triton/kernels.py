@@ -22,8 +22,10 @@ import triton
 import triton.language as tl
 
 from hetu.backends.triton.tiles import (
+    CONTINUES,
     LN2,
     LOG2E,
+    MERGES,
     RECORD_WIDTH,
     add_dot,
     dot,
@@ -96,7 +98,7 @@ def forward_kernel(
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_OT: tl.constexpr, STRIDE_OH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, MORE: tl.constexpr,
+    RUNS_ON: tl.constexpr, MORE: tl.constexpr,
     DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
@@ -106,7 +108,9 @@ def forward_kernel(
 
     Args:
         q, k, v: ``(T, heads, HEAD_DIM)`` by their strides over rows and heads.
-        out: ``(T_q, HEADS, HEAD_DIM)``; written if LAST. ``acc_state``, float32 and contiguous, has its shape.
+        out: ``(T_q, HEADS, HEAD_DIM)``.
+        acc_state: float32 and contiguous, of its shape: running results of rows whose records merge or continue. None
+            without RUNS_ON.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         scores: float32 ``(slots, HEADS, rows, columns)``, or None without SCORES.
         key_position: int32 ``(T_k,)``, or None without DROPOUT and SCORES.
@@ -139,16 +143,22 @@ def forward_kernel(
     has_lse = token < tl.where(slot >= 0, rows, 0)
     acc_base = acc_state
     acc_offsets = tile_offsets(token, member, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    if not (FIRST and LAST):
+    ends = live
+    continues = live
+    if RUNS_ON:
+        role = tl.load(record + 15)
+        merged = tl.where((role & MERGES) != 0, rows, 0)
+        ending = tl.where((role & CONTINUES) != 0, 0, rows)
+        ends = token < ending
+        continues = token < rows - ending
         acc_base += (row * HEADS + far_head) * HEAD_DIM
-    if FIRST:
+        acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
+        row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
+        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+    else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    else:
-        acc = load_rows(acc_base, acc_offsets, live, HEAD_DIM, BLOCK_D)
-        row_max = tl.load(lse_rows, mask=has_lse, other=float("-inf")) * LOG2E
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh
@@ -183,8 +193,7 @@ def forward_kernel(
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc / row_sum[:, None]
     tl.store(lse_rows, tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=has_lse)
-    if LAST:
-        o_offsets = tile_offsets(token, member, STRIDE_OT, STRIDE_OH, BLOCK_D)
-        store_rows(out + row * STRIDE_OT + far_head * STRIDE_OH, o_offsets, acc, live, HEAD_DIM, BLOCK_D)
-    else:
-        store_rows(acc_base, acc_offsets, acc, live, HEAD_DIM, BLOCK_D)
+    o_offsets = tile_offsets(token, member, STRIDE_OT, STRIDE_OH, BLOCK_D)
+    store_rows(out + row * STRIDE_OT + far_head * STRIDE_OH, o_offsets, acc, ends, HEAD_DIM, BLOCK_D)
+    if RUNS_ON:
+        store_rows(acc_base, acc_offsets, acc, continues, HEAD_DIM, BLOCK_D)

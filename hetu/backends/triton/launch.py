@@ -26,7 +26,7 @@ from hetu.backends.triton.variants import (
     tile,
 )
 from hetu.backends.triton.work import query_work
-from hetu.parallel.segments import QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 
 def attend(
@@ -38,8 +38,7 @@ def attend(
     state: AttentionState,
     *,
     softmax_scale: float,
-    first: bool,
-    last: bool,
+    turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
 ) -> None:
@@ -47,15 +46,16 @@ def attend(
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    call = (q.device, q.dtype, *q.shape[1:], k.shape[1], first, last, dropout is not None, state.scores is not None)
+    call = (q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, state.scores is not None)
     q, softmax_scale = with_positive_scale(q, softmax_scale)
 
     def run(launch: _Launch) -> None:
         _run(launch, q, k, v, table, state, softmax_scale, dropout, key_position)
 
-    launch = table.memo.get(call)
+    memo = table.memo if turn is None else turn.memo
+    launch = memo.get(call)
     if launch is None:
-        launch = table.memo[call] = _prepared(run, spans, table, *call)
+        launch = memo[call] = _prepared(run, spans, table, turn, *call)
     run(launch)
 
 
@@ -100,7 +100,7 @@ def _run(
                 v,
                 state.out,
                 state.lse,
-                None if variant.first and variant.last else state.acc,
+                state.acc if variant.runs_on else None,
                 state.scores,
                 key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
                 launch.records,
@@ -114,22 +114,22 @@ def _prepared(
     run: Callable[[_Launch], None],
     spans: QuerySpans,
     table: SegmentTable,
+    turn: Turn | None,
     device: torch.device,
     dtype: torch.dtype,
     num_q: int,
     head_dim: int,
     num_kv: int,
-    first: bool,
-    last: bool,
     dropout: bool,
     scores: bool,
 ) -> _Launch:
     """Chooses the tile, and puts the work list on the device."""
-    heads, variant = Heads(num_q, num_kv), Variant(head_dim, dtype, first, last, False, dropout, scores)
+    heads, runs_on = Heads(num_q, num_kv), turn is not None and turn.runs_on
+    variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
     keys = keys_per_row(spans, table)
 
     def made(shape: Tile) -> _Launch:
-        work = query_work(spans, table, shape.block_m // heads.pack, cover=first or last)
+        work = query_work(spans, table, shape.block_m // heads.pack, turn)
         own = replace(variant, more=work.has_more)
         programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, shape, device))
         return _Launch(copied_to(work.records(), device), programs, own, heads, shape, key)
@@ -140,8 +140,8 @@ def _prepared(
 
     shape = tile(variant, capability(device), keys)
     if autotune.is_wanted(device):
-        kind, repeats = autotune.kind_of(variant, heads, keys), first and last
-        shape = autotune.tuned(kind, shape, autotune.forward_candidates(shape), trial if repeats else None, device)
+        kind = autotune.kind_of(variant, heads, keys)
+        shape = autotune.tuned(kind, shape, autotune.forward_candidates(shape), None if runs_on else trial, device)
     return made(shape)
 
 

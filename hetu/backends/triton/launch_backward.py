@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,7 +19,7 @@ from hetu.backends.triton.launcher import Constants, Launcher, on_device
 from hetu.backends.triton.variants import INTERPRETER, Heads, block_columns, named_strides, row_strides
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
 from hetu.backends.triton.work import KEYS_ONLY, VALUES_ONLY, WorkList, key_work, query_work
-from hetu.parallel.segments import QuerySpans, SegmentTable
+from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 
 def attend_backward(
@@ -33,7 +33,7 @@ def attend_backward(
     dv: torch.Tensor,
     *,
     softmax_scale: float,
-    first: bool,
+    turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
 ) -> None:
@@ -43,18 +43,19 @@ def attend_backward(
     """
     if softmax_scale <= 0:
         _with_other_scale(
-            q, k, v, spans, table, state, dk, dv, softmax_scale, first=first, dropout=dropout, key_position=key_position
+            q, k, v, spans, table, state, dk, dv, softmax_scale, turn=turn, dropout=dropout, key_position=key_position
         )
         return
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
-    call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], first, dropout is not None, grads)
+    call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, grads)
 
     def run(launch: _Launch) -> None:
         _run(launch, q, k, v, table, state, dk, dv, softmax_scale, dropout, key_position)
 
-    launch = table.memo.get(call)
+    memo = table.memo if turn is None else turn.memo
+    launch = memo.get(call)
     if launch is None:
-        launch = table.memo[call] = _prepared(run, spans, table, *call[1:])
+        launch = memo[call] = _prepared(run, spans, table, turn, *call[1:])
     if named_rows(table) < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
@@ -92,7 +93,8 @@ def _run(
 ) -> None:
     if launch.programs == 0:
         return
-    strides = tuple(map(row_strides, (q, k, v, state.dout, state.dq, dk, dv)))
+    acc = state.acc if launch.variant.runs_on else None
+    strides = tuple(map(row_strides, (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)))
     with on_device(q.device):
         _backward(
             (launch.key, strides),
@@ -105,6 +107,7 @@ def _run(
                 state.lse,
                 state.delta,
                 state.dq,
+                acc,
                 dk,
                 dv,
                 key_position_on(key_position, table, q.device) if dropout else None,
@@ -119,22 +122,23 @@ def _prepared(
     run: Callable[[_Launch], None],
     spans: QuerySpans,
     table: SegmentTable,
+    turn: Turn | None,
     device: torch.device,
     dtype: torch.dtype,
     num_q: int,
     head_dim: int,
     num_kv: int,
-    first: bool,
     dropout: bool,
     grads: tuple[torch.dtype, ...],
 ) -> _Launch:
     """Chooses the tiles, and puts the work list on the device."""
-    heads, variant = Heads(num_q, num_kv), BackwardVariant(head_dim, dtype, first, False, dropout)
+    heads, runs_on = Heads(num_q, num_kv), turn is not None and turn.runs_on
+    variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
     keys = keys_per_row(spans, table)
 
     def made(tiles: BackwardTiles) -> _Launch:
-        work = backward_work(spans, table, tiles, heads, first)
-        own = replace(variant, more=work.has_more)
+        work = backward_work(spans, table, tiles, heads, turn)
+        own = variant.of_work(work.has_more)
         programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, tiles, device, grads))
         return _Launch(copied_to(work.records(), device), programs, own, heads, tiles, key)
 
@@ -145,12 +149,12 @@ def _prepared(
     tiles = backward_tile(variant, capability(device), keys)
     if autotune.is_wanted(device):
         kind, candidates = autotune.kind_of(variant, heads, keys), autotune.backward_candidates(tiles)
-        tiles = autotune.tuned(kind, tiles, candidates, trial if first else None, device)
+        tiles = autotune.tuned(kind, tiles, candidates, None if runs_on else trial, device)
     return made(tiles)
 
 
 def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:
-    named = named_strides(("Q", "K", "V", "D", "DQ", "DK", "DV"), strides)
+    named = named_strides(("Q", "K", "V", "D", "DQ", "DS", "DK", "DV"), strides)
     return launch.variant.constants(launch.heads, launch.tiles, named), backward_options(launch.tiles)
 
 
@@ -165,7 +169,7 @@ def _with_other_scale(
     dv: torch.Tensor,
     softmax_scale: float,
     *,
-    first: bool,
+    turn: Turn | None,
     dropout: Dropout | None,
     key_position: np.ndarray | None,
 ) -> None:
@@ -174,18 +178,20 @@ def _with_other_scale(
     own = BackwardState(state.dout, state.lse, state.delta, torch.empty_like(q, dtype=torch.float32))
     attend_backward(
         moved, k, v, spans, table, own, dk, dv,
-        softmax_scale=positive, first=True, dropout=dropout, key_position=key_position,
+        softmax_scale=positive, dropout=dropout, key_position=key_position,
     )  # fmt: skip
     own.dq *= -1.0 if softmax_scale < 0 else 0.0
-    state.dq.copy_(own.dq if first else state.dq + own.dq)
+    state.add_queries(own.dq, spans, turn)
 
 
-def backward_work(spans: QuerySpans, table: SegmentTable, tiles: BackwardTiles, heads: Heads, first: bool) -> WorkList:
+def backward_work(
+    spans: QuerySpans, table: SegmentTable, tiles: BackwardTiles, heads: Heads, turn: Turn | None
+) -> WorkList:
     """The programs of a backward: of each document those for keys, which are longer, then those for queries."""
     keys = key_work(spans, table, tiles.keys.block_n)
     if tiles.is_split:
         keys = keys.with_roles(KEYS_ONLY, VALUES_ONLY)
-    return keys.joined(query_work(spans, table, tiles.queries.block_m // heads.pack, cover=first))
+    return keys.joined(query_work(spans, table, tiles.queries.block_m // heads.pack, turn))
 
 
 def named_rows(table: SegmentTable) -> int:

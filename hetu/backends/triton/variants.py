@@ -75,8 +75,7 @@ class Variant:
     Attributes:
         head_dim: 8 to 256, a multiple of 8.
         dtype: Of q, k, v and out.
-        first: Whether the step has nothing to merge with.
-        last: Whether the step writes out in ``dtype``.
+        runs_on: Whether there are running results, of earlier steps or for later ones.
         more: Whether a block of rows sees several segments.
         dropout: Whether entries are dropped.
         scores: Whether scores are written.
@@ -84,8 +83,7 @@ class Variant:
 
     head_dim: int
     dtype: torch.dtype
-    first: bool = True
-    last: bool = True
+    runs_on: bool = False
     more: bool = False
     dropout: bool = False
     scores: bool = False
@@ -106,8 +104,7 @@ class Variant:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
-            "FIRST": self.first,
-            "LAST": self.last,
+            "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
             "SCORES": self.scores,
@@ -122,7 +119,7 @@ class Variant:
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "out"), element)
         types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
-        types |= {} if self.first and self.last else {"acc_state": "*fp32"}
+        types |= {"acc_state": "*fp32"} if self.runs_on else {}
         types |= {"scores": "*fp32"} if self.scores else {}
         types |= {"key_position": "*i32"} if self.scores or self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
@@ -163,7 +160,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-OPTIONAL = ("acc_state", "scores", "key_position")
+OPTIONAL = ("acc_state", "dq_state", "scores", "key_position")
 """Arguments of kernels that are None in some variants."""
 
 
@@ -257,7 +254,7 @@ def variants(
         extras: Whether to give those with dropout and scores too.
     """
     flags = (False, True) if extras else (False,)
-    for head_dim, dtype, first, last, more, dropout, scores in product(
-        head_dims, dtypes, (False, True), (False, True), (False, True), flags, flags
+    for head_dim, dtype, runs_on, more, dropout, scores in product(
+        head_dims, dtypes, (False, True), (False, True), flags, flags
     ):
-        yield Variant(head_dim, dtype, first, last, more, dropout, scores)
+        yield Variant(head_dim, dtype, runs_on, more, dropout, scores)

@@ -45,19 +45,27 @@ class BackwardVariant:
     Attributes:
         head_dim: 8 to 256, a multiple of 8.
         dtype: Of q, k, v and dout.
-        first: Whether the gradient of q holds nothing yet.
+        runs_on: Whether there are running gradients of queries, of earlier steps or for later ones.
         more: Whether a block of rows sees several segments, or a block of keys is seen through several.
         dropout: Whether entries are dropped.
     """
 
     head_dim: int
     dtype: torch.dtype
-    first: bool = True
+    runs_on: bool = False
     more: bool = False
     dropout: bool = False
 
+    def of_work(self, has_more: bool) -> BackwardVariant:
+        """The variant that computes a work list.
+
+        With dropout a step of several always takes the one for several segments: of the other, Triton 3.9 makes code in
+        which each product on tensor cores waits for the one before, a third slower.
+        """
+        return replace(self, more=has_more or (self.runs_on and self.dropout))
+
     def constants(self, heads: Heads, tiles: BackwardTiles, strides: dict[str, int]) -> dict[str, Any]:
-        """The kernel's compile-time arguments. ``strides``: those of q, k, v, dout, dq, dk and dv."""
+        """The kernel's compile-time arguments. ``strides``: those of q, k, v, dout, dq, dq_state, dk and dv."""
         return {
             **strides,
             "HEADS": heads.num_q,
@@ -72,7 +80,7 @@ class BackwardVariant:
             "QUERY_N": tiles.queries.block_n,
             "QUERY_STAGES": tiles.queries.num_stages,
             "SPLIT": tiles.is_split,
-            "FIRST": self.first,
+            "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
             "PRECISION": tiles.keys.precision,
@@ -81,12 +89,16 @@ class BackwardVariant:
     def source(self, heads: Heads, tiles: BackwardTiles) -> dict[str, Any]:
         """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU."""
         element = "*" + DTYPES[self.dtype]
-        types: dict[str, str] = dict.fromkeys(("q", "k", "v", "dout"), element)
-        types |= dict.fromkeys(("lse", "delta", "dq", "dk", "dv"), "*fp32")
+        types: dict[str, str] = dict.fromkeys(("q", "k", "v", "dout", "dq"), element)
+        types |= dict.fromkeys(
+            ("dk", "dv"), "*fp32" if self.runs_on else element
+        )  # of several steps they are summed up
+        types |= dict.fromkeys(("lse", "delta"), "*fp32")
         types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"dq_state": "*fp32"} if self.runs_on else {}
         types |= {"key_position": "*i32"} if self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
-        strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "D": q, "DQ": q, "DK": kv, "DV": kv})
+        strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "D": q, "DQ": q, "DS": q, "DK": kv, "DV": kv})
         return source(backward_kernel, types, self.constants(heads, tiles, strides))
 
 
@@ -148,5 +160,7 @@ def backward_variants(
 ) -> Iterator[BackwardVariant]:
     """Every variant of the backward that a run may ask for."""
     flags = (False, True)
-    for head_dim, dtype, first, more, dropout in product(head_dims, dtypes, flags, flags, flags):
-        yield BackwardVariant(head_dim, dtype, first, more, dropout)
+    for head_dim, dtype, runs_on, more, dropout in product(head_dims, dtypes, flags, flags, flags):
+        variant = BackwardVariant(head_dim, dtype, runs_on, dropout=dropout).of_work(more)
+        if variant.more == more:
+            yield variant

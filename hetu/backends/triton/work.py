@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn
 
 Int32Array = NDArray[np.int32]
 
@@ -41,7 +41,12 @@ the place of the block's first row among the segment's keys (negative where the 
 its diagonal."""
 
 QUERIES, KEYS, KEYS_ONLY, VALUES_ONLY = 0, 1, 2, 3
-"""Roles of a backward's programs: gradients of queries; of keys and values; of keys alone; of values alone."""
+"""Roles of programs: for queries (in the forward all are); in the backward also for gradients of keys and values; of
+keys alone; of values alone."""
+
+MERGES, CONTINUES = 4, 8
+"""Added to the role of a program for queries: whether there is a running result to add to, and whether what it computes
+is one; see :class:`hetu.parallel.segments.Turn`."""
 
 _MORE = slice(QUERY_FIELDS.index("more_begin"), QUERY_FIELDS.index("more_end") + 1)
 _ROLE = QUERY_FIELDS.index("role")
@@ -92,19 +97,19 @@ class WorkList:
         return WorkList(np.concatenate([self.items, moved])[order], further, documents[order])
 
 
-def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, cover: bool) -> WorkList:
+def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None = None) -> WorkList:
     """Cuts query spans into blocks of rows.
 
     Args:
         spans: The query rows.
         table: What they see.
         tokens: Rows of a block.
-        cover: Whether to list blocks that see nothing too, so that every row is written.
+        turn: Of the step, if it is one of several; blocks that see nothing are listed where it covers all rows.
 
     Example:
         >>> from hetu.parallel.segments import varlen_tables
         >>> cu_seqlens = np.array([0, 5, 12])
-        >>> work = query_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), tokens=4, cover=True)
+        >>> work = query_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), tokens=4)
         >>> [dict(zip(("row", "rows"), record[:2].tolist())) for record in work.items]
         [{'row': 9, 'rows': 3}, {'row': 5, 'rows': 4}, {'row': 4, 'rows': 1}, {'row': 0, 'rows': 4}]
     """
@@ -118,9 +123,13 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, cover: bool)
     last_row = np.minimum(offset + tokens, spans.length[span]) - 1
     sees = last_row[item] + table.diagonal[segment] >= 0
     item, segment = item[sees], segment[sees]
-    if not cover:
-        kept, item = np.unique(item, return_inverse=True)
-        span, offset = span[kept], offset[kept]
+    role: Any = QUERIES
+    if turn is not None:
+        is_kept = turn.covers[span]
+        is_kept[item] = True
+        item = (is_kept.cumsum() - 1)[item]
+        span, offset = span[is_kept], offset[is_kept]
+        role = QUERIES + MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
     head = {
         "row": spans.start[span] + offset,
         "rows": np.minimum(spans.length[span] - offset, tokens),
@@ -130,7 +139,7 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, cover: bool)
         "slot": spans.slot[span],
         "slot_row": spans.slot_row[span] + offset,
         "column": spans.column[span],
-        "role": QUERIES,
+        "role": role,
     }
     tail = {
         "k_start": table.k_start[segment],
