@@ -203,7 +203,7 @@ def read_array(tensor: Tensor, value: Any) -> Any:
             raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
         return value
     literal = not isinstance(value, np.ndarray)
-    array = np.asarray(value)
+    array = value if not literal else _literal(tensor, value)
     if array.dtype.name == tensor.dtype.name:
         return array
     kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
@@ -216,6 +216,19 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     if tensor.dtype.kind == "int" and not np.array_equal(converted, array):
         raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but values that don't fit were fed")
     return converted
+
+
+def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
+    """A list or a number as an array; tensors in a list might be anything, and shards have a type of their own."""
+    try:
+        if not (isinstance(value, (list, tuple)) and any(is_torch(item) for item in value)):
+            return np.asarray(value)
+        why = "it holds tensors"
+    except ValueError as failure:
+        why = str(failure).partition(".")[0]
+    what = f"{tensor.name} was fed a {type(value).__name__} that is no array: {why}"
+    fix = "feed one array, or hetu.Shards([...]) with one a pipeline"
+    raise BindingError(what, op="run", where=caller(), fix=fix)
 
 
 def _wrong_dtype(tensor: Tensor, what: str) -> DTypeError:

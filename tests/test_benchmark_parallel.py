@@ -98,7 +98,7 @@ def test_rows_are_whole(ran: Ran) -> None:
 def planned(row: Measured) -> tuple[list[int], float]:
     """Bytes that each pipeline sends, and the load, by plans that are built here."""
     cu_seqlens, (num_q, num_kv, head_dim) = np.cumsum([0, *row.documents]), row.shape
-    layout = Layout.build(row.seq_lens, [0, 0], split="sym", cu_seqlens=cu_seqlens)
+    layout = Layout.build(row.seq_lens, [0, 0], split=row.split, cu_seqlens=cu_seqlens)
     heads = Heads(num_q=num_q, num_kv=num_kv, head_dim=head_dim, itemsize=4)
     plan = build_plan(layout, method=row.peer.removeprefix("hetu "), heads=heads)
     plans = [plan, plan.backward()] if row.direction == BOTH else [plan]

@@ -6,9 +6,11 @@ import dataclasses
 import random
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import hetu
 from hetu.graph import Graph, Node, OpDef, find_op, register, registry
@@ -386,3 +388,13 @@ def test_random_graphs(seed: int) -> None:
 def _placeholders(tensor: hetu.Tensor) -> list[hetu.Tensor]:
     nodes: list[Node] = live_nodes([tensor])
     return [node.outputs[0] for node in nodes if node.definition.name == "placeholder"]
+
+
+@pytest.mark.parametrize("value", [[[1.0, 2.0], [3.0]], [torch.ones(2), torch.ones(3)], (torch.ones(2), torch.ones(2))])
+def test_a_list_that_is_no_array_is_refused(value: Any) -> None:
+    """One array a pipeline has a type of its own."""
+    with hetu.graph("define_and_run") as g:
+        x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("n")], name="x")
+        y = x * 2
+    with pytest.raises(hetu.BindingError, match=r"(?s)x was fed a \w+ that is no array.*hetu\.Shards"):
+        g.run(y, {x: value})
