@@ -31,7 +31,7 @@ from hetu.backends.triton.variants import (
     whole_strides,
 )
 from hetu.backends.triton.work import query_work
-from hetu.parallel.segments import varlen_tables
+from hetu.parallel.segments import SegmentTable, varlen_tables
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
@@ -109,11 +109,23 @@ def test_lengths_choose_among_few_tiles() -> None:
             assert len({backward_tile(each, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
 
 
+def test_keys_of_the_rows_that_a_step_attends_for() -> None:
+    """Not of all: the tile would be one for short documents wherever few rows see anything in a step."""
+    cu_seqlens = np.array([0, 10, 200])
+    spans, table = varlen_tables(cu_seqlens, cu_seqlens, 200, is_causal=False)
+    assert launch.keys_per_row(spans, table) == (10 * 10 + 190 * 190) / 200
+    first = SegmentTable(table.query[:1], table.k_start[:1], table.k_len[:1], table.diagonal[:1])
+    assert launch.keys_per_row(spans, first) == 10
+    assert launch.keys_per_row(spans, SegmentTable(*np.empty((4, 0), np.int64))) == 0
+
+
 def test_tiles_that_were_tuned() -> None:
     assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 32, 4, 4)
     assert tile(Variant(64, torch.bfloat16), 90, 2000) == Tile(128, 64, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 4, 3)
     assert tile(Variant(128, torch.float16), 90, 20_000) == Tile(128, 128, 8, 3)
+    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 200) == Tile(128, 32, 4, 3)
+    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(128, 64, 8, 3)
     assert tile(Variant(256, torch.bfloat16), 90) == Tile(128, 64, 8, 2)
     assert backward_tile(BackwardVariant(256, torch.bfloat16), 90).is_split
 

@@ -159,9 +159,11 @@ def interned(key: Hashable) -> int:
 
 
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
-    """Keys that a row sees on average, over the rows of q."""
+    """Keys that a row sees on average, over the rows of spans that see any: a step may attend for few of them."""
     if "keys_per_row" not in table.memo:
-        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length.sum()), 1)
+        sees = np.zeros(len(spans), bool)
+        sees[table.query] = True
+        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length[sees].sum()), 1)
     keys: float = table.memo["keys_per_row"]
     return keys
 
