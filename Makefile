@@ -40,7 +40,8 @@ format: $(VENV)/.dev  ## rewrites the code as ruff wants it
 bench: $(VENV)/.demo  ## the host's part of a run, a training step against plain torch, attention on one GPU and on two
 	$(BIN)/python benchmarks/host.py
 	$(BIN)/python benchmarks/training.py
-	if command -v nvidia-smi >/dev/null; then $(BIN)/python benchmarks/attention.py; fi
+	if command -v nvidia-smi >/dev/null; then \
+		$(BIN)/python benchmarks/attention.py && $(BIN)/python benchmarks/parallel_work.py; fi
 	if [ "$$(nvidia-smi --list-gpus 2>/dev/null | wc -l)" -ge 2 ]; then \
 		$(BIN)/torchrun --nproc-per-node 2 benchmarks/parallel.py; fi
 

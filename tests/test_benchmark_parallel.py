@@ -27,6 +27,7 @@ import attention_cases  # noqa: E402
 import parallel_cases  # noqa: E402
 import parallel_peers  # noqa: E402
 import parallel_report  # noqa: E402
+import parallel_work  # noqa: E402
 import tables  # noqa: E402
 import timing  # noqa: E402
 from attention_cases import Inputs, document_lengths, reference  # noqa: E402
@@ -340,3 +341,31 @@ def test_it_says_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs CUDA devices; --tiny"):
         parallel.main([])
+
+
+# all pipelines on one device
+
+
+def test_work_of_all_pipelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every case and method is measured, right, and put into the table."""
+    parallel_work.main(["--tiny", "--methods", "direct", "ulysses", "--out", str(tmp_path)])
+    run = parallel_work.Run.read(tmp_path / "parallel_work_cpu.json")
+    cases = [("one", "sym"), ("mix", "sym"), ("mix", "balanced")]
+    expected = {(*case, d, m) for case in cases for d in DIRECTIONS for m in ("whole", "direct", "ulysses")}
+    assert {(row.lengths, row.split, row.direction, row.method) for row in run.rows} == expected
+    for row in run.rows:
+        assert row.load >= 1 and row.bound == row.work / row.load
+        assert (row.method == "whole") == (not any(row.sent)) and len(row.sent) == 1 + (row.method != "whole")
+    assert capsys.readouterr().out.count("| forward+backward, mix, `balanced`, `direct` | **") == 1
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Spread("4:2:16", 60, "one", True, "1:1", "sym")
+    plain = parallel_work.Pipelines.error
+
+    def error(self: Any, direction: str, right: Any) -> float:
+        return plain(self, direction, right) + (len(self.attention.rows) > 1)
+
+    monkeypatch.setattr(parallel_work.Pipelines, "error", error)
+    with pytest.raises(AssertionError, match="direct"):
+        list(parallel_work.measure(case, ["direct"], 3, "cpu", torch.float32))

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -75,6 +74,7 @@ class PipelinePlan:
         landing: Rows of each buffer in which gradients of own rows land that others computed; only in the backward.
         heads: If it attends for some heads only, but for all tokens of its group: which, maybe none. Then buffer 1 has
             a row a token, document after document; ``spans`` are these rows.
+        memo: What was found out of the others, see :func:`batches` and :func:`turns`; not part of the value.
     """
 
     pipeline: int
@@ -84,6 +84,7 @@ class PipelinePlan:
     instructions: tuple[Instruction, ...]
     landing: tuple[int, ...] = ()
     heads: HeadRange | None = None
+    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def attends(self) -> int:
@@ -143,12 +144,18 @@ class PipelinePlan:
         return {number: tuple(kind for kind in last if last[kind] == number) for number in set(last.values())}
 
 
-@lru_cache(maxsize=1024)
 def batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
     """Sends that are started together: by the number of the first of the transfers that follow each other.
 
     All of them are packed before any is started, see :mod:`hetu.parallel.verify_follow`.
     """
+    if "batches" not in part.memo:
+        part.memo["batches"] = _find_batches(part)
+    known: dict[int, tuple[Send, ...]] = part.memo["batches"]
+    return known
+
+
+def _find_batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
     found: dict[int, tuple[Send, ...]] = {}
     first: int | None = None
     for number, item in enumerate(part.instructions):
@@ -161,17 +168,17 @@ def batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
     return found
 
 
-@lru_cache(maxsize=1024)
 def turns(part: PipelinePlan) -> dict[int, Turn | None]:
     """What each ``Attend`` of a part finds and leaves, by its number among the instructions.
 
     Where heads are exchanged for tokens, each attend is the only one of its heads.
     """
-    steps = [(number, item.table) for number, item in enumerate(part.instructions) if isinstance(item, Attend)]
-    if part.heads is not None:
-        return {number: None for number, _ in steps}
-    taken = take_turns(part.spans, [table for _, table in steps])
-    return {number: turn for (number, _), turn in zip(steps, taken, strict=True)}
+    if "turns" not in part.memo:
+        steps = {number: item.table for number, item in enumerate(part.instructions) if isinstance(item, Attend)}
+        taken = take_turns(part.spans, list(steps.values())) if part.heads is None else [None] * len(steps)
+        part.memo["turns"] = dict(zip(steps, taken, strict=True))
+    known: dict[int, Turn | None] = part.memo["turns"]
+    return known
 
 
 def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:

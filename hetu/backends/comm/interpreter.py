@@ -211,8 +211,8 @@ def indices(runs: Runs, device: torch.device) -> torch.Tensor:
     """The rows' numbers on the device, copied there once a plan."""
     if device not in runs.memo:
         part = runs.as_slice
-        rows = (
-            None if part is None else torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
-        )
-        runs.memo[device] = copied_to(runs.indices().astype(np.int32), device) if rows is None else rows
+        if part is None:
+            runs.memo[device] = copied_to(runs.indices().astype(np.int32), device)
+        else:
+            runs.memo[device] = torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
     return runs.memo[device]
