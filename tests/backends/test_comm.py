@@ -165,6 +165,12 @@ def test_attending_to_the_own_shard_again_adds() -> None:
     assert torch.equal(run_alone(alone(OWN, FOREIGN, OWN), 5.0, 7.0, 2.0), torch.full((2, 2, 1, 2), 7.0))
 
 
+def test_gradients_that_come_in_several_parts_are_summed_up() -> None:
+    added = Accumulate(0, 0, Runs(np.array([1]), np.array([1])))
+    assert alone(OWN, FOREIGN, OWN).sums_gradients and alone(OWN, added).sums_gradients
+    assert not alone(OWN, FOREIGN).sums_gradients and not alone(FOREIGN).sums_gradients
+
+
 def test_what_was_added_before_the_own_shard_is_attended_to_is_kept() -> None:
     plan = alone(FOREIGN, Accumulate(0, 0, Runs(np.array([1]), np.array([1]))), OWN)
     with pytest.MonkeyPatch.context() as patch:

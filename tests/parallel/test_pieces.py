@@ -35,6 +35,13 @@ def test_nobody_has_more_to_do_than_if_documents_were_dealt(lengths: list[int], 
     assert work(pieces).max() <= max(dealt, (1 + 2 * SLACK) * mean) * (1 + 1e-9)
 
 
+def test_documents_are_dealt_where_choosing_is_no_better() -> None:
+    """A pipeline has no room for what it would have to do, and who has room is left with too much."""
+    seq_lens = [15, 3, 16]
+    dealt = deal_pieces(np.array([0, 7, 34]), np.array(seq_lens))
+    assert (balanced([7, 27], seq_lens) == dealt).all() and work(dealt).max() > (1 + 2 * SLACK) * work(dealt).mean()
+
+
 def test_short_documents_stay_whole_and_long_ones_are_cut() -> None:
     """Lengths as documents have them: two pipelines of 3:2 of the tokens do as much, and few documents are cut."""
     rng = np.random.default_rng(1)
