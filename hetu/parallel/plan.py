@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -60,6 +60,9 @@ __all__ = [
 ]
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PipelinePlan:
     """One pipeline's part of a plan.
@@ -74,7 +77,7 @@ class PipelinePlan:
         landing: Rows of each buffer in which gradients of own rows land that others computed; only in the backward.
         heads: If it attends for some heads only, but for all tokens of its group: which, maybe none. Then buffer 1 has
             a row a token, document after document; ``spans`` are these rows.
-        memo: What was found out of the others, see :func:`batches` and :func:`turns`; not part of the value.
+        memo: What was found out of the others, see :meth:`known`; not part of the value.
     """
 
     pipeline: int
@@ -107,13 +110,23 @@ class PipelinePlan:
 
         Of a forward these are outputs; of a backward gradients of queries.
         """
-        return any(turn is not None and turn.runs_on for turn in turns(self).values())
+        return self.known("runs_on", lambda: any(turn is not None and turn.runs_on for turn in turns(self).values()))
+
+    def known(self, name: str, find: Callable[[], Found]) -> Found:
+        """What ``find`` gives, found once: runs ask for it each time."""
+        if name not in self.memo:
+            self.memo[name] = find()
+        found: Found = self.memo[name]
+        return found
 
     def last_reads(self) -> set[int]:
         """After which instructions, by number, nobody needs the gradients of their buffer any more: they may be freed.
 
         These are the last ``Send`` of what an ``Attend`` computed, and every ``Attend`` whose gradients none sends.
         """
+        return self.known("last_reads", self._find_last_reads)
+
+    def _find_last_reads(self) -> set[int]:
         last: set[int] = set()
         is_read_later: set[int] = set()
         for number in reversed(range(len(self.instructions))):
@@ -149,10 +162,7 @@ def batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
 
     All of them are packed before any is started, see :mod:`hetu.parallel.verify_follow`.
     """
-    if "batches" not in part.memo:
-        part.memo["batches"] = _find_batches(part)
-    known: dict[int, tuple[Send, ...]] = part.memo["batches"]
-    return known
+    return part.known("batches", lambda: _find_batches(part))
 
 
 def _find_batches(part: PipelinePlan) -> dict[int, tuple[Send, ...]]:
@@ -173,12 +183,13 @@ def turns(part: PipelinePlan) -> dict[int, Turn | None]:
 
     Where heads are exchanged for tokens, each attend is the only one of its heads.
     """
-    if "turns" not in part.memo:
-        steps = {number: item.table for number, item in enumerate(part.instructions) if isinstance(item, Attend)}
-        taken = take_turns(part.spans, list(steps.values())) if part.heads is None else [None] * len(steps)
-        part.memo["turns"] = dict(zip(steps, taken, strict=True))
-    known: dict[int, Turn | None] = part.memo["turns"]
-    return known
+    return part.known("turns", lambda: _find_turns(part))
+
+
+def _find_turns(part: PipelinePlan) -> dict[int, Turn | None]:
+    steps = {number: item.table for number, item in enumerate(part.instructions) if isinstance(item, Attend)}
+    taken = take_turns(part.spans, list(steps.values())) if part.heads is None else [None] * len(steps)
+    return dict(zip(steps, taken, strict=True))
 
 
 def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:
