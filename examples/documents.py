@@ -81,7 +81,7 @@ with hetu.graph("define_and_run", num_strategy=len(STRATEGIES)) as g:
         packing=True,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
-        split="sym",
+        split="balanced",
     )
 
 
