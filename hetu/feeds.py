@@ -68,7 +68,12 @@ def _name_of(torch_dtype: Any) -> str:
 
 def host_array(value: Any) -> NDArray[Any]:
     """The values on the host; copies from a device if they lie on one."""
-    return value.detach().cpu().numpy() if is_torch(value) else np.asarray(value)
+    if not is_torch(value):
+        return np.asarray(value)
+    if value.requires_grad or not value.is_cpu:
+        value = value.detach().cpu()
+    array: NDArray[Any] = value.numpy()
+    return array
 
 
 def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> FeedSet:
@@ -88,17 +93,25 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
     values = [feed_dict[tensor] for tensor in tensors]
     sharded = [len(value) for value in values if isinstance(value, Shards)]
     count = declared or max(sharded, default=1)
-    if count == 1 and not sharded:  # the common case, at half the cost
-        arrays: tuple[dict[Tensor, Any], ...] = ({tensor: read_array(tensor, feed_dict[tensor]) for tensor in tensors},)
+    if count == 1 and not sharded:
+        arrays: tuple[dict[Tensor, Any], ...] = (dict(zip(tensors, map(read_array, tensors, values), strict=True)),)
     else:
         spread = [_spread(tensor, value, count) for tensor, value in zip(tensors, values, strict=True)]
         arrays = tuple(dict(zip(tensors, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
-    shapes = tuple(tuple(tuple(array.shape) for array in row.values()) for row in arrays)
+    shapes = tuple([tuple([array.shape for array in row.values()]) for row in arrays])
     return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
 
 
 def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
     """The placeholders that are fed and looked at, none of those missing that must be fed."""
+    keys = tuple(feed_dict)
+    found: tuple[Tensor, ...] | None = subgraph.memo.get(keys)
+    if found is None:
+        found = subgraph.memo[keys] = _find_fed(subgraph, feed_dict)
+    return found
+
+
+def _find_fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
     check_keys(feed_dict)
     missing = [tensor for tensor in subgraph.feeds if tensor not in feed_dict]
     if missing:
@@ -108,8 +121,6 @@ def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
             where=missing[0].op.where,
             fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
         )
-    if not subgraph.witnesses:
-        return subgraph.feeds
     return subgraph.feeds + tuple(tensor for tensor in subgraph.witnesses if tensor in feed_dict)
 
 
@@ -165,6 +176,8 @@ def host_values(subgraph: Subgraph, arrays: Mapping[Tensor, Any]) -> dict[Tensor
 
 def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[bytes]:
     """Contents of what planning reads; an array that several pipelines share is read once."""
+    if len(arrays) == 1:
+        return [host_array(arrays[0][tensor]).tobytes() for tensor in subgraph.host_feeds]
     seen: dict[int, bytes] = {}
     for tensor in subgraph.host_feeds:
         for row in arrays:

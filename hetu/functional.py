@@ -89,7 +89,9 @@ def attn_varlen(
         and isinstance(cu_seqlens_k, tensor)
     ):
         _refuse_types(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
+    is_compiling = torch.compiler.is_compiling()
+    may_cast = is_compiling or torch._C._is_any_autocast_enabled()  # asked first, because it takes the least
+    if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _as_autocast(q, dtype), _as_autocast(k, dtype), _as_autocast(v, dtype)
     call = (
@@ -102,7 +104,7 @@ def attn_varlen(
         dropout_p,
         softmax_scale,
     )
-    if torch.compiler.is_compiling() or not _is_plain(q, k, v):
+    if is_compiling or not _is_plain(q, k, v):
         out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)

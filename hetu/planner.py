@@ -164,7 +164,7 @@ class Planner:
     ) -> tuple[Prepared, FeedSet]:
         feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
         binder = self.binders.get(
-            (subgraph.fetches, strategy, feeds.num_pipelines, feeds.tensors, self._version),
+            (subgraph, strategy, feeds.num_pipelines, feeds.tensors),
             lambda: Binder(subgraph, strategy, feeds.num_pipelines, feeds.tensors),
         )
         key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)

@@ -18,39 +18,54 @@ from hetu.state import GraphState, add_gradients, sole_owners
 RUN_LEVELS = ("update", "grad", "compute_only")
 
 
-class Step:
-    """Takes what ``minimize`` gave out of the fetches, and what it needs in.
+class Fetches:
+    """What a run fetches: takes what ``minimize`` gave out of the fetches, and what it needs in.
 
-    The modules that run compute the loss and the gradients; this adds them up over micro-batches, and only once all of
-    them are there are they kept or applied: a run that fails changes nothing.
+    Args:
+        fetches: What the user fetches.
+        run_level: See :meth:`hetu.Graph.run`.
 
     Attributes:
         wanted: What the modules must compute.
+        updates: What ``minimize`` gave.
+        plain: What else is fetched.
     """
 
-    def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str, state: GraphState, world: World) -> None:
+    def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
         if run_level not in RUN_LEVELS:
             names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
             raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
         self.is_single = isinstance(fetches, Tensor)
         self.fetches = [fetches] if isinstance(fetches, Tensor) else list(fetches)
-        self.run_level, self.state, self.world = run_level, state, world
+        self.run_level = run_level
         self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
-        needed = [item for node in self.updates for item in self._needs(node)]
-        self.wanted: Tensor | tuple[Tensor, ...] = (*self.plain, *needed)
+        needed = [item for node in self.updates for item in self.needs(node)]
+        self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
+
+    def needs(self, update: Node) -> tuple[Tensor, ...]:
+        """What an update takes: the loss, and unless nothing is done with them the gradients."""
+        return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
+
+
+class Step:
+    """What one run makes of what the modules computed.
+
+    They compute the loss and the gradients; this adds them up over micro-batches, and only once all of
+    them are there are they kept or applied: a run that fails changes nothing.
+    """
+
+    def __init__(self, fetched: Fetches, state: GraphState, world: World) -> None:
+        self.fetched, self.state, self.world = fetched, state, world
         self.results: list[list[Any]] = []
         self.counts: list[int] = []
-        self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in self.updates}
-        self.grads: dict[Node, list[torch.Tensor] | None] = dict.fromkeys(self.updates)
-
-    def _needs(self, update: Node) -> tuple[Tensor, ...]:
-        return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
+        self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
+        self.grads: dict[Node, list[torch.Tensor] | None] = dict.fromkeys(fetched.updates)
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
-        if self.run_level == "update":
-            for node in self.updates:
+        if self.fetched.run_level == "update":
+            for node in self.fetched.updates:
                 self.state.optimizer(node)
 
     def collect(self, values: Sequence[Sequence[torch.Tensor]], num_pipelines: int, device: torch.device) -> None:
@@ -61,12 +76,12 @@ class Step:
             num_pipelines: Pipelines of its strategy.
             device: Where it ran.
         """
-        count = len(self.plain)
+        count = len(self.fetched.plain)
         self.counts.append(num_pipelines)
         self.results.append([_as_result(shards) for shards in values[:count]])
         kept = [shard for shards in values[:count] for shard in shards]
-        for node in self.updates:
-            loss, *grads = values[count : count + len(self._needs(node))]
+        for node in self.fetched.updates:
+            loss, *grads = values[count : count + len(self.fetched.needs(node))]
             count += 1 + len(grads)
             self.losses[node] += loss
             if grads:
@@ -78,16 +93,15 @@ class Step:
 
     def finish(self, device: torch.device) -> Any:
         """Keeps or applies the gradients; gives what the run returns."""
-        totals: dict[Tensor, torch.Tensor] = {}
-        for node in self.updates:
+        values: dict[Tensor, Any] = {}
+        for node in self.fetched.updates:
             dtype = TORCH_DTYPES[node.tensors[0].dtype]
             loss = torch.stack(self.world.gather(self.losses[node], self.counts, dtype, device)).sum()
-            totals[node.outputs[0]], totals[node.outputs[1]] = loss, self._apply(node, loss)
-        many = len(self.results) > 1
-        columns = list(zip(*self.results, strict=True))
-        found = {item: list(column) if many else column[0] for item, column in zip(self.plain, columns, strict=True)}
-        values = [totals[item] if _is_update(item) else found[item] for item in self.fetches]
-        return values[0] if self.is_single else values
+            values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
+        for item, *column in zip(self.fetched.plain, *self.results, strict=True):
+            values[item] = column if len(column) > 1 else column[0]
+        found = [values[item] for item in self.fetched.fetches]
+        return found[0] if self.fetched.is_single else found
 
     def _apply(self, update: Node, loss: torch.Tensor) -> torch.Tensor:
         """Does what the run level says with the gradients; gives the norm of those that wait or were applied."""
@@ -96,14 +110,14 @@ class Step:
             return torch.tensor(math.nan)
         with torch.no_grad():
             self.state.accumulate(update, grads)
-            if self.run_level == "update":
+            if self.fetched.run_level == "update":
                 return self.state.apply(update, loss).float()
             return torch.nn.utils.get_total_norm(self.state.gradients[update]).float()
 
 
 def _as_result(shards: Sequence[torch.Tensor]) -> Any:
     """What a run gives of a tensor: the value of the one pipeline that runs here, of several, or None of none."""
-    return Shards(shards) if len(shards) > 1 else next(iter(shards), None)
+    return Shards(shards) if len(shards) > 1 else shards[0] if shards else None
 
 
 def _spec(tensor: Tensor) -> Spec:

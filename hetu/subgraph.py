@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from hetu.errors import StrategyError
 from hetu.graph import Graph, Node, Tensor
@@ -11,7 +12,7 @@ from hetu.graph.passes import live_nodes, merge_duplicates
 from hetu.symbols import Constraint, IntSymbol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Subgraph:
     """The live part of a graph.
 
@@ -30,6 +31,7 @@ class Subgraph:
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: by so much a run advances the generator.
         constraints: What must hold.
+        memo: What was found out of the others, so that runs need not find it again; not part of the value.
     """
 
     fetches: tuple[Tensor, ...]
@@ -44,6 +46,7 @@ class Subgraph:
     step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
+    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, graph: Graph, fetches: Sequence[Tensor]) -> Subgraph:
@@ -80,6 +83,13 @@ class Subgraph:
         Raises:
             StrategyError: If two ops say different things.
         """
+        key = "num_pipelines", strategy
+        if key not in self.memo:
+            self.memo[key] = self._count_pipelines(strategy)
+        count: int | None = self.memo[key]
+        return count
+
+    def _count_pipelines(self, strategy: int) -> int | None:
         said = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
         counts = {node: count for node, count in said.items() if count is not None}
         if len(set(counts.values())) > 1:

@@ -262,7 +262,13 @@ def ceil_padded(size: int) -> int:
 
 
 def new_state(
-    q: torch.Tensor, spans: QuerySpans, slots: int, rows: int, runs_on: bool, columns: int | None = None
+    q: torch.Tensor,
+    spans: QuerySpans,
+    slots: int,
+    rows: int,
+    runs_on: bool,
+    columns: int | None = None,
+    fills_lse: bool = True,
 ) -> AttentionState:
     """Allocates the state of an attention.
 
@@ -273,6 +279,7 @@ def new_state(
         rows: Last size of lse; p's third is this, padded.
         runs_on: Whether results run on between steps; see :attr:`hetu.parallel.plan.PipelinePlan.runs_on`.
         columns: Last size of p before padding; None if the softmax is not asked for.
+        fills_lse: Whether lse has to be -inf where no row of q writes it: not where only kernels read it.
     """
     total, heads, head_dim = q.shape
     high = compute_dtype(q.dtype)
@@ -280,7 +287,7 @@ def new_state(
     if columns is not None:
         scores = q.new_full((slots, heads, ceil_padded(rows), ceil_padded(columns)), -torch.inf, dtype=high)
     # Every row writes its lse: only what lies between the sequences has to be filled.
-    has_gaps = _rows_with_lse(spans) < slots * rows
+    has_gaps = fills_lse and _rows_with_lse(spans) < slots * rows
     lse = (slots, heads, rows)
     return AttentionState(
         out=q.new_empty((total, heads, head_dim)),

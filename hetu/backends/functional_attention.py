@@ -22,6 +22,7 @@ from hetu.backends.attention import AttentionState, BackwardState, Dropout, comp
 from hetu.backends.attention_options import with_rows
 from hetu.backends.kernels import attention_kernel, backward_kernel, default_backend, row_dot_kernel
 from hetu.cache import LRU
+from hetu.config import settings
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
 from hetu.ops._attention import FLOATS, cu_seqlens_fault
 from hetu.parallel.varlen import VarlenPlan
@@ -41,27 +42,30 @@ class Lengths:
     longest_k: int
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Attention:
-    """A call that is checked and planned. Not frozen, because making a frozen one takes three times as long.
+    """A call that is checked and planned.
 
     Attributes:
-        plan: Who attends to what.
+        lengths: What its lengths make.
         backend: Whose kernels compute it, in the forward and in the backward.
         softmax_scale: Of the scores.
         dropout: Of the weights.
         key_position: What dropout needs of the keys.
     """
 
-    plan: VarlenPlan
+    lengths: Lengths
     backend: str
     softmax_scale: float
-    dropout: Dropout | None
-    key_position: HostArray | None
+    dropout: Dropout | None = None
+    key_position: HostArray | None = None
 
 
 lengths_seen: LRU[Lengths] = LRU(256)
 """Lengths by the bytes of cu_seqlens."""
+
+calls_seen: LRU[Attention] = LRU(256)
+"""Calls without dropout, by all that they are checked for: seen again, they need no check."""
 
 
 def prepare(
@@ -82,43 +86,62 @@ def prepare(
     Raises:
         HetuError: Whatever :func:`hetu.functional.attn_varlen` refuses.
     """
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-    rows_q, rows_k = q.shape[0], k.shape[0]
-    cu_q = cu_seqlens_q.cpu().numpy()
-    cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else cu_seqlens_k.cpu().numpy()
-    key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, rows_q, rows_k, is_causal)
-    lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
+    is_usual = not dropout_p and type(softmax_scale) in _SCALES
+    if not (is_usual and cu_seqlens_q.dtype in _LENGTH_DTYPES and cu_seqlens_k.dtype in _LENGTH_DTYPES):
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
+    cu_q = _host_values(cu_seqlens_q)
+    cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else _host_values(cu_seqlens_k)
+    shape_q, shape_k = q.shape, k.shape
+    key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, shape_q[:1], shape_k[:1], is_causal)
+
+    def make(dropout: Dropout | None = None) -> Attention:
+        check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
+        lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, shape_q[0], shape_k[0], is_causal))
+        scale = 1 / math.sqrt(shape_q[2]) if softmax_scale is None else softmax_scale
+        return Attention(lengths, _backend(q), scale, dropout, lengths.plan.key_position if dropout else None)
+
+    if is_usual:
+        types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, settings().backend)
+        shapes = (shape_q, shape_k, v.shape, cu_q.shape, cu_k.shape)
+        call = calls_seen.get((key, shapes, types, softmax_scale), make)
+    else:
+        dropout = None
+        if dropout_p and rng_state is not None:
+            seed, offset = rng_state.tolist()
+            dropout = Dropout(dropout_p, dropout_key(seed, offset, 0))
+        call = make(dropout)
     if max_seqlen_q is not None:
-        _check_longest("q", max_seqlen_q, lengths.longest_q, cu_seqlens_q)
+        _check_longest("q", max_seqlen_q, call.lengths.longest_q, cu_seqlens_q)
     if max_seqlen_k is not None:
-        _check_longest("k", max_seqlen_k, lengths.longest_k, cu_seqlens_k)
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(q.shape[2])
-    dropout = key_position = None
-    if dropout_p and rng_state is not None:
-        seed, offset = rng_state.tolist()
-        dropout, key_position = Dropout(dropout_p, dropout_key(seed, offset, 0)), lengths.plan.key_position
-    return Attention(lengths.plan, _backend(q), softmax_scale, dropout, key_position)
+        _check_longest("k", max_seqlen_k, call.lengths.longest_k, cu_seqlens_k)
+    return call
+
+
+_SCALES = {type(None), float, int}
+
+
+def _host_values(cu_seqlens: torch.Tensor) -> HostArray:
+    return cu_seqlens.numpy() if cu_seqlens.is_cpu else cu_seqlens.cpu().numpy()
 
 
 def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, like q, and lse ``(H_q, T_q)``, both contiguous."""
-    rows, heads, head_dim = q.shape
-    out = q.new_empty(rows, heads, head_dim)
-    lse = q.new_empty((heads, rows), dtype=compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
+    rows, heads, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((1, heads, rows), dtype=compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
     with _own_precision(call, q):
         attention_kernel(call.backend)(
             with_rows(q),
             with_rows(k),
             with_rows(v),
-            call.plan.spans,
-            call.plan.table,
-            AttentionState(out, lse[None], None, None),
+            call.lengths.plan.spans,
+            call.lengths.plan.table,
+            AttentionState(out, lse, None, None),
             softmax_scale=call.softmax_scale,
             dropout=call.dropout,
             key_position=call.key_position,
         )
-    return out, lse
+    return out, lse[0]
 
 
 def backward(
@@ -142,8 +165,8 @@ def backward(
             with_rows(q),
             with_rows(k),
             with_rows(v),
-            call.plan.spans,
-            call.plan.table,
+            call.lengths.plan.spans,
+            call.lengths.plan.table,
             BackwardState(dout, lse[None], delta, dq),
             dk,
             dv,

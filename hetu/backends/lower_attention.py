@@ -41,19 +41,20 @@ def hetu_attn_varlen(
     batch: int,
     max_seqlen_q: int,
     columns: int,
+    fills_lse: bool,
     options: Options,
 ) -> tuple[torch.Tensor, ...]:
     """Runs ``attn_varlen`` on one pipeline; gives its output, lse and, if asked for, p."""
-    rank3 = [as_heads(x, options.head_dim) for x in (q, k, v)]
+    rows = as_heads(q, options.head_dim)
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
-    state = new_state(rank3[0], plan.spans, batch, max_seqlen_q, runs_on=False, columns=wanted)
+    state = new_state(rows, plan.spans, batch, max_seqlen_q, False, wanted, fills_lse)
     if options.zero_tensors:
         state.lse.zero_()
     attention_kernel(options.backend)(
-        rank3[0],
-        rank3[1],
-        rank3[2],
+        rows,
+        as_heads(k, options.head_dim),
+        as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
         state,
@@ -61,7 +62,7 @@ def hetu_attn_varlen(
         dropout=dropout,
         key_position=plan.key_position if options.needs_positions else None,
     )
-    outputs = state.out.view(q.shape), state.lse
+    outputs = state.out if q.ndim == 3 else state.out.view(q.shape), state.lse
     return (*outputs, finish_softmax(state, plan.spans, dropout, q.dtype)) if options.return_softmax else outputs
 
 
@@ -80,7 +81,8 @@ def _lower_varlen(backend: str, cx: NodeLowering, q: Any, k: Any, v: Any, *cu_se
     columns = cx.size(p.symbolic_shape[3]) if cx.node.attrs["return_softmax"] else 0
     batch, max_q = cx.size(lse.symbolic_shape[0]), cx.size(lse.symbolic_shape[2])
     options = Options.of(cx.node, backend)
-    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, options)
+    fills_lse = cx.node.attrs["return_softmax"] or cx.is_read(1, but_by="attn_varlen_grad")
+    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, fills_lse, options)
     softmax = cx.item(outputs, 2) if options.return_softmax else cx.call(hetu_no_softmax, q)
     return cx.item(outputs, 0), cx.item(outputs, 1), softmax, cx.call(hetu_rng_state, cx.random())
 

@@ -171,6 +171,7 @@ class _Builder:
 
     device: torch.device
     constants: dict[tuple[Node, torch.device], torch.Tensor]
+    readers: dict[Tensor, set[str]]
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
     graph: fx.Graph = field(default_factory=fx.Graph)
     inputs: dict[Input, fx.Node] = field(default_factory=dict)
@@ -222,6 +223,10 @@ class NodeLowering:
     def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Emits a call."""
         return self.builder.graph.call_function(fn, args, kwargs)
+
+    def is_read(self, index: int, but_by: str = "") -> bool:
+        """Whether output ``index`` of the node is fetched, or read by an op other than ``but_by``."""
+        return bool(self.builder.readers.get(self.node.outputs[index], set()) - {but_by})
 
     def item(self, value: fx.Node, index: int) -> fx.Node:
         """Emits ``value[index]``."""
@@ -299,7 +304,7 @@ def lower(
     Raises:
         LoweringError: If no backend takes a node.
     """
-    builder = _Builder(device, constants)
+    builder = _Builder(device, constants, _readers(nodes, fetches, replaced))
     values: dict[Tensor, list[Any]] = {}
     for node in _with_early_starts(nodes, replaced):
         chosen = find_lowering(node, backend, device)
@@ -317,6 +322,19 @@ def lower(
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
     module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
     return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves))
+
+
+def _readers(
+    nodes: Sequence[Node], fetches: Sequence[Tensor], replaced: Mapping[Tensor, Tensor]
+) -> dict[Tensor, set[str]]:
+    """By tensor, the names of the ops that read it, and ``"run"`` where it is fetched."""
+    readers: dict[Tensor, set[str]] = {}
+    for tensor in fetches:
+        readers.setdefault(replaced.get(tensor, tensor), set()).add("run")
+    for node in nodes:
+        for tensor in node.tensors:
+            readers.setdefault(replaced.get(tensor, tensor), set()).add(node.definition.name)
+    return readers
 
 
 def _with_early_starts(nodes: Sequence[Node], replaced: Mapping[Tensor, Tensor]) -> list[Node]:

@@ -128,6 +128,20 @@ def test_head_dims(backend: str, head_dim: int) -> None:
     check([33, 7], [33, 20], results, arrays, is_causal=True)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_p_alone(backend: str) -> None:
+    """Where nobody fetches lse it is not filled between sequences; p is 0 there all the same."""
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [8, 16])
+        cu = hetu.constant(np.array([0, 5, 8], np.int32))
+        _, lse, p, _ = hetu.attn_varlen(x, x, x, 16, cu, cu, return_softmax=True)
+    data = np.random.default_rng(0).standard_normal((8, 16), np.float32)
+    with hetu.config(backend=backend):
+        alone, (_, beside) = g.run(p, {x: data}), g.run([lse, p], {x: data})
+    assert torch.equal(alone, beside) and (alone[1, :, 3:] == 0).all() and (alone[0, :, :5].sum(-1) > 0.99).all()
+
+
 def test_float64_is_exact_to_twelve_digits() -> None:
     results, arrays = run_varlen([17, 3], [17, 9], dtype=torch.float64, is_causal=True)
     assert results[1].dtype == torch.float64

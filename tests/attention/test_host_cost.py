@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hetu
 import hetu.functional
 from hetu.backends.lowering import FeedInput
+from hetu.backends.triton import launch
 
 HEADS, HEAD_DIM = 2, 16
 
@@ -114,6 +115,37 @@ def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel], devic
         with no_waiting(device) as copies:
             case.run(lengths, feeds)
         assert all(source == "cpu" for source, _ in copies.seen), copies.seen
+
+
+class Calls(TorchDispatchMode):
+    """Notes the ops that torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the output and its log-sum-exps: whatever else stood there would be another launch on a GPU."""
+    monkeypatch.setattr(launch, "_forward", lambda *_: None)
+    rows = hetu.IntSymbol("rows")
+    with hetu.graph("define_and_run", device="cpu") as g:
+        qkv = [hetu.placeholder(hetu.float32, [rows, 2, 16], name=name) for name in "qkv"]
+        cu_seqlens = hetu.placeholder(hetu.int32, [hetu.IntSymbol("docs") + 1])
+        out, lse, *_ = hetu.attn_varlen(*qkv, 16, cu_seqlens, cu_seqlens, is_causal=True)
+    feeds = dict.fromkeys(qkv, torch.ones(8, 2, 16)) | {cu_seqlens: torch.tensor([0, 5, 8], dtype=torch.int32)}
+    for fetches, has_lse in ((out, False), ([out, lse], True)):
+        for _ in range(2):
+            with hetu.config(backend="triton"), Calls() as calls:
+                g.run(fetches, feeds)
+        made = [str(op) for op in calls.seen if op is not torch.ops.aten.detach.default]  # numpy's view of cu_seqlens
+        assert made == ["aten.new_empty.default", "aten.new_full.default" if has_lse else "aten.new_empty.default"], (
+            "lse has gaps, which only who fetches it can see"
+        )
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -46,6 +46,16 @@ BAD: list[tuple[dict[str, Any], type[hetu.HetuError], str]] = [
     ({"q": X[:, :0]}, hetu.ShapeError, "q, k and v have 0, 2 and 2 heads, expected as many"),
     ({"v": KV.to("meta")}, hetu.HetuError, "q, k and v are on cpu, cpu and meta, expected one device"),
     ({"cu_seqlens_q": torch.zeros(4)}, hetu.DTypeError, "cu_seqlens_q is float32, expected int32 or int64"),
+    (
+        {"cu_seqlens_q": cumulative([3, 0, 5])[None]},
+        hetu.ShapeError,
+        "cu_seqlens_q has 2 dimensions [1, 4], expected 1",
+    ),
+    (
+        {"cu_seqlens_q": cumulative([3, 0, 5]).view(torch.float32)},
+        hetu.DTypeError,
+        "cu_seqlens_q is float32, expected int32 or int64",
+    ),
     ({"cu_seqlens_k": cumulative([2, 3])[None]}, hetu.ShapeError, "cu_seqlens_k has 2 dimensions [1, 3], expected 1"),
     ({"cu_seqlens_q": cumulative([])[:0]}, hetu.ShapeError, "cu_seqlens_q is empty, expected at least its first"),
     ({"cu_seqlens_q": cumulative([2])}, hetu.ShapeError, "cu_seqlens_q and cu_seqlens_k have 2 and 4 entries"),
@@ -65,6 +75,14 @@ BAD: list[tuple[dict[str, Any], type[hetu.HetuError], str]] = [
 ]
 
 
+@pytest.fixture(params=[False, True], ids=["first", "after one like it"])
+def is_after_another(request: pytest.FixtureRequest) -> None:
+    """What was checked for one call must not be taken for checked in another."""
+    if request.param:
+        call()
+        call(max_seqlen_q=5)
+
+
 @pytest.fixture
 def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any) -> Callable[..., None]:
@@ -73,7 +91,7 @@ def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(functional_attention, "attention_kernel", computed)
 
 
-@pytest.mark.usefixtures("computes_nothing")
+@pytest.mark.usefixtures("is_after_another", "computes_nothing")
 @pytest.mark.parametrize(("changes", "kind", "message"), BAD, ids=[message for _, _, message in BAD])
 def test_errors(changes: dict[str, Any], kind: type[hetu.HetuError], message: str) -> None:
     with pytest.raises(hetu.HetuError) as caught:

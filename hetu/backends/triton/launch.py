@@ -46,17 +46,16 @@ def attend(
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    call = (q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, state.scores is not None)
-    q, softmax_scale = with_positive_scale(q, softmax_scale)
-
-    def run(launch: _Launch) -> None:
-        _run(launch, q, k, v, table, state, softmax_scale, dropout, key_position)
-
+    _, num_q, head_dim = q.shape
+    call = (q.device, q.dtype, num_q, head_dim, k.shape[1], dropout is not None, state.scores is not None)
+    if softmax_scale <= 0:
+        q, softmax_scale = with_positive_scale(q, softmax_scale)
+    data = (q, k, v, table, state, softmax_scale, dropout, key_position)
     memo = table.memo if turn is None else turn.memo
     launch = memo.get(call)
     if launch is None:
-        launch = memo[call] = _prepared(run, spans, table, turn, *call)
-    run(launch)
+        launch = memo[call] = _prepared(lambda launch: _run(launch, *data), spans, table, turn, *call)
+    _run(launch, *data)
 
 
 _forward = Launcher(forward_kernel)
@@ -88,25 +87,26 @@ def _run(
     if launch.programs == 0:
         return
     variant = launch.variant
-    strides = (row_strides(q), row_strides(k), row_strides(v), row_strides(state.out))
+    out, lse = state.out, state.lse
+    over_slots, over_heads, _ = lse.stride()
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
     with on_device(q.device):
         _forward(
-            (launch.key, strides),
+            (launch.key, q.stride(), k.stride(), v.stride(), out.stride()),
             launch.programs,
             (
                 q,
                 k,
                 v,
-                state.out,
-                state.lse,
+                out,
+                lse,
                 state.acc if variant.runs_on else None,
                 state.scores,
                 key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
                 launch.records,
             ),
-            (*state.lse.stride()[:2], *scores_strides, softmax_scale, *dropout_arguments(dropout)),
-            partial(_constants, launch, strides),
+            (over_slots, over_heads, *scores_strides, softmax_scale, *dropout_arguments(dropout)),
+            partial(_constants, launch, (q, k, v, out)),
         )
 
 
@@ -145,8 +145,8 @@ def _prepared(
     return made(shape)
 
 
-def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:
-    named = named_strides("QKVO", strides)
+def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
+    named = named_strides("QKVO", map(row_strides, tensors))
     return launch.variant.constants(launch.heads, launch.shape, named), compiler_options(launch.shape)
 
 

@@ -94,10 +94,10 @@ def _run(
     if launch.programs == 0:
         return
     acc = state.acc if launch.variant.runs_on else None
-    strides = tuple(map(row_strides, (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)))
+    strided = (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)
     with on_device(q.device):
         _backward(
-            (launch.key, strides),
+            (launch.key, *[x.stride() for x in strided]),
             launch.programs,
             (
                 q,
@@ -114,7 +114,7 @@ def _run(
                 launch.records,
             ),
             (*state.lse.stride()[:2], softmax_scale, *dropout_arguments(dropout)),
-            partial(_constants, launch, strides),
+            partial(_constants, launch, strided),
         )
 
 
@@ -153,8 +153,8 @@ def _prepared(
     return made(tiles)
 
 
-def _constants(launch: _Launch, strides: Sequence[tuple[int, int]]) -> Constants:
-    named = named_strides(("Q", "K", "V", "D", "DQ", "DS", "DK", "DV"), strides)
+def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
+    named = named_strides(("Q", "K", "V", "D", "DQ", "DS", "DK", "DV"), map(row_strides, tensors))
     return launch.variant.constants(launch.heads, launch.tiles, named), backward_options(launch.tiles)
 
 
