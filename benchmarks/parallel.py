@@ -133,14 +133,15 @@ def _noting(call: Call, times: list[float]) -> Call:
     return noting
 
 
-QUEUED = 100.0  # milliseconds of calls that are queued back to back, but 3 to 20 of them
+QUEUED = 100.0  # milliseconds of calls that are queued back to back, but 2 to 20 of them
+LONG = 50.0  # milliseconds of a call, from which on how fast the host is plays no part
 
 
-def queued(timer: JointTimer, repeats: int = 3) -> float:
+def queued(timer: JointTimer) -> float:
     """Milliseconds a call where several are queued back to back."""
-    count = min(max(int(QUEUED / timer.cost), 3), 20)
+    count = min(max(int(QUEUED / timer.cost), 2), 20)
     taken = []
-    for _ in range(repeats):
+    for _ in range(1 if timer.cost > LONG else 3):
         with timer.peer.around():
             timer.ranks.meet()
             time = timer.queue(count)
