@@ -220,14 +220,14 @@ def test_the_slowest_rank_counts() -> None:
     assert parallel.queued(timer) == 6.0
 
 
-@pytest.mark.parametrize(("cost", "count"), [(0.1, 20), (10.0, 10), (1000.0, 3)])
-def test_how_many_are_queued(cost: float, count: int) -> None:
+@pytest.mark.parametrize(("cost", "asked"), [(0.1, [20] * 3), (10.0, [10] * 3), (49.0, [2] * 3), (1000.0, [2])])
+def test_how_many_are_queued(cost: float, asked: list[int]) -> None:
     counts: list[int] = []
     queue: Callable[[int], float] = lambda n: counts.append(n) or 1.0  # noqa: E731
     ranks = SimpleNamespace(meet=lambda: None, exchange=lambda time: [time])
     peer = SimpleNamespace(around=lambda: parallel_peers.Peer.around(None))  # type: ignore[arg-type]
     parallel.queued(SimpleNamespace(cost=cost, peer=peer, ranks=ranks, queue=queue))
-    assert counts == [count] * 3
+    assert counts == asked
 
 
 # results
