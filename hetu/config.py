@@ -30,9 +30,9 @@ class Settings:
     deterministic: bool = False
 
 
-@cache  # every run asks
-def _from_environment(backend: str | None) -> Settings:
-    return _checked(Settings(), {"backend": backend or None})
+@cache
+def _from_environment(backend: Any) -> Settings:
+    return _checked(Settings(), {"backend": (backend and os.environ["HETU_BACKEND"]) or None})
 
 
 def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
@@ -47,10 +47,14 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
 
 _settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=None)
 
+# Every run asks several times, and `os.environ.get` takes 1.4 µs, because it translates names and values each time.
+_BACKEND = os.environ.encodekey("HETU_BACKEND")
+_environment = os.environ._data  # type: ignore[attr-defined]
+
 
 def settings() -> Settings:
     """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``)."""
-    return _settings.get() or _from_environment(os.environ.get("HETU_BACKEND"))
+    return _settings.get() or _from_environment(_environment.get(_BACKEND))
 
 
 class config:  # noqa: N801 - used like a function, as torch.no_grad is

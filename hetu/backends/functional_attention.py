@@ -89,21 +89,19 @@ def prepare(
     is_usual = not dropout_p and type(softmax_scale) in _SCALES
     if not (is_usual and cu_seqlens_q.dtype in _LENGTH_DTYPES and cu_seqlens_k.dtype in _LENGTH_DTYPES):
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-    cu_q = _host_values(cu_seqlens_q)
-    cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else _host_values(cu_seqlens_k)
-    shape_q, shape_k = q.shape, k.shape
-    key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, shape_q[:1], shape_k[:1], is_causal)
+    cu_q = cu_seqlens_q.numpy() if cu_seqlens_q.is_cpu else cu_seqlens_q.cpu().numpy()
+    cu_k = cu_q
+    if cu_seqlens_k is not cu_seqlens_q:
+        cu_k = cu_seqlens_k.numpy() if cu_seqlens_k.is_cpu else cu_seqlens_k.cpu().numpy()
 
     def make(dropout: Dropout | None = None) -> Attention:
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-        lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, shape_q[0], shape_k[0], is_causal))
-        scale = 1 / math.sqrt(shape_q[2]) if softmax_scale is None else softmax_scale
-        return Attention(lengths, _backend(q), scale, dropout, lengths.plan.key_position if dropout else None)
+        return _make(q, k, cu_q, cu_k, is_causal, softmax_scale, dropout)
 
     if is_usual:
+        sizes = (q.shape, k.shape, v.shape, cu_q.shape, cu_k.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype)
         types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, settings().backend)
-        shapes = (shape_q, shape_k, v.shape, cu_q.shape, cu_k.shape)
-        call = calls_seen.get((key, shapes, types, softmax_scale), make)
+        call = calls_seen.get((cu_q.tobytes(), cu_k.tobytes(), sizes, types, is_causal, softmax_scale), make)
     else:
         dropout = None
         if dropout_p and rng_state is not None:
@@ -117,11 +115,24 @@ def prepare(
     return call
 
 
+def _make(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_q: HostArray,
+    cu_k: HostArray,
+    is_causal: bool,
+    softmax_scale: float | None,
+    dropout: Dropout | None,
+) -> Attention:
+    """Plans a call that is checked, or finds the plan of its lengths."""
+    (rows_q, _, head_dim), rows_k = q.shape, k.shape[0]
+    key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, rows_q, rows_k, is_causal)
+    lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    return Attention(lengths, _backend(q), scale, dropout, lengths.plan.key_position if dropout else None)
+
+
 _SCALES = {type(None), float, int}
-
-
-def _host_values(cu_seqlens: torch.Tensor) -> HostArray:
-    return cu_seqlens.numpy() if cu_seqlens.is_cpu else cu_seqlens.cpu().numpy()
 
 
 def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,14 +140,16 @@ def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
     rows, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((1, heads, rows), dtype=compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
+    state = AttentionState(out, lse, None, None)
+    plan = call.lengths.plan
     with _own_precision(call, q):
         attention_kernel(call.backend)(
             with_rows(q),
             with_rows(k),
             with_rows(v),
-            call.lengths.plan.spans,
-            call.lengths.plan.table,
-            AttentionState(out, lse, None, None),
+            plan.spans,
+            plan.table,
+            state,
             softmax_scale=call.softmax_scale,
             dropout=call.dropout,
             key_position=call.key_position,
