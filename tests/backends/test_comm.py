@@ -35,13 +35,15 @@ SEEDS = st.integers(0, 2**32 - 1)
 class Step:
     """In place of the backward of an attention: a row's gradient is the sum over queries that see it of w and w * kv.
 
-    Rows of foreign buffers that no segment names get NaN, so that sending one home is seen.
+    Rows that no segment names get NaN where nobody needs them, so that sending one home is seen.
     """
 
     def __init__(self, part: PipelinePlan, weights: torch.Tensor) -> None:
         self.part, self.weights, self.steps = part, weights, 0
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
+    def __call__(
+        self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool
+    ) -> None:
         assert buffer.shape == grads.shape and len(buffer) == (item.rows if item.buffer else self.part.rows)
         assert turn is list(turns(self.part).values())[self.steps]
         self.steps += 1
@@ -57,16 +59,24 @@ class Step:
             total[keys, 1] += w * buffer[keys, 1]
             named[keys] = True
         if item.buffer:
+            assert keeps
             total[~named] = torch.nan
-        grads.copy_(total)
+        if keeps and not item.buffer:
+            grads[named] = total[named].to(grads.dtype)
+        else:
+            grads.copy_(total)
 
 
 class Rounding(Step):
     """The same divided by odd numbers, so that sums in another order have other bits."""
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
-        super().__call__(item, buffer, grads, turn)
-        grads /= 3 + 7 * self.part.pipeline + self.steps
+    def __call__(
+        self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool
+    ) -> None:
+        kept = grads.clone()
+        super().__call__(item, buffer, grads, turn, keeps)
+        rows = ~torch.isclose(grads, kept, equal_nan=True)
+        grads[rows] /= 3 + 7 * self.part.pipeline + self.steps
 
 
 def run(
