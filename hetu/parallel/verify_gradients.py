@@ -115,7 +115,7 @@ class Gradients:
 
     def _attend_to_own(self, rows: IntArray, number: int) -> None:
         if number in self.aside:
-            self._check_holds(rows, f"attend {number}")
+            self._check_holds(rows, f"attend {number} adds to")
         elif self.has_part[rows].any():
             row = int(rows[self.has_part[rows].argmax()])
             self._refuse(f"attend {number} overwrites what there is of the gradient of own row {row}")
@@ -124,11 +124,11 @@ class Gradients:
     def _check_holds(self, rows: IntArray, what: str) -> None:
         if not self.holds[rows].all():
             row = int(rows[self.holds[rows].argmin()])
-            self._refuse(f"{what} finds nothing written to the gradient of own row {row}")
+            self._refuse(f"{what} the gradient of own row {row}, to which nothing was written")
 
     def check_end(self) -> None:
         """That every own row got a gradient, if only 0."""
-        self._check_holds(np.arange(self.part.rows), "the end")
+        self._check_holds(np.arange(self.part.rows), "the plan leaves")
 
     def send(self, item: Send) -> IntArray:
         """What a send packs."""
@@ -173,7 +173,7 @@ class Gradients:
             there = self.all.tokens.name(int(tokens[i]))
             self._refuse(f"{what} adds to own row {own[i]}, {there}: {self.all.name(int(landed[i]))}")
         self.all.is_added[landed] = True
-        self._check_holds(own, what)
+        self._check_holds(own, f"{what} adds to")
         self.has_part[own] = True
 
     def _refuse(self, what: str) -> NoReturn:
