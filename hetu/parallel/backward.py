@@ -169,11 +169,10 @@ def _hold_back(plan: AttnPlan, returns: list[Return], rounds: Rounds, parts: lis
         held = hold_back(plan, r) if len(waves[r]) < 2 else None
         if held is None:
             continue
-        # Not while the other end of something that it sends is not posted, as for all attends.
-        number = next((n for n in range(last[r] + 1, len(rounds)) if r in rounds[n][1]), len(rounds))
-        if number == len(rounds):
+        # By then it has waited for all keys and values, so that it may compute.
+        if last[r] + 1 == len(rounds):
             rounds.append(([], list(range(len(parts)))))
-        rounds[number][0].append((r, parts[r].hold_back(held)))
+        rounds[last[r] + 1][0].append((r, parts[r].hold_back(held)))
 
 
 # The pipelines

@@ -221,7 +221,8 @@ class AttnPlan:
         """The plan of the gradients of the attention that this plan computes; made once.
 
         Keys and values travel once more, as they do here. Gradients of foreign rows return to their owner, and those
-        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes.
+        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes. A
+        pipeline may attend to its own rows in two parts, the second while the last gradients travel.
 
         Raises:
             PlanError: If this plan is a backward itself, or can't be followed to its end.

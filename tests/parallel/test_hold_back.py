@@ -149,6 +149,16 @@ def test_who_only_sends_or_only_receives() -> None:
     assert not first.runs_on and not second.sums_gradients
 
 
+def test_what_is_held_back_waits_for_gradients_to_be_sent() -> None:
+    """However late: the last pipeline attends to the second one's rows before it attends to the first one's."""
+    pieces = np.array([[4, 4, 0], [0, 0, 4], [0, 4, 4]])
+    layout = Layout.build([8, 4, 8], [0, 0, 0], cu_seqlens=[np.append(np.zeros((3, 1), int), pieces.cumsum(1), 1)])
+    plan = backward(build_plan(layout, method="direct", heads=HEADS))
+    assert holding(plan) == [0, 2]
+    kinds = [type(item) for item in plan.pipelines[0].instructions if not isinstance(item, (Send, Wait))]
+    assert kinds == [Attend, Receive, Attend, Accumulate]
+
+
 def test_where_gradients_come_earlier_nobody_holds_back() -> None:
     for count in (3, 5):
         layout = Layout.build([8] * count, [0] * count)
