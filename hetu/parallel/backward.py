@@ -153,9 +153,9 @@ class _Order:
 def _hold_back(plan: AttnPlan, returns: list[Return], rounds: Rounds, parts: list[_Part]) -> None:
     """Lets pipelines hold back a part of their own rows, until the round after all else that they do.
 
-    Only where all that returns to a pipeline is sent in one wave: it is added after what was held back, whose gradients
-    are then written where they belong, and no landing buffer is needed longer than it would be. Others add up what
-    came earlier while they compute, and only the last one's return is not hidden.
+    Only where all that returns to a pipeline is sent in one wave. Then it is added after what was held back, whose
+    gradients are written where they belong, and nothing else has to land meanwhile. Otherwise rows that were added to
+    would have to be computed aside, which is a pass over all of them.
     """
     last = [-1] * len(parts)  # the round in which each pipeline does the last of the forward, or gradients come to it
     for number, (steps, _) in enumerate(rounds):

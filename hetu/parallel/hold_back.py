@@ -65,9 +65,9 @@ def hold_back(plan: AttnPlan, pipeline: int) -> HeldBack | None:
     if not isinstance(item, Attend):
         return None
     flops = 10 * plan.heads.head_dim * plan.heads.num_q * item.table.pairs(part.spans)  # see Cost.flops
-    if flops == 0 or flops < MIN_FLOPS:
+    if flops < MIN_FLOPS:
         return None
-    # What no other step attends for needs no float32 so far, and the memory for it is more than there is to gain.
+    # Where no query is in several steps so far, sums of their gradients in float32 would be memory that is not there yet.
     row = find_cut(item.table, part.spans, part.rows, may_share=part.runs_on)
     if row is None:
         return None

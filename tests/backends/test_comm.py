@@ -207,8 +207,8 @@ def test_attends_to_other_own_rows_write_in_place() -> None:
     # What was added to a row, or computed of it aside, is kept; other rows are written in place all the same.
     assert own_gradients(alone(OWN, own(1, 1), own(0, 1))).aside == {1, 2}
     assert own_gradients(alone(added(0), own(1, 1), own(0, 1))) == OwnGradients(frozenset({2}), has_gaps=True)
-    every_other = Accumulate(0, 0, Runs(np.array([0]), np.array([1]), step=np.array([2])))
-    assert own_gradients(alone(every_other, own(1, 1), own(0, 1))).aside == {2}
+    every_other = Accumulate(0, 0, Runs(np.array([0]), np.array([2]), step=np.array([2])))
+    assert own_gradients(alone(every_other, own(1, 1), own(2, 1))).aside == {2}
 
 
 def test_gradients_that_come_in_several_parts_are_summed_up() -> None:

@@ -115,6 +115,9 @@ def test_fewest_queries_in_both_parts() -> None:
     table = SegmentTable(np.array([0, 1, 1, 2]), k_len.cumsum() - k_len, k_len, k_len - 1)
     assert table.segment_pairs(spans).tolist() == [100, 50, 50, 45]
     assert find_cut(table, spans, 25) == 20
+    # If that has too small a share, there is no place where none is.
+    fewer = dataclasses.replace(spans, length=np.array([10, 10, 4]))
+    assert find_cut(table, fewer, 25) == 15 and find_cut(table, fewer, 25, may_share=False) is None
 
 
 # When
@@ -186,6 +189,20 @@ def test_only_where_it_is_worth_a_launch() -> None:
         layout = Layout.build([8, rows + more], [0, 0])
         assert holding(build_plan(layout, method="direct", heads=LARGE).backward()) == expected
     assert holding(build_plan(Layout.build([8, 8], [0, 0]), method="direct", heads=HEADS).backward()) == []
+
+
+def test_own_rows_that_are_attended_to_otherwise_are_left_alone() -> None:
+    """A plan whose pipelines attend to their own rows in two steps already, or not at all."""
+    plan = build_plan(Layout.build([8, 8], [0, 0], split="sym"), method="direct", heads=HEADS)
+    (at, *_), items = own_attends(plan, 0), list(plan.pipelines[0].instructions)
+    own = items[at]
+    assert isinstance(own, Attend)
+    halves = [dataclasses.replace(own, table=table) for table in split_keys(own.table, 3)]
+    made = backward(with_instructions(plan, 0, [*items[:at], *halves, *items[at + 1 :]]))
+    assert [item for item in attends(made, 0) if not item.buffer] == halves and holding(made) == [0, 1]
+    with holding_back(True):
+        made = with_instructions(plan, 0, [*items[:at], *items[at + 1 :]]).backward()
+    assert own_attends(made, 0) == [] and holding(made) == [1]
 
 
 def test_heads_hold_back_nothing() -> None:
