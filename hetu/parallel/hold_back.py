@@ -67,7 +67,7 @@ def hold_back(plan: AttnPlan, pipeline: int) -> HeldBack | None:
     flops = 10 * plan.heads.head_dim * plan.heads.num_q * item.table.pairs(part.spans)  # see Cost.flops
     if flops < MIN_FLOPS:
         return None
-    # Where no query is in several steps so far, sums of their gradients in float32 would be memory that is not there yet.
+    # Where no query is in several steps so far, float32 sums of their gradients would take memory that is saved so far.
     row = find_cut(item.table, part.spans, part.rows, may_share=part.runs_on)
     if row is None:
         return None
