@@ -214,7 +214,7 @@ def test_heads_hold_back_nothing() -> None:
 
 
 @given(seed=SEEDS, is_causal=st.booleans(), method=st.sampled_from([*KV_METHODS, "broadcast", "any order"]))
-def test_the_same_bytes_sums_and_memory(seed: int, is_causal: bool, method: str) -> None:
+def test_the_same_bytes_and_sums_and_no_more_memory(seed: int, is_causal: bool, method: str) -> None:
     layout = any_layout(seed)
     rng = np.random.default_rng(seed)
     if method == "broadcast":
@@ -231,9 +231,10 @@ def test_the_same_bytes_sums_and_memory(seed: int, is_causal: bool, method: str)
     for r, (mine, other) in enumerate(zip(held.pipelines, plain.pipelines, strict=True)):
         assert travels(mine.instructions) == travels(other.instructions)
         assert sums(mine.instructions) == sums(other.instructions)
-        assert (mine.landing, scratch_rows(mine)) == (other.landing, scratch_rows(other))
+        assert mine.landing == other.landing
         assert (mine.runs_on, mine.sums_gradients) == (other.runs_on, other.sums_gradients)
-        assert held.peak_bytes(r) == plain.peak_bytes(r)
+        # Less if gradients came before the own attend, which then was computed aside: now they are added after it.
+        assert scratch_rows(mine) <= scratch_rows(other) and held.peak_bytes(r) <= plain.peak_bytes(r)
         assert held.pairs(r) == plain.pairs(r)
 
 
