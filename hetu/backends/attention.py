@@ -159,6 +159,7 @@ class AttendBackward(Protocol):
         turn: Turn | None = None,
         dropout: Dropout | None = None,
         key_position: np.ndarray | None = None,
+        keeps: bool = False,
     ) -> None:
         """Gradients of the attention to one buffer.
 
@@ -175,14 +176,15 @@ class AttendBackward(Protocol):
             spans: The rows of q.
             table: Which keys of the buffer they see. May be empty.
             state: ``dq`` and ``acc`` are changed in place.
-            dk: ``(T_k, H_k, D)`` in any strides, the last dim contiguous; float32 or k's dtype. Every row is
-                written, whatever it held: with 0 where no segment names it.
+            dk: ``(T_k, H_k, D)`` in any strides, the last dim contiguous; float32 or k's dtype. Every row that a
+                segment names is written, whatever it held.
             dv: Likewise, for v.
             softmax_scale: Of the scores; any finite number.
             turn: What ``state.acc`` holds of each span, and whether its ``dq`` is written; None if this is the only
                 step.
             dropout: The forward's.
             key_position: ``(T_k,)``, the position in its document of each row of the buffer; for dropout only.
+            keeps: Whether rows of ``dk`` and ``dv`` that no segment names keep what they hold; else they become 0.
         """
         ...
 

@@ -153,7 +153,7 @@ class _PipelineBackward:
         """Follows its part of the plan."""
         return follow_backward(self.plan, self.kv, self.sums, comm, self.attend)
 
-    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
+    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
         backward_kernel(self.options.backend)(
             self.q,
@@ -168,6 +168,7 @@ class _PipelineBackward:
             turn=turn,
             dropout=self.dropout,
             key_position=key_positions(step, self.layout) if self.dropout else None,
+            keeps=keeps,
         )
 
     def gradient(self) -> torch.Tensor:

@@ -18,6 +18,9 @@ most one attend a pipeline, and the rest is put in between:
   the receive of keys and values early, it posts those of gradients that are sent before them first.
 * A sender waits for what it sent when its next gradients are computed.
 
+What the last attends computed would travel while nobody computes. So a pipeline may hold back a part of its own rows,
+see :mod:`hetu.parallel.hold_back`, and attend to it while the last gradients travel that it sends or that come to it.
+
 Why this can't deadlock, even if all that computes waits for the transfers under way (see
 :mod:`hetu.parallel.verify_follow`): instructions are appended to the pipelines in one common order, in which a wait
 stands after both ends of its transfer are posted, and so does whatever a pipeline computes after it posted an end. So
@@ -28,12 +31,11 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from itertools import chain, pairwise
+from itertools import chain
 from operator import attrgetter
 
-import numpy as np
-
 from hetu.errors import PlanError
+from hetu.parallel.hold_back import HeldBack, hold_back
 from hetu.parallel.plan import (
     Accumulate,
     Attend,
@@ -42,60 +44,23 @@ from hetu.parallel.plan import (
     Kind,
     PipelinePlan,
     Receive,
-    Runs,
     Send,
     Wait,
     batches,
 )
-from hetu.parallel.segments import IntArray
+from hetu.parallel.returns import Return, Returns, find_returns
 
-
-@dataclass(slots=True, eq=False)
-class _Return:
-    """Gradients that one attend computed of the rows of one owner.
-
-    Attributes:
-        transfer: Its number.
-        source: Who computed them.
-        owner: Whose rows they belong to.
-        distance: From the owner around the group to the source.
-        buffer: The source's buffer of keys and values.
-        runs: Rows of that buffer.
-        home: The same rows in the owner's shard.
-        wave: Which of the attend's it is, nearest owner first.
-        round: When they are computed.
-        before: How many messages of keys and values the source sends to the owner before.
-        landing: The owner's buffer, once its receive is posted.
-    """
-
-    transfer: int
-    source: int
-    owner: int
-    distance: int
-    buffer: int
-    runs: Runs
-    home: Runs
-    wave: int = 0
-    round: int = -1
-    before: int = 0
-    landing: int | None = None
-
-    @property
-    def when(self) -> tuple[int, int]:
-        """In which round and wave they are sent."""
-        return self.round, self.wave
-
-
-Returns = dict[tuple[int, int], list[_Return]]
-"""What attends have to send home, by pipeline and number of the instruction; nearest owner first."""
+Rounds = list[tuple[list[tuple[int, int]], list[int]]]
+"""Each round's instructions as (pipeline, number), at most one attend a pipeline; and who may compute after them."""
 
 
 def build_backward(plan: AttnPlan) -> AttnPlan:
     """See :meth:`hetu.parallel.plan.AttnPlan.backward`."""
-    returns = _find_returns(plan)
+    returns = find_returns(plan)
     rounds = _Order(plan, returns).rounds()
     parts = [_Part(part) for part in plan.pipelines]
-    waves: dict[tuple[int, int], list[_Return]] = {}
+    _hold_back(plan, list(chain.from_iterable(returns.values())), rounds, parts)
+    waves: dict[tuple[int, int], list[Return]] = {}
     for ret in sorted(chain.from_iterable(returns.values()), key=attrgetter("when", "distance", "transfer")):
         waves.setdefault(ret.when, []).append(ret)
         parts[ret.owner].expect(ret)
@@ -116,97 +81,6 @@ def build_backward(plan: AttnPlan) -> AttnPlan:
     return AttnPlan(plan.layout, plan.method, plan.is_causal, plan.heads, pipelines, is_backward=True)
 
 
-# What has to return
-
-
-def _find_returns(plan: AttnPlan) -> Returns:
-    """The gradients of foreign rows that segments name, by attend and owner."""
-    attends: list[Attend] = []
-    sources: list[tuple[int, int, int, int]] = []
-    transfer = 0
-    for r, part in enumerate(plan.pipelines):
-        for number, item in enumerate(part.instructions):
-            if isinstance(item, Attend) and item.buffer:
-                attends.append(item)
-                sources += [(r, number, item.buffer, source.owner) for source in item.sources]
-            elif isinstance(item, (Send, Receive)):
-                transfer = max(transfer, item.transfer + 1)
-    if not sources:
-        return {}
-    returns: Returns = {}
-    for (r, number, buffer, owner), runs, home in zip(sources, *_used(attends), strict=True):
-        if len(runs.start) == 0:
-            continue
-        if owner == r:
-            what = f"pipeline {r} attends to its own rows in buffer {buffer}, where their gradients can't be added up"
-            raise PlanError(what, op="plan", fix="attend to own rows in buffer 0")
-        group, member = plan.layout.place(owner)
-        distance = (plan.layout.place(r)[1] - member) % len(group.members)
-        returns.setdefault((r, number), []).append(_Return(transfer, r, owner, distance, buffer, runs, home))
-        transfer += 1
-    for sent in returns.values():
-        sent.sort(key=attrgetter("distance"))
-        for wave, ret in enumerate(sent):
-            ret.wave = wave
-    return returns
-
-
-def _used(attends: list[Attend]) -> tuple[list[Runs], list[Runs]]:
-    """The rows that segments name, for each source of each attend: in the buffer, and in the owner's shard.
-
-    All at once, as if the buffers lay one after the other.
-    """
-    sources = [source for item in attends for source in item.sources]
-    count = np.array([len(item.sources) for item in attends])
-    runs = np.array([len(source.runs.start) for source in sources])
-    home = np.concatenate([source.runs.start for source in sources])
-    length = np.concatenate([source.runs.length for source in sources])
-    end = length.cumsum()
-    begin = end - length
-    source_of = np.arange(len(sources)).repeat(runs)
-    # Where each attend's buffer begins.
-    last = np.append(0, end).take(runs.cumsum())
-    base = np.append(0, last).take(np.append(0, count.cumsum()))[:-1]
-
-    start, stop = _unite(attends, base)
-    # Each run against each united stretch that it overlaps.
-    lo, hi = end.searchsorted(start, "right"), begin.searchsorted(stop, "left")
-    number = hi - lo
-    run = np.arange(number.sum()) + (lo - (number.cumsum() - number)).repeat(number)
-    first = np.maximum(begin.take(run), start.repeat(number))
-    size = np.minimum(end.take(run), stop.repeat(number)) - first
-    owner = source_of.take(run)
-    in_buffer = first - base.repeat(count).take(owner)
-    return (
-        _join(owner, in_buffer, size, len(sources)),
-        _join(owner, home.take(run) + first - begin.take(run), size, len(sources)),
-    )
-
-
-def _unite(attends: list[Attend], base: IntArray) -> tuple[IntArray, IntArray]:
-    """Begins and ends of the stretches of rows that segments name; those of overlapping segments are united."""
-    segments = np.array([len(item.table) for item in attends])
-    start = np.concatenate([item.table.k_start for item in attends]) + base.repeat(segments)
-    stop = start + np.concatenate([item.table.k_len for item in attends])
-    order = start.argsort(kind="stable")
-    start, stop = start.take(order), np.maximum.accumulate(stop.take(order))
-    is_first = np.ones(len(start), bool)
-    np.greater(start[1:], stop[:-1], out=is_first[1:])
-    first = is_first.nonzero()[0]
-    return start.take(first), stop.take(np.append(first, len(start))[1:] - 1)
-
-
-def _join(owner: IntArray, start: IntArray, length: IntArray, owners: int) -> list[Runs]:
-    """One set of runs for each of ``owners``, whose runs follow each other; runs that touch are joined."""
-    is_first = np.ones(len(start), bool)
-    is_first[1:] = (start[1:] != (start + length)[:-1]) | (owner[1:] != owner[:-1])
-    first = is_first.nonzero()[0]
-    if len(first):
-        start, length = start.take(first), np.add.reduceat(length, first)
-    bounds = owner.take(first).searchsorted(np.arange(owners + 1)).tolist()
-    return [Runs(start[i:j], length[i:j]) for i, j in pairwise(bounds)]
-
-
 # The common order of all pipelines
 
 
@@ -225,13 +99,13 @@ class _Order:
         self.open: list[set[int]] = [set() for _ in self.instructions]  # what has no other end yet
         self.sent: Counter[tuple[int, int]] = Counter()  # messages from one pipeline to another
 
-    def rounds(self) -> list[tuple[list[tuple[int, int]], list[int]]]:
-        """Each round's instructions as (pipeline, number), at most one attend a pipeline; and who may compute then.
+    def rounds(self) -> Rounds:
+        """The rounds of all pipelines.
 
         Raises:
             PlanError: If they can't all be followed.
         """
-        rounds: list[tuple[list[tuple[int, int]], list[int]]] = []
+        rounds: Rounds = []
         while any(done < len(items) for done, items in zip(self.next, self.instructions, strict=True)):
             steps: list[tuple[int, int]] = []
             going, before = list(range(len(self.next))), -1
@@ -276,6 +150,31 @@ class _Order:
             self.sent[r, item.peer] += 1
 
 
+def _hold_back(plan: AttnPlan, returns: list[Return], rounds: Rounds, parts: list[_Part]) -> None:
+    """Lets pipelines hold back a part of their own rows, until the round after all else that they do.
+
+    Only where all that returns to a pipeline is sent in one wave. Then it is added after what was held back, whose
+    gradients are written where they belong, and nothing else has to land meanwhile. Otherwise rows that were added to
+    would have to be computed aside, which is a pass over all of them.
+    """
+    last = [-1] * len(parts)  # the round in which each pipeline does the last of the forward, or gradients come to it
+    for number, (steps, _) in enumerate(rounds):
+        for r, _ in steps:
+            last[r] = number
+    waves: list[set[tuple[int, int]]] = [set() for _ in parts]
+    for ret in returns:
+        waves[ret.owner].add(ret.when)
+        last[ret.owner] = max(last[ret.owner], ret.round)
+    for r in sorted({ret.source for ret in returns} | {ret.owner for ret in returns}):
+        held = hold_back(plan, r) if len(waves[r]) < 2 else None
+        if held is None:
+            continue
+        # By then it has waited for all keys and values, so that it may compute.
+        if last[r] + 1 == len(rounds):
+            rounds.append(([], list(range(len(parts)))))
+        rounds[last[r] + 1][0].append((r, parts[r].hold_back(held)))
+
+
 # The pipelines
 
 
@@ -293,19 +192,29 @@ class _Part:
         unposted: Those of each source that have no receive, in the order in which they are sent.
         received: How many receives of keys and values from each source are posted.
         sent: What it sends home and hasn't waited for.
+        held_back: The number of the attend that is held back, until it is followed; nothing is added before.
     """
 
     forward: PipelinePlan
     instructions: list[Instruction] = field(default_factory=list)
     landing: list[int] = field(default_factory=list)
     free: deque[int] = field(default_factory=deque)
-    coming: list[_Return] = field(default_factory=list)
+    coming: list[Return] = field(default_factory=list)
     added: int = 0
-    unposted: dict[int, deque[_Return]] = field(default_factory=dict)
+    unposted: dict[int, deque[Return]] = field(default_factory=dict)
     received: Counter[int] = field(default_factory=Counter)
-    sent: list[_Return] = field(default_factory=list)
+    sent: list[Return] = field(default_factory=list)
+    held_back: int | None = None
 
-    def expect(self, ret: _Return) -> None:
+    def hold_back(self, held: HeldBack) -> int:
+        """Puts the held back part of an attend behind all instructions of the forward; gives its number there."""
+        items = self.forward.instructions
+        before, after = items[: held.number], items[held.number + 1 :]
+        self.forward = replace(self.forward, instructions=(*before, held.first, *after, held.last))
+        self.held_back = len(items)
+        return self.held_back
+
+    def expect(self, ret: Return) -> None:
         """Notes what will return, in the order in which it is added."""
         self.coming.append(ret)
         self.unposted.setdefault(ret.source, deque()).append(ret)
@@ -313,6 +222,8 @@ class _Part:
     def follow(self, step: int) -> None:
         """Appends an instruction of the forward and what goes with it."""
         item = self.forward.instructions[step]
+        if step == self.held_back:
+            self.held_back = None
         if isinstance(item, Receive):
             # Gradients that the peer sends before these keys and values are received before them.
             first = self.unposted.get(item.peer, ())
@@ -325,18 +236,20 @@ class _Part:
         if isinstance(item, Attend):
             self._wait_for(list(self.sent))
 
-    def send(self, ret: _Return) -> None:
+    def send(self, ret: Return) -> None:
         """Sends home what the last attend computed of one owner's rows."""
         self.instructions.append(Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS))
         self.sent.append(ret)
 
-    def post_up_to(self, ret: _Return) -> None:
+    def post_up_to(self, ret: Return) -> None:
         """Sees to it that a return has a receive, after those of what its source sends earlier."""
         while ret.landing is None:
             self._post(self.unposted[ret.source][0])
 
     def add_up(self, before: tuple[int, int]) -> None:
         """Waits for and adds what was sent in earlier rounds and waves."""
+        if self.held_back is not None:
+            return
         while self.added < len(self.coming) and self.coming[self.added].when < before:
             ret = self.coming[self.added]
             assert ret.landing is not None, "its receive was posted when it was sent"
@@ -344,7 +257,7 @@ class _Part:
             self.added += 1
             self.free.append(ret.landing)
 
-    def _post(self, ret: _Return) -> None:
+    def _post(self, ret: Return) -> None:
         if not self.free:
             self.free.append(len(self.landing))
             self.landing.append(0)
@@ -353,7 +266,7 @@ class _Part:
         self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Kind.KV_GRADS))
         self.unposted[ret.source].popleft()
 
-    def _wait_for(self, sent: list[_Return]) -> None:
+    def _wait_for(self, sent: list[Return]) -> None:
         for ret in sent:
             self.instructions.append(Wait(ret.transfer))
             self.sent.remove(ret)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from hetu.parallel.heads import Kind
+from hetu.parallel.own_gradients import own_gradients
 from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, Heads, PipelinePlan, Receive, Send, Wait
 
 
@@ -46,14 +47,11 @@ def bytes_in_flight(part: PipelinePlan, heads: Heads) -> int:
 
 def scratch_rows(part: PipelinePlan) -> int:
     """Most rows at a time whose gradients are computed aside: to be sent home, or added to those of own rows."""
-    last, held, most, in_place = part.last_reads(), dict[int, int](), 0, True
+    last, held, most, aside = part.last_reads(), dict[int, int](), 0, own_gradients(part).aside
     for number, item in enumerate(part.instructions):
-        if isinstance(item, Attend):
-            if item.buffer or not in_place:  # the first gradients of own rows are written where they belong
-                held[item.buffer] = item.rows if item.buffer else part.rows
-                most = max(most, sum(held.values()))
-            in_place = in_place and item.buffer != 0
-        in_place = in_place and not isinstance(item, Accumulate)
+        if isinstance(item, Attend) and (item.buffer or number in aside):
+            held[item.buffer] = item.rows if item.buffer else part.rows
+            most = max(most, sum(held.values()))
         if number in last and isinstance(item, (Send, Attend)):
             held.pop(item.buffer, None)
     return most

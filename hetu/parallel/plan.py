@@ -36,6 +36,7 @@ from hetu.parallel.instructions import (
     Wait,
 )
 from hetu.parallel.layout import Layout
+from hetu.parallel.own_gradients import own_gradients
 from hetu.parallel.segments import QuerySpans, Turn, take_turns
 
 if TYPE_CHECKING:
@@ -96,13 +97,11 @@ class PipelinePlan:
 
     @property
     def sums_gradients(self) -> bool:
-        """Whether gradients of own keys and values come in several parts, so that they are summed up in float32."""
-        if any(
+        """Whether gradients of an own row's key and value come in several parts: they are summed up in float32."""
+        return bool(own_gradients(self).aside) or any(
             isinstance(item, Accumulate) or (isinstance(item, Copy) and item.kind is Kind.KV_GRADS)
             for item in self.instructions
-        ):
-            return True
-        return sum(isinstance(item, Attend) and item.buffer == 0 for item in self.instructions) > 1
+        )
 
     @property
     def runs_on(self) -> bool:
@@ -222,7 +221,8 @@ class AttnPlan:
         """The plan of the gradients of the attention that this plan computes; made once.
 
         Keys and values travel once more, as they do here. Gradients of foreign rows return to their owner, and those
-        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes.
+        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes. A
+        pipeline may attend to its own rows in two parts, the second while the last gradients travel.
 
         Raises:
             PlanError: If this plan is a backward itself, or can't be followed to its end.

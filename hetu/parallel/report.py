@@ -102,7 +102,8 @@ def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan
         owners = ", ".join(str(source.owner) for source in item.sources)
         heads = f", {item.heads}" if item.heads else ""
         segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
-        return f"attend   buffer {item.buffer} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
+        part_of = f"{item.buffer}{_part_of_own(item)}"
+        return f"attend   buffer {part_of} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
     end = ends.get(item.transfer)
     if end is None:
         return f"wait     transfer {item.transfer}, which is none of this pipeline's"
@@ -111,6 +112,14 @@ def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan
         what = "home gradients " if end.grads else f"{values} " if end.heads else ""
         return f"wait     to have sent {what}to {end.peer}"
     return f"wait     for {'gradients' if end.grads else values if end.heads else 'what comes'} from {end.peer}"
+
+
+def _part_of_own(item: Attend) -> str:
+    """Between which own rows the keys lie, if an attend is to a part of them: others are to the rest."""
+    begins, ends = item.table.stretches()
+    if item.buffer or len(begins) == 0 or (begins[0], ends[-1]) == (0, item.rows):
+        return ""
+    return f", rows {begins[0]:,} to {ends[-1]:,}"
 
 
 def _rows(runs: Runs) -> str:

@@ -80,12 +80,37 @@ class SegmentTable:
 
     def pairs(self, spans: QuerySpans) -> int:
         """Allowed (query, key) pairs of all segments together."""
+        return int(self.segment_pairs(spans).sum())
+
+    def segment_pairs(self, spans: QuerySpans) -> IntArray:
+        """Allowed (query, key) pairs of each segment."""
         q_len = spans.length[self.query]
         ramp = np.clip(self.k_len - self.diagonal - 1, 0, q_len)  # rows that see fewer than k_len keys
         hidden = np.clip(-self.diagonal, 0, ramp)  # rows that see none
         first = self.diagonal + 1 + hidden  # keys that the first seeing row of the ramp sees
         rising = ramp - hidden
-        return int((rising * first + rising * (rising - 1) // 2 + (q_len - ramp) * self.k_len).sum())
+        pairs: IntArray = rising * first + rising * (rising - 1) // 2 + (q_len - ramp) * self.k_len
+        return pairs
+
+    def stretches(self) -> tuple[IntArray, IntArray]:
+        """Begins and ends of the stretches of key rows that segments name; see :func:`unite`."""
+        return unite(self.k_start, self.k_start + self.k_len)
+
+
+def unite(start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """Begins and ends of the stretches that intervals cover, in order; those that overlap or touch are one stretch.
+
+    Example:
+        >>> start, stop = unite(np.array([7, 0, 2]), np.array([9, 3, 5]))
+        >>> start.tolist(), stop.tolist()
+        ([0, 7], [5, 9])
+    """
+    order = start.argsort(kind="stable")
+    start, stop = start.take(order), np.maximum.accumulate(stop.take(order))
+    is_first = np.ones(len(start), bool)
+    np.greater(start[1:], stop[:-1], out=is_first[1:])
+    first = is_first.nonzero()[0]
+    return start.take(first), stop.take(np.append(first, len(start))[1:] - 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

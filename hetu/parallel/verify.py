@@ -11,7 +11,8 @@ The proof is exact and takes time and memory in proportion to the keys that the 
    step`` see key position k from ``i = max(0, ceil((k - p) / step))`` on. Where the two are equal for every key of
    every segment, and every key that the span's last row may see is named exactly once, every allowed pair is computed
    exactly once and no other.
-4. In the backward, the gradients of foreign rows are followed too; see :mod:`hetu.parallel.verify_gradients`.
+4. In the backward, the gradients of foreign rows are followed too, and none of own rows is overwritten; see
+   :mod:`hetu.parallel.verify_gradients`.
 
 Where heads are exchanged for tokens, step 2 follows every head of every token and step 3 is done for every attend; see
 :mod:`hetu.parallel.verify_heads`.
@@ -140,6 +141,11 @@ class _Run(Follower):
         else:
             assert self.gradients is not None and isinstance(item, Accumulate), "see check_part"
             self.gradients.add(item)
+
+    def check_end(self) -> None:
+        super().check_end()
+        if self.gradients:
+            self.gradients.check_end()
 
     def _attend(self, item: Attend) -> None:
         """Notes for every key of every segment: the query span, the key's token, the first row that sees it."""

@@ -2,8 +2,11 @@
 
 Each row of a foreign buffer that some segment of an attend names is one gradient, with a number. Numbers stand in for
 the gradients in what an attend computed and in landing buffers. The plan is proven if each of them is sent once and
-added once, to the row of its owner's shard that holds its token. Those of own rows are written where they belong, and
-take no part.
+added once, to the row of its owner's shard that holds its token.
+
+Gradients of own rows stay where they are computed. Of these it is proven that each attend to the own shard which writes
+them where they belong, see :mod:`hetu.parallel.own_gradients`, overwrites nothing, and that nothing is added to a row
+that holds neither 0 nor a gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 
+from hetu.parallel.own_gradients import own_gradients
 from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send
 from hetu.parallel.segments import IntArray
 from hetu.parallel.verify_structure import LANDING, UNWRITTEN, Tokens, instruction_name, refuse
@@ -75,6 +79,8 @@ class Gradients:
     Attributes:
         computed: By buffer, what the last attend to it computed; foreign buffers only.
         landing: Its landing buffers.
+        holds: Whether each own row holds 0 or a gradient, and not what was in memory.
+        has_part: Whether it holds a gradient.
     """
 
     def __init__(self, r: int, plan: AttnPlan, all_of_them: Contributions) -> None:
@@ -82,12 +88,18 @@ class Gradients:
         self.computed: dict[int, IntArray] = {}
         self.landing = [np.full(size, UNWRITTEN) for size in self.part.landing]
         self.attends = 0
+        own = own_gradients(self.part)
+        steps = [n for n, item in enumerate(self.part.instructions) if isinstance(item, Attend)]
+        self.aside = {number for number, step in enumerate(steps) if step in own.aside}
+        self.holds = np.full(self.part.rows, own.has_gaps)
+        self.has_part = np.zeros(self.part.rows, bool)
 
     def attend(self, item: Attend, pending: list[Send | Receive]) -> None:
         """Computes the gradients of a buffer, in place of what was computed of it before."""
         number, buffer = self.attends, item.buffer
         self.attends += 1
         if buffer == 0:
+            self._attend_to_own(named_rows(item), number)
             return
         for other in pending:
             if isinstance(other, Send) and other.grads and other.buffer == buffer:
@@ -100,6 +112,23 @@ class Gradients:
         rows = self.all.rows[self.r, number]
         self.computed[buffer] = np.full(self.part.buffers[buffer], NOT_COMPUTED)
         self.computed[buffer][rows] = self.all.first[self.r, number] + np.arange(len(rows))
+
+    def _attend_to_own(self, rows: IntArray, number: int) -> None:
+        if number in self.aside:
+            self._check_holds(rows, f"attend {number} adds to")
+        elif self.has_part[rows].any():
+            row = int(rows[self.has_part[rows].argmax()])
+            self._refuse(f"attend {number} overwrites what there is of the gradient of own row {row}")
+        self.holds[rows] = self.has_part[rows] = True
+
+    def _check_holds(self, rows: IntArray, what: str) -> None:
+        if not self.holds[rows].all():
+            row = int(rows[self.holds[rows].argmin()])
+            self._refuse(f"{what} the gradient of own row {row}, to which nothing was written")
+
+    def check_end(self) -> None:
+        """That every own row got a gradient, if only 0."""
+        self._check_holds(np.arange(self.part.rows), "the plan leaves")
 
     def send(self, item: Send) -> IntArray:
         """What a send packs."""
@@ -144,6 +173,8 @@ class Gradients:
             there = self.all.tokens.name(int(tokens[i]))
             self._refuse(f"{what} adds to own row {own[i]}, {there}: {self.all.name(int(landed[i]))}")
         self.all.is_added[landed] = True
+        self._check_holds(own, f"{what} adds to")
+        self.has_part[own] = True
 
     def _refuse(self, what: str) -> NoReturn:
         refuse(f"pipeline {self.r}: {what}")

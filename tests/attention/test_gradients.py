@@ -12,8 +12,10 @@ from attention.cases import METHODS, SPLITS, Case, cases, cu_seqlens
 from attention.dense import dense, dropout_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallel.plans import holding_back
 
 import hetu
+from hetu.parallel.plan import Attend, AttnPlan
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
@@ -58,7 +60,10 @@ def by_row(x: torch.Tensor, batch: int) -> torch.Tensor:
     return x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
 
 
-def check_parallel(case: Case, backend: str, device: str = "cpu", with_lse: bool = True) -> None:
+def check_parallel(
+    case: Case, backend: str, device: str = "cpu", with_lse: bool = True, holds_back: bool = True
+) -> AttnPlan:
+    """Compares with the reference; gives the backward's plan."""
     generator = torch.Generator().manual_seed(case.seed)
     (num_q, num_kv), head_dim, members = case.heads, case.head_dim, case.members
     width, out_width = (num_q + 2 * num_kv) * head_dim, num_q * head_dim
@@ -81,7 +86,9 @@ def check_parallel(case: Case, backend: str, device: str = "cpu", with_lse: bool
     symbols = dict(zip(lens, case.lens, strict=True))
     tables = [cu_seqlens(case, m) for m in members.values()] if case.packing else None
     layout = g.layout(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch)
-    g.plan(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch).backward().verify()
+    with holding_back(holds_back):
+        plan = g.plan(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch).backward()  # the run's
+    plan.verify()
 
     def scatter(arrays: list[torch.Tensor]) -> hetu.Shards:
         return hetu.Shards(layout.scatter(arrays[0] if len(arrays) == 1 else arrays))
@@ -105,21 +112,27 @@ def check_parallel(case: Case, backend: str, device: str = "cpu", with_lse: bool
             options = {"is_causal": case.is_causal, "document": b, "dropout": dropout}
             for mine, want in zip(got, reference(q, k, v, parts[2][start:end], own_lse, **options), strict=True):
                 assert_near(mine, want, case.dtype)
+    return plan
 
 
 @pytest.mark.usefixtures("poisoned")
 @settings(max_examples=120)
-@given(case=cases(return_softmax=False), dtype=st.sampled_from([torch.float64, torch.float32]), with_lse=st.booleans())
-def test_any_strategy_on_torch(case: Case, dtype: torch.dtype, with_lse: bool) -> None:
+@given(
+    case=cases(return_softmax=False),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    with_lse=st.booleans(),
+    holds_back=st.booleans(),
+)
+def test_any_strategy_on_torch(case: Case, dtype: torch.dtype, with_lse: bool, holds_back: bool) -> None:
     case.dtype = dtype
-    check_parallel(case, "torch", with_lse=with_lse)
+    check_parallel(case, "torch", with_lse=with_lse, holds_back=holds_back)
 
 
 @pytest.mark.usefixtures("poisoned")
 @settings(max_examples=12)
-@given(case=cases(return_softmax=False), with_lse=st.booleans())
-def test_any_strategy_on_triton(case: Case, with_lse: bool) -> None:
-    check_parallel(case, "triton", with_lse=with_lse)
+@given(case=cases(return_softmax=False), with_lse=st.booleans(), holds_back=st.booleans())
+def test_any_strategy_on_triton(case: Case, with_lse: bool, holds_back: bool) -> None:
+    check_parallel(case, "triton", with_lse=with_lse, holds_back=holds_back)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -129,6 +142,19 @@ def test_any_strategy_on_triton(case: Case, with_lse: bool) -> None:
 def test_uneven_lengths_in_bfloat16(backend: str, split: str, method: str) -> None:
     case = Case([33, 0, 1, 35], [0] * 4, split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=32)
     check_parallel(case, backend)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("packing", ["", "1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_pipelines_that_hold_back(backend: str, split: str, packing: str, dtype: torch.dtype) -> None:
+    """Both parts write their gradients into the same memory, and nothing else there."""
+    case = Case([35, 34], [0, 0], split, "direct", packing, dtype=dtype, cut=[0.3, 0.4], head_dim=16, heads=(4, 2))
+    plan = check_parallel(case, backend)
+    own = [[item.buffer for item in part.instructions if isinstance(item, Attend)] for part in plan.pipelines]
+    assert own[-1] == [0, 1, 0]
 
 
 @pytest.mark.usefixtures("poisoned")

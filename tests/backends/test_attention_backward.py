@@ -58,8 +58,12 @@ def gradients(
     state: BackwardState,
     scale: float,
     dropout: Dropout | None,
+    keeps: bool = False,
 ) -> list[torch.Tensor]:
-    """What the backend computes, step by step, into memory that held NaN: in the dtype of ``state.dq``."""
+    """What the backend computes, step by step, into memory that held NaN: in the dtype of ``state.dq``.
+
+    With ``keeps`` rows that no segment names have to be NaN afterwards; they are 0 in what is returned.
+    """
     state.dq.fill_(torch.nan)
     if state.acc is not None:
         state.acc.fill_(torch.nan)
@@ -68,10 +72,22 @@ def gradients(
         wide = q.new_full((len(k), 2, *k.shape[1:]), torch.nan, dtype=state.dq.dtype)
         backward_kernel(backend)(
             q, k, v, case.spans, step.table, state, wide[:, 0], wide[:, 1],
-            softmax_scale=scale, turn=turn, dropout=dropout, key_position=step.key_position,
+            softmax_scale=scale, turn=turn, dropout=dropout, key_position=step.key_position, keeps=keeps,
         )  # fmt: skip
+        if keeps:
+            others = ~named_keys(step)
+            assert wide[others].isnan().all()
+            wide[others] = 0
         grads += [wide[:, 0], wide[:, 1]]
     return [state.dq.clone(), *grads]
+
+
+def named_keys(step: Step) -> torch.Tensor:
+    """Which rows of a step's buffer segments name."""
+    named = torch.zeros(step.rows, dtype=torch.bool)
+    for k_start, k_len in zip(step.table.k_start, step.table.k_len, strict=True):
+        named[k_start : k_start + k_len] = True
+    return named
 
 
 def lse_gradient(case: Case, lse: torch.Tensor, dlse: torch.Tensor) -> torch.Tensor:
@@ -95,7 +111,7 @@ def check(
     device: str = "cpu",
     in_q_dtype: bool = False,
 ) -> None:
-    """Compares with the oracle, and a second call with the first, bit for bit."""
+    """Compares with the oracle, and a second call, which keeps what others wrote, with the first, bit for bit."""
     q, pairs = buffers(case, *heads, head_dim, dtype, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     dout = torch.randn(q.shape, generator=generator).to(dtype)
@@ -110,7 +126,7 @@ def check(
     if case.runs_on:
         acc = dq if dq.dtype == high and seed % 2 else torch.empty_like(there, dtype=high)
     state = BackwardState(dout.to(device), forward.lse, delta, dq, acc)
-    got, again = (gradients(case, backend, there, there_pairs, state, scale, dropout) for _ in range(2))
+    got, again = (gradients(case, backend, there, there_pairs, state, scale, dropout, keeps) for keeps in (False, True))
     for mine, want in zip(got, oracle(case, q, pairs, dout, dlse, scale, dropout), strict=True):
         size = max(1.0, float(want.abs().max())) if want.numel() else 1.0
         torch.testing.assert_close(mine.cpu().double(), want, atol=TOLERANCE[dtype] * size, rtol=0)

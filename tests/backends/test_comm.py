@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from parallel.cases import HEADS, random_case, random_custom_layout
-from parallel.plans import KV_METHODS, broadcast
+from parallel.plans import KV_METHODS, broadcast, holding_back
 
 import hetu
 from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
 from hetu.parallel import Layout, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.memory import scratch_rows
+from hetu.parallel.own_gradients import OwnGradients, own_gradients
 from hetu.parallel.plan import (
     Accumulate,
     Attend,
@@ -35,13 +36,15 @@ SEEDS = st.integers(0, 2**32 - 1)
 class Step:
     """In place of the backward of an attention: a row's gradient is the sum over queries that see it of w and w * kv.
 
-    Rows of foreign buffers that no segment names get NaN, so that sending one home is seen.
+    Rows that no segment names get NaN where nobody needs them, so that sending one home is seen.
     """
 
     def __init__(self, part: PipelinePlan, weights: torch.Tensor) -> None:
         self.part, self.weights, self.steps = part, weights, 0
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
+    divisor = 1
+
+    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
         assert buffer.shape == grads.shape and len(buffer) == (item.rows if item.buffer else self.part.rows)
         assert turn is list(turns(self.part).values())[self.steps]
         self.steps += 1
@@ -56,17 +59,21 @@ class Step:
             total[keys, 0] += w
             total[keys, 1] += w * buffer[keys, 1]
             named[keys] = True
+        total /= self.divisor
         if item.buffer:
+            assert keeps
             total[~named] = torch.nan
+        if keeps and not item.buffer:
+            total[~named] = grads[~named].double()
         grads.copy_(total)
 
 
 class Rounding(Step):
     """The same divided by odd numbers, so that sums in another order have other bits."""
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
-        super().__call__(item, buffer, grads, turn)
-        grads /= 3 + 7 * self.part.pipeline + self.steps
+    @property
+    def divisor(self) -> int:
+        return 3 + 7 * self.part.pipeline + self.steps
 
 
 def run(
@@ -98,9 +105,10 @@ def expected(layout: Layout, r: int, is_causal: bool, kv: torch.Tensor, weights:
     return torch.stack([w.expand(kv[:, 0].shape), w * kv[:, 1]], 1)
 
 
-def check(layout: Layout, method: str, is_causal: bool, dtype: torch.dtype) -> None:
+def check(layout: Layout, method: str, is_causal: bool, dtype: torch.dtype, held: bool) -> None:
     build = broadcast(layout, is_causal) if method == "broadcast" else None
-    plan = (build or build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)).backward()
+    with holding_back(held):
+        plan = (build or build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)).backward()
     kv, weights, grads = run(plan, dtype)
     for r, mine in enumerate(grads):
         wanted = expected(layout, r, is_causal, kv[r], weights)
@@ -110,19 +118,23 @@ def check(layout: Layout, method: str, is_causal: bool, dtype: torch.dtype) -> N
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), custom=st.booleans())
-def test_every_gradient_comes_home(method: str, dtype: torch.dtype, seed: int, is_causal: bool, custom: bool) -> None:
+@given(seed=SEEDS, is_causal=st.booleans(), custom=st.booleans(), held=st.booleans())
+def test_every_gradient_comes_home(
+    method: str, dtype: torch.dtype, seed: int, is_causal: bool, custom: bool, held: bool
+) -> None:
     """Keys and values may be bfloat16, in which no weight from 257 on is exact: gradients travel in float32."""
     rng = np.random.default_rng(seed)
     layout = random_custom_layout(rng, longest=9) if custom else random_case(rng, longest=7, most=6).layout()
-    check(layout, method, is_causal, dtype)
+    check(layout, method, is_causal, dtype, held)
 
 
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
-def test_sums_have_the_same_bits_whoever_is_faster(method: str) -> None:
-    layout = Layout.build([9, 4, 7, 6], [0] * 4, split="sym", cu_seqlens=[0, 11, 26])
+@pytest.mark.parametrize("lens", [[9, 4, 7, 6], [15, 11]], ids=str)
+def test_sums_have_the_same_bits_whoever_is_faster(lens: list[int], method: str) -> None:
+    layout = Layout.build(lens, [0] * len(lens), split="sym", cu_seqlens=[0, 11, 26])
     build = broadcast(layout, False) if method == "broadcast" else None
-    plan = (build or build_plan(layout, method=method, is_causal=False, heads=HEADS)).backward()
+    with holding_back(True):
+        plan = (build or build_plan(layout, method=method, is_causal=False, heads=HEADS)).backward()
     exact = run(plan, torch.float32)[2]
     results = [run(plan, torch.float32, turn=turn, step=Rounding)[2] for turn in range(4)]
     assert not torch.equal(results[0][0], exact[0])
@@ -141,43 +153,75 @@ def alone(*instructions: Attend | Accumulate, buffers: tuple[int, ...] = (2, 3))
 
 
 def run_alone(plan: PipelinePlan, *values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Gradients of a pipeline whose i-th attend computes ``values[i]`` for every row."""
+    """Gradients of a pipeline whose i-th attend computes ``values[i]`` for every row that its segments name."""
     given, dkv = iter(values), torch.full((2, 2, 1, 2), torch.nan)
 
-    def attend(item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
-        grads.fill_(next(given))
+    def attend(item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
+        if not keeps:
+            grads.zero_()
+        for begin, end in zip(*item.table.stretches(), strict=True):
+            grads[begin:end] = next(given)
 
     run_lock_step([follow_backward(plan, torch.zeros(2, 2, 1, 2, dtype=dtype), dkv, LocalComm(), attend)])
     return dkv
 
 
-OWN = Attend(0, NOTHING, (Source(0, Runs(np.array([0]), np.array([2]))),))
+def own(start: int, rows: int) -> Attend:
+    """An attend to some of the own rows, all of which the last query sees."""
+    table = SegmentTable(*(np.array([x]) for x in (0, start, rows, rows - 1)))
+    return Attend(0, table, (Source(0, Runs(np.array([0]), np.array([2]))),))
+
+
+def added(row: int) -> Accumulate:
+    return Accumulate(0, 0, Runs(np.array([row]), np.array([1])))
+
+
+def by_row(grads: torch.Tensor) -> list[float]:
+    assert (grads == grads[:, :1, :, :1]).all()
+    return grads[:, 0, 0, 0].tolist()
+
+
+OWN = own(0, 2)
 FOREIGN = Attend(1, NOTHING, (Source(1, Runs(np.array([0]), np.array([3]))),))
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_the_own_shard_is_cleared_if_nothing_attends_to_it() -> None:
-    assert torch.equal(run_alone(alone(FOREIGN), 5.0), torch.zeros(2, 2, 1, 2))
+def test_own_rows_are_cleared_if_nothing_attends_to_them() -> None:
+    assert by_row(run_alone(alone(FOREIGN))) == [0.0, 0.0]
+    assert by_row(run_alone(alone(own(1, 1)), 5.0)) == [0.0, 5.0]
+    assert by_row(run_alone(alone(own(1, 1), FOREIGN, own(1, 1)), 5.0, 3.0)) == [0.0, 8.0]
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_attending_to_the_own_shard_again_adds() -> None:
-    assert torch.equal(run_alone(alone(OWN, FOREIGN, OWN), 5.0, 7.0, 2.0), torch.full((2, 2, 1, 2), 7.0))
+    assert by_row(run_alone(alone(OWN, FOREIGN, OWN), 5.0, 2.0)) == [7.0, 7.0]
+    assert by_row(run_alone(alone(OWN, own(1, 1), own(0, 1)), 5.0, 2.0, 1.0)) == [6.0, 7.0]
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_attends_to_other_own_rows_write_in_place() -> None:
+    plan = alone(own(1, 1), FOREIGN, own(0, 1))
+    assert by_row(run_alone(plan, 5.0, 2.0)) == [2.0, 5.0]
+    assert own_gradients(plan) == OwnGradients(frozenset(), has_gaps=False)
+    assert not plan.sums_gradients and scratch_rows(plan) == 3  # those of the foreign rows
+    # What was added to a row, or computed of it aside, is kept; other rows are written in place all the same.
+    assert own_gradients(alone(OWN, own(1, 1), own(0, 1))).aside == {1, 2}
+    assert own_gradients(alone(added(0), own(1, 1), own(0, 1))) == OwnGradients(frozenset({2}), has_gaps=True)
+    every_other = Accumulate(0, 0, Runs(np.array([0]), np.array([2]), step=np.array([2])))
+    assert own_gradients(alone(every_other, own(1, 1), own(2, 1))).aside == {2}
 
 
 def test_gradients_that_come_in_several_parts_are_summed_up() -> None:
-    added = Accumulate(0, 0, Runs(np.array([1]), np.array([1])))
-    assert alone(OWN, FOREIGN, OWN).sums_gradients and alone(OWN, added).sums_gradients
+    assert alone(OWN, FOREIGN, OWN).sums_gradients and alone(OWN, added(1)).sums_gradients
     assert not alone(OWN, FOREIGN).sums_gradients and not alone(FOREIGN).sums_gradients
 
 
 def test_what_was_added_before_the_own_shard_is_attended_to_is_kept() -> None:
-    plan = alone(FOREIGN, Accumulate(0, 0, Runs(np.array([1]), np.array([1]))), OWN)
+    plan = alone(FOREIGN, added(1), OWN)
     with pytest.MonkeyPatch.context() as patch:
         plain = torch.Tensor.new_empty
         patch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: plain(self, *a, **k).fill_(3.0))
-        grads = run_alone(plan, 7.0, 2.0)
-    assert torch.equal(grads[:, 0, 0, 0], torch.tensor([2.0, 5.0]))
+        assert by_row(run_alone(plan, 2.0)) == [2.0, 5.0]
 
 
 def test_scratch_is_freed_once_it_is_sent() -> None:
@@ -186,8 +230,10 @@ def test_scratch_is_freed_once_it_is_sent() -> None:
     alive: list[int] = []
 
     class Counting(Step):
-        def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None) -> None:
-            super().__call__(item, buffer, grads, turn)
+        def __call__(
+            self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool
+        ) -> None:
+            super().__call__(item, buffer, grads, turn, keeps)
             frame = coroutines[self.part.pipeline].gi_frame
             alive.append(sum(map(len, frame.f_locals["grads"].scratch.values())))
 

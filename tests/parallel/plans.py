@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from parallel.cases import HEADS
 
 import hetu
-from hetu.parallel import METHODS, Layout
+from hetu.parallel import METHODS, Layout, hold_back
 from hetu.parallel.builders import _exchange, _Part
 from hetu.parallel.peers import whole
 from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
@@ -81,6 +83,14 @@ def find(plan: AttnPlan, kind: type, r: int, number: int = 0, grads: bool | None
         if isinstance(item, kind) and (grads is None or ends.get(getattr(item, "transfer", -1)) is grads)
     ]
     return instructions, places[number]
+
+
+@contextmanager
+def holding_back(always: bool) -> Iterator[None]:
+    """Backward plans that are built meanwhile hold back own rows wherever they may, however few; or never do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hold_back, "MIN_FLOPS", 0.0 if always else math.inf)
+        yield
 
 
 def attends(plan: AttnPlan, r: int) -> list[Attend]:

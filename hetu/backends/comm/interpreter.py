@@ -11,14 +11,16 @@ import torch
 from hetu.backends.attention import compute_dtype
 from hetu.backends.comm.recorder import watched
 from hetu.backends.transfer import copied_to
+from hetu.parallel.own_gradients import own_gradients
 from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Turn, Wait, batches, turns
 
 AttendStep = Callable[[Attend, torch.Tensor, Turn | None], None]
 """Attends to a buffer ``(rows, 2, H_kv, head_dim)``, in its turn."""
 
-AttendBackwardStep = Callable[[Attend, torch.Tensor, torch.Tensor, Turn | None], None]
-"""Computes the gradients of a step, in its turn: of the keys and values of a buffer ``(rows, 2, H_kv, head_dim)``, all
-rows of which it writes into a tensor of the same shape, and of the queries."""
+AttendBackwardStep = Callable[[Attend, torch.Tensor, torch.Tensor, Turn | None, bool], None]
+"""Computes the gradients of a step, in its turn: of the queries, and of the keys and values of a buffer ``(rows, 2,
+H_kv, head_dim)``, which it writes into a tensor of the same shape. The last argument says whether rows of it that no
+segment names keep what they hold; else they become 0."""
 
 
 class Communicator(Protocol):
@@ -102,8 +104,12 @@ def follow_backward(
         match item:
             case Attend(buffer=buffer):
                 rows = item.rows if buffer else plan.rows
-                attend(item, buffers[buffer][:rows], grads.place(buffer, rows), turns(plan)[number])
-                grads.computed(buffer)
+                is_aside = number in own_gradients(plan).aside
+                place = grads.aside(buffer, rows) if buffer or is_aside else grads.started()
+                # Of foreign rows only those are sent that a segment names.
+                attend(item, buffers[buffer][:rows], place, turns(plan)[number], not is_aside)
+                if is_aside:
+                    grads.add_aside()
             case Accumulate():
                 grads.add(grads.landing[item.buffer][item.offset : item.offset + item.runs.rows], item.runs)
             case Send():
@@ -114,7 +120,7 @@ def follow_backward(
                 yield from wait_for(plan.pipeline, transfer, comm)
         if number in last_reads and isinstance(item, (Attend, Send)):
             grads.scratch.pop(item.buffer, None)
-    grads.finish()
+    grads.started()
 
 
 class _Gradients:
@@ -122,46 +128,45 @@ class _Gradients:
 
     Attributes:
         own: Those of its shard.
-        scratch: Those that the last attend to a foreign buffer computed.
+        scratch: Those that the last attend to a buffer computed aside.
         landing: Where those of own rows land that others computed.
-        is_written: Whether ``own`` holds anything yet.
+        is_started: Whether rows of ``own`` that none of its attends writes are 0.
     """
 
     def __init__(self, plan: PipelinePlan, kv: torch.Tensor, own: torch.Tensor) -> None:
-        self.own, self.shape, self.dtype, self.is_written = own, kv.shape[1:], compute_dtype(kv.dtype), False
+        self.own, self.shape, self.dtype = own, kv.shape[1:], compute_dtype(kv.dtype)
+        self.is_started = not own_gradients(plan).has_gaps
         self.scratch: dict[int, torch.Tensor] = {}
         self.landing = {i: self._new(rows) for i, rows in enumerate(plan.landing)}
 
     def _new(self, rows: int) -> torch.Tensor:
         return self.own.new_empty((rows, *self.shape), dtype=self.dtype)
 
-    def place(self, buffer: int, rows: int) -> torch.Tensor:
-        """Where an attend writes its gradients: at once where they belong, or aside."""
-        if buffer == 0 and not self.is_written:
-            return self.own
+    def started(self) -> torch.Tensor:
+        """The gradients of the shard; clears them the first time, if some rows are not written otherwise."""
+        if not self.is_started:
+            self.own.zero_()
+            self.is_started = True
+        return self.own
+
+    def aside(self, buffer: int, rows: int) -> torch.Tensor:
+        """Where an attend writes its gradients that are sent home, or added to those of the shard."""
         self.scratch[buffer] = self._new(rows)
         return self.scratch[buffer]
 
-    def computed(self, buffer: int) -> None:
+    def add_aside(self) -> None:
         """Adds what an attend to the own shard wrote aside."""
-        if buffer == 0 and self.is_written:
-            self.own += self.scratch[0]
-        self.is_written = self.is_written or buffer == 0
+        own = self.started()
+        own += self.scratch[0]
 
     def add(self, rows: torch.Tensor, runs: Runs) -> None:
         """Adds to rows of the shard, no row twice."""
-        self.finish()
+        own = self.started()
         if len(runs.start) == 1:
             start, length = int(runs.start[0]), int(runs.length[0])
-            self.own[start : start + length] += rows
+            own[start : start + length] += rows
         else:
-            self.own.index_add_(0, indices(runs, rows.device), rows)
-
-    def finish(self) -> None:
-        """Clears the gradients of the shard if nothing was written there."""
-        if not self.is_written:
-            self.own.zero_()
-            self.is_written = True
+            own.index_add_(0, indices(runs, rows.device), rows)
 
 
 def _new_buffers(plan: PipelinePlan, kv: torch.Tensor) -> dict[int, torch.Tensor]:

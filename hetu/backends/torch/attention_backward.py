@@ -34,6 +34,7 @@ def attend_backward(
     turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
+    keeps: bool = False,
 ) -> None:
     """Gradients of one step in torch; see :class:`hetu.backends.attention.AttendBackward`.
 
@@ -68,8 +69,10 @@ def attend_backward(
             own_dq.baddbmm_(ds, keys[:, part])
         dq[rows] += block.by_row(own_dq * softmax_scale, group)
     state.add_queries(dq, spans, turn)
-    dk.copy_(sums[0].transpose(0, 1))
-    dv.copy_(sums[1].transpose(0, 1))
+    named = zip(*(ends.tolist() for ends in table.stretches()), strict=True) if keeps else [(0, len(k))]
+    for begin, end in named:
+        dk[begin:end] = sums[0][:, begin:end].transpose(0, 1)
+        dv[begin:end] = sums[1][:, begin:end].transpose(0, 1)
 
 
 class _Block:

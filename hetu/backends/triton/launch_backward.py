@@ -36,6 +36,7 @@ def attend_backward(
     turn: Turn | None = None,
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
+    keeps: bool = False,
 ) -> None:
     """Gradients of one step in Triton; see :class:`hetu.backends.attention.AttendBackward`.
 
@@ -43,8 +44,9 @@ def attend_backward(
     """
     if softmax_scale <= 0:
         _with_other_scale(
-            q, k, v, spans, table, state, dk, dv, softmax_scale, turn=turn, dropout=dropout, key_position=key_position
-        )
+            q, k, v, spans, table, state, dk, dv, softmax_scale, turn=turn, dropout=dropout, key_position=key_position,
+            keeps=keeps,
+        )  # fmt: skip
         return
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
     call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, grads)
@@ -56,7 +58,7 @@ def attend_backward(
     launch = memo.get(call)
     if launch is None:
         launch = memo[call] = _prepared(run, spans, table, turn, *call[1:])
-    if named_rows(table) < len(k):  # the other rows get no gradient
+    if not keeps and named_rows(table) < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
     run(launch)
@@ -172,13 +174,14 @@ def _with_other_scale(
     turn: Turn | None,
     dropout: Dropout | None,
     key_position: np.ndarray | None,
+    keeps: bool,
 ) -> None:
     """A scale that is not positive moves into q, and its sign back out of q's gradient."""
     moved, positive = with_positive_scale(q, softmax_scale)
     own = BackwardState(state.dout, state.lse, state.delta, torch.empty_like(q, dtype=torch.float32))
     attend_backward(
         moved, k, v, spans, table, own, dk, dv,
-        softmax_scale=positive, dropout=dropout, key_position=key_position,
+        softmax_scale=positive, dropout=dropout, key_position=key_position, keeps=keeps,
     )  # fmt: skip
     own.dq *= -1.0 if softmax_scale < 0 else 0.0
     state.add_queries(own.dq, spans, turn)
@@ -197,10 +200,8 @@ def backward_work(
 def named_rows(table: SegmentTable) -> int:
     """How many rows of the buffer segments name."""
     if "named_rows" not in table.memo:
-        order = np.argsort(table.k_start, kind="stable")
-        starts, ends = table.k_start[order], np.maximum.accumulate((table.k_start + table.k_len)[order])
-        before = np.concatenate([[0], ends[:-1]])
-        table.memo["named_rows"] = int(np.maximum(ends - np.maximum(starts, before), 0).sum()) if len(table) else 0
+        begins, ends = table.stretches()
+        table.memo["named_rows"] = int((ends - begins).sum())
     rows: int = table.memo["named_rows"]
     return rows
 
