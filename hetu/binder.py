@@ -29,12 +29,14 @@ class BoundPipeline:
         values: Leaf symbols with a value.
         sources: Where each value came from.
         host_value: Gives the values of host inputs.
+        memo: Where ops keep what they derived from host inputs: telling and planning ask for the same.
     """
 
     index: int
     values: dict[IntSymbol, int]
     sources: dict[IntSymbol, str]
     host_value: HostValue
+    memo: dict[Any, Any] = field(default_factory=dict)
     _host: dict[Tensor, NDArray[Any]] = field(default_factory=dict)
 
     def known(self, expr: int | IntSymbol) -> int | None:
@@ -51,9 +53,10 @@ class BoundPipeline:
         return as_symbol(expr).evaluate(self.values) if found is None else found  # evaluate names what is missing
 
     def host(self, tensor: Tensor) -> NDArray[Any]:
-        if tensor not in self._host:
-            self._host[tensor] = self.host_value(tensor, self.index, self)
-        return self._host[tensor]
+        values = self._host.get(tensor)
+        if values is None:
+            values = self._host[tensor] = self.host_value(tensor, self.index, self)
+        return values
 
     def describe(self, *exprs: int | IntSymbol) -> list[str]:
         binding = self.binding()
@@ -64,7 +67,7 @@ class BoundPipeline:
         return Binding(self.values, self.sources)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BoundRun:
     """All pipelines of a strategy, bound."""
 
@@ -91,13 +94,13 @@ class Binder:
             for x in feeds
             for i, dim in enumerate(x.symbolic_shape)
         ]
-        self._shapes = Solver(dims)
+        self._shapes, self._ranks = Solver(dims), [tensor.ndim for tensor in feeds]
         self._tellers = [node for node in nodes if node.definition.facts(node, strategy, 0)]
         self._facts = {
             (node, r): node.definition.facts(node, strategy, r) for node in self._tellers for r in range(num_pipelines)
         }
         self._solvers = {
-            (node, r): [Solver([Equation(*fact, node.where)]) for fact in facts]
+            (node, r): [(fact[0], Solver([Equation(*fact, node.where)])) for fact in facts]
             for (node, r), facts in self._facts.items()
         }
         self._shared = list(dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy)))
@@ -145,8 +148,8 @@ class Binder:
         return run
 
     def _dims(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
-        for tensor, shape in zip(self.feeds, shapes, strict=True):
-            if len(shape) != tensor.ndim:
+        for tensor, rank, shape in zip(self.feeds, self._ranks, shapes, strict=True):
+            if len(shape) != rank:
                 raise ShapeError(
                     f"{tensor.name} has {tensor.ndim} dimensions [{', '.join(map(str, tensor.shape))}], "
                     f"but an array of shape {list(shape)} was fed",
@@ -184,10 +187,9 @@ class Binder:
     def _tell(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
         for node in self._tellers:
             if all(self._told(node, pipeline) for pipeline in run.pipelines):
-                continue
+                continue  # nothing is read that nobody asks for
             for pipeline, told in zip(run.pipelines, node.definition.tell(node, run), strict=True):
-                key = (node, pipeline.index)
-                for (expr, _), solver, value in zip(self._facts[key], self._solvers[key], told, strict=True):
+                for (expr, solver), value in zip(self._solvers[node, pipeline.index], told, strict=True):
                     if value is not None and pipeline.known(expr) is None:
                         solver.solve(pipeline.values, pipeline.sources, (value,))
             self._share(run, shared)

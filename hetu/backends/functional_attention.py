@@ -24,7 +24,7 @@ from hetu.backends.kernels import attention_kernel, backward_kernel, default_bac
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
-from hetu.ops._attention import FLOATS, cu_seqlens_fault
+from hetu.ops._attention import FLOATS, cu_seqlens_fault, longest_of
 from hetu.parallel.varlen import VarlenPlan
 
 HostArray = np.ndarray[Any, Any]
@@ -213,16 +213,18 @@ def _has_triton() -> bool:
 
 def _plan(cu_q: HostArray, cu_k: HostArray, rows_q: int, rows_k: int, is_causal: bool) -> Lengths:
     """Checks the values of cu_seqlens, and plans them."""
-    own_q, own_k = (np.array(values, np.int64) for values in (cu_q, cu_k))  # copies: the tensors' memory may change
+    own_q = np.array(cu_q, np.int64)  # a copy: the tensor's memory may change
+    own_k = own_q if cu_k is cu_q else np.array(cu_k, np.int64)
     for name, values, rows in (("q", own_q, rows_q), ("k", own_k, rows_k)):
-        if fault := cu_seqlens_fault(f"cu_seqlens_{name}", values):
+        is_new = name == "q" or values is not own_q
+        if is_new and (fault := cu_seqlens_fault(f"cu_seqlens_{name}", values)):
             refuse(BindingError, *fault)
         if values[-1] > rows:
             what = f"cu_seqlens_{name} ends at {values[-1]}, but {name} has {rows} rows"
             refuse(BindingError, what, f"give {name} all its tokens")
     plan = VarlenPlan.build(own_q, own_k, rows_q, is_causal, packed_lse=True)
-    longest_q, longest_k = (int(np.diff(values).max(initial=0)) for values in (own_q, own_k))
-    return Lengths(plan, longest_q, longest_k)
+    longest_q = longest_of(own_q)
+    return Lengths(plan, longest_q, longest_q if own_k is own_q else longest_of(own_k))
 
 
 # checks

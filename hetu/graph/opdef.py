@@ -112,6 +112,10 @@ class BadSample:
 class Pipeline(Protocol):
     """What is known of one pipeline while a run is bound and planned."""
 
+    @property
+    def memo(self) -> dict[Any, Any]:
+        """Where ops keep what they derived from host inputs, as long as the run is bound and planned."""
+
     def known(self, expr: Dim) -> int | None:
         """The value of a size, or None as long as a symbol in it has no value."""
 

@@ -34,6 +34,7 @@ from hetu.ops._attention import (
     check_tensor,
     check_width,
     dense_attention,
+    longest_of,
     lse_dtype,
     max_seqlen,
     read_cu_seqlens,
@@ -44,11 +45,6 @@ from hetu.parallel.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
 _SIDES = ("q", "k")
-
-
-def _lengths(cu_seqlens: NDArray[np.int64]) -> NDArray[np.int64]:
-    """``np.diff``, at a third of its cost: every new set of lengths pays it."""
-    return cu_seqlens[1:] - cu_seqlens[:-1]
 
 
 class _VarlenAttention(OpDef):
@@ -62,37 +58,46 @@ class _VarlenAttention(OpDef):
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
 
     def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        return [
-            [int(_lengths(read_cu_seqlens(node, f"cu_seqlens_{side}", item)).max(initial=0)) for side in _SIDES]
-            for item in view.pipelines
-        ]
+        return [[self._read(node, name, item)[1] for name in self.host_inputs] for item in view.pipelines]
+
+    def _read(self, node: Node, name: str, pipeline: Pipeline) -> tuple[NDArray[np.int64], int, bytes]:
+        """Cumulative lengths, the longest sequence, and the bytes for a key: found once, whoever asks."""
+        key = ("attn_varlen", node.input(name))
+        found: tuple[NDArray[np.int64], int, bytes] | None = pipeline.memo.get(key)
+        if found is None:
+            values = read_cu_seqlens(node, name, pipeline)
+            found = pipeline.memo[key] = (values, longest_of(values), values.tobytes())
+        return found
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         return [self._key(node, item) for item in view.pipelines]
 
     def _key(self, node: Node, pipeline: Pipeline) -> Any:
         rows, cu = [], []
-        for side in _SIDES:
-            name = f"cu_seqlens_{side}"
-            values = read_cu_seqlens(node, name, pipeline)
+        for side, name in zip(_SIDES, self.host_inputs, strict=True):
+            values, longest, content = self._read(node, name, pipeline)
             rows.append(pipeline.value(node.input(side).symbolic_shape[0]))
             if values[-1] > rows[-1]:
                 refuse(
                     node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
                 )
-            check_longest(node, f"max_seqlen_{side}", _lengths(values), name, pipeline)
-            cu.append(values)
+            if longest > pipeline.value(node.attrs[f"max_seqlen_{side}"]):
+                check_longest(node, f"max_seqlen_{side}", np.diff(values), name, pipeline)
+            cu.append(content)
         if len(cu[0]) != len(cu[1]):
+            entries = [len(content) // np.dtype(np.int64).itemsize for content in cu]
             refuse(
                 node,
-                f"cu_seqlens_q and cu_seqlens_k have {len(cu[0])} and {len(cu[1])} entries, expected as many",
+                f"cu_seqlens_q and cu_seqlens_k have {entries[0]} and {entries[1]} entries, expected as many",
                 "give both batch_size + 1 entries",
             )
-        return cu[0].tobytes(), cu[1].tobytes(), rows[0], node.attrs["is_causal"]
+        return *cu, rows[0], node.attrs["is_causal"]
 
     def plan(self, key: Any) -> VarlenPlan:
-        cu_q, cu_k, rows, is_causal = key
-        return VarlenPlan.build(np.frombuffer(cu_q, np.int64), np.frombuffer(cu_k, np.int64), rows, is_causal)
+        content_q, content_k, rows, is_causal = key
+        cu_q = np.frombuffer(content_q, np.int64)
+        cu_k = cu_q if content_k == content_q else np.frombuffer(content_k, np.int64)
+        return VarlenPlan.build(cu_q, cu_k, rows, is_causal)
 
 
 @register

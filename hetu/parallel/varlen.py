@@ -10,7 +10,7 @@ import numpy as np
 from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, varlen_tables
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # not frozen, like its parts
 class VarlenPlan:
     """Segments of one ``attn_varlen``, and what dropout and ``p`` need to know of the keys.
 

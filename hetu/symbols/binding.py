@@ -136,6 +136,9 @@ class _Prepared:
 
     ``value`` gives the expression's value from those of ``leaves``, and ``slopes[leaf]`` gives (a, b) of
     ``a * leaf + b`` from those of ``others[leaf]``.
+
+    Most sizes are a constant or ``slope * only + rest`` of a single leaf with a slope that is not zero: then that is
+    kept, and no function needs to be called.
     """
 
     equation: Equation
@@ -144,6 +147,10 @@ class _Prepared:
     value: Callable[..., tuple[int, ...]]
     others: dict[IntSymbol, tuple[IntSymbol, ...]]
     slopes: dict[IntSymbol, Callable[..., tuple[int, ...]]]
+    constant: int | None
+    only: IntSymbol | None
+    slope: int
+    rest: int
 
 
 class Solver:
@@ -180,7 +187,12 @@ class Solver:
         Raises:
             BindingError: If an equation contradicts what is known, has no int solution, or one out of range.
         """
-        open_ = [(one, value) for one, value in zip(self._equations, values, strict=True) if value is not None]
+        open_ = []
+        for one, value in zip(self._equations, values, strict=True):
+            if value is None or value == one.constant:
+                continue
+            if not self._use(one, value, known, sources):
+                open_.append((one, value))
         while open_:
             left = [item for item in open_ if not self._use(*item, known, sources)]
             if len(left) == len(open_):
@@ -190,6 +202,13 @@ class Solver:
 
     def _use(self, one: _Prepared, value: int, known: Values, sources: Sources) -> bool:
         """Checks or solves one equation; False if it is not ripe."""
+        if one.only is not None:
+            got = known.get(one.only)
+            if got is None:
+                solution, remainder = divmod(value - one.rest, one.slope)
+                return self._take(one, one.only, value, solution, remainder, known, sources)
+            if one.slope * got + one.rest == value:
+                return True
         unknown = [leaf for leaf in one.leaves if leaf not in known]
         if not unknown:
             (got,) = one.value(*[known[leaf] for leaf in one.leaves])
@@ -202,7 +221,19 @@ class Solver:
         slope, rest = one.slopes[leaf](*[known[other] for other in one.others[leaf]])
         if slope == 0:
             return False
-        solution, remainder = divmod(value - rest, slope)
+        return self._take(one, leaf, value, *divmod(value - rest, slope), known, sources)
+
+    def _take(
+        self,
+        one: _Prepared,
+        leaf: IntSymbol,
+        value: int,
+        solution: int,
+        remainder: int,
+        known: Values,
+        sources: Sources,
+    ) -> bool:
+        """Gives a leaf the value that solves an equation."""
         if remainder or not _fits(leaf, solution):
             _no_solution(one, leaf, value, None if remainder else solution, known, sources)
         known[leaf], sources[leaf] = solution, one.equation.source
@@ -219,7 +250,12 @@ def _prepare(equation: Equation) -> _Prepared:
             others[leaf] = needed
             slopes[leaf] = compile_sympy(linear, [item.expr for item in needed])
     value = compile_exprs([equation.expr], leaves)
-    return _Prepared(equation, str(equation.expr), leaves, value, others, slopes)
+    only, slope, rest = None, 0, 0
+    if len(leaves) == 1 and leaves[0] in slopes and not others[leaves[0]]:
+        slope, rest = slopes[leaves[0]]()
+        only = leaves[0] if slope else None
+    constant = equation.expr.constant
+    return _Prepared(equation, str(equation.expr), leaves, value, others, slopes, constant, only, slope, rest)
 
 
 def _no_solution(

@@ -148,6 +148,24 @@ def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.Mo
         )
 
 
+def test_new_lengths_are_read_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the forward and the backward, for queries and keys, in telling and in planning."""
+    from hetu.ops import _attention
+
+    checked = []
+
+    def counted(name: str, values: Any) -> Any:
+        checked.append(name)
+        return fault(name, values)
+
+    fault = _attention.cu_seqlens_fault
+    case = Varlen("cpu")
+    case.run([3, 1], case.feeds([3, 1]))
+    monkeypatch.setattr(_attention, "cu_seqlens_fault", counted)
+    case.run([2, 5], case.feeds([2, 5]))
+    assert checked == ["cu_seqlens_q"]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_functional_entry_waits_for_nothing(device: str) -> None:
     def rows(count: int) -> torch.Tensor:

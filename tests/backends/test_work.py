@@ -200,6 +200,117 @@ def test_both_kinds_joined() -> None:
     assert reads(both, KEYS_ONLY) == reads(both, VALUES_ONLY) == reads(keys, 1)
 
 
+def places(spans: QuerySpans, table: SegmentTable) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """For each span what it is sorted by, the first two of which are its document's, and its segments."""
+    segments = [np.flatnonzero(table.query == span).tolist() for span in range(len(spans))]
+    keys = [sum(table.k_len[own].tolist()) for own in segments]
+    document = spans.document.tolist()
+    most = {d: max(k for k, other in zip(keys, document, strict=True) if other == d) for d in document}
+    return [(-most[d], d, -k, span) for span, (d, k) in enumerate(zip(document, keys, strict=True))], segments
+
+
+def queries_by_definition(
+    spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Fields of each item but those of its segment, and its segments, one after the other in plain Python."""
+    found = []
+    place, segments = places(spans, table)
+    for *_, span in sorted(place):
+        for offset in reversed(range(0, int(spans.length[span]), tokens)):
+            rows = min(tokens, int(spans.length[span]) - offset)
+            seen = [s for s in segments[span] if offset + rows - 1 + table.diagonal[s] >= 0]
+            if turn is not None and not seen and not turn.covers[span]:
+                continue
+            role = QUERIES if turn is None else MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
+            moved = (offset, None, 0, offset * spans.step[span], 0, 0, offset, 0)
+            names = ("start", "length", "document", "position", "step", "slot", "slot_row", "column")
+            fields = [getattr(spans, name)[span] + by for name, by in zip(names, moved, strict=True) if by is not None]
+            reach = [[table.k_start[s], table.k_len[s], offset + table.diagonal[s]] for s in seen]
+            found.append(([*fields[:1], rows, *fields[1:], role], reach or [[0, 0, 0]]))
+    return found
+
+
+def keys_by_definition(spans: QuerySpans, table: SegmentTable, block_n: int) -> list[tuple[list[int], list[list[int]]]]:
+    """The same of key blocks."""
+    regions: list[list[int]] = []
+    for start, length in sorted(zip(table.k_start.tolist(), table.k_len.tolist(), strict=True)):
+        if not regions or start >= regions[-1][1]:
+            regions.append([start, start])
+        regions[-1][1] = max(regions[-1][1], start + length)
+    place, _ = places(spans, table)
+    found = []
+    blocks = [(start, stop) for begin, stop in regions for start in range(begin, stop, block_n)]
+    for number, (start, end) in enumerate(blocks):
+        rows, records, weight = min(block_n, end - start), [], 0
+        named = [
+            s for s in range(len(table))
+            if table.k_start[s] < start + rows and start < table.k_start[s] + table.k_len[s]
+        ]  # fmt: skip
+        for s in named:
+            span, first = table.query[s], start - table.k_start[s]
+            names = ("start", "length", "document", "position", "step", "slot", "slot_row")
+            of_span = [getattr(spans, name)[span] for name in names]
+            records.append([*of_span, first, table.k_len[s] - 1, table.diagonal[s]])
+            weight += max(spans.length[span] - max(max(first, 0) - table.diagonal[s], 0), 0)
+        found.append((place[table.query[named[0]]][:2], -weight, number, [start, rows, 1], records))
+    return [(head, records) for *_, head, records in sorted(found)]
+
+
+def parts(work: WorkList, segment: slice) -> list[tuple[list[int], list[list[int]]]]:
+    """A work list as the definitions give it."""
+    found = []
+    for item, records in told(work, QUERY_FIELDS if segment.start == 8 else KEY_FIELDS):
+        values = list(item.values())
+        assert item[""] == 0
+        own = [list(record.values())[segment] for record in records]
+        found.append(([*values[: segment.start], values[-1]], own))
+    return found
+
+
+@cases
+def test_lists_are_in_the_order_of_their_definition(
+    seed: int, lengths: list[int], is_causal: bool, size: int, tail: int
+) -> None:
+    """All records and their order, for tables of several steps."""
+    case = random_case(seed, lengths, is_causal=is_causal, num_steps=1 + seed % 3, tail=tail)
+    tables = [step.table for step in case.steps]
+    for table, turn in zip(tables, take_turns(case.spans, tables), strict=True):
+        for own in (turn, None):
+            got = parts(query_work(case.spans, table, size, own), slice(8, 11))
+            assert got == queries_by_definition(case.spans, table, size, own)
+        assert parts(key_work(case.spans, table, size), slice(2, 12)) == keys_by_definition(case.spans, table, size)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=8),
+    is_self=st.booleans(),
+    is_causal=st.booleans(),
+    size=st.sampled_from([1, 16, 64]),
+    tail=st.sampled_from([0, 0, 5]),
+    which=st.integers(0, 255),
+)
+def test_lists_of_plain_attention_are_in_the_same_order(
+    lengths: list[tuple[int, int]], is_self: bool, is_causal: bool, size: int, tail: int, which: int
+) -> None:
+    """They are made in a shorter way where each span has one segment and none shares its keys."""
+    cu_q, cu_k = (np.cumsum([0, *side]) for side in ([n for n, _ in lengths], [m for _, m in lengths]))
+    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, is_causal)
+    is_early = (which >> table.query % 8) % 2 == 1
+    columns = (table.query, table.k_start, table.k_len, table.diagonal)
+    both = [SegmentTable(*(column[own] for column in columns)) for own in (is_early, ~is_early)]
+    for one, turn in [(table, None), *zip(both, take_turns(spans, both), strict=True)]:
+        assert parts(query_work(spans, one, size, turn), slice(8, 11)) == queries_by_definition(spans, one, size, turn)
+        assert parts(key_work(spans, one, size), slice(2, 12)) == keys_by_definition(spans, one, size)
+
+
+def test_a_ranking_is_of_its_own_spans() -> None:
+    """One table over other spans is ranked anew."""
+    spans, table = varlen_tables(np.array([0, 5, 10]), np.array([0, 5, 10]), 10, True)
+    query_work(spans, table, 4)
+    other = QuerySpans(*(getattr(spans, name)[[1, 0]] for name in QuerySpans.__dataclass_fields__ if name != "memo"))
+    assert parts(query_work(other, table, 4), slice(8, 11)) == queries_by_definition(other, table, 4, None)
+
+
 def test_work_of_nothing() -> None:
     spans, table = varlen_tables(np.array([0]), np.array([0]), 0, True)
     assert query_work(spans, table, 64).records().shape == (0, 16)

@@ -11,6 +11,21 @@ from hetu.parallel.segments import take_turns, varlen_tables
 from hetu.parallel.tables import extents, see
 
 
+def columns(spans: QuerySpans, table: SegmentTable) -> list[list[int]]:
+    """All that both hold."""
+    return [getattr(x, name).tolist() for x in (spans, table) for name in x.__dataclass_fields__ if name != "memo"]
+
+
+def test_lengths_of_both_sides_in_one_array() -> None:
+    """What both sides share is computed once, with the same result."""
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        cu = np.concatenate([[0], rng.integers(0, 4, rng.integers(0, 6)).cumsum()]).astype(np.int64)
+        for tail, is_causal, packed in np.ndindex(2, 2, 2):
+            request = (int(cu[-1]) + tail, bool(is_causal), bool(packed))
+            assert columns(*varlen_tables(cu, cu, *request)) == columns(*varlen_tables(cu, cu.copy(), *request))
+
+
 def dense(spans: QuerySpans, table: SegmentTable, rows: int, keys: int) -> np.ndarray:
     """How often each row sees each key of the buffer, straight from the docstring of ``SegmentTable``."""
     times = np.zeros((rows, keys), np.int64)

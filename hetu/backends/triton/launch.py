@@ -124,13 +124,14 @@ def _prepared(
     scores: bool,
 ) -> _Launch:
     """Chooses the tile, and puts the work list on the device."""
-    heads, runs_on = Heads(num_q, num_kv), turn is not None and turn.runs_on
-    variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
+    runs_on = turn is not None and turn.runs_on
+    heads, *variants = _kinds(num_q, num_kv, head_dim, dtype, runs_on, dropout, scores)
+    variant = variants[False]
     keys = keys_per_row(spans, table)
 
     def made(shape: Tile) -> _Launch:
         work = query_work(spans, table, shape.block_m // heads.pack, turn)
-        own = replace(variant, more=work.has_more)
+        own = variants[work.has_more]
         programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, shape, device))
         return _Launch(copied_to(work.records(), device), programs, own, heads, shape, key)
 
@@ -143,6 +144,15 @@ def _prepared(
         kind = autotune.kind_of(variant, heads, keys)
         shape = autotune.tuned(kind, shape, autotune.forward_candidates(shape), None if runs_on else trial, device)
     return made(shape)
+
+
+@cache  # they take longer to make and to compare than to find
+def _kinds(
+    num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, runs_on: bool, dropout: bool, scores: bool
+) -> tuple[Heads, Variant, Variant]:
+    """The heads of a call, and its variants for a segment a block and for several."""
+    variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
+    return Heads(num_q, num_kv), variant, replace(variant, more=True)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
@@ -161,9 +171,9 @@ def interned(key: Hashable) -> int:
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
     """Keys that a row sees on average, over the rows of spans that see any: a step may attend for few of them."""
     if "keys_per_row" not in table.memo:
-        sees = np.zeros(len(spans), bool)
-        sees[table.query] = True
-        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length[sees].sum()), 1)
+        sees = np.zeros(len(spans), np.int64)
+        sees[table.query] = 1
+        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length.dot(sees)), 1)
     keys: float = table.memo["keys_per_row"]
     return keys
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -134,13 +134,14 @@ def _prepared(
     grads: tuple[torch.dtype, ...],
 ) -> _Launch:
     """Chooses the tiles, and puts the work list on the device."""
-    heads, runs_on = Heads(num_q, num_kv), turn is not None and turn.runs_on
-    variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
+    runs_on = turn is not None and turn.runs_on
+    heads, *variants = _kinds(num_q, num_kv, head_dim, dtype, runs_on, dropout)
+    variant = variants[False]
     keys = keys_per_row(spans, table)
 
     def made(tiles: BackwardTiles) -> _Launch:
         work = backward_work(spans, table, tiles, heads, turn)
-        own = variant.of_work(work.has_more)
+        own = variants[work.has_more]
         programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, tiles, device, grads))
         return _Launch(copied_to(work.records(), device), programs, own, heads, tiles, key)
 
@@ -153,6 +154,15 @@ def _prepared(
         kind, candidates = autotune.kind_of(variant, heads, keys), autotune.backward_candidates(tiles)
         tiles = autotune.tuned(kind, tiles, candidates, None if runs_on else trial, device)
     return made(tiles)
+
+
+@cache
+def _kinds(
+    num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, runs_on: bool, dropout: bool
+) -> tuple[Heads, BackwardVariant, BackwardVariant]:
+    """The heads of a call, and its variants for a segment a block and for several."""
+    variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
+    return Heads(num_q, num_kv), variant.of_work(False), variant.of_work(True)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:

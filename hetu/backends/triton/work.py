@@ -10,13 +10,14 @@ cache; documents with most keys come first, and in each the blocks with most, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn
+from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, least
 
 Int32Array = NDArray[np.int32]
 
@@ -53,8 +54,23 @@ _ROLE = QUERY_FIELDS.index("role")
 assert len(QUERY_FIELDS) == len(KEY_FIELDS) == WIDTH
 assert KEY_FIELDS.index("more_begin") == _MORE.start and KEY_FIELDS.index("role") == _ROLE
 
+# Places in a record, looked up once: a new set of lengths waits for every microsecond spent here.
+_ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
+    QUERY_FIELDS.index(name) for name in ("row", "rows", "position", "step", "slot_row")
+)
+_K_START, _K_LEN, _REACH = (QUERY_FIELDS.index(name) for name in ("k_start", "k_len", "reach"))
+_FIRST, _LAST_KEY, _DIAGONAL = (KEY_FIELDS.index(name) for name in ("first", "last_key", "diagonal"))
+_KEY_SPAN = slice(KEY_FIELDS.index("start"), KEY_FIELDS.index("slot_row") + 1)
 
-@dataclass(frozen=True, slots=True)
+_ALL = slice(None)
+"""Stands for the indices 0, 1, 2, ... where each item has one segment: indexing with it gives a view."""
+
+Item = IntArray | slice
+Tail = tuple[int | slice, NDArray[Any]]
+"""A column of the records, or several, and its values, one a segment."""
+
+
+@dataclass(slots=True)  # not frozen: making a frozen one takes three times as long
 class WorkList:
     """Records of work.
 
@@ -89,12 +105,14 @@ class WorkList:
 
     def joined(self, other: WorkList) -> WorkList:
         """Both lists as one: of each document this one's items, then the other's."""
-        moved = other.items.copy()
-        moved[:, _MORE] += len(self.further)
+        moved, further = other.items, self.further
+        if self.has_more or other.has_more:
+            moved, further = moved.copy(), np.concatenate([further, other.further])
+            moved[:, _MORE] += len(self.further)
         documents = np.concatenate([self.documents, other.documents])
-        order = np.argsort(documents, kind="stable")
-        further = np.concatenate([self.further, other.further])
-        return WorkList(np.concatenate([self.items, moved])[order], further, documents[order])
+        order = documents.argsort(kind="stable")
+        items = np.concatenate([self.items, moved]).take(order, axis=0)
+        return WorkList(items, further, documents[order])
 
 
 def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None = None) -> WorkList:
@@ -113,40 +131,33 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         >>> [dict(zip(("row", "rows"), record[:2].tolist())) for record in work.items]
         [{'row': 9, 'rows': 3}, {'row': 5, 'rows': 4}, {'row': 4, 'rows': 1}, {'row': 0, 'rows': 4}]
     """
-    ranks, keys = document_ranks(spans, table)
-    order = np.lexsort((-keys, ranks))
-    blocks = -(-spans.length[order] // tokens)
+    ranking = _ranking(spans, table)
+    order = ranking.order
+    blocks = (spans.length[order] + (tokens - 1)) // tokens
     span = order.repeat(blocks)
-    offset = (blocks.cumsum().repeat(blocks) - 1 - np.arange(len(span))) * tokens  # the last block first
-    # One entry a (block, segment) from here on, of those where the block's last row sees a key.
-    item, segment = _segments_of(span, table, len(spans))
-    last_row = np.minimum(offset + tokens, spans.length[span]) - 1
-    sees = last_row[item] + table.diagonal[segment] >= 0
-    item, segment = item[sees], segment[sees]
-    role: Any = QUERIES
+    last = np.add.accumulate(blocks) - 1
+    offset = (last.repeat(blocks) - np.arange(len(span))) * tokens  # the last block first
+    documents = ranking.ranks.repeat(blocks)
+    # One entry a (block, segment), of those where the block's last row sees a key: in plain attention of all.
+    has_all = ranking.has_each_once and least(table.diagonal) >= 0
+    item, segment = (_ALL, span) if has_all else _segments_of(span, offset, tokens, spans, table)
+    role: IntArray | None = None
     if turn is not None:
-        is_kept = turn.covers[span]
-        is_kept[item] = True
-        item = (is_kept.cumsum() - 1)[item]
-        span, offset = span[is_kept], offset[is_kept]
+        if not has_all:
+            is_kept = turn.covers[span]
+            is_kept[item] = True
+            item = (is_kept.cumsum() - 1)[item]
+            span, offset, documents = span[is_kept], offset[is_kept], documents[is_kept]
         role = QUERIES + MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
-    head = {
-        "row": spans.start[span] + offset,
-        "rows": np.minimum(spans.length[span] - offset, tokens),
-        "document": spans.document[span],
-        "position": spans.position[span] + offset * spans.step[span],
-        "step": spans.step[span],
-        "slot": spans.slot[span],
-        "slot_row": spans.slot_row[span] + offset,
-        "column": spans.column[span],
-        "role": role,
-    }
-    tail = {
-        "k_start": table.k_start[segment],
-        "k_len": table.k_len[segment],
-        "reach": offset[item] + table.diagonal[segment],
-    }
-    return _work_list(QUERY_FIELDS, head, item, tail, ranks[span])
+    items = _parts_of(spans, span, offset, tokens)
+    if role is not None:  # else QUERIES, which is 0
+        items[:, _ROLE] = role
+    tail = [
+        (_K_START, table.k_start[segment]),
+        (_K_LEN, table.k_len[segment]),
+        (_REACH, offset[item] + table.diagonal[segment]),
+    ]
+    return _work_list(items, item, tail, documents)
 
 
 def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
@@ -164,101 +175,182 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         >>> [dict(zip(("k_row", "rows"), record[:2].tolist())) for record in work.items]
         [{'k_row': 5, 'rows': 4}, {'k_row': 9, 'rows': 3}, {'k_row': 0, 'rows': 4}, {'k_row': 4, 'rows': 1}]
     """
-    k_row, rows, block, segment = _key_blocks(table, block_n)
-    ranks, _ = document_ranks(spans, table)
+    k_row, rows, item, segment = _key_blocks(table, block_n)
+    ranking, ranks = _ranking(spans, table), np.empty(len(spans), np.int64)
+    ranks[ranking.order] = ranking.ranks
     query = table.query[segment]
-    hidden = np.maximum(k_row[block] - table.k_start[segment], 0) - table.diagonal[segment]
-    weight = np.bincount(block, np.maximum(spans.length[query] - np.maximum(hidden, 0), 0), minlength=len(k_row))
-    rank = ranks[query[np.searchsorted(block, np.arange(len(k_row)))]]
-    order = np.lexsort((-weight, rank))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    by_item = np.argsort(place[block], kind="stable")
-    item, segment, query = place[block][by_item], segment[by_item], query[by_item]
-    k_row, rows, rank = k_row[order], rows[order], rank[order]
-    tail = {name: getattr(spans, name)[query] for name in ("start", "length", *_SPAN_FIELDS)}
-    tail |= {
-        "first": k_row[item] - table.k_start[segment],
-        "last_key": table.k_len[segment] - 1,
-        "diagonal": table.diagonal[segment],
-    }
-    head = {"k_row": k_row, "rows": rows, "role": KEYS}
-    return _work_list(KEY_FIELDS, head, item, tail, rank)
+    hidden = np.maximum(k_row[item] - table.k_start[segment], 0) - table.diagonal[segment]
+    weight = np.maximum(spans.length[query] - np.maximum(hidden, 0), 0)
+    if isinstance(item, slice):  # a segment a block
+        rank = ranks[query]
+        order = np.lexsort((-weight, rank))
+        segment, query = segment[order], query[order]
+    else:
+        weight = np.bincount(item, weight, minlength=len(k_row))
+        rank = ranks[query[np.searchsorted(item, np.arange(len(k_row)))]]
+        order = np.lexsort((-weight, rank))
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        moved = place[item]
+        by_item = moved.argsort(kind="stable")
+        item, segment, query = moved[by_item], segment[by_item], query[by_item]
+    k_row = k_row[order]
+    items = np.zeros((len(order), WIDTH), np.int32)
+    items[:, _ROW], items[:, _ROWS], items[:, _ROLE] = k_row, rows[order], KEYS
+    tail: list[Tail] = [
+        (_KEY_SPAN, _span_records(spans).take(query, axis=0)[:, : _SLOT_ROW + 1]),
+        (_FIRST, k_row[item] - table.k_start[segment]),
+        (_LAST_KEY, table.k_len[segment] - 1),
+        (_DIAGONAL, table.diagonal[segment]),
+    ]
+    return _work_list(items, item, tail, rank[order])
 
 
-def document_ranks(spans: QuerySpans, table: SegmentTable) -> tuple[IntArray, IntArray]:
-    """For each query span the rank of its document by the keys that its rows see, most first, and the span's own keys.
+@dataclass(slots=True)
+class _Ranking:
+    """The order of query spans: the forward and the backward ask for it.
 
-    Spans that see nothing come last.
+    Documents with most keys come first, by the keys that their rows see, and in each the spans with most. Spans that
+    see nothing come last.
+
+    Attributes:
+        spans: Of these.
+        order: Their indices.
+        ranks: In this order, the rank of each one's document.
+        has_each_once: Whether each has one segment, as in plain attention.
     """
-    keys = np.bincount(table.query, table.k_len, minlength=len(spans))
-    document = spans.document + 1  # the tail's is -1
-    most = np.zeros(document.max(initial=0) + 1)
-    np.maximum.at(most, document, keys)
-    rank = np.empty(len(most), np.int64)
-    rank[(-most).argsort(kind="stable")] = np.arange(len(most))
-    return rank[document], keys
+
+    spans: QuerySpans
+    order: IntArray
+    ranks: IntArray
+    has_each_once: bool
 
 
-def _segments_of(span: IntArray, table: SegmentTable, spans: int) -> tuple[IntArray, IntArray]:
-    """For blocks of query spans all (block, segment) pairs, ordered by block."""
-    if (table.query[1:] > table.query[:-1]).all():  # a segment a span, as plain attention has: half the work
-        of_span = np.full(spans, -1)
-        of_span[table.query] = np.arange(len(table))
-        segment = of_span[span]
-        item = (segment >= 0).nonzero()[0]
-        return item, segment[item]
-    bounds = np.searchsorted(table.query, np.arange(spans + 1))
-    count = (bounds[1:] - bounds[:-1])[span]
+def _ranking(spans: QuerySpans, table: SegmentTable) -> _Ranking:
+    """The ranking by a table, made once."""
+    found: _Ranking | None = table.memo.get("triton.ranking")
+    if found is None or found.spans is not spans:
+        found = table.memo["triton.ranking"] = _ranked(spans, table)
+    return found
+
+
+def _ranked(spans: QuerySpans, table: SegmentTable) -> _Ranking:
+    query, document = table.query, spans.document
+    has_each_once = len(query) == len(spans) and (len(query) < 2 or least(query[1:] > query[:-1]) == 1)
+    keys = table.k_len if has_each_once else np.bincount(query, table.k_len, minlength=len(spans))
+    fewer = -keys
+    if _have_own_documents(spans):  # in plain attention: half the work
+        return _Ranking(spans, np.lexsort((document, fewer)), np.arange(len(document)), has_each_once)
+    fewest = np.zeros(document.max(initial=0) + 2)  # the tail's document, -1, is the last one
+    np.minimum.at(fewest, document, fewer)
+    order = np.lexsort((fewer, document, fewest[document]))
+    in_order = document[order]
+    ranks = np.zeros(len(order), np.int64)
+    (in_order[1:] != in_order[:-1]).cumsum(out=ranks[1:])
+    return _Ranking(spans, order, ranks, has_each_once)
+
+
+def _have_own_documents(spans: QuerySpans) -> bool:
+    """Whether no two spans are of one document and they are ordered, but for the tail, which is of document -1."""
+    document = spans.document
+    if len(document) < 2:
+        return True
+    rises = document[1:] > document[:-1]
+    at = rises.argmin()  # the first that doesn't, if any
+    return bool(rises[at] or (at == len(rises) - 1 and document[-1] < 0 <= document[0]))
+
+
+def _span_records(spans: QuerySpans) -> Int32Array:
+    """The fields of query spans where records of queries have them, made once for all steps and the backward."""
+    records = spans.memo.get("triton.records")
+    if records is None:
+        records = np.zeros((len(spans), WIDTH), np.int32)
+        fields = (spans.start, spans.length, spans.document, spans.position, spans.step, spans.slot)
+        records[:, :_K_START] = np.array((*fields, spans.slot_row, spans.column)).T
+        spans.memo["triton.records"] = records
+    return records
+
+
+def _parts_of(spans: QuerySpans, span: IntArray, offset: IntArray, tokens: int) -> Int32Array:
+    """Records of parts of query spans, without segments: columns are changed in place, all at once and few."""
+    items = _span_records(spans).take(span, axis=0)
+    moved = offset.astype(np.int32)
+    row, rows, position, slot_row = (items[:, column] for column in (_ROW, _ROWS, _POSITION, _SLOT_ROW))
+    row += moved
+    slot_row += moved
+    position += moved * items[:, _STEP]
+    np.minimum(rows - moved, tokens, out=rows)
+    return items
+
+
+def _segments_of(
+    span: IntArray, offset: IntArray, tokens: int, spans: QuerySpans, table: SegmentTable
+) -> tuple[IntArray, IntArray]:
+    """For blocks of query spans all (block, segment) pairs of which the last row sees a key, ordered by block."""
+    count = np.bincount(table.query, minlength=len(spans))
+    first = np.add.accumulate(count) - count
+    count, first = count[span], first[span]
     item = np.arange(len(span)).repeat(count)
-    return item, np.arange(len(item)) + (bounds[span] - (count.cumsum() - count)).repeat(count)
+    segment = np.arange(len(item)) + (first - (np.add.accumulate(count) - count)).repeat(count)
+    last_row = np.minimum(offset + tokens, spans.length[span]) - 1
+    sees = last_row[item] + table.diagonal[segment] >= 0
+    return item[sees], segment[sees]
 
 
-def _key_blocks(table: SegmentTable, block_n: int) -> tuple[IntArray, IntArray, IntArray, IntArray]:
+def _key_blocks(table: SegmentTable, block_n: int) -> tuple[IntArray, IntArray, Item, IntArray]:
     """Blocks of keys (first row, rows), and ordered by block the (block, segment) pairs that intersect."""
     if len(table) == 0:
         return (np.empty(0, np.int64),) * 4
     # Regions: unions of segments whose keys overlap, so that blocks begin where documents do.
-    order = np.argsort(table.k_start, kind="stable")
+    order = table.k_start.argsort(kind="stable")
     starts, ends = table.k_start[order], np.maximum.accumulate((table.k_start + table.k_len)[order])
-    opens = np.concatenate([[True], starts[1:] >= ends[:-1]])
+    opens = np.ones(len(table), bool)
+    np.greater_equal(starts[1:], ends[:-1], out=opens[1:])
+    first = opens.nonzero()[0]
+    begin, end = (starts, ends) if len(first) == len(table) else (starts[first], ends[np.append(first[1:], 0) - 1])
+    blocks = (end - begin + (block_n - 1)) // block_n
+    first_block = np.add.accumulate(blocks) - blocks
+    region = np.arange(len(begin)).repeat(blocks)
+    place = (np.arange(len(region)) - first_block[region]) * block_n
+    k_row = begin[region] + place
+    rows = np.minimum(end[region] - k_row, block_n)
+    if len(begin) == len(table):
+        return k_row, rows, _ALL, order[region]  # segments share no keys, as in plain attention: one a block
+
     region_of = np.empty(len(table), np.int64)
     region_of[order] = opens.cumsum() - 1
-    begin = starts[opens]
-    end = ends[np.concatenate([np.flatnonzero(opens)[1:] - 1, [len(ends) - 1]])]
-    blocks = -(-(end - begin) // block_n)
-    first_block = blocks.cumsum() - blocks
-    region = np.repeat(np.arange(len(begin)), blocks)
-    k_row = begin[region] + (np.arange(len(region)) - first_block[region]) * block_n
-    rows = np.minimum(end[region] - k_row, block_n)
-
     low = (table.k_start - begin[region_of]) // block_n
     high = (table.k_start + table.k_len - 1 - begin[region_of]) // block_n
     count = high - low + 1
-    segment = np.repeat(np.arange(len(table)), count)
+    segment = np.arange(len(table)).repeat(count)
     block = first_block[region_of][segment] + low[segment]
-    block += np.arange(len(segment)) - np.repeat(count.cumsum() - count, count)
-    by_block = np.argsort(block, kind="stable")
+    block += np.arange(len(segment)) - (count.cumsum() - count).repeat(count)
+    by_block = block.argsort(kind="stable")
     return k_row, rows, block[by_block], segment[by_block]
 
 
-def _work_list(
-    fields: tuple[str, ...], head: dict[str, Any], item: IntArray, tail: dict[str, IntArray], documents: IntArray
-) -> WorkList:
-    """Records of ``head``, one an item, and ``tail``, one a segment; ``item``, sorted, says whose each segment is."""
-    items = np.zeros((len(documents), WIDTH), np.int32)
-    for name, values in head.items():
-        items[:, fields.index(name)] = values
+def _work_list(items: Int32Array, item: Item, tail: Sequence[Tail], documents: IntArray) -> WorkList:
+    """Puts segments into items; ``item``, sorted, says whose each is."""
+    if isinstance(item, slice):
+        for column, values in tail:
+            items[:, column] = values
+        return WorkList(items, _NO_FURTHER, documents)
     is_own = np.ones(len(item), bool)  # the first segment of its item
     is_own[1:] = item[1:] != item[:-1]
-    further = np.zeros((len(item) - int(is_own.sum()), WIDTH), np.int32)
-    if len(further) == 0:
-        for name, values in tail.items():
-            items[item, fields.index(name)] = values
-        return WorkList(items, further, documents)
-    for name, values in tail.items():
-        items[item[is_own], fields.index(name)] = values[is_own]
-        further[:, fields.index(name)] = values[~is_own]
-    count = np.bincount(item[~is_own], minlength=len(items))
-    items[:, _MORE] = np.stack([count.cumsum() - count, count.cumsum()], axis=1)
+    if np.count_nonzero(is_own) == len(item):
+        for column, values in tail:
+            items[item, column] = values
+        return WorkList(items, _NO_FURTHER, documents)
+    is_further = ~is_own
+    own, later = item[is_own], item[is_further]
+    further = np.zeros((len(later), WIDTH), np.int32)
+    for column, values in tail:
+        items[own, column] = values[is_own]
+        further[:, column] = values[is_further]
+    count = np.bincount(later, minlength=len(items))
+    end = count.cumsum()
+    items[:, _MORE] = np.array((end - count, end)).T
     return WorkList(items, further, documents)
+
+
+_NO_FURTHER = np.zeros((0, WIDTH), np.int32)
