@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hetu.backends.attention import BackwardState, Dropout, attention_delta
 from hetu.backends.dropout import keep_mask
 from hetu.backends.kernels import attention_kernel, backward_kernel
+from hetu.backends.triton import BackwardTiles, Tile, launch_backward
 from hetu.parallel.segments import varlen_tables
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -222,6 +223,30 @@ def test_one_table_over_buffers_of_other_lengths(backend: str) -> None:
     longer = Step(step.table, step.rows + 4, np.pad(step.key_position, (0, 4)))
     seen = [torch.nn.functional.pad(case.seen[0], (0, 4))]
     check(Case(case.spans, [longer], seen, case.rows, 2, 5, 5), backend, heads=(2, 1))
+
+
+@pytest.mark.parametrize("values", [Tile(32, 128, 4, 1), Tile(64, 16, 4, 1)], ids=["more", "fewer"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+def test_keys_and_values_in_programs_of_their_own(
+    values: Tile, is_causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wide heads have them; blocks of values are of more rows than those of keys, or of fewer."""
+    tiles = BackwardTiles(Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), is_split=True, own_values=values)
+    monkeypatch.setattr(launch_backward, "backward_tile", lambda *_: tiles)
+    dtype, heads = torch.bfloat16, (4, 2)
+    check(whole_documents([150, 1, 67], is_causal), "triton", dtype, 16, 0.25, heads=heads, in_q_dtype=True)
+    check(whole_documents([70, 9], is_causal), "triton", dtype, 16, 0.25, p=0.2, heads=heads)
+    check(random_case(3, [90, 7], is_causal=is_causal, num_steps=2, tail=5), "triton", dtype, 16, 0.25, heads=heads)
+
+
+def test_rows_that_see_nothing_give_values_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More queries than keys under a causal mask: the first rows' log-sum-exps are -inf."""
+    tiles = BackwardTiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), is_split=True)
+    monkeypatch.setattr(launch_backward, "backward_tile", lambda *_: tiles)
+    spans, table = varlen_tables(np.array([0, 40]), np.array([0, 21]), 40, True)
+    seen = torch.ones(40, 21).tril(21 - 40).bool()
+    case = Case(spans, [Step(table, 21, np.arange(21))], [seen], 40, 1, 40, 21)
+    check(case, "triton", torch.bfloat16, 16, 0.25, heads=(2, 1), in_q_dtype=True)
 
 
 @pytest.mark.gpu

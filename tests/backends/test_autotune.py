@@ -75,6 +75,9 @@ def test_tiles_of_the_backward_come_back_as_they_were() -> None:
     best = BackwardTiles(LARGE, replace(OTHER, max_registers=168), is_split=True)
     assert autotune.tuned("a", default, [best], lambda tiles: float(tiles is not best), CPU) == best
     assert autotune.tuned("a", default, [], None, CPU) == best
+    best = replace(best, own_values=OTHER)
+    assert autotune.tuned("b", default, [best], lambda tiles: float(tiles is not best), CPU) == best
+    assert autotune.tuned("b", default, [], None, CPU) == best
 
 
 def test_kinds() -> None:
@@ -104,9 +107,12 @@ def test_it_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_candidates_are_what_the_kernels_take() -> None:
     every = list(autotune.forward_candidates(DEFAULT))
-    pairs = list(autotune.backward_candidates(BackwardTiles(DEFAULT, OTHER, is_split=True)))
+    pairs = list(autotune.backward_candidates(BackwardTiles(DEFAULT, OTHER, is_split=True, own_values=LARGE)))
     assert len(set(every)) == len(every) and len(set(pairs)) == len(pairs)
-    assert all(pair.keys.num_warps == pair.queries.num_warps and pair.is_split for pair in pairs)
+    assert all(
+        pair.is_split and len({pair.keys.num_warps, pair.values.num_warps, pair.queries.num_warps}) == 1
+        for pair in pairs
+    )
     for tile in [*every, *(pair.keys for pair in pairs), *(pair.queries for pair in pairs)]:
         assert tile.block_m >= MAX_PACK and tile.block_n >= 16 and tile.precision == "ieee"
 

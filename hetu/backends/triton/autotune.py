@@ -105,6 +105,7 @@ def backward_candidates(default: BackwardTiles) -> Iterator[BackwardTiles]:
             default,
             keys=replace(tile, block_m=keys[0], block_n=keys[1]),
             queries=replace(tile, block_m=queries[0], block_n=queries[1]),
+            own_values=None,
         )
 
 
@@ -139,5 +140,5 @@ def _write(path: Path, kind: str, tile: Tile | BackwardTiles) -> None:
 def _decoded(kept: dict[str, object], like: AnyTile) -> AnyTile:
     fields = dict(kept)
     if isinstance(like, BackwardTiles):
-        fields["keys"], fields["queries"] = (Tile(**fields[name]) for name in ("keys", "queries"))  # type: ignore[arg-type]
+        fields |= {name: Tile(**tile) for name, tile in fields.items() if isinstance(tile, dict)}
     return type(like)(**fields)  # type: ignore[arg-type]

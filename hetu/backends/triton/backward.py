@@ -36,6 +36,22 @@ from hetu.backends.triton.tiles import (
 
 
 @triton.jit
+def unknown_zero(rows):
+    """0, of which the compiler doesn't know that it is.
+
+    Of an outer loop that is known to take one turn ptxas makes, for wide heads and pipelined loads, code in which each
+    product on tensor cores waits for the one before.
+    """
+    return tl.minimum(rows, 0)
+
+
+@triton.jit
+def is_seen(place, last_key, reach):
+    """Which keys at ``place`` of a segment, before and past which there are others, rows with a last key see."""
+    return ((place >= 0) & (place <= last_key))[:, None] & (place[:, None] <= reach[None, :])
+
+
+@triton.jit
 def fold_queries(
     dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, member, head,
     scale, position, step, key_positions, document, key_low, key_high, threshold, keep_scale,
@@ -68,11 +84,15 @@ def fold_queries(
         if ROLE != VALUES_ONLY:
             delta_row = tl.load(delta, mask=live, other=0.0)
             dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
-        p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
-        if i < whole:
-            place = first + j[:, None]
-            seen = (place >= 0) & (place <= last_key) & (place <= (i + token)[None, :] + diagonal)
-            p = tl.where(seen, p, 0.0)
+        if ROLE == VALUES_ONLY:  # before the exponential: nothing else needs the scores, and it saves registers
+            lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)  # of rows that see nothing
+            if i < whole:
+                s = tl.where(is_seen(first + j, last_key, i + token + diagonal), s, float("-inf"))
+            p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
+        else:
+            p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
+            if i < whole:
+                p = tl.where(is_seen(first + j, last_key, i + token + diagonal), p, 0.0)
         kept = p
         if DROPOUT:
             queries = position + (i + token) * step
@@ -130,6 +150,8 @@ def key_gradients(
     if MORE:
         more_begin = tl.load(record + 13)
         more_end = tl.load(record + 14)
+    elif BLOCK_D > 128 and ROLE == KEYS and STAGES > 1:
+        more_begin = unknown_zero(rows)
     for further in loop(more_begin - 1, more_end):  # the record's own segment first
         start = tl.load(record + 2).to(tl.int64)
         length = tl.load(record + 3)
@@ -254,6 +276,8 @@ def query_gradients(
     if MORE:
         more_begin = tl.load(record + 13)
         more_end = tl.load(record + 14)
+    elif BLOCK_D > 128 and STAGES > 1:
+        more_begin = unknown_zero(rows)
     for further in loop(more_begin - 1, more_end):  # the record's own segment first
         positions = key_position
         if DROPOUT:
@@ -290,6 +314,7 @@ def backward_kernel(
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
+    VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
     SPLIT: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -309,7 +334,7 @@ def backward_kernel(
         records: int32 rows of RECORD fields, as of work.py.
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
-            the scores anew: what wide heads need.
+            the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
     """
     SETS: tl.constexpr = HEADS // PACK
     record = records + (tl.program_id(0) // SETS) * RECORD_WIDTH
@@ -332,7 +357,7 @@ def backward_kernel(
                     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                     STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                    KEY_M, KEY_N, BLOCK_D, KEY_STAGES, VALUES_ONLY, MORE, DROPOUT, PRECISION,
+                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, VALUES_ONLY, MORE, DROPOUT, PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(

@@ -202,8 +202,11 @@ def backward_work(
 ) -> WorkList:
     """The programs of a backward: of each document those for keys, which are longer, then those for queries."""
     keys = key_work(spans, table, tiles.keys.block_n)
-    if tiles.is_split:
+    if tiles.is_split and tiles.values.block_n == tiles.keys.block_n:
         keys = keys.with_roles(KEYS_ONLY, VALUES_ONLY)
+    elif tiles.is_split:
+        values = key_work(spans, table, tiles.values.block_n)
+        keys = keys.with_roles(KEYS_ONLY).joined(values.with_roles(VALUES_ONLY))
     return keys.joined(query_work(spans, table, tiles.queries.block_m // heads.pack, turn))
 
 

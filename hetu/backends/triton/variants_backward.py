@@ -25,17 +25,24 @@ from hetu.backends.triton.variants import (
 
 @dataclass(frozen=True, slots=True)
 class BackwardTiles:
-    """How the backward's programs cut their work; both kinds have as many warps.
+    """How the backward's programs cut their work; all kinds have as many warps.
 
     Attributes:
         keys: Of those for keys: ``block_n`` keys, and ``block_m`` query rows of one iteration.
         queries: Of those for queries: ``block_m`` query rows, and ``block_n`` keys of one iteration.
         is_split: Whether keys and values have programs of their own.
+        own_values: Of those for values, if they have programs of their own and another tile than keys.
     """
 
     keys: Tile
     queries: Tile
     is_split: bool = False
+    own_values: Tile | None = None
+
+    @property
+    def values(self) -> Tile:
+        """Of programs for values."""
+        return self.own_values or self.keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,9 @@ class BackwardVariant:
             "KEY_M": tiles.keys.block_m,
             "KEY_N": tiles.keys.block_n,
             "KEY_STAGES": tiles.keys.num_stages,
+            "VALUE_M": tiles.values.block_m,
+            "VALUE_N": tiles.values.block_n,
+            "VALUE_STAGES": tiles.values.num_stages,
             "PACK": heads.pack,
             "QUERY_M": tiles.queries.block_m,
             "QUERY_N": tiles.queries.block_n,
@@ -104,8 +114,10 @@ class BackwardVariant:
 
 def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
     """The compiler's options."""
-    assert tiles.keys.num_warps == tiles.queries.num_warps, "both kinds of programs are of one launch"
-    assert tiles.keys.precision == tiles.queries.precision
+    every = (tiles.keys, tiles.values, tiles.queries)
+    assert len({tile.num_warps for tile in every}) == 1, "all kinds of programs are of one launch"
+    assert len({tile.precision for tile in every}) == 1
+    assert tiles.is_split or tiles.own_values is None, "values have no programs of their own"
     return compiler_options(tiles.keys)
 
 
