@@ -21,10 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hetu.backends.triton import (
-    BackwardTiles,
     BackwardVariant,
     Heads,
-    Tile,
     Variant,
     backward_options,
     backward_tile,
@@ -57,17 +55,11 @@ def chosen_backward() -> list[BackwardVariant]:
     return [
         *(BackwardVariant(d, half, *some) for d in (64, 128) for some in flags),
         *(BackwardVariant(d, torch.float16, runs_on=d % 16 != 0) for d in (72, 256)),
+        BackwardVariant(256, half, True, True, True),
         BackwardVariant(64, single, dropout=True),
         BackwardVariant(128, single, runs_on=True),
         BackwardVariant(256, single),
     ]
-
-
-def further_tiles(capability: int) -> list[BackwardTiles]:
-    """Tiles for head_dim 256 that stand beside the chosen ones: their queries' and values' programs are pipelined."""
-    keys, values, both, queries = Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)
-    apart, together = BackwardTiles(keys, queries, is_split=True, own_values=values), BackwardTiles(both, queries)
-    return [apart, together] if capability >= 90 else []
 
 
 HEADS = Heads(num_q=32, num_kv=8)
@@ -83,9 +75,7 @@ def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
 
 def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
     """The same for the backward."""
-    further = further_tiles(capability) if variant.head_dim == 256 and variant.dtype != torch.float32 else []
-    chosen = [backward_tile(variant, capability, keys) for keys in KEYS_PER_ROW]
-    for tiles in dict.fromkeys(chosen + further):
+    for tiles in dict.fromkeys(backward_tile(variant, capability, keys) for keys in KEYS_PER_ROW):
         options = backward_options(tiles)
         yield used(f"{variant} {tiles}", variant, variant.source(HEADS, tiles), options, capability)
 

@@ -76,7 +76,7 @@ def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None
     assert Heads(num_q, num_kv).pack == pack
 
 
-KEYS_PER_ROW = (0, 128, 511, 512, 1e6)
+KEYS_PER_ROW = (0, 128, 511, 512, 4095, 4096, 1e6)
 
 
 def check_tile(shape: Tile) -> None:
@@ -86,7 +86,7 @@ def check_tile(shape: Tile) -> None:
     assert shape.num_warps in (1, 2, 4, 8) and shape.num_stages >= 1
 
 
-@pytest.mark.parametrize("capability", [INTERPRETER, 80, 86, 90, 100])
+@pytest.mark.parametrize("capability", [INTERPRETER, 80, 86, 90, 100, 120])
 def test_tiles_are_what_triton_takes(capability: int) -> None:
     for variant in variants():
         assert variant.head_dim <= variant.block_d and variant.block_d & (variant.block_d - 1) == 0
@@ -122,12 +122,22 @@ def test_keys_of_the_rows_that_a_step_attends_for() -> None:
 def test_tiles_that_were_tuned() -> None:
     assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 32, 4, 4)
     assert tile(Variant(64, torch.bfloat16), 90, 2000) == Tile(128, 64, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 4, 3)
+    assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 8, 3, max_registers=128)
+    assert tile(Variant(128, torch.float16), 90, 2_048) == Tile(128, 32, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 20_000) == Tile(128, 128, 8, 3)
     assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 200) == Tile(128, 32, 4, 3)
     assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(128, 64, 8, 3)
-    assert tile(Variant(256, torch.bfloat16), 90) == Tile(128, 64, 8, 2)
-    assert backward_tile(BackwardVariant(256, torch.bfloat16), 90).is_split
+    assert tile(Variant(256, torch.bfloat16), 90, 256) == Tile(64, 32, 4, 2)
+    assert tile(Variant(256, torch.bfloat16), 90, 2_048) == Tile(128, 64, 8, 2)
+    wide = backward_tile(BackwardVariant(256, torch.bfloat16), 90)
+    assert wide.is_split and wide.values == Tile(64, 128, 8, 2) and wide.queries == Tile(128, 32, 8, 3)
+
+
+def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:
+    for each in variants():
+        assert tile(each, 120, 2_000) == tile(each, 86, 2_000)
+    for backward in backward_variants():
+        assert backward_tile(backward, 120, 2_000) == backward_tile(backward, 86, 2_000)
 
 
 def test_variants_are_all_there() -> None:

@@ -150,8 +150,6 @@ def key_gradients(
     if MORE:
         more_begin = tl.load(record + 13)
         more_end = tl.load(record + 14)
-    elif BLOCK_D > 128 and ROLE == KEYS and STAGES > 1:
-        more_begin = unknown_zero(rows)
     for further in loop(more_begin - 1, more_end):  # the record's own segment first
         start = tl.load(record + 2).to(tl.int64)
         length = tl.load(record + 3)

@@ -198,7 +198,7 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
 
     Example:
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
-        Tile(block_m=128, block_n=32, num_warps=4, num_stages=3, max_registers=None, precision='tf32')
+        Tile(block_m=128, block_n=32, num_warps=8, num_stages=3, max_registers=128, precision='tf32')
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
         128
     """
@@ -207,17 +207,25 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
         return Tile(64, 64, 4, 1, precision="ieee" if variant.dtype == torch.float32 else "tf32")
     if variant.dtype == torch.float32:
         return _float32_tile(variant, capability)
-    if capability < 90:
-        return _ampere_tile(variant)
+    if is_small(capability):
+        return _small_tile(variant)
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
         return Tile(64, 32, 4, 4) if keys_per_row < 512 else Tile(128, 64, 8, 3, max_registers=128)
     if width == 128 and variant.runs_on:  # steps see shorter stretches of keys than whole attention
         return Tile(128, 32, 4, 3) if keys_per_row < 256 else Tile(128, 64, 8, 3)
-    if width == 128:
-        return Tile(128, 32, 4, 3) if keys_per_row < 512 else Tile(128, 128, 8, 3)
-    return Tile(128, 64, 8, 2)
+    if width == 128:  # the first: two programs a multiprocessor, of which one computes while the other loads
+        return Tile(128, 32, 8, 3, max_registers=128) if keys_per_row < 4096 else Tile(128, 128, 8, 3)
+    return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
+
+
+def is_small(capability: int) -> bool:
+    """Whether tiles have to do with 99 KB of shared memory: before sm_90, and on consumers' Blackwell, sm_120.
+
+    Source: the table of compute capabilities in NVIDIA's CUDA C++ Programming Guide.
+    """
+    return capability < 90 or capability >= 120
 
 
 def _float32_tile(variant: Variant, capability: int) -> Tile:
@@ -225,15 +233,15 @@ def _float32_tile(variant: Variant, capability: int) -> Tile:
     width, extras = variant.block_d, variant.dropout or variant.scores
     if width > 128:  # the parts of three products would need more shared memory than there is
         return Tile(32, 32, 8, 1, precision="ieee")
-    if capability < 90:
+    if is_small(capability):
         return Tile(64, 32, 8, 2 if width <= 64 else 1, precision="ieee")
     if width <= 64 and not extras:
         return Tile(64, 64, 4, 2, precision="tf32x3")
     return Tile(128, 32, 8, 2, precision="tf32x3")
 
 
-def _ampere_tile(variant: Variant) -> Tile:
-    """Below sm_90: the largest that keep everything in registers and 99 KB of shared memory; not measured."""
+def _small_tile(variant: Variant) -> Tile:
+    """The largest that keep everything in registers and 99 KB of shared memory; not measured."""
     width, extras = variant.block_d, variant.dropout or variant.scores
     if width <= 64:
         return Tile(128, 32, 8, 2) if extras else Tile(128, 64, 8, 2)

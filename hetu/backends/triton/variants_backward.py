@@ -18,6 +18,7 @@ from hetu.backends.triton.variants import (
     Tile,
     block_columns,
     compiler_options,
+    is_small,
     source,
     whole_strides,
 )
@@ -139,7 +140,7 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
         return BackwardTiles(tile, tile)
     if variant.dtype == torch.float32:
         return _float32_tile(width, capability)
-    if capability < 90:  # what 99 KB of shared memory allow; not measured
+    if is_small(capability):  # what 99 KB of shared memory allow; not measured
         if width <= 64:
             return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
         if width == 128:
@@ -152,14 +153,15 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
     if width == 128:
         return BackwardTiles(Tile(32, 64, 4, 3), Tile(64 if keys_per_row < 512 else 128, 32, 4, 3))
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
-    return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 64, 8, 1), is_split=True)
+    values = Tile(64, 128, 8, 2)  # they hold no tile of v, which leaves memory for twice the rows
+    return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 3), is_split=True, own_values=values)
 
 
 def _float32_tile(width: int, capability: int) -> BackwardTiles:
     """See ``variants._float32_tile``."""
     if width > 128:
         return BackwardTiles(Tile(16, 16, 8, 1, precision="ieee"), Tile(16, 16, 8, 1, precision="ieee"))
-    if capability < 90:
+    if is_small(capability):
         keys = Tile(32, 64 if width <= 64 else 32, 8, 1, precision="ieee")
         return BackwardTiles(keys, replace(keys, block_n=32))
     if width <= 64:
