@@ -113,7 +113,7 @@ class Binder:
     @property
     def defaults(self) -> tuple[int | None, ...]:
         """The symbols' default values as they are now: part of what a binding depends on."""
-        return tuple(leaf.default for leaf in self._defaults)
+        return tuple([leaf.default for leaf in self._defaults])
 
     def bind(
         self, given: Mapping[IntSymbol, int], shapes: Sequence[Sequence[tuple[int, ...]]], host_value: HostValue

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Executor:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.state = GraphState(graph, lambda: self.device(None))
-        self._fetches: LRU[Fetches] = LRU(STRUCTURES)
+        self._fetches: LRU[tuple[Fetches, Subgraph]] = LRU(STRUCTURES)
         self._executables: LRU[Executable] = LRU(STRUCTURES)
         self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
 
@@ -100,10 +100,14 @@ class Executor:
 
     def _begin(self, world: World, request: _Request) -> _Begun:
         """What can be said of a run without its feeds."""
-        wanted, level = request.fetches, request.run_level
-        key = (wanted if isinstance(wanted, Tensor) else tuple(wanted), level)
-        fetched = self._fetches.get(key, lambda: Fetches(wanted, level))
-        subgraph = self.graph.planner.subgraph(fetched.wanted)
+        wanted, level, planner = request.fetches, request.run_level, self.graph.planner
+
+        def find() -> tuple[Fetches, Subgraph]:
+            fetched = Fetches(wanted, level)
+            return fetched, planner.subgraph(fetched.wanted)
+
+        key = (wanted if isinstance(wanted, Tensor) else tuple(wanted), level, planner.version)
+        fetched, subgraph = self._fetches.get(key, find)
         batches = split_micro_batches(request.feed_dict, request.int_symbol_dict, request.num_micro_batches)
         return _Begun(world, request, Step(fetched, self.state, world), subgraph, batches, self.device(request.device))
 
@@ -132,11 +136,11 @@ class Executor:
         wanted, own = device or self.graph.device, current_world().device
         if wanted is None and own is not None:
             return own
-        found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        found = _device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
         if found.type == "cuda" and found.index is None:
             if own is not None and own.type == "cuda":
                 return own  # torch's current device is that of a thread
-            found = torch.device("cuda", torch.cuda.current_device())
+            found = _device("cuda", torch.cuda.current_device())
         if own is not None and (found.type != own.type or (found.type == "cuda" and found != own)):
             raise HetuError(
                 f"the graph runs on {found}, but this rank of the run reaches the others from {own} only",
@@ -254,6 +258,10 @@ class Executor:
         with torch.no_grad():
             result: torch.Tensor = executable.module.forward(*arguments)[0]
         return result
+
+
+_device = cache(torch.device)
+"""Devices by what names them: every run asks for one, and torch takes a while to make it."""
 
 
 def _determinism(wanted: bool) -> AbstractContextManager[Any]:

@@ -61,6 +61,11 @@ def _is_torch_type(kind: Any) -> bool:
     return kind.__module__.startswith("torch") and hasattr(kind, "detach")
 
 
+@cache  # asked of every feed too, and isinstance takes longer with an abstract base class
+def _is_shards_type(kind: Any) -> bool:
+    return issubclass(kind, Shards)
+
+
 @cache
 def _name_of(torch_dtype: Any) -> str:
     return str(torch_dtype)[6:]
@@ -91,7 +96,7 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
     """
     tensors = _fed(subgraph, feed_dict)
     values = [feed_dict[tensor] for tensor in tensors]
-    sharded = [len(value) for value in values if isinstance(value, Shards)]
+    sharded = [len(value) for value in values if _is_shards_type(type(value))]  # type: ignore[arg-type]
     count = declared or max(sharded, default=1)
     if count == 1 and not sharded:
         arrays: tuple[dict[Tensor, Any], ...] = (dict(zip(tensors, map(read_array, tensors, values), strict=True)),)

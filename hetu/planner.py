@@ -60,7 +60,6 @@ class Planner:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.subgraphs: LRU[Subgraph] = LRU(STRUCTURES)
-        self.binders: LRU[Binder] = LRU(STRUCTURES)
         self.plans: LRU[Any] = LRU(LENGTH_SETS)
         self.prepared: LRU[Prepared] = LRU(LENGTH_SETS)
 
@@ -71,10 +70,10 @@ class Planner:
             HetuError: If something fetched is no tensor of the graph.
         """
         tensors = (fetches,) if isinstance(fetches, Tensor) else tuple(fetches)
-        return self.subgraphs.get((tensors, self._version), lambda: self._cut(tensors))
+        return self.subgraphs.get((tensors, self.version), lambda: self._cut(tensors))
 
     @property
-    def _version(self) -> tuple[int, int]:
+    def version(self) -> tuple[int, int]:
         """Changes whenever the graph grows."""
         return len(self.graph.nodes), len(self.graph.constraints)
 
@@ -163,10 +162,10 @@ class Planner:
         num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
         feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
-        binder = self.binders.get(
-            (subgraph, strategy, feeds.num_pipelines, feeds.tensors),
-            lambda: Binder(subgraph, strategy, feeds.num_pipelines, feeds.tensors),
-        )
+        shape = strategy, feeds.num_pipelines, feeds.tensors
+        binder: Binder | None = subgraph.memo.get(shape)
+        if binder is None:
+            binder = subgraph.memo[shape] = Binder(subgraph, *shape)
         key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
         return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
 

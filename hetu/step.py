@@ -29,6 +29,7 @@ class Fetches:
         wanted: What the modules must compute.
         updates: What ``minimize`` gave.
         plain: What else is fetched.
+        is_as_computed: Whether a run gives just what the modules compute, in their order.
     """
 
     def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
@@ -42,6 +43,7 @@ class Fetches:
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
         needed = [item for node in self.updates for item in self.needs(node)]
         self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
+        self.is_as_computed = self.fetches == list(self.wanted)
 
     def needs(self, update: Node) -> tuple[Tensor, ...]:
         """What an update takes: the loss, and unless nothing is done with them the gradients."""
@@ -79,6 +81,8 @@ class Step:
         count = len(self.fetched.plain)
         self.counts.append(num_pipelines)
         self.results.append([_as_result(shards) for shards in values[:count]])
+        if not self.fetched.updates:
+            return
         kept = [shard for shards in values[:count] for shard in shards]
         for node in self.fetched.updates:
             loss, *grads = values[count : count + len(self.fetched.needs(node))]
@@ -93,6 +97,9 @@ class Step:
 
     def finish(self, device: torch.device) -> Any:
         """Keeps or applies the gradients; gives what the run returns."""
+        if self.fetched.is_as_computed and len(self.results) == 1:
+            (found,) = self.results
+            return found[0] if self.fetched.is_single else found
         values: dict[Tensor, Any] = {}
         for node in self.fetched.updates:
             dtype = TORCH_DTYPES[node.tensors[0].dtype]

@@ -148,7 +148,7 @@ class WorldInput:
 Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput | WorldInput
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Executable:
     """A lowered subgraph.
 
