@@ -20,7 +20,7 @@ import torch
 from tables import DOCS, ROOT, Row, keep, print_table, timed
 
 import hetu
-from hetu.parallel import Layout, build_pipeline_plan
+from hetu.parallel import Heads, Layout, build_pipeline_plan
 
 # A graph of 200 small ops
 
@@ -109,7 +109,7 @@ def planning(repeats: int = 200) -> Iterator[Row]:
     def own_plan(given: dict[str, Any], pipeline: int) -> Any:
         held, cu = [len(shard) for shard in given["feed_dict"][case.qkv]], given["feed_dict"][case.cu]
         layout = Layout.build(held, [0] * case.PIPELINES, split="sym", cu_seqlens=cu)
-        return build_pipeline_plan(layout, pipeline)
+        return build_pipeline_plan(layout, pipeline, heads=Heads(1, 1, case.HEAD_DIM, itemsize=4))
 
     own = [timed(partial(own_plan, given, i % case.PIPELINES), 1e6) for i, given in enumerate(requests)]
     new = [timed(partial(prepare, given), 1e6) for given in requests]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import attention_cases  # noqa: E402
 import attention_peers  # noqa: E402
 import attention_report  # noqa: E402
+import host  # noqa: E402
 import tables  # noqa: E402
 from attention_cases import HEADS, LENGTHS, MASKS, TOKENS, Case, Inputs, document_lengths  # noqa: E402
 from attention_peers import YARDSTICK, Calls  # noqa: E402
@@ -40,6 +41,16 @@ attention = load_script()
 sys.path.remove(str(BENCHMARKS))
 
 TINY = "4:2:16"
+
+
+# the host
+
+
+def test_what_is_measured_of_the_host_runs() -> None:
+    threads = torch.get_num_threads()
+    rows = [*host.planning(repeats=10), *host.small_ops(repeats=10), *host.building(repeats=1, nodes=300)]
+    torch.set_num_threads(threads)
+    assert len(rows) == 7 and all(row.samples and row.median > 0 for row in rows)
 
 
 # cases
