@@ -99,9 +99,10 @@ def measure(
 
 def compiled_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """Cases that between them compile all that the peers compile."""
-    if "hetu" in arguments.peers:  # a kernel for rows that see few keys, and one for those that see many
-        for case in cases(arguments.heads, [4096], ["short", "one"], ["causal"]):
-            yield "hetu", case
+    if "hetu" in arguments.peers:  # a kernel for rows that see few keys, some, and many
+        for tokens, lengths in ((4_096, "short"), (4_096, "one"), (16_384, "one")):
+            for case in cases(arguments.heads, [tokens], [lengths], ["causal"]):
+                yield "hetu", case
     if "FlexAttention" in arguments.peers:  # static shapes
         for case in cases(arguments.heads, arguments.tokens, ["short"], arguments.mask):
             yield "FlexAttention", case

@@ -1,8 +1,9 @@
 """What the attention benchmark measured, kept as JSON, against its targets, and as tables.
 
-Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h100.json`` or another file:
+Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h100.json`` or another file. Of
+several commands on one machine, one a GPU say, it first makes one file:
 
-    python benchmarks/attention_report.py [FILE]
+    python benchmarks/attention_report.py [FILE ...]
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from attention_cases import DIRECTIONS, LENGTHS, MASKS, Case, document_lengths
@@ -22,6 +23,7 @@ from attention_peers import YARDSTICK
 from tables import ROOT, write_between
 
 RESULTS = ROOT / "benchmarks" / "results"
+AnyRun = TypeVar("AnyRun", bound="Run")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,29 @@ class Run:
         rows, left_out = kept.pop("rows"), kept.pop("left_out", [])
         measured, missing = cls.kinds
         return cls(kept, [measured(**row) for row in rows], [missing(**row) for row in left_out])
+
+    @classmethod
+    def joined(cls, runs: Sequence[Self]) -> Self:
+        """What several commands found, each another part of it.
+
+        Raises:
+            ValueError: If machines, versions or dates differ, or if two measured the same.
+        """
+        first, *others = runs
+        for other in others:
+            compared = {*first.about, *other.about} - {"command"}
+            differing = [key for key in compared if first.about.get(key) != other.about.get(key)]
+            if differing:
+                raise ValueError(f"they differ in {', '.join(sorted(differing))}")
+        commands = dict.fromkeys(run.about["command"] for run in runs)
+        whole = cls({**first.about, "command": "; ".join(commands)})
+        for run in runs:
+            whole.rows += run.rows
+            whole.left_out += run.left_out
+        same = [key for key, count in Counter(map(_key, whole.rows)).items() if count > 1]
+        if same:
+            raise ValueError(f"measured twice: {same[0]}")
+        return whole
 
     def add(self, row: Any) -> None:
         """A row of one of the two kinds."""
@@ -229,6 +254,13 @@ def _other_peers(rows: Sequence[Measured]) -> list[str]:
     return [*lines, ""]
 
 
+def _key(row: Any) -> tuple[Any, ...]:
+    """What was measured: a row without its numbers."""
+    return tuple(
+        getattr(row, name, None) for name in (*Case.__dataclass_fields__, "direction", "peer", "method", "split")
+    )
+
+
 def _left_out(rows: Sequence[LeftOut]) -> list[str]:
     """Each peer and reason once."""
     counts = Counter((row.peer, row.direction, row.reason) for row in rows)
@@ -238,10 +270,23 @@ def _left_out(rows: Sequence[LeftOut]) -> list[str]:
     return ["Left out:", "", *lines, ""]
 
 
+def read_all(kind: type[AnyRun], default: Path) -> AnyRun | None:
+    """The results that the command line names; several are joined, and kept as one."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", type=Path, nargs="*", default=[default])
+    files = parser.parse_args().files
+    if not all(path.exists() for path in files):
+        return None
+    run = kind.joined([kind.read(path) for path in files])
+    if len(files) > 1:
+        print(run.write(RESULTS))
+    return run
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, nargs="?", default=RESULTS / "attention_h100.json")
-    write_between("attention.json", report(Run.read(parser.parse_args().file)))
+    run = read_all(Run, RESULTS / "attention_h100.json")
+    assert run is not None, "there is no such file"
+    write_between("attention.json", report(run))
 
 
 if __name__ == "__main__":

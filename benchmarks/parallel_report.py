@@ -1,24 +1,22 @@
 """What the benchmark of several GPUs measured, against its targets, and as tables.
 
 Writes the tables into ``docs/performance.md``, from ``benchmarks/results/parallel_h200.json`` or another file; if there
-is none, it says so there:
+is none, it says so there. Of several commands on one machine it first makes one file:
 
-    python benchmarks/parallel_report.py [FILE]
+    python benchmarks/parallel_report.py [FILE ...]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any, ClassVar
 
 import attention_report
 from attention_cases import document_lengths
-from attention_report import RESULTS, colophon, header
+from attention_report import RESULTS, colophon, header, read_all
 from parallel_cases import ALONE, BOTH, DIRECTIONS, PACKS, Spread
 from tables import write_between
 
@@ -259,10 +257,8 @@ NO_RESULTS = "No results are kept yet."
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, nargs="?", default=RESULTS / "parallel_h200.json")
-    path = parser.parse_args().file
-    write_between("parallel.json", report(Run.read(path)) if path.exists() else NO_RESULTS)
+    run = read_all(Run, RESULTS / "parallel_h200.json")
+    write_between("parallel.json", NO_RESULTS if run is None else report(run))
 
 
 if __name__ == "__main__":

@@ -223,7 +223,9 @@ def test_a_sample_that_shows_the_host_is_taken_again() -> None:
 def test_what_is_compiled_beforehand() -> None:
     arguments = attention.parse(["--mask", "full"])
     found = list(attention.compiled_cases(arguments))
-    assert [peer for peer, _ in found] == ["hetu"] * 8 + ["FlexAttention"] * 8
+    assert [peer for peer, _ in found] == ["hetu"] * 12 + ["FlexAttention"] * 8
+    by_tile = {case.flops("forward") / case.tokens for peer, case in found if peer == "hetu"}
+    assert len(by_tile) > 2, "rows that see few keys, some and many have kernels of their own"
     assert {case.heads for _, case in found} == set(HEADS)
     assert not list(attention.compiled_cases(attention.parse(["--peers", "cuDNN"])))
 
@@ -310,6 +312,26 @@ def test_docs_are_made_from_the_results(tmp_path: Path, monkeypatch: pytest.Monk
     text = docs.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
     assert report(a_run()) in text
+
+
+def test_results_of_several_commands_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = a_run()
+    parts = [Run({**ABOUT, "command": f"command {i}"}, whole.rows[i::2], whole.left_out[i::2]) for i in range(2)]
+    files = [part.write(tmp_path / str(i)) for i, part in enumerate(parts)]
+    joined = Run.joined([Run.read(path) for path in files])
+    assert sorted(joined.rows, key=str) == sorted(whole.rows, key=str) and len(joined.left_out) == len(whole.left_out)
+    assert joined.about == {**ABOUT, "command": "command 0; command 1"}
+    with pytest.raises(ValueError, match="measured twice"):
+        Run.joined([parts[0], parts[0]])
+    with pytest.raises(ValueError, match="they differ in date"):
+        Run.joined([parts[0], replace(parts[1], about={**ABOUT, "date": "another"})])
+    docs = tmp_path / "docs.md"
+    docs.write_text("<!-- attention.json: begin -->\n<!-- attention.json: end -->\n")
+    monkeypatch.setattr(tables, "DOCS", docs)
+    monkeypatch.setattr(attention_report, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["attention_report.py", *map(str, files)])
+    attention_report.main()
+    assert Run.read(tmp_path / "attention_h100.json") == joined and report(joined) in docs.read_text(encoding="utf-8")
 
 
 def test_the_docs_show_the_kept_results() -> None:
