@@ -213,10 +213,10 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
         return Tile(64, 32, 4, 4) if keys_per_row < 512 else Tile(128, 64, 8, 3, max_registers=128)
-    if width == 128 and variant.runs_on:  # steps see shorter stretches of keys than whole attention
-        return Tile(128, 32, 4, 3) if keys_per_row < 256 else Tile(128, 64, 8, 3)
-    if width == 128:  # the first: two programs a multiprocessor, of which one computes while the other loads
-        return Tile(128, 32, 8, 3, max_registers=128) if keys_per_row < 4096 else Tile(128, 128, 8, 3)
+    if width == 128:
+        if keys_per_row < 4096:  # two programs a multiprocessor, of which one computes while the other loads
+            return Tile(128, 32, 8, 3, max_registers=128)
+        return Tile(128, 64 if variant.runs_on else 128, 8, 3)  # steps see shorter stretches of keys
     return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
 
 
