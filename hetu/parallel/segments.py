@@ -50,6 +50,14 @@ class QuerySpans:
     def __len__(self) -> int:
         return len(self.start)
 
+    @property
+    def rows_with_lse(self) -> int:
+        """How many rows of q have a place in ``softmax_lse``."""
+        found: int | None = self.memo.get("rows_with_lse")
+        if found is None:
+            found = self.memo["rows_with_lse"] = int(self.length[self.slot >= 0].sum())
+        return found
+
 
 @dataclass(slots=True, eq=False)  # not frozen, like QuerySpans
 class SegmentTable:
@@ -80,12 +88,23 @@ class SegmentTable:
 
     def pairs(self, spans: QuerySpans) -> int:
         """Allowed (query, key) pairs of all segments together."""
+        if self.is_plain_over(spans):  # row i of n sees i + diagonal + 1 keys, and the last one all
+            return int(spans.length.dot(self.k_len + self.diagonal + 1)) // 2
         last, high = _up_to(spans.length[self.query] + self.diagonal, self.k_len)
         twice = int(last.dot(high))
         if self._has_full_rows:
             first, low = _up_to(self.diagonal, self.k_len)
             twice -= int(first.dot(low))
         return twice // 2
+
+    def is_plain_over(self, spans: QuerySpans) -> bool:
+        """Whether this is known to be the simplest of tables over these spans, by far the most common one.
+
+        Span i is a whole document, the i-th one in order of rows and of numbers, from position 0 in steps of 1, and
+        segment i is its only one: of keys that no other segment names, of which its first row sees one at least and
+        its last row all; between, each row sees one more than the row before, or each sees all.
+        """
+        return self.memo.get("plain") is spans
 
     def segment_pairs(self, spans: QuerySpans) -> IntArray:
         """Allowed (query, key) pairs of each segment."""
@@ -212,8 +231,9 @@ def varlen_tables(
     """
     is_same = cu_seqlens_k is cu_seqlens_q
     q_cu = np.asarray(cu_seqlens_q, np.int64)
+    tokens = q_cu.item(-1)
     k_cu = q_cu if is_same else np.asarray(cu_seqlens_k, np.int64)
-    has_tail = rows > q_cu[-1]
+    has_tail = rows > tokens
     if has_tail:  # a sequence without keys
         is_same, q_cu, k_cu = False, np.append(q_cu, rows), np.append(k_cu, k_cu[-1])
     q_len = q_cu[1:] - q_cu[:-1]
@@ -233,10 +253,15 @@ def varlen_tables(
         slot=zeros if packed_lse else document,
         slot_row=start if packed_lse else zeros,
         column=zeros,
+        memo={"rows_with_lse": rows if packed_lse else tokens},
     )
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
     diagonal = k_len - q_len if is_causal else k_len - 1
     k_start, live = start if is_same else k_cu[kept], k_len.nonzero()[0]
     if len(live) < len(k_len):
         k_start, k_len, diagonal = k_start[live], k_len[live], diagonal[live]
-    return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal)
+        memo = {}
+    else:
+        is_plain = not has_tail and (is_same or not is_causal or least(diagonal) >= 0)
+        memo = {"plain": spans} if is_plain else {}
+    return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal, memo=memo)

@@ -170,11 +170,15 @@ def interned(key: Hashable) -> int:
 
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
     """Keys that a row sees on average, over the rows of spans that see any: a step may attend for few of them."""
-    if "keys_per_row" not in table.memo:
-        sees = np.zeros(len(spans), np.int64)
-        sees[table.query] = 1
-        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length.dot(sees)), 1)
-    keys: float = table.memo["keys_per_row"]
+    keys: float | None = table.memo.get("keys_per_row")
+    if keys is None:
+        if table.is_plain_over(spans):
+            rows = spans.rows_with_lse  # all see keys, and have a place
+        else:
+            sees = np.zeros(len(spans), np.int64)
+            sees[table.query] = 1
+            rows = int(spans.length.dot(sees))
+        keys = table.memo["keys_per_row"] = table.pairs(spans) / max(rows, 1)
     return keys
 
 
