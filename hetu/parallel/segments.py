@@ -97,6 +97,11 @@ class SegmentTable:
             twice -= int(first.dot(low))
         return twice // 2
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is known to be plain over the spans that it was made for; see :meth:`is_plain_over`."""
+        return "plain" in self.memo
+
     def is_plain_over(self, spans: QuerySpans) -> bool:
         """Whether this is known to be the simplest of tables over these spans, by far the most common one.
 

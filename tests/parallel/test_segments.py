@@ -111,6 +111,8 @@ def test_tables_known_to_be_plain(is_causal: bool, packed: bool) -> None:
         assert (table.k_start[1:] >= (table.k_start + table.k_len)[:-1]).all()
         by_one, all_ = table.k_len == spans.length + table.diagonal, table.k_len == table.diagonal + 1
         assert (by_one | all_).all()
+        begins, ends = table.stretches()
+        assert table.k_len.sum() == (ends - begins).sum()
     assert plain > 50, "the cases show nothing"
 
 

@@ -213,8 +213,11 @@ def backward_work(
 def named_rows(table: SegmentTable) -> int:
     """How many rows of the buffer segments name."""
     if "named_rows" not in table.memo:
-        begins, ends = table.stretches()
-        table.memo["named_rows"] = int((ends - begins).sum())
+        if table.is_plain:  # no two segments share keys
+            table.memo["named_rows"] = int(np.add.reduce(table.k_len))
+        else:
+            begins, ends = table.stretches()
+            table.memo["named_rows"] = int((ends - begins).sum())
     rows: int = table.memo["named_rows"]
     return rows
 

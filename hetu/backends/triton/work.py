@@ -237,14 +237,14 @@ def _plain_work(
     order: IntArray | None = table.memo.get("triton.order")
     if order is None:  # as _ranked would have it
         order = table.memo["triton.order"] = (-table.k_len).argsort(kind="stable")
-    records = np.array((*fields, *(nothing,) * (WIDTH - len(fields))), np.int32).T.take(order, axis=0)
+    records = np.array((*fields, *(nothing,) * (WIDTH - len(fields)))).take(order, axis=1)
     blocks = (length.take(order) + (size - 1)) // size
     ends = np.add.accumulate(blocks)
     programs = ends.item(-1) if len(ends) else 0
     # Program j of a list that is not cut by documents begins at row j * size: documents begin before it, or after.
     a_block, offsets = _offsets(size, moves, 1 << programs.bit_length())
-    records += np.multiply.outer(ends if moves[1] else blocks - ends, a_block)
-    items = records.repeat(blocks, axis=0)
+    records += a_block * (ends if moves[1] else blocks - ends)
+    items = records.T.astype(np.int32, order="C").repeat(blocks, axis=0)
     items += offsets[:programs]
     rows = items[:, _ROWS]
     np.minimum(rows, size, out=rows)
@@ -252,12 +252,12 @@ def _plain_work(
 
 
 @lru_cache(maxsize=64)
-def _offsets(size: int, moves: tuple[tuple[int, ...], bool], count: int) -> tuple[Int32Array, Int32Array]:
-    """By how much records change from a block to the next one, and from the first (past the last) to each of many."""
+def _offsets(size: int, moves: tuple[tuple[int, ...], bool], count: int) -> tuple[IntArray, Int32Array]:
+    """By how much records change from a block to the next one, ``(16, 1)``, and to each of many programs."""
     columns, is_last_first = moves
-    a_block = np.array(columns, np.int32) * np.int32(size)
-    place = np.arange(count, dtype=np.int32)
-    return a_block, (-1 - place if is_last_first else place)[:, None] * a_block
+    a_block, place = np.array(columns) * size, np.arange(count)
+    offsets = np.multiply.outer(-1 - place if is_last_first else place, a_block)
+    return a_block[:, None], offsets.astype(np.int32)
 
 
 def _moves(names: Sequence[str], up: Sequence[str]) -> tuple[int, ...]:
