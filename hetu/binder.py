@@ -44,13 +44,17 @@ class BoundPipeline:
         if isinstance(expr, int):
             return expr
         value = self.values.get(expr)
-        if value is not None:  # a leaf, nearly always
+        if value is not None or expr.is_leaf:
             return value
         if expr.constant is not None:
             return expr.constant
         return expr.evaluate(self.values) if all(leaf in self.values for leaf in expr.leaves) else None
 
     def value(self, expr: int | IntSymbol) -> int:
+        if isinstance(expr, IntSymbol):
+            value = self.values.get(expr)
+            if value is not None:  # of a leaf, nearly always
+                return value
         found = self.known(expr)
         return as_symbol(expr).evaluate(self.values) if found is None else found  # evaluate names what is missing
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -227,8 +228,8 @@ def varlen_tables(
     queries and m keys sees keys 0 .. i + m - n.
 
     Args:
-        cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing.
-        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
+        cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing. What is made may be a view of it.
+        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths; likewise.
         rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
         is_causal: Whether the mask is causal.
         packed_lse: Whether lse is ``(1, H_q, rows)``, every row of q at its own index, the tail too, instead of
@@ -242,19 +243,23 @@ def varlen_tables(
     if has_tail:  # a sequence without keys
         is_same, q_cu, k_cu = False, np.append(q_cu, rows), np.append(k_cu, k_cu[-1])
     q_len = q_cu[1:] - q_cu[:-1]
-    document = kept = q_len.nonzero()[0]
-    start, q_len = q_cu[kept], q_len[kept]
-    k_len = q_len if is_same else (k_cu[1:] - k_cu[:-1])[kept]
+    k_len = q_len if is_same else k_cu[1:] - k_cu[:-1]
+    start, k_start, number = q_cu[:-1], k_cu[:-1], len(q_len)
+    kept = None
+    if np.count_nonzero(q_len) < number:
+        kept = q_len.nonzero()[0]
+        start, k_start, q_len, k_len, number = start[kept], k_start[kept], q_len[kept], k_len[kept], len(kept)
+    zeros, ones, numbers = _constants(number)
+    document = numbers if kept is None else kept
     if has_tail:
-        document = kept.copy()
+        document = document.copy()
         document[-1] = -1
-    zeros = np.zeros(len(start), np.int64)
     spans = QuerySpans(
         start=start,
         length=q_len,
         document=document,
         position=zeros,
-        step=zeros + 1,
+        step=ones,
         slot=zeros if packed_lse else document,
         slot_row=start if packed_lse else zeros,
         column=zeros,
@@ -262,11 +267,21 @@ def varlen_tables(
     )
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
     diagonal = k_len - q_len if is_causal else k_len - 1
-    k_start, live = start if is_same else k_cu[kept], k_len.nonzero()[0]
-    if len(live) < len(k_len):
+    live = numbers
+    if not is_same and np.count_nonzero(k_len) < number:
+        live = k_len.nonzero()[0]
         k_start, k_len, diagonal = k_start[live], k_len[live], diagonal[live]
         memo = {}
     else:
         is_plain = not has_tail and (is_same or not is_causal or least(diagonal) >= 0)
         memo = {"plain": spans} if is_plain else {}
     return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal, memo=memo)
+
+
+@lru_cache(maxsize=64)
+def _constants(count: int) -> tuple[IntArray, IntArray, IntArray]:
+    """So many zeros, as many ones, and 0, 1, 2, ...: columns of most tables, shared by them and never written to."""
+    found = np.zeros(count, np.int64), np.ones(count, np.int64), np.arange(count)
+    for column in found:
+        column.setflags(write=False)
+    return found

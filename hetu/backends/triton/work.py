@@ -248,7 +248,7 @@ def _plain_work(
     items += offsets[:programs]
     rows = items[:, _ROWS]
     np.minimum(rows, size, out=rows)
-    return WorkList(items, _NO_FURTHER, np.arange(len(order)).repeat(blocks))
+    return WorkList(items, _NO_FURTHER, table.query.repeat(blocks))
 
 
 @lru_cache(maxsize=64)
