@@ -244,15 +244,11 @@ def varlen_tables(
         is_same, q_cu, k_cu = False, np.append(q_cu, rows), np.append(k_cu, k_cu[-1])
     q_len = q_cu[1:] - q_cu[:-1]
     k_len = q_len if is_same else k_cu[1:] - k_cu[:-1]
-    start, k_start, number = q_cu[:-1], k_cu[:-1], len(q_len)
-    kept = None
-    if np.count_nonzero(q_len) < number:
-        kept = q_len.nonzero()[0]
-        start, k_start, q_len, k_len, number = start[kept], k_start[kept], q_len[kept], k_len[kept], len(kept)
-    zeros, ones, numbers = _constants(number)
-    document = numbers if kept is None else kept
+    start, k_start, document = q_cu[:-1], k_cu[:-1], q_len.nonzero()[0]
+    if len(document) < len(q_len):  # the others have no span
+        start, k_start, q_len, k_len = start[document], k_start[document], q_len[document], k_len[document]
+    zeros, ones, live = _constants(len(document))
     if has_tail:
-        document = document.copy()
         document[-1] = -1
     spans = QuerySpans(
         start=start,
@@ -267,13 +263,13 @@ def varlen_tables(
     )
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
     diagonal = k_len - q_len if is_causal else k_len - 1
-    live = numbers
-    if not is_same and np.count_nonzero(k_len) < number:
+    if not is_same:
         live = k_len.nonzero()[0]
+    if len(live) < len(k_len):
         k_start, k_len, diagonal = k_start[live], k_len[live], diagonal[live]
         memo = {}
     else:
-        is_plain = not has_tail and (is_same or not is_causal or least(diagonal) >= 0)
+        is_plain = is_same or not is_causal or least(diagonal) >= 0
         memo = {"plain": spans} if is_plain else {}
     return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal, memo=memo)
 
