@@ -11,7 +11,7 @@ from backends.tables import random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetu.backends.triton.work import (
+from hetu.backends.triton.records import (
     CONTINUES,
     KEY_FIELDS,
     KEYS_ONLY,
@@ -21,9 +21,8 @@ from hetu.backends.triton.work import (
     VALUES_ONLY,
     Int32Array,
     WorkList,
-    key_work,
-    query_work,
 )
+from hetu.backends.triton.work import key_work, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
 
 Record = dict[str, int]

@@ -16,6 +16,7 @@ from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
 from hetu.backends.triton.launch import Kind, capability, dropout_arguments, key_position_on, keys_per_row
 from hetu.backends.triton.launcher import Constants, Launcher, on_device
+from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,
@@ -25,7 +26,7 @@ from hetu.backends.triton.variants import (
     row_strides,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
-from hetu.backends.triton.work import KEYS_ONLY, VALUES_ONLY, WorkList, key_work, query_work
+from hetu.backends.triton.work import key_work, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 

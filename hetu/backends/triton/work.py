@@ -1,8 +1,4 @@
-"""The work lists of the attention kernels: one record of 16 integers a program, made of segment tables.
-
-The first rows of a list are its *items*, one for each block of rows, in the order in which the GPU starts them. An item
-holds all that its program has to know, its first segment included, so that the program reads a single row before it
-loads data. An item with several segments continues in rows after all items.
+"""Makes the work lists of the attention kernels from segment tables: a record a program; see ``records.py``.
 
 Items of one document stand together, so that programs that run at the same time find the document's keys in the
 cache; documents with most keys come first, and in each the blocks with most, so that what is left at the end is short.
@@ -18,42 +14,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.backends.triton.records import (
+    CONTINUES,
+    KEY_FIELDS,
+    KEYS,
+    MERGES,
+    MORE,
+    NO_FURTHER,
+    QUERIES,
+    QUERY_FIELDS,
+    ROLE,
+    WIDTH,
+    Int32Array,
+    WorkList,
+)
 from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, least
-
-Int32Array = NDArray[np.int32]
-
-WIDTH = 16
-
-_SPAN_FIELDS = ("document", "position", "step", "slot", "slot_row")
-
-QUERY_FIELDS = (
-    "row", "rows", *_SPAN_FIELDS, "column",
-    "k_start", "k_len", "reach", "", "", "more_begin", "more_end", "role",
-)  # fmt: skip
-"""A block of query rows: its first row of q and how many it has, fields of its span as of its first row (``position``,
-``slot_row``), then a segment: its first key, how many, and the last key that the block's first row sees (the next row
-sees one more). ``more_begin .. more_end`` are the rows with further segments, of which only the segment counts."""
-
-KEY_FIELDS = (
-    "k_row", "rows", "start", "length", *_SPAN_FIELDS,
-    "first", "last_key", "diagonal", "", "more_begin", "more_end", "role",
-)  # fmt: skip
-"""A block of keys: its first row of k and how many it has, then a segment that names it: the query span that sees it,
-the place of the block's first row among the segment's keys (negative where the segment begins later), its last key, and
-its diagonal."""
-
-QUERIES, KEYS, KEYS_ONLY, VALUES_ONLY = 0, 1, 2, 3
-"""Roles of programs: for queries (in the forward all are); in the backward also for gradients of keys and values; of
-keys alone; of values alone."""
-
-MERGES, CONTINUES = 4, 8
-"""Added to the role of a program for queries: whether there is a running result to add to, and whether what it computes
-is one; see :class:`hetu.parallel.segments.Turn`."""
-
-_MORE = slice(QUERY_FIELDS.index("more_begin"), QUERY_FIELDS.index("more_end") + 1)
-_ROLE = QUERY_FIELDS.index("role")
-assert len(QUERY_FIELDS) == len(KEY_FIELDS) == WIDTH
-assert KEY_FIELDS.index("more_begin") == _MORE.start and KEY_FIELDS.index("role") == _ROLE
 
 # Places in a record, looked up once: a new set of lengths waits for every microsecond spent here.
 _ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
@@ -69,51 +44,6 @@ _ALL = slice(None)
 Item = IntArray | slice
 Tail = tuple[int | slice, NDArray[Any]]
 """A column of the records, or several, and its values, one a segment."""
-
-
-@dataclass(slots=True)  # not frozen: making a frozen one takes three times as long
-class WorkList:
-    """Records of work.
-
-    Attributes:
-        items: int32 ``(items, 16)``; ``more_begin`` and ``more_end`` count rows of ``further``.
-        further: int32 ``(rows, 16)``, the segments of items after their first.
-        documents: ``(items,)``, the rank of each item's document.
-    """
-
-    items: Int32Array
-    further: Int32Array
-    documents: IntArray
-
-    @property
-    def has_more(self) -> bool:
-        """Whether an item has several segments."""
-        return len(self.further) > 0
-
-    def records(self) -> Int32Array:
-        """What kernels read: the items, then the further rows and one that is read as the last one's next."""
-        if len(self.further) == 0:
-            return self.items
-        items = self.items.copy()
-        items[:, _MORE] += len(items)
-        return np.concatenate([items, self.further, np.zeros((1, WIDTH), np.int32)])
-
-    def with_roles(self, *roles: int) -> WorkList:
-        """The list with as many programs an item as there are roles."""
-        items = np.repeat(self.items, len(roles), axis=0)
-        items[:, _ROLE] = np.tile(roles, len(self.items))
-        return WorkList(items, self.further, np.repeat(self.documents, len(roles)))
-
-    def joined(self, other: WorkList) -> WorkList:
-        """Both lists as one: of each document this one's items, then the other's."""
-        moved, further = other.items, self.further
-        if self.has_more or other.has_more:
-            moved, further = moved.copy(), np.concatenate([further, other.further])
-            moved[:, _MORE] += len(self.further)
-        documents = np.concatenate([self.documents, other.documents])
-        order = documents.argsort(kind="stable")
-        items = np.concatenate([self.items, moved]).take(order, axis=0)
-        return WorkList(items, further, documents[order])
 
 
 def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None = None) -> WorkList:
@@ -155,7 +85,7 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         role = QUERIES + MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
     items = _parts_of(spans, span, offset, tokens)
     if role is not None:  # else QUERIES, which is 0
-        items[:, _ROLE] = role
+        items[:, ROLE] = role
     tail = [
         (_K_START, table.k_start[segment]),
         (_K_LEN, table.k_len[segment]),
@@ -183,7 +113,7 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         nothing, k_start, k_len = spans.column, table.k_start, table.k_len
         fields = (k_start, k_len, *_fields_of(spans)[:-1], nothing, k_len - 1, table.diagonal)
         work = _plain_work(fields, nothing, k_len, table, block_n, _KEY_MOVES)
-        work.items[:, _ROLE] = KEYS
+        work.items[:, ROLE] = KEYS
         return work
     k_row, rows, item, segment = _key_blocks(table, block_n)
     ranking, ranks = _ranking(spans, table), np.empty(len(spans), np.int64)
@@ -206,7 +136,7 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         item, segment, query = moved[by_item], segment[by_item], query[by_item]
     k_row = k_row[order]
     items = np.zeros((len(order), WIDTH), np.int32)
-    items[:, _ROW], items[:, _ROWS], items[:, _ROLE] = k_row, rows[order], KEYS
+    items[:, _ROW], items[:, _ROWS], items[:, ROLE] = k_row, rows[order], KEYS
     tail: list[Tail] = [
         (_KEY_SPAN, _span_records(spans).take(query, axis=0)[:, : _SLOT_ROW + 1]),
         (_FIRST, k_row[item] - table.k_start[segment]),
@@ -248,7 +178,7 @@ def _plain_work(
     items += offsets[:programs]
     rows = items[:, _ROWS]
     np.minimum(rows, size, out=rows)
-    return WorkList(items, _NO_FURTHER, table.query.repeat(blocks))
+    return WorkList(items, NO_FURTHER, table.query.repeat(blocks))
 
 
 @lru_cache(maxsize=64)
@@ -402,13 +332,13 @@ def _work_list(items: Int32Array, item: Item, tail: Sequence[Tail], documents: I
     if isinstance(item, slice):
         for column, values in tail:
             items[:, column] = values
-        return WorkList(items, _NO_FURTHER, documents)
+        return WorkList(items, NO_FURTHER, documents)
     is_own = np.ones(len(item), bool)  # the first segment of its item
     is_own[1:] = item[1:] != item[:-1]
     if np.count_nonzero(is_own) == len(item):
         for column, values in tail:
             items[item, column] = values
-        return WorkList(items, _NO_FURTHER, documents)
+        return WorkList(items, NO_FURTHER, documents)
     is_further = ~is_own
     own, later = item[is_own], item[is_further]
     further = np.zeros((len(later), WIDTH), np.int32)
@@ -417,8 +347,5 @@ def _work_list(items: Int32Array, item: Item, tail: Sequence[Tail], documents: I
         further[:, column] = values[is_further]
     count = np.bincount(later, minlength=len(items))
     end = count.cumsum()
-    items[:, _MORE] = np.array((end - count, end)).T
+    items[:, MORE] = np.array((end - count, end)).T
     return WorkList(items, further, documents)
-
-
-_NO_FURTHER = np.zeros((0, WIDTH), np.int32)
