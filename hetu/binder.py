@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from numpy.typing import NDArray
@@ -42,13 +43,18 @@ class BoundPipeline:
     def known(self, expr: int | IntSymbol) -> int | None:
         if isinstance(expr, int):
             return expr
+        value = self.values.get(expr)
+        if value is not None or expr.is_leaf:
+            return value
         if expr.constant is not None:
             return expr.constant
-        if expr.is_leaf:
-            return self.values.get(expr)
         return expr.evaluate(self.values) if all(leaf in self.values for leaf in expr.leaves) else None
 
     def value(self, expr: int | IntSymbol) -> int:
+        if isinstance(expr, IntSymbol):
+            value = self.values.get(expr)
+            if value is not None:  # of a leaf, nearly always
+                return value
         found = self.known(expr)
         return as_symbol(expr).evaluate(self.values) if found is None else found  # evaluate names what is missing
 
@@ -96,15 +102,15 @@ class Binder:
         ]
         self._shapes, self._ranks = Solver(dims), [tensor.ndim for tensor in feeds]
         self._tellers = [node for node in nodes if node.definition.facts(node, strategy, 0)]
-        self._facts = {
-            (node, r): node.definition.facts(node, strategy, r) for node in self._tellers for r in range(num_pipelines)
-        }
-        self._solvers = {
-            (node, r): [(fact[0], Solver([Equation(*fact, node.where)])) for fact in facts]
-            for (node, r), facts in self._facts.items()
-        }
+        facts = [
+            [node.definition.facts(node, strategy, r) for r in range(num_pipelines)] for node in self._tellers
+        ]  # fmt: skip
+        self._facts = [
+            [[(fact[0], Solver([Equation(*fact, node.where)])) for fact in own] for own in of_node]
+            for node, of_node in zip(self._tellers, facts, strict=True)
+        ]
         self._shared = list(dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy)))
-        told = {leaf for facts in self._facts.values() for expr, _ in facts for leaf in expr.leaves}
+        told = {leaf for of_node in facts for own in of_node for expr, _ in own for leaf in expr.leaves}
         relevant = dict.fromkeys(
             [*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *told]
         )
@@ -130,7 +136,8 @@ class Binder:
             ShapeError: Where a fed array has another number of dimensions than its placeholder.
             UnboundSymbolError: Where a needed symbol got no value.
         """
-        given = {leaf: check_leaf(leaf, value, "int_symbol_dict") for leaf, value in given.items()}
+        if given:
+            given = {leaf: check_leaf(leaf, value, "int_symbol_dict") for leaf, value in given.items()}
         named = dict.fromkeys(given, "int_symbol_dict")
         pipelines = [BoundPipeline(r, dict(given), dict(named), host_value) for r in range(self.num_pipelines)]
         run = BoundRun(self.strategy, pipelines)
@@ -139,15 +146,25 @@ class Binder:
         done = self._solve_shapes(run, dims, shared)
         self._tell(run, shared)
         done = done or self._solve_shapes(run, dims, shared)
-        if self._apply_defaults(run):
-            self._tell(run, shared)
-            done = done or self._solve_shapes(run, dims, shared)
-        for pipeline in pipelines:
-            self._check_complete(pipeline)
-            self._check_constraints(pipeline)
+        if not self._is_bound(run, given):
+            if self._apply_defaults(run):
+                self._tell(run, shared)
+                done = done or self._solve_shapes(run, dims, shared)
+            for pipeline in pipelines:
+                self._check_complete(pipeline)
+        if self.subgraph.constraints:
+            for pipeline in pipelines:
+                self._check_constraints(pipeline)
         return run
 
+    def _is_bound(self, run: BoundRun, given: Mapping[IntSymbol, int]) -> bool:
+        """Whether surely all symbols have values: without given ones, none has a value that isn't asked for."""
+        wanted, counts = len(self._defaults), [len(item.values) for item in run.pipelines]
+        return not given and min(counts, default=wanted) == wanted
+
     def _dims(self, shapes: Sequence[tuple[int, ...]]) -> list[int]:
+        if list(map(len, shapes)) == self._ranks:
+            return list(chain.from_iterable(shapes))
         for tensor, rank, shape in zip(self.feeds, self._ranks, shapes, strict=True):
             if len(shape) != rank:
                 raise ShapeError(
@@ -157,18 +174,20 @@ class Binder:
                     where=tensor.op.where,
                     fix="feed an array with as many dimensions as the placeholder",
                 )
-        return [size for shape in shapes for size in shape]
+        raise AssertionError("ranks differ")
 
     def _solve_shapes(self, run: BoundRun, dims: Sequence[Sequence[int]], shared: Sequence[IntSymbol]) -> bool:
         """Takes what the shapes tell; True once they have nothing more to tell."""
+        done = self._solve_own_shapes(run, dims)
+        if shared and self._share(run, shared) and not done:
+            return self._solve_own_shapes(run, dims)
+        return done
 
-        def solve() -> bool:
-            pairs = zip(run.pipelines, dims, strict=True)
-            told = [self._shapes.solve(item.values, item.sources, values) for item, values in pairs]
-            return all(told)
-
-        done = solve()
-        return solve() if self._share(run, shared) and not done else done
+    def _solve_own_shapes(self, run: BoundRun, dims: Sequence[Sequence[int]]) -> bool:
+        done, solve = True, self._shapes.solve
+        for item, values in zip(run.pipelines, dims, strict=True):
+            done &= solve(item.values, item.sources, values)
+        return done
 
     def _share(self, run: BoundRun, shared: Sequence[IntSymbol]) -> bool:
         """Gives all pipelines the values of shared symbols that some know. True if that told any anything."""
@@ -185,17 +204,22 @@ class Binder:
         return news
 
     def _tell(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
-        for node in self._tellers:
-            if all(self._told(node, pipeline) for pipeline in run.pipelines):
+        for node, facts in zip(self._tellers, self._facts, strict=True):
+            if self._is_told(run, facts):
                 continue  # nothing is read that nobody asks for
-            for pipeline, told in zip(run.pipelines, node.definition.tell(node, run), strict=True):
-                for (expr, solver), value in zip(self._solvers[node, pipeline.index], told, strict=True):
+            for pipeline, own, told in zip(run.pipelines, facts, node.definition.tell(node, run), strict=True):
+                for (expr, solver), value in zip(own, told, strict=True):
                     if value is not None and pipeline.known(expr) is None:
                         solver.solve(pipeline.values, pipeline.sources, (value,))
-            self._share(run, shared)
+            if shared:
+                self._share(run, shared)
 
-    def _told(self, node: Node, pipeline: BoundPipeline) -> bool:
-        return all(pipeline.known(expr) is not None for expr, _ in self._facts[node, pipeline.index])
+    def _is_told(self, run: BoundRun, facts: Sequence[Sequence[tuple[IntSymbol, Solver]]]) -> bool:
+        for pipeline, own in zip(run.pipelines, facts, strict=True):
+            for expr, _ in own:
+                if pipeline.known(expr) is None:
+                    return False
+        return True
 
     def _apply_defaults(self, run: BoundRun) -> bool:
         news = False

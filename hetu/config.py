@@ -47,14 +47,18 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
 
 _settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=None)
 
-# Every run asks several times, and `os.environ.get` takes 1.4 µs, because it translates names and values each time.
+raw_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
+"""The environment as the system has it, by the names that ``os.environ.encodekey`` gives: what every run asks for.
+
+``os.environ.get`` takes 1.4 µs, because it translates names and values each time.
+"""
+
 _BACKEND = os.environ.encodekey("HETU_BACKEND")
-_environment = os.environ._data  # type: ignore[attr-defined]
 
 
 def settings() -> Settings:
     """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``)."""
-    return _settings.get() or _from_environment(_environment.get(_BACKEND))
+    return _settings.get() or _from_environment(raw_environment.get(_BACKEND))
 
 
 class config:  # noqa: N801 - used like a function, as torch.no_grad is

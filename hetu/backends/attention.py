@@ -289,7 +289,7 @@ def new_state(
     if columns is not None:
         scores = q.new_full((slots, heads, ceil_padded(rows), ceil_padded(columns)), -torch.inf, dtype=high)
     # Every row writes its lse: only what lies between the sequences has to be filled.
-    has_gaps = fills_lse and _rows_with_lse(spans) < slots * rows
+    has_gaps = fills_lse and spans.rows_with_lse < slots * rows
     lse = (slots, heads, rows)
     return AttentionState(
         out=q.new_empty((total, heads, head_dim)),
@@ -297,13 +297,6 @@ def new_state(
         acc=q.new_empty((total, heads, head_dim), dtype=high) if runs_on else None,
         scores=scores,
     )
-
-
-def _rows_with_lse(spans: QuerySpans) -> int:
-    if "rows_with_lse" not in spans.memo:
-        spans.memo["rows_with_lse"] = int(spans.length[spans.slot >= 0].sum())
-    rows: int = spans.memo["rows_with_lse"]
-    return rows
 
 
 def finish_softmax(

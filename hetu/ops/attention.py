@@ -46,6 +46,13 @@ from hetu.symbols import IntSymbol
 
 _SIDES = ("q", "k")
 
+_Lengths = tuple[NDArray[np.int64], int, bytes]
+"""Cumulative lengths, the longest sequence, and the bytes for a key."""
+
+
+def _lengths(cu_seqlens: NDArray[np.int64]) -> _Lengths:
+    return cu_seqlens, longest_of(cu_seqlens), cu_seqlens.tobytes()
+
 
 class _VarlenAttention(OpDef):
     """What the op and its gradient have in common: what its lengths tell, and the plan."""
@@ -58,15 +65,17 @@ class _VarlenAttention(OpDef):
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
 
     def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        return [[self._read(node, name, item)[1] for name in self.host_inputs] for item in view.pipelines]
+        return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
 
-    def _read(self, node: Node, name: str, pipeline: Pipeline) -> tuple[NDArray[np.int64], int, bytes]:
-        """Cumulative lengths, the longest sequence, and the bytes for a key: found once, whoever asks."""
-        key = ("attn_varlen", node.input(name))
-        found: tuple[NDArray[np.int64], int, bytes] | None = pipeline.memo.get(key)
+    def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
+        """The lengths of both sides: found once, whoever asks."""
+        cu_seqlens = node.inputs[-2:]
+        found: tuple[_Lengths, _Lengths] | None = pipeline.memo.get(("attn_varlen", cu_seqlens))
         if found is None:
-            values = read_cu_seqlens(node, name, pipeline)
-            found = pipeline.memo[key] = (values, longest_of(values), values.tobytes())
+            of_q, of_k = self.host_inputs
+            q = _lengths(read_cu_seqlens(node, of_q, pipeline))
+            k = q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
+            found = pipeline.memo["attn_varlen", cu_seqlens] = (q, k)
         return found
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
@@ -74,10 +83,12 @@ class _VarlenAttention(OpDef):
 
     def _key(self, node: Node, pipeline: Pipeline) -> Any:
         rows, cu = [], []
-        for side, name in zip(_SIDES, self.host_inputs, strict=True):
-            values, longest, content = self._read(node, name, pipeline)
-            rows.append(pipeline.value(node.input(side).symbolic_shape[0]))
-            if values[-1] > rows[-1]:
+        for place, (values, longest, content) in enumerate(self._read(node, pipeline)):
+            side, name = _SIDES[place], self.host_inputs[place]
+            attended = node.inputs[place]
+            assert isinstance(attended, Tensor)
+            rows.append(pipeline.value(attended.symbolic_shape[0]))
+            if values.item(-1) > rows[-1]:
                 refuse(
                     node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
                 )

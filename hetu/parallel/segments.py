@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,14 @@ class QuerySpans:
     def __len__(self) -> int:
         return len(self.start)
 
+    @property
+    def rows_with_lse(self) -> int:
+        """How many rows of q have a place in ``softmax_lse``."""
+        found: int | None = self.memo.get("rows_with_lse")
+        if found is None:
+            found = self.memo["rows_with_lse"] = int(self.length[self.slot >= 0].sum())
+        return found
+
 
 @dataclass(slots=True, eq=False)  # not frozen, like QuerySpans
 class SegmentTable:
@@ -80,12 +89,28 @@ class SegmentTable:
 
     def pairs(self, spans: QuerySpans) -> int:
         """Allowed (query, key) pairs of all segments together."""
+        if self.is_plain_over(spans):  # row i of n sees i + diagonal + 1 keys, and the last one all
+            return int(spans.length.dot(self.k_len + self.diagonal + 1)) // 2
         last, high = _up_to(spans.length[self.query] + self.diagonal, self.k_len)
         twice = int(last.dot(high))
         if self._has_full_rows:
             first, low = _up_to(self.diagonal, self.k_len)
             twice -= int(first.dot(low))
         return twice // 2
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is known to be plain over the spans that it was made for; see :meth:`is_plain_over`."""
+        return "plain" in self.memo
+
+    def is_plain_over(self, spans: QuerySpans) -> bool:
+        """Whether this is known to be the simplest of tables over these spans, by far the most common one.
+
+        Span i is a whole document, the i-th one in order of rows and of numbers, from position 0 in steps of 1, and
+        segment i is its only one: of keys that no other segment names, of which its first row sees one at least and
+        its last row all; between, each row sees one more than the row before, or each sees all.
+        """
+        return self.memo.get("plain") is spans
 
     def segment_pairs(self, spans: QuerySpans) -> IntArray:
         """Allowed (query, key) pairs of each segment."""
@@ -203,8 +228,8 @@ def varlen_tables(
     queries and m keys sees keys 0 .. i + m - n.
 
     Args:
-        cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing.
-        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
+        cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing. What is made may be a view of it.
+        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths; likewise.
         rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
         is_causal: Whether the mask is causal.
         packed_lse: Whether lse is ``(1, H_q, rows)``, every row of q at its own index, the tail too, instead of
@@ -212,31 +237,47 @@ def varlen_tables(
     """
     is_same = cu_seqlens_k is cu_seqlens_q
     q_cu = np.asarray(cu_seqlens_q, np.int64)
+    tokens = q_cu.item(-1)
     k_cu = q_cu if is_same else np.asarray(cu_seqlens_k, np.int64)
-    has_tail = rows > q_cu[-1]
+    has_tail = rows > tokens
     if has_tail:  # a sequence without keys
         is_same, q_cu, k_cu = False, np.append(q_cu, rows), np.append(k_cu, k_cu[-1])
     q_len = q_cu[1:] - q_cu[:-1]
-    document = kept = q_len.nonzero()[0]
-    start, q_len = q_cu[kept], q_len[kept]
-    k_len = q_len if is_same else (k_cu[1:] - k_cu[:-1])[kept]
+    k_len = q_len if is_same else k_cu[1:] - k_cu[:-1]
+    start, k_start, document = q_cu[:-1], k_cu[:-1], q_len.nonzero()[0]
+    if len(document) < len(q_len):  # the others have no span
+        start, k_start, q_len, k_len = start[document], k_start[document], q_len[document], k_len[document]
+    zeros, ones, live = _constants(len(document))
     if has_tail:
-        document = kept.copy()
         document[-1] = -1
-    zeros = np.zeros(len(start), np.int64)
     spans = QuerySpans(
         start=start,
         length=q_len,
         document=document,
         position=zeros,
-        step=zeros + 1,
+        step=ones,
         slot=zeros if packed_lse else document,
         slot_row=start if packed_lse else zeros,
         column=zeros,
+        memo={"rows_with_lse": rows if packed_lse else tokens},
     )
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
     diagonal = k_len - q_len if is_causal else k_len - 1
-    k_start, live = start if is_same else k_cu[kept], k_len.nonzero()[0]
+    if not is_same:
+        live = k_len.nonzero()[0]
     if len(live) < len(k_len):
         k_start, k_len, diagonal = k_start[live], k_len[live], diagonal[live]
-    return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal)
+        memo = {}
+    else:
+        is_plain = is_same or not is_causal or least(diagonal) >= 0
+        memo = {"plain": spans} if is_plain else {}
+    return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal, memo=memo)
+
+
+@lru_cache(maxsize=64)
+def _constants(count: int) -> tuple[IntArray, IntArray, IntArray]:
+    """So many zeros, as many ones, and 0, 1, 2, ...: columns of most tables, shared by them and never written to."""
+    found = np.zeros(count, np.int64), np.ones(count, np.int64), np.arange(count)
+    for column in found:
+        column.setflags(write=False)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -138,7 +139,7 @@ class _Prepared:
     ``a * leaf + b`` from those of ``others[leaf]``.
 
     Most sizes are a constant or ``slope * only + rest`` of a single leaf with a slope that is not zero: then that is
-    kept, and no function needs to be called.
+    kept, with what the leaf may be, and no function needs to be called.
     """
 
     equation: Equation
@@ -151,6 +152,9 @@ class _Prepared:
     only: IntSymbol | None
     slope: int
     rest: int
+    low: float
+    high: float
+    multiple: int
 
 
 class Solver:
@@ -191,6 +195,16 @@ class Solver:
         for one, value in zip(self._equations, values, strict=True):
             if value is None or value == one.constant:
                 continue
+            leaf = one.only
+            if leaf is not None:  # nearly always all goes well: what doesn't is told apart below
+                got = known.get(leaf)
+                if got is None:
+                    solution, remainder = divmod(value - one.rest, one.slope)
+                    if not remainder and one.low <= solution <= one.high and solution % one.multiple == 0:
+                        known[leaf], sources[leaf] = solution, one.equation.source
+                        continue
+                elif one.slope * got + one.rest == value:
+                    continue
             if not self._use(one, value, known, sources):
                 open_.append((one, value))
         while open_:
@@ -202,13 +216,6 @@ class Solver:
 
     def _use(self, one: _Prepared, value: int, known: Values, sources: Sources) -> bool:
         """Checks or solves one equation; False if it is not ripe."""
-        if one.only is not None:
-            got = known.get(one.only)
-            if got is None:
-                solution, remainder = divmod(value - one.rest, one.slope)
-                return self._take(one, one.only, value, solution, remainder, known, sources)
-            if one.slope * got + one.rest == value:
-                return True
         unknown = [leaf for leaf in one.leaves if leaf not in known]
         if not unknown:
             (got,) = one.value(*[known[leaf] for leaf in one.leaves])
@@ -221,19 +228,7 @@ class Solver:
         slope, rest = one.slopes[leaf](*[known[other] for other in one.others[leaf]])
         if slope == 0:
             return False
-        return self._take(one, leaf, value, *divmod(value - rest, slope), known, sources)
-
-    def _take(
-        self,
-        one: _Prepared,
-        leaf: IntSymbol,
-        value: int,
-        solution: int,
-        remainder: int,
-        known: Values,
-        sources: Sources,
-    ) -> bool:
-        """Gives a leaf the value that solves an equation."""
+        solution, remainder = divmod(value - rest, slope)
         if remainder or not _fits(leaf, solution):
             _no_solution(one, leaf, value, None if remainder else solution, known, sources)
         known[leaf], sources[leaf] = solution, one.equation.source
@@ -250,12 +245,15 @@ def _prepare(equation: Equation) -> _Prepared:
             others[leaf] = needed
             slopes[leaf] = compile_sympy(linear, [item.expr for item in needed])
     value = compile_exprs([equation.expr], leaves)
-    only, slope, rest = None, 0, 0
+    only, slope, rest, low, high, multiple = None, 0, 0, -math.inf, math.inf, 1
     if len(leaves) == 1 and leaves[0] in slopes and not others[leaves[0]]:
         slope, rest = slopes[leaves[0]]()
         only = leaves[0] if slope else None
-    constant = equation.expr.constant
-    return _Prepared(equation, str(equation.expr), leaves, value, others, slopes, constant, only, slope, rest)
+        low = low if leaves[0].min is None else leaves[0].min
+        high = high if leaves[0].max is None else leaves[0].max
+        multiple = leaves[0].multiple_of
+    constant, text = equation.expr.constant, str(equation.expr)
+    return _Prepared(equation, text, leaves, value, others, slopes, constant, only, slope, rest, low, high, multiple)
 
 
 def _no_solution(

@@ -225,6 +225,12 @@ def test_one_table_over_buffers_of_other_lengths(backend: str) -> None:
     check(Case(case.spans, [longer], seen, case.rows, 2, 5, 5), backend, heads=(2, 1))
 
 
+def use_tiles(tiles: BackwardTiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every backward take these, and none of those that were chosen before."""
+    monkeypatch.setattr(launch_backward, "backward_tile", lambda *_: tiles)
+    monkeypatch.setattr(launch_backward, "_kind", launch_backward._kind.__wrapped__)
+
+
 @pytest.mark.parametrize("values", [Tile(32, 128, 4, 1), Tile(64, 16, 4, 1)], ids=["more", "fewer"])
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 def test_keys_and_values_in_programs_of_their_own(
@@ -232,7 +238,7 @@ def test_keys_and_values_in_programs_of_their_own(
 ) -> None:
     """As wide heads have them; blocks of values are of more rows than those of keys, or of fewer."""
     tiles = BackwardTiles(Tile(16, 64, 4, 1), Tile(64, 32, 4, 2), is_split=True, own_values=values)
-    monkeypatch.setattr(launch_backward, "backward_tile", lambda *_: tiles)
+    use_tiles(tiles, monkeypatch)
     dtype, heads = torch.bfloat16, (4, 2)
     check(whole_documents([150, 1, 67], is_causal), "triton", dtype, 16, 0.25, heads=heads, in_q_dtype=True)
     check(whole_documents([70, 9], is_causal), "triton", dtype, 16, 0.25, p=0.2, heads=heads)
@@ -242,7 +248,7 @@ def test_keys_and_values_in_programs_of_their_own(
 def test_rows_that_see_nothing_give_values_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """More queries than keys under a causal mask: the first rows' log-sum-exps are -inf."""
     tiles = BackwardTiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), is_split=True)
-    monkeypatch.setattr(launch_backward, "backward_tile", lambda *_: tiles)
+    use_tiles(tiles, monkeypatch)
     spans, table = varlen_tables(np.array([0, 40]), np.array([0, 21]), 40, True)
     seen = torch.ones(40, 21).tril(21 - 40).bool()
     case = Case(spans, [Step(table, 21, np.arange(21))], [seen], 40, 1, 40, 21)

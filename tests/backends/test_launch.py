@@ -27,6 +27,7 @@ from hetu.backends.triton.variants import (
     INTERPRETER,
     MAX_PACK,
     named_strides,
+    rounded_keys,
     row_strides,
     whole_strides,
 )
@@ -107,6 +108,19 @@ def test_lengths_choose_among_few_tiles() -> None:
             assert len({tile(variant, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
         for each in backward_variants():
             assert len({backward_tile(each, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
+
+
+@pytest.mark.parametrize("capability", [INTERPRETER, 80, 90])
+def test_tiles_change_where_it_is_said(capability: int) -> None:
+    """Launches of new lengths look for their tile by this number, and not by the exact one."""
+    counts = [0.0, 1.0, 5e6, *(edge + by for edge in (256, 512, 1024, 2048, 4096, 8192) for by in (-0.5, 0.0, 0.5))]
+    assert sorted({rounded_keys(count) for count in counts}) == [0, 256, 512, 4096]
+    for count in counts:
+        assert rounded_keys(count) <= count
+        for variant in variants():
+            assert tile(variant, capability, rounded_keys(count)) == tile(variant, capability, count)
+        for each in backward_variants():
+            assert backward_tile(each, capability, rounded_keys(count)) == backward_tile(each, capability, count)
 
 
 def test_keys_of_the_rows_that_a_step_attends_for() -> None:

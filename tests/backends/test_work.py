@@ -11,7 +11,7 @@ from backends.tables import random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetu.backends.triton.work import (
+from hetu.backends.triton.records import (
     CONTINUES,
     KEY_FIELDS,
     KEYS_ONLY,
@@ -21,9 +21,8 @@ from hetu.backends.triton.work import (
     VALUES_ONLY,
     Int32Array,
     WorkList,
-    key_work,
-    query_work,
 )
+from hetu.backends.triton.work import key_work, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
 
 Record = dict[str, int]
@@ -301,6 +300,29 @@ def test_lists_of_plain_attention_are_in_the_same_order(
     for one, turn in [(table, None), *zip(both, take_turns(spans, both), strict=True)]:
         assert parts(query_work(spans, one, size, turn), slice(8, 11)) == queries_by_definition(spans, one, size, turn)
         assert parts(key_work(spans, one, size), slice(2, 12)) == keys_by_definition(spans, one, size)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=12),
+    is_self=st.booleans(),
+    is_causal=st.booleans(),
+    packed=st.booleans(),
+    size=st.sampled_from([1, 16, 64]),
+    tail=st.sampled_from([0, 0, 0, 5]),
+)
+def test_plain_tables_are_cut_as_any_other(
+    lengths: list[tuple[int, int]], is_self: bool, is_causal: bool, packed: bool, size: int, tail: int
+) -> None:
+    """The short way gives the records of the long one, to the bit, and their documents."""
+    cu_q, cu_k = (np.cumsum([0, *side]) for side in ([n for n, _ in lengths], [m for _, m in lengths]))
+    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, is_causal, packed)
+    other = SegmentTable(*columns(table))
+    assert not other.is_plain_over(spans)
+    for cut in (query_work, key_work):
+        short, long = cut(spans, table, size), cut(spans, other, size)
+        assert np.array_equal(short.records(), long.records()) and short.records().dtype == np.int32
+        assert np.array_equal(short.documents, long.documents)
+        assert short.records().flags.c_contiguous
 
 
 def test_a_ranking_is_of_its_own_spans() -> None:

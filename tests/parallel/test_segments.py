@@ -83,6 +83,39 @@ def test_varlen_tables(is_causal: bool) -> None:
         assert all(np.array_equal(getattr(same, name), getattr(table, name)) for name in ("query", "k_start", "k_len"))
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_tables_known_to_be_plain(is_causal: bool, packed: bool) -> None:
+    """They are what the docstring says, and what is derived from it is what is derived from any table."""
+    rng = np.random.default_rng(0)
+    plain = 0
+    for _ in range(300):
+        batch, tail = int(rng.integers(1, 6)), int(rng.integers(0, 2))
+        q_cu, k_cu = (np.concatenate([[0], rng.integers(0, 9, batch).cumsum()]) for _ in range(2))
+        k_cu = q_cu if rng.integers(2) else k_cu
+        spans, table = varlen_tables(q_cu, k_cu, int(q_cu[-1]) + tail, is_causal, packed)
+        assert spans.rows_with_lse == spans.length[spans.slot >= 0].sum()
+        other = SegmentTable(table.query, table.k_start, table.k_len, table.diagonal)
+        assert table.pairs(spans) == other.pairs(spans)
+        others = QuerySpans(*(getattr(spans, name) for name in spans.__dataclass_fields__ if name != "memo"))
+        assert others.rows_with_lse == spans.rows_with_lse
+        assert not table.is_plain_over(others) and not other.is_plain_over(spans)
+        if not table.is_plain_over(spans):
+            assert tail or (table.diagonal < 0).any() or len(table) < len(spans) or not len(spans)
+            continue
+        plain += 1
+        assert np.array_equal(table.query, np.arange(len(spans)))
+        assert (spans.position == 0).all() and (spans.step == 1).all() and (spans.column == 0).all()
+        assert (np.diff(spans.document) > 0).all() and (spans.document >= 0).all()
+        assert (table.diagonal >= 0).all()
+        assert (table.k_start[1:] >= (table.k_start + table.k_len)[:-1]).all()
+        by_one, all_ = table.k_len == spans.length + table.diagonal, table.k_len == table.diagonal + 1
+        assert (by_one | all_).all()
+        begins, ends = table.stretches()
+        assert table.k_len.sum() == (ends - begins).sum()
+    assert plain > 50, "the cases show nothing"
+
+
 def check_reach(group: GroupLayout, is_causal: bool) -> None:
     """Tables, extents and normal form of all pairs of members against the mask."""
     R = len(group.members)

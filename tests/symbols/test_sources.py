@@ -74,6 +74,13 @@ def test_a_default_may_be_changed_between_runs() -> None:
         assert case.graph.run(case.part, feed_dict=case.feeds(3, 5)).shape == (width, 8)
 
 
+def test_a_symbol_that_nobody_asks_for_stands_in_for_none() -> None:
+    """As many have values as are needed, but another one."""
+    case = Varlen()
+    with pytest.raises(hetu.UnboundSymbolError, match="width"):
+        case.graph.run(case.part, feed_dict=case.feeds(3, 5), int_symbol_dict={hetu.IntSymbol("other"): 4})
+
+
 def test_symbols_that_nobody_fetches_may_stay_unbound() -> None:
     case = Varlen()
     assert case.width not in case.binding(case.out, case.feeds(3, 5))

@@ -24,6 +24,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from hetu.backends.triton.variants import Heads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
+from hetu.config import raw_environment
 
 AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
 
@@ -33,7 +34,10 @@ REPEATS = 5
 
 def is_wanted(device: torch.device) -> bool:
     """Whether tiles are searched for on a device."""
-    return os.environ.get("HETU_AUTOTUNE") == "1" and device.type == "cuda"
+    return raw_environment.get(_WANTED) is not None and os.environ["HETU_AUTOTUNE"] == "1" and device.type == "cuda"
+
+
+_WANTED = os.environ.encodekey("HETU_AUTOTUNE")
 
 
 def tuned(

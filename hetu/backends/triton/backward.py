@@ -329,7 +329,7 @@ def backward_kernel(
             without RUNS_ON.
         dk, dv: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by their strides; rows that records name are written.
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
-        records: int32 rows of RECORD fields, as of work.py.
+        records: int32 rows of RECORD fields, as of records.py.
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.

@@ -114,7 +114,7 @@ def forward_kernel(
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         scores: float32 ``(slots, HEADS, rows, columns)``, or None without SCORES.
         key_position: int32 ``(T_k,)``, or None without DROPOUT and SCORES.
-        records: int32 rows, the fields of which work.py gives.
+        records: int32 rows, the fields of which records.py gives.
         scale: Of the scores; positive.
         key_low, key_high, threshold: Bits of dropout's key and threshold as int32, so that no value of them
             makes another variant of the kernel.

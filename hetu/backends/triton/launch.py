@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,11 +23,15 @@ from hetu.backends.triton.variants import (
     Variant,
     compiler_options,
     named_strides,
+    rounded_keys,
     row_strides,
     tile,
 )
 from hetu.backends.triton.work import query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+
+AnyVariant = TypeVar("AnyVariant")
+AnyTile = TypeVar("AnyTile")
 
 
 def attend(
@@ -62,6 +67,29 @@ _forward = Launcher(forward_kernel)
 
 
 @dataclass(frozen=True, slots=True)
+class Kind(Generic[AnyVariant, AnyTile]):
+    """What launches have in common that differ in their lengths alone: chosen once for all of them.
+
+    Attributes:
+        heads: Of the calls.
+        shape: The tile, or the tiles.
+        variants: For a segment a block, and for several.
+        others: What else the compiled kernel depends on.
+        keys: A number for each variant, with all of the above.
+    """
+
+    heads: Heads
+    shape: AnyTile
+    variants: tuple[AnyVariant, AnyVariant]
+    others: Hashable
+    keys: tuple[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        keys = tuple(interned((variant, self.heads, self.shape, self.others)) for variant in self.variants)
+        object.__setattr__(self, "keys", keys)
+
+
+@dataclass(slots=True)  # not frozen: each new set of lengths makes one
 class _Launch:
     """What a step's launches have in common, whoever's data they compute."""
 
@@ -125,34 +153,43 @@ def _prepared(
 ) -> _Launch:
     """Chooses the tile, and puts the work list on the device."""
     runs_on = turn is not None and turn.runs_on
-    heads, *variants = _kinds(num_q, num_kv, head_dim, dtype, runs_on, dropout, scores)
-    variant = variants[False]
     keys = keys_per_row(spans, table)
+    call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, scores, device)
+    kind = _kind(*call, capability(device), rounded_keys(keys))
 
-    def made(shape: Tile) -> _Launch:
-        work = query_work(spans, table, shape.block_m // heads.pack, turn)
-        own = variants[work.has_more]
-        programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, shape, device))
-        return _Launch(copied_to(work.records(), device), programs, own, heads, shape, key)
+    def made(kind: Kind[Variant, Tile]) -> _Launch:
+        heads, shape = kind.heads, kind.shape
+        pack = heads.pack
+        work = query_work(spans, table, shape.block_m // pack, turn)
+        more, programs = work.has_more, len(work.items) * num_q // pack
+        return _Launch(copied_to(work.records(), device), programs, kind.variants[more], heads, shape, kind.keys[more])
 
     def trial(shape: Tile) -> float:
-        launch = made(shape)
+        launch = made(replace(kind, shape=shape))
         return autotune.milliseconds(lambda: run(launch))
 
-    shape = tile(variant, capability(device), keys)
     if autotune.is_wanted(device):
-        kind = autotune.kind_of(variant, heads, keys)
-        shape = autotune.tuned(kind, shape, autotune.forward_candidates(shape), None if runs_on else trial, device)
-    return made(shape)
+        name, candidates = autotune.kind_of(kind.variants[0], kind.heads, keys), autotune.forward_candidates(kind.shape)
+        kind = replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if runs_on else trial, device))
+    return made(kind)
 
 
 @cache  # they take longer to make and to compare than to find
-def _kinds(
-    num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, runs_on: bool, dropout: bool, scores: bool
-) -> tuple[Heads, Variant, Variant]:
-    """The heads of a call, and its variants for a segment a block and for several."""
+def _kind(
+    num_q: int,
+    num_kv: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    runs_on: bool,
+    dropout: bool,
+    scores: bool,
+    device: torch.device,
+    capability: int,
+    keys: int,
+) -> Kind[Variant, Tile]:
     variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
-    return Heads(num_q, num_kv), variant, replace(variant, more=True)
+    shape = tile(variant, capability, keys)
+    return Kind(Heads(num_q, num_kv), shape, (variant, replace(variant, more=True)), device)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
@@ -170,11 +207,15 @@ def interned(key: Hashable) -> int:
 
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
     """Keys that a row sees on average, over the rows of spans that see any: a step may attend for few of them."""
-    if "keys_per_row" not in table.memo:
-        sees = np.zeros(len(spans), np.int64)
-        sees[table.query] = 1
-        table.memo["keys_per_row"] = table.pairs(spans) / max(int(spans.length.dot(sees)), 1)
-    keys: float = table.memo["keys_per_row"]
+    keys: float | None = table.memo.get("keys_per_row")
+    if keys is None:
+        if table.is_plain_over(spans):
+            rows = spans.rows_with_lse  # all see keys, and have a place
+        else:
+            sees = np.zeros(len(spans), np.int64)
+            sees[table.query] = 1
+            rows = int(spans.length.dot(sees))
+        keys = table.memo["keys_per_row"] = table.pairs(spans) / max(rows, 1)
     return keys
 
 

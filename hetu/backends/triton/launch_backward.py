@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -14,11 +14,19 @@ from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
 from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
-from hetu.backends.triton.launch import capability, dropout_arguments, interned, key_position_on, keys_per_row
+from hetu.backends.triton.launch import Kind, capability, dropout_arguments, key_position_on, keys_per_row
 from hetu.backends.triton.launcher import Constants, Launcher, on_device
-from hetu.backends.triton.variants import INTERPRETER, Heads, block_columns, named_strides, row_strides
+from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
+from hetu.backends.triton.variants import (
+    INTERPRETER,
+    Heads,
+    block_columns,
+    named_strides,
+    rounded_keys,
+    row_strides,
+)
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
-from hetu.backends.triton.work import KEYS_ONLY, VALUES_ONLY, WorkList, key_work, query_work
+from hetu.backends.triton.work import key_work, query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
 
@@ -68,7 +76,7 @@ _backward = Launcher(backward_kernel)
 _row_dot = Launcher(row_dot_kernel)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: each new set of lengths makes one
 class _Launch:
     """What a step's launches have in common, whoever's data they compute."""
 
@@ -135,34 +143,42 @@ def _prepared(
 ) -> _Launch:
     """Chooses the tiles, and puts the work list on the device."""
     runs_on = turn is not None and turn.runs_on
-    heads, *variants = _kinds(num_q, num_kv, head_dim, dtype, runs_on, dropout)
-    variant = variants[False]
     keys = keys_per_row(spans, table)
+    call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, (device, grads))
+    kind = _kind(*call, capability(device), rounded_keys(keys))
 
-    def made(tiles: BackwardTiles) -> _Launch:
+    def made(kind: Kind[BackwardVariant, BackwardTiles]) -> _Launch:
+        heads, tiles = kind.heads, kind.shape
         work = backward_work(spans, table, tiles, heads, turn)
-        own = variants[work.has_more]
-        programs, key = len(work.items) * num_q // heads.pack, interned((own, heads, tiles, device, grads))
-        return _Launch(copied_to(work.records(), device), programs, own, heads, tiles, key)
+        more, programs = work.has_more, len(work.items) * num_q // heads.pack
+        return _Launch(copied_to(work.records(), device), programs, kind.variants[more], heads, tiles, kind.keys[more])
 
     def trial(tiles: BackwardTiles) -> float:
-        launch = made(tiles)
+        launch = made(replace(kind, shape=tiles))
         return autotune.milliseconds(lambda: run(launch))
 
-    tiles = backward_tile(variant, capability(device), keys)
     if autotune.is_wanted(device):
-        kind, candidates = autotune.kind_of(variant, heads, keys), autotune.backward_candidates(tiles)
-        tiles = autotune.tuned(kind, tiles, candidates, None if runs_on else trial, device)
-    return made(tiles)
+        name = autotune.kind_of(kind.variants[0], kind.heads, keys)
+        candidates = autotune.backward_candidates(kind.shape)
+        kind = replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if runs_on else trial, device))
+    return made(kind)
 
 
 @cache
-def _kinds(
-    num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, runs_on: bool, dropout: bool
-) -> tuple[Heads, BackwardVariant, BackwardVariant]:
-    """The heads of a call, and its variants for a segment a block and for several."""
+def _kind(
+    num_q: int,
+    num_kv: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    runs_on: bool,
+    dropout: bool,
+    others: Hashable,
+    capability: int,
+    keys: int,
+) -> Kind[BackwardVariant, BackwardTiles]:
     variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
-    return Heads(num_q, num_kv), variant.of_work(False), variant.of_work(True)
+    variants, tiles = (variant.of_work(False), variant.of_work(True)), backward_tile(variant, capability, keys)
+    return Kind(Heads(num_q, num_kv), tiles, variants, others)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
@@ -213,8 +229,11 @@ def backward_work(
 def named_rows(table: SegmentTable) -> int:
     """How many rows of the buffer segments name."""
     if "named_rows" not in table.memo:
-        begins, ends = table.stretches()
-        table.memo["named_rows"] = int((ends - begins).sum())
+        if table.is_plain:  # no two segments share keys
+            table.memo["named_rows"] = int(np.add.reduce(table.k_len))
+        else:
+            begins, ends = table.stretches()
+            table.memo["named_rows"] = int((ends - begins).sum())
     rows: int = table.memo["named_rows"]
     return rows
 

@@ -11,19 +11,19 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from hetu.backends.triton import work
+from hetu.backends.triton import records
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-RECORD_WIDTH = tl.constexpr(work.WIDTH)  # int32 fields of a record of work
+RECORD_WIDTH = tl.constexpr(records.WIDTH)  # int32 fields of a record of work
 # Roles of programs, in their records.
-QUERIES = tl.constexpr(work.QUERIES)
-KEYS = tl.constexpr(work.KEYS)
-KEYS_ONLY = tl.constexpr(work.KEYS_ONLY)
-VALUES_ONLY = tl.constexpr(work.VALUES_ONLY)
-MERGES = tl.constexpr(work.MERGES)
-CONTINUES = tl.constexpr(work.CONTINUES)
+QUERIES = tl.constexpr(records.QUERIES)
+KEYS = tl.constexpr(records.KEYS)
+KEYS_ONLY = tl.constexpr(records.KEYS_ONLY)
+VALUES_ONLY = tl.constexpr(records.VALUES_ONLY)
+MERGES = tl.constexpr(records.MERGES)
+CONTINUES = tl.constexpr(records.CONTINUES)
 
 _PHILOX_ROUNDS = tl.constexpr(7)
 _WIDE = tl.constexpr(2**31 // 512)  # a stride from which on offsets inside a tile may pass 2**31

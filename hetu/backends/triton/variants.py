@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -218,6 +219,20 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
             return Tile(128, 32, 8, 3, max_registers=128)
         return Tile(128, 64 if variant.runs_on else 128, 8, 3)  # steps see shorter stretches of keys
     return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
+
+
+KEYS_PER_ROW = (0, 256, 512, 4096)
+"""Where tiles change with the keys that a row sees: between two of these they are the same."""
+
+
+def rounded_keys(keys_per_row: float) -> int:
+    """The least number of keys a row for which all tiles, the backward's too, are those for this one.
+
+    Example:
+        >>> rounded_keys(511.5)
+        256
+    """
+    return KEYS_PER_ROW[bisect_right(KEYS_PER_ROW, keys_per_row) - 1]
 
 
 def is_small(capability: int) -> bool:

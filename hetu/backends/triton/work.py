@@ -1,8 +1,4 @@
-"""The work lists of the attention kernels: one record of 16 integers a program, made of segment tables.
-
-The first rows of a list are its *items*, one for each block of rows, in the order in which the GPU starts them. An item
-holds all that its program has to know, its first segment included, so that the program reads a single row before it
-loads data. An item with several segments continues in rows after all items.
+"""Makes the work lists of the attention kernels from segment tables: a record a program; see ``records.py``.
 
 Items of one document stand together, so that programs that run at the same time find the document's keys in the
 cache; documents with most keys come first, and in each the blocks with most, so that what is left at the end is short.
@@ -12,47 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.backends.triton.records import (
+    CONTINUES,
+    KEY_FIELDS,
+    KEYS,
+    MERGES,
+    MORE,
+    NO_FURTHER,
+    QUERIES,
+    QUERY_FIELDS,
+    ROLE,
+    WIDTH,
+    Int32Array,
+    WorkList,
+)
 from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, least
-
-Int32Array = NDArray[np.int32]
-
-WIDTH = 16
-
-_SPAN_FIELDS = ("document", "position", "step", "slot", "slot_row")
-
-QUERY_FIELDS = (
-    "row", "rows", *_SPAN_FIELDS, "column",
-    "k_start", "k_len", "reach", "", "", "more_begin", "more_end", "role",
-)  # fmt: skip
-"""A block of query rows: its first row of q and how many it has, fields of its span as of its first row (``position``,
-``slot_row``), then a segment: its first key, how many, and the last key that the block's first row sees (the next row
-sees one more). ``more_begin .. more_end`` are the rows with further segments, of which only the segment counts."""
-
-KEY_FIELDS = (
-    "k_row", "rows", "start", "length", *_SPAN_FIELDS,
-    "first", "last_key", "diagonal", "", "more_begin", "more_end", "role",
-)  # fmt: skip
-"""A block of keys: its first row of k and how many it has, then a segment that names it: the query span that sees it,
-the place of the block's first row among the segment's keys (negative where the segment begins later), its last key, and
-its diagonal."""
-
-QUERIES, KEYS, KEYS_ONLY, VALUES_ONLY = 0, 1, 2, 3
-"""Roles of programs: for queries (in the forward all are); in the backward also for gradients of keys and values; of
-keys alone; of values alone."""
-
-MERGES, CONTINUES = 4, 8
-"""Added to the role of a program for queries: whether there is a running result to add to, and whether what it computes
-is one; see :class:`hetu.parallel.segments.Turn`."""
-
-_MORE = slice(QUERY_FIELDS.index("more_begin"), QUERY_FIELDS.index("more_end") + 1)
-_ROLE = QUERY_FIELDS.index("role")
-assert len(QUERY_FIELDS) == len(KEY_FIELDS) == WIDTH
-assert KEY_FIELDS.index("more_begin") == _MORE.start and KEY_FIELDS.index("role") == _ROLE
 
 # Places in a record, looked up once: a new set of lengths waits for every microsecond spent here.
 _ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
@@ -68,51 +44,6 @@ _ALL = slice(None)
 Item = IntArray | slice
 Tail = tuple[int | slice, NDArray[Any]]
 """A column of the records, or several, and its values, one a segment."""
-
-
-@dataclass(slots=True)  # not frozen: making a frozen one takes three times as long
-class WorkList:
-    """Records of work.
-
-    Attributes:
-        items: int32 ``(items, 16)``; ``more_begin`` and ``more_end`` count rows of ``further``.
-        further: int32 ``(rows, 16)``, the segments of items after their first.
-        documents: ``(items,)``, the rank of each item's document.
-    """
-
-    items: Int32Array
-    further: Int32Array
-    documents: IntArray
-
-    @property
-    def has_more(self) -> bool:
-        """Whether an item has several segments."""
-        return len(self.further) > 0
-
-    def records(self) -> Int32Array:
-        """What kernels read: the items, then the further rows and one that is read as the last one's next."""
-        if len(self.further) == 0:
-            return self.items
-        items = self.items.copy()
-        items[:, _MORE] += len(items)
-        return np.concatenate([items, self.further, np.zeros((1, WIDTH), np.int32)])
-
-    def with_roles(self, *roles: int) -> WorkList:
-        """The list with as many programs an item as there are roles."""
-        items = np.repeat(self.items, len(roles), axis=0)
-        items[:, _ROLE] = np.tile(roles, len(self.items))
-        return WorkList(items, self.further, np.repeat(self.documents, len(roles)))
-
-    def joined(self, other: WorkList) -> WorkList:
-        """Both lists as one: of each document this one's items, then the other's."""
-        moved, further = other.items, self.further
-        if self.has_more or other.has_more:
-            moved, further = moved.copy(), np.concatenate([further, other.further])
-            moved[:, _MORE] += len(self.further)
-        documents = np.concatenate([self.documents, other.documents])
-        order = documents.argsort(kind="stable")
-        items = np.concatenate([self.items, moved]).take(order, axis=0)
-        return WorkList(items, further, documents[order])
 
 
 def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None = None) -> WorkList:
@@ -131,6 +62,9 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         >>> [dict(zip(("row", "rows"), record[:2].tolist())) for record in work.items]
         [{'row': 9, 'rows': 3}, {'row': 5, 'rows': 4}, {'row': 4, 'rows': 1}, {'row': 0, 'rows': 4}]
     """
+    if turn is None and table.is_plain_over(spans):
+        fields = (*_fields_of(spans), table.k_start, table.k_len, table.diagonal)
+        return _plain_work(fields, spans.column, spans.length, table, tokens, _QUERY_MOVES)
     ranking = _ranking(spans, table)
     order = ranking.order
     blocks = (spans.length[order] + (tokens - 1)) // tokens
@@ -151,7 +85,7 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         role = QUERIES + MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
     items = _parts_of(spans, span, offset, tokens)
     if role is not None:  # else QUERIES, which is 0
-        items[:, _ROLE] = role
+        items[:, ROLE] = role
     tail = [
         (_K_START, table.k_start[segment]),
         (_K_LEN, table.k_len[segment]),
@@ -175,6 +109,12 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         >>> [dict(zip(("k_row", "rows"), record[:2].tolist())) for record in work.items]
         [{'k_row': 5, 'rows': 4}, {'k_row': 9, 'rows': 3}, {'k_row': 0, 'rows': 4}, {'k_row': 4, 'rows': 1}]
     """
+    if table.is_plain_over(spans):
+        nothing, k_start, k_len = spans.column, table.k_start, table.k_len
+        fields = (k_start, k_len, *_fields_of(spans)[:-1], nothing, k_len - 1, table.diagonal)
+        work = _plain_work(fields, nothing, k_len, table, block_n, _KEY_MOVES)
+        work.items[:, ROLE] = KEYS
+        return work
     k_row, rows, item, segment = _key_blocks(table, block_n)
     ranking, ranks = _ranking(spans, table), np.empty(len(spans), np.int64)
     ranks[ranking.order] = ranking.ranks
@@ -196,7 +136,7 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         item, segment, query = moved[by_item], segment[by_item], query[by_item]
     k_row = k_row[order]
     items = np.zeros((len(order), WIDTH), np.int32)
-    items[:, _ROW], items[:, _ROWS], items[:, _ROLE] = k_row, rows[order], KEYS
+    items[:, _ROW], items[:, _ROWS], items[:, ROLE] = k_row, rows[order], KEYS
     tail: list[Tail] = [
         (_KEY_SPAN, _span_records(spans).take(query, axis=0)[:, : _SLOT_ROW + 1]),
         (_FIRST, k_row[item] - table.k_start[segment]),
@@ -204,6 +144,59 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         (_DIAGONAL, table.diagonal[segment]),
     ]
     return _work_list(items, item, tail, rank[order])
+
+
+def _plain_work(
+    fields: Sequence[IntArray],
+    nothing: IntArray,
+    length: IntArray,
+    table: SegmentTable,
+    size: int,
+    moves: tuple[tuple[int, ...], bool],
+) -> WorkList:
+    """The work of a table that is plain, by a third of the numpy calls that others need: a record a segment is cut.
+
+    Args:
+        fields: The columns of records of whole segments, but for the last ones, which are 0.
+        nothing: A column of zeros.
+        length: Rows of each, as one of the columns.
+        table: The segments.
+        size: Rows of a block.
+        moves: By how much the columns of a record change a row further, and whether the last block comes first.
+    """
+    order: IntArray | None = table.memo.get("triton.order")
+    if order is None:  # as _ranked would have it
+        order = table.memo["triton.order"] = (-table.k_len).argsort(kind="stable")
+    records = np.array((*fields, *(nothing,) * (WIDTH - len(fields)))).take(order, axis=1)
+    blocks = (length.take(order) + (size - 1)) // size
+    ends = np.add.accumulate(blocks)
+    programs = ends.item(-1) if len(ends) else 0
+    # Program j of a list that is not cut by documents begins at row j * size: documents begin before it, or after.
+    a_block, offsets = _offsets(size, moves, 1 << programs.bit_length())
+    records += a_block * (ends if moves[1] else blocks - ends)
+    items = records.T.astype(np.int32, order="C").repeat(blocks, axis=0)
+    items += offsets[:programs]
+    rows = items[:, _ROWS]
+    np.minimum(rows, size, out=rows)
+    return WorkList(items, NO_FURTHER, table.query.repeat(blocks))
+
+
+@lru_cache(maxsize=64)
+def _offsets(size: int, moves: tuple[tuple[int, ...], bool], count: int) -> tuple[IntArray, Int32Array]:
+    """By how much records change from a block to the next one, ``(16, 1)``, and to each of many programs."""
+    columns, is_last_first = moves
+    a_block, place = np.array(columns) * size, np.arange(count)
+    offsets = np.multiply.outer(-1 - place if is_last_first else place, a_block)
+    return a_block[:, None], offsets.astype(np.int32)
+
+
+def _moves(names: Sequence[str], up: Sequence[str]) -> tuple[int, ...]:
+    """By how much the fields of a record change a row further: some by one; there is one row less."""
+    return tuple(1 if name in up else -1 if name == "rows" else 0 for name in names)
+
+
+_QUERY_MOVES = (_moves(QUERY_FIELDS, ("row", "position", "slot_row", "reach")), True)
+_KEY_MOVES = (_moves(KEY_FIELDS, ("k_row", "first")), False)
 
 
 @dataclass(slots=True)
@@ -265,10 +258,15 @@ def _span_records(spans: QuerySpans) -> Int32Array:
     records = spans.memo.get("triton.records")
     if records is None:
         records = np.zeros((len(spans), WIDTH), np.int32)
-        fields = (spans.start, spans.length, spans.document, spans.position, spans.step, spans.slot)
-        records[:, :_K_START] = np.array((*fields, spans.slot_row, spans.column)).T
+        records[:, :_K_START] = np.array(_fields_of(spans)).T
         spans.memo["triton.records"] = records
     return records
+
+
+def _fields_of(spans: QuerySpans) -> tuple[IntArray, ...]:
+    """The first columns of records of queries."""
+    one = spans
+    return one.start, one.length, one.document, one.position, one.step, one.slot, one.slot_row, one.column
 
 
 def _parts_of(spans: QuerySpans, span: IntArray, offset: IntArray, tokens: int) -> Int32Array:
@@ -334,13 +332,13 @@ def _work_list(items: Int32Array, item: Item, tail: Sequence[Tail], documents: I
     if isinstance(item, slice):
         for column, values in tail:
             items[:, column] = values
-        return WorkList(items, _NO_FURTHER, documents)
+        return WorkList(items, NO_FURTHER, documents)
     is_own = np.ones(len(item), bool)  # the first segment of its item
     is_own[1:] = item[1:] != item[:-1]
     if np.count_nonzero(is_own) == len(item):
         for column, values in tail:
             items[item, column] = values
-        return WorkList(items, _NO_FURTHER, documents)
+        return WorkList(items, NO_FURTHER, documents)
     is_further = ~is_own
     own, later = item[is_own], item[is_further]
     further = np.zeros((len(later), WIDTH), np.int32)
@@ -349,8 +347,5 @@ def _work_list(items: Int32Array, item: Item, tail: Sequence[Tail], documents: I
         further[:, column] = values[is_further]
     count = np.bincount(later, minlength=len(items))
     end = count.cumsum()
-    items[:, _MORE] = np.array((end - count, end)).T
+    items[:, MORE] = np.array((end - count, end)).T
     return WorkList(items, further, documents)
-
-
-_NO_FURTHER = np.zeros((0, WIDTH), np.int32)
