@@ -162,11 +162,14 @@ def _hold_back(plan: AttnPlan, returns: list[Return], rounds: Rounds, parts: lis
         for r, _ in steps:
             last[r] = number
     waves: list[set[tuple[int, int]]] = [set() for _ in parts]
+    rows = [0] * len(parts)
     for ret in returns:
         waves[ret.owner].add(ret.when)
+        for r in (ret.source, ret.owner):
+            rows[r] += ret.runs.rows
         last[ret.owner] = max(last[ret.owner], ret.round)
     for r in sorted({ret.source for ret in returns} | {ret.owner for ret in returns}):
-        held = hold_back(plan, r) if len(waves[r]) < 2 else None
+        held = hold_back(plan, r, rows[r] * plan.heads.grad_row_bytes) if len(waves[r]) < 2 else None
         if held is None:
             continue
         # By then it has waited for all keys and values, so that it may compute.

@@ -83,6 +83,7 @@ def test_the_figure_bounds_what_is_allocated(
     lens: str, method: str, is_backward: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hold_back, "MIN_FLOPS", 0.0)
+    monkeypatch.setattr(hold_back, "MIN_BYTES", 0.0)
     for module in (lower_attention, lower_heads):
         monkeypatch.setattr(module, "attention_kernel", lambda backend: zeros_forward)
     for module in (lower_attention_backward, lower_heads):

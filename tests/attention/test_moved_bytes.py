@@ -61,6 +61,7 @@ def test_moved_bytes_are_the_plans(
     world: CountingWorld, lens: list[int], method: str, split: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hold_back, "MIN_FLOPS", 0.0)
+    monkeypatch.setattr(hold_back, "MIN_BYTES", 0.0)
     with hetu.graph("define_and_run", device="cpu") as g:
         qkv = hetu.placeholder(dtype, [hetu.IntSymbol("rows"), WIDTH], name="qkv")
         lists = [lens], [[0] * len(lens)]

@@ -89,7 +89,8 @@ def find(plan: AttnPlan, kind: type, r: int, number: int = 0, grads: bool | None
 def holding_back(always: bool) -> Iterator[None]:
     """Backward plans that are built meanwhile hold back own rows wherever they may, however few; or never do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hold_back, "MIN_FLOPS", 0.0 if always else math.inf)
+        for limit in ("MIN_FLOPS", "MIN_BYTES"):
+            patch.setattr(hold_back, limit, 0.0 if always else math.inf)
         yield
 
 

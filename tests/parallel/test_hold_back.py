@@ -13,8 +13,8 @@ from parallel.cases import HEADS, random_case, random_custom_layout
 from parallel.plans import KV_METHODS, attends, broadcast, holding_back, in_orders, refused, with_instructions
 
 import hetu
-from hetu.parallel import Hardware, Heads, Layout, QuerySpans, SegmentTable, build_plan
-from hetu.parallel.hold_back import LEAST_SHARE, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
+from hetu.parallel import Hardware, Heads, Layout, QuerySpans, SegmentTable, build_plan, hold_back
+from hetu.parallel.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
 from hetu.parallel.memory import scratch_rows
 from hetu.parallel.own_gradients import OwnGradients
 from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, Kind, Receive, Send, Wait
@@ -183,7 +183,15 @@ def test_groups_of_two_beside_a_larger_one() -> None:
         assert holding(backward(build_plan(layout, method=method, is_causal=False, heads=HEADS))) == [0, 3]
 
 
-def test_only_where_it_is_worth_a_launch() -> None:
+def test_only_where_enough_travels() -> None:
+    rows = int(MIN_BYTES / LARGE.grad_row_bytes)
+    for more, expected in ((-1, []), (2, [1])):
+        layout = Layout.build([rows + more, 20_000], [0, 0])
+        assert holding(build_plan(layout, method="direct", heads=LARGE).backward()) == expected
+
+
+def test_only_where_it_is_worth_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hold_back, "MIN_BYTES", 0.0)
     rows = int((2 * MIN_FLOPS / (10 * 32 * 128)) ** 0.5)  # of a triangle with as many FLOPs
     for more, expected in ((-2, []), (2, [1])):
         layout = Layout.build([8, rows + more], [0, 0])
