@@ -277,14 +277,19 @@ def _text(item: Any, texts: dict[Any, tuple[str, int]]) -> tuple[str, int]:
         factors = sorted((of(part, _PRODUCT) for part in item.args if not part.is_Integer), key=_short_first)
         sign = {1: "", -1: "-"}.get(int(number.p), f"{number.p}*")
         return sign + "*".join(factors), _PRODUCT if number.p > 0 else _SUM
-    positive, negative = list[str](), list[str]()
+    positive, negative = list[str](), list[tuple[str, str]]()
     for part in item.args:
         number, rest = part.as_coeff_Mul()
-        # A floor may stand bare after a minus in a sum, s - s//2, where alone it would be -(s//2).
-        term = f"-{of(rest, _FLOOR)}" if number.p == -1 and rest in texts else of(part, _SUM)
-        (positive if number.p > 0 else negative).append(term)
-    first, *others = sorted(positive, key=_short_first) + sorted(negative, key=_short_first)
-    return first + "".join(f" - {term[1:]}" if term[0] == "-" else f" + {term}" for term in others), _SUM
+        if number.p > 0:
+            positive.append(of(part, _SUM))
+        else:  # a floor may stand bare after a minus, s - s//2, but not at the beginning: -s//2 is (-s)//2
+            alone = of(part, _SUM)
+            negative.append((f"-{of(rest, _FLOOR)}" if number.p == -1 and rest in texts else alone, alone))
+    positive.sort(key=_short_first)
+    negative.sort(key=lambda term: _short_first(term[0]))
+    first, *others = positive or [negative.pop(0)[1]]
+    terms = [f" + {term}" for term in others] + [f" - {term[1:]}" for term, _ in negative]
+    return first + "".join(terms), _SUM
 
 
 def _short_first(text: str) -> tuple[bool, int, str]:

@@ -56,6 +56,18 @@ def test_an_expression_reads_as_the_python_that_makes_it(tree: Tree, given_: Unk
     assert eval(str(symbol.expr), {"max": max, "min": min, **dict(zip("abc", given_.values, strict=True))}) == expected
 
 
+def test_a_sum_that_begins_with_a_floor() -> None:
+    """``-a//2`` would be ``(-a)//2``."""
+    a = IntSymbol("a")
+    texts = {
+        str(-hetu.ceil_div(a + 2, 2)): "-((a + 1)//2) - 1",
+        str(3 - a // 2): "3 - a//2",
+        str(-(a % 3) - 2): "-(a%3) - 2",
+    }
+    assert list(texts) == list(texts.values())
+    assert eval(str(-hetu.ceil_div(a + 2, 2)), {"a": 0}) == -1
+
+
 @given(trees, trees, unknowns())
 def test_equal_expressions_have_equal_values_and_hashes(one: Tree, other: Tree, given_: Unknowns) -> None:
     plain(("+", one, other), given_)
