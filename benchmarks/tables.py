@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -60,8 +61,14 @@ def timed(call: Callable[[], Any], scale: float) -> float:
 
 
 def environment(command: Sequence[str] | None = None) -> dict[str, str]:
-    """What the numbers depend on. ``command``: a script under ROOT and its arguments; None means this process's."""
+    """What the numbers depend on. ``command``: a script under ROOT and its arguments; None means this process's.
+
+    Where results were put is left out of it.
+    """
     script, *arguments = command or (str(Path(sys.argv[0]).resolve().relative_to(ROOT)), *sys.argv[1:])
+    folder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    folder.add_argument("--out")
+    arguments = folder.parse_known_args(arguments)[1]
     versions = {name: version(name) for name in ("hetu", "torch", "triton", "numpy", "sympy")}
     return {
         "device": f"{processor()}, {os.cpu_count()} cores",

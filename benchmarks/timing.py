@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -121,10 +120,7 @@ def first_line(failure: BaseException) -> str:
 
 
 def about(script: str, device: str, argv: Sequence[str]) -> dict[str, str]:
-    """The machine, the versions and the command, without where the results were put."""
-    folder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    folder.add_argument("--out")
-    command = [script, *folder.parse_known_args(argv)[1]]
+    """The machine, the versions and the command."""
     versions = {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
-    told = environment(command) | versions
+    told = environment([script, *argv]) | versions
     return told | {"device": torch.cuda.get_device_name()} if device == "cuda" else told
