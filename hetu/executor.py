@@ -208,13 +208,16 @@ class Executor:
         world.begin()
         if executable is None:
             return [() for _ in prepared.subgraph.fetches]
-        call: _Call | None = prepared.memo.get(executable)
-        if call is None:
-            call = prepared.memo[executable] = _Call.of(executable, prepared)
-        values = call.arguments.copy()
-        for place, tensor, pipeline, dtype in call.feeds:
+        inputs: _Inputs | None = executable.memo.get("inputs")
+        if inputs is None:
+            inputs = executable.memo["inputs"] = _Inputs(executable)
+        known = prepared.memo.get(executable)
+        if known is None:
+            known = prepared.memo[executable] = inputs.known(executable, prepared)
+        values: list[Any] = known.copy()
+        for place, tensor, pipeline, dtype in inputs.feeds:
             values[place] = to_device(feeds.arrays[pipeline][tensor], dtype, device)
-        for place, item in call.others:
+        for place, item in inputs.others:
             match item:
                 case RandomInput(node):
                     values[place] = seed, offset + prepared.subgraph.random[node]
@@ -313,36 +316,45 @@ class _Run:
     executables: Sequence[Executable | None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What all launches of a prepared run have in common: made once, so that a launch only fills in what is new.
+class _Inputs:
+    """The inputs of an executable, by when they are known: found once for all its runs.
 
     Attributes:
-        arguments: Of the module; sizes and plans are there.
-        feeds: What is fed: its place among them, the placeholder, the pipeline, and the type that the module takes.
+        count: How many there are.
+        sizes: Its place among all, which size it is, and of which pipeline.
+        plans: Its place, whose plan it is, and of which pipeline.
+        feeds: What is fed: its place, the placeholder, the pipeline, and the type that the module takes.
         others: What else differs from run to run, by its place.
     """
 
-    arguments: list[Any]
-    feeds: list[tuple[int, Tensor, int, torch.dtype]]
-    others: list[tuple[int, Input]]
-
-    @classmethod
-    def of(cls, executable: Executable, prepared: Prepared) -> _Call:
-        leaves = executable.leaves
-        sizes = [executable.sizes(*(binding[leaf] for leaf in leaves)) for binding in prepared.bindings]
-        call = cls([None] * len(executable.inputs), [], [])
+    def __init__(self, executable: Executable) -> None:
+        self.count = len(executable.inputs)
+        self.sizes: list[tuple[int, int, int]] = []
+        self.plans: list[tuple[int, Node, int]] = []
+        self.feeds: list[tuple[int, Tensor, int, torch.dtype]] = []
+        self.others: list[tuple[int, Input]] = []
         for place, item in enumerate(executable.inputs):
             match item:
                 case FeedInput(tensor, pipeline):
-                    call.feeds.append((place, tensor, pipeline, TORCH_DTYPES[tensor.dtype]))
+                    self.feeds.append((place, tensor, pipeline, TORCH_DTYPES[tensor.dtype]))
                 case SizeInput(index, pipeline):
-                    call.arguments[place] = sizes[pipeline][index]
+                    self.sizes.append((place, index, pipeline))
                 case PlanInput(node, pipeline):
-                    call.arguments[place] = prepared.plans[node][pipeline or 0]
+                    self.plans.append((place, node, pipeline or 0))
                 case _:
-                    call.others.append((place, item))
-        return call
+                    self.others.append((place, item))
+
+    def known(self, executable: Executable, prepared: Prepared) -> list[Any]:
+        """All inputs, of which those are filled in that lengths decide."""
+        values: list[Any] = [None] * self.count
+        if self.sizes:
+            leaves = executable.leaves
+            sizes = [executable.sizes(*[binding[leaf] for leaf in leaves]) for binding in prepared.bindings]
+            for place, index, pipeline in self.sizes:
+                values[place] = sizes[pipeline][index]
+        for place, node, pipeline in self.plans:
+            values[place] = prepared.plans[node][pipeline]
+        return values
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def attn_varlen(
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
     else:
-        out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v)
+        out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
     return (out, lse) if return_lse else out
 
 

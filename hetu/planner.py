@@ -26,7 +26,7 @@ STRUCTURES, LENGTH_SETS = 64, 512
 """How many structures (sets of fetches and strategies) and how many sets of lengths are remembered."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: each new set of lengths makes one
 class Prepared:
     """A run that is bound, selected and planned, and not yet computed.
 

@@ -135,8 +135,10 @@ def _make(
 _SCALES = {type(None), float, int}
 
 
-def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output, like q, and lse ``(H_q, T_q)``, both contiguous."""
+def forward(
+    call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_lse: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, like q, and lse ``(H_q, T_q)``, both contiguous; ``(1, H_q, T_q)`` where nobody needs it."""
     rows, heads, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((1, heads, rows), dtype=compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
@@ -154,7 +156,7 @@ def forward(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
             dropout=call.dropout,
             key_position=call.key_position,
         )
-    return out, lse[0]
+    return out, lse[0] if needs_lse else lse
 
 
 def backward(
