@@ -3,7 +3,8 @@
 In the forward a pipeline attends to its own rows first, for keys and values travel meanwhile. In the backward the
 gradients of foreign rows travel home after the last attend to a foreign buffer, and would do so while nobody computes:
 on two H200 linked by NVLink that was up to a tenth of forward and backward. So the attend to the own rows is split in
-two by keys: one part stays where it was, the other is held back until gradients are on their way.
+two by keys: one part stays where it was, the other is held back until gradients are on their way. What that brought
+is in ``docs/performance.md``.
 
 * By keys, so that each part writes the gradients of its keys and values where they belong, and none are added. Those of
   queries are added up in float32, as they are with foreign keys anyway.
