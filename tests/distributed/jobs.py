@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from attention.cases import Case, cu_seqlens
 from llama import IGNORED, STRATEGIES, Model
+from parallel.plans import holding_back
 
 import hetu
 from hetu.backends.comm import reduce
@@ -95,6 +96,12 @@ def attention(
     with hetu.config(backend=backend):
         runs = [g.run(fetches, feed_dict=feeds, int_symbol_dict=symbols) for _ in range(repeats)]
     return [own(x) for run in runs for x in run]
+
+
+def holding(*arguments: Any, **options: Any) -> Any:
+    """The same, with backwards that hold back own rows wherever they may."""
+    with holding_back(True):
+        return attention(*arguments, **options)
 
 
 # Training

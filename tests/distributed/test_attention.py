@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from attention.cases import SPLITS, Case, cases
-from distributed.jobs import attention
+from distributed.jobs import attention, holding
 from distributed.pool import Pool
 from distributed.same import assert_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parallel.plans import KV_METHODS
 
 from hetu.parallel import METHODS
 
@@ -19,10 +21,17 @@ World = Callable[..., Pool]
 SIZES = (2, 3, 4)
 
 
-def check(world: World, size: int, case: Case, backend: str = "torch", own_shard: bool = False) -> None:
+def check(
+    world: World,
+    size: int,
+    case: Case,
+    backend: str = "torch",
+    own_shard: bool = False,
+    job: Callable[..., Any] = attention,
+) -> None:
     """Each rank gives, to the bit, what its pipelines gave in one process; ranks without any give nothing."""
-    (alone,) = world(1).run(attention, case, backend)
-    ranks = world(size).run(attention, case, backend, own_shard=own_shard)
+    (alone,) = world(1).run(job, case, backend)
+    ranks = world(size).run(job, case, backend, own_shard=own_shard)
     assert all(len(values) == len(case.lens) for values in alone)
     for rank, values in enumerate(ranks):
         for mine, whole in zip(values, alone, strict=True):
@@ -71,6 +80,18 @@ def test_on_triton(world: World, case: Case) -> None:
 def test_half_precision(world: World, method: str, dtype: torch.dtype) -> None:
     for split in SPLITS:
         check(world, 3, Case([13, 0, 1, 15], [0] * 4, split, method, "1d", dtype=dtype, cut=[0.5, 0.51], p=0.2))
+
+
+@pytest.mark.parametrize("method", KV_METHODS)
+@pytest.mark.parametrize("size", [2, 3])
+def test_rows_that_are_held_back(world: World, size: int, method: str) -> None:
+    """In groups of two: gradients travel while the rest of the own rows is attended to."""
+    for split in SPLITS:
+        for packing in ("", "1d"):
+            for lens, groups in (([9, 14], [0, 0]), ([5, 8, 7, 6], [0, 1, 1, 0])):
+                case = Case(lens, groups, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
+                check(world, size, case, job=holding)
+    check(world, size, Case([9, 14], [0, 0], "sym", method), "triton", job=holding)
 
 
 def test_several_groups_that_lie_across_processes(world: World) -> None:

@@ -18,13 +18,14 @@ from attention.cases import SPLITS, Case
 from devices import ON_CUDA
 from distributed import faults
 from distributed.faults import Change
-from distributed.jobs import attention, float64_model, gathered, in_turn, reduced, train
+from distributed.jobs import attention, float64_model, gathered, holding, in_turn, reduced, train
 from distributed.pool import Pool
 from distributed.same import assert_own, assert_same
 from distributed.test_faults import assert_lost
 from distributed.test_runs import KINDS
 from distributed.test_training import SMALL, steps
 from llama import Model, build
+from parallel.plans import KV_METHODS
 
 from hetu.parallel import METHODS
 
@@ -47,12 +48,19 @@ MORE = pytest.mark.parametrize("size", [ranks(3), ranks(4)])
 ALL = pytest.mark.parametrize("size", [ranks(2), ranks(3), ranks(4)])
 
 
-def check(world: World, size: int, cases: Sequence[Case], backend: str, repeats: int = 1) -> None:
+def check(
+    world: World,
+    size: int,
+    cases: Sequence[Case],
+    backend: str,
+    repeats: int = 1,
+    job: Callable[..., Any] = attention,
+) -> None:
     """Each rank gives, to the bit, what its pipelines gave in one process on a GPU; ranks without any give nothing.
 
     In every other case each rank feeds its own shard, where there are as many ranks as pipelines.
     """
-    runs = [partial(attention, case, backend, DEVICE, repeats=repeats) for case in cases]
+    runs = [partial(job, case, backend, DEVICE, repeats=repeats) for case in cases]
     (alone,) = world(1, BACKEND).run(in_turn, runs)
     runs = [partial(run, own_shard=i % 2 == 0 and len(run.args[0].lens) <= size) for i, run in enumerate(runs)]
     for rank, given in enumerate(world(size, BACKEND).run(in_turn, runs)):
@@ -109,6 +117,12 @@ def test_dtypes(world: World, size: int, dtype: torch.dtype) -> None:
 def test_several_groups_that_lie_across_processes(world: World, size: int) -> None:
     case = Case([65, 33, 0, 70, 40, 1], [2, 0, 2, 0, 1, 0], "sym", dtype=torch.float64)
     check(world, size, [case, Case([*case.lens], [0, 1, 1, 0, 0, 1], "stripe", "ring", dtype=torch.float64)], "torch")
+
+
+@TWO
+def test_rows_that_are_held_back(world: World, size: int) -> None:
+    cases = spread(size, list(KV_METHODS), SPLITS, ["", "1d"], dtype=torch.bfloat16, head_dim=64)
+    check(world, size, [case for case in cases if len(case.lens) == 2], "triton", repeats=2, job=holding)
 
 
 @TWO
