@@ -94,20 +94,21 @@ def prepare(
     if cu_seqlens_k is not cu_seqlens_q:
         cu_k = cu_seqlens_k.numpy() if cu_seqlens_k.is_cpu else cu_seqlens_k.cpu().numpy()
 
-    def make(dropout: Dropout | None = None) -> Attention:
-        check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-        return _make(q, k, cu_q, cu_k, is_causal, softmax_scale, dropout)
-
     if is_usual:
+
+        def checked() -> Attention:
+            check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
+            return _make(q, k, cu_q, cu_k, is_causal, softmax_scale)
+
         sizes = (q.shape, k.shape, v.shape, cu_q.shape, cu_k.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype)
         types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, settings().backend)
-        call = calls_seen.get((cu_q.tobytes(), cu_k.tobytes(), sizes, types, is_causal, softmax_scale), make)
+        call = calls_seen.get((cu_q.tobytes(), cu_k.tobytes(), sizes, types, is_causal, softmax_scale), checked)
     else:
         dropout = None
         if dropout_p and rng_state is not None:
             seed, offset = rng_state.tolist()
             dropout = Dropout(dropout_p, dropout_key(seed, offset, 0))
-        call = make(dropout)
+        call = _make(q, k, cu_q, cu_k, is_causal, softmax_scale, dropout)
     if max_seqlen_q is not None:
         _check_longest("q", max_seqlen_q, call.lengths.longest_q, cu_seqlens_q)
     if max_seqlen_k is not None:
@@ -122,7 +123,7 @@ def _make(
     cu_k: HostArray,
     is_causal: bool,
     softmax_scale: float | None,
-    dropout: Dropout | None,
+    dropout: Dropout | None = None,
 ) -> Attention:
     """Plans a call that is checked, or finds the plan of its lengths."""
     (rows_q, _, head_dim), rows_k = q.shape, k.shape[0]

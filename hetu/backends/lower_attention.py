@@ -48,7 +48,7 @@ def hetu_attn_varlen(
     rows = as_heads(q, options.head_dim)
     dropout = options.dropout(random, 0)
     wanted = columns if options.return_softmax else None
-    state = new_state(rows, plan.spans, batch, max_seqlen_q, False, wanted, fills_lse)
+    state = new_state(rows, plan.spans, batch, max_seqlen_q, runs_on=False, columns=wanted, fills_lse=fills_lse)
     if options.zero_tensors:
         state.lse.zero_()
     attention_kernel(options.backend)(

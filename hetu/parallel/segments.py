@@ -91,12 +91,7 @@ class SegmentTable:
         """Allowed (query, key) pairs of all segments together."""
         if self.is_plain_over(spans):  # row i of n sees i + diagonal + 1 keys, and the last one all
             return int(spans.length.dot(self.k_len + self.diagonal + 1)) // 2
-        last, high = _up_to(spans.length[self.query] + self.diagonal, self.k_len)
-        twice = int(last.dot(high))
-        if self._has_full_rows:
-            first, low = _up_to(self.diagonal, self.k_len)
-            twice -= int(first.dot(low))
-        return twice // 2
+        return int(self.segment_pairs(spans).sum())
 
     @property
     def is_plain(self) -> bool:
@@ -114,33 +109,24 @@ class SegmentTable:
 
     def segment_pairs(self, spans: QuerySpans) -> IntArray:
         """Allowed (query, key) pairs of each segment."""
-        last, high = _up_to(spans.length[self.query] + self.diagonal, self.k_len)
-        twice: IntArray = last * high
-        if self._has_full_rows:
-            first, low = _up_to(self.diagonal, self.k_len)
-            twice = twice - first * low
+        twice = _twice_up_to(spans.length[self.query] + self.diagonal, self.k_len)
+        if len(self) and self.diagonal.item(self.diagonal.argmax()) > 0:
+            twice -= _twice_up_to(self.diagonal, self.k_len)
         return twice // 2
-
-    @property
-    def _has_full_rows(self) -> bool:
-        """Whether the first row of some segment sees more than one key."""
-        return len(self) > 0 and self.diagonal.item(self.diagonal.argmax()) > 0
 
     def stretches(self) -> tuple[IntArray, IntArray]:
         """Begins and ends of the stretches of key rows that segments name; see :func:`unite`."""
         return unite(self.k_start, self.k_start + self.k_len)
 
 
-def _up_to(end: IntArray, k_len: IntArray) -> tuple[IntArray, IntArray]:
-    """Twice the sum of ``clip(x, 0, k_len)`` over all x up to ``end``, a triangle and past it a rectangle: two factors.
+def _twice_up_to(end: IntArray, k_len: IntArray) -> IntArray:
+    """Twice the sum of ``clip(x, 0, k_len)`` over all x up to ``end``: a triangle, and past it a rectangle.
 
     Row i of a segment sees ``clip(i + diagonal + 1, 0, k_len)`` keys. Their sum over the rows is the sum up to the last
     row less that up to the row before the first, which is 0 where no diagonal is positive.
     """
-    side = np.minimum(end, k_len)
-    if least(side) < 0:
-        side = np.maximum(side, 0)
-    return side, end + end - side + 1
+    side = np.clip(end, 0, k_len)
+    return side * (end + end - side + 1)
 
 
 def least(values: NDArray[Any]) -> int:
