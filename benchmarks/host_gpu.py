@@ -57,27 +57,19 @@ class Case:
 
 def bare_launch(case: Case, cu_seqlens: torch.Tensor) -> Callable[[], Any]:
     """The launch that a run makes of its compiled kernel, caught on its way: what no host code can save."""
-    from hetu.backends.triton.launch import _forward as launcher
+    from hetu.backends.triton import launcher
 
-    caught: list[Callable[[], Any]] = []
+    launch, caught = launcher.launch, list[Callable[[], Any]]()
 
-    class Catcher:
-        def __init__(self, compiled: Any) -> None:
-            self.compiled = compiled
+    def note(*arguments: Any) -> None:
+        caught.append(partial(launch, *arguments))
+        launch(*arguments)
 
-        def __getitem__(self, grid: Any) -> Any:
-            def launch(*arguments: Any) -> None:
-                caught.append(lambda: self.compiled[grid](*arguments))
-                caught[-1]()
-
-            return launch
-
-    kept = dict(launcher._compiled)
-    launcher._compiled.update({key: (Catcher(compiled), rest) for key, (compiled, rest) in kept.items()})
+    launcher.launch = note
     try:
         case.run(cu_seqlens)
     finally:
-        launcher._compiled.update(kept)
+        launcher.launch = launch
     return caught[-1]
 
 

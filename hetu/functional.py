@@ -104,7 +104,7 @@ def attn_varlen(
         dropout_p,
         softmax_scale,
     )
-    if is_compiling or not _is_plain(q, k, v):
+    if is_compiling or q.is_meta or not _is_plain(q, k, v):
         out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
@@ -139,13 +139,13 @@ _apply_attention: Any = super(torch.autograd.Function, _Attention).apply
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether the tensors have data, and nothing watches or transforms what is done to them.
+    """Whether nothing watches or transforms what is done to the tensors, of which the first one has data.
 
     Then the op may be computed without torch's dispatcher. What needs it: fake and other subclasses, dispatch modes
     (such as FLOP counters), ``torch.func``, ``torch.jit.trace``.
     """
     for x in tensors:
-        if x is not None and (type(x) not in _PLAIN or x.is_meta):
+        if x is not None and type(x) not in _PLAIN:
             return False
     return (
         torch._C._len_torch_dispatch_stack() == 0

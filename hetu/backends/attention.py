@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from hetu.backends.allocate import empty
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
 from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
@@ -292,9 +293,9 @@ def new_state(
     has_gaps = fills_lse and spans.rows_with_lse < slots * rows
     lse = (slots, heads, rows)
     return AttentionState(
-        out=q.new_empty((total, heads, head_dim)),
-        lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else q.new_empty(lse, dtype=high),
-        acc=q.new_empty((total, heads, head_dim), dtype=high) if runs_on else None,
+        out=empty(q, (total, heads, head_dim)),
+        lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else empty(q, lse, high),
+        acc=empty(q, (total, heads, head_dim), high) if runs_on else None,
         scores=scores,
     )
 

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 
+from hetu.backends.allocate import empty
 from hetu.backends.attention import AttentionState, BackwardState, Dropout, compute_dtype, dropout_key
 from hetu.backends.attention_options import with_rows
 from hetu.backends.kernels import attention_kernel, backward_kernel, default_backend, row_dot_kernel
@@ -140,9 +141,9 @@ def forward(
     call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, needs_lse: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, like q, and lse ``(H_q, T_q)``, both contiguous; ``(1, H_q, T_q)`` where nobody needs it."""
-    rows, heads, _ = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty((1, heads, rows), dtype=compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
+    rows, heads, _ = shape = q.shape
+    out = empty(q, shape)
+    lse = empty(q, (1, heads, rows), compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
     state = AttentionState(out, lse, None, None)
     plan = call.lengths.plan
     with _own_precision(call, q):
@@ -172,7 +173,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, contiguous, from those of the output and of lse."""
     dout = torch.zeros_like(out) if dout is None else with_rows(dout)
-    dq, dk, dv = q.new_empty(*q.shape), k.new_empty(*k.shape), v.new_empty(*v.shape)
+    dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
     with _own_precision(call, q):
         delta = row_dot_kernel(call.backend)(out, dout)
         if dlse is not None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hetu.backends.triton import (
+    BackwardTiles,
     BackwardVariant,
     Heads,
+    Tile,
     Variant,
     backward_options,
     backward_tile,
@@ -62,22 +65,28 @@ def chosen_backward() -> list[BackwardVariant]:
     ]
 
 
-HEADS = Heads(num_q=32, num_kv=8)
+HEADS = (Heads(num_q=32, num_kv=8), Heads(num_q=16, num_kv=16))
 KEYS_PER_ROW = (100, 10_000)
 
 
 def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
     """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
-    for shape in dict.fromkeys(tile(variant, capability, keys) for keys in KEYS_PER_ROW):
+    shapes: dict[Tile, Heads] = {}
+    for heads, keys in product(HEADS, KEYS_PER_ROW):
+        shapes.setdefault(tile(variant, capability, keys, heads.pack), heads)
+    for shape, heads in shapes.items():
         options = compiler_options(shape)
-        yield used(f"{variant} {shape}", variant, variant.source(HEADS, shape), options, capability)
+        yield used(f"{variant} {shape}", variant, variant.source(heads, shape), options, capability)
 
 
 def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
     """The same for the backward."""
-    for tiles in dict.fromkeys(backward_tile(variant, capability, keys) for keys in KEYS_PER_ROW):
+    shapes: dict[BackwardTiles, Heads] = {}
+    for heads, keys in product(HEADS, KEYS_PER_ROW):
+        shapes.setdefault(backward_tile(variant, capability, keys, heads.pack), heads)
+    for tiles, heads in shapes.items():
         options = backward_options(tiles)
-        yield used(f"{variant} {tiles}", variant, variant.source(HEADS, tiles), options, capability)
+        yield used(f"{variant} {tiles}", variant, variant.source(heads, tiles), options, capability)
 
 
 def used(

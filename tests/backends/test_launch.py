@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,8 @@ def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None
     assert Heads(num_q, num_kv).pack == pack
 
 
-KEYS_PER_ROW = (0, 128, 511, 512, 4095, 4096, 1e6)
+KEYS_PER_ROW = (0, 128, 255, 256, 511, 512, 1535, 1536, 4095, 4096, 1e6)
+PACKS = (1, 2, MAX_PACK)
 
 
 def check_tile(shape: Tile) -> None:
@@ -92,10 +94,11 @@ def test_tiles_are_what_triton_takes(capability: int) -> None:
     for variant in variants():
         assert variant.head_dim <= variant.block_d and variant.block_d & (variant.block_d - 1) == 0
         for keys in KEYS_PER_ROW:
-            check_tile(tile(variant, capability, keys))
+            for pack in PACKS:
+                check_tile(tile(variant, capability, keys, pack))
     for each in backward_variants():
-        for keys in KEYS_PER_ROW:
-            tiles = backward_tile(each, capability, keys)
+        for keys, pack in product(KEYS_PER_ROW, PACKS):
+            tiles = backward_tile(each, capability, keys, pack)
             check_tile(tiles.keys)
             check_tile(tiles.queries)
             assert tiles.keys.num_warps == tiles.queries.num_warps, "both are of one launch"
@@ -103,24 +106,30 @@ def test_tiles_are_what_triton_takes(capability: int) -> None:
 
 def test_lengths_choose_among_few_tiles() -> None:
     """Lengths change from run to run: each other tile is another compilation."""
-    for capability in (INTERPRETER, 80, 90):
+    for capability, pack in product((INTERPRETER, 80, 90), PACKS):
         for variant in variants():
-            assert len({tile(variant, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
+            assert len({tile(variant, capability, keys, pack) for keys in range(0, 10_000, 64)}) <= 2
         for each in backward_variants():
-            assert len({backward_tile(each, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
+            assert len({backward_tile(each, capability, keys, pack) for keys in range(0, 10_000, 64)}) <= 2
 
 
 @pytest.mark.parametrize("capability", [INTERPRETER, 80, 90])
 def test_tiles_change_where_it_is_said(capability: int) -> None:
     """Launches of new lengths look for their tile by this number, and not by the exact one."""
-    counts = [0.0, 1.0, 5e6, *(edge + by for edge in (256, 512, 1024, 2048, 4096, 8192) for by in (-0.5, 0.0, 0.5))]
-    assert sorted({rounded_keys(count) for count in counts}) == [0, 256, 512, 4096]
-    for count in counts:
-        assert rounded_keys(count) <= count
+    counts = [
+        0.0,
+        1.0,
+        5e6,
+        *(edge + by for edge in (256, 512, 1024, 1536, 2048, 4096, 8192) for by in (-0.5, 0.0, 0.5)),
+    ]
+    assert sorted({rounded_keys(count) for count in counts}) == [0, 256, 512, 1536, 4096]
+    for count, pack in product(counts, PACKS):
+        keys = rounded_keys(count)
+        assert keys <= count
         for variant in variants():
-            assert tile(variant, capability, rounded_keys(count)) == tile(variant, capability, count)
+            assert tile(variant, capability, keys, pack) == tile(variant, capability, count, pack)
         for each in backward_variants():
-            assert backward_tile(each, capability, rounded_keys(count)) == backward_tile(each, capability, count)
+            assert backward_tile(each, capability, keys, pack) == backward_tile(each, capability, count, pack)
 
 
 def test_keys_of_the_rows_that_a_step_attends_for() -> None:
@@ -134,8 +143,10 @@ def test_keys_of_the_rows_that_a_step_attends_for() -> None:
 
 
 def test_tiles_that_were_tuned() -> None:
-    assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 32, 4, 4)
-    assert tile(Variant(64, torch.bfloat16), 90, 2000) == Tile(128, 64, 8, 3, max_registers=128)
+    assert tile(Variant(64, torch.bfloat16), 90, 200, pack=4) == Tile(64, 32, 4, 4)
+    assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 64, 4, 3, max_registers=128)
+    for keys, pack in ((256, 2), (2000, 4), (4096, 1)):
+        assert tile(Variant(64, torch.bfloat16), 90, keys, pack) == Tile(128, 64, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 2_048) == Tile(128, 32, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 20_000) == Tile(128, 128, 8, 3)
@@ -145,6 +156,20 @@ def test_tiles_that_were_tuned() -> None:
     assert tile(Variant(256, torch.bfloat16), 90, 2_048) == Tile(128, 64, 8, 2)
     wide = backward_tile(BackwardVariant(256, torch.bfloat16), 90)
     assert wide.is_split and wide.values == Tile(64, 128, 8, 2) and wide.queries == Tile(128, 32, 8, 3)
+    rows = {(d, k, p): backward_tile(BackwardVariant(d, torch.bfloat16), 90, k, p).queries.block_m for d, k, p in CASES}
+    assert rows == CASES
+
+
+CASES = {
+    (128, 200, 1): 64,
+    (128, 4095, 1): 64,
+    (128, 4096, 1): 128,
+    (128, 200, 2): 128,
+    (64, 1535, 1): 64,
+    (64, 1535, 4): 64,
+    (64, 1536, 1): 128,
+}
+"""Query rows of the backward's programs for queries, by head_dim, keys a row and packed heads."""
 
 
 def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:

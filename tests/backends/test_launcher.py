@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
 
+from hetu.backends.triton import launcher
 from hetu.backends.triton.launcher import Constants, Launcher
 
 
 class Compiled:
     """Stands for a compiled kernel: remembers how it is launched."""
 
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
+        self.watched: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *arguments: self.calls.append((grid, *arguments))
+        return lambda *arguments: self.watched.append((grid, *arguments))
+
+    def run(self, x: int, y: int, z: int, stream: str, function: str, metadata: str, *rest: Any) -> None:
+        assert (stream, function, metadata, *rest[:3]) == ("stream of 1", "function", "metadata", None, None, None)
+        self.calls.append(((x, y, z), *rest[3:]))
+
+
+@pytest.fixture(autouse=True)
+def second_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What launches ask CUDA for."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index}")
 
 
 class Kernel:
@@ -71,6 +88,18 @@ def test_unusual_arguments_go_through_triton_every_time() -> None:
     assert len(kernel.launches) == 5 and len(kernel.compiled[-1].calls) == 1, "what was compiled for those is not kept"
     launch("a", 1, (x[1:], x), (1, 1.0), constants)
     assert len(kernel.launches) == 6, "nor is what was compiled for whole tensors used for others"
+
+
+@pytest.mark.parametrize("when", ["launch_enter_hook", "launch_exit_hook"])
+@pytest.mark.parametrize("is_chain", [True, False])
+def test_hooks_are_called(monkeypatch: pytest.MonkeyPatch, when: str, is_chain: bool) -> None:
+    """Those of a profiler: Triton's own way calls them, and says what is launched."""
+    compiled, hook = Compiled(), SimpleNamespace(calls=[print]) if is_chain else print
+    monkeypatch.setattr(triton.knobs.runtime, when, hook)
+    launcher.launch(compiled, 3, (1, 2))
+    monkeypatch.setattr(triton.knobs.runtime, when, SimpleNamespace(calls=[]) if is_chain else None)
+    launcher.launch(compiled, 5, (1,))
+    assert compiled.watched == [((3, 1, 1), 1, 2)] and compiled.calls == [((5, 1, 1), 1)]
 
 
 def test_the_interpreter_compiles_nothing() -> None:

@@ -188,8 +188,9 @@ def _kind(
     keys: int,
 ) -> Kind[Variant, Tile]:
     variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
-    shape = tile(variant, capability, keys)
-    return Kind(Heads(num_q, num_kv), shape, (variant, replace(variant, more=True)), device)
+    heads = Heads(num_q, num_kv)
+    shape = tile(variant, capability, keys, heads.pack)
+    return Kind(heads, shape, (variant, replace(variant, more=True)), device)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:

@@ -177,8 +177,9 @@ def _kind(
     keys: int,
 ) -> Kind[BackwardVariant, BackwardTiles]:
     variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
-    variants, tiles = (variant.of_work(False), variant.of_work(True)), backward_tile(variant, capability, keys)
-    return Kind(Heads(num_q, num_kv), tiles, variants, others)
+    heads = Heads(num_q, num_kv)
+    tiles = backward_tile(variant, capability, keys, heads.pack)
+    return Kind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:

@@ -188,7 +188,7 @@ def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dic
     return {"fn": kernel, "signature": signature, "constexprs": values, "attrs": divisible}
 
 
-def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
+def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int = 1) -> Tile:
     """The tile of a variant. From sm_90 on the fastest of those measured on an H100; ``docs/kernels.md`` has the times.
 
     Args:
@@ -196,6 +196,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
         keys_per_row: Keys that a query row sees on average. Few want many small programs, so that some load while
             others compute; many want blocks of many keys.
+        pack: Heads that a block of rows holds, :attr:`Heads.pack`: where they are several its rows are fewer positions,
+            of which diagonals cut off less.
 
     Example:
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
@@ -213,7 +215,9 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
-        return Tile(64, 32, 4, 4) if keys_per_row < 512 else Tile(128, 64, 8, 3, max_registers=128)
+        if keys_per_row < (4096 if pack == 1 else 256):
+            return Tile(64, 64, 4, 3, max_registers=128) if pack == 1 else Tile(64, 32, 4, 4)
+        return Tile(128, 64, 8, 3, max_registers=128)
     if width == 128:
         if keys_per_row < 4096:  # two programs a multiprocessor, of which one computes while the other loads
             return Tile(128, 32, 8, 3, max_registers=128)
@@ -221,7 +225,7 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0) -> Tile:
     return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
 
 
-KEYS_PER_ROW = (0, 256, 512, 4096)
+KEYS_PER_ROW = (0, 256, 512, 1536, 4096)
 """Where tiles change with the keys that a row sees: between two of these they are the same."""
 
 

@@ -122,17 +122,20 @@ def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
     return compiler_options(tiles.keys)
 
 
-def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0) -> BackwardTiles:
+def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0, pack: int = 1) -> BackwardTiles:
     """The tiles of a variant. From sm_90 on the fastest of those measured on an H100; see ``docs/kernels.md``.
 
     Args:
         variant: What the kernel is specialised for.
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
         keys_per_row: Keys that a query row sees on average.
+        pack: Heads that a block of rows holds; see :func:`~hetu.backends.triton.variants.tile`.
 
     Example:
-        >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90).keys
-        Tile(block_m=32, block_n=64, num_warps=4, num_stages=3, max_registers=None, precision='tf32')
+        >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90).queries.block_m
+        64
+        >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90, pack=4).queries.block_m
+        128
     """
     width = block_columns(variant.head_dim)
     if capability == INTERPRETER:
@@ -147,11 +150,13 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
             return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
         return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
     if width <= 64:
-        if keys_per_row < 512:  # registers for three programs a multiprocessor
+        if keys_per_row < 1536:  # registers for three programs a multiprocessor
             return BackwardTiles(Tile(32, 64, 4, 2, max_registers=168), Tile(64, 64, 4, 3))
         return BackwardTiles(Tile(32, 128, 4, 2), Tile(128, 64, 4, 3))
     if width == 128:
-        return BackwardTiles(Tile(32, 64, 4, 3), Tile(64 if keys_per_row < 512 else 128, 32, 4, 3))
+        if pack == 1 and keys_per_row < 4096:
+            return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
+        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3))
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
     values = Tile(64, 128, 8, 2)  # they hold no tile of v, which leaves memory for twice the rows
     return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 3), is_split=True, own_values=values)
