@@ -215,7 +215,7 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:
-        if keys_per_row < (4096 if pack == 1 else 256):
+        if keys_per_row < (1536 if pack == 1 else 256):
             return Tile(64, 64, 4, 3, max_registers=128) if pack == 1 else Tile(64, 32, 4, 4)
         return Tile(128, 64, 8, 3, max_registers=128)
     if width == 128:
