@@ -78,6 +78,31 @@ def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None
     assert Heads(num_q, num_kv).pack == pack
 
 
+@pytest.mark.parametrize("num_q", [1, 4])
+def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of one row have the strides of views of many, and are compiled for others."""
+    of_key: dict[Any, Any] = {}
+
+    def note(key: Any, programs: int, tensors: Any, numbers: Any, constants: Any) -> None:
+        assert of_key.setdefault(key, constants()) == constants()
+
+    monkeypatch.setattr(launch, "_forward", note)
+    monkeypatch.setattr(launch_backward, "_backward", note)
+    monkeypatch.setattr(launch_backward, "_row_dot", note)
+    for is_wide, rows, keys in product([False, True], [1, 2, 300], [1, 2, 300]):
+        tokens = max(rows, keys)
+        qkv = torch.zeros(tokens, 3 * num_q, 16) if is_wide else torch.zeros(3, tokens, num_q, 16).transpose(0, 1)
+        heads = qkv.chunk(3, 1) if is_wide else qkv.unbind(1)
+        q, k, v = heads[0][:rows], heads[1][:keys], heads[2][:keys]
+        spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, False)
+        state = new_state(q, spans, 1, rows, runs_on=False)
+        launch.attend(q, k, v, spans, table, state, softmax_scale=1.0)
+        of = BackwardState(state.out, state.lse, launch_backward.row_dot(state.out, q), torch.empty_like(q))
+        grads = torch.empty_like(k), torch.empty_like(v)
+        launch_backward.attend_backward(q, k, v, spans, table, of, *grads, softmax_scale=1.0)
+    assert len(of_key) > 12
+
+
 KEYS_PER_ROW = (0, 128, 255, 256, 511, 512, 1535, 1536, 4095, 4096, 1e6)
 PACKS = (1, 2, MAX_PACK)
 

@@ -120,7 +120,7 @@ def _run(
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
     with on_device(q.device):
         _forward(
-            (launch.key, q.stride(), k.stride(), v.stride(), out.stride()),
+            (launch.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
             launch.programs,
             (
                 q,
@@ -194,6 +194,7 @@ def _kind(
 
 
 def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
+    """What a launch's key has to decide: a single row's stride is not its own, see :func:`row_strides`."""
     named = named_strides("QKVO", map(row_strides, tensors))
     return launch.variant.constants(launch.heads, launch.shape, named), compiler_options(launch.shape)
 

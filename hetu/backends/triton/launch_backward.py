@@ -107,7 +107,7 @@ def _run(
     strided = (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)
     with on_device(q.device):
         _backward(
-            (launch.key, *[x.stride() for x in strided]),
+            (launch.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
             launch.programs,
             (
                 q,
