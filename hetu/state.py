@@ -159,17 +159,17 @@ def initial_value(node: Node) -> torch.Tensor:
     """
     init, shape, dtype = node.attrs["init"], node.attrs["shape"], TORCH_DTYPES[node.attrs["dtype"]]
     if isinstance(init, (bool, int, float)):
-        return torch.full(shape, float(init), dtype=dtype)
+        return torch.full(shape, float(init), dtype=dtype, device="cpu")
     if not callable(init):
         array = init.astype(np.float32) if isinstance(init, np.ndarray) and init.dtype.name == "bfloat16" else init
-        return torch.as_tensor(array).to(dtype=dtype, device="cpu", copy=True)
+        return torch.as_tensor(array, device="cpu").to(dtype=dtype, copy=True)
     seed, _ = rng.get_state()
     digest = hashlib.blake2b(f"{seed} {node.name}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-        blank = torch.zeros(shape, dtype=torch.float32 if dtype.itemsize < 4 else dtype)
+        blank = torch.zeros(shape, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device="cpu")
         made = init(blank)
-    value = blank if made is None else torch.as_tensor(made)
+    value = blank if made is None else torch.as_tensor(made, device="cpu")
     if tuple(value.shape) != tuple(shape):
         what = f"the initialiser of {node.name} gave shape {list(value.shape)}, expected {list(shape)}"
         raise ShapeError(what, op="parameter", where=node.where, fix="fill the tensor that it gets, and return it")

@@ -114,7 +114,7 @@ class Step:
         """Does what the run level says with the gradients; gives the norm of those that wait or were applied."""
         grads = self.grads[update]
         if grads is None:
-            return torch.tensor(math.nan)
+            return torch.tensor(math.nan, device="cpu")
         with torch.no_grad():
             self.state.accumulate(update, grads)
             if self.fetched.run_level == "update":

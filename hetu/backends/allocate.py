@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,25 +17,39 @@ def _inductors_way() -> Any:
 _empty_strided_cuda = _inductors_way()
 
 
-def empty(like: torch.Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A contiguous tensor of three dimensions on the device of another one, with anything in it.
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A contiguous tensor with anything in it: ``torch.empty``, in a third of its time on a GPU's host.
 
-    On a GPU the dispatcher takes 6 µs for it on the host, and what torch.compile's generated code calls 2. That is used
-    on the current device, and where no mode watches what is made.
+    There the dispatcher takes 6 µs for it, and what torch.compile's generated code calls 2. That is used on the current
+    device, and where no mode watches what is made.
 
     Example:
-        >>> empty(torch.zeros(2, dtype=torch.float16), (2, 3, 4)).shape
+        >>> empty((2, 3, 4), torch.float16, torch.device("cpu")).shape
         torch.Size([2, 3, 4])
     """
     if (
         _empty_strided_cuda is None
-        or not like.is_cuda
-        or like.get_device() != torch.cuda.current_device()
+        or device.type != "cuda"
+        or device.index != torch.cuda.current_device()
+        or not shape
         or 0 in shape
         or torch._C._len_torch_dispatch_stack() > 0
     ):
-        return like.new_empty(shape, dtype=dtype)
-    first, middle, last = shape
-    sizes, strides = (first, middle, last), (middle * last, last, 1)  # plain tuples: it refuses a torch.Size
-    made: torch.Tensor = _empty_strided_cuda(sizes, strides, dtype or like.dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
+    sizes = tuple(shape)  # it refuses a torch.Size
+    made: torch.Tensor = _empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
     return made
+
+
+@lru_cache(maxsize=256)  # lengths change from run to run, what lies behind them doesn't
+def _strides(inner: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of contiguous tensors of ``(any, *inner)``.
+
+    Example:
+        >>> _strides((3, 4))
+        (12, 4, 1)
+    """
+    strides = [1]
+    for size in reversed(inner):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))

@@ -15,6 +15,7 @@ import torch
 
 from hetu.backends.allocate import empty
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
+from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
@@ -198,6 +199,7 @@ class RowDot(Protocol):
         ...
 
 
+@in_own_precision
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``, float64 for float64, contiguous."""
     high = compute_dtype(a.dtype)
@@ -285,7 +287,7 @@ def new_state(
         fills_lse: Whether lse has to be -inf where no row of q writes it: not where only kernels read it.
     """
     total, heads, head_dim = q.shape
-    high = compute_dtype(q.dtype)
+    high, device = compute_dtype(q.dtype), q.device
     scores = None
     if columns is not None:
         scores = q.new_full((slots, heads, ceil_padded(rows), ceil_padded(columns)), -torch.inf, dtype=high)
@@ -293,9 +295,9 @@ def new_state(
     has_gaps = fills_lse and spans.rows_with_lse < slots * rows
     lse = (slots, heads, rows)
     return AttentionState(
-        out=empty(q, (total, heads, head_dim)),
-        lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else empty(q, lse, high),
-        acc=empty(q, (total, heads, head_dim), high) if runs_on else None,
+        out=empty((total, heads, head_dim), q.dtype, device),
+        lse=q.new_full(lse, -torch.inf, dtype=high) if has_gaps else empty(lse, high, device),
+        acc=empty((total, heads, head_dim), high, device) if runs_on else None,
         scores=scores,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -142,22 +141,22 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, like q, and lse ``(H_q, T_q)``, both contiguous; ``(1, H_q, T_q)`` where nobody needs it."""
     rows, heads, _ = shape = q.shape
-    out = empty(q, shape)
-    lse = empty(q, (1, heads, rows), compute_dtype(q.dtype))  # the kernel writes every row, the tail's too
+    dtype, device = q.dtype, q.device
+    out = empty(shape, dtype, device)
+    lse = empty((1, heads, rows), compute_dtype(dtype), device)  # the kernel writes every row, the tail's too
     state = AttentionState(out, lse, None, None)
     plan = call.lengths.plan
-    with _own_precision(call, q):
-        attention_kernel(call.backend)(
-            with_rows(q),
-            with_rows(k),
-            with_rows(v),
-            plan.spans,
-            plan.table,
-            state,
-            softmax_scale=call.softmax_scale,
-            dropout=call.dropout,
-            key_position=call.key_position,
-        )
+    attention_kernel(call.backend)(
+        with_rows(q),
+        with_rows(k),
+        with_rows(v),
+        plan.spans,
+        plan.table,
+        state,
+        softmax_scale=call.softmax_scale,
+        dropout=call.dropout,
+        key_position=call.key_position,
+    )
     return out, lse[0] if needs_lse else lse
 
 
@@ -173,35 +172,24 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of q, k and v, contiguous, from those of the output and of lse."""
     dout = torch.zeros_like(out) if dout is None else with_rows(dout)
-    dq, dk, dv = empty(q, q.shape), empty(k, k.shape), empty(v, v.shape)
-    with _own_precision(call, q):
-        delta = row_dot_kernel(call.backend)(out, dout)
-        if dlse is not None:
-            delta -= dlse.T  # a row of q at its own index: nothing to gather, as attention_delta does
-        backward_kernel(call.backend)(
-            with_rows(q),
-            with_rows(k),
-            with_rows(v),
-            call.lengths.plan.spans,
-            call.lengths.plan.table,
-            BackwardState(dout, lse[None], delta, dq),
-            dk,
-            dv,
-            softmax_scale=call.softmax_scale,
-            dropout=call.dropout,
-            key_position=call.key_position,
-        )
+    dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
+    delta = row_dot_kernel(call.backend)(out, dout)
+    if dlse is not None:
+        delta -= dlse.T  # a row of q at its own index: nothing to gather, as attention_delta does
+    backward_kernel(call.backend)(
+        with_rows(q),
+        with_rows(k),
+        with_rows(v),
+        call.lengths.plan.spans,
+        call.lengths.plan.table,
+        BackwardState(dout, lse[None], delta, dq),
+        dk,
+        dv,
+        softmax_scale=call.softmax_scale,
+        dropout=call.dropout,
+        key_position=call.key_position,
+    )
     return dq, dk, dv
-
-
-def _own_precision(call: Attention, q: torch.Tensor) -> AbstractContextManager[Any]:
-    """Keeps autocast from the backend's own matrix products; Triton's kernels don't know it, and it takes 5 µs."""
-    if call.backend == "torch" and torch.is_autocast_enabled(q.device.type):
-        return torch.autocast(q.device.type, enabled=False)
-    return _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
 
 
 def _backend(q: torch.Tensor) -> str:

@@ -73,7 +73,7 @@ def hetu_no_softmax(q: torch.Tensor) -> torch.Tensor:
 
 def hetu_rng_state(random: Random) -> torch.Tensor:
     """Seed and offset as a tensor; a call of its own, so that nothing is made where nobody fetches it."""
-    return torch.tensor(random, dtype=torch.int64)
+    return torch.tensor(random, dtype=torch.int64, device="cpu")
 
 
 def _lower_varlen(backend: str, cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:

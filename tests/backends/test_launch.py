@@ -83,7 +83,7 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
     """Views of one row have the strides of views of many, and are compiled for others."""
     of_key: dict[Any, Any] = {}
 
-    def note(key: Any, programs: int, tensors: Any, numbers: Any, constants: Any) -> None:
+    def note(device: torch.device, key: Any, programs: int, tensors: Any, numbers: Any, constants: Any) -> None:
         assert of_key.setdefault(key, constants()) == constants()
 
     monkeypatch.setattr(launch, "_forward", note)

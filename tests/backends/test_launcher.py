@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,8 @@ import triton
 
 from hetu.backends.triton import launcher
 from hetu.backends.triton.launcher import Constants, Launcher
+
+CUDA = torch.device("cuda", 1)
 
 
 class Compiled:
@@ -66,13 +69,13 @@ def constants() -> Constants:
 def test_the_first_call_of_a_key_goes_through_triton() -> None:
     kernel, x = Kernel(), torch.zeros(8)
     launch = Launcher(kernel)
-    launch("a", 3, (x, None), (7, 0.5), constants)
+    launch(CUDA, "a", 3, (x, None), (7, 0.5), constants)
     assert kernel.launches == [((3,), (x, None, 7, 0.5), {"FLAG": True, "WIDTH": 64, "num_warps": 4})]
-    launch("a", 5, (x, None), (8, 0.25), lambda: pytest.fail("the constants are known"))
+    launch(CUDA, "a", 5, (x, None), (8, 0.25), lambda: pytest.fail("the constants are known"))
     assert len(kernel.launches) == 1
     # The constants stand in the order of the parameters, as Triton passes them.
     assert kernel.compiled[0].calls == [((5, 1, 1), x, None, 8, 0.25, 64, True)]
-    launch("b", 5, (x, None), (8, 0.25), constants)
+    launch(CUDA, "b", 5, (x, None), (8, 0.25), constants)
     assert len(kernel.launches) == 2
 
 
@@ -80,14 +83,36 @@ def test_unusual_arguments_go_through_triton_every_time() -> None:
     kernel, x = Kernel(), torch.zeros(64)
     launch = Launcher(kernel)
     for _ in range(2):
-        launch("a", 1, (x[1:], x), (1, 1.0), constants)  # 4 bytes past a multiple of 16
-        launch("a", 1, (x, x), (2**31, 1.0), constants)
+        launch(CUDA, "a", 1, (x[1:], x), (1, 1.0), constants)  # 4 bytes past a multiple of 16
+        launch(CUDA, "a", 1, (x, x), (2**31, 1.0), constants)
     assert len(kernel.launches) == 4
-    launch("a", 1, (x, x), (2**31 - 1, 1.0), constants)
-    launch("a", 1, (x, x), (1, 1.0), constants)
+    launch(CUDA, "a", 1, (x, x), (2**31 - 1, 1.0), constants)
+    launch(CUDA, "a", 1, (x, x), (1, 1.0), constants)
     assert len(kernel.launches) == 5 and len(kernel.compiled[-1].calls) == 1, "what was compiled for those is not kept"
-    launch("a", 1, (x[1:], x), (1, 1.0), constants)
+    launch(CUDA, "a", 1, (x[1:], x), (1, 1.0), constants)
     assert len(kernel.launches) == 6, "nor is what was compiled for whole tensors used for others"
+
+
+def test_it_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current one, whatever the tensors are on."""
+    entered: list[torch.device] = []
+
+    @contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        entered.append(wanted)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "current_device", lambda: wanted.index)
+            yield
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index + 1}")  # what Compiled expects
+    kernel, x, first = Kernel(), torch.zeros(8), torch.device("cuda", 0)
+    launch = Launcher(kernel)
+    for _ in range(2):
+        launch(first, "a", 3, (x, None), (7, 0.5), constants)
+    assert len(kernel.launches) == len(kernel.compiled[0].calls) == 1 and entered == [first, first]
+    launch(torch.device("cpu"), "b", 3, (x, None), (7, 0.5), constants)
+    assert len(entered) == 2
 
 
 @pytest.mark.parametrize("when", ["launch_enter_hook", "launch_exit_hook"])
@@ -96,9 +121,9 @@ def test_hooks_are_called(monkeypatch: pytest.MonkeyPatch, when: str, is_chain: 
     """Those of a profiler: Triton's own way calls them, and says what is launched."""
     compiled, hook = Compiled(), SimpleNamespace(calls=[print]) if is_chain else print
     monkeypatch.setattr(triton.knobs.runtime, when, hook)
-    launcher.launch(compiled, 3, (1, 2))
+    launcher.launch(compiled, CUDA, 3, (1, 2))
     monkeypatch.setattr(triton.knobs.runtime, when, SimpleNamespace(calls=[]) if is_chain else None)
-    launcher.launch(compiled, 5, (1,))
+    launcher.launch(compiled, CUDA, 5, (1,))
     assert compiled.watched == [((3, 1, 1), 1, 2)] and compiled.calls == [((5, 1, 1), 1)]
 
 
@@ -106,5 +131,5 @@ def test_the_interpreter_compiles_nothing() -> None:
     kernel = Kernel(interpreted=True)
     launch = Launcher(kernel)
     for _ in range(2):
-        launch("a", 1, (torch.zeros(4), None), (1, 1.0), constants)
+        launch(CUDA, "a", 1, (torch.zeros(4), None), (1, 1.0), constants)
     assert len(kernel.launches) == 2

@@ -106,7 +106,7 @@ class Control:
         """
         self.check()
         self.number += 1
-        first = torch.zeros(_HEAD.size + FIRST_BYTES, dtype=torch.uint8)
+        first = torch.zeros(_HEAD.size + FIRST_BYTES, dtype=torch.uint8, device="cpu")
         self._fill(first, _HEAD.pack(self.number, len(payload), what.encode()) + payload[:FIRST_BYTES])
         said = [bytes(row.numpy()) for row in self._gather(first, what)]
         heads = [_HEAD.unpack_from(row) for row in said]
@@ -117,7 +117,7 @@ class Control:
         bodies = [row[_HEAD.size : _HEAD.size + length] for row, length in zip(said, lengths, strict=True)]
         longest = max(lengths) - FIRST_BYTES
         if longest > 0:
-            rest = torch.zeros(longest, dtype=torch.uint8)
+            rest = torch.zeros(longest, dtype=torch.uint8, device="cpu")
             self._fill(rest, payload[FIRST_BYTES:])
             more = [bytes(row.numpy()) for row in self._gather(rest, what)]
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]

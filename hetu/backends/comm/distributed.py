@@ -126,7 +126,7 @@ class DistributedWorld:
         could so wait for 2, 2 for 1, and 1 for 0.
         """
         for source, target in sorted(links - self._connected, key=lambda link: (min(link), max(link), link)):
-            group, byte = self.up if target > source else self.down, torch.zeros(1, dtype=torch.uint8)
+            group, byte = self.up if target > source else self.down, torch.zeros(1, dtype=torch.uint8, device="cpu")
             if self.rank == source:
                 dist.send(byte.to(self.device), group=group, group_dst=target)
             elif self.rank == target:

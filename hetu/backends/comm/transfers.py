@@ -84,7 +84,7 @@ class DistributedComm:
             self._local.receive(pipeline, instruction, place)
         else:
             is_direct = place.device.type == "cpu" or not self.over_gloo
-            memory = place if is_direct else torch.empty(place.shape, dtype=place.dtype)
+            memory = place if is_direct else torch.empty(place.shape, dtype=place.dtype, device="cpu")
             self._start(pipeline, instruction, peer, memory, place)
 
     def _start(

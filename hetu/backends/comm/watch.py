@@ -51,7 +51,7 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
-        self.ones = torch.full((2**20,), 255, dtype=torch.uint8).pin_memory()
+        self.ones = torch.full((2**20,), 255, dtype=torch.uint8, device="cpu").pin_memory()
 
     def enter(self) -> None:
         """Else asking would open a context on the first GPU."""

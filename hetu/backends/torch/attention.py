@@ -10,6 +10,7 @@ import torch
 
 from hetu.backends.attention import AttentionState, compute_dtype, with_positive_scale
 from hetu.backends.dropout import Dropout, keep_mask
+from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
@@ -21,6 +22,7 @@ Part = tuple[int, torch.Tensor, torch.Tensor]
 ``(H_kv, group, n)``."""
 
 
+@in_own_precision
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,

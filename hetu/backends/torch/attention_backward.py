@@ -13,6 +13,7 @@ import torch
 
 from hetu.backends.attention import BackwardState, compute_dtype
 from hetu.backends.dropout import Dropout, keep_mask
+from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
@@ -20,6 +21,7 @@ CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 """Queries and keys of a block: what a core's cache holds, and what keeps a GPU busy."""
 
 
+@in_own_precision
 def attend_backward(
     q: torch.Tensor,
     k: torch.Tensor,

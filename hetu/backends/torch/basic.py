@@ -38,7 +38,7 @@ def _constant(cx: NodeLowering) -> fx.Node:
     value, dtype = cx.node.attrs["value"], TORCH_DTYPES[cx.node.outputs[0].dtype]
     if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":  # ml_dtypes', which torch does not read
         value = value.astype(np.float32)
-    return cx.constant(torch.as_tensor(value).to(dtype))
+    return cx.constant(torch.as_tensor(value, device="cpu").to(dtype))
 
 
 @lowering("full", backend="torch")

@@ -65,7 +65,7 @@ def hetu_dropout(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` with elements dropped, and the ``rng_state`` that tells which."""
     kept = _apply(x, tokens, Dropout(p, dropout_key(*random, stream))) if p else x
-    return kept, torch.tensor(random, dtype=torch.int64)
+    return kept, torch.tensor(random, dtype=torch.int64, device="cpu")
 
 
 def hetu_dropout_grad(

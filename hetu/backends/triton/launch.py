@@ -15,7 +15,7 @@ from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
 from hetu.backends.triton import autotune
 from hetu.backends.triton.kernels import forward_kernel
-from hetu.backends.triton.launcher import Constants, Launcher, on_device
+from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,
@@ -118,24 +118,24 @@ def _run(
     out, lse = state.out, state.lse
     over_slots, over_heads, _ = lse.stride()
     scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
-    with on_device(q.device):
-        _forward(
-            (launch.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
-            launch.programs,
-            (
-                q,
-                k,
-                v,
-                out,
-                lse,
-                state.acc if variant.runs_on else None,
-                state.scores,
-                key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
-                launch.records,
-            ),
-            (over_slots, over_heads, *scores_strides, softmax_scale, *dropout_arguments(dropout)),
-            partial(_constants, launch, (q, k, v, out)),
-        )
+    _forward(
+        q.device,
+        (launch.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
+        launch.programs,
+        (
+            q,
+            k,
+            v,
+            out,
+            lse,
+            state.acc if variant.runs_on else None,
+            state.scores,
+            key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
+            launch.records,
+        ),
+        (over_slots, over_heads, *scores_strides, softmax_scale, *dropout_arguments(dropout)),
+        partial(_constants, launch, (q, k, v, out)),
+    )
 
 
 def _prepared(

@@ -9,13 +9,14 @@ from functools import cache, partial
 import numpy as np
 import torch
 
+from hetu.backends.allocate import empty
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
 from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
 from hetu.backends.triton.launch import Kind, capability, dropout_arguments, key_position_on, keys_per_row
-from hetu.backends.triton.launcher import Constants, Launcher, on_device
+from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.triton.variants import (
     INTERPRETER,
@@ -105,27 +106,27 @@ def _run(
         return
     acc = state.acc if launch.variant.runs_on else None
     strided = (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)
-    with on_device(q.device):
-        _backward(
-            (launch.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
-            launch.programs,
-            (
-                q,
-                k,
-                v,
-                state.dout,
-                state.lse,
-                state.delta,
-                state.dq,
-                acc,
-                dk,
-                dv,
-                key_position_on(key_position, table, q.device) if dropout else None,
-                launch.records,
-            ),
-            (*state.lse.stride()[:2], softmax_scale, *dropout_arguments(dropout)),
-            partial(_constants, launch, strided),
-        )
+    _backward(
+        q.device,
+        (launch.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
+        launch.programs,
+        (
+            q,
+            k,
+            v,
+            state.dout,
+            state.lse,
+            state.delta,
+            state.dq,
+            acc,
+            dk,
+            dv,
+            key_position_on(key_position, table, q.device) if dropout else None,
+            launch.records,
+        ),
+        (*state.lse.stride()[:2], softmax_scale, *dropout_arguments(dropout)),
+        partial(_constants, launch, strided),
+    )
 
 
 def _prepared(
@@ -242,7 +243,7 @@ def named_rows(table: SegmentTable) -> int:
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``. The last dims are contiguous."""
     rows, heads, head_dim = a.shape
-    result = torch.empty(rows, heads, dtype=torch.float32, device=a.device)
+    result = empty((rows, heads), torch.float32, a.device)
     if result.numel() == 0:
         return result
     block_d = block_columns(head_dim)
@@ -253,8 +254,7 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r}
         return named_strides("AB", strides) | sizes, {}
 
-    with on_device(a.device):
-        programs = -(-rows * heads // block_r)
-        key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
-        _row_dot(key, programs, (a, b, result), (rows * heads,), constants)
+    programs = -(-rows * heads // block_r)
+    key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
+    _row_dot(a.device, key, programs, (a, b, result), (rows * heads,), constants)
     return result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,21 +32,27 @@ class Launcher:
 
     def __call__(
         self,
+        device: torch.device,
         key: Hashable,
         programs: int,
         tensors: Sequence[torch.Tensor | None],
         numbers: Sequence[int | float],
         constants: Callable[[], Constants],
     ) -> None:
-        """Launches ``programs`` programs on the current device and stream.
+        """Launches ``programs`` programs on a device, on its current stream.
 
         Args:
+            device: Of the tensors.
             key: Whatever decides the constants, the tensors' element types, and which of them are None; the device too.
             programs: Size of the grid.
             tensors: The first arguments.
             numbers: Those after them.
             constants: Gives the rest, where a call is a key's first.
         """
+        if device.type == "cuda" and torch.cuda.current_device() != device.index:  # where Triton launches
+            with torch.cuda.device(device):
+                self(device, key, programs, tensors, numbers, constants)
+            return
         pointers = 0
         for x in tensors:
             if x is not None:
@@ -56,7 +61,7 @@ class Launcher:
         kept = self._compiled.get(key) if is_usual else None
         if kept is not None:
             compiled, rest = kept
-            launch(compiled, programs, (*tensors, *numbers, *rest))
+            launch(compiled, device, programs, (*tensors, *numbers, *rest))
             return
         values, options = constants()
         compiled = self.kernel[(programs,)](*tensors, *numbers, **values, **options)
@@ -65,8 +70,8 @@ class Launcher:
             self._compiled[key] = compiled, tuple(values[name] for name in names)
 
 
-def launch(compiled: Any, programs: int, arguments: Sequence[Any]) -> None:
-    """Launches a compiled kernel on the current device and stream.
+def launch(compiled: Any, device: torch.device, programs: int, arguments: Sequence[Any]) -> None:
+    """Launches a compiled kernel on the current device, which the argument names, and its current stream.
 
     ``compiled[grid](...)`` collects for each launch what a profiler's hooks may ask for, and calls them from C though
     there are none: a third of its time. That way is taken only where there are some (``proton``).
@@ -74,7 +79,7 @@ def launch(compiled: Any, programs: int, arguments: Sequence[Any]) -> None:
     if _has_hooks():
         compiled[(programs, 1, 1)](*arguments)
         return
-    stream = _current_stream(torch.cuda.current_device())
+    stream = _current_stream(device.index)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
@@ -86,13 +91,3 @@ def _has_hooks() -> bool:
     runtime: Any = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device: this makes it the tensors'."""
-    if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return _HERE
-    return torch.cuda.device(device)
-
-
-_HERE = nullcontext()
