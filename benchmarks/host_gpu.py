@@ -1,8 +1,8 @@
 """What one attention call costs the host when its kernels run on a GPU.
 
 Calls follow each other without waiting, on inputs so small that the GPU is always done first: the time of a call is the
-host's. The launch of the kernel alone is measured first, and its median taken off the others: what is left is what
-hetu adds. Lengths are on the host, q, k and v on the device.
+host's. The launch of the kernel alone is measured too, and taken off the others: what is left is what hetu adds.
+Lengths are on the host, q, k and v on the device. Quartiles are over rounds, of the median call of each.
 
     python benchmarks/host_gpu.py [--out DIR] [--write-docs]
 """
@@ -10,7 +10,7 @@ hetu adds. Lengths are on the host, q, k and v on the device.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,8 @@ import hetu
 import hetu.functional
 
 HEADS, KV_HEADS, HEAD_DIM, TOKENS, DOCUMENTS = 8, 2, 64, 1024, 16
+BATCH, WARM_UP = 40, 8
+LIMITS = {"g.run, lengths seen before": 80, "g.run, new lengths": 250, "functional, lengths seen before": 30}
 
 
 class Case:
@@ -73,34 +75,44 @@ def bare_launch(case: Case, cu_seqlens: torch.Tensor) -> Callable[[], Any]:
     return caught[-1]
 
 
-def per_call(calls: list[Callable[[], Any]]) -> list[float]:
-    """Microseconds of each call; the device is waited for before the first only."""
+def quick(calls: Sequence[Callable[[], Any]]) -> float:
+    """Microseconds of a call: the median of a batch without its first ones. The device is waited for before it only."""
     torch.cuda.synchronize()
-    return [timed(call, 1e6) for call in calls]
+    return median([timed(call, 1e6) for call in calls][WARM_UP:])
 
 
-def rows(repeats: int) -> Iterator[Row]:
+def rows(rounds: int) -> list[Row]:
+    """All are measured in turns, so that what disturbs the host for a while disturbs all of them."""
     case = Case()
     seen = case.lengths()
     for _ in range(20):  # compiles and fills caches
         case.run(seen), case.call(seen), case.run(case.lengths()), case.call(case.lengths())
-    launch = per_call([bare_launch(case, seen)] * repeats)
-    yield Row.of("the kernel's launch alone", "µs", launch)
-    alone = median(launch)
-
-    def row(name: str, calls: list[Callable[[], Any]], limit: float | None = None) -> Row:
-        return Row.of(f"{name}, less the launch", "µs", [time - alone for time in per_call(calls)], limit=limit)
-
-    def fresh(call: Callable[[torch.Tensor], Any]) -> list[Callable[[], Any]]:
-        return [partial(call, case.lengths()) for _ in range(repeats)]
-
-    yield row("g.run, lengths seen before", [partial(case.run, seen)] * repeats, limit=80)
-    yield row("g.run, new lengths", fresh(case.run), limit=250)
-    yield row("functional, lengths seen before", [partial(case.call, seen)] * repeats, limit=30)
-    yield row("functional, new lengths", fresh(case.call))
-    for x in case.data:
-        x.requires_grad_()
-    yield row("functional with gradients, the forward", [partial(case.call, seen)] * repeats)
+    launch = bare_launch(case, seen)
+    names = [
+        "g.run, lengths seen before",
+        "g.run, new lengths",
+        "functional, lengths seen before",
+        "functional, new lengths",
+        "functional with gradients, the forward",
+    ]
+    found: list[list[float]] = [[] for _ in [launch, *names]]
+    for _ in range(rounds):
+        batches: list[list[Callable[[], Any]]] = [[partial(call, seen)] * BATCH for call in (case.run, case.call)]
+        new = [[partial(call, case.lengths()) for _ in range(BATCH)] for call in (case.run, case.call)]
+        alone = quick([launch] * BATCH)
+        times = [quick(batch) for batch in (batches[0], new[0], batches[1], new[1])]
+        for x in case.data:
+            x.requires_grad_(True)
+        times.append(quick(batches[1]))
+        for x in case.data:
+            x.requires_grad_(False)
+        for samples, time in zip(found, [alone, *(time - alone for time in times)], strict=True):
+            samples.append(time)
+    over = [
+        Row.of(f"{name}, less the launch", "µs", samples, LIMITS.get(name))
+        for name, samples in zip(names, found[1:], strict=True)
+    ]
+    return [Row.of("the kernel's launch alone", "µs", found[0]), *over]
 
 
 def main() -> None:
@@ -108,7 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--write-docs", action="store_true", help=f"also write into {DOCS.relative_to(ROOT)}")
     arguments = parser.parse_args()
-    measured = list(rows(300))
+    measured = rows(60)
     print_table(measured)
     keep("host_gpu", measured, arguments.write_docs, arguments.out, device=torch.cuda.get_device_name())
 
