@@ -1,6 +1,6 @@
 """What the attention benchmark measured, kept as JSON, against its targets, and as tables.
 
-Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h200.json`` or another file. Of
+Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h100.json`` or another file. Of
 several commands on one machine, one a GPU say, it first makes one file:
 
     python benchmarks/attention_report.py [FILE ...]
@@ -284,7 +284,7 @@ def read_all(kind: type[AnyRun], default: Path) -> AnyRun | None:
 
 
 def main() -> None:
-    run = read_all(Run, RESULTS / "attention_h200.json")
+    run = read_all(Run, RESULTS / "attention_h100.json")
     assert run is not None, "there is no such file"
     write_between("attention.json", report(run))
 

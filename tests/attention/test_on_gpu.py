@@ -148,6 +148,17 @@ def test_uneven_lengths(split: str, method: str, device: str) -> None:
     check_parallel(case, "triton", device)
 
 
+@pytest.mark.parametrize("device", [CUDA])
+@pytest.mark.parametrize(("heads", "is_causal"), [((2, 2), True), ((4, 1), False)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_steps_of_long_documents(head_dim: int, heads: tuple[int, int], is_causal: bool, device: str) -> None:
+    """Rows see thousands of keys in a step: the tiles are those for long documents."""
+    case = Case([3600, 1, 2400], [0] * 3, "sym", "ring", "1d", dtype=torch.bfloat16, cut=[0.9], head_dim=head_dim)
+    case.heads, case.is_causal = heads, is_causal
+    check_case(case, "triton", device)
+    check_parallel(case, "triton", device)
+
+
 @pytest.mark.parametrize("packing", ["", "1d", "2d"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("method", METHODS)

@@ -173,16 +173,21 @@ def test_tiles_that_were_tuned() -> None:
     for keys, pack in ((256, 2), (2000, 4), (1536, 1)):
         assert tile(Variant(64, torch.bfloat16), 90, keys, pack) == Tile(128, 64, 8, 3, max_registers=128)
     assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.float16), 90, 2_048) == Tile(128, 32, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.float16), 90, 20_000) == Tile(128, 128, 8, 3)
+    assert tile(Variant(128, torch.float16), 90, 512) == Tile(64, 64, 4, 3)
     assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(128, 32, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 5000) == Tile(128, 64, 8, 3)
+    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 5000, pack=4) == Tile(64, 64, 4, 3)
     assert tile(Variant(256, torch.bfloat16), 90, 256) == Tile(64, 32, 4, 2)
     assert tile(Variant(256, torch.bfloat16), 90, 2_048) == Tile(128, 64, 8, 2)
     wide = backward_tile(BackwardVariant(256, torch.bfloat16), 90)
     assert wide.is_split and wide.values == Tile(64, 128, 8, 2) and wide.queries == Tile(128, 32, 8, 3)
     rows = {(d, k, p): backward_tile(BackwardVariant(d, torch.bfloat16), 90, k, p).queries.block_m for d, k, p in CASES}
     assert rows == CASES
+    own_terms = [
+        backward_tile(BackwardVariant(d, torch.bfloat16), 90, 5000, pack).own_terms
+        for d in (64, 128, 256)
+        for pack in (1, 4)
+    ]
+    assert own_terms == [True, True, False, False, True, True]
 
 
 CASES = {

@@ -28,6 +28,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    load_again,
     load_rows,
     loop,
     store_rows,
@@ -189,20 +190,20 @@ def key_gradients(
 
 @triton.jit
 def fold_keys(
-    dq, q, dout, k, v, lse, delta, k_len, reach, token, rows, scale,
+    dq, q, dout, k, v, kv_head, lse, delta, k_len, reach, token, rows, scale,
     key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
-    STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys of a segment do to the gradients of a block of query rows.
 
-    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``.
+    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head.
     """
     j = tl.arange(0, BLOCK_N)
-    zero = tl.zeros([BLOCK_N], tl.int32)
-    k_offsets = tile_offsets(j, zero, STRIDE_KT, 0, BLOCK_D)
-    v_offsets = tile_offsets(j, zero, STRIDE_VT, 0, BLOCK_D)
+    member = tl.zeros([BLOCK_N], tl.int32) + kv_head
+    k_offsets = tile_offsets(j, member, STRIDE_KT, STRIDE_KH, BLOCK_D, KV_HEADS)
+    v_offsets = tile_offsets(j, member, STRIDE_VT, STRIDE_VH, BLOCK_D, KV_HEADS)
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
     end = tl.minimum(k_len, reach + rows)
     for n in loop(0, end, BLOCK_N, num_stages=STAGES):
@@ -235,6 +236,7 @@ def query_gradients(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    OWN_TERMS: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of query rows; arguments as of the kernel."""
@@ -245,6 +247,14 @@ def query_gradients(
     document = tl.load(record + 2)
     slot = tl.load(record + 5)
     k_start = tl.load(record + 8).to(tl.int64)
+    v_start = k_start
+    if OWN_TERMS:
+        kv_head = first_head // GROUP
+        v_start = load_again(record + 8).to(tl.int64)
+    else:
+        kv_head = 0
+        k += (far_head // GROUP) * STRIDE_KH
+        v += (far_head // GROUP) * STRIDE_VH
     k_len = tl.load(record + 9)
     reach = tl.load(record + 10)
     token = tl.arange(0, BLOCK_M) // PACK
@@ -260,8 +270,6 @@ def query_gradients(
     q_tile = load_rows(q + row * STRIDE_QT + far_head * STRIDE_QH, q_offsets, live, HEAD_DIM, BLOCK_D)
     d_offsets = tile_offsets(token, member, STRIDE_DT, STRIDE_DH, BLOCK_D)
     dout_tile = load_rows(dout + row * STRIDE_DT + far_head * STRIDE_DH, d_offsets, live, HEAD_DIM, BLOCK_D)
-    k_head = k + (far_head // GROUP) * STRIDE_KH
-    v_head = v + (far_head // GROUP) * STRIDE_VH
     if RUNS_ON:
         dq_state += row * STRIDE_DST + far_head * STRIDE_DSH
         state_offsets = tile_offsets(token, member, STRIDE_DST, STRIDE_DSH, BLOCK_D)
@@ -281,14 +289,18 @@ def query_gradients(
         if DROPOUT:
             positions += k_start
         dq_tile = fold_keys(
-            dq_tile, q_tile, dout_tile, k_head + k_start * STRIDE_KT, v_head + k_start * STRIDE_VT, lse_row, delta_row,
-            k_len, reach, token, rows, scale,
+            dq_tile, q_tile, dout_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, kv_head,
+            lse_row, delta_row, k_len, reach, token, rows, scale,
             positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
-            STRIDE_KT, STRIDE_VT, BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, DROPOUT, PRECISION,
+            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
+            BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, DROPOUT, PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
             k_start = tl.load(record + 8).to(tl.int64)
+            v_start = k_start
+            if OWN_TERMS:
+                v_start = load_again(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
     dq += row * STRIDE_DQT + far_head * STRIDE_DQH
@@ -313,7 +325,7 @@ def backward_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
-    QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
+    QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr, OWN_TERMS: tl.constexpr,
     SPLIT: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
@@ -331,6 +343,7 @@ def backward_kernel(
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
         records: int32 rows of RECORD fields, as of records.py.
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
+        OWN_TERMS: Whether programs for queries have what ``tiles.load_again`` tells of: it takes registers.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
     """
@@ -345,7 +358,7 @@ def backward_kernel(
             stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
             STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
             STRIDE_DQT, STRIDE_DQH, STRIDE_DST, STRIDE_DSH, HEADS, GROUP, PACK, HEAD_DIM,
-            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, RUNS_ON, MORE, DROPOUT, PRECISION,
+            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, OWN_TERMS, RUNS_ON, MORE, DROPOUT, PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:

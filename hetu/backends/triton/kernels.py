@@ -30,6 +30,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    load_again,
     load_rows,
     loop,
     store_rows,
@@ -39,20 +40,20 @@ from hetu.backends.triton.tiles import (
 
 @triton.jit
 def fold_segment(
-    acc, row_sum, row_max, q, k, v, k_len, reach, token, rows, scale,
+    acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, token, rows, scale,
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
-    STRIDE_KT: tl.constexpr, STRIDE_VT: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
+    KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
-    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``.
+    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head.
     """
     j = tl.arange(0, BLOCK_N)
-    zero = tl.zeros([BLOCK_N], tl.int32)
-    k_offsets = tile_offsets(j, zero, STRIDE_KT, 0, BLOCK_D)
-    v_offsets = tile_offsets(j, zero, STRIDE_VT, 0, BLOCK_D)
+    member = tl.zeros([BLOCK_N], tl.int32) + kv_head
+    k_offsets = tile_offsets(j, member, STRIDE_KT, STRIDE_KH, BLOCK_D, KV_HEADS)
+    v_offsets = tile_offsets(j, member, STRIDE_VT, STRIDE_VH, BLOCK_D, KV_HEADS)
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
     end = tl.minimum(k_len, reach + rows)
     for n in loop(0, end, BLOCK_N):
@@ -73,7 +74,8 @@ def fold_segment(
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         p = tl.math.exp2(s * (scale * LOG2E) - shift[:, None])
         fade = tl.math.exp2(row_max - shift)
-        row_sum = row_sum * fade + tl.sum(p, 1)
+        # A thread adds up its own columns of p, each eighth pair: threads are asked for theirs once, after the loop.
+        row_sums = row_sums * fade[:, None] + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
         row_max = new_max
         if DROPOUT:
             keeps = dropout_keeps(
@@ -85,7 +87,7 @@ def fold_segment(
         acc = add_dot(p, v_tile, acc, fade[:, None], PRECISION)
         k += BLOCK_N * STRIDE_KT
         v += BLOCK_N * STRIDE_VT
-    return acc, row_sum, row_max
+    return acc, row_sums, row_max
 
 
 @triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
@@ -131,6 +133,7 @@ def forward_kernel(
     slot = tl.load(record + 5)  # -1 where the rows have no lse
     slot_row = tl.load(record + 6)
     k_start = tl.load(record + 8).to(tl.int64)
+    v_start = load_again(record + 8).to(tl.int64)
     k_len = tl.load(record + 9)
     reach = tl.load(record + 10)
     token = tl.arange(0, BLOCK_M) // PACK
@@ -154,10 +157,10 @@ def forward_kernel(
         acc_base += (row * HEADS + far_head) * HEAD_DIM
         acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
-        row_sum = tl.where(row_max == float("-inf"), 0.0, 1.0)
+        row_sums = tl.where((row_max[:, None] > float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_sum = tl.zeros([BLOCK_M], tl.float32)
+        row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     score_rows = head
     if SCORES:
@@ -166,8 +169,6 @@ def forward_kernel(
 
     q_offsets = tile_offsets(token, member, STRIDE_QT, STRIDE_QH, BLOCK_D)
     q_tile = load_rows(q + row * STRIDE_QT + far_head * STRIDE_QH, q_offsets, live, HEAD_DIM, BLOCK_D)
-    k_head = k + (far_head // GROUP) * STRIDE_KH
-    v_head = v + (far_head // GROUP) * STRIDE_VH
     more_begin = 0
     more_end = 0
     if MORE:
@@ -177,18 +178,21 @@ def forward_kernel(
         positions = key_position
         if DROPOUT or SCORES:
             positions += k_start
-        acc, row_sum, row_max = fold_segment(
-            acc, row_sum, row_max, q_tile, k_head + k_start * STRIDE_KT, v_head + k_start * STRIDE_VT,
+        acc, row_sums, row_max = fold_segment(
+            acc, row_sums, row_max, q_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, first_head // GROUP,
             k_len, reach, token, rows, scale,
             score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
-            STRIDE_KT, STRIDE_VT, BLOCK_N, HEAD_DIM, BLOCK_D, DROPOUT, SCORES, PRECISION,
+            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
+            BLOCK_N, HEAD_DIM, BLOCK_D, DROPOUT, SCORES, PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
             k_start = tl.load(record + 8).to(tl.int64)
+            v_start = load_again(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
 
+    row_sum = tl.sum(row_sums, 1)
     empty = row_sum == 0.0
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc / row_sum[:, None]

@@ -27,6 +27,7 @@ CONTINUES = tl.constexpr(records.CONTINUES)
 
 _PHILOX_ROUNDS = tl.constexpr(7)
 _WIDE = tl.constexpr(2**31 // 512)  # a stride from which on offsets inside a tile may pass 2**31
+_INT32 = tl.constexpr(2**31)
 
 
 def _interpreted_range(*bounds: Any, num_stages: Any = None) -> Iterator[int]:
@@ -59,16 +60,29 @@ def add_dot(a, b, acc, factor, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(token, member, STRIDE_T: tl.constexpr, STRIDE_H: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets of the elements of a tile whose rows are those of ``token`` and heads ``member``.
+def tile_offsets(
+    token, member, STRIDE_T: tl.constexpr, STRIDE_H: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr = 512
+):
+    """Offsets of the elements of a tile whose rows are those of ``token`` and heads ``member``, below MEMBERS.
 
     Strides are compile-time constants: the distances between the chunks that a thread loads then are immediates
     of its instructions, which saves it some thirty registers of addresses.
     """
-    if STRIDE_T >= _WIDE or STRIDE_H >= _WIDE:
+    if STRIDE_T >= _WIDE or STRIDE_H * MEMBERS >= _INT32:
         token = token.to(tl.int64)
         member = member.to(tl.int64)
     return (token * STRIDE_T + member * STRIDE_H)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def load_again(pointer):
+    """What was loaded before, without telling the compiler that it is the same.
+
+    Where the addresses of k and v share a term, such as the first row of their segment, LLVM keeps what differs and
+    adds the term to each of them in each iteration: up to a seventh of all instructions. So each gets a term of its
+    own, and the head, which both need, is in the offsets of the threads.
+    """
+    return tl.load(pointer, volatile=True)
 
 
 @triton.jit

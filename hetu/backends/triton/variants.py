@@ -203,7 +203,7 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
         Tile(block_m=128, block_n=32, num_warps=8, num_stages=3, max_registers=128, precision='tf32')
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
-        128
+        64
     """
     width = variant.block_d
     if capability == INTERPRETER:  # a NumPy call an operation: large blocks, of which short sequences waste little
@@ -219,9 +219,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
             return Tile(64, 64, 4, 3, max_registers=128) if pack == 1 else Tile(64, 32, 4, 4)
         return Tile(128, 64, 8, 3, max_registers=128)
     if width == 128:
-        if keys_per_row < 4096:  # two programs a multiprocessor, of which one computes while the other loads
-            return Tile(128, 32, 8, 3, max_registers=128)
-        return Tile(128, 64 if variant.runs_on else 128, 8, 3)  # steps see shorter stretches of keys
+        # Both are two programs a multiprocessor, of which one computes while the other loads.
+        return Tile(128, 32, 8, 3, max_registers=128) if keys_per_row < 512 else Tile(64, 64, 4, 3)
     return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
 
 

@@ -33,12 +33,15 @@ class BackwardTiles:
         queries: Of those for queries: ``block_m`` query rows, and ``block_n`` keys of one iteration.
         is_split: Whether keys and values have programs of their own.
         own_values: Of those for values, if they have programs of their own and another tile than keys.
+        own_terms: Whether those for queries have registers for addresses of k and v that share nothing, which takes
+            less instructions; see ``tiles.load_again``.
     """
 
     keys: Tile
     queries: Tile
     is_split: bool = False
     own_values: Tile | None = None
+    own_terms: bool = True
 
     @property
     def values(self) -> Tile:
@@ -90,6 +93,7 @@ class BackwardVariant:
             "QUERY_M": tiles.queries.block_m,
             "QUERY_N": tiles.queries.block_n,
             "QUERY_STAGES": tiles.queries.num_stages,
+            "OWN_TERMS": tiles.own_terms,
             "SPLIT": tiles.is_split,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
@@ -156,7 +160,7 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
     if width == 128:
         if pack == 1 and keys_per_row < 4096:
             return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
-        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3))
+        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3), own_terms=False)
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
     values = Tile(64, 128, 8, 2)  # they hold no tile of v, which leaves memory for twice the rows
     return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 3), is_split=True, own_values=values)
