@@ -157,7 +157,7 @@ def forward_kernel(
         acc_base += (row * HEADS + far_head) * HEAD_DIM
         acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
-        row_sums = tl.where((row_max[:, None] > float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+        row_sums = tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
