@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from hetu.backends import allocate
 
-def poisoned_new_empty() -> Callable[..., torch.Tensor]:
-    """What takes the place of ``torch.Tensor.new_empty``, as it is now."""
-    plain = torch.Tensor.new_empty
 
-    def new_empty(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        fresh = plain(self, *args, **kwargs)  # type: ignore[arg-type]
-        return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+def poison(replace: Callable[[Any, str, Any], None]) -> None:
+    """Makes all that hetu allocates NaN, where it is of floats; ``replace`` sets an attribute of an owner."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        replace(owner, name, _filled(getattr(owner, name)))
+    replace(allocate, "_empty_strided_cuda", None)  # it would pass torch.empty by
 
-    return new_empty
+
+def _filled(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def fresh(*args: Any, **kwargs: Any) -> torch.Tensor:
+        made = plain(*args, **kwargs)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    return fresh

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from devices import CUDA, DEVICES
+from functional.calls import Watching
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hetu
@@ -120,18 +121,6 @@ def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel], devic
         assert all(source == "cpu" for source, _ in copies.seen), copies.seen
 
 
-class Calls(TorchDispatchMode):
-    """Notes the ops that torch is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the output and its log-sum-exps: whatever else stood there would be another launch on a GPU."""
     monkeypatch.setattr(launch, "_forward", lambda *_: None)
@@ -143,7 +132,7 @@ def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.Mo
     feeds = dict.fromkeys(qkv, torch.ones(8, 2, 16)) | {cu_seqlens: torch.tensor([0, 5, 8], dtype=torch.int32)}
     for fetches, has_lse in ((out, False), ([out, lse], True)):
         for _ in range(2):
-            with hetu.config(backend="triton"), Calls() as calls:
+            with hetu.config(backend="triton"), Watching() as calls:
                 g.run(fetches, feeds)
         made = [str(op) for op in calls.seen if op is not torch.ops.aten.detach.default]  # numpy's view of cu_seqlens
         assert made == [
@@ -209,9 +198,8 @@ def test_the_functional_entry_waits_for_nothing(device: str) -> None:
         if turn == 0:  # compiles
             hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
             continue
-        with no_waiting(
-            device
-        ) as copies:  # what a mode watches goes through the dispatcher, which is to wait for nothing either
+        # What a mode watches goes through the dispatcher, which is to wait for nothing either.
+        with no_waiting(device) as copies:
             hetu.functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=True).backward(dout)
         assert all(source == "cpu" for source, _ in copies.seen), copies.seen
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from devices import DEVICES
-from torch.utils._python_dispatch import TorchDispatchMode
+from functional.calls import Watching
 
 from hetu.backends.allocate import empty
 
@@ -35,24 +33,19 @@ def test_it_is_what_torch_would_give(device: str, shape: tuple[int, ...]) -> Non
             )
 
 
-class Seen(TorchDispatchMode):
-    """Notes what torch is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[Any] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops.append(func)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_modes_see_it(device: str) -> None:
     where = on(device)
-    with Seen() as seen:
+    with Watching() as watching:
         empty((2, 3, 4), torch.float32, where)
-    assert seen.ops == [torch.ops.aten.empty.memory_format]
+    assert watching.seen == [torch.ops.aten.empty.memory_format]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+def test_tests_can_poison_it(device: str) -> None:
+    """Or rows that no kernel writes would hold what some earlier test left there."""
+    assert empty((2, 3, 4), torch.float32, on(device)).isnan().all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")

@@ -231,10 +231,10 @@ def _forking() -> Any:
 def _work(connection: Connection, environment: dict[str, str], stacks: str) -> None:
     """A worker's life: jobs from the pipe, until it is closed."""
     os.environ.update(environment)
-    from poison import poisoned_new_empty
+    from poison import poison
 
     torch.set_num_threads(1)
-    torch.Tensor.new_empty = poisoned_new_empty()
+    poison(setattr)
     with open(stacks, "w", encoding="utf-8") as file:
         faulthandler.register(signal.SIGUSR1, file)
         while True:

@@ -68,12 +68,16 @@ def op_arguments(device: str = "cpu", requires_grad: bool = True, p: float = 0.0
 
 
 class Watching(TorchDispatchMode):
-    """Notes the ops that pass."""
+    """Notes the ops that torch is asked for."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[str] = []
+        self.seen: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen.append(func.name())
+        self.seen.append(func)
         return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [op.name() for op in self.seen]
