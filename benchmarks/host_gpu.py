@@ -31,7 +31,7 @@ LIMITS = {"g.run, lengths seen before": 80, "g.run, new lengths": 250, "function
 class Case:
     """A graph that holds one ``attn_varlen``, and lengths to run it with."""
 
-    def __init__(self) -> None:
+    def __init__(self, requires_grad: bool = False) -> None:
         self.random = np.random.default_rng(0)
         rows = hetu.IntSymbol("rows")
         with hetu.graph("define_and_run", device="cuda") as self.graph:
@@ -41,7 +41,8 @@ class Case:
             cu_seqlens = self.cu_seqlens, self.cu_seqlens
             self.out = hetu.attn_varlen(*self.qkv, HEAD_DIM, *cu_seqlens, is_causal=True)[0]
         self.data = [
-            torch.randn(TOKENS, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS)
+            torch.randn(TOKENS, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16, requires_grad=requires_grad)
+            for n in (HEADS, KV_HEADS, KV_HEADS)
         ]
 
     def lengths(self) -> torch.Tensor:
@@ -83,36 +84,33 @@ def quick(calls: Sequence[Callable[[], Any]]) -> float:
 
 def rows(rounds: int) -> list[Row]:
     """All are measured in turns, so that what disturbs the host for a while disturbs all of them."""
-    case = Case()
+    case, learning = Case(), Case(requires_grad=True)
     seen = case.lengths()
+
+    def known(call: Callable[[torch.Tensor], Any]) -> list[Callable[[], Any]]:
+        return [partial(call, seen)] * BATCH
+
+    def new(call: Callable[[torch.Tensor], Any]) -> list[Callable[[], Any]]:
+        return [partial(call, case.lengths()) for _ in range(BATCH)]
+
+    batches: dict[str, Callable[[], list[Callable[[], Any]]]] = {
+        "g.run, lengths seen before": lambda: known(case.run),
+        "g.run, new lengths": lambda: new(case.run),
+        "functional, lengths seen before": lambda: known(case.call),
+        "functional, new lengths": lambda: new(case.call),
+        "functional with gradients, the forward": lambda: known(learning.call),
+    }
     for _ in range(20):  # compiles and fills caches
         case.run(seen), case.call(seen), case.run(case.lengths()), case.call(case.lengths())
     launch = bare_launch(case, seen)
-    names = [
-        "g.run, lengths seen before",
-        "g.run, new lengths",
-        "functional, lengths seen before",
-        "functional, new lengths",
-        "functional with gradients, the forward",
-    ]
-    found: list[list[float]] = [[] for _ in [launch, *names]]
+    launches: list[float] = []
+    over: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(rounds):
-        batches: list[list[Callable[[], Any]]] = [[partial(call, seen)] * BATCH for call in (case.run, case.call)]
-        new = [[partial(call, case.lengths()) for _ in range(BATCH)] for call in (case.run, case.call)]
-        alone = quick([launch] * BATCH)
-        times = [quick(batch) for batch in (batches[0], new[0], batches[1], new[1])]
-        for x in case.data:
-            x.requires_grad_(True)
-        times.append(quick(batches[1]))
-        for x in case.data:
-            x.requires_grad_(False)
-        for samples, time in zip(found, [alone, *(time - alone for time in times)], strict=True):
-            samples.append(time)
-    over = [
-        Row.of(f"{name}, less the launch", "µs", samples, LIMITS.get(name))
-        for name, samples in zip(names, found[1:], strict=True)
-    ]
-    return [Row.of("the kernel's launch alone", "µs", found[0]), *over]
+        launches.append(quick([launch] * BATCH))
+        for name, batch in batches.items():
+            over[name].append(quick(batch()) - launches[-1])
+    measured = [Row.of(f"{name}, less the launch", "µs", samples, LIMITS.get(name)) for name, samples in over.items()]
+    return [Row.of("the kernel's launch alone", "µs", launches), *measured]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from hetu.backends.lowering import (
     WorldInput,
     lower,
 )
-from hetu.backends.precision import own_precision
+from hetu.backends.precision import in_own_precision
 from hetu.binder import BoundPipeline
 from hetu.cache import LRU, CacheStats
 from hetu.config import settings
@@ -61,6 +61,7 @@ class Executor:
         caches = {"executables": self._executables, "plans": planner.plans, "bindings": planner.prepared}
         return {name: cache.stats() for name, cache in caches.items()}
 
+    @in_own_precision  # torch's autocast, that is; the graph's own casts are ops
     def run(
         self,
         fetches: Tensor | Sequence[Tensor],
@@ -72,9 +73,6 @@ class Executor:
         run_level: str,
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
-        if torch._C._is_any_autocast_enabled():  # torch's, that is; the graph's own casts are ops
-            with own_precision():
-                return self.run(fetches, feed_dict, int_symbol_dict, strategy, num_micro_batches, device, run_level)
         request = _Request(
             fetches, feed_dict or {}, int_symbol_dict or {}, strategy, num_micro_batches, device, run_level
         )

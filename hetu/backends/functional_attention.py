@@ -24,6 +24,7 @@ from hetu.backends.kernels import attention_kernel, backward_kernel, default_bac
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
+from hetu.feeds import host_array
 from hetu.ops._attention import FLOATS, cu_seqlens_fault, longest_of
 from hetu.parallel.varlen import VarlenPlan
 
@@ -89,10 +90,8 @@ def prepare(
     is_usual = not dropout_p and type(softmax_scale) in _SCALES
     if not (is_usual and cu_seqlens_q.dtype in _LENGTH_DTYPES and cu_seqlens_k.dtype in _LENGTH_DTYPES):
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-    cu_q = cu_seqlens_q.numpy() if cu_seqlens_q.is_cpu else cu_seqlens_q.cpu().numpy()
-    cu_k = cu_q
-    if cu_seqlens_k is not cu_seqlens_q:
-        cu_k = cu_seqlens_k.numpy() if cu_seqlens_k.is_cpu else cu_seqlens_k.cpu().numpy()
+    cu_q = host_array(cu_seqlens_q)
+    cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else host_array(cu_seqlens_k)
 
     if is_usual:
 

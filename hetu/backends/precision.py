@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-_AS_IT_IS = nullcontext()
 
-
-def own_precision() -> AbstractContextManager[Any]:
-    """Keeps autocast from what is computed inside.
+def in_own_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that autocast is kept from.
 
     Example:
         >>> x = torch.ones(2, 2)
-        >>> with torch.autocast("cpu", dtype=torch.bfloat16), own_precision():
-        ...     (x @ x).dtype
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     in_own_precision(torch.mm)(x, x).dtype
         torch.float32
     """
-    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else _AS_IT_IS
-
-
-def in_own_precision(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function that computes in its own precision."""
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with own_precision():
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args, **kwargs)
+        with torch._C._DisableAutocast():
             return function(*args, **kwargs)
 
     return call

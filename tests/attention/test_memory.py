@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from devices import ON_CUDA
+from parallel.plans import holding_back
 
 import hetu
 from hetu.backends import lower_attention, lower_attention_backward, lower_heads
-from hetu.parallel import hold_back
 from hetu.parallel.builders import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -79,11 +79,10 @@ def check(peak: int, plan: Any, shards: list[torch.Tensor], slack: int) -> None:
 @pytest.mark.parametrize("lens", LENS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("is_backward", [False, True])
+@holding_back(True)
 def test_the_figure_bounds_what_is_allocated(
     lens: str, method: str, is_backward: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(hold_back, "MIN_FLOPS", 0.0)
-    monkeypatch.setattr(hold_back, "MIN_BYTES", 0.0)
     for module in (lower_attention, lower_heads):
         monkeypatch.setattr(module, "attention_kernel", lambda backend: zeros_forward)
     for module in (lower_attention_backward, lower_heads):

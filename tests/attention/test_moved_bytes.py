@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parallel.plans import holding_back
 
 import hetu
 from hetu.backends.comm import LocalComm, LocalWorld, set_world
-from hetu.parallel import SPLITS, hold_back
+from hetu.parallel import SPLITS
 from hetu.parallel.builders import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
@@ -57,11 +58,8 @@ def world() -> Iterator[CountingWorld]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("dtype", [hetu.bfloat16, hetu.float32, hetu.float64])
-def test_moved_bytes_are_the_plans(
-    world: CountingWorld, lens: list[int], method: str, split: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hold_back, "MIN_FLOPS", 0.0)
-    monkeypatch.setattr(hold_back, "MIN_BYTES", 0.0)
+@holding_back(True)
+def test_moved_bytes_are_the_plans(world: CountingWorld, lens: list[int], method: str, split: str, dtype: Any) -> None:
     with hetu.graph("define_and_run", device="cpu") as g:
         qkv = hetu.placeholder(dtype, [hetu.IntSymbol("rows"), WIDTH], name="qkv")
         lists = [lens], [[0] * len(lens)]

@@ -12,9 +12,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -22,10 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hetu.backends.triton import (
-    BackwardTiles,
     BackwardVariant,
     Heads,
-    Tile,
     Variant,
     backward_options,
     backward_tile,
@@ -33,6 +31,9 @@ from hetu.backends.triton import (
     tile,
     variants,
 )
+
+AnyVariant = TypeVar("AnyVariant")
+AnyTile = TypeVar("AnyTile")
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -69,22 +70,26 @@ HEADS = (Heads(num_q=32, num_kv=8), Heads(num_q=16, num_kv=16))
 KEYS_PER_ROW = (100, 10_000)
 
 
+def tiles_of(
+    variant: AnyVariant, choose: Callable[[AnyVariant, int, float, int], AnyTile], capability: int
+) -> dict[AnyTile, Heads]:
+    """The tiles that are chosen for a variant, each with the first heads that it is chosen for."""
+    shapes: dict[AnyTile, Heads] = {}
+    for heads, keys in product(HEADS, KEYS_PER_ROW):
+        shapes.setdefault(choose(variant, capability, keys, heads.pack), heads)
+    return shapes
+
+
 def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
     """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
-    shapes: dict[Tile, Heads] = {}
-    for heads, keys in product(HEADS, KEYS_PER_ROW):
-        shapes.setdefault(tile(variant, capability, keys, heads.pack), heads)
-    for shape, heads in shapes.items():
+    for shape, heads in tiles_of(variant, tile, capability).items():
         options = compiler_options(shape)
         yield used(f"{variant} {shape}", variant, variant.source(heads, shape), options, capability)
 
 
 def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
     """The same for the backward."""
-    shapes: dict[BackwardTiles, Heads] = {}
-    for heads, keys in product(HEADS, KEYS_PER_ROW):
-        shapes.setdefault(backward_tile(variant, capability, keys, heads.pack), heads)
-    for tiles, heads in shapes.items():
+    for tiles, heads in tiles_of(variant, backward_tile, capability).items():
         options = backward_options(tiles)
         yield used(f"{variant} {tiles}", variant, variant.source(heads, tiles), options, capability)
 

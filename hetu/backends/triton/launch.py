@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Generic, TypeVar
@@ -16,6 +16,7 @@ from hetu.backends.transfer import copied_to
 from hetu.backends.triton import autotune
 from hetu.backends.triton.kernels import forward_kernel
 from hetu.backends.triton.launcher import Constants, Launcher
+from hetu.backends.triton.records import WorkList
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,
@@ -27,11 +28,12 @@ from hetu.backends.triton.variants import (
     row_strides,
     tile,
 )
+from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
 from hetu.backends.triton.work import query_work
 from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
 
-AnyVariant = TypeVar("AnyVariant")
-AnyTile = TypeVar("AnyTile")
+AnyVariant = TypeVar("AnyVariant", Variant, BackwardVariant)
+AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
 
 
 def attend(
@@ -90,19 +92,43 @@ class Kind(Generic[AnyVariant, AnyTile]):
 
 
 @dataclass(slots=True)  # not frozen: each new set of lengths makes one
-class _Launch:
+class Launch(Generic[AnyVariant, AnyTile]):
     """What a step's launches have in common, whoever's data they compute."""
 
+    kind: Kind[AnyVariant, AnyTile]
+    variant: AnyVariant
+    key: int
     records: torch.Tensor
     programs: int
-    variant: Variant
-    heads: Heads
-    shape: Tile
-    key: Hashable
+
+    @classmethod
+    def of(cls, kind: Kind[AnyVariant, AnyTile], work: WorkList, device: torch.device) -> Launch[AnyVariant, AnyTile]:
+        """A work list's; copies it to the device."""
+        more, programs = work.has_more, len(work.items) * kind.heads.num_q // kind.heads.pack
+        return cls(kind, kind.variants[more], kind.keys[more], copied_to(work.records(), device), programs)
+
+
+def searched(
+    kind: Kind[AnyVariant, AnyTile],
+    keys_per_row: float,
+    candidates: Iterable[AnyTile],
+    made: Callable[[Kind[AnyVariant, AnyTile]], Launch[AnyVariant, AnyTile]],
+    run: Callable[[Launch[AnyVariant, AnyTile]], None],
+    device: torch.device,
+) -> Kind[AnyVariant, AnyTile]:
+    """A kind with the fastest shape that is known or found on the device; see :func:`autotune.tuned`."""
+
+    def trial(shape: AnyTile) -> float:
+        launch = made(replace(kind, shape=shape))
+        return autotune.milliseconds(lambda: run(launch))
+
+    variant = kind.variants[0]
+    name = autotune.kind_of(variant, kind.heads, keys_per_row)
+    return replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if variant.runs_on else trial, device))
 
 
 def _run(
-    launch: _Launch,
+    launch: Launch[Variant, Tile],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,7 +165,7 @@ def _run(
 
 
 def _prepared(
-    run: Callable[[_Launch], None],
+    run: Callable[[Launch[Variant, Tile]], None],
     spans: QuerySpans,
     table: SegmentTable,
     turn: Turn | None,
@@ -150,27 +176,18 @@ def _prepared(
     num_kv: int,
     dropout: bool,
     scores: bool,
-) -> _Launch:
+) -> Launch[Variant, Tile]:
     """Chooses the tile, and puts the work list on the device."""
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
     call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, scores, device)
     kind = _kind(*call, capability(device), rounded_keys(keys))
 
-    def made(kind: Kind[Variant, Tile]) -> _Launch:
-        heads, shape = kind.heads, kind.shape
-        pack = heads.pack
-        work = query_work(spans, table, shape.block_m // pack, turn)
-        more, programs = work.has_more, len(work.items) * num_q // pack
-        return _Launch(copied_to(work.records(), device), programs, kind.variants[more], heads, shape, kind.keys[more])
-
-    def trial(shape: Tile) -> float:
-        launch = made(replace(kind, shape=shape))
-        return autotune.milliseconds(lambda: run(launch))
+    def made(kind: Kind[Variant, Tile]) -> Launch[Variant, Tile]:
+        return Launch.of(kind, query_work(spans, table, kind.shape.block_m // kind.heads.pack, turn), device)
 
     if autotune.is_wanted(device):
-        name, candidates = autotune.kind_of(kind.variants[0], kind.heads, keys), autotune.forward_candidates(kind.shape)
-        kind = replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if runs_on else trial, device))
+        kind = searched(kind, keys, autotune.forward_candidates(kind.shape), made, run, device)
     return made(kind)
 
 
@@ -193,10 +210,11 @@ def _kind(
     return Kind(heads, shape, (variant, replace(variant, more=True)), device)
 
 
-def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
+def _constants(launch: Launch[Variant, Tile], tensors: Sequence[torch.Tensor]) -> Constants:
     """What a launch's key has to decide: a single row's stride is not its own, see :func:`row_strides`."""
     named = named_strides("QKVO", map(row_strides, tensors))
-    return launch.variant.constants(launch.heads, launch.shape, named), compiler_options(launch.shape)
+    heads, shape = launch.kind.heads, launch.kind.shape
+    return launch.variant.constants(heads, shape, named), compiler_options(shape)
 
 
 _keys: dict[Hashable, int] = {}

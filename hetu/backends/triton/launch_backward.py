@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
 from functools import cache, partial
 
 import numpy as np
@@ -12,10 +11,17 @@ import torch
 from hetu.backends.allocate import empty
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
-from hetu.backends.transfer import copied_to
 from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
-from hetu.backends.triton.launch import Kind, capability, dropout_arguments, key_position_on, keys_per_row
+from hetu.backends.triton.launch import (
+    Kind,
+    Launch,
+    capability,
+    dropout_arguments,
+    key_position_on,
+    keys_per_row,
+    searched,
+)
 from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.triton.variants import (
@@ -60,7 +66,7 @@ def attend_backward(
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
     call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, grads)
 
-    def run(launch: _Launch) -> None:
+    def run(launch: Launch[BackwardVariant, BackwardTiles]) -> None:
         _run(launch, q, k, v, table, state, dk, dv, softmax_scale, dropout, key_position)
 
     memo = table.memo if turn is None else turn.memo
@@ -77,20 +83,8 @@ _backward = Launcher(backward_kernel)
 _row_dot = Launcher(row_dot_kernel)
 
 
-@dataclass(slots=True)  # not frozen: each new set of lengths makes one
-class _Launch:
-    """What a step's launches have in common, whoever's data they compute."""
-
-    records: torch.Tensor
-    programs: int
-    variant: BackwardVariant
-    heads: Heads
-    tiles: BackwardTiles
-    key: Hashable
-
-
 def _run(
-    launch: _Launch,
+    launch: Launch[BackwardVariant, BackwardTiles],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -130,7 +124,7 @@ def _run(
 
 
 def _prepared(
-    run: Callable[[_Launch], None],
+    run: Callable[[Launch[BackwardVariant, BackwardTiles]], None],
     spans: QuerySpans,
     table: SegmentTable,
     turn: Turn | None,
@@ -141,27 +135,18 @@ def _prepared(
     num_kv: int,
     dropout: bool,
     grads: tuple[torch.dtype, ...],
-) -> _Launch:
+) -> Launch[BackwardVariant, BackwardTiles]:
     """Chooses the tiles, and puts the work list on the device."""
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
     call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, (device, grads))
     kind = _kind(*call, capability(device), rounded_keys(keys))
 
-    def made(kind: Kind[BackwardVariant, BackwardTiles]) -> _Launch:
-        heads, tiles = kind.heads, kind.shape
-        work = backward_work(spans, table, tiles, heads, turn)
-        more, programs = work.has_more, len(work.items) * num_q // heads.pack
-        return _Launch(copied_to(work.records(), device), programs, kind.variants[more], heads, tiles, kind.keys[more])
-
-    def trial(tiles: BackwardTiles) -> float:
-        launch = made(replace(kind, shape=tiles))
-        return autotune.milliseconds(lambda: run(launch))
+    def made(kind: Kind[BackwardVariant, BackwardTiles]) -> Launch[BackwardVariant, BackwardTiles]:
+        return Launch.of(kind, backward_work(spans, table, kind.shape, kind.heads, turn), device)
 
     if autotune.is_wanted(device):
-        name = autotune.kind_of(kind.variants[0], kind.heads, keys)
-        candidates = autotune.backward_candidates(kind.shape)
-        kind = replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if runs_on else trial, device))
+        kind = searched(kind, keys, autotune.backward_candidates(kind.shape), made, run, device)
     return made(kind)
 
 
@@ -183,9 +168,10 @@ def _kind(
     return Kind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)
 
 
-def _constants(launch: _Launch, tensors: Sequence[torch.Tensor]) -> Constants:
+def _constants(launch: Launch[BackwardVariant, BackwardTiles], tensors: Sequence[torch.Tensor]) -> Constants:
     named = named_strides(("Q", "K", "V", "D", "DQ", "DS", "DK", "DV"), map(row_strides, tensors))
-    return launch.variant.constants(launch.heads, launch.tiles, named), backward_options(launch.tiles)
+    heads, tiles = launch.kind.heads, launch.kind.shape
+    return launch.variant.constants(heads, tiles, named), backward_options(tiles)
 
 
 def _with_other_scale(
