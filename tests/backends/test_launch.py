@@ -172,9 +172,9 @@ def test_tiles_that_were_tuned() -> None:
     assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 64, 4, 3, max_registers=128)
     for keys, pack in ((256, 2), (2000, 4), (1536, 1)):
         assert tile(Variant(64, torch.bfloat16), 90, keys, pack) == Tile(128, 64, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.float16), 90, 200) == Tile(128, 32, 8, 3, max_registers=128)
+    assert tile(Variant(128, torch.float16), 90, 200) == Tile(64, 32, 4, 3, max_registers=168)
     assert tile(Variant(128, torch.float16), 90, 512) == Tile(64, 64, 4, 3)
-    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(128, 32, 8, 3, max_registers=128)
+    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(64, 32, 4, 3, max_registers=168)
     assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 5000, pack=4) == Tile(64, 64, 4, 3)
     assert tile(Variant(256, torch.bfloat16), 90, 256) == Tile(64, 32, 4, 2)
     assert tile(Variant(256, torch.bfloat16), 90, 2_048) == Tile(128, 64, 8, 2)

@@ -79,8 +79,8 @@ def fold_queries(
         live = token < length - i
         q_tile = load_rows(q, q_offsets, live, HEAD_DIM, BLOCK_D)
         dout_tile = load_rows(dout, d_offsets, live, HEAD_DIM, BLOCK_D)
-        # Rows past the end have an infinite log-sum-exp, and so probabilities of 0.
-        lse_row = tl.load(lse, mask=live, other=float("inf")) * LOG2E
+        # Rows past the end have scores, log-sum-exps and gradients of 0, and so add nothing.
+        lse_row = tl.load(lse, mask=live, other=0.0) * LOG2E
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
         if ROLE != VALUES_ONLY:
             delta_row = tl.load(delta, mask=live, other=0.0)

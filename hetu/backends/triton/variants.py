@@ -200,8 +200,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
             of which diagonals cut off less.
 
     Example:
-        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=500)
-        Tile(block_m=128, block_n=32, num_warps=8, num_stages=3, max_registers=128, precision='tf32')
+        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=200)
+        Tile(block_m=64, block_n=32, num_warps=4, num_stages=3, max_registers=168, precision='tf32')
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
         64
     """
@@ -219,8 +219,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
             return Tile(64, 64, 4, 3, max_registers=128) if pack == 1 else Tile(64, 32, 4, 4)
         return Tile(128, 64, 8, 3, max_registers=128)
     if width == 128:
-        # Both are two programs a multiprocessor, of which one computes while the other loads.
-        return Tile(128, 32, 8, 3, max_registers=128) if keys_per_row < 512 else Tile(64, 64, 4, 3)
+        # Three or two programs a multiprocessor, of which one computes while others load.
+        return Tile(64, 32, 4, 3, max_registers=168) if keys_per_row < 512 else Tile(64, 64, 4, 3)
     return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
 
 
