@@ -28,6 +28,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    item_and_set,
     load_again,
     load_rows,
     loop,
@@ -322,7 +323,7 @@ def backward_kernel(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PACK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr, OWN_TERMS: tl.constexpr,
     SPLIT: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
@@ -342,13 +343,14 @@ def backward_kernel(
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
         records: int32 rows of RECORD fields, as of records.py.
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
+        CHUNK: As of the forward.
         OWN_TERMS: Whether programs for queries have what ``tiles.load_again`` tells of: it takes registers.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
     """
     SETS: tl.constexpr = HEADS // PACK
-    record = records + (tl.program_id(0) // SETS) * RECORD_WIDTH
-    set = tl.program_id(0) % SETS
+    item, set = item_and_set(CHUNK, SETS)
+    record = records + item * RECORD_WIDTH
     role = tl.load(record + 15)
     KEY_ROLE: tl.constexpr = KEYS_ONLY if SPLIT else KEYS
     if (role & 3) == QUERIES:

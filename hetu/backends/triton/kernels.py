@@ -30,6 +30,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    item_and_set,
     load_again,
     load_rows,
     loop,
@@ -99,13 +100,13 @@ def forward_kernel(
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_OT: tl.constexpr, STRIDE_OH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr,
     DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
 
-    Heads of one item are neighbours in the grid, and items of one document in the work list, so that those that
+    Items of one document are neighbours in the work list, and in the grid as ``item_and_set`` says, so that those that
     share keys find them in the cache.
 
     Args:
@@ -122,10 +123,12 @@ def forward_kernel(
             makes another variant of the kernel.
         keep_scale: ``1 / (1 - p)``.
         head_start: What dropout counts the heads from.
+        CHUNK: Items that programs take for one set of PACK heads before they take them for the next one.
     """
     SETS: tl.constexpr = HEADS // PACK
-    record = records + (tl.program_id(0) // SETS) * RECORD_WIDTH
-    first_head = tl.program_id(0) % SETS * PACK
+    item, set = item_and_set(CHUNK, SETS)
+    record = records + item * RECORD_WIDTH
+    first_head = set * PACK
     far_head = first_head.to(tl.int64)  # for offsets that may pass 2**31
     row = tl.load(record).to(tl.int64)
     rows = tl.load(record + 1)

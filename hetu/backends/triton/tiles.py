@@ -40,6 +40,25 @@ loop = _interpreted_range if triton.knobs.runtime.interpret else tl.range
 
 
 @triton.jit
+def item_and_set(CHUNK: tl.constexpr, SETS: tl.constexpr):
+    """Which item of the work list a program computes, and for which of the SETS of heads; the grid is ``items * SETS``.
+
+    Programs take CHUNK items for one set, then the same items for the next one. With CHUNK 1 those that run at the same
+    time are of all heads, and of a long document read the keys of all heads, more than the L2 cache holds. Where items
+    are few that does no harm, and all sets of the items with most keys come first, so that what is left at the end is
+    short: so it is done there too, and with the last items.
+    """
+    program = tl.program_id(0)
+    items = tl.num_programs(0) // SETS
+    begin = program // (CHUNK * SETS) * CHUNK
+    place = program - begin * SETS
+    is_whole = (begin + CHUNK <= items) & (items >= 8 * CHUNK)
+    item = begin + tl.where(is_whole, place % CHUNK, place // SETS)
+    set = tl.where(is_whole, place // CHUNK, place % SETS)
+    return item, set
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a @ b + acc`` with float32 accumulation. The interpreter's own dot misreads bfloat16, so it gets float32."""
     if INTERPRETED:

@@ -23,6 +23,9 @@ INTERPRETER = 0
 MAX_PACK = 4
 """Most heads of a block: more would save little, and the work list grows with them."""
 
+CHUNK = 16
+"""Items of the forward's work list that programs take for some heads before they take them for the next ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -105,6 +108,7 @@ class Variant:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
+            "CHUNK": CHUNK,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,

@@ -35,6 +35,7 @@ class BackwardTiles:
         own_values: Of those for values, if they have programs of their own and another tile than keys.
         own_terms: Whether those for queries have registers for addresses of k and v that share nothing, which takes
             less instructions; see ``tiles.load_again``.
+        chunk: Records that programs take for some heads before they take them for the next ones.
     """
 
     keys: Tile
@@ -42,6 +43,7 @@ class BackwardTiles:
     is_split: bool = False
     own_values: Tile | None = None
     own_terms: bool = True
+    chunk: int = 64
 
     @property
     def values(self) -> Tile:
@@ -90,6 +92,7 @@ class BackwardVariant:
             "VALUE_N": tiles.values.block_n,
             "VALUE_STAGES": tiles.values.num_stages,
             "PACK": heads.pack,
+            "CHUNK": tiles.chunk,
             "QUERY_M": tiles.queries.block_m,
             "QUERY_N": tiles.queries.block_n,
             "QUERY_STAGES": tiles.queries.num_stages,
@@ -160,7 +163,8 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
     if width == 128:
         if pack == 1 and keys_per_row < 4096:
             return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
-        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3), own_terms=False)
+        chunk = 64 if pack == 1 else 1
+        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3), own_terms=False, chunk=chunk)
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
     values = Tile(64, 128, 8, 2)  # they hold no tile of v, which leaves memory for twice the rows
     return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 3), is_split=True, own_values=values)
