@@ -117,7 +117,19 @@ def used(
         "shared": kernel.metadata.shared,
         "products": len(re.findall(r"\bHGMMA\b", code)),
         "starts": len(re.findall(r"\bWARPGROUP\.ARRIVE\b", code)),
+        "barriers": max((loop.count("BAR.SYNC") for loop in inner_loops(code) if "HMMA." in loop), default=0),
     }
+
+
+def inner_loops(code: str) -> list[str]:
+    """The innermost loops of machine code, from the target of a branch back to the branch."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)
+    at = {int(place, 16): index for index, (place, _) in enumerate(lines)}
+    branches = [(index, re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)) for index, (_, text) in enumerate(lines)]
+    loops = [(at[int(found[1], 16)], index) for index, found in branches if found and int(found[1], 16) in at]
+    loops = [(begin, end) for begin, end in loops if begin < end]
+    inner = [(b, e) for b, e in loops if not any((c, f) != (b, e) and b <= c and f <= e for c, f in loops)]
+    return ["\n".join(text for _, text in lines[begin : end + 1]) for begin, end in inner]
 
 
 if __name__ == "__main__":

@@ -47,5 +47,10 @@ def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capabilit
     assert not serial, f"ptxas lets every product on tensor cores wait for the one before: {serial}"
     spilling = [result for result in results if result["stack"] > allowed(result)]
     assert not spilling, f"local memory is used: {spilling}"
+    if capability < 90:  # a barrier before loads are read and one after
+        whole = [result for result in results if "masks_all=True" in result["variant"]]
+        moving = [result for result in whole if result["barriers"] > 2 and "scores=True" not in result["variant"]]
+        assert len([result for result in whole if result["barriers"]]) > 10
+        assert not moving, f"probabilities change threads between the two dots: {moving}"
     too_big = [result for result in results if result["shared"] > SHARED_MEMORY[capability]]
     assert not too_big, f"more shared memory than there is: {too_big}"

@@ -28,6 +28,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    is_visible,
     item_and_set,
     load_again,
     load_rows,
@@ -60,7 +61,7 @@ def fold_queries(
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     stride_lh, HEADS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROLE: tl.constexpr, STAGES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows ``begin .. length`` of a query span do to the gradients of a block of keys.
 
@@ -93,7 +94,7 @@ def fold_queries(
             p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
         else:
             p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
-            if i < whole:
+            if MASKS_ALL or i < whole:
                 p = tl.where(is_seen(first + j, last_key, i + token + diagonal), p, 0.0)
         kept = p
         if DROPOUT:
@@ -124,7 +125,7 @@ def key_gradients(
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    ROLE: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys, of its values, or of both, of one key head; arguments as of the kernel."""
     TOKENS: tl.constexpr = BLOCK_M // PACK
@@ -177,7 +178,7 @@ def key_gradients(
                 head_start + first_head.to(tl.int32) + member,
                 scale, position, step, key_positions, document, key_low, key_high, threshold, keep_scale,
                 STRIDE_QT, STRIDE_QH, STRIDE_DT, STRIDE_DH, stride_lh, HEADS, PACK,
-                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, ROLE, STAGES, DROPOUT, PRECISION,
+                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, ROLE, STAGES, MASKS_ALL, DROPOUT, PRECISION,
             )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -195,7 +196,7 @@ def fold_keys(
     key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys of a segment do to the gradients of a block of query rows.
 
@@ -214,8 +215,8 @@ def fold_keys(
         s = dot(q, tl.trans(k_tile), None, PRECISION)
         dp = dot(dout, tl.trans(v_tile), None, PRECISION)
         p = tl.math.exp2(s * (scale * LOG2E) - lse[:, None])
-        if n >= whole:
-            p = tl.where(j[None, :] <= tl.minimum(token + (reach - n), left - 1)[:, None], p, 0.0)
+        if MASKS_ALL or n >= whole:
+            p = tl.where(is_visible(j, token, reach - n, left), p, 0.0)
         if DROPOUT:
             keys = tl.load(key_position + n + j, mask=j < left, other=0)
             keeps = dropout_keeps(
@@ -237,7 +238,8 @@ def query_gradients(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    OWN_TERMS: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    OWN_TERMS: tl.constexpr, MASKS_ALL: tl.constexpr,
+    RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of query rows; arguments as of the kernel."""
     first_head = set * PACK
@@ -293,7 +295,7 @@ def query_gradients(
             lse_row, delta_row, k_len, reach, token, rows, scale,
             positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, DROPOUT, PRECISION,
+            BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, MASKS_ALL, DROPOUT, PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -326,7 +328,8 @@ def backward_kernel(
     PACK: tl.constexpr, CHUNK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr, OWN_TERMS: tl.constexpr,
-    SPLIT: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, MASKS_ALL: tl.constexpr,
+    RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
 
@@ -345,6 +348,7 @@ def backward_kernel(
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
         CHUNK: As of the forward.
         OWN_TERMS: Whether programs for queries have what ``tiles.load_again`` tells of: it takes registers.
+        MASKS_ALL: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
     """
@@ -359,7 +363,7 @@ def backward_kernel(
             stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
             STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
             STRIDE_DQT, STRIDE_DQH, STRIDE_DST, STRIDE_DSH, HEADS, GROUP, PACK, HEAD_DIM,
-            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, OWN_TERMS, RUNS_ON, MORE, DROPOUT, PRECISION,
+            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, OWN_TERMS, MASKS_ALL, RUNS_ON, MORE, DROPOUT, PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:
@@ -369,7 +373,7 @@ def backward_kernel(
                     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                     STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, VALUES_ONLY, MORE, DROPOUT, PRECISION,
+                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, VALUES_ONLY, MASKS_ALL, MORE, DROPOUT, PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(
@@ -377,26 +381,5 @@ def backward_kernel(
                 stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                 STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                 STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                KEY_M, KEY_N, BLOCK_D, KEY_STAGES, KEY_ROLE, MORE, DROPOUT, PRECISION,
+                KEY_M, KEY_N, BLOCK_D, KEY_STAGES, KEY_ROLE, MASKS_ALL, MORE, DROPOUT, PRECISION,
             )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["rows"])
-def row_dot_kernel(
-    a, b, result, rows,
-    STRIDE_AT: tl.constexpr, STRIDE_AH: tl.constexpr, STRIDE_BT: tl.constexpr, STRIDE_BH: tl.constexpr,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Dot products of the rows of two ``(T, HEADS, HEAD_DIM)`` arrays in float32, into a contiguous ``(T, HEADS)``.
-
-    ``rows`` is ``T * HEADS``. The grid is ``(ceil(rows / BLOCK_R),)``.
-    """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    live = row < rows
-    d = tl.arange(0, BLOCK_D)[None, :]
-    a += (row // HEADS * STRIDE_AT + row % HEADS * STRIDE_AH)[:, None]
-    b += (row // HEADS * STRIDE_BT + row % HEADS * STRIDE_BH)[:, None]
-    mask = live[:, None] & (d < HEAD_DIM)
-    left = tl.load(a + d, mask=mask, other=0.0).to(tl.float32)
-    right = tl.load(b + d, mask=mask, other=0.0).to(tl.float32)
-    tl.store(result + row, tl.sum(left * right, 1), mask=live)

@@ -30,6 +30,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    is_visible,
     item_and_set,
     load_again,
     load_rows,
@@ -45,7 +46,7 @@ def fold_segment(
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
@@ -63,8 +64,8 @@ def fold_segment(
         if BLOCK_D <= 128:  # waited for together; wide tiles are rather waited for when they are needed
             v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k_tile), None, PRECISION)
-        if n >= whole:
-            s = tl.where(j[None, :] <= tl.minimum(token + (reach - n), left - 1)[:, None], s, float("-inf"))
+        if MASKS_ALL or n >= whole:
+            s = tl.where(is_visible(j, token, reach - n, left), s, float("-inf"))
         if DROPOUT or SCORES:
             keys = tl.load(key_position + n + j, mask=j < left, other=0)
         if SCORES:
@@ -101,7 +102,7 @@ def forward_kernel(
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_OT: tl.constexpr, STRIDE_OH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-    RUNS_ON: tl.constexpr, MORE: tl.constexpr,
+    MASKS_ALL: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr,
     DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
@@ -124,6 +125,8 @@ def forward_kernel(
         keep_scale: ``1 / (1 - p)``.
         head_start: What dropout counts the heads from.
         CHUNK: Items that programs take for one set of PACK heads before they take them for the next one.
+        MASKS_ALL: Whether scores that nothing hides are masked too: a branch around it keeps Triton from seeing, for
+            tensor cores before sm_90, that one dot follows the other, and probabilities then change threads.
     """
     SETS: tl.constexpr = HEADS // PACK
     item, set = item_and_set(CHUNK, SETS)
@@ -186,7 +189,7 @@ def forward_kernel(
             k_len, reach, token, rows, scale,
             score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, DROPOUT, SCORES, PRECISION,
+            BLOCK_N, HEAD_DIM, BLOCK_D, MASKS_ALL, DROPOUT, SCORES, PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH

@@ -12,7 +12,7 @@ from hetu.backends.allocate import empty
 from hetu.backends.attention import BackwardState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.triton import autotune
-from hetu.backends.triton.backward import backward_kernel, row_dot_kernel
+from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.launch import (
     Kind,
     Launch,
@@ -24,6 +24,7 @@ from hetu.backends.triton.launch import (
 )
 from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
+from hetu.backends.triton.row_dot import row_dot_kernel
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,

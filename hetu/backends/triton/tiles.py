@@ -105,6 +105,12 @@ def load_again(pointer):
 
 
 @triton.jit
+def is_visible(j, token, reach, left):
+    """Which of ``left`` keys j the row of a token sees, those up to ``reach + token``: ``(tokens, keys)``."""
+    return j[None, :] <= tl.minimum(token + reach, left - 1)[:, None]
+
+
+@triton.jit
 def load_rows(base, offsets, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Loads a tile; rows that are not ``live`` and columns past HEAD_DIM are 0."""
     if HEAD_DIM == BLOCK_D:

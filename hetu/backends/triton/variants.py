@@ -39,6 +39,7 @@ class Tile:
         max_registers: Of a thread, so that more programs fit on a multiprocessor; None leaves it to the compiler.
         precision: Of dots: ``"tf32"`` for half types; for float32 ``"ieee"``, without tensor cores, or ``"tf32x3"``,
             three products on them that together keep float32's digits.
+        masks_all: Whether scores are masked without asking whether anything hides some; see ``forward_kernel``.
     """
 
     block_m: int
@@ -47,6 +48,7 @@ class Tile:
     num_stages: int
     max_registers: int | None = None
     precision: str = "tf32"
+    masks_all: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Variant:
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
             "CHUNK": CHUNK,
+            "MASKS_ALL": tile.masks_all,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -263,12 +266,16 @@ def _float32_tile(variant: Variant, capability: int) -> Tile:
 
 
 def _small_tile(variant: Variant) -> Tile:
-    """The largest that keep everything in registers and 99 KB of shared memory; not measured."""
+    """The largest that keep everything in registers and 99 KB of shared memory; not measured.
+
+    With at least as many rows as columns, Triton gives a warp whole rows of both dots, if it sees that one follows the
+    other.
+    """
     width, extras = variant.block_d, variant.dropout or variant.scores
     if width <= 64:
-        return Tile(128, 32, 8, 2) if extras else Tile(128, 64, 8, 2)
+        return Tile(128, 32, 8, 2, masks_all=True) if extras else Tile(128, 64, 8, 2, masks_all=True)
     if width == 128:
-        return Tile(64, 32, 8, 2) if extras else Tile(128, 32, 8, 2)
+        return Tile(64, 32, 8, 2) if extras else Tile(128, 32, 8, 2, masks_all=True)
     return Tile(64, 16, 8, 2) if extras else Tile(64, 32, 8, 1)
 
 

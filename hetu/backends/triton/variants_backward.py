@@ -98,6 +98,7 @@ class BackwardVariant:
             "QUERY_STAGES": tiles.queries.num_stages,
             "OWN_TERMS": tiles.own_terms,
             "SPLIT": tiles.is_split,
+            "MASKS_ALL": tiles.keys.masks_all,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -152,7 +153,7 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
         return _float32_tile(width, capability)
     if is_small(capability):  # what 99 KB of shared memory allow; not measured
         if width <= 64:
-            return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
+            return BackwardTiles(Tile(32, 64, 4, 2, masks_all=True), Tile(64, 64, 4, 2, masks_all=True))
         if width == 128:
             return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
         return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
