@@ -207,8 +207,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
             of which diagonals cut off less.
 
     Example:
-        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=200)
-        Tile(block_m=64, block_n=32, num_warps=4, num_stages=3, max_registers=168, precision='tf32')
+        >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=200).block_n
+        32
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
         64
     """
