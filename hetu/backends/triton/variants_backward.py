@@ -126,6 +126,7 @@ def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
     every = (tiles.keys, tiles.values, tiles.queries)
     assert len({tile.num_warps for tile in every}) == 1, "all kinds of programs are of one launch"
     assert len({tile.precision for tile in every}) == 1
+    assert len({tile.masks_all for tile in every}) == 1
     assert tiles.is_split or tiles.own_values is None, "values have no programs of their own"
     return compiler_options(tiles.keys)
 
