@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -28,11 +29,11 @@ from hetu.backends.triton import (
     backward_options,
     backward_tile,
     compiler_options,
+    running_max,
     tile,
     variants,
 )
 
-AnyVariant = TypeVar("AnyVariant")
 AnyTile = TypeVar("AnyTile")
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
@@ -70,26 +71,24 @@ HEADS = (Heads(num_q=32, num_kv=8), Heads(num_q=16, num_kv=16))
 KEYS_PER_ROW = (100, 10_000)
 
 
-def tiles_of(
-    variant: AnyVariant, choose: Callable[[AnyVariant, int, float, int], AnyTile], capability: int
-) -> dict[AnyTile, Heads]:
-    """The tiles that are chosen for a variant, each with the first heads that it is chosen for."""
+def tiles_of(choose: Callable[[float, int], AnyTile]) -> dict[AnyTile, Heads]:
+    """The tiles that are chosen by keys a row and packed heads, each with the first heads that it is chosen for."""
     shapes: dict[AnyTile, Heads] = {}
     for heads, keys in product(HEADS, KEYS_PER_ROW):
-        shapes.setdefault(choose(variant, capability, keys, heads.pack), heads)
+        shapes.setdefault(choose(keys, heads.pack), heads)
     return shapes
 
 
 def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
     """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
-    for shape, heads in tiles_of(variant, tile, capability).items():
+    for shape, heads in tiles_of(partial(tile, variant, capability)).items():
         options = compiler_options(shape)
         yield used(f"{variant} {shape}", variant, variant.source(heads, shape), options, capability)
 
 
 def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
     """The same for the backward."""
-    for tiles, heads in tiles_of(variant, backward_tile, capability).items():
+    for tiles, heads in tiles_of(lambda keys, _: backward_tile(variant, capability, keys)).items():
         options = backward_options(tiles)
         yield used(f"{variant} {tiles}", variant, variant.source(heads, tiles), options, capability)
 
@@ -99,6 +98,7 @@ def used(
 ) -> dict[str, object]:
     """Compiles a kernel, and asks cuobjdump what it uses and which instructions it has."""
     kernel = triton.compile(ASTSource(**source), target=GPUTarget("cuda", capability, 32), options=options)
+    running_max.check(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

@@ -32,6 +32,7 @@ from hetu.backends.triton.variants import (
     row_strides,
     whole_strides,
 )
+from hetu.backends.triton.variants_backward import BackwardTiles
 from hetu.backends.triton.work import query_work
 from hetu.parallel.segments import SegmentTable, varlen_tables
 
@@ -122,8 +123,8 @@ def test_tiles_are_what_triton_takes(capability: int) -> None:
             for pack in PACKS:
                 check_tile(tile(variant, capability, keys, pack))
     for each in backward_variants():
-        for keys, pack in product(KEYS_PER_ROW, PACKS):
-            tiles = backward_tile(each, capability, keys, pack)
+        for keys in KEYS_PER_ROW:
+            tiles = backward_tile(each, capability, keys)
             check_tile(tiles.keys)
             check_tile(tiles.queries)
             assert tiles.keys.num_warps == tiles.queries.num_warps, "both are of one launch"
@@ -135,7 +136,7 @@ def test_lengths_choose_among_few_tiles() -> None:
         for variant in variants():
             assert len({tile(variant, capability, keys, pack) for keys in range(0, 10_000, 64)}) <= 2
         for each in backward_variants():
-            assert len({backward_tile(each, capability, keys, pack) for keys in range(0, 10_000, 64)}) <= 2
+            assert len({backward_tile(each, capability, keys) for keys in range(0, 10_000, 64)}) <= 2
 
 
 @pytest.mark.parametrize("capability", [INTERPRETER, 80, 90])
@@ -147,14 +148,14 @@ def test_tiles_change_where_it_is_said(capability: int) -> None:
         5e6,
         *(edge + by for edge in (256, 512, 1024, 1536, 2048, 4096, 8192) for by in (-0.5, 0.0, 0.5)),
     ]
-    assert sorted({rounded_keys(count) for count in counts}) == [0, 256, 512, 1536, 4096]
+    assert sorted({rounded_keys(count) for count in counts}) == [0, 256, 512, 1536]
     for count, pack in product(counts, PACKS):
         keys = rounded_keys(count)
         assert keys <= count
         for variant in variants():
             assert tile(variant, capability, keys, pack) == tile(variant, capability, count, pack)
         for each in backward_variants():
-            assert backward_tile(each, capability, keys, pack) == backward_tile(each, capability, count, pack)
+            assert backward_tile(each, capability, keys) == backward_tile(each, capability, count)
 
 
 def test_keys_of_the_rows_that_a_step_attends_for() -> None:
@@ -168,38 +169,36 @@ def test_keys_of_the_rows_that_a_step_attends_for() -> None:
 
 
 def test_tiles_that_were_tuned() -> None:
-    assert tile(Variant(64, torch.bfloat16), 90, 200, pack=4) == Tile(64, 32, 4, 4)
-    assert tile(Variant(64, torch.bfloat16), 90, 200) == Tile(64, 64, 4, 3, max_registers=128)
-    for keys, pack in ((256, 2), (2000, 4), (1536, 1)):
-        assert tile(Variant(64, torch.bfloat16), 90, keys, pack) == Tile(128, 64, 8, 3, max_registers=128)
-    assert tile(Variant(128, torch.float16), 90, 200) == Tile(64, 32, 4, 3, max_registers=168)
-    assert tile(Variant(128, torch.float16), 90, 512) == Tile(64, 64, 4, 3)
-    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 500) == Tile(64, 32, 4, 3, max_registers=168)
-    assert tile(Variant(128, torch.bfloat16, runs_on=True), 90, 5000, pack=4) == Tile(64, 64, 4, 3)
-    assert tile(Variant(256, torch.bfloat16), 90, 256) == Tile(64, 32, 4, 2)
-    assert tile(Variant(256, torch.bfloat16), 90, 2_048) == Tile(128, 64, 8, 2)
+    half = torch.bfloat16
+    assert tile(Variant(64, half), 90, 200, pack=4) == Tile(64, 32, 4, 4, skips_rescaling=True)
+    for keys, pack in ((0, 1), (200, 1), (256, 2), (2000, 4), (9999, 1)):
+        chosen = Tile(64, 64, 4, 3, max_registers=128, skips_rescaling=True)
+        assert tile(Variant(64, half), 90, keys, pack) == chosen
+    for keys, runs_on in product((200, 511), (False, True)):
+        chosen = Tile(64, 32, 4, 3, max_registers=168, skips_rescaling=True, chunk=1)
+        assert tile(Variant(128, torch.float16, runs_on=runs_on), 90, keys) == chosen
+    for keys, pack in ((512, 1), (9999, 1), (5000, 4)):
+        assert tile(Variant(128, half), 90, keys, pack) == Tile(64, 64, 4, 3, skips_rescaling=True)
+    assert tile(Variant(256, half), 90, 256) == Tile(64, 32, 4, 2, skips_rescaling=True, chunk=1)
+    assert tile(Variant(256, half), 90, 512) == Tile(128, 64, 8, 2)
+
+
+def test_tiles_of_the_backward_that_were_tuned() -> None:
+    chosen = {(d, k): backward_tile(BackwardVariant(d, torch.bfloat16), 90, k) for d in (64, 128) for k in (1535, 1536)}
+    short = BackwardTiles(Tile(32, 64, 4, 3, max_registers=168), Tile(64, 64, 4, 3))
+    assert chosen[64, 1535] == short and chosen[64, 1536] == BackwardTiles(Tile(32, 128, 4, 3), Tile(128, 64, 4, 3))
+    assert chosen[128, 1535] == chosen[128, 1536] == BackwardTiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2))
     wide = backward_tile(BackwardVariant(256, torch.bfloat16), 90)
-    assert wide.is_split and wide.values == Tile(64, 128, 8, 2) and wide.queries == Tile(128, 32, 8, 3)
-    rows = {(d, k, p): backward_tile(BackwardVariant(d, torch.bfloat16), 90, k, p).queries.block_m for d, k, p in CASES}
-    assert rows == CASES
-    own_terms = [
-        backward_tile(BackwardVariant(d, torch.bfloat16), 90, 5000, pack).own_terms
-        for d in (64, 128, 256)
-        for pack in (1, 4)
-    ]
-    assert own_terms == [True, True, False, False, True, True]
+    assert wide.is_split and wide.values == Tile(64, 128, 8, 2)
+    assert wide.keys == Tile(32, 128, 8, 3) and wide.queries == Tile(128, 32, 8, 3)
 
 
-CASES = {
-    (128, 200, 1): 64,
-    (128, 4095, 1): 64,
-    (128, 4096, 1): 128,
-    (128, 200, 2): 128,
-    (64, 1535, 1): 64,
-    (64, 1535, 4): 64,
-    (64, 1536, 1): 128,
-}
-"""Query rows of the backward's programs for queries, by head_dim, keys a row and packed heads."""
+def test_rescaling_is_skipped_where_threads_are_known_to_have_two_rows() -> None:
+    for variant, capability, keys in product(variants(), (INTERPRETER, 80, 90, 100, 120), KEYS_PER_ROW):
+        chosen = tile(variant, capability, keys)
+        if chosen.skips_rescaling:
+            assert capability == 90 and variant.dtype != torch.float32
+            assert chosen.block_m == 16 * chosen.num_warps
 
 
 def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:

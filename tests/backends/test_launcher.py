@@ -93,6 +93,22 @@ def test_unusual_arguments_go_through_triton_every_time() -> None:
     assert len(kernel.launches) == 6, "nor is what was compiled for whole tensors used for others"
 
 
+def test_what_is_compiled_may_be_refused() -> None:
+    kernel, x, seen = Kernel(), torch.zeros(64), []
+
+    def check(compiled: Any) -> None:
+        seen.append(compiled)
+        if len(seen) == 1:
+            raise RuntimeError("other layouts")
+
+    launch = Launcher(kernel, check)
+    with pytest.raises(RuntimeError, match="other layouts"):
+        launch(CUDA, "a", 1, (x, None), (1, 1.0), constants)
+    for _ in range(2):
+        launch(CUDA, "a", 1, (x, None), (1, 1.0), constants)
+    assert seen == kernel.compiled and len(seen) == 2, "what was refused is not kept, what was not is asked about once"
+
+
 def test_it_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton takes the current one, whatever the tensors are on."""
     entered: list[torch.device] = []

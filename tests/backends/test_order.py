@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +14,8 @@ import triton.language as tl
 from backends.packs import Pack, assert_right, by_kernels
 from devices import DEVICES
 
-from hetu.backends.triton import BackwardVariant, Heads, backward_tile, launch_backward
+from hetu.backends.triton import BackwardVariant, Heads, Variant, backward_tile, launch, launch_backward, tile
 from hetu.backends.triton.tiles import item_and_set
-from hetu.backends.triton.variants import CHUNK
 
 
 @triton.jit
@@ -60,7 +58,8 @@ def test_a_set_has_a_chunk_to_itself_where_items_are_many() -> None:
 
 def test_programs_of_a_long_document_share_keys() -> None:
     """What it is for: of programs that run at the same time, most walk the same keys."""
-    found = order(512, 16, CHUNK, "cpu")[:264]
+    chunk = tile(Variant(128, torch.bfloat16), 90, keys_per_row=32_768).chunk
+    found = order(512, 16, chunk, "cpu")[:264]
     assert sum(a == b for a, b in pairwise(found[:, 1])) > 240
 
 
@@ -68,16 +67,18 @@ def test_programs_of_a_long_document_share_keys() -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_results_in_this_order(device: str, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """So many documents that whole chunks and some items more are taken, forward and backward."""
-    count, chunk = 300, max(CHUNK, backward_tile(BackwardVariant(16, torch.float32), 90).chunk // 2)
+    variants = Variant(16, torch.float32), BackwardVariant(16, torch.float32)
+    count, chunk = 300, max(tile(variants[0], 90).chunk, backward_tile(variants[1], 90).chunk // 2)
     if device == "cpu":  # 2,000 programs take the interpreter long
         count, chunk = 19, 2
 
-        def with_chunk(*arguments: Any) -> Any:
-            return replace(backward_tile(*arguments), chunk=chunk)
+        def with_chunk(choose: Any) -> Any:
+            return lambda *arguments: replace(choose(*arguments), chunk=chunk)
 
-        monkeypatch.setattr(import_module("hetu.backends.triton.variants"), "CHUNK", chunk)
-        monkeypatch.setattr(launch_backward, "backward_tile", with_chunk)
-        monkeypatch.setattr(launch_backward, "_kind", launch_backward._kind.__wrapped__)
+        monkeypatch.setattr(launch, "tile", with_chunk(tile))
+        monkeypatch.setattr(launch_backward, "backward_tile", with_chunk(backward_tile))
+        for module in (launch, launch_backward):
+            monkeypatch.setattr(module, "_kind", module._kind.__wrapped__)
     assert 8 * chunk < count, "items are many, and the backward's, of queries and of keys, twice as many"
     assert Heads(*heads).num_q // Heads(*heads).pack > 1, "there are several sets"
     lens = [1 + i * i % 4 for i in range(count)]

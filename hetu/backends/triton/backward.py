@@ -28,6 +28,7 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
+    first_columns,
     is_visible,
     item_and_set,
     load_again,
@@ -35,17 +36,8 @@ from hetu.backends.triton.tiles import (
     loop,
     store_rows,
     tile_offsets,
+    unknown_zero,
 )
-
-
-@triton.jit
-def unknown_zero(rows):
-    """0, of which the compiler doesn't know that it is.
-
-    Of an outer loop that is known to take one turn ptxas makes, for wide heads and pipelined loads, code in which each
-    product on tensor cores waits for the one before.
-    """
-    return tl.minimum(rows, 0)
 
 
 @triton.jit
@@ -55,37 +47,49 @@ def is_seen(place, last_key, reach):
 
 
 @triton.jit
+def first_row(first, diagonal, TOKENS: tl.constexpr):
+    """The first row of a span that sees a block of keys, rounded down to TOKENS. Row i sees key ``i + diagonal``."""
+    return tl.maximum(tl.maximum(first, 0) - diagonal, 0) // TOKENS * TOKENS
+
+
+@triton.jit
 def fold_queries(
-    dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, member, head,
-    scale, position, step, key_positions, document, key_low, key_high, threshold, keep_scale,
+    dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, head,
+    scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
-    stride_lh, HEADS: tl.constexpr, PACK: tl.constexpr,
+    stride_lh, HEADS: tl.constexpr, PACK: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROLE: tl.constexpr, STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows ``begin .. length`` of a query span do to the gradients of a block of keys.
 
-    q, dout, lse and delta start at the span's first row. Row i sees key j of the block where ``first + j`` is in
-    ``0 .. last_key`` and at most ``i + diagonal``; from row ``whole`` on all of them.
+    q, dout, lse and delta start at row ``begin``, of the first head. Row i sees key j of the block where ``first + j``
+    is in ``0 .. last_key`` and at most ``i + diagonal``; from row ``whole`` on all of them.
+
+    A thread has eight columns of the scores, and so needs the log-sum-exps and dot products of eight rows. Loaded as
+    two rows, each thread would copy all of its own, by four bytes, each with an address and a mask. They are the first
+    two of PLANES columns of a tile instead that has an element for each thread, of which the others load nothing: a
+    copy a thread, through shared memory.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
+    COLUMNS: tl.constexpr = 1 if ROLE == VALUES_ONLY else 2
     j = tl.arange(0, BLOCK_N)
-    q_offsets = tile_offsets(token, member, STRIDE_QT, STRIDE_QH, BLOCK_D)
-    d_offsets = tile_offsets(token, member, STRIDE_DT, STRIDE_DH, BLOCK_D)
-    far = begin.to(tl.int64)  # for offsets that may pass 2**31
-    q += far * STRIDE_QT
-    dout += far * STRIDE_DT
-    lse += far + member.to(tl.int64) * stride_lh + token
-    delta += far * HEADS + token * HEADS + member
+    q_offsets = tile_offsets(token, head, STRIDE_QT, STRIDE_QH, BLOCK_D, HEADS)
+    d_offsets = tile_offsets(token, head, STRIDE_DT, STRIDE_DH, BLOCK_D, HEADS)
+    column = tl.arange(0, PLANES)[None, :]
+    lse += head.to(tl.int64) * stride_lh + token
+    delta += token * HEADS + head
+    rows = tl.where(column == 0, lse[:, None], delta[:, None])
+    next_rows = tl.where(column == 0, TOKENS, TOKENS * HEADS)
     for i in loop(begin, length, TOKENS, num_stages=STAGES):
         live = token < length - i
         q_tile = load_rows(q, q_offsets, live, HEAD_DIM, BLOCK_D)
         dout_tile = load_rows(dout, d_offsets, live, HEAD_DIM, BLOCK_D)
         # Rows past the end have scores, log-sum-exps and gradients of 0, and so add nothing.
-        lse_row = tl.load(lse, mask=live, other=0.0) * LOG2E
+        lse_row, delta_row = first_columns(tl.load(rows, mask=live[:, None] & (column < COLUMNS), other=0.0))
+        lse_row *= LOG2E
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
         if ROLE != VALUES_ONLY:
-            delta_row = tl.load(delta, mask=live, other=0.0)
             dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
         if ROLE == VALUES_ONLY:  # before the exponential: nothing else needs the scores, and it saves registers
             lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)  # of rows that see nothing
@@ -100,19 +104,19 @@ def fold_queries(
         if DROPOUT:
             queries = position + (i + token) * step
             keeps = dropout_keeps(
-                key_low, key_high, threshold, document, head[None, :], queries[None, :], key_positions[:, None]
-            )
+                key_low, key_high, threshold, document, (head_start + head)[None, :], queries[None, :],
+                key_positions[:, None],
+            )  # fmt: skip
             kept = tl.where(keeps, p * keep_scale, 0.0)
             if ROLE != VALUES_ONLY:
                 dp = tl.where(keeps, dp * keep_scale, 0.0)
         if ROLE != KEYS_ONLY:
-            dv = add_dot(kept, dout_tile, dv, 1.0, PRECISION)
+            dv = add_dot(kept, dout_tile, dv, PRECISION)
         if ROLE != VALUES_ONLY:
-            dk = add_dot(p * (dp - delta_row[None, :]), q_tile, dk, 1.0, PRECISION)
+            dk = add_dot(p * (dp - delta_row[None, :]), q_tile, dk, PRECISION)
         q += TOKENS * STRIDE_QT
         dout += TOKENS * STRIDE_DT
-        lse += TOKENS
-        delta += TOKENS * HEADS
+        rows += next_rows
     return dk, dv
 
 
@@ -125,7 +129,8 @@ def key_gradients(
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, MORE: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys, of its values, or of both, of one key head; arguments as of the kernel."""
     TOKENS: tl.constexpr = BLOCK_M // PACK
@@ -153,6 +158,9 @@ def key_gradients(
     if MORE:
         more_begin = tl.load(record + 13)
         more_end = tl.load(record + 14)
+    first_set = 0
+    if BLOCK_D == 128 and STAGES > 1:
+        first_set = unknown_zero(rows)
     for further in loop(more_begin - 1, more_end):  # the record's own segment first
         start = tl.load(record + 2).to(tl.int64)
         length = tl.load(record + 3)
@@ -165,19 +173,20 @@ def key_gradients(
         last_key = tl.load(record + 10)
         diagonal = tl.load(record + 11)
         # Row i sees key j from i = j - diagonal on: before `begin` nobody sees any, from `whole` on all see all.
-        begin = tl.maximum(tl.maximum(first, 0) - diagonal, 0) // TOKENS * TOKENS
+        begin = first_row(first, diagonal, TOKENS)
         is_inside = (first >= 0) & (first + BLOCK_N - 1 <= last_key) & (rows == BLOCK_N)
         whole = tl.where(is_inside, tl.maximum(first + BLOCK_N - 1 - diagonal, 0), length)
-        for set in loop(0, GROUP // PACK):
-            first_head = far_head * GROUP + set * PACK
+        far_begin = start + begin
+        dout_begin = load_again(record + 2).to(tl.int64)
+        dout_begin += first_row(load_again(record + 9), load_again(record + 11), TOKENS)
+        for set in loop(first_set, GROUP // PACK):
             dk_tile, dv_tile = fold_queries(
                 dk_tile, dv_tile, k_tile, v_tile,
-                q + start * STRIDE_QT + first_head * STRIDE_QH, dout + start * STRIDE_DT + first_head * STRIDE_DH,
-                lse + slot * stride_lb + first_head * stride_lh + slot_row, delta + start * HEADS + first_head,
-                begin, length, whole, first, last_key, diagonal, token, member,
-                head_start + first_head.to(tl.int32) + member,
-                scale, position, step, key_positions, document, key_low, key_high, threshold, keep_scale,
-                STRIDE_QT, STRIDE_QH, STRIDE_DT, STRIDE_DH, stride_lh, HEADS, PACK,
+                q + far_begin * STRIDE_QT, dout + dout_begin * STRIDE_DT,
+                lse + slot * stride_lb + slot_row + begin, delta + far_begin * HEADS,
+                begin, length, whole, first, last_key, diagonal, token, kv_head * GROUP + set * PACK + member,
+                scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
+                STRIDE_QT, STRIDE_QH, STRIDE_DT, STRIDE_DH, stride_lh, HEADS, PACK, PLANES,
                 BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, ROLE, STAGES, MASKS_ALL, DROPOUT, PRECISION,
             )  # fmt: skip
         if MORE:
@@ -223,7 +232,7 @@ def fold_keys(
                 key_low, key_high, threshold, document, head[:, None], queries[:, None], keys[None, :]
             )
             dp = tl.where(keeps, dp * keep_scale, 0.0)
-        dq = add_dot(p * (dp - delta[:, None]), k_tile, dq, 1.0, PRECISION)
+        dq = add_dot(p * (dp - delta[:, None]), k_tile, dq, PRECISION)
         k += BLOCK_N * STRIDE_KT
         v += BLOCK_N * STRIDE_VT
     return dq
@@ -238,7 +247,7 @@ def query_gradients(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    OWN_TERMS: tl.constexpr, MASKS_ALL: tl.constexpr,
+    MASKS_ALL: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of query rows; arguments as of the kernel."""
@@ -249,14 +258,7 @@ def query_gradients(
     document = tl.load(record + 2)
     slot = tl.load(record + 5)
     k_start = tl.load(record + 8).to(tl.int64)
-    v_start = k_start
-    if OWN_TERMS:
-        kv_head = first_head // GROUP
-        v_start = load_again(record + 8).to(tl.int64)
-    else:
-        kv_head = 0
-        k += (far_head // GROUP) * STRIDE_KH
-        v += (far_head // GROUP) * STRIDE_VH
+    v_start = load_again(record + 8).to(tl.int64)
     k_len = tl.load(record + 9)
     reach = tl.load(record + 10)
     token = tl.arange(0, BLOCK_M) // PACK
@@ -291,7 +293,7 @@ def query_gradients(
         if DROPOUT:
             positions += k_start
         dq_tile = fold_keys(
-            dq_tile, q_tile, dout_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, kv_head,
+            dq_tile, q_tile, dout_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, first_head // GROUP,
             lse_row, delta_row, k_len, reach, token, rows, scale,
             positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
@@ -300,9 +302,7 @@ def query_gradients(
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
             k_start = tl.load(record + 8).to(tl.int64)
-            v_start = k_start
-            if OWN_TERMS:
-                v_start = load_again(record + 8).to(tl.int64)
+            v_start = load_again(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
     dq += row * STRIDE_DQT + far_head * STRIDE_DQH
@@ -325,9 +325,10 @@ def backward_kernel(
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    PACK: tl.constexpr, CHUNK: tl.constexpr, KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
+    PACK: tl.constexpr, CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
-    QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr, OWN_TERMS: tl.constexpr,
+    QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
     SPLIT: tl.constexpr, MASKS_ALL: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -347,7 +348,7 @@ def backward_kernel(
         records: int32 rows of RECORD fields, as of records.py.
         scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
         CHUNK: As of the forward.
-        OWN_TERMS: Whether programs for queries have what ``tiles.load_again`` tells of: it takes registers.
+        THREADS: Of a program, and at least twice the query rows of an iteration of programs for keys.
         MASKS_ALL: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
@@ -363,7 +364,7 @@ def backward_kernel(
             stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
             STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
             STRIDE_DQT, STRIDE_DQH, STRIDE_DST, STRIDE_DSH, HEADS, GROUP, PACK, HEAD_DIM,
-            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, OWN_TERMS, MASKS_ALL, RUNS_ON, MORE, DROPOUT, PRECISION,
+            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, MASKS_ALL, RUNS_ON, MORE, DROPOUT, PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:
@@ -373,7 +374,8 @@ def backward_kernel(
                     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                     STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                     STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, VALUES_ONLY, MASKS_ALL, MORE, DROPOUT, PRECISION,
+                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, THREADS // VALUE_M, VALUES_ONLY,
+                    MASKS_ALL, MORE, DROPOUT, PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(
@@ -381,5 +383,6 @@ def backward_kernel(
                 stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
                 STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
                 STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                KEY_M, KEY_N, BLOCK_D, KEY_STAGES, KEY_ROLE, MASKS_ALL, MORE, DROPOUT, PRECISION,
+                KEY_M, KEY_N, BLOCK_D, KEY_STAGES, THREADS // KEY_M, KEY_ROLE,
+                MASKS_ALL, MORE, DROPOUT, PRECISION,
             )  # fmt: skip

@@ -8,9 +8,9 @@ One loop walks the keys of a segment, and masks where a diagonal or an end cuts 
 them without masks, are slower: the registers of both are taken at once, and each fills its pipeline anew.
 
 The running softmax is kept in base 2, where the hardware's exponential lives: ``row_max`` is the largest score
-of a row times log2(e), ``row_sum`` the sum of ``2**(score - row_max)``, ``acc`` the matching sum of value rows.
-A partial result of earlier steps enters as ``row_max = lse``, ``row_sum = 1``, ``acc = out``, so that merging
-costs no pass of its own.
+of a row times log2(e), or a little less (running_max.py), ``row_sum`` the sum of ``2**(score - row_max)``, ``acc`` the
+matching sum of value rows. A partial result of earlier steps enters as ``row_max = lse``, ``row_sum = 1``,
+``acc = out``, so that merging costs no pass of its own.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hetu.backends.triton.running_max import LOWEST, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
     LN2,
@@ -37,6 +38,7 @@ from hetu.backends.triton.tiles import (
     loop,
     store_rows,
     tile_offsets,
+    unknown_zero,
 )
 
 
@@ -47,6 +49,7 @@ def fold_segment(
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
@@ -58,11 +61,19 @@ def fold_segment(
     v_offsets = tile_offsets(j, member, STRIDE_VT, STRIDE_VH, BLOCK_D, KV_HEADS)
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
     end = tl.minimum(k_len, reach + rows)
+    zero = unknown_zero(rows)
     for n in loop(0, end, BLOCK_N):
         left = end - n
-        k_tile = load_rows(k, k_offsets, j < left, HEAD_DIM, BLOCK_D)
+        if BLOCK_D != 128:  # where registers are scarce; it takes a few instructions more
+            far = (n ^ zero).to(tl.int64)
+            k_rows = k + far * STRIDE_KT
+            v_rows = v + far * STRIDE_VT
+        else:
+            k_rows = k
+            v_rows = v
+        k_tile = load_rows(k_rows, k_offsets, j < left, HEAD_DIM, BLOCK_D)
         if BLOCK_D <= 128:  # waited for together; wide tiles are rather waited for when they are needed
-            v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
+            v_tile = load_rows(v_rows, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k_tile), None, PRECISION)
         if MASKS_ALL or n >= whole:
             s = tl.where(is_visible(j, token, reach - n, left), s, float("-inf"))
@@ -71,13 +82,10 @@ def fold_segment(
         if SCORES:
             places = scores[:, None] + keys[None, :]
             tl.store(places, s * scale, mask=(token < rows)[:, None] & (s != float("-inf")))
-        new_max = tl.maximum(row_max, tl.max(s, 1) * (scale * LOG2E))
-        # A row that has seen no key yet has -inf here, and -inf - -inf would be NaN.
-        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.math.exp2(s * (scale * LOG2E) - shift[:, None])
-        fade = tl.math.exp2(row_max - shift)
+        new_max, fade = raised(row_max, s, scale * LOG2E, ELEMENTS)
+        p = tl.math.exp2(s * (scale * LOG2E) - spread(new_max, BLOCK_N))
         # A thread adds up its own columns of p, each eighth pair: threads are asked for theirs once, after the loop.
-        row_sums = row_sums * fade[:, None] + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
+        row_sums = row_sums * fade + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
         row_max = new_max
         if DROPOUT:
             keeps = dropout_keeps(
@@ -85,10 +93,11 @@ def fold_segment(
             )
             p = tl.where(keeps, p * keep_scale, 0.0)
         if BLOCK_D > 128:
-            v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
-        acc = add_dot(p, v_tile, acc, fade[:, None], PRECISION)
-        k += BLOCK_N * STRIDE_KT
-        v += BLOCK_N * STRIDE_VT
+            v_tile = load_rows(v_rows, v_offsets, j < left, HEAD_DIM, BLOCK_D)
+        acc = add_dot(p, v_tile, rescaled(acc, fade, ELEMENTS), PRECISION)
+        if BLOCK_D == 128:
+            k += BLOCK_N * STRIDE_KT
+            v += BLOCK_N * STRIDE_VT
     return acc, row_sums, row_max
 
 
@@ -103,7 +112,7 @@ def forward_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     MASKS_ALL: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr,
-    DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
 
@@ -124,6 +133,7 @@ def forward_kernel(
             makes another variant of the kernel.
         keep_scale: ``1 / (1 - p)``.
         head_start: What dropout counts the heads from.
+        ELEMENTS: As of ``running_max.rescaled``.
         CHUNK: Items that programs take for one set of PACK heads before they take them for the next one.
         MASKS_ALL: Whether scores that nothing hides are masked too: a branch around it keeps Triton from seeing, for
             tensor cores before sm_90, that one dot follows the other, and probabilities then change threads.
@@ -164,10 +174,11 @@ def forward_kernel(
         acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
         row_sums = tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+        row_max = tl.broadcast_to(tl.maximum(row_max, LOWEST)[:, None], [BLOCK_M, 8])
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
-        row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        row_max = tl.full([BLOCK_M, 8], LOWEST, tl.float32)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh
@@ -189,7 +200,7 @@ def forward_kernel(
             k_len, reach, token, rows, scale,
             score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
             STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, MASKS_ALL, DROPOUT, SCORES, PRECISION,
+            BLOCK_N, HEAD_DIM, BLOCK_D, MASKS_ALL, DROPOUT, SCORES, PRECISION, ELEMENTS,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -200,6 +211,7 @@ def forward_kernel(
 
     row_sum = tl.sum(row_sums, 1)
     empty = row_sum == 0.0
+    row_max = tl.max(row_max, 1)
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc / row_sum[:, None]
     tl.store(lse_rows, tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=has_lse)

@@ -13,7 +13,7 @@ import torch
 from hetu.backends.attention import AttentionState, with_positive_scale
 from hetu.backends.dropout import Dropout
 from hetu.backends.transfer import copied_to
-from hetu.backends.triton import autotune
+from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.kernels import forward_kernel
 from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.records import WorkList
@@ -65,7 +65,7 @@ def attend(
     _run(launch, *data)
 
 
-_forward = Launcher(forward_kernel)
+_forward = Launcher(forward_kernel, running_max.check)
 
 
 @dataclass(frozen=True, slots=True)

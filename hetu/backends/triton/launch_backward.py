@@ -165,7 +165,7 @@ def _kind(
 ) -> Kind[BackwardVariant, BackwardTiles]:
     variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
     heads = Heads(num_q, num_kv)
-    tiles = backward_tile(variant, capability, keys, heads.pack)
+    tiles = backward_tile(variant, capability, keys)
     return Kind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)
 
 

@@ -26,8 +26,11 @@ class Launcher:
     The kernel's parameters are tensors, then numbers that are not specialised (``do_not_specialize``), then constants.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, check: Callable[[Any], None] | None = None) -> None:
+        """``check`` is called with all that is compiled, and refuses by raising an error."""
         self.kernel = kernel
+        self.check = check
+        self._checked: set[Any] = set()
         self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
     def __call__(
@@ -65,7 +68,12 @@ class Launcher:
             return
         values, options = constants()
         compiled = self.kernel[(programs,)](*tensors, *numbers, **values, **options)
-        if is_usual and compiled is not None:  # the interpreter gives None
+        if compiled is None:  # by the interpreter
+            return
+        if self.check is not None and compiled not in self._checked:
+            self.check(compiled)
+            self._checked.add(compiled)
+        if is_usual:
             names = self.kernel.arg_names[len(tensors) + len(numbers) :]
             self._compiled[key] = compiled, tuple(values[name] for name in names)
 

@@ -68,13 +68,13 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def add_dot(a, b, acc, factor, PRECISION: tl.constexpr):
-    """``a @ b + acc * factor``; float32 sums a product by itself first: one long chain of additions loses digits."""
+def add_dot(a, b, acc, PRECISION: tl.constexpr):
+    """``a @ b + acc``; float32 sums a product by itself first: one long chain of additions loses digits."""
     if PRECISION != "tf32":  # float32, then
         # By an fma, because the compiler would turn an addition into the dot's accumulator, and so a chain.
-        result = tl.fma(acc, tl.zeros_like(acc) + factor, dot(a, b, None, PRECISION))
+        result = tl.fma(acc, tl.zeros_like(acc) + 1.0, dot(a, b, None, PRECISION))
     else:
-        result = dot(a.to(b.dtype), b, acc * factor, PRECISION)
+        result = dot(a.to(b.dtype), b, acc, PRECISION)
     return result
 
 
@@ -105,6 +105,18 @@ def load_again(pointer):
 
 
 @triton.jit
+def unknown_zero(rows):
+    """0, of which the compiler doesn't know that it is, from a positive number.
+
+    Of an outer loop that is known to take one turn ptxas makes, for wide heads and pipelined loads, code in which each
+    product on tensor cores waits for the one before. And of an offset that grows by the same in each iteration of a
+    loop LLVM makes an address for each row that a thread loads, in two registers each; of one that is xor'ed with this
+    it doesn't.
+    """
+    return tl.minimum(rows, 0)
+
+
+@triton.jit
 def is_visible(j, token, reach, left):
     """Which of ``left`` keys j the row of a token sees, those up to ``reach + token``: ``(tokens, keys)``."""
     return j[None, :] <= tl.minimum(token + reach, left - 1)[:, None]
@@ -118,6 +130,21 @@ def load_rows(base, offsets, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     else:
         tile = tl.load(base + offsets, mask=live[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM), other=0.0)
     return tile
+
+
+@triton.jit
+def halves(tile):
+    """The two halves of the columns of a tile of a power of two of them, without a move between threads."""
+    return tl.split(tl.trans(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), 0, 2, 1))
+
+
+@triton.jit
+def first_columns(tile):
+    """The first two columns of a tile of a power of two of them, 16 at most."""
+    for _ in tl.static_range(3):
+        if tile.shape[1] > 2:
+            tile, _rest = halves(tile)
+    return tl.split(tile)
 
 
 @triton.jit

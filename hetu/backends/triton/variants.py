@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -23,9 +23,6 @@ INTERPRETER = 0
 MAX_PACK = 4
 """Most heads of a block: more would save little, and the work list grows with them."""
 
-CHUNK = 16
-"""Items of the forward's work list that programs take for some heads before they take them for the next ones."""
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -40,6 +37,9 @@ class Tile:
         precision: Of dots: ``"tf32"`` for half types; for float32 ``"ieee"``, without tensor cores, or ``"tf32x3"``,
             three products on them that together keep float32's digits.
         masks_all: Whether scores are masked without asking whether anything hides some; see ``forward_kernel``.
+        skips_rescaling: Of the forward: whether warps rescale nothing where their rows' maxima stay; see
+            ``running_max.rescaled``.
+        chunk: Of the forward: items that programs take for some heads before they take them for the next ones.
     """
 
     block_m: int
@@ -49,6 +49,8 @@ class Tile:
     max_registers: int | None = None
     precision: str = "tf32"
     masks_all: bool = False
+    skips_rescaling: bool = False
+    chunk: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,9 @@ class Variant:
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": self.block_d,
-            "CHUNK": CHUNK,
+            "CHUNK": tile.chunk,
             "MASKS_ALL": tile.masks_all,
+            "ELEMENTS": _elements(self, tile),
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -133,6 +136,14 @@ class Variant:
         q, kv = heads.num_q, heads.num_kv
         strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "O": q})
         return source(forward_kernel, types, self.constants(heads, tile, strides))
+
+
+def _elements(variant: Variant, tile: Tile) -> int:
+    """Accumulators of a thread, where their rescaling is skipped, else 0; see ``running_max.rescaled``."""
+    if not tile.skips_rescaling:
+        return 0
+    assert tile.block_m == 16 * tile.num_warps, "a thread has accumulators of two rows"
+    return variant.block_d // 2
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int]:
@@ -212,26 +223,34 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=5000).block_n
         64
     """
-    width = variant.block_d
     if capability == INTERPRETER:  # a NumPy call an operation: large blocks, of which short sequences waste little
         return Tile(64, 64, 4, 1, precision="ieee" if variant.dtype == torch.float32 else "tf32")
     if variant.dtype == torch.float32:
         return _float32_tile(variant, capability)
     if is_small(capability):
         return _small_tile(variant)
+    chosen = _half_tile(variant, keys_per_row, pack)
+    # Which rows a thread has is known of the tensor cores of sm_90. With eight warps at head_dim 256 it is slower.
+    skips = capability == 90 and not (variant.block_d == 256 and chosen.num_warps == 8)
+    return replace(chosen, skips_rescaling=skips)
+
+
+def _half_tile(variant: Variant, keys_per_row: float, pack: int) -> Tile:
+    """For the tensor cores of sm_90 and later; see :func:`tile`.
+
+    Short documents have programs of all heads side by side (``chunk``): whatever they read fits in the cache.
+    """
+    width, is_short = variant.block_d, keys_per_row < 512
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
-    if width <= 64:
-        if keys_per_row < (1536 if pack == 1 else 256):
-            return Tile(64, 64, 4, 3, max_registers=128) if pack == 1 else Tile(64, 32, 4, 4)
-        return Tile(128, 64, 8, 3, max_registers=128)
-    if width == 128:
-        # Three or two programs a multiprocessor, of which one computes while others load.
-        return Tile(64, 32, 4, 3, max_registers=168) if keys_per_row < 512 else Tile(64, 64, 4, 3)
-    return Tile(64, 32, 4, 2) if keys_per_row < 512 else Tile(128, 64, 8, 2)
+    if width <= 64:  # four programs a multiprocessor, of which some compute while others load
+        return Tile(64, 32, 4, 4) if pack > 1 and keys_per_row < 256 else Tile(64, 64, 4, 3, max_registers=128)
+    if width == 128:  # three or two
+        return Tile(64, 32, 4, 3, max_registers=168, chunk=1) if is_short else Tile(64, 64, 4, 3)
+    return Tile(64, 32, 4, 2, chunk=1) if is_short else Tile(128, 64, 8, 2)
 
 
-KEYS_PER_ROW = (0, 256, 512, 1536, 4096)
+KEYS_PER_ROW = (0, 256, 512, 1536)
 """Where tiles change with the keys that a row sees: between two of these they are the same."""
 
 

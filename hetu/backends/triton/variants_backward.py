@@ -33,8 +33,6 @@ class BackwardTiles:
         queries: Of those for queries: ``block_m`` query rows, and ``block_n`` keys of one iteration.
         is_split: Whether keys and values have programs of their own.
         own_values: Of those for values, if they have programs of their own and another tile than keys.
-        own_terms: Whether those for queries have registers for addresses of k and v that share nothing, which takes
-            less instructions; see ``tiles.load_again``.
         chunk: Records that programs take for some heads before they take them for the next ones.
     """
 
@@ -42,7 +40,6 @@ class BackwardTiles:
     queries: Tile
     is_split: bool = False
     own_values: Tile | None = None
-    own_terms: bool = True
     chunk: int = 64
 
     @property
@@ -93,10 +90,10 @@ class BackwardVariant:
             "VALUE_STAGES": tiles.values.num_stages,
             "PACK": heads.pack,
             "CHUNK": tiles.chunk,
+            "THREADS": max(32 * tiles.keys.num_warps, 2 * max(tiles.keys.block_m, tiles.values.block_m)),
             "QUERY_M": tiles.queries.block_m,
             "QUERY_N": tiles.queries.block_n,
             "QUERY_STAGES": tiles.queries.num_stages,
-            "OWN_TERMS": tiles.own_terms,
             "SPLIT": tiles.is_split,
             "MASKS_ALL": tiles.keys.masks_all,
             "RUNS_ON": self.runs_on,
@@ -131,19 +128,18 @@ def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
     return compiler_options(tiles.keys)
 
 
-def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0, pack: int = 1) -> BackwardTiles:
+def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float = 0.0) -> BackwardTiles:
     """The tiles of a variant. From sm_90 on the fastest of those measured on an H100; see ``docs/kernels.md``.
 
     Args:
         variant: What the kernel is specialised for.
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
         keys_per_row: Keys that a query row sees on average.
-        pack: Heads that a block of rows holds; see :func:`~hetu.backends.triton.variants.tile`.
 
     Example:
         >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90).queries.block_m
         64
-        >>> backward_tile(BackwardVariant(128, torch.bfloat16), 90, pack=4).queries.block_m
+        >>> backward_tile(BackwardVariant(256, torch.bfloat16), 90).queries.block_m
         128
     """
     width = block_columns(variant.head_dim)
@@ -160,16 +156,13 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
         return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
     if width <= 64:
         if keys_per_row < 1536:  # registers for three programs a multiprocessor
-            return BackwardTiles(Tile(32, 64, 4, 2, max_registers=168), Tile(64, 64, 4, 3))
-        return BackwardTiles(Tile(32, 128, 4, 2), Tile(128, 64, 4, 3))
+            return BackwardTiles(Tile(32, 64, 4, 3, max_registers=168), Tile(64, 64, 4, 3))
+        return BackwardTiles(Tile(32, 128, 4, 3), Tile(128, 64, 4, 3))
     if width == 128:
-        if pack == 1 and keys_per_row < 4096:
-            return BackwardTiles(Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
-        chunk = 64 if pack == 1 else 1
-        return BackwardTiles(Tile(32, 64, 4, 3), Tile(128, 32, 4, 3), own_terms=False, chunk=chunk)
+        return BackwardTiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2))
     # The accumulators of keys and values together would leave blocks of 64 keys, and twice the reads.
     values = Tile(64, 128, 8, 2)  # they hold no tile of v, which leaves memory for twice the rows
-    return BackwardTiles(Tile(32, 128, 8, 2), Tile(128, 32, 8, 3), is_split=True, own_values=values)
+    return BackwardTiles(Tile(32, 128, 8, 3), Tile(128, 32, 8, 3), is_split=True, own_values=values)
 
 
 def _float32_tile(width: int, capability: int) -> BackwardTiles:
