@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hetu.backends.triton.running_max import LOWEST, raised, rescaled, spread
+from hetu.backends.triton.running_max import LOWEST, by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
     LN2,
@@ -85,7 +85,7 @@ def fold_segment(
         new_max, fade = raised(row_max, s, scale * LOG2E, ELEMENTS)
         p = tl.math.exp2(s * (scale * LOG2E) - spread(new_max, BLOCK_N))
         # A thread adds up its own columns of p, each eighth pair: threads are asked for theirs once, after the loop.
-        row_sums = row_sums * fade + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
+        row_sums = row_sums * spread(fade, 8) + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
         row_max = new_max
         if DROPOUT:
             keeps = dropout_keeps(
@@ -174,11 +174,11 @@ def forward_kernel(
         acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
         row_sums = tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
-        row_max = tl.broadcast_to(tl.maximum(row_max, LOWEST)[:, None], [BLOCK_M, 8])
+        row_max = kept(row_max, PRECISION)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
-        row_max = tl.full([BLOCK_M, 8], LOWEST, tl.float32)
+        row_max = kept(tl.full([BLOCK_M], LOWEST, tl.float32), PRECISION)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh
@@ -211,7 +211,7 @@ def forward_kernel(
 
     row_sum = tl.sum(row_sums, 1)
     empty = row_sum == 0.0
-    row_max = tl.max(row_max, 1)
+    row_max = by_row(row_max)
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc / row_sum[:, None]
     tl.store(lse_rows, tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=has_lse)

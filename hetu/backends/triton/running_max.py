@@ -1,9 +1,10 @@
 """The running softmax of a block of rows: its maximum, and the rescaling of what was summed up under a smaller one.
 
-A row's maximum is kept as a row of eight equal columns, ``(BLOCK_M, 8)``: of a tile of scores, a thread of tensor cores
+A row's maximum is kept as a row of eight equal columns, ``(rows, 8)``: of a tile of scores, a thread of tensor cores
 has two columns in eight, so each has the maximum of its rows beside their scores, and the compiler nothing to move.
+Without tensor cores, for float32, it is one number a row, ``(rows,)``: there the columns would be spilled.
 
-Both ways of raising the maximum are of this shape. The textbook's asks all threads of a row for theirs in each
+There are two ways of raising the maximum. The textbook's asks all threads of a row for theirs in each
 iteration, and multiplies all accumulators by what the maximum rose. FlashAttention-4's lets it lag behind: while no row
 of a warp has a score more than 8 (in base 2) above it, nothing is asked for and nothing is multiplied. That takes a
 branch, which Triton has no words for, and so instructions of the GPU's own and an order of the elements in a thread, to
@@ -45,10 +46,33 @@ def tops(s):
 
 
 @triton.jit
-def spread(tile, COLUMNS: tl.constexpr):
-    """``(rows, 8)`` to ``(rows, COLUMNS)``, each eighth column the same."""
-    wide = tl.broadcast_to(tile[:, None, :], [tile.shape[0], COLUMNS // 8, 8])
-    return tl.reshape(wide, [tile.shape[0], COLUMNS])
+def kept(row_max, PRECISION: tl.constexpr):
+    """The maximum of rows that begin with ``row_max``, ``(rows,)``, in the shape in which it is kept."""
+    row_max = tl.maximum(row_max, LOWEST)
+    if PRECISION == "tf32":
+        row_max = tl.broadcast_to(row_max[:, None], [row_max.shape[0], 8])
+    return row_max
+
+
+@triton.jit
+def by_row(row_max):
+    """``(rows,)`` of what is kept."""
+    if len(row_max.shape) == 2:
+        row_max = tl.max(row_max, 1)
+    return row_max
+
+
+@triton.jit
+def spread(kept, COLUMNS: tl.constexpr):
+    """What is kept of rows for each of a tile's columns: ``(rows, COLUMNS)``, or ``(rows, 1)``."""
+    if len(kept.shape) == 1:
+        wide = kept[:, None]
+    elif COLUMNS == 8:
+        wide = kept
+    else:
+        wide = tl.broadcast_to(kept[:, None, :], [kept.shape[0], COLUMNS // 8, 8])
+        wide = tl.reshape(wide, [kept.shape[0], COLUMNS])
+    return wide
 
 
 @triton.constexpr_function
@@ -77,13 +101,14 @@ def raised(row_max, s, factor, ELEMENTS: tl.constexpr):
     """The maximum with the scores ``s * factor``, and 2 to the power of what it was before less what it is.
 
     Args:
-        row_max: ``(rows, 8)``, the maximum before: LOWEST where there were no scores.
+        row_max: The maximum before, as :func:`kept` gives it: LOWEST where there were no scores.
         s: ``(rows, columns)``; -inf where a row sees nothing.
         factor: Positive.
         ELEMENTS: As of :func:`rescaled`; with 0 the maximum is that of all scores, else it may be 8 less.
     """
     if ELEMENTS == 0:
-        new_max = tl.maximum(row_max, tl.max(tops(s), 1)[:, None] * factor)
+        top = tl.max(s, 1) if len(row_max.shape) == 1 else tl.max(tops(s), 1)[:, None]
+        new_max = tl.maximum(row_max, top * factor)
         fade = tl.math.exp2(row_max - new_max)
     else:
         new_max, fade = tl.inline_asm_elementwise(
@@ -119,7 +144,7 @@ def _rescale_operands(elements):
 
 @triton.jit
 def rescaled(acc, fade, ELEMENTS: tl.constexpr):
-    """Accumulators ``(rows, columns)`` times a ``(rows, 8)`` fade of :func:`raised`.
+    """Accumulators ``(rows, columns)`` times the fade of :func:`raised`.
 
     ELEMENTS is how many of the accumulators a thread has, if it has them of two rows as :func:`check` says: then warps
     all of whose factors are 1 leave it out. 0 multiplies in any case, whatever the layout.
