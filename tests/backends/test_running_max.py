@@ -10,6 +10,7 @@ from backends.packs import Pack, Tensors, assert_right, by_kernels
 from devices import DEVICES
 
 from hetu.backends.triton import running_max
+from hetu.errors import LoweringError
 
 # Triton's interpreter computes by numpy, which tells of every infinity.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -65,8 +66,8 @@ def test_threads_with_other_elements_are_refused() -> None:
         ACCUMULATORS.replace("[4, 1]", "[2, 2]"),
         blocked,
     ):
-        with pytest.raises(RuntimeError, match="other elements"):
+        with pytest.raises(LoweringError, match="other elements"):
             running_max.check(compiled(other))
     code = compiled(FRAGMENT).asm["ttgir"].replace("->", "to")
-    with pytest.raises(RuntimeError, match="cannot be read"):
+    with pytest.raises(LoweringError, match="cannot be read"):
         running_max.check(SimpleNamespace(asm={"ttgir": code}))

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from hetu.backends.triton.tiles import halves
+from hetu.errors import LoweringError, caller
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 """The maximum of no scores: finite, so that differences of two of them are 0 and no NaN."""
@@ -178,14 +179,17 @@ def check(compiled: Any) -> None:
     """Refuses a kernel whose threads have other elements than the instructions above take for granted.
 
     Raises:
-        RuntimeError: If they do, which depends on the version of Triton alone.
+        LoweringError: If they do, which depends on the version of Triton alone.
     """
     code: str = compiled.asm["ttgir"]
     known = dict(_LAYOUT.findall(code))
     found = [known.get(name, name) for name in _ASM.findall(code)]
     others = [layout for layout in found if _FRAGMENT not in layout and not _ACCUMULATORS.match(layout)]
     if others or len(found) != code.count(_OURS):
-        raise RuntimeError(
-            "hetu: this version of Triton gives threads other elements of a tile than the attention kernel for sm_90 "
-            f"is written for (got {others or 'code that cannot be read'}). Fix: use triton 3.6 to 3.9."
+        raise LoweringError(
+            "this version of Triton gives threads other elements of a tile than the kernel for sm_90 is written for",
+            op="attention",
+            where=caller(),
+            bound=others or ["code that cannot be read"],
+            fix="use triton 3.6 to 3.9",
         )
