@@ -40,6 +40,20 @@ def test_scores_that_rise(device: str, head_dim: int, is_causal: bool, a_block: 
     assert_right(pack, data, by_kernels(pack, data, "triton", device))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 2e3), (torch.float16, -2e3), (torch.float32, -128.0)], ids=str
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_far_from_zero(device: str, dtype: torch.dtype, size: float) -> None:
+    """Far below it they are not those of a row that sees nothing. Farther off float32 itself would round them."""
+    lens = [70, 1, 130]
+    pack = Pack(lens, lens, (2, 1), 64, dtype, True)
+    data = pack.data()
+    data["q"][:, :, 0] = 128.0
+    data["k"][:, :, 0] = size * pack.head_dim**0.5 / 128.0
+    assert_right(pack, data, by_kernels(pack, data, "triton", device))
+
+
 FRAGMENT = (
     "#ttg.linear<{register = [[0, 1], [8, 0]], lane = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]], warp = [[16, 0]]}>"
 )
