@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from backends.test_attention_backward import check as check_backward
 from backends.test_attention_backward import whole_documents
 from triton.runtime.errors import OutOfResources
 
-from hetu.backends.triton import BackwardTiles, BackwardVariant, Heads, Tile, Variant, autotune, launch
+from hetu.backends.triton import BackwardTiles, BackwardVariant, Heads, Tile, Variant, autotune, launch, tile
 from hetu.backends.triton.variants import MAX_PACK
 
 CPU = torch.device("cpu")
@@ -113,8 +114,32 @@ def test_candidates_are_what_the_kernels_take() -> None:
         pair.is_split and len({pair.keys.num_warps, pair.values.num_warps, pair.queries.num_warps}) == 1
         for pair in pairs
     )
-    for tile in [*every, *(pair.keys for pair in pairs), *(pair.queries for pair in pairs)]:
-        assert tile.block_m >= MAX_PACK and tile.block_n >= 16 and tile.precision == "ieee"
+    for each in [*every, *(pair.keys for pair in pairs), *(pair.queries for pair in pairs)]:
+        assert each.block_m >= MAX_PACK and each.block_n >= 16 and each.precision == "ieee"
+
+
+def test_candidates_skip_rescaling_where_threads_have_two_rows() -> None:
+    variant = Variant(128, torch.bfloat16)
+    for default in (tile(variant, 90, 9999), tile(variant, 80, 9999)):
+        every = list(autotune.forward_candidates(default))
+        found = {each: variant.constants(Heads(8, 2), each, {})["ELEMENTS"] for each in every}
+        assert {each for each in every if found[each]} == {
+            each for each in every if default.skips_rescaling and each.block_m == 16 * each.num_warps
+        }
+        assert set(found.values()) <= {0, variant.block_d // 2}
+        assert any(found.values()) == default.skips_rescaling
+
+
+def test_tiles_of_other_kernels_are_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = autotune.cache_file("cpu")
+    autotune.tuned("a", DEFAULT, [OTHER], timed({DEFAULT: 2.0, OTHER: 1.0}, []), CPU)
+    copy = folder / "triton"
+    shutil.copytree(Path(autotune.__file__).parent, copy)
+    (copy / "kernels.py").write_text("another")
+    monkeypatch.setattr(autotune, "__file__", str(copy / "autotune.py"))
+    autotune.cache_file.cache_clear()
+    assert autotune.cache_file("cpu") != mine
+    assert autotune.tuned("a", DEFAULT, [OTHER], None, CPU) == DEFAULT
 
 
 @pytest.mark.parametrize("is_backward", [False, True])

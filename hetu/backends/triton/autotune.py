@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cache
+from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
 from typing import TypeVar
@@ -118,9 +119,10 @@ def backward_candidates(default: BackwardTiles) -> Iterator[BackwardTiles]:
 
 @cache
 def cache_file(device: str) -> Path:
-    """Where the tiles of a device are kept, for this version of Triton."""
+    """Where the tiles of a device are kept, for this version of Triton and these kernels: others want other tiles."""
     folder = os.environ.get("HETU_CACHE_DIR") or Path.home() / ".cache" / "hetu"
-    name = re.sub(r"\W+", "-", f"{device} triton {triton.__version__}").lower()
+    kernels = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    name = re.sub(r"\W+", "-", f"{device} triton {triton.__version__} kernels {kernels[:8]}").lower()
     return Path(folder) / f"tiles-{name}.json"
 
 

@@ -37,8 +37,8 @@ class Tile:
         precision: Of dots: ``"tf32"`` for half types; for float32 ``"ieee"``, without tensor cores, or ``"tf32x3"``,
             three products on them that together keep float32's digits.
         masks_all: Whether scores are masked without asking whether anything hides some; see ``forward_kernel``.
-        skips_rescaling: Of the forward: whether warps rescale nothing where their rows' maxima stay; see
-            ``running_max.rescaled``.
+        skips_rescaling: Of the forward: whether warps rescale nothing where their rows' maxima stay, if they have 16
+            rows each; see ``running_max.rescaled``.
         chunk: Of the forward: items that programs take for some heads before they take them for the next ones.
     """
 
@@ -140,10 +140,8 @@ class Variant:
 
 def _elements(variant: Variant, tile: Tile) -> int:
     """Accumulators of a thread, where their rescaling is skipped, else 0; see ``running_max.rescaled``."""
-    if not tile.skips_rescaling:
-        return 0
-    assert tile.block_m == 16 * tile.num_warps, "a thread has accumulators of two rows"
-    return variant.block_d // 2
+    has_two_rows = tile.block_m == 16 * tile.num_warps
+    return variant.block_d // 2 if tile.skips_rescaling and has_two_rows else 0
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int]:
