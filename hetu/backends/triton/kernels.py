@@ -21,7 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hetu.backends.triton.running_max import LOWEST, by_row, kept, raised, rescaled, spread
+from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
     LN2,
@@ -178,7 +178,7 @@ def forward_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
-        row_max = kept(tl.full([BLOCK_M], LOWEST, tl.float32), PRECISION)
+        row_max = kept(tl.full([BLOCK_M], float("-inf"), tl.float32), PRECISION)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh

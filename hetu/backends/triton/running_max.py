@@ -48,7 +48,7 @@ def tops(s):
 
 @triton.jit
 def kept(row_max, PRECISION: tl.constexpr):
-    """The maximum of rows that begin with ``row_max``, ``(rows,)``, in the shape in which it is kept."""
+    """The maximum of rows that begin with ``row_max``, ``(rows,)``, as it is kept: finite, and in the shape for it."""
     row_max = tl.maximum(row_max, LOWEST)
     if PRECISION == "tf32":
         row_max = tl.broadcast_to(row_max[:, None], [row_max.shape[0], 8])
@@ -64,15 +64,15 @@ def by_row(row_max):
 
 
 @triton.jit
-def spread(kept, COLUMNS: tl.constexpr):
+def spread(x, COLUMNS: tl.constexpr):
     """What is kept of rows for each of a tile's columns: ``(rows, COLUMNS)``, or ``(rows, 1)``."""
-    if len(kept.shape) == 1:
-        wide = kept[:, None]
+    if len(x.shape) == 1:
+        wide = x[:, None]
     elif COLUMNS == 8:
-        wide = kept
+        wide = x
     else:
-        wide = tl.broadcast_to(kept[:, None, :], [kept.shape[0], COLUMNS // 8, 8])
-        wide = tl.reshape(wide, [kept.shape[0], COLUMNS])
+        wide = tl.broadcast_to(x[:, None, :], [x.shape[0], COLUMNS // 8, 8])
+        wide = tl.reshape(wide, [x.shape[0], COLUMNS])
     return wide
 
 
@@ -172,7 +172,7 @@ _ACCUMULATORS = re.compile(r"nvidia_mma<\{versionMajor = 3, versionMinor = 0, wa
 _LAYOUT = re.compile(r"^#(\w+) = #ttg\.(.*)$", re.MULTILINE)
 _OURS = 'elementwise_inline_asm "{ .reg .pred'
 """Triton has some of its own, for the parts of float32 numbers."""
-_ASM = re.compile(rf"^.*{re.escape(_OURS)}.* -> tensor<\d+x\d+xf32, #(\w+)>", re.MULTILINE)
+_ASM = re.compile(rf"{re.escape(_OURS)}.* -> tensor<\d+x\d+xf32, #(\w+)>")
 
 
 def check(compiled: Any) -> None:
