@@ -15,7 +15,7 @@ from hetu.backends.comm import LocalComm, run_lock_step
 from hetu.backends.lowering import find_lowering
 from hetu.errors import Where, caller
 from hetu.executor import Executor
-from hetu.parallel.plan import Receive, Runs, Send
+from hetu.parallel.plan.instructions import Receive, Runs, Send
 
 FAMILY = (
     hetu.ShapeError,

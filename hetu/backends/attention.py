@@ -17,7 +17,7 @@ from hetu.backends.allocate import empty
 from hetu.backends.dropout import Dropout, dropout_key, keep_mask
 from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 __all__ = [
     "Attend",
@@ -282,7 +282,7 @@ def new_state(
         spans: The rows of q.
         slots: First size of lse and p: sequences.
         rows: Last size of lse; p's third is this, padded.
-        runs_on: Whether results run on between steps; see :attr:`hetu.parallel.plan.PipelinePlan.runs_on`.
+        runs_on: Whether results run on between steps; see :attr:`hetu.parallel.plan.parts.PipelinePlan.runs_on`.
         columns: Last size of p before padding; None if the softmax is not asked for.
         fills_lse: Whether lse has to be -inf where no row of q writes it: not where only kernels read it.
     """

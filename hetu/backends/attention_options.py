@@ -10,7 +10,7 @@ import torch
 from hetu.backends.attention import Dropout, dropout_key
 from hetu.graph import Node
 from hetu.parallel import Layout
-from hetu.parallel.plan import Attend
+from hetu.parallel.plan.instructions import Attend
 
 Random = tuple[int, int]
 

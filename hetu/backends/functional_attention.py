@@ -26,7 +26,7 @@ from hetu.config import settings
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
 from hetu.feeds import host_array
 from hetu.ops._attention import FLOATS, cu_seqlens_fault, longest_of
-from hetu.parallel.varlen import VarlenPlan
+from hetu.parallel.plan.varlen import VarlenPlan
 
 HostArray = np.ndarray[Any, Any]
 

@@ -19,8 +19,9 @@ from hetu.backends.lowering import NodeLowering, lowering
 from hetu.dtypes import float64
 from hetu.graph import Node
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Attend, Turn
-from hetu.parallel.varlen import VarlenPlan
+from hetu.parallel.mask.segments import Turn
+from hetu.parallel.plan.instructions import Attend
+from hetu.parallel.plan.varlen import VarlenPlan
 
 
 def _triton_declines(node: Node, device: torch.device) -> str | None:

@@ -16,8 +16,9 @@ from hetu.backends.lower_attention import register_attention
 from hetu.backends.lower_heads import HeadsBackward
 from hetu.backends.lowering import NodeLowering
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Attend, Turn
-from hetu.parallel.varlen import VarlenPlan
+from hetu.parallel.mask.segments import Turn
+from hetu.parallel.plan.instructions import Attend
+from hetu.parallel.plan.varlen import VarlenPlan
 
 
 def _state(

@@ -22,7 +22,8 @@ from hetu.backends.comm import Communicator, Held, follow_heads
 from hetu.backends.comm.exchange import Values
 from hetu.backends.kernels import attention_kernel, backward_kernel, row_dot_kernel
 from hetu.parallel import AttnPlan
-from hetu.parallel.plan import Attend, HeadRange
+from hetu.parallel.plan.heads import HeadRange
+from hetu.parallel.plan.instructions import Attend
 
 GATHERED = 1
 """The buffer of all tokens."""

@@ -41,7 +41,7 @@ from hetu.ops._attention import (
     refuse,
 )
 from hetu.ops.sources import constant, placeholder
-from hetu.parallel.varlen import VarlenPlan
+from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
 _SIDES = ("q", "k")

@@ -14,7 +14,7 @@ from hetu.ops._layout_op import LayoutOp, Lists
 from hetu.ops._parallel_key import LayoutKey
 from hetu.ops._samples import eighths
 from hetu.ops.sources import placeholder
-from hetu.parallel.tokens import TokenTable
+from hetu.parallel.layout.tokens import TokenTable
 
 
 @register

@@ -1,12 +1,13 @@
 """Which pipeline holds which tokens, what attends to what, and who sends what to whom: integers only."""
 
-from hetu.parallel.builders import METHODS, build_pipeline_plan, build_plan
-from hetu.parallel.cost import Cost, Hardware
-from hetu.parallel.layout import GroupLayout, Layout, Spans
-from hetu.parallel.plan import AttnPlan, Heads
-from hetu.parallel.segments import QuerySpans, SegmentTable
-from hetu.parallel.splits import SPLITS
-from hetu.parallel.strategy import Strategy, groups_of
+from hetu.parallel.attn_plan import AttnPlan, build_pipeline_plan, build_plan
+from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
+from hetu.parallel.layout.splits import SPLITS
+from hetu.parallel.layout.strategy import Strategy, groups_of
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
+from hetu.parallel.methods import METHODS
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.views.cost import Cost, Hardware
 
 __all__ = [
     "METHODS",

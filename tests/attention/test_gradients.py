@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from parallel.plans import holding_back
 
 import hetu
-from hetu.parallel.plan import Attend, AttnPlan
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Attend
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 

@@ -24,7 +24,7 @@ from devices import ON_CUDA
 import hetu
 from hetu.backends.attention import BackwardState, new_state
 from hetu.backends.kernels import attention_kernel, backward_kernel
-from hetu.parallel.segments import take_turns, varlen_tables
+from hetu.parallel.mask.segments import take_turns, varlen_tables
 
 pytestmark = pytest.mark.timeout(900)  # waiting for each other counts too
 

@@ -16,7 +16,7 @@ from parallel.plans import holding_back
 
 import hetu
 from hetu.backends import lower_attention, lower_attention_backward, lower_heads
-from hetu.parallel.builders import METHODS
+from hetu.parallel.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -14,7 +14,7 @@ from parallel.plans import holding_back
 import hetu
 from hetu.backends.comm import LocalComm, LocalWorld, set_world
 from hetu.parallel import SPLITS
-from hetu.parallel.builders import METHODS
+from hetu.parallel.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 WIDTH = (HEADS + 2 * KV_HEADS) * HEAD_DIM

@@ -14,7 +14,7 @@ from attention.test_gradients import reference
 import hetu
 from hetu.backends.attention import BackwardState, Dropout, attention_delta, compute_dtype, new_state
 from hetu.backends.kernels import attention_kernel, backward_kernel
-from hetu.parallel.varlen import VarlenPlan
+from hetu.parallel.plan.varlen import VarlenPlan
 
 Tensors = dict[str, torch.Tensor]
 

@@ -11,7 +11,7 @@ import torch
 
 from hetu.backends.attention import Attend, AttentionState, Dropout, new_state
 from hetu.backends.dropout import keep_mask
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, take_turns
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, Turn, take_turns
 
 
 @dataclass(frozen=True)

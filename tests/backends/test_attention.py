@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hetu.backends.attention import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
 from hetu.backends.kernels import attention_kernel
-from hetu.parallel.segments import SegmentTable, take_turns, varlen_tables
+from hetu.parallel.mask.segments import SegmentTable, take_turns, varlen_tables
 
 LENGTHS = [0, 1, 63, 127, 129]
 DROPOUT = Dropout(0.3, dropout_key(11, 2, 0))

@@ -13,7 +13,7 @@ from hetu.backends.attention import BackwardState, Dropout, attention_delta
 from hetu.backends.dropout import keep_mask
 from hetu.backends.kernels import attention_kernel, backward_kernel
 from hetu.backends.triton import BackwardTiles, Tile, launch_backward
-from hetu.parallel.segments import varlen_tables
+from hetu.parallel.mask.segments import varlen_tables
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a gradient, relative to the largest entry."""

@@ -13,22 +13,13 @@ from parallel.plans import KV_METHODS, broadcast, holding_back
 import hetu
 from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
 from hetu.parallel import Layout, QuerySpans, SegmentTable, build_plan
-from hetu.parallel.memory import scratch_rows
-from hetu.parallel.own_gradients import OwnGradients, own_gradients
-from hetu.parallel.plan import (
-    Accumulate,
-    Attend,
-    AttnPlan,
-    Kind,
-    PipelinePlan,
-    Receive,
-    Runs,
-    Send,
-    Source,
-    Turn,
-    Wait,
-    turns,
-)
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.segments import Turn
+from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Source, Wait
+from hetu.parallel.plan.own_gradients import OwnGradients, own_gradients
+from hetu.parallel.plan.parts import PipelinePlan, turns
+from hetu.parallel.plan.memory import scratch_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -34,7 +34,7 @@ from hetu.backends.triton.variants import (
 )
 from hetu.backends.triton.variants_backward import BackwardTiles
 from hetu.backends.triton.work import query_work
-from hetu.parallel.segments import SegmentTable, varlen_tables
+from hetu.parallel.mask.segments import SegmentTable, varlen_tables
 
 
 @pytest.mark.parametrize("is_backward", [False, True])

@@ -23,9 +23,12 @@ import hetu
 from hetu.backends.comm import Held, LocalComm, follow, follow_backward, follow_heads, recorder, run_lock_step
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
 from hetu.parallel import METHODS, Layout, build_plan
-from hetu.parallel.cost import transfer_bytes
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, Kind, PipelinePlan, Receive, Send, Wait
-from hetu.parallel.trace import link_lane
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
+from hetu.parallel.plan.parts import PipelinePlan
+from hetu.parallel.views.cost import transfer_bytes
+from hetu.parallel.views.trace import link_lane
 
 SEEDS = st.integers(0, 2**32 - 1)
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from hetu.backends.triton.records import (
     WorkList,
 )
 from hetu.backends.triton.work import key_work, query_work
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
 
 Record = dict[str, int]
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from hetu.parallel import Heads, Layout, groups_of
-from hetu.parallel.pieces import balance_pieces
+from hetu.parallel.layout.pieces import balance_pieces
 
 HEADS = Heads(num_q=2, num_kv=1, head_dim=8, itemsize=4)
 Tokens = list[tuple[int, int]]

@@ -13,10 +13,14 @@ import pytest
 from parallel.cases import HEADS
 
 import hetu
-from hetu.parallel import METHODS, Layout, hold_back
-from hetu.parallel.builders import _exchange, _Part
-from hetu.parallel.peers import whole
-from hetu.parallel.plan import Attend, AttnPlan, Instruction, PipelinePlan, Receive, Send
+from hetu.parallel import METHODS, Layout
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.methods import hold_back
+from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.part import PartBuilder
+from hetu.parallel.methods.peers import whole
+from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Send
+from hetu.parallel.plan.parts import PipelinePlan
 
 KV_METHODS = tuple(method for method in METHODS if method != "ulysses")
 """Those that move keys and values."""
@@ -45,9 +49,9 @@ def in_orders(
     parts: dict[int, PipelinePlan] = {}
     for group in layout.groups:
         R = len(group.members)
-        taken, given, tables, landed, sent = _exchange(group, slice(0, R), is_causal)
+        taken, given, tables, landed, sent = exchange(group, slice(0, R), is_causal)
         for i in range(R):
-            part = _Part(group, i, layout.num_pipelines)
+            part = PartBuilder(group, i, layout.num_pipelines)
             needed = [c for c in order(i, R) if c == i or taken[i][c]]
             buffers = dict(zip([c for c in needed if c != i], itertools.cycle(range(1, num_buffers + 1)), strict=False))
             sends = [(r, sent[r][i]) for r in range(R) if r != i and given[r][i]]
@@ -64,7 +68,8 @@ def in_orders(
                     part.wait_for(c)
                     part.attend(buffers[c], tables[i * R + c], [(c, landed[i][c])])
             parts[part.pipeline] = part.finish()
-    return AttnPlan(layout, "in orders", is_causal, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
+    # The backward of "direct" turns whatever moves keys and values round.
+    return AttnPlan(layout, "direct", is_causal, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
 def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:

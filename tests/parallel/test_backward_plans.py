@@ -14,8 +14,9 @@ from parallel.plans import KV_METHODS, attends, broadcast, find, holding_back, i
 
 import hetu
 from hetu.parallel import METHODS, Hardware, Heads, Layout, build_plan
-from hetu.parallel.memory import scratch_rows
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send, Source, Wait
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Source, Wait
+from hetu.parallel.plan.memory import scratch_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -13,11 +13,14 @@ from parallel.cases import HEADS, random_case, random_custom_layout
 from parallel.plans import KV_METHODS, attends, broadcast, holding_back, in_orders, refused, with_instructions
 
 import hetu
-from hetu.parallel import Hardware, Heads, Layout, QuerySpans, SegmentTable, build_plan, hold_back
-from hetu.parallel.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
-from hetu.parallel.memory import scratch_rows
-from hetu.parallel.own_gradients import OwnGradients
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Instruction, Kind, Receive, Send, Wait
+from hetu.parallel import Hardware, Heads, Layout, QuerySpans, SegmentTable, build_plan
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.methods import hold_back
+from hetu.parallel.methods.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
+from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Instruction, Receive, Send, Wait
+from hetu.parallel.plan.own_gradients import OwnGradients
+from hetu.parallel.plan.memory import scratch_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 LARGE = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)

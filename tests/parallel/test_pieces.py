@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hetu.parallel import Layout
-from hetu.parallel.pieces import SLACK, balance_pieces, deal_pieces
+from hetu.parallel.layout.pieces import SLACK, balance_pieces, deal_pieces
 
 
 def work(pieces: np.ndarray) -> np.ndarray:

@@ -10,7 +10,8 @@ from parallel.cases import HEADS, random_case, random_custom_layout
 from parallel.plans import KV_METHODS
 
 from hetu.parallel import METHODS, Hardware, Layout, build_pipeline_plan, build_plan
-from hetu.parallel.plan import Attend, AttnPlan, Receive, Send, Wait
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Attend, Receive, Send, Wait
 
 Counts = list[np.ndarray]
 """For each pipeline how often each (row, token of its group) pair was computed."""

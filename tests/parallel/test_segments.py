@@ -7,8 +7,8 @@ import pytest
 from parallel.cases import random_case, random_custom_layout
 
 from hetu.parallel import SPLITS, GroupLayout, Layout, QuerySpans, SegmentTable
-from hetu.parallel.segments import take_turns, varlen_tables
-from hetu.parallel.tables import extents, see
+from hetu.parallel.mask.segments import take_turns, varlen_tables
+from hetu.parallel.methods.tables import extents, see
 
 
 def columns(spans: QuerySpans, table: SegmentTable) -> list[list[int]]:

@@ -16,8 +16,9 @@ from parallel.traces import check_events, lane_names, named_steps, steps, steps_
 
 import hetu
 from hetu.parallel import METHODS, Hardware, Heads, Layout, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Receive, Send, Wait
-from hetu.parallel.trace import microseconds
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Wait
+from hetu.parallel.views.trace import microseconds
 
 SEEDS = st.integers(0, 2**32 - 1)
 PAIR = 4 * HEADS.head_dim * HEADS.num_q

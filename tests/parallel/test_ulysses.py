@@ -15,9 +15,11 @@ from parallel.plans import refused, with_instructions
 
 import hetu
 from hetu.parallel import Heads, Layout, build_pipeline_plan, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, HeadRange, Kind, Receive, Runs, Send, Wait
-from hetu.parallel.segments import SegmentTable
-from hetu.parallel.ulysses import alike, deal, sequence_rows
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.segments import SegmentTable
+from hetu.parallel.methods.ulysses import alike, deal, sequence_rows
+from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 
 SEEDS = st.integers(0, 2**32 - 1)
 RATIOS = st.sampled_from([(1, 1), (2, 1), (4, 2), (5, 5), (6, 2), (7, 7), (12, 3)])

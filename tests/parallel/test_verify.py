@@ -12,8 +12,9 @@ from parallel.plans import find, refused, with_instructions
 
 import hetu
 from hetu.parallel import SPLITS, Layout, build_plan
-from hetu.parallel.plan import Attend, AttnPlan, Receive, Runs, Send, Source, Wait
-from hetu.parallel.segments import SegmentTable
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.segments import SegmentTable
+from hetu.parallel.plan.instructions import Attend, Receive, Runs, Send, Source, Wait
 
 
 def good(method: str = "direct", split: str = "sym", count: int = 3, is_causal: bool = True) -> AttnPlan:

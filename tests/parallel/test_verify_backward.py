@@ -13,7 +13,9 @@ from parallel.plans import broadcast, find, refused, with_instructions
 
 import hetu
 from hetu.parallel import Layout, build_plan
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Kind, Receive, Runs, Send, Wait
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 
 
 def good(method: str = "direct", count: int = 3, is_causal: bool = True) -> AttnPlan:

@@ -7,8 +7,10 @@ from collections import Counter
 from itertools import pairwise
 from typing import Any
 
-from hetu.parallel.plan import Accumulate, Attend, AttnPlan, Copy, PipelinePlan, Receive, Send
-from hetu.parallel.report import step_names
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send
+from hetu.parallel.plan.parts import PipelinePlan
+from hetu.parallel.views.report import step_names
 
 Event = dict[str, Any]
 

@@ -19,7 +19,8 @@ from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
 from hetu.errors import CommunicationError
-from hetu.parallel.plan import AttnPlan, Send
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Send
 
 FILLING = 1.0
 """Seconds in which what never came is filled with NaN; a host that hangs in CUDA may hold that up."""

@@ -1,8 +1,8 @@
 """The interpreter of parts that exchange heads for tokens: one loop for forward and backward, over any communicator.
 
-What such a part holds is named by values of a token, see :class:`hetu.parallel.heads.Kind`: in buffer 0, of the own
-rows and all heads; in buffer 1, of all rows of the group and the pipeline's heads, all values of a kind in one tensor,
-so that what is one stretch on the wire lands where it is attended to.
+What such a part holds is named by values of a token, see :class:`hetu.parallel.plan.heads.Kind`: in buffer 0, of the
+own rows and all heads; in buffer 1, of all rows of the group and the pipeline's heads, all values of a kind in one
+tensor, so that what is one stretch on the wire lands where it is attended to.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from hetu.backends.attention import compute_dtype
 from hetu.backends.comm.interpreter import Communicator, Sends, indices, pack, wait_for
 from hetu.backends.comm.recorder import watched
-from hetu.parallel.plan import Accumulate, Attend, Copy, HeadRange, Heads, Kind, PipelinePlan, Receive, Runs, Send, Wait
+from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
+from hetu.parallel.plan.parts import PipelinePlan
 
 Values = Mapping[str, torch.Tensor]
 """Values of rows by name: ``(rows, heads, numbers)`` each, in any strides."""

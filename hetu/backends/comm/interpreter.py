@@ -11,8 +11,10 @@ import torch
 from hetu.backends.attention import compute_dtype
 from hetu.backends.comm.recorder import watched
 from hetu.backends.transfer import copied_to
-from hetu.parallel.own_gradients import own_gradients
-from hetu.parallel.plan import Accumulate, Attend, PipelinePlan, Receive, Runs, Send, Turn, Wait, batches, turns
+from hetu.parallel.mask.segments import Turn
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
+from hetu.parallel.plan.own_gradients import own_gradients
+from hetu.parallel.plan.parts import PipelinePlan, batches, turns
 
 AttendStep = Callable[[Attend, torch.Tensor, Turn | None], None]
 """Attends to a buffer ``(rows, 2, H_kv, head_dim)``, in its turn."""
@@ -83,8 +85,8 @@ def follow_backward(
         plan: The part.
         kv: Keys and values of its shard, ``(rows, 2, H_kv, head_dim)``.
         dkv: Their gradients, of the same shape; every row is written, whatever it held. float32 (float64 for float64
-            inputs) where several parts are summed up, see :attr:`~hetu.parallel.plan.PipelinePlan.sums_gradients`;
-            else that or kv's dtype.
+            inputs) where several parts are summed up, see
+            :attr:`~hetu.parallel.plan.parts.PipelinePlan.sums_gradients`; else that or kv's dtype.
         comm: What carries rows.
         attend: What computes a step.
 
@@ -178,7 +180,7 @@ def _place(buffers: Buffers, item: Receive) -> torch.Tensor:
 
 
 class Sends:
-    """Packs what is sent together before any of it is sent; see :func:`hetu.parallel.plan.batches`.
+    """Packs what is sent together before any of it is sent; see :func:`hetu.parallel.plan.parts.batches`.
 
     Args:
         plan: The pipeline's part of the plan.

@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 
 from hetu.errors import CommunicationError
-from hetu.parallel.plan import Receive, Send
+from hetu.parallel.plan.instructions import Receive, Send
 
 
 class LocalComm:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.profiler import record_function
 
-from hetu.parallel.plan import Instruction, PipelinePlan, Receive, Send, Wait
-from hetu.parallel.report import step_names
-from hetu.parallel.trace import COMPUTE, Event, lane_events, link_lane, step_args, step_event
+from hetu.parallel.plan.instructions import Instruction, Receive, Send, Wait
+from hetu.parallel.plan.parts import PipelinePlan
+from hetu.parallel.views.report import step_names
+from hetu.parallel.views.trace import COMPUTE, Event, lane_events, link_lane, step_args, step_event
 
 if TYPE_CHECKING:
     from hetu.backends.comm.interpreter import Communicator

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from hetu.backends.comm.control import seconds
 from hetu.backends.comm.local import LocalComm
-from hetu.parallel.plan import Receive, Send
+from hetu.parallel.plan.instructions import Receive, Send
 
 if TYPE_CHECKING:
     from hetu.backends.comm.distributed import DistributedWorld

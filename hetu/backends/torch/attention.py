@@ -12,7 +12,7 @@ from hetu.backends.attention import AttentionState, compute_dtype, with_positive
 from hetu.backends.dropout import Dropout, keep_mask
 from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""

@@ -15,7 +15,7 @@ from hetu.backends.attention import BackwardState, compute_dtype
 from hetu.backends.dropout import Dropout, keep_mask
 from hetu.backends.precision import in_own_precision
 from hetu.backends.transfer import copied_to
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 """Queries and keys of a block: what a core's cache holds, and what keeps a GPU busy."""

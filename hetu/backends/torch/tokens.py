@@ -10,7 +10,7 @@ from torch import fx
 
 from hetu.backends.lowering import NodeLowering, lowering
 from hetu.backends.transfer import copied_to
-from hetu.parallel.tokens import TokenTable
+from hetu.parallel.layout.tokens import TokenTable
 
 
 def hetu_layout_tokens(table: TokenTable, pipelines: Sequence[int], device: torch.device) -> list[torch.Tensor]:

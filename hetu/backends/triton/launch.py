@@ -30,7 +30,7 @@ from hetu.backends.triton.variants import (
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
 from hetu.backends.triton.work import query_work
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 AnyVariant = TypeVar("AnyVariant", Variant, BackwardVariant)
 AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)

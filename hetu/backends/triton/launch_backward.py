@@ -35,7 +35,7 @@ from hetu.backends.triton.variants import (
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
 from hetu.backends.triton.work import key_work, query_work
-from hetu.parallel.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 
 def attend_backward(

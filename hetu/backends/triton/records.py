@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.parallel.segments import IntArray
+from hetu.parallel.mask.segments import IntArray
 
 Int32Array = NDArray[np.int32]
 
@@ -42,7 +42,7 @@ keys alone; of values alone."""
 
 MERGES, CONTINUES = 4, 8
 """Added to the role of a program for queries: whether there is a running result to add to, and whether what it computes
-is one; see :class:`hetu.parallel.segments.Turn`."""
+is one; see :class:`hetu.parallel.mask.segments.Turn`."""
 
 MORE = slice(QUERY_FIELDS.index("more_begin"), QUERY_FIELDS.index("more_end") + 1)
 ROLE = QUERY_FIELDS.index("role")

@@ -28,7 +28,7 @@ from hetu.backends.triton.records import (
     Int32Array,
     WorkList,
 )
-from hetu.parallel.segments import IntArray, QuerySpans, SegmentTable, Turn, least
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, Turn, least
 
 # Places in a record, looked up once: a new set of lengths waits for every microsecond spent here.
 _ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
@@ -56,7 +56,7 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         turn: Of the step, if it is one of several; blocks that see nothing are listed where it covers all rows.
 
     Example:
-        >>> from hetu.parallel.segments import varlen_tables
+        >>> from hetu.parallel.mask.segments import varlen_tables
         >>> cu_seqlens = np.array([0, 5, 12])
         >>> work = query_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), tokens=4)
         >>> [dict(zip(("row", "rows"), record[:2].tolist())) for record in work.items]
@@ -103,7 +103,7 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         block_n: Keys of a block.
 
     Example:
-        >>> from hetu.parallel.segments import varlen_tables
+        >>> from hetu.parallel.mask.segments import varlen_tables
         >>> cu_seqlens = np.array([0, 5, 12])
         >>> work = key_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), block_n=4)
         >>> [dict(zip(("k_row", "rows"), record[:2].tolist())) for record in work.items]

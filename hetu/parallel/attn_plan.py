@@ -1,0 +1,181 @@
+"""AttnPlan: the users' face of a plan, and :func:`build_plan`, which makes one.
+
+A plan is data, see :mod:`hetu.parallel.plan.parts`. This is the only module that knows the methods, which make that
+data, and those that read it: the proof and the views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hetu.errors import PlanError, StrategyError, caller
+from hetu.parallel.layout.layout import Layout
+from hetu.parallel.methods import AUTO, METHODS, Method
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.plan.memory import peak_bytes
+from hetu.parallel.plan.parts import PipelinePlan, PlanData
+from hetu.parallel.proof import verify
+from hetu.parallel.views import report
+from hetu.parallel.views.cost import Cost, Hardware, predict
+from hetu.parallel.views.trace import predicted_trace
+
+
+class AttnPlan(PlanData):
+    """What every pipeline of a strategy does in one ``parallel_attn``.
+
+    Attributes:
+        layout: Which token lies where.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        is_causal: Whether the mask is causal.
+        heads: Widths of a token's row.
+        pipelines: One part a pipeline, in order.
+        is_backward: Whether it computes the gradients; see :meth:`backward`.
+    """
+
+    __slots__ = ()
+
+    def backward(self) -> AttnPlan:
+        """The plan of the gradients of the attention that this plan computes; made once.
+
+        Keys and values travel once more, as they do here. Gradients of foreign rows return to their owner, and those
+        of a row that come from several pipelines do so in float32, and are added in an order that the plan fixes. A
+        pipeline may attend to its own rows in two parts, the second while the last gradients travel.
+
+        Raises:
+            PlanError: If this plan is a backward itself, or can't be followed to its end.
+
+        Example:
+            >>> from hetu.parallel import build_plan
+            >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+            >>> print(plan.backward().summary())
+            direct backward, causal: 4 tokens of 1 document on 2 pipelines in 1 group; 10 pairs, largest share 1.40 of
+            the mean; 1.5 kB sent
+        """
+        if self.is_backward:
+            raise PlanError("this plan is a backward already", op="plan", fix="turn the plan of the forward round")
+        if "backward" not in self.memo:
+            parts = METHODS[self.method].backward(self)
+            self.memo["backward"] = replace(self, pipelines=parts, is_backward=True, memo={})
+        plan: AttnPlan = self.memo["backward"]
+        return plan
+
+    def peak_bytes(self, pipeline: int) -> int:
+        """Most bytes that a pipeline holds at a time.
+
+        Its shard, its buffers and the packed rows that are still being sent; its output and lse, and with several
+        steps the running output in float32. In the backward also the gradients: of output, queries, keys and values
+        in the user's dtype, those that are summed up in float32, those computed of foreign rows, and landing buffers.
+        """
+        return peak_bytes(self, self.pipelines[pipeline])
+
+    def verify(self, max_bytes: int | None = None) -> None:
+        """Proves, without running it, that the plan computes the attention and can be followed.
+
+        Every allowed (query, key) pair is computed exactly once and no other; sends and receives pair up; the
+        pipelines can't wait for each other for ever; no buffer is read before its rows have landed or filled while
+        it is being sent; no pipeline holds more rows than its group has tokens. In the backward also: every gradient
+        of a foreign row comes home, to the very row of its owner, and is added there exactly once.
+
+        Args:
+            max_bytes: What a pipeline may take; see :meth:`peak_bytes`.
+
+        Raises:
+            PlanError: Saying which pair, which transfer, which buffer or which gradient is wrong.
+        """
+        verify(self, max_bytes)
+
+    def cost(self, hardware: Hardware) -> Cost:
+        """FLOPs, bytes a link, peak memory and predicted time on given hardware."""
+        return predict(self, hardware)
+
+    def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
+        """The timeline that :meth:`cost` predicts, as a trace for https://ui.perfetto.dev or chrome://tracing.
+
+        A pipeline is a process of the trace, with a lane for what it computes and one for each link; steps are named as
+        in ``print(plan)``. An arrow leads from each transfer to the step that needs it.
+
+        Args:
+            hardware: What to predict for; an H100 if None.
+
+        Returns:
+            A Chrome trace, to be written by ``json.dump``.
+
+        Raises:
+            PlanError: If the plan deadlocks.
+
+        Example:
+            >>> from hetu.parallel import Hardware, build_plan
+            >>> plan = build_plan(Layout.build([4, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+            >>> slow = Hardware(flops=256e6, link_bytes=128e6, latency=1e-6, memory_bytes=1e9)  # a pair takes 1 µs
+            >>> for event in plan.trace(slow)["traceEvents"]:
+            ...     if event["ph"] == "X":
+            ...         print(event["pid"], event["tid"], event["ts"], event["dur"], event["name"])
+            0 3 0.0 9.0 send 4 rows (1 run) of buffer 0 to 1
+            0 0 0.0 10.0 attend buffer 0 (rows of 0): 1 segment, 10 pairs
+            1 2 0.0 9.0 receive 4 rows from 0 into buffer 1
+            1 0 0.0 3.0 attend buffer 0 (rows of 1): 1 segment, 3 pairs
+            1 0 3.0 6.0 wait for what comes from 0
+            1 0 9.0 8.0 attend buffer 1 (rows of 0): 1 segment, 8 pairs
+        """
+        return predicted_trace(self, hardware)
+
+    def summary(self) -> str:
+        """One line: the method, the size of the problem, its balance, and what is moved."""
+        return report.summary(self)
+
+    def __str__(self) -> str:
+        return report.table(self)
+
+    def __repr__(self) -> str:
+        return f"<AttnPlan {self.summary()}>"
+
+
+def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, heads: Heads) -> AttnPlan:
+    """What every pipeline does.
+
+    Args:
+        layout: Which token lies where.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
+            move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
+            computation before it.
+        is_causal: Whether a query sees only keys up to its own position in its document.
+        heads: Widths of a token's row.
+
+    Raises:
+        StrategyError: If there is no such method.
+
+    Example:
+        >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+        >>> [plan.pairs(r) for r in range(2)], plan.bytes_sent(0)
+        ([3, 7], 512)
+    """
+    name, chosen = _find(method)
+    parts: dict[int, PipelinePlan] = {}
+    for group in layout.groups:
+        for part in chosen.forward(group, slice(0, len(group.members)), is_causal, layout.num_pipelines, heads):
+            parts[part.pipeline] = part
+    return AttnPlan(layout, name, is_causal, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
+
+
+def build_pipeline_plan(
+    layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True, heads: Heads
+) -> PipelinePlan:
+    """One pipeline's part of what :func:`build_plan` gives, without building the others'.
+
+    Example:
+        >>> heads = Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2)
+        >>> part = build_pipeline_plan(Layout.build([2, 2], [0, 0]), 1, method="ring", heads=heads)
+        >>> [type(item).__name__ for item in part.instructions]
+        ['Receive', 'Attend', 'Wait', 'Attend']
+    """
+    group, member = layout.place(pipeline)
+    return _find(method)[1].forward(group, slice(member, member + 1), is_causal, layout.num_pipelines, heads)[0]
+
+
+def _find(method: str) -> tuple[str, Method]:
+    name = AUTO if method == "auto" else method
+    if name not in METHODS:
+        names = ", ".join(("auto", *METHODS))
+        raise StrategyError(f"there is no method {method!r}", op="plan", where=caller(), fix=f"use one of {names}")
+    return name, METHODS[name]

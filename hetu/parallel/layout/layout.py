@@ -1,0 +1,391 @@
+"""Which token lies where: spans of documents on pipelines, and nothing about how they came there.
+
+A document is a sequence of a batch, or one of those that a packed sequence is made of. On every pipeline the tokens
+that it holds of a document are consecutive local rows in rising order of position, and documents follow each other
+in order. All splits are such layouts, and so is whatever a planner invents (:meth:`Layout.from_spans`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hetu.errors import ShapeError, StrategyError, caller
+from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
+from hetu.parallel.layout.splits import SPLITS, Parts
+from hetu.parallel.layout.strategy import check_lengths, groups_of
+from hetu.parallel.mask.segments import IntArray, QuerySpans
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """Runs of evenly spaced tokens, none empty. Struct of arrays, ordered by member and then by row.
+
+    Attributes:
+        member: Which member of the group holds the run.
+        document: The document's number in its group.
+        start: Position in the document of the first token.
+        length: Tokens.
+        step: Distance in positions between neighbours.
+        row: Local row of the first token; neighbours follow at distance 1.
+    """
+
+    member: IntArray
+    document: IntArray
+    start: IntArray
+    length: IntArray
+    step: IntArray
+    row: IntArray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def positions(self) -> IntArray:
+        """The position of every token, span after span."""
+        ends = self.length.cumsum()
+        number = np.arange(ends[-1] if len(ends) else 0) - (ends - self.length).repeat(self.length)
+        return self.start.repeat(self.length) + number * self.step.repeat(self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """The documents of one context group on its members.
+
+    Attributes:
+        index: The group's number in the layout.
+        value: Its value in ``cp_groups``.
+        members: Its pipelines' numbers in the strategy.
+        seq_lens: ``(R,)`` tokens of each sequence on each member.
+        is_packed: Whether the documents are one packed sequence rather than a batch.
+        pieces: ``(R, B)`` tokens of each document on each member.
+        parts: The spans as a regular table, where the layout is one of the splits.
+        custom_spans: The spans, where it is not.
+    """
+
+    index: int
+    value: int
+    members: tuple[int, ...]
+    seq_lens: IntArray
+    is_packed: bool
+    pieces: IntArray
+    parts: Parts | None
+    custom_spans: Spans | None = None
+
+    @cached_property
+    def lengths(self) -> IntArray:
+        """``(B,)`` tokens of each document."""
+        return self.pieces.sum(0)
+
+    @cached_property
+    def offsets(self) -> IntArray:
+        """``(B,)`` where each document begins among the rows of the group."""
+        return self.lengths.cumsum() - self.lengths
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Rows of each member's shard."""
+        rows: list[int] = self.pieces.sum(1).tolist()
+        return rows
+
+    @property
+    def tokens(self) -> int:
+        """Rows of all shards together."""
+        return sum(self.rows)
+
+    @cached_property
+    def piece_row(self) -> IntArray:
+        """``(R, B)`` local row of each piece's first token."""
+        return self.pieces.cumsum(1) - self.pieces
+
+    @cached_property
+    def part_offset(self) -> IntArray:
+        """``(R, K)`` tokens of the member's piece that lie in earlier parts of the document."""
+        assert self.parts is not None
+        row = self.parts.length.cumsum(1)
+        row -= self.parts.length
+        row -= self.piece_row.take(self.parts.document, axis=1)
+        return row
+
+    @cached_property
+    def spans(self) -> Spans:
+        """All members' spans."""
+        parts = self.parts
+        if parts is None:
+            assert self.custom_spans is not None
+            return self.custom_spans
+        cell = np.flatnonzero(parts.length != 0)
+        member = cell // max(parts.length.shape[1], 1)
+        return Spans(
+            member=member,
+            document=parts.document.take(cell - member * parts.length.shape[1]),
+            start=parts.start.take(cell),
+            length=parts.length.take(cell),
+            step=parts.step.take(cell),
+            row=(parts.length.cumsum(1) - parts.length).take(cell),
+        )
+
+    @cached_property
+    def bounds(self) -> list[int]:
+        """``R + 1`` bounds between the members in :attr:`spans`."""
+        bounds: list[int] = self.spans.member.searchsorted(np.arange(len(self.members) + 1)).tolist()
+        return bounds
+
+    @cached_property
+    def _slots(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Slot, slot_row and column of every span; see :class:`~hetu.parallel.mask.segments.QuerySpans`."""
+        spans, zeros = self.spans, np.zeros(len(self.spans), np.int64)
+        if self.is_packed:
+            return zeros, spans.row, self.offsets.take(spans.document)
+        return spans.document, spans.row - spans.document * self.seq_lens.take(spans.member), zeros
+
+    def query_spans(self, member: int) -> QuerySpans:
+        """A member's rows as the query spans of its plan."""
+        own, spans = slice(self.bounds[member], self.bounds[member + 1]), self.spans
+        slot, slot_row, column = self._slots
+        return QuerySpans(
+            start=spans.row[own],
+            length=spans.length[own],
+            document=spans.document[own],
+            position=spans.start[own],
+            step=spans.step[own],
+            slot=slot[own],
+            slot_row=slot_row[own],
+            column=column[own],
+        )
+
+    @cached_property
+    def _by_row(self) -> tuple[IntArray, IntArray]:
+        """Document and position of every row of every member, one member after the other."""
+        return self.spans.document.repeat(self.spans.length), self.spans.positions
+
+    def rows_of(self, member: int) -> tuple[IntArray, IntArray]:
+        """Document and position of every local row of a member."""
+        end = sum(self.rows[: member + 1])
+        own = slice(end - self.rows[member], end)
+        return self._by_row[0][own], self._by_row[1][own]
+
+
+class Layout:
+    """Which token of which document lies on which pipeline, for all context groups of a strategy.
+
+    Example:
+        >>> layout = Layout.build([3, 5], [0, 0], split="sym")
+        >>> [layout.positions(r).tolist() for r in range(2)]
+        [[0, 6, 7], [1, 2, 3, 4, 5]]
+        >>> shards = layout.scatter(np.arange(8) * 10)
+        >>> shards[0].tolist(), layout.gather(shards).tolist()
+        ([0, 60, 70], [0, 10, 20, 30, 40, 50, 60, 70])
+    """
+
+    def __init__(self, groups: Sequence[GroupLayout]) -> None:
+        self.groups = tuple(groups)
+        places = {r: (g.index, member) for g in self.groups for member, r in enumerate(g.members)}
+        self._places = [places[r] for r in range(len(places))]
+
+    @classmethod
+    def build(
+        cls,
+        seq_lens: Sequence[int],
+        cp_groups: Sequence[int],
+        *,
+        split: str = "normal",
+        batch: int | Sequence[int] = 1,
+        cu_seqlens: Any = None,
+    ) -> Layout:
+        """The layout of a split.
+
+        Args:
+            seq_lens: Tokens of each sequence on each pipeline.
+            cp_groups: Each pipeline's context group.
+            split: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
+            batch: Sequences in each group's batch: one number, or one a group in the order of
+                :func:`~hetu.parallel.layout.strategy.groups_of`. 1 with packing.
+            cu_seqlens: With packing, int ``(B + 1,)``, the cumulative lengths of the whole group's documents, or
+                ``(R, B + 1)``, those of the pieces on each pipeline of the group: one array, or a list of one a group.
+
+        Raises:
+            StrategyError: If there is no such split, or the lists don't fit each other.
+            ShapeError: If cu_seqlens has another shape.
+            BindingError: If its numbers don't fit the lengths.
+        """
+        check_lengths(seq_lens, cp_groups)
+        if split not in SPLITS:
+            names = ", ".join(SPLITS)
+            raise StrategyError(f"there is no split {split!r}", op="layout", where=caller(), fix=f"use one of {names}")
+        share, arrange = SPLITS[split]
+        by_value = groups_of(cp_groups)
+        cus = cu_seqlens_lists(cu_seqlens, len(by_value))
+        batches = batch_lists(batch, len(by_value), is_packed=cu_seqlens is not None)
+        groups = []
+        for index, (value, members) in enumerate(by_value.items()):
+            lens = np.array([seq_lens[r] for r in members], np.int64)
+            if cus is None:
+                check_total(value, int(lens.sum()) * batches[index])
+                pieces = lens[:, None].repeat(batches[index], axis=1)
+            else:
+                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(share)
+            groups.append(GroupLayout(index, value, members, lens, cus is not None, pieces, arrange(pieces)))
+        return cls(groups)
+
+    @classmethod
+    def from_spans(
+        cls, cp_groups: Sequence[int], lengths: Sequence[Any], spans: Sequence[Any], *, is_packed: bool = True
+    ) -> Layout:
+        """A layout that is none of the splits.
+
+        Args:
+            cp_groups: Each pipeline's context group.
+            lengths: For each group its documents' lengths, ``(B,)``.
+            spans: For each group an int array ``(n, 5)`` of runs ``(pipeline, document, start, length, step)``, with
+                pipelines numbered as in the strategy. The runs of a pipeline are its local rows, in order.
+            is_packed: Whether the documents are one packed sequence rather than a batch.
+
+        Raises:
+            ShapeError: If the lists don't fit each other.
+            StrategyError: If a token is missing or doubled, or a pipeline's rows are not in order.
+
+        Example:
+            >>> layout = Layout.from_spans([0, 0], [[6]], [[(0, 0, 0, 2, 5), (1, 0, 1, 4, 1)]])
+            >>> print(layout)
+            group 0: 1 document, 6 tokens on 2 pipelines
+              pipeline 0: 2 tokens   0[0:6:5]
+              pipeline 1: 4 tokens   0[1:5]
+        """
+        by_value, groups = groups_of(cp_groups), []
+        if not len(by_value) == len(lengths) == len(spans):
+            raise ShapeError(
+                f"lengths of {len(lengths)} and spans of {len(spans)} groups, but there are {len(by_value)} groups",
+                op="layout",
+                where=caller(),
+                fix="give one array of each a context group",
+            )
+        for index, (value, members) in enumerate(by_value.items()):
+            table, pieces = check_spans(members, lengths[index], spans[index], is_packed=is_packed)
+            lens = pieces.sum(1) if is_packed or not pieces.size else pieces[:, 0]
+            ends = table[:, 3].cumsum()
+            before = np.concatenate([[0], pieces.sum(1).cumsum()])[table[:, 0]]
+            member, document, start, length, step = table.T.copy()
+            custom = Spans(member, document, start, length, step, ends - length - before)
+            groups.append(GroupLayout(index, value, members, lens, is_packed, pieces, None, custom))
+        return cls(groups)
+
+    @property
+    def num_pipelines(self) -> int:
+        return len(self._places)
+
+    def group_index(self, pipeline: int) -> int:
+        """The number of a pipeline's group, in the order of :func:`~hetu.parallel.layout.strategy.groups_of`."""
+        return self._places[pipeline][0]
+
+    def place(self, pipeline: int) -> tuple[GroupLayout, int]:
+        """A pipeline's group, and which member of it the pipeline is."""
+        index, member = self._places[pipeline]
+        return self.groups[index], member
+
+    def rows(self, pipeline: int) -> int:
+        """Rows of a pipeline's shard."""
+        group, member = self.place(pipeline)
+        return group.rows[member]
+
+    def documents(self, pipeline: int) -> IntArray:
+        """``(rows,)`` document of every local row."""
+        group, member = self.place(pipeline)
+        return group.rows_of(member)[0]
+
+    def positions(self, pipeline: int) -> IntArray:
+        """``(rows,)`` position in its document of every local row."""
+        group, member = self.place(pipeline)
+        return group.rows_of(member)[1]
+
+    def columns(self, pipeline: int) -> IntArray:
+        """``(rows,)`` where every local row stands among the rows of its group: document after document."""
+        group, member = self.place(pipeline)
+        document, position = group.rows_of(member)
+        return group.offsets[document] + position
+
+    def query_spans(self, pipeline: int) -> QuerySpans:
+        """The spans of a pipeline's rows."""
+        group, member = self.place(pipeline)
+        return group.query_spans(member)
+
+    def scatter(self, x: Any) -> list[Any]:
+        """Cuts a whole group's rows into the pipelines' shards.
+
+        Args:
+            x: ``(tokens, ...)``, document after document: a numpy array or a torch tensor; with several groups a list
+                of one a group.
+
+        Returns:
+            One array of the same kind a pipeline: ``(rows(r), ...)``.
+
+        Raises:
+            ShapeError: If the numbers of arrays or rows don't fit.
+        """
+        arrays = [x] if hasattr(x, "shape") else list(x)
+        if len(arrays) != len(self.groups):
+            _refuse(f"{len(arrays)} arrays for {len(self.groups)} context groups", "scatter one array a group")
+        for group, array in zip(self.groups, arrays, strict=True):
+            if len(array) != group.tokens:
+                _refuse(
+                    f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came",
+                    "scatter the rows of all documents of the group, one after the other",
+                )
+        return [arrays[self.group_index(r)][self.columns(r)] for r in range(self.num_pipelines)]
+
+    def gather(self, shards: Sequence[Any]) -> Any:
+        """Puts shards together again: the inverse of :meth:`scatter`.
+
+        Args:
+            shards: One array a pipeline, ``(rows(r), ...)``, numpy or torch.
+
+        Returns:
+            One array, or with several groups a list of one a group.
+
+        Raises:
+            ShapeError: If the numbers of shards or rows don't fit.
+        """
+        if len(shards) != self.num_pipelines:
+            _refuse(f"{len(shards)} shards for {self.num_pipelines} pipelines", "gather one shard a pipeline")
+        for r, shard in enumerate(shards):
+            if len(shard) != self.rows(r):
+                _refuse(
+                    f"pipeline {r} holds {self.rows(r)} rows, but its shard has {len(shard)}", "gather whole shards"
+                )
+        whole = []
+        for group in self.groups:
+            first = shards[group.members[0]]
+            shape = (group.tokens, *first.shape[1:])
+            # A torch tensor makes its own; this package never imports torch.
+            rows = first.new_empty(shape) if hasattr(first, "new_empty") else np.empty(shape, first.dtype)
+            for r in group.members:
+                rows[self.columns(r)] = shards[r]
+            whole.append(rows)
+        return whole if len(whole) > 1 else whole[0]
+
+    def digest(self) -> str:
+        """A hash of which token lies where: equal on every machine for equal layouts."""
+        digest = hashlib.blake2b(digest_size=16)
+        for group in self.groups:
+            spans = group.spans
+            digest.update(repr((group.value, group.members, group.is_packed, group.pieces.shape)).encode())
+            for array in (group.seq_lens, spans.member, spans.document, spans.start, spans.length, spans.step):
+                digest.update(array.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def __str__(self) -> str:
+        from hetu.parallel.views.report import describe_layout
+
+        return describe_layout(self)
+
+    def __repr__(self) -> str:
+        return f"<Layout of {self.num_pipelines} pipelines in {len(self.groups)} groups>"
+
+
+def _refuse(what: str, fix: str) -> None:
+    raise ShapeError(what, op="layout", where=caller(), fix=fix)

@@ -1,0 +1,1 @@
+"""What may see what: masks, and the segments that they turn into."""

@@ -1,0 +1,44 @@
+"""``all_gather``: what is needed of all peers lands in one buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.mask.segments import SegmentTable
+from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.part import PartBuilder
+from hetu.parallel.methods.peers import around, whole
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.plan.parts import PipelinePlan
+
+
+def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+    """What is needed of all peers lands in one buffer, and one step attends to it; the own shard is never copied."""
+    taken, given, tables, landed, sent = exchange(group, who, is_causal)
+    R, parts = len(group.members), []
+    for i, member in enumerate(range(who.start, who.stop)):
+        part = PartBuilder(group, member, num_pipelines)
+        sources = [c for c in range(R) if taken[i][c]]
+        offsets = dict(zip(sources, np.cumsum([0] + [taken[i][c] for c in sources]).tolist(), strict=False))
+        for c in sources:
+            part.receive(c, 1, taken[i][c], offsets[c])
+        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
+        for c in sources:
+            part.wait_for(c)
+        if sources:
+            table = _join([tables[i * R + c] for c in sources], [offsets[c] for c in sources])
+            part.attend(1, table, [(c, landed[i][c]) for c in sources])
+        parts.append(part.finish())
+    return parts
+
+
+def _join(tables: list[SegmentTable], offsets: list[int]) -> SegmentTable:
+    """Tables over parts of one buffer as one, ordered by query."""
+    query = np.concatenate([table.query for table in tables])
+    k_start = np.concatenate([table.k_start + offset for table, offset in zip(tables, offsets, strict=True)])
+    k_len = np.concatenate([table.k_len for table in tables])
+    diagonal = np.concatenate([table.diagonal for table in tables])
+    order = query.argsort(kind="stable")
+    return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order))

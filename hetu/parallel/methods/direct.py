@@ -1,0 +1,28 @@
+"""``direct``: each owner sends what is needed straight to who needs it."""
+
+from __future__ import annotations
+
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.part import PartBuilder
+from hetu.parallel.methods.peers import around, whole
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.plan.parts import PipelinePlan
+
+
+def direct(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+    """Each owner sends what is needed straight to who needs it, all at once; a buffer a peer, nearest peer first."""
+    taken, given, tables, landed, sent = exchange(group, who, is_causal)
+    R, parts = len(group.members), []
+    for i, member in enumerate(range(who.start, who.stop)):
+        part = PartBuilder(group, member, num_pipelines)
+        sources = [c for c in around(R, member, -1) if taken[i][c]]
+        for buffer, c in enumerate(sources, 1):
+            part.receive(c, buffer, taken[i][c])
+        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
+        for buffer, c in enumerate(sources, 1):
+            part.wait_for(c)
+            part.attend(buffer, tables[i * R + c], [(c, landed[i][c])])
+        parts.append(part.finish())
+    return parts

@@ -1,0 +1,78 @@
+"""Collects the instructions of one member, for the methods that move keys and values."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.mask.segments import IntArray, SegmentTable
+from hetu.parallel.methods.peers import transfer_number
+from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Runs, Send, Source, Wait
+from hetu.parallel.plan.parts import PipelinePlan
+
+
+class PartBuilder:
+    """Collects one member's instructions; knows transfers by their ends, and waits before a buffer is reused."""
+
+    def __init__(self, group: GroupLayout, member: int, num_pipelines: int) -> None:
+        self.group, self.member, self.num_pipelines = group, member, num_pipelines
+        self.pipeline = group.members[member]
+        self.buffers = [group.rows[member]]
+        self.instructions: list[Instruction] = []
+        self.sending: dict[int, list[int]] = {}  # buffer: transfers that may still read it
+
+    def _transfer(self, hop: int, source: int, target: int) -> int:
+        return transfer_number(hop, source, target, self.num_pipelines)
+
+    def receive(self, owner: int, buffer: int, rows: int, offset: int = 0, hop: int = 0) -> None:
+        self.instructions += [Wait(transfer) for transfer in self.sending.pop(buffer, ())]
+        peer = self.group.members[owner]
+        self.instructions.append(Receive(self._transfer(hop, peer, self.pipeline), peer, buffer, offset, rows))
+        self.buffers += [0] * (buffer + 1 - len(self.buffers))
+        self.buffers[buffer] = max(self.buffers[buffer], offset + rows)
+
+    def send(self, target: int, buffer: int, runs: Runs, hop: int = 0) -> None:
+        peer = self.group.members[target]
+        transfer = self._transfer(hop, self.pipeline, peer)
+        self.instructions.append(Send(transfer, peer, buffer, runs))
+        self.sending.setdefault(buffer, []).append(transfer)
+
+    def send_all(self, sends: list[tuple[int, Runs]]) -> None:
+        for target, runs in sends:
+            self.send(target, 0, runs)
+
+    def wait_for(self, owner: int, hop: int = 0) -> None:
+        self.instructions.append(Wait(self._transfer(hop, self.group.members[owner], self.pipeline)))
+
+    def attend(self, buffer: int, table: SegmentTable, held: list[tuple[int, Runs]]) -> None:
+        sources = tuple([Source(self.group.members[owner], runs) for owner, runs in held])
+        self.instructions.append(Attend(buffer, table, sources))
+
+    def finish(self) -> PipelinePlan:
+        """The part, after waiting for all that is still being sent."""
+        self.instructions += [Wait(transfer) for transfers in self.sending.values() for transfer in transfers]
+        spans = self.group.query_spans(self.member)
+        return PipelinePlan(self.pipeline, self.buffers[0], spans, tuple(self.buffers), tuple(self.instructions))
+
+
+def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
+    """Runs of ``(n, m, B)`` starts and lengths, one set for each of ``(n, m)``; runs that touch are joined.
+
+    Starts of ``(m, B)`` hold for every n.
+    """
+    n, m, B = length.shape
+    cell = (length.reshape(-1) != 0).nonzero()[0]
+    starts, lengths = start.reshape(-1).take(cell % start.size), length.reshape(-1).take(cell)
+    bounds = cell.searchsorted(np.arange(n * m + 1) * B)
+    is_first = np.ones(len(cell), bool)
+    np.not_equal(starts[1:], (starts + lengths)[:-1], out=is_first[1:])
+    is_first[bounds[:-1][bounds[:-1] < len(cell)]] = True
+    firsts = is_first.nonzero()[0]
+    if len(firsts) < len(cell):
+        starts, lengths = starts.take(firsts), np.add.reduceat(lengths, firsts)
+        bounds = firsts.searchsorted(bounds)
+    ends = bounds.tolist()
+    runs = [Runs(starts[i:j], lengths[i:j]) for i, j in pairwise(ends)]
+    return [runs[i : i + m] for i in range(0, n * m, max(m, 1))]

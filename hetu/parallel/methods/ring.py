@@ -1,0 +1,65 @@
+"""``ring``: shards hop from neighbour to neighbour."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.methods.part import PartBuilder, cut_runs
+from hetu.parallel.methods.peers import whole
+from hetu.parallel.methods.tables import extents, see
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.plan.parts import PipelinePlan
+
+
+def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+    """Shards hop from neighbour to neighbour, shrinking to what somebody further along still needs.
+
+    Two buffers take turns: while one is attended to and passed on, the other fills. ``carried[h, c]`` are the rows of
+    member c's shard that make hop h, from member c + h - 1 to member c + h; ``first[h, c]`` says where each document
+    begins among them.
+    """
+    R = len(group.members)
+    everyone = slice(0, R)
+    hops, owners = np.arange(R)[:, None], np.arange(R)
+    carried = extents(group, everyone, everyone, is_causal=is_causal)[(owners + hops) % R, owners]
+    carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
+    carried[0] = 0  # at home nothing has travelled
+    first = carried.cumsum(2)
+    first -= carried
+    first[0] = group.piece_row
+
+    members = np.arange(who.start, who.stop)[:, None]
+    owner = (members - np.arange(R)) % R  # (n, hop): whose shard is here after that many hops
+    rows = carried.sum(2).tolist()
+    landed = cut_runs(group.piece_row[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
+    sent = cut_runs(first[np.arange(R - 1), owner[:, :-1]], carried[np.arange(1, R), owner[:, :-1]])
+    reach = see(group, who, everyone, is_causal=is_causal)
+    tables = reach.tables(first[(members - owners) % R, owners])
+
+    parts = []
+    for i, member in enumerate(range(who.start, who.stop)):
+        before, after = (member - 1) % R, (member + 1) % R
+        part = PartBuilder(group, member, num_pipelines)
+        for hop in range(R):  # hop 0 is the own shard; what came by a hop is passed on by the next
+            c, coming = (member - hop) % R, (member - hop - 1) % R
+            has_come = hop == 0 or rows[hop][c] > 0
+            if hop and has_come:
+                part.wait_for(before, hop)
+            # The next hop is under way before this one is attended to, so that both overlap.
+            if hop + 1 < R and rows[hop + 1][coming]:
+                part.receive(before, 1 + hop % 2, rows[hop + 1][coming], hop=hop + 1)
+            if hop + 1 < R and rows[hop + 1][c]:
+                part.send(after, _buffer(hop), sent[i][hop], hop + 1)
+            table = tables[i * R + c]
+            if hop == 0:
+                part.attend(0, table, [(member, whole(group.rows[member]))])
+            elif has_come and len(table):  # a shard may only pass through
+                part.attend(_buffer(hop), table, [(c, landed[i][hop - 1])])
+        parts.append(part.finish())
+    return parts
+
+
+def _buffer(hop: int) -> int:
+    """Which of the ring's buffers a hop lands in; the own shard is buffer 0."""
+    return 2 - hop % 2 if hop else 0

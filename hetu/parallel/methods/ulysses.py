@@ -1,0 +1,260 @@
+"""Heads exchanged for tokens: each member of a group attends for some heads, over all tokens of the group.
+
+Query heads are dealt in order, as evenly as possible, remainders to the first members; with more members than heads
+some have none. A member's key heads are those that its query heads use, so where there are fewer key heads than members
+one goes to several. A member sends each other one its own rows of that one's heads, attends for its heads, and sends
+the results home; nothing else travels. Source: Jacobs et al., "DeepSpeed Ulysses", 2023.
+
+Rows are put into sequence order when they land, so that a document is one segment. As they come, member after member,
+it would be as many spans as it has runs on all members, each against all of them: under ``stripe`` a diagonal through
+every pair of spans, and under all splits tiles that are cut off at the ends of short pieces, a work list that grows
+with the square of the group, and a kernel that looks for the next segment. To place a row costs one copy of it, which
+is nothing next to a row's attention to thousands of keys; and there is none where a member's rows are one stretch of
+the sequence, as under ``normal``: they land where they belong.
+
+Kernels want query heads that share key heads alike. So a range that begins or ends inside the query heads of a key head
+is attended to in up to three steps, for the heads before, between and after; they share no key head.
+
+In the backward lse and delta come along, and gradients travel home. A query has one attend, so its gradients are
+finished, and so are those of keys where no key head has gone to several members. Where one has, gradients of keys and
+values come home in float32, and their owner adds them up: its own first, then the nearest member's.
+
+Nothing can deadlock: all of a member's transfers of one direction are posted together, and what it waits for or
+computes on the way to the others waits only for what everybody posts before that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
+from hetu.parallel.methods.peers import around, transfer_number, whole
+from hetu.parallel.methods.tables import see
+from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send, Source, Wait
+from hetu.parallel.plan.parts import PipelinePlan, PlanData
+
+Kinds = tuple[Kind, ...]
+
+
+def ulysses(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+    """The parts of some members; see the module."""
+    if len(group.members) == 1:
+        return [_alone(group, is_causal)]
+    ranges = deal(heads, len(group.members))
+    places = [sequence_rows(group, member) for member in range(len(group.members))]
+    home = (Kind.OUT, Kind.LSE, *([Kind.P] if heads.columns else []))
+    spans, table = _sequence_tables(group, is_causal)
+    sources = tuple(
+        [
+            Source(pipeline, whole(rows), place)
+            for pipeline, rows, place in zip(group.members, group.rows, places, strict=True)
+            if rows
+        ]
+    )
+    parts = []
+    for member in range(who.start, who.stop):
+        own, rows = ranges[member], group.rows[member]
+        is_attending = own.num_q > 0 and group.tokens > 0
+        attends = [Attend(1, table, sources, some) for some in alike(heads, own)] if is_attending else []
+        instructions = _exchange(group, member, ranges, places, attends, (Kind.QKV,), home, num_pipelines)
+        parts.append(
+            PipelinePlan(
+                group.members[member],
+                rows,
+                spans if is_attending else _NO_SPANS,
+                (rows, group.tokens) if is_attending else (rows,),
+                tuple(instructions),
+                heads=own,
+            )
+        )
+    return parts
+
+
+def build_backward(plan: PlanData) -> tuple[PipelinePlan, ...]:
+    """See :meth:`hetu.parallel.attn_plan.AttnPlan.backward`; for plans of this method."""
+    parts = []
+    for part in plan.pipelines:
+        group, member = plan.layout.place(part.pipeline)
+        ranges = [plan.pipelines[r].heads for r in group.members]
+        if len(ranges) > 1:  # else nothing travels, and the gradients of its step are written where they belong
+            part = _turned(part, group, member, [own for own in ranges if own is not None], len(plan.pipelines))
+        parts.append(part)
+    return tuple(parts)
+
+
+def _turned(
+    part: PipelinePlan, group: GroupLayout, member: int, ranges: list[HeadRange], num_pipelines: int
+) -> PipelinePlan:
+    """The backward of a member's part."""
+    having = [own for own in ranges if own.num_q]
+    is_shared = any(a.first_kv + a.num_kv > b.first_kv for a, b in pairwise(having))
+    home = (Kind.Q_GRADS, Kind.KV_GRADS) if is_shared else (Kind.QKV_GRADS,)
+    places = [sequence_rows(group, c) for c in range(len(ranges))]
+    attends = [item for item in part.instructions if isinstance(item, Attend)]
+    out = (Kind.QKV_DOUT, Kind.LSE_DELTA)
+    instructions = _exchange(group, member, ranges, places, attends, out, home, num_pipelines)
+    landing = tuple([part.rows for item in instructions if isinstance(item, Accumulate)])
+    return replace(part, instructions=tuple(instructions), landing=landing)
+
+
+# Heads
+
+
+def deal(heads: Heads, members: int) -> list[HeadRange]:
+    """Which heads each member attends for.
+
+    Example:
+        >>> [str(own) for own in deal(Heads(num_q=5, num_kv=5, head_dim=8, itemsize=2), 3)]
+        ['heads 0 to 1', 'heads 2 to 3', 'head 4']
+    """
+    each, more = divmod(heads.num_q, members)
+    stops = np.cumsum([0] + [each + (member < more) for member in range(members)]).tolist()
+    return [heads.range(start, stop) for start, stop in pairwise(stops)]
+
+
+def alike(heads: Heads, own: HeadRange) -> list[HeadRange]:
+    """Cuts a range so that in each part all key heads have as many query heads.
+
+    Example:
+        >>> heads = Heads(num_q=12, num_kv=3, head_dim=8, itemsize=2)
+        >>> [str(some) for some in alike(heads, heads.range(3, 10))]
+        ['head 3', 'heads 4 to 7', 'heads 8 to 9']
+    """
+    group, start, stop = heads.num_q // heads.num_kv, own.first_q, own.first_q + own.num_q
+    first = min(-(-start // group) * group, stop)
+    last = max(stop // group * group, first)
+    return [heads.range(a, b) for a, b in pairwise((start, first, last, stop)) if a < b]
+
+
+# Tokens
+
+_NO_SPANS = QuerySpans(*np.empty((8, 0), np.int64))
+
+
+def sequence_rows(group: GroupLayout, member: int) -> Runs:
+    """Where a member's rows stand among all rows of its group, which follow each other document after document."""
+    spans, own = group.spans, slice(group.bounds[member], group.bounds[member + 1])
+    start, length = group.offsets.take(spans.document[own]) + spans.start[own], spans.length[own]
+    step = np.where(length > 1, spans.step[own], 1)
+    touches = (start[1:] == (start + length)[:-1]) & (step[1:] == 1) & (step[:-1] == 1)
+    first = np.flatnonzero(np.append(True, ~touches)) if len(start) else start
+    length = np.add.reduceat(length, first) if len(first) else length
+    step = step.take(first)
+    return Runs(start.take(first), length, step if (step > 1).any() else None)
+
+
+def _sequence_tables(group: GroupLayout, is_causal: bool) -> tuple[QuerySpans, SegmentTable]:
+    """All tokens of a group as queries and as keys: one span and one segment a document."""
+    document = np.flatnonzero(group.lengths)
+    start, length = group.offsets.take(document), group.lengths.take(document)
+    number, zeros = np.arange(len(document)), np.zeros(len(document), np.int64)
+    spans = QuerySpans(
+        start=start,
+        length=length,
+        document=document,
+        position=zeros,
+        step=zeros + 1,
+        slot=zeros,
+        slot_row=start,
+        column=zeros,
+    )
+    return spans, SegmentTable(number, k_start=start, k_len=length, diagonal=zeros if is_causal else length - 1)
+
+
+def _alone(group: GroupLayout, is_causal: bool) -> PipelinePlan:
+    """The only member attends for all heads, where its rows lie."""
+    me, rows = slice(0, 1), group.rows[0]
+    (table,) = see(group, me, me, is_causal=is_causal).tables(group.piece_row[None])
+    pipeline = group.members[0]
+    attend = Attend(0, table, (Source(pipeline, whole(rows)),))
+    return PipelinePlan(pipeline, rows, group.query_spans(0), (rows,), (attend,))
+
+
+# Instructions
+
+
+def _exchange(
+    group: GroupLayout,
+    member: int,
+    ranges: list[HeadRange],
+    places: list[Runs],
+    attends: list[Attend],
+    out: Kinds,
+    home: Kinds,
+    num_pipelines: int,
+) -> list[Instruction]:
+    """What a member does, forward and backward.
+
+    Args:
+        group: Its group.
+        member: Which one it is.
+        ranges: Everybody's heads.
+        places: Everybody's rows in sequence order.
+        attends: What it computes.
+        out: What of a token travels to who attends for it.
+        home: What is computed, and travels back.
+        num_pipelines: Of the strategy.
+    """
+    link = _Link(group, member, (*out, *home), num_pipelines)
+    own, R, rows = ranges[member], len(ranges), whole(group.rows[member])
+    # Whose rows it attends for, and who attends for its own.
+    owners = [c for c in around(R, member, -1) if own.num_q and group.rows[c]]
+    helpers = [c for c in around(R, member, 1) if ranges[c].num_q and rows.rows]
+    is_both = bool(own.num_q and rows.rows)
+
+    items: list[Instruction] = []
+    items += [link.receive_rows(c, kind, own, places[c]) for c in owners for kind in out]
+    items += [Send(link.to(c, kind), link.peer(c), 0, rows, kind, ranges[c]) for c in helpers for kind in out]
+    items += [Copy(kind, own, 0, rows, 1, places[member]) for kind in out if is_both]
+    items += [Wait(link.come(c, kind)) for c in owners for kind in out]
+    items += attends
+    # What was sent is waited for no sooner: a peer that is late holds up nobody who has all that it needs.
+    items += [Wait(link.to(c, kind)) for c in helpers for kind in out]
+    # Copied first, since nobody may compute while what it sent home can't be received yet.
+    items += [Copy(kind, own, 1, places[member], 0, rows) for kind in home if is_both]
+    items += [Send(link.to(c, kind), link.peer(c), 1, places[c], kind, own) for c in owners for kind in home]
+    for landing, c in enumerate(helpers):
+        items += [link.receive_results(c, kind, ranges[c], rows, landing) for kind in home]
+    for landing, c in enumerate(helpers):
+        for kind in home:
+            items.append(Wait(link.come(c, kind)))
+            if kind is Kind.KV_GRADS:
+                items.append(Accumulate(landing, 0, rows, ranges[c]))
+    items += [Wait(link.to(c, kind)) for c in owners for kind in home]
+    return items
+
+
+class _Link:
+    """A member's transfers, by the other member and by kind."""
+
+    def __init__(self, group: GroupLayout, member: int, kinds: Kinds, num_pipelines: int) -> None:
+        self.members, self.me, self.num_pipelines = group.members, group.members[member], num_pipelines
+        self.steps = {kind: step for step, kind in enumerate(kinds)}
+
+    def peer(self, c: int) -> int:
+        return self.members[c]
+
+    def to(self, c: int, kind: Kind) -> int:
+        return transfer_number(self.steps[kind], self.me, self.peer(c), self.num_pipelines)
+
+    def come(self, c: int, kind: Kind) -> int:
+        return transfer_number(self.steps[kind], self.peer(c), self.me, self.num_pipelines)
+
+    def receive_rows(self, c: int, kind: Kind, own: HeadRange, place: Runs) -> Receive:
+        """What comes to be attended to; where it is one stretch it lands where it belongs."""
+        transfer, peer = self.come(c, kind), self.peer(c)
+        if len(place.start) == 1 and place.step is None:
+            return Receive(transfer, peer, 1, int(place.start[0]), place.rows, kind, own)
+        return Receive(transfer, peer, 1, 0, place.rows, kind, own, place)
+
+    def receive_results(self, c: int, kind: Kind, theirs: HeadRange, rows: Runs, landing: int) -> Receive:
+        """What comes home, of some of the heads that the own rows have."""
+        transfer, peer = self.come(c, kind), self.peer(c)
+        if kind is Kind.KV_GRADS:
+            return Receive(transfer, peer, landing, 0, rows.rows, kind, theirs)
+        return Receive(transfer, peer, 0, 0, rows.rows, kind, theirs, rows)

@@ -1,0 +1,199 @@
+"""What a pipeline does, step by step: the instructions that plans are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hetu.parallel.mask.segments import IntArray, SegmentTable
+from hetu.parallel.plan.heads import HeadRange, Kind
+
+
+@dataclass(frozen=True, eq=False)
+class Runs:
+    """A set of rows as runs of evenly spaced rows, in the order they are packed.
+
+    Attributes:
+        start: First row of each run.
+        length: Its rows.
+        step: Distance between neighbours; None where it is 1 in all runs.
+    """
+
+    start: IntArray
+    length: IntArray
+    step: IntArray | None = None
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Where a backend keeps what it derived from these arrays (device copies); not part of the value."""
+        return {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of all runs together."""
+        return int(self.length.sum())
+
+    @property
+    def as_slice(self) -> slice | None:
+        """The rows as a slice, if they are a single run."""
+        if len(self.start) != 1:
+            return None
+        start, step = int(self.start[0]), 1 if self.step is None else int(self.step[0])
+        return slice(start, start + (int(self.length[0]) - 1) * step + 1, step)
+
+    def indices(self) -> IntArray:
+        """Every row number, in packing order."""
+        number = np.arange(self.rows) - np.repeat(np.cumsum(self.length) - self.length, self.length)
+        if self.step is not None:
+            number *= self.step.repeat(self.length)
+        return number + self.start.repeat(self.length)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Send:
+    """Packs ``runs`` of ``buffer`` and starts sending them to ``peer``; the buffer is read until waited for.
+
+    Attributes:
+        transfer: Its number, the same at both ends.
+        peer: Who receives.
+        buffer: Whose rows these are.
+        runs: Which.
+        kind: Which of their values are sent. Gradients are those that the last ``Attend`` to ``buffer`` computed.
+        heads: Of which heads; None for all.
+    """
+
+    transfer: int
+    peer: int
+    buffer: int
+    runs: Runs
+    kind: Kind = Kind.KV
+    heads: HeadRange | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that are sent."""
+        return self.runs.rows
+
+    @property
+    def grads(self) -> bool:
+        """Whether these are gradients of keys and values that the owner adds up."""
+        return self.kind is Kind.KV_GRADS
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Receive:
+    """Starts receiving ``rows`` rows from ``peer`` into ``buffer[offset : offset + rows]``, or rows ``runs`` of it.
+
+    Attributes:
+        transfer: Its number, the same at both ends.
+        peer: Who sends.
+        buffer: Where the rows belong. With ``grads`` it counts in :attr:`PipelinePlan.landing`.
+        offset: First row.
+        rows: How many.
+        kind: What they are.
+        heads: Of which heads; None for all.
+        runs: The rows of the buffer, if they don't follow each other, or if they hold more heads than come: they land
+            aside then, and are copied there when they are waited for.
+    """
+
+    transfer: int
+    peer: int
+    buffer: int
+    offset: int
+    rows: int
+    kind: Kind = Kind.KV
+    heads: HeadRange | None = None
+    runs: Runs | None = None
+
+    @property
+    def grads(self) -> bool:
+        """Whether these are gradients of keys and values that are added up."""
+        return self.kind is Kind.KV_GRADS
+
+    def indices(self) -> IntArray:
+        """Every row of the buffer that is filled, in the order in which rows come."""
+        return np.arange(self.offset, self.offset + self.rows) if self.runs is None else self.runs.indices()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wait:
+    """Blocks until this pipeline's end of ``transfer`` is done: landed, or its buffer free to be reused."""
+
+    transfer: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Copy:
+    """Copies rows from one of the pipeline's buffers to another: what a transfer from a pipeline to itself would do.
+
+    Attributes:
+        kind: Which values of the rows; ``KV_GRADS`` are added to what the target holds.
+        heads: Of which heads.
+        buffer: From where.
+        runs: Which rows.
+        target: To which buffer.
+        place: To which rows of it.
+    """
+
+    kind: Kind
+    heads: HeadRange
+    buffer: int
+    runs: Runs
+    target: int
+    place: Runs
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """What rows of a buffer are: rows ``runs`` of ``owner``'s shard, in packing order.
+
+    They lie behind those of the source before, or in rows ``place`` of the buffer.
+    """
+
+    owner: int
+    runs: Runs
+    place: Runs | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attend:
+    """Attends the pipeline's queries to ``buffer`` by ``table`` and merges into the running (out, lse).
+
+    In the backward: adds to the gradients of the queries, and computes those of the buffer's keys and values.
+
+    Attributes:
+        buffer: Index of the buffer of keys and values; 0 is the pipeline's own shard.
+        table: The segments; rows of ``k_start`` count in the buffer.
+        sources: What the buffer holds, from its row 0 on.
+        heads: Which heads attend; None for all. The query heads are those of a whole number of key heads, or of one.
+            No other step attends for them: it is the first and the last one.
+    """
+
+    buffer: int
+    table: SegmentTable
+    sources: tuple[Source, ...]
+    heads: HeadRange | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows that the buffer holds."""
+        return sum(source.runs.rows for source in self.sources)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accumulate:
+    """Adds rows ``offset .. offset + runs.rows`` of landing buffer ``buffer`` to the gradients of own rows ``runs``.
+
+    They are of ``heads``, or of all.
+    """
+
+    buffer: int
+    offset: int
+    runs: Runs
+    heads: HeadRange | None = None
+
+
+Instruction = Send | Receive | Wait | Copy | Attend | Accumulate

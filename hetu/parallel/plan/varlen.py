@@ -1,0 +1,39 @@
+"""The plan of one plain variable-length attention: a single attend over the whole of k and v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, varlen_tables
+
+
+@dataclass(eq=False)  # not frozen, like its parts
+class VarlenPlan:
+    """Segments of one ``attn_varlen``, and what dropout and ``p`` need to know of the keys.
+
+    Attributes:
+        spans: The query rows.
+        table: What they attend to.
+        cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
+    """
+
+    spans: QuerySpans
+    table: SegmentTable
+    cu_seqlens_k: IntArray
+
+    @classmethod
+    def build(
+        cls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool, packed_lse: bool = False
+    ) -> VarlenPlan:
+        """The plan for the given lengths; arguments as of :func:`~hetu.parallel.mask.segments.varlen_tables`."""
+        spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, is_causal, packed_lse)
+        return cls(spans, table, cu_seqlens_k)
+
+    @cached_property
+    def key_position(self) -> IntArray:
+        """Position of every key row in its sequence."""
+        starts = np.repeat(self.cu_seqlens_k[:-1], np.diff(self.cu_seqlens_k))
+        return np.arange(len(starts)) - starts

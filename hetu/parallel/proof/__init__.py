@@ -1,0 +1,5 @@
+"""Proves plans without running them."""
+
+from hetu.parallel.proof.verify import verify
+
+__all__ = ["verify"]

@@ -1,0 +1,1 @@
+"""Reads plans: prints, prices and draws them."""

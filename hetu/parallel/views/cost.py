@@ -1,0 +1,179 @@
+"""What a plan costs: FLOPs, bytes a link, memory, and the time that a simulation of its steps predicts.
+
+There is one simulation, :func:`simulate`: :func:`predict` sums it up, and ``hetu/parallel/views/trace.py`` draws it.
+"""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass
+
+from hetu.errors import PlanError
+from hetu.parallel.plan.instructions import Attend, Receive, Send, Wait
+from hetu.parallel.plan.memory import peak_bytes
+from hetu.parallel.plan.parts import PipelinePlan, PlanData
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """What a device can do.
+
+    Attributes:
+        flops: Floating point operations a second that attention reaches.
+        link_bytes: Bytes a second that a device can send, and as many that it can receive at the same time.
+        latency: Seconds from the start of a transfer to its first byte.
+        memory_bytes: Bytes that an attention may take.
+    """
+
+    flops: float
+    link_bytes: float
+    latency: float
+    memory_bytes: float
+
+    @classmethod
+    def h100(cls) -> Hardware:
+        """An H100 SXM in a node: NVLink 4 at 450 GB/s each way, 80 GB.
+
+        500 TFLOP/s is about half of the peak of dense bfloat16 (989 TFLOP/s), as attention forward reaches.
+        """
+        return cls(flops=500e12, link_bytes=450e9, latency=10e-6, memory_bytes=80e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a plan costs on some hardware.
+
+    Attributes:
+        flops: Of each pipeline: ``4 * head_dim`` a pair and query head, for the scores and the weighted sum. In the
+            backward ``10 * head_dim``, for the scores once more and four gradients; adding up and copying are not
+            counted.
+        link_bytes: Bytes from one pipeline to another, ``{(source, target): bytes}``.
+        peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
+        finish: Second at which each pipeline is done.
+        fits: Whether every pipeline's memory is enough.
+    """
+
+    flops: tuple[int, ...]
+    link_bytes: dict[tuple[int, int], int]
+    peak_bytes: tuple[int, ...]
+    finish: tuple[float, ...]
+    fits: bool
+
+    @property
+    def time(self) -> float:
+        """Seconds until the last pipeline is done."""
+        return max(self.finish)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When everything happens, in seconds from the plan's start.
+
+    Attributes:
+        ends: For each pipeline, when each of its instructions is done; each begins when the one before is done.
+        transfers: When a transfer is on its way, ``{number: (start, end)}``.
+        flops: FLOPs of each pipeline.
+    """
+
+    ends: tuple[list[float], ...]
+    transfers: dict[int, tuple[float, float]]
+    flops: tuple[int, ...]
+
+    @property
+    def finish(self) -> tuple[float, ...]:
+        """Second at which each pipeline is done."""
+        return tuple(ends[-1] if ends else 0.0 for ends in self.ends)
+
+
+def attend_flops(plan: PlanData, part: PipelinePlan, item: Attend) -> int:
+    """FLOPs of one step of a pipeline; see :attr:`Cost.flops`."""
+    num_q = (item.heads or plan.heads.all).num_q
+    return (10 if plan.is_backward else 4) * plan.heads.head_dim * num_q * item.table.pairs(part.spans)
+
+
+def transfer_bytes(plan: PlanData, item: Send | Receive) -> int:
+    """Bytes of the transfer that an instruction begins or ends."""
+    return item.rows * plan.heads.row_bytes(item.kind, item.heads)
+
+
+def predict(plan: PlanData, hardware: Hardware) -> Cost:
+    """See :meth:`hetu.parallel.attn_plan.AttnPlan.cost`.
+
+    Raises:
+        PlanError: If the plan deadlocks.
+    """
+    timeline = simulate(plan, hardware)
+    links: dict[tuple[int, int], int] = {}
+    for part in plan.pipelines:
+        for item in part.instructions:
+            if isinstance(item, Send):
+                link = part.pipeline, item.peer
+                links[link] = links.get(link, 0) + transfer_bytes(plan, item)
+    peak = tuple(peak_bytes(plan, part) for part in plan.pipelines)
+    return Cost(timeline.flops, links, peak, timeline.finish, fits=max(peak) <= hardware.memory_bytes)
+
+
+def simulate(plan: PlanData, hardware: Hardware) -> Timeline:
+    """Follows all pipelines in the order of their clocks.
+
+    Computing and transfers overlap. A transfer starts when both its ends are posted and the sender's outgoing and the
+    receiver's incoming link are free; links carry one transfer at a time.
+
+    Raises:
+        PlanError: If the plan deadlocks.
+    """
+    return _Simulation(plan, hardware).run()
+
+
+class _Simulation:
+    """The state of :func:`simulate`."""
+
+    def __init__(self, plan: PlanData, hardware: Hardware) -> None:
+        self.plan, self.hardware = plan, hardware
+        count = len(plan.pipelines)
+        self.ends: tuple[list[float], ...] = tuple([] for _ in range(count))
+        self.flops = [0] * count
+        self.out_free, self.in_free = [0.0] * count, [0.0] * count
+        self.posted: set[int] = set()
+        self.transfers: dict[int, tuple[float, float]] = {}
+        self.blocked: dict[int, list[tuple[float, int]]] = {}
+        self.ready = [(0.0, r) for r in range(count)]
+
+    def run(self) -> Timeline:
+        # Always the earliest pipeline goes on, so that transfers are posted in the order of time.
+        while self.ready:
+            now, r = heapq.heappop(self.ready)
+            part, ends = self.plan.pipelines[r], self.ends[r]
+            if len(ends) == len(part.instructions):
+                continue
+            item = part.instructions[len(ends)]
+            if isinstance(item, Attend):
+                flops = attend_flops(self.plan, part, item)
+                self.flops[r] += flops
+                now += flops / self.hardware.flops
+            elif isinstance(item, Wait):
+                if item.transfer not in self.transfers:
+                    self.blocked.setdefault(item.transfer, []).append((now, r))
+                    continue
+                now = max(now, self.transfers[item.transfer][1])
+            elif isinstance(item, (Send, Receive)):
+                self._post(now, r, item)
+            ends.append(now)
+            heapq.heappush(self.ready, (now, r))
+        if self.blocked:
+            what = f"pipelines wait for ever for transfers {sorted(self.blocked)}"
+            raise PlanError(what, op="plan", fix="see plan.verify()")
+        return Timeline(self.ends, self.transfers, tuple(self.flops))
+
+    def _post(self, now: float, r: int, item: Send | Receive) -> None:
+        """Starts a transfer if this is its second end, and lets those who wait for it look again."""
+        if item.transfer not in self.posted:
+            self.posted.add(item.transfer)
+            return
+        source, target = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
+        start = max(now, self.out_free[source], self.in_free[target])
+        end = start + self.hardware.latency + transfer_bytes(self.plan, item) / self.hardware.link_bytes
+        self.out_free[source] = self.in_free[target] = end
+        self.transfers[item.transfer] = start, end
+        for waiting in self.blocked.pop(item.transfer, ()):
+            heapq.heappush(self.ready, waiting)

@@ -1,0 +1,171 @@
+"""Plans as text: a line, a table of the pipelines, and what each does step by step."""
+
+from __future__ import annotations
+
+from hetu.parallel.layout.layout import GroupLayout, Layout
+from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send
+from hetu.parallel.plan.memory import peak_bytes
+from hetu.parallel.plan.parts import PipelinePlan, PlanData
+
+MAX_STEPS = 64
+"""Step by step is printed for plans up to so many steps a pipeline, and for so many pipelines."""
+MAX_PIPELINES = 16
+
+
+def summary(plan: PlanData) -> str:
+    """See :meth:`hetu.parallel.attn_plan.AttnPlan.summary`."""
+    layout, pipelines = plan.layout, range(len(plan.pipelines))
+    work = [plan.head_pairs(r) for r in pipelines]  # those who share a group's heads compute the same pairs
+    pairs = sum(work) // plan.heads.num_q
+    tokens, documents = sum(g.tokens for g in layout.groups), sum(len(g.lengths) for g in layout.groups)
+    mean = sum(work) / len(work)
+    load = f", largest share {max(work) / mean:.2f} of the mean" if mean and len(work) > 1 else ""
+    moved = sum(plan.bytes_sent(r) for r in pipelines)
+    return (
+        f"{plan.method}{' backward' * plan.is_backward}, {'causal' if plan.is_causal else 'full'}: "
+        f"{tokens:,} tokens of {_count(documents, 'document')} "
+        f"on {_count(len(work), 'pipeline')} in {_count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
+        f"{_bytes(moved)} sent"
+    )
+
+
+def table(plan: PlanData) -> str:
+    """See ``print(plan)``."""
+    has_heads = any(part.heads is not None for part in plan.pipelines)
+    moved = ("rows sent", "rows received", *(("gradients sent", "gradients received") if plan.is_backward else ()))
+    lines: list[tuple[str, ...]] = [
+        ("pipeline", "group", "tokens", *(["heads"] * has_heads), "pairs", "steps", *moved, "sent", "held at most")
+    ]
+    for r, part in enumerate(plan.pipelines):
+        group, _ = plan.layout.place(r)
+        counts: tuple[int, ...] = (part.rows, *([(part.heads or plan.heads.all).num_q] * has_heads))
+        counts += (plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
+        if plan.is_backward:
+            counts += (plan.grad_rows_sent(r), plan.grad_rows_received(r))
+        sizes = (_bytes(plan.bytes_sent(r)), _bytes(peak_bytes(plan, part)))
+        lines.append((str(r), str(group.value), *(f"{count:,}" for count in counts), *sizes))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = [summary(plan), ""]
+    text += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    for part in plan.pipelines[:MAX_PIPELINES]:
+        text += ["", *_steps(part)]
+    hidden = len(plan.pipelines) - MAX_PIPELINES
+    return "\n".join([*text, *([f"\n... and the steps of {hidden} more pipelines"] if hidden > 0 else [])])
+
+
+def _steps(part: PipelinePlan) -> list[str]:
+    sizes = ", ".join(f"{size:,}" for size in part.buffers)
+    landing = f", landing buffers of {', '.join(f'{size:,}' for size in part.landing)} rows" if part.landing else ""
+    lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
+    ends = _ends(part)
+    lines += [f"  {_step(item, ends, part)}" for item in part.instructions[:MAX_STEPS]]
+    hidden = len(part.instructions) - MAX_STEPS
+    return lines + ([f"  ... {hidden} more"] if hidden > 0 else [])
+
+
+def step_names(part: PipelinePlan) -> list[str]:
+    """What traces call each of a pipeline's instructions: its line of ``print(plan)``."""
+    ends = _ends(part)
+    return [" ".join(_step(item, ends, part).split()) for item in part.instructions]
+
+
+def _ends(part: PipelinePlan) -> dict[int, Send | Receive]:
+    """What begins each transfer at this pipeline's end."""
+    return {item.transfer: item for item in part.instructions if isinstance(item, (Send, Receive))}
+
+
+def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
+    if isinstance(item, Send):
+        what = "send home gradients of" if item.grads else "send    "
+        return f"{what} {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} to {item.peer}"
+    if isinstance(item, Receive):
+        what, place = ("receive gradients of", "landing buffer") if item.grads else ("receive ", "buffer")
+        into = f"{place} {item.buffer}" + (_offset(item) if item.runs is None else f", {_runs(item.runs)}")
+        return f"{what} {item.rows:,} rows{_values(item.kind, item.heads)} from {item.peer} into {into}"
+    if isinstance(item, Copy):
+        into = f"{'add to' if item.kind is Kind.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
+        return f"copy     {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} {into}"
+    if isinstance(item, Accumulate):
+        heads = f", {item.heads}," if item.heads else ""
+        return f"add      {_rows(item.runs)}{heads} of landing buffer {item.buffer}{_offset(item)} to the own"
+    if isinstance(item, Attend):
+        owners = ", ".join(str(source.owner) for source in item.sources)
+        heads = f", {item.heads}" if item.heads else ""
+        segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
+        part_of = f"{item.buffer}{_part_of_own(item)}"
+        return f"attend   buffer {part_of} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
+    end = ends.get(item.transfer)
+    if end is None:
+        return f"wait     transfer {item.transfer}, which is none of this pipeline's"
+    values = end.kind.label
+    if isinstance(end, Send):
+        what = "home gradients " if end.grads else f"{values} " if end.heads else ""
+        return f"wait     to have sent {what}to {end.peer}"
+    return f"wait     for {'gradients' if end.grads else values if end.heads else 'what comes'} from {end.peer}"
+
+
+def _part_of_own(item: Attend) -> str:
+    """Between which own rows the keys lie, if an attend is to a part of them: others are to the rest."""
+    begins, ends = item.table.stretches()
+    if item.buffer or len(begins) == 0 or (begins[0], ends[-1]) == (0, item.rows):
+        return ""
+    return f", rows {begins[0]:,} to {ends[-1]:,}"
+
+
+def _rows(runs: Runs) -> str:
+    return f"{runs.rows:,} rows ({_runs(runs)})"
+
+
+def _runs(runs: Runs) -> str:
+    return _count(len(runs.start), "run")
+
+
+def _values(kind: Kind, heads: HeadRange | None) -> str:
+    """Which values of the rows, where that is not all that this kind of plan moves."""
+    if heads is None:
+        return ""
+    return f", {heads}," if kind is Kind.KV_GRADS else f", {kind.label} of {heads},"
+
+
+def _offset(item: Receive | Accumulate) -> str:
+    return f" from row {item.offset}" if item.offset else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _bytes(number: int) -> str:
+    """``1.5 MB``; powers of 1000."""
+    size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop(0)
+    return f"{number} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def describe_layout(layout: Layout) -> str:
+    """See ``print(layout)``."""
+    return "\n".join(line for group in layout.groups for line in _describe_group(group))
+
+
+def _describe_group(group: GroupLayout, longest: int = 6) -> list[str]:
+    """A line a member, which lists at most ``longest`` of its spans as ``document[start:stop:step]``."""
+    spans = group.spans
+    lines = [
+        f"group {group.value}: {_count(len(group.lengths), 'document')}, {_count(group.tokens, 'token')} "
+        f"on {len(group.members)} pipeline{'s' * (len(group.members) != 1)}"
+    ]
+    for member, pipeline in enumerate(group.members):
+        begin, end = group.bounds[member : member + 2]
+        shown = []
+        for i in range(begin, min(end, begin + longest)):
+            start, length, step = int(spans.start[i]), int(spans.length[i]), int(spans.step[i])
+            stop = start + (length - 1) * step + 1
+            shown.append(f"{spans.document[i]}[{start}:{stop}{f':{step}' if step > 1 else ''}]")
+        if end - begin > longest:
+            shown.append(f"... {end - begin - longest} more")
+        rows = group.rows[member]
+        lines.append(f"  pipeline {pipeline}: {rows:,} token{'s' * (rows != 1)}   {' '.join(shown)}".rstrip())
+    return lines
