@@ -30,7 +30,7 @@ from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import __all__ as _ops
 from hetu.parallel import Hardware, Layout
-from hetu.planner import Planner
+from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
 from hetu.shards import Shards
 from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximum, minimum
@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _executor(of: Graph) -> Any:
-    from hetu.executor import Executor  # brings torch, which only a run needs
+    from hetu.runtime.executor import Executor  # brings torch, which only a run needs
 
     return Executor(of)
 
@@ -86,7 +86,7 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ...     hetu.load(path)["parameters"]
         {'w': tensor([1.5000, 1.5000])}
     """
-    from hetu import checkpoint
+    from hetu.runtime import checkpoint
 
     checkpoint.save(checkpoint.state_dict(what.executor.state) if isinstance(what, Graph) else what, path)
 
@@ -104,7 +104,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         HetuError: If the file is cut short, damaged, or not one of hetu's.
         FileNotFoundError: If there is none.
     """
-    from hetu import checkpoint
+    from hetu.runtime import checkpoint
 
     return checkpoint.load(path)
 

@@ -36,7 +36,7 @@ def test_the_default_follows_the_device() -> None:
 
 
 def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetu.backends import lower_attention
+    from hetu.backends.lower import attention as lower_attention
 
     used: list[str] = []
     kernel = lower_attention.attention_kernel

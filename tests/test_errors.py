@@ -12,10 +12,10 @@ import torch
 
 import hetu
 from hetu.backends.comm import LocalComm, run_lock_step
-from hetu.backends.lowering import find_lowering
+from hetu.backends.lower.lowering import find_lowering
 from hetu.errors import Where, caller
-from hetu.executor import Executor
 from hetu.parallel.plan.instructions import Receive, Runs, Send
+from hetu.runtime.executor import Executor
 
 FAMILY = (
     hetu.ShapeError,
@@ -125,7 +125,7 @@ def test_settings_that_do_not_exist() -> None:
 
 def test_an_op_that_no_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, out, _ = graph()
-    from hetu.backends import lowering
+    from hetu.backends.lower import lowering
 
     monkeypatch.setattr(lowering, "_lowerings", {})
     with pytest.raises(hetu.LoweringError) as caught:

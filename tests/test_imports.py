@@ -30,7 +30,7 @@ def found_in(tmp_path: Path, name: str, text: str) -> list[str]:
         ("parallel/layout.py", "import hetu.graph.node", "parallel may not know graph"),
         ("parallel/layout.py", "from ..graph import Node", "parallel may not know graph"),
         ("symbols/__init__.py", "from ..ops import add", "symbols may not know ops"),
-        ("symbols/leaf.py", "from hetu import executor", "symbols may not know executor"),
+        ("symbols/leaf.py", "from hetu.runtime import executor", "symbols may not know runtime"),
         ("symbols/leaf.py", "from .. import ops", "symbols may not know ops"),
         ("ops/add.py", "import hetu", "ops may not know __init__"),
         ("ops/add.py", "def f():\n    import torch", "ops is built without torch"),
@@ -40,8 +40,15 @@ def found_in(tmp_path: Path, name: str, text: str) -> list[str]:
         ("parallel/plan.py", "importlib.import_module('torch')", "parallel is built without torch"),
         ("parallel/plan.py", "importlib.import_module('to' + 'rch')", "parallel imports by names that can be read"),
         ("graph/printing.py", "import networkx", "networkx is imported only in the functions that use it"),
-        ("backends/torch/basic.py", "from hetu.executor import Executor", "backends may not know executor"),
-        ("feeds.py", "import torch", "planner is built without torch"),
+        ("backends/torch/basic.py", "from hetu.runtime.executor import Executor", "backends may not know runtime"),
+        ("planning/feeds.py", "import torch", "planning is built without torch"),
+        ("parallel/layout/layout.py", "from hetu.parallel.plan.parts import PlanData", "layout may not know plan"),
+        ("parallel/proof/verify.py", "from hetu.parallel.methods import METHODS", "proof may not know methods"),
+        ("parallel/plan/parts.py", "def f():\n    import hetu.parallel.attn_plan", "plan may not know attn_plan"),
+        ("parallel/attic/old.py", "from hetu.parallel.mask import segments", "attic stands on no floor"),
+        ("backends/lower/attention.py", "from hetu.backends.torch import basic", "lower may not know torch"),
+        ("backends/triton/launch.py", "from ..eager import attend", "triton may not know eager"),
+        ("runtime/step.py", "from hetu.ops.common._own import f", "_own of ops is not for other rooms"),
         ("__init__.py", "import torch", "__init__ is built without torch"),
         ("errors.py", "from hetu.dtypes import float32", "errors may not know dtypes"),
         ("attic/old.py", "", "attic stands on no floor"),
@@ -61,13 +68,43 @@ def test_wrong_direction_is_found(tmp_path: Path, name: str, text: str, why: str
         ("graph/printing.py", "def draw():\n    import networkx"),
         ("graph/printing.py", "if TYPE_CHECKING:\n    import networkx"),
         ("backends/torch/basic.py", "import torch\nfrom hetu.ops import add\nfrom . import attention"),
-        ("executor.py", "from hetu.binder import Binder\nfrom hetu.backends import lower\nimport torch"),
-        ("binder.py", "from hetu.subgraph import Subgraph\nfrom hetu.ops import add"),
-        ("__init__.py", "from hetu import graph\ndef f():\n    from hetu.executor import Executor"),
+        (
+            "runtime/executor.py",
+            "from hetu.planning.binder import Binder\nfrom hetu.backends import lower\nimport torch",
+        ),
+        ("planning/binder.py", "from hetu.planning.subgraph import Subgraph\nfrom hetu.ops import add"),
+        ("__init__.py", "from hetu import graph\ndef f():\n    from hetu.runtime.executor import Executor"),
     ],
 )
 def test_right_direction_passes(tmp_path: Path, name: str, text: str) -> None:
     assert found_in(tmp_path, name, text) == []
+
+
+def write(folder: Path, **modules: str) -> list[str]:
+    for name, text in modules.items():
+        path = folder / "hetu" / f"{name.replace('_in_', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return violations(folder / "hetu")
+
+
+def test_circles_are_found(tmp_path: Path) -> None:
+    """Through three modules, one of which imports in a function."""
+    a, b = "from hetu.ops.b import x", "from hetu.ops import c"
+    (line,) = write(tmp_path, ops_in_a=a, ops_in_b=b, ops_in_c="def f():\n    import hetu.ops.a")
+    assert "in a circle: hetu.ops.a, hetu.ops.b, hetu.ops.c" in line
+
+
+def test_a_types_own_circle_may_be(tmp_path: Path) -> None:
+    """Under TYPE_CHECKING, by a package's face, and in the rooms that say so."""
+    assert write(tmp_path, graph_in_a="import hetu.graph.b", graph_in_b="import hetu.graph.a") == []
+    typing = "if TYPE_CHECKING:\n    import hetu.ops.a"
+    assert write(tmp_path, ops_in_a="import hetu.ops.b", ops_in_b=typing, ops_in___init__="import hetu.ops.a") == []
+
+
+def test_what_is_too_large_is_found(tmp_path: Path) -> None:
+    assert "a file of 451 lines" in write(tmp_path, ops_in_long="\n" * 451)[0]
+    assert "25 modules in a folder" in write(tmp_path / "two", **{f"ops_in_m{i}": "" for i in range(25)})[0]
 
 
 def test_import_hetu_loads_no_framework() -> None:

@@ -267,7 +267,7 @@ class Graph:
         """Binds, selects and plans as ``run`` would, and computes nothing.
 
         Returns:
-            The :class:`~hetu.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
+            The :class:`~hetu.planning.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
         """
         subgraph = self.planner.subgraph(fetches)
         return self.planner.prepare(subgraph, feed_dict or {}, int_symbol_dict or {}, strategy)[0]

@@ -2,7 +2,8 @@
 
 from hetu.ops.activations import gelu, relu, sigmoid, silu, tanh
 from hetu.ops.arithmetic import add, div, mul, sub
-from hetu.ops.attention import attn_varlen
+from hetu.ops.attention.attn_varlen import attn_varlen
+from hetu.ops.attention.parallel_attn import parallel_attn
 from hetu.ops.collective import all_reduce, step_sum
 from hetu.ops.compare import eq, ge, gt, le, lt, ne, where
 from hetu.ops.indexing import gather, slice
@@ -12,7 +13,6 @@ from hetu.ops.linalg import linear, matmul
 from hetu.ops.loss import cross_entropy, token_mean_loss
 from hetu.ops.nn import cast, embedding, softmax
 from hetu.ops.norms import layer_norm, rms_norm
-from hetu.ops.parallel_attention import parallel_attn
 from hetu.ops.pointwise import exp, log, pow, rsqrt, sqrt
 from hetu.ops.random import dropout
 from hetu.ops.reduce import max, mean, sum

@@ -10,10 +10,10 @@ import numpy as np
 from hetu.dtypes import bfloat16, int64
 from hetu.errors import DTypeError, HetuError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, register
-from hetu.ops import _activation_gradients  # noqa: F401 - registers the ops that the rules are made of
-from hetu.ops._build import build
-from hetu.ops._elementwise import Pointwise
-from hetu.ops._samples import eighths, not_zero
+from hetu.ops import activation_gradients as _activation_gradients  # noqa: F401 - registers the ops that the rules are made of
+from hetu.ops.common.build import build
+from hetu.ops.common.elementwise import Pointwise
+from hetu.ops.common.samples import eighths, not_zero
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 

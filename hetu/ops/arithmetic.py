@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from hetu.dtypes import DType, bool_, float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, register
-from hetu.ops._build import build
-from hetu.ops._elementwise import Elementwise, Operand
-from hetu.ops._gradients import single, unbroadcast
-from hetu.ops._samples import eighths, not_zero, whole_numbers
+from hetu.ops.common.build import build
+from hetu.ops.common.elementwise import Elementwise, Operand
+from hetu.ops.common.gradients import single, unbroadcast
+from hetu.ops.common.samples import eighths, not_zero, whole_numbers
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol

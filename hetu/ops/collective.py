@@ -11,8 +11,8 @@ from hetu.dtypes import bool_, float32, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, RunView, Tensor, TensorSpec, register
 from hetu.graph.passes import live_nodes
-from hetu.ops._build import build, floating, output, tensor, whole
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import build, floating, output, tensor, whole
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
 

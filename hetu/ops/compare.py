@@ -9,10 +9,10 @@ import numpy as np
 from hetu.dtypes import DType, bool_, float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import broadcast, build, output, result_type, tensor
-from hetu.ops._elementwise import Elementwise, Operand, check_fits
-from hetu.ops._gradients import single, unbroadcast
-from hetu.ops._samples import eighths, not_zero, whole_numbers
+from hetu.ops.common.build import broadcast, build, output, result_type, tensor
+from hetu.ops.common.elementwise import Elementwise, Operand, check_fits
+from hetu.ops.common.gradients import single, unbroadcast
+from hetu.ops.common.samples import eighths, not_zero, whole_numbers
 from hetu.ops.sources import placeholder
 
 

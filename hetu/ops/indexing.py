@@ -11,9 +11,9 @@ import numpy as np
 from hetu.dtypes import float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import axis, build, output, plain, rank, show, size, tensor, whole
-from hetu.ops._layers import GradientOp, check_indices
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import axis, build, output, plain, rank, show, size, tensor, whole
+from hetu.ops.common.layers import GradientOp, check_indices
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 

@@ -9,10 +9,10 @@ import numpy as np
 from hetu.dtypes import int64
 from hetu.errors import HetuError, StrategyError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
-from hetu.ops._build import rank, tensor
-from hetu.ops._layout_op import LayoutOp, Lists
-from hetu.ops._parallel_key import LayoutKey
-from hetu.ops._samples import eighths
+from hetu.ops.attention.layout_key import LayoutKey
+from hetu.ops.attention.layout_op import LayoutOp, Lists
+from hetu.ops.common.build import rank, tensor
+from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.parallel.layout.tokens import TokenTable
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import broadcast, build, floating, output, rank, same_dtype, show, tensor
-from hetu.ops._gradients import single, sum_to, to_shape
-from hetu.ops._samples import eighths
+from hetu.ops.common.build import broadcast, build, floating, output, rank, same_dtype, show, tensor
+from hetu.ops.common.gradients import single, sum_to, to_shape
+from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 

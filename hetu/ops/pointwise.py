@@ -11,10 +11,10 @@ import numpy as np
 from hetu.dtypes import DType, bool_, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, register
-from hetu.ops._build import build
-from hetu.ops._elementwise import Elementwise, Operand, Pointwise
-from hetu.ops._gradients import single, to_dtype, unbroadcast, zeros_like
-from hetu.ops._samples import eighths, not_zero, whole_numbers
+from hetu.ops.common.build import build
+from hetu.ops.common.elementwise import Elementwise, Operand, Pointwise
+from hetu.ops.common.gradients import single, to_dtype, unbroadcast, zeros_like
+from hetu.ops.common.samples import eighths, not_zero, whole_numbers
 from hetu.ops.compare import eq, ge, where
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder

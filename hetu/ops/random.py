@@ -9,9 +9,9 @@ import numpy as np
 from hetu.dtypes import bfloat16, float32, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import build, floating, output, rank, tensor
-from hetu.ops._layers import GradientOp
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import build, floating, output, rank, tensor
+from hetu.ops.common.layers import GradientOp
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol

@@ -11,9 +11,9 @@ import numpy as np
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import Dim, axes, build, floating, output, show, tensor
-from hetu.ops._gradients import single, to_shape
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import Dim, axes, build, floating, output, show, tensor
+from hetu.ops.common.gradients import single, to_shape
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.compare import eq
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol

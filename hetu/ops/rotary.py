@@ -11,9 +11,9 @@ import numpy as np
 from hetu.dtypes import bfloat16, float32, float64, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import build, floating, output, rank, tensor, whole
-from hetu.ops._layers import GradientOp, check_indices
-from hetu.ops._samples import eighths
+from hetu.ops.common.build import build, floating, output, rank, tensor, whole
+from hetu.ops.common.layers import GradientOp, check_indices
+from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 

@@ -10,9 +10,9 @@ import numpy as np
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import Dim, axis, build, output, plain, show, size, tensor
-from hetu.ops._gradients import single, sum_to, to_shape
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import Dim, axis, build, output, plain, show, size, tensor
+from hetu.ops.common.gradients import single, sum_to, to_shape
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, equal
 

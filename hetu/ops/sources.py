@@ -10,8 +10,8 @@ import numpy as np
 from hetu.dtypes import DType, as_dtype, float32
 from hetu.errors import DTypeError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import build, show, size
-from hetu.ops._samples import eighths, whole_numbers
+from hetu.ops.common.build import build, show, size
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.symbols import IntSymbol
 
 

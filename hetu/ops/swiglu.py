@@ -10,9 +10,9 @@ import numpy as np
 from hetu.dtypes import bfloat16, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops._build import build, floating, output, rank, same_dtype, show, tensor
-from hetu.ops._layers import GradientOp, same_shape
-from hetu.ops._samples import eighths
+from hetu.ops.common.build import build, floating, output, rank, same_dtype, show, tensor
+from hetu.ops.common.layers import GradientOp, same_shape
+from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol, equal

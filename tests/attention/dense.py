@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from hetu.backends.dropout import Dropout, dropout_key, keep_mask
+from hetu.backends.attention.dropout import Dropout, dropout_key, keep_mask
 
 
 def dense(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hetu
 import hetu.functional
-from hetu.backends.lowering import FeedInput
+from hetu.backends.lower.lowering import FeedInput
 from hetu.backends.triton import launch
 
 HEADS, HEAD_DIM = 2, 16
@@ -143,7 +143,7 @@ def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.Mo
 
 def test_new_lengths_are_read_and_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the forward and the backward, for queries and keys, in telling and in planning."""
-    from hetu.ops import _attention
+    from hetu.ops.attention import common as _attention
 
     checked = []
 

@@ -22,8 +22,8 @@ from backends.packs import GRADIENTS, OPERANDS, Pack, Tensors, assert_near, asse
 from devices import ON_CUDA
 
 import hetu
-from hetu.backends.attention import BackwardState, new_state
-from hetu.backends.kernels import attention_kernel, backward_kernel
+from hetu.backends.attention.contract import BackwardState, new_state
+from hetu.backends.families import attention_kernel, backward_kernel
 from hetu.parallel.mask.segments import take_turns, varlen_tables
 
 pytestmark = pytest.mark.timeout(900)  # waiting for each other counts too

@@ -15,7 +15,9 @@ from devices import ON_CUDA
 from parallel.plans import holding_back
 
 import hetu
-from hetu.backends import lower_attention, lower_attention_backward, lower_heads
+from hetu.backends.lower import attention as lower_attention
+from hetu.backends.lower import attention_backward as lower_attention_backward
+from hetu.backends.lower import attention_heads as lower_heads
 from hetu.parallel.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64

@@ -12,8 +12,8 @@ from attention.dense import dense, dropout_of
 from attention.test_gradients import reference
 
 import hetu
-from hetu.backends.attention import BackwardState, Dropout, attention_delta, compute_dtype, new_state
-from hetu.backends.kernels import attention_kernel, backward_kernel
+from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta, compute_dtype, new_state
+from hetu.backends.families import attention_kernel, backward_kernel
 from hetu.parallel.plan.varlen import VarlenPlan
 
 Tensors = dict[str, torch.Tensor]

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from hetu.backends.attention import Attend, AttentionState, Dropout, new_state
-from hetu.backends.dropout import keep_mask
+from hetu.backends.attention.contract import Attend, AttentionState, Dropout, new_state
+from hetu.backends.attention.dropout import keep_mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, Turn, take_turns
 
 

@@ -7,7 +7,7 @@ import torch
 from devices import DEVICES
 from functional.calls import Watching
 
-from hetu.backends.allocate import empty
+from hetu.backends.memory import empty
 
 SHAPES = [(3, 4, 5), (1, 1, 1), (0, 4, 5), (3, 0, 5), (3, 4, 0), (7, 2), (5,), (), (2, 3, 4, 5)]
 

@@ -9,8 +9,8 @@ from backends.tables import Case, Step, buffers, dense, random_case, rows_of, ru
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetu.backends.attention import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
-from hetu.backends.kernels import attention_kernel
+from hetu.backends.attention.contract import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
+from hetu.backends.families import attention_kernel
 from hetu.parallel.mask.segments import SegmentTable, take_turns, varlen_tables
 
 LENGTHS = [0, 1, 63, 127, 129]
@@ -204,5 +204,5 @@ def test_float64_on_the_torch_backend() -> None:
 
 def test_plain_path_works_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The torch backend's plain path cuts long queries; here so small that every row block is its own."""
-    monkeypatch.setattr("hetu.backends.torch.attention._BLOCK_ENTRIES", 1)
+    monkeypatch.setattr("hetu.backends.eager.attend._BLOCK_ENTRIES", 1)
     check(attention_kernel("torch"), varlen_case([70], [65], 70, True), (2, 1), 16, torch.float32, DROPOUT)

@@ -9,9 +9,9 @@ from backends.tables import Case, Step, buffers, random_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hetu.backends.attention import BackwardState, Dropout, attention_delta
-from hetu.backends.dropout import keep_mask
-from hetu.backends.kernels import attention_kernel, backward_kernel
+from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta
+from hetu.backends.attention.dropout import keep_mask
+from hetu.backends.families import attention_kernel, backward_kernel
 from hetu.backends.triton import BackwardTiles, Tile, launch_backward
 from hetu.parallel.mask.segments import varlen_tables
 
@@ -199,7 +199,7 @@ def test_any_scale(backend: str, scale: float) -> None:
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
 def test_more_rows_than_a_block(backend: str, is_causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that nobody sees, that everybody sees, and that the diagonal or an end cuts through."""
-    monkeypatch.setattr("hetu.backends.torch.attention_backward.CPU_BLOCK", (7, 12))
+    monkeypatch.setattr("hetu.backends.eager.attend_backward.CPU_BLOCK", (7, 12))
     check(random_case(3, [150, 1], is_causal=is_causal, num_steps=2, tail=5), backend, head_dim=16, heads=(2, 1))
     check(whole_documents([200, 67], is_causal), backend, head_dim=16, p=0.2, heads=(2, 1))
 

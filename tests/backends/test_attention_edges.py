@@ -25,8 +25,8 @@ from backends.tables import buffers, dense, random_case, rows_of, run
 from backends.test_attention_backward import check as check_steps_backward
 from devices import CUDA, DEVICES, ON_CUDA
 
-from hetu.backends.attention import Dropout, dropout_key
-from hetu.backends.kernels import attention_kernel
+from hetu.backends.attention.contract import Dropout, dropout_key
+from hetu.backends.families import attention_kernel
 
 # Triton's interpreter computes by numpy, which tells of every NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -17,9 +17,9 @@ from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.heads import Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Source, Wait
+from hetu.parallel.plan.memory import scratch_rows
 from hetu.parallel.plan.own_gradients import OwnGradients, own_gradients
 from hetu.parallel.plan.parts import PipelinePlan, turns
-from hetu.parallel.plan.memory import scratch_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 

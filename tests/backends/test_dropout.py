@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hetu.backends.dropout import Dropout, dropout_key, keep_mask, philox
+from hetu.backends.attention.dropout import Dropout, dropout_key, keep_mask, philox
 from hetu.backends.triton.launch import int32_bits
 from hetu.backends.triton.tiles import dropout_keeps
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hetu.backends.attention import BackwardState, new_state
+from hetu.backends.attention.contract import BackwardState, new_state
+from hetu.backends.attention.work import query_work
 from hetu.backends.triton import (
     BackwardVariant,
     Heads,
@@ -33,7 +34,6 @@ from hetu.backends.triton.variants import (
     whole_strides,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles
-from hetu.backends.triton.work import query_work
 from hetu.parallel.mask.segments import SegmentTable, varlen_tables
 
 

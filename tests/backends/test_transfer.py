@@ -7,7 +7,7 @@ import pytest
 import torch
 from devices import CUDA
 
-from hetu.backends.transfer import SMALL, copied_to
+from hetu.backends.memory import SMALL, copied_to
 
 SIZES = (0, 1, SMALL // 4, SMALL // 4 + 1, 2**18)
 """Entries of four bytes: nothing, little, just little enough to be staged by the driver, and more."""

@@ -11,7 +11,7 @@ from backends.tables import random_case
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hetu.backends.triton.records import (
+from hetu.backends.attention.records import (
     CONTINUES,
     KEY_FIELDS,
     KEYS_ONLY,
@@ -22,7 +22,7 @@ from hetu.backends.triton.records import (
     Int32Array,
     WorkList,
 )
-from hetu.backends.triton.work import key_work, query_work
+from hetu.backends.attention.work import key_work, query_work
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
 
 Record = dict[str, int]

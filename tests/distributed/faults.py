@@ -16,7 +16,7 @@ from distributed.jobs import own
 
 import hetu
 from hetu.backends.comm import distributed
-from hetu.ops import parallel_attention
+from hetu.ops.attention import parallel_attn as parallel_attention
 from hetu.parallel import build_plan
 
 S = hetu.IntSymbol("s")

@@ -15,7 +15,7 @@ from distributed.pool import Outcome, Pool, join
 from distributed.same import assert_own
 
 import hetu
-from hetu.distributed import NCCL_ENVIRONMENT, _own_device
+from hetu.runtime.distributed import NCCL_ENVIRONMENT, _own_device
 
 World = Callable[..., Pool]
 TIMEOUT = 3.0

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 import hetu
-from hetu.backends import functional_attention
-from hetu.backends.dropout import Dropout, dropout_key
+from hetu.backends.attention.dropout import Dropout, dropout_key
+from hetu.functional import attention as functional_attention
 from hetu.functional import attn_varlen
 
 

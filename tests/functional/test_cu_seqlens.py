@@ -11,10 +11,9 @@ from devices import CUDA, ON_CUDA
 from functional.calls import by_function, cumulative
 
 import hetu
-from hetu import functional
-from hetu.backends import functional_attention
 from hetu.cache import LRU
-from hetu.functional import attn_varlen
+from hetu.functional import attention as functional_attention
+from hetu.functional import attn_varlen, varlen
 
 
 def test_lengths_that_change_in_place_are_read_again() -> None:
@@ -85,31 +84,31 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def test_device_lengths_are_copied_once_a_version(copies: list[torch.Tensor]) -> None:
     cu, other = cumulative([2, 3]), cumulative([2, 3])
-    assert functional._on_host(cu) is functional._on_host(cu) and len(copies) == 1
-    assert functional._on_host(other) is not functional._on_host(cu) and len(copies) == 2
+    assert varlen._on_host(cu) is varlen._on_host(cu) and len(copies) == 1
+    assert varlen._on_host(other) is not varlen._on_host(cu) and len(copies) == 2
     cu[1] = 1
-    assert functional._on_host(cu).tolist() == [0, 1, 5] and len(copies) == 3
+    assert varlen._on_host(cu).tolist() == [0, 1, 5] and len(copies) == 3
     cu.data = torch.tensor([0, 4, 5], dtype=torch.int32)  # no new version, other memory
-    assert functional._on_host(cu).tolist() == [0, 4, 5] and len(copies) == 4
+    assert varlen._on_host(cu).tolist() == [0, 4, 5] and len(copies) == 4
 
 
 def test_host_copies_live_as_long_as_their_tensor(copies: list[torch.Tensor]) -> None:
-    before = len(functional._host_copies)
+    before = len(varlen._host_copies)
     cu = cumulative([2, 3])
-    functional._on_host(cu)
-    assert len(functional._host_copies) == before + 1
+    varlen._on_host(cu)
+    assert len(varlen._host_copies) == before + 1
     copies.clear()
     del cu
     gc.collect()
-    assert len(functional._host_copies) == before
+    assert len(varlen._host_copies) == before
 
 
 def test_tensors_without_versions_are_copied_every_time(copies: list[torch.Tensor]) -> None:
     with torch.inference_mode():
         cu = cumulative([2, 3])
-        functional._on_host(cu)
+        varlen._on_host(cu)
         cu[1] = 1
-        assert functional._on_host(cu).tolist() == [0, 1, 5] and len(copies) == 2
+        assert varlen._on_host(cu).tolist() == [0, 1, 5] and len(copies) == 2
 
 
 @pytest.mark.parametrize("device", [CUDA])

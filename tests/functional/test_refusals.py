@@ -12,7 +12,7 @@ from functional.calls import Watching, cumulative, op_arguments
 
 import hetu
 from hetu import functional
-from hetu.backends import functional_attention
+from hetu.functional import attention as functional_attention
 from hetu.functional import attn_varlen
 
 

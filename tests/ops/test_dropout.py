@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hetu
-from hetu.backends.dropout import dropout_key
+from hetu.backends.attention.dropout import dropout_key
 from hetu.backends.torch import random as torch_random
 
 CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])

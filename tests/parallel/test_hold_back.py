@@ -19,8 +19,8 @@ from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
 from hetu.parallel.plan.heads import Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Instruction, Receive, Send, Wait
-from hetu.parallel.plan.own_gradients import OwnGradients
 from hetu.parallel.plan.memory import scratch_rows
+from hetu.parallel.plan.own_gradients import OwnGradients
 
 SEEDS = st.integers(0, 2**32 - 1)
 LARGE = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)

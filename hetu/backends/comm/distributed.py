@@ -37,7 +37,7 @@ class DistributedWorld:
         device: The device of this process.
         backend: ``"gloo"`` or ``"nccl"``.
         control: The control plane.
-        agreed: What the ranks agreed on so far; see :mod:`hetu.agreement`.
+        agreed: What the ranks agreed on so far; see :mod:`hetu.runtime.agreement`.
         runs: How many runs were asked for.
         lock: Held while a run takes place: runs of several threads would mix up their messages.
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from hetu.backends.attention import compute_dtype
+from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.comm.interpreter import Communicator, Sends, indices, pack, wait_for
 from hetu.backends.comm.recorder import watched
 from hetu.parallel.plan.heads import HeadRange, Heads, Kind

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from hetu.backends.attention import compute_dtype
+from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.comm.recorder import watched
-from hetu.backends.transfer import copied_to
+from hetu.backends.memory import copied_to
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 from hetu.parallel.plan.own_gradients import own_gradients

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.comm import World
-from hetu.backends.lowering import Deferred, NodeLowering, lowering
+from hetu.backends.lower.lowering import Deferred, NodeLowering, lowering
 
 
 def hetu_start_reduce(parts: Sequence[torch.Tensor], op: str, count: int, world: World) -> Any:

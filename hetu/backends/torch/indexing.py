@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 
 
 def _places(dim: int, start: Any, stop: Any, step: int) -> tuple[slice, ...]:

@@ -7,7 +7,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 
 aten = torch.ops.aten
 

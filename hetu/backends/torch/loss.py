@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.nn import functional
 
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.backends.torch.norms import as_rows
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}

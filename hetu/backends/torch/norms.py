@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 
 aten = torch.ops.aten
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.backends.torch.basic import number, operands
 from hetu.graph import Tensor
-from hetu.ops._build import result_type
+from hetu.ops.common.build import result_type
 
 aten = torch.ops.aten
 

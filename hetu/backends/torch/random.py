@@ -2,8 +2,8 @@
 
 The definition, which is the same on every device:
 
-- A use of the op draws ``(seed, offset)``. :func:`~hetu.backends.dropout.dropout_key` hashes both into a key, together
-  with the number of the pipeline where rows are not told apart by tokens, and 0 where they are.
+- A use of the op draws ``(seed, offset)``. :func:`~hetu.backends.attention.dropout.dropout_key` hashes both into a key,
+  together with the number of the pipeline where rows are not told apart by tokens, and 0 where they are.
 - Column ``j`` of the row of token ``t`` has the 32-bit random that is word ``j % 4`` of
   ``Philox4x32-7(counter=(j // 4, low half of t, high half of t, 0), key)``.
 - The element is kept if that random is at least ``floor(p * 2**32)``; kept ones are scaled by ``1 / (1 - p)``.
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from hetu.backends.dropout import Dropout, dropout_key, philox
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.attention.dropout import Dropout, dropout_key, philox
+from hetu.backends.lower.lowering import NodeLowering, lowering
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**24}
 """Elements whose randoms are computed at a time: they take several times the memory of the elements themselves."""

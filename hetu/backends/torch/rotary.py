@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.backends.lowering import NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 
 
 def hetu_rotary_table(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> torch.Tensor:

@@ -23,6 +23,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from hetu.backends.attention import records, work
 from hetu.backends.triton.variants import Heads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
 from hetu.config import raw_environment
@@ -121,9 +122,14 @@ def backward_candidates(default: BackwardTiles) -> Iterator[BackwardTiles]:
 def cache_file(device: str) -> Path:
     """Where the tiles of a device are kept, for this version of Triton and these kernels: others want other tiles."""
     folder = os.environ.get("HETU_CACHE_DIR") or Path.home() / ".cache" / "hetu"
-    kernels = sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    kernels = sha256(b"".join(file.read_bytes() for file in kernel_files())).hexdigest()
     name = re.sub(r"\W+", "-", f"{device} triton {triton.__version__} kernels {kernels[:8]}").lower()
     return Path(folder) / f"tiles-{name}.json"
+
+
+def kernel_files() -> list[Path]:
+    """The files that decide what kernels do and what they are told: this room's, and those that make work lists."""
+    return [*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__), Path(work.__file__)]
 
 
 def _read(path: Path) -> dict[str, dict[str, object]]:

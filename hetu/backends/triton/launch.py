@@ -10,13 +10,14 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from hetu.backends.attention import AttentionState, with_positive_scale
-from hetu.backends.dropout import Dropout
-from hetu.backends.transfer import copied_to
+from hetu.backends.attention.contract import AttentionState, with_positive_scale
+from hetu.backends.attention.dropout import Dropout
+from hetu.backends.attention.records import WorkList
+from hetu.backends.attention.work import query_work
+from hetu.backends.memory import copied_to
 from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.kernels import forward_kernel
 from hetu.backends.triton.launcher import Constants, Launcher
-from hetu.backends.triton.records import WorkList
 from hetu.backends.triton.variants import (
     INTERPRETER,
     Heads,
@@ -29,7 +30,6 @@ from hetu.backends.triton.variants import (
     tile,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
-from hetu.backends.triton.work import query_work
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 AnyVariant = TypeVar("AnyVariant", Variant, BackwardVariant)
@@ -49,7 +49,7 @@ def attend(
     dropout: Dropout | None = None,
     key_position: np.ndarray | None = None,
 ) -> None:
-    """One step of attention in Triton; see :class:`hetu.backends.attention.Attend`.
+    """One step of attention in Triton; see :class:`hetu.backends.attention.contract.Attend`.
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """

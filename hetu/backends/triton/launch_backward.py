@@ -8,9 +8,11 @@ from functools import cache, partial
 import numpy as np
 import torch
 
-from hetu.backends.allocate import empty
-from hetu.backends.attention import BackwardState, with_positive_scale
-from hetu.backends.dropout import Dropout
+from hetu.backends.attention.contract import BackwardState, with_positive_scale
+from hetu.backends.attention.dropout import Dropout
+from hetu.backends.attention.records import KEYS_ONLY, VALUES_ONLY, WorkList
+from hetu.backends.attention.work import key_work, query_work
+from hetu.backends.memory import empty
 from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.launch import (
@@ -23,7 +25,6 @@ from hetu.backends.triton.launch import (
     searched,
 )
 from hetu.backends.triton.launcher import Constants, Launcher
-from hetu.backends.triton.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.triton.row_dot import row_dot_kernel
 from hetu.backends.triton.variants import (
     INTERPRETER,
@@ -34,7 +35,6 @@ from hetu.backends.triton.variants import (
     row_strides,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
-from hetu.backends.triton.work import key_work, query_work
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
 
@@ -54,7 +54,7 @@ def attend_backward(
     key_position: np.ndarray | None = None,
     keeps: bool = False,
 ) -> None:
-    """Gradients of one step in Triton; see :class:`hetu.backends.attention.AttendBackward`.
+    """Gradients of one step in Triton; see :class:`hetu.backends.attention.contract.AttendBackward`.
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """

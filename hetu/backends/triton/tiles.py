@@ -11,7 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from hetu.backends.triton import records
+from hetu.backends.attention import records
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -156,7 +156,7 @@ def store_rows(base, offsets, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.co
 
 @triton.jit
 def dropout_keeps(key_low, key_high, threshold, document, head, i, j):
-    """Which entries dropout keeps, of heads, queries i and keys j that broadcast; see ``hetu/backends/dropout.py``."""
+    """Which entries dropout keeps, of heads, queries i and keys j that broadcast; see ``attention/dropout.py``."""
     low = key_low.to(tl.uint32, bitcast=True).to(tl.uint64)
     high = key_high.to(tl.uint32, bitcast=True).to(tl.uint64)
     zero = (i + j + head) * 0

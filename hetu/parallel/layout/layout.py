@@ -17,6 +17,7 @@ import numpy as np
 
 from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
+from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Parts
 from hetu.parallel.layout.strategy import check_lengths, groups_of
 from hetu.parallel.mask.segments import IntArray, QuerySpans
@@ -169,6 +170,22 @@ class GroupLayout:
         end = sum(self.rows[: member + 1])
         own = slice(end - self.rows[member], end)
         return self._by_row[0][own], self._by_row[1][own]
+
+    def describe(self, longest: int = 6) -> list[str]:
+        """The group as text: a line for each member, which lists at most ``longest`` of its spans."""
+        spans = self.spans
+        lines = [
+            f"group {self.value}: {count(len(self.lengths), 'document')}, {count(self.tokens, 'token')} "
+            f"on {count(len(self.members), 'pipeline')}"
+        ]
+        for member, pipeline in enumerate(self.members):
+            begin, end = self.bounds[member : member + 2]
+            columns = (spans.document, spans.start, spans.length, spans.step)
+            shown = [bracketed(*(int(x[i]) for x in columns)) for i in range(begin, min(end, begin + longest))]
+            if end - begin > longest:
+                shown.append(f"... {end - begin - longest} more")
+            lines.append(f"  pipeline {pipeline}: {count(self.rows[member], 'token')}   {' '.join(shown)}".rstrip())
+        return lines
 
 
 class Layout:
@@ -379,9 +396,7 @@ class Layout:
         return digest.hexdigest()
 
     def __str__(self) -> str:
-        from hetu.parallel.views.report import describe_layout
-
-        return describe_layout(self)
+        return "\n".join(line for group in self.groups for line in group.describe())
 
     def __repr__(self) -> str:
         return f"<Layout of {self.num_pipelines} pipelines in {len(self.groups)} groups>"

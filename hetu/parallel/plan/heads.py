@@ -13,8 +13,8 @@ class Kind(Enum):
     """What the rows of a transfer are: the values of a token that travel together, one after the other in a row.
 
     ``delta`` is what the backward subtracts from every score's gradient, see
-    :func:`hetu.backends.attention.attention_delta`. ``KV_GRADS`` are parts that the owner adds up; the others that hold
-    gradients are finished ones.
+    :func:`hetu.backends.attention.contract.attention_delta`. ``KV_GRADS`` are parts that the owner adds up; the others
+    that hold gradients are finished ones.
     """
 
     KV = ("k", "v")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetu.parallel.layout.layout import GroupLayout, Layout
+from hetu.parallel.layout.printing import count
 from hetu.parallel.plan.heads import HeadRange, Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send
 from hetu.parallel.plan.memory import peak_bytes
@@ -24,8 +24,8 @@ def summary(plan: PlanData) -> str:
     moved = sum(plan.bytes_sent(r) for r in pipelines)
     return (
         f"{plan.method}{' backward' * plan.is_backward}, {'causal' if plan.is_causal else 'full'}: "
-        f"{tokens:,} tokens of {_count(documents, 'document')} "
-        f"on {_count(len(work), 'pipeline')} in {_count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
+        f"{tokens:,} tokens of {count(documents, 'document')} "
+        f"on {count(len(work), 'pipeline')} in {count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
         f"{_bytes(moved)} sent"
     )
 
@@ -57,7 +57,7 @@ def table(plan: PlanData) -> str:
 def _steps(part: PipelinePlan) -> list[str]:
     sizes = ", ".join(f"{size:,}" for size in part.buffers)
     landing = f", landing buffers of {', '.join(f'{size:,}' for size in part.landing)} rows" if part.landing else ""
-    lines = [f"pipeline {part.pipeline}: {_count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
+    lines = [f"pipeline {part.pipeline}: {count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
     ends = _ends(part)
     lines += [f"  {_step(item, ends, part)}" for item in part.instructions[:MAX_STEPS]]
     hidden = len(part.instructions) - MAX_STEPS
@@ -92,7 +92,7 @@ def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan
     if isinstance(item, Attend):
         owners = ", ".join(str(source.owner) for source in item.sources)
         heads = f", {item.heads}" if item.heads else ""
-        segments, pairs = _count(len(item.table), "segment"), item.table.pairs(part.spans)
+        segments, pairs = count(len(item.table), "segment"), item.table.pairs(part.spans)
         part_of = f"{item.buffer}{_part_of_own(item)}"
         return f"attend   buffer {part_of} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
     end = ends.get(item.transfer)
@@ -118,7 +118,7 @@ def _rows(runs: Runs) -> str:
 
 
 def _runs(runs: Runs) -> str:
-    return _count(len(runs.start), "run")
+    return count(len(runs.start), "run")
 
 
 def _values(kind: Kind, heads: HeadRange | None) -> str:
@@ -132,10 +132,6 @@ def _offset(item: Receive | Accumulate) -> str:
     return f" from row {item.offset}" if item.offset else ""
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _bytes(number: int) -> str:
     """``1.5 MB``; powers of 1000."""
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
@@ -143,29 +139,3 @@ def _bytes(number: int) -> str:
         size /= 1000
         units.pop(0)
     return f"{number} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def describe_layout(layout: Layout) -> str:
-    """See ``print(layout)``."""
-    return "\n".join(line for group in layout.groups for line in _describe_group(group))
-
-
-def _describe_group(group: GroupLayout, longest: int = 6) -> list[str]:
-    """A line a member, which lists at most ``longest`` of its spans as ``document[start:stop:step]``."""
-    spans = group.spans
-    lines = [
-        f"group {group.value}: {_count(len(group.lengths), 'document')}, {_count(group.tokens, 'token')} "
-        f"on {len(group.members)} pipeline{'s' * (len(group.members) != 1)}"
-    ]
-    for member, pipeline in enumerate(group.members):
-        begin, end = group.bounds[member : member + 2]
-        shown = []
-        for i in range(begin, min(end, begin + longest)):
-            start, length, step = int(spans.start[i]), int(spans.length[i]), int(spans.step[i])
-            stop = start + (length - 1) * step + 1
-            shown.append(f"{spans.document[i]}[{start}:{stop}{f':{step}' if step > 1 else ''}]")
-        if end - begin > longest:
-            shown.append(f"... {end - begin - longest} more")
-        rows = group.rows[member]
-        lines.append(f"  pipeline {pipeline}: {rows:,} token{'s' * (rows != 1)}   {' '.join(shown)}".rstrip())
-    return lines

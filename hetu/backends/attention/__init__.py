@@ -1,0 +1,1 @@
+"""What every kernel family shares: the contract, options, dropout and work lists."""

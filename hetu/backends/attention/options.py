@@ -1,0 +1,84 @@
+"""What of an attention op its computation depends on, and the views of its tensors that kernels read."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hetu.backends.attention.contract import Dropout, dropout_key
+from hetu.graph import Node
+from hetu.parallel import Layout
+from hetu.parallel.plan.instructions import Attend
+
+Random = tuple[int, int]
+
+
+class Options(NamedTuple):
+    """What of an attention op's arguments its computation depends on, whatever the lengths.
+
+    A named tuple, because those may stand in a module's code, and because a run makes one at each call.
+    """
+
+    backend: str
+    num_q: int
+    num_kv: int
+    head_dim: int
+    p_dropout: float
+    softmax_scale: float
+    return_softmax: bool
+    zero_tensors: bool = False
+
+    @classmethod
+    def of(cls, node: Node, backend: str) -> Options:
+        """The options of an attention node, or of the gradient of one."""
+        attrs = node.attrs
+        lse = node.outputs[1] if node.definition.is_random else node.input("softmax_lse")
+        num_q = lse.symbolic_shape[1].constant or 0
+        width = (node.tensors[0].symbolic_shape[1].constant or 0) // attrs["head_dim"]
+        return cls(
+            backend,
+            num_q,
+            (width - num_q) // 2,
+            attrs["head_dim"],
+            attrs["p_dropout"],
+            attrs["softmax_scale"],
+            attrs["return_softmax"],
+            attrs.get("zero_tensors", False),
+        )
+
+    def dropout(self, random: Random, group: int) -> Dropout | None:
+        """The dropout of a group's documents in this run."""
+        return Dropout(self.p_dropout, dropout_key(*random, group)) if self.p_dropout else None
+
+    def cut(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of q ``(rows, H_q, head_dim)`` and of k and v ``(rows, 2, H_kv, head_dim)`` of a shard."""
+        queries = self.num_q * self.head_dim
+        q = qkv[:, :queries].view(len(qkv), self.num_q, self.head_dim)
+        return q, qkv[:, queries:].view(len(qkv), 2, self.num_kv, self.head_dim)
+
+    @property
+    def needs_positions(self) -> bool:
+        return self.return_softmax or self.p_dropout > 0
+
+
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with neighbouring elements in its last dimension, as kernels read it; copied only if they aren't."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """``(T, H * head_dim)`` or ``(T, H, head_dim)`` as the latter."""
+    x = with_rows(x)
+    return x if x.ndim == 3 else x.unflatten(1, (-1, head_dim))
+
+
+def key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
+    """The position in its document of every key in a step's buffer."""
+    parts = [layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
+    positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    places = [source.place.indices() for source in step.sources if source.place is not None]
+    if places:
+        positions[np.concatenate(places)] = positions.copy()
+    return positions

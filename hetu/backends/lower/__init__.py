@@ -1,0 +1,1 @@
+"""From nodes to calls of a ``torch.fx`` module."""

@@ -1,0 +1,190 @@
+"""hetu's attention as a PyTorch function, for models that are written in PyTorch: the kernels without the graph."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from hetu.errors import DTypeError
+from hetu.functional import attention
+
+__all__ = ["attn_varlen"]
+
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_SEEDS = 2**63 - 1
+
+
+def attn_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    *,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    seed: int | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over sequences of different lengths that lie one after the other, without padding.
+
+    Sequence b attends rows ``cu_seqlens_q[b] .. cu_seqlens_q[b+1]`` of q to rows ``cu_seqlens_k[b] ..
+    cu_seqlens_k[b+1]`` of k and v. Rows of q past ``cu_seqlens_q[-1]`` belong to no sequence.
+
+    Keep cu_seqlens on the CPU: they are read there, so that nothing is copied from the device and nothing waits for it.
+    Those on a device are copied to the host, which waits for it, once for each tensor and version: the layers of a
+    model that share them pay once a step. (Changes that torch doesn't count, through ``.data`` or by the replay of a
+    CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
+
+    Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths recompile nothing, and under
+    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once.
+
+    Args:
+        q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
+            the entries of a head are not neighbours.
+        k: ``(T_k, H_k, head_dim)``; H_q must be a multiple of H_k (grouped queries: query head h uses key head
+            ``h // (H_q // H_k)``). head_dim is a multiple of 8, at most 256.
+        v: Like k.
+        cu_seqlens_q: int32 or int64 ``(B + 1,)``, from 0, never decreasing; lengths of zero are fine.
+        cu_seqlens_k: Like cu_seqlens_q, for the keys.
+        max_seqlen_q: Not needed; if given, it must be at least the longest query sequence.
+        max_seqlen_k: Likewise for the keys.
+        is_causal: Row i of n sees keys 0 .. i + m - n of m: aligned to the bottom right, as in FlashAttention.
+        dropout_p: Probability in [0, 1) with which each attention weight is dropped, whatever the mode of the model.
+        softmax_scale: Factor of the scores; None means ``1 / sqrt(head_dim)``.
+        return_lse: Whether to return the log-sum-exps too.
+        seed: Of the dropout: the same seed drops the same weights. None draws one from torch's default CPU generator,
+            so that ``torch.manual_seed`` fixes it.
+
+    Returns:
+        The output, like q. With ``return_lse`` also lse ``(H_q, T_q)``, natural logarithms of the softmax's
+        denominators, float32 (float64 for float64), through which gradients flow as well. A row that sees no key, or
+        belongs to no sequence, has output 0 and lse ``-inf``.
+
+    Raises:
+        ShapeError: If ranks, head counts or numbers of rows don't fit.
+        DTypeError: If an element type is not one of the above, or an argument is no tensor.
+        BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
+        HetuError: If devices differ, or an option is out of its range.
+
+    Example:
+        >>> import torch, hetu
+        >>> q, kv = torch.ones(8, 4, 16), torch.ones(8, 2, 16)
+        >>> cu_seqlens = torch.tensor([0, 5, 8], dtype=torch.int32)
+        >>> out, lse = hetu.functional.attn_varlen(q, kv, kv, cu_seqlens, cu_seqlens, is_causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([8, 4, 16]), torch.Size([4, 8]))
+    """
+    tensor = torch.Tensor
+    if not (
+        isinstance(q, tensor)
+        and isinstance(k, tensor)
+        and isinstance(v, tensor)
+        and isinstance(cu_seqlens_q, tensor)
+        and isinstance(cu_seqlens_k, tensor)
+    ):
+        _refuse_types(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    is_compiling = torch.compiler.is_compiling()
+    may_cast = is_compiling or torch._C._is_any_autocast_enabled()  # asked first, because it takes the least
+    if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = _as_autocast(q, dtype), _as_autocast(k, dtype), _as_autocast(v, dtype)
+    call = (
+        cu_seqlens_q if cu_seqlens_q.is_cpu else _on_host(cu_seqlens_q),
+        cu_seqlens_k if cu_seqlens_k.is_cpu else _on_host(cu_seqlens_k),
+        _rng_state(seed) if dropout_p else None,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal,
+        dropout_p,
+        softmax_scale,
+    )
+    if is_compiling or q.is_meta or not _is_plain(q, k, v):
+        out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
+    else:
+        out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    """What the op's autograd does, without the dispatcher: that adds 50 µs to the forward, this 6."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any, planned: attention.Attention, call: tuple[Any, ...]) -> Any:
+        out, lse = attention.forward(planned, q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, *call[:3])
+        ctx.planned, ctx.options = planned, call[3:]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        if _is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
+        else:  # the op knows what to do, also if these gradients are to be differentiated
+            results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)
+        return *results, None, None
+
+
+# Function.apply itself, in Python, first asks for torch.func's transforms: there are none, and asking takes 3 µs.
+_apply_attention: Any = super(torch.autograd.Function, _Attention).apply
+
+
+def _is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether nothing watches or transforms what is done to the tensors, of which the first one has data.
+
+    Then the op may be computed without torch's dispatcher. What needs it: fake and other subclasses, dispatch modes
+    (such as FLOP counters), ``torch.func``, ``torch.jit.trace``.
+    """
+    for x in tensors:
+        if x is not None and type(x) not in _PLAIN:
+            return False
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+    )
+
+
+def _refuse_types(**given: Any) -> NoReturn:
+    name, value = next((name, value) for name, value in given.items() if not isinstance(value, torch.Tensor))
+    attention.refuse(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a torch tensor as {name}")
+
+
+def _as_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What autocast makes of an input of an op that runs in low precision."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
+
+
+def _rng_state(seed: int | None) -> torch.Tensor:
+    """Seed and offset of a call's dropout."""
+    if seed is None:
+        return torch.randint(_SEEDS, (2,), dtype=torch.int64, device="cpu")
+    return torch.tensor([seed & _SEEDS, 0], dtype=torch.int64, device="cpu")
+
+
+_host_copies = WeakTensorKeyDictionary()
+
+
+def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU, made once for each version of a tensor for as long as the tensor lives.
+
+    What is traced copies each time it runs: a compiled graph writes into its tensors without counting versions.
+    """
+    if cu_seqlens.is_meta:
+        return cu_seqlens
+    if torch.compiler.is_compiling() or not _is_plain(cu_seqlens) or cu_seqlens.is_inference():
+        return cu_seqlens.cpu()
+    version = (cu_seqlens._version, cu_seqlens.data_ptr())
+    kept = _host_copies.get(cu_seqlens)
+    if kept is None or kept[0] != version:
+        kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
+    return kept[1]

@@ -1,0 +1,303 @@
+"""``attn_varlen``: attention over sequences of different lengths, packed without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.dtypes import float32, int32, int64
+from hetu.errors import DTypeError, ShapeError
+from hetu.graph import (
+    BadSample,
+    Call,
+    GoodSample,
+    Node,
+    OpDef,
+    Pipeline,
+    RunView,
+    Tensor,
+    TensorSpec,
+    current_graph,
+    register,
+)
+from hetu.ops.attention.common import (
+    FLOATS,
+    attention_gradient,
+    ceil128,
+    check_cu_seqlens,
+    check_longest,
+    check_options,
+    check_tensor,
+    check_width,
+    dense_attention,
+    longest_of,
+    lse_dtype,
+    max_seqlen,
+    read_cu_seqlens,
+    refuse,
+)
+from hetu.ops.sources import constant, placeholder
+from hetu.parallel.plan.varlen import VarlenPlan
+from hetu.symbols import IntSymbol
+
+_SIDES = ("q", "k")
+
+_Lengths = tuple[NDArray[np.int64], int, bytes]
+"""Cumulative lengths, the longest sequence, and the bytes for a key."""
+
+
+def _lengths(cu_seqlens: NDArray[np.int64]) -> _Lengths:
+    return cu_seqlens, longest_of(cu_seqlens), cu_seqlens.tobytes()
+
+
+class _VarlenAttention(OpDef):
+    """What the op and its gradient have in common: what its lengths tell, and the plan."""
+
+    host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
+    has_plan = True
+    plan_name = "attn_varlen"
+
+    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+        return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
+
+    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+        return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
+
+    def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
+        """The lengths of both sides: found once, whoever asks."""
+        cu_seqlens = node.inputs[-2:]
+        found: tuple[_Lengths, _Lengths] | None = pipeline.memo.get(("attn_varlen", cu_seqlens))
+        if found is None:
+            of_q, of_k = self.host_inputs
+            q = _lengths(read_cu_seqlens(node, of_q, pipeline))
+            k = q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
+            found = pipeline.memo["attn_varlen", cu_seqlens] = (q, k)
+        return found
+
+    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
+        return [self._key(node, item) for item in view.pipelines]
+
+    def _key(self, node: Node, pipeline: Pipeline) -> Any:
+        rows, cu = [], []
+        for place, (values, longest, content) in enumerate(self._read(node, pipeline)):
+            side, name = _SIDES[place], self.host_inputs[place]
+            attended = node.inputs[place]
+            assert isinstance(attended, Tensor)
+            rows.append(pipeline.value(attended.symbolic_shape[0]))
+            if values.item(-1) > rows[-1]:
+                refuse(
+                    node, f"{name} ends at {values[-1]}, but {side} has {rows[-1]} rows", f"feed {side} all its tokens"
+                )
+            if longest > pipeline.value(node.attrs[f"max_seqlen_{side}"]):
+                check_longest(node, f"max_seqlen_{side}", np.diff(values), name, pipeline)
+            cu.append(content)
+        if len(cu[0]) != len(cu[1]):
+            entries = [len(content) // np.dtype(np.int64).itemsize for content in cu]
+            refuse(
+                node,
+                f"cu_seqlens_q and cu_seqlens_k have {entries[0]} and {entries[1]} entries, expected as many",
+                "give both batch_size + 1 entries",
+            )
+        return *cu, rows[0], node.attrs["is_causal"]
+
+    def plan(self, key: Any) -> VarlenPlan:
+        content_q, content_k, rows, is_causal = key
+        cu_q = np.frombuffer(content_q, np.int64)
+        cu_k = cu_q if content_k == content_q else np.frombuffer(content_k, np.int64)
+        return VarlenPlan.build(cu_q, cu_k, rows, is_causal)
+
+
+@register
+class AttnVarlen(_VarlenAttention):
+    name = "attn_varlen"
+    inputs = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    outputs = ("output", "softmax_lse", "p", "rng_state")
+    is_random = True
+    precision = "low"
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        check_options(call)
+        q, k, v = (
+            check_tensor(call, name, item, FLOATS, (2, 3)) for name, item in zip("qkv", call.inputs, strict=False)
+        )
+        if not q.dtype == k.dtype == v.dtype:
+            dtypes = f"{q.dtype.name}, {k.dtype.name} and {v.dtype.name}"
+            call.fail(DTypeError, f"q, k and v are {dtypes}, expected one dtype", "cast them to one dtype")
+        if not q.ndim == k.ndim == v.ndim:
+            call.fail(ShapeError, f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions", "give all 2, or all 3")
+        num_q = self._heads(call, q, k, v)
+        cu_q, cu_k = (check_cu_seqlens(call, f"cu_seqlens_{side}", call.inputs[3 + i]) for i, side in enumerate(_SIDES))
+        call.same(
+            cu_q.symbolic_shape[0],
+            cu_k.symbolic_shape[0],
+            f"cu_seqlens_q and cu_seqlens_k have {cu_q.shape[0]} and {cu_k.shape[0]} entries, expected as many",
+            "give both batch_size + 1 entries",
+        )
+        batch = cu_q.symbolic_shape[0] - 1
+        max_q, max_k = (max_seqlen(call, f"max_seqlen_{side}") for side in _SIDES)
+        p = (batch, num_q, ceil128(max_q), ceil128(max_k)) if call.attrs["return_softmax"] else (0,)
+        return (
+            TensorSpec(q.dtype, q.symbolic_shape),
+            TensorSpec(lse_dtype(q), (batch, num_q, max_q)),
+            TensorSpec(q.dtype, p),
+            TensorSpec(int64, (2,), on_cpu=True),
+        )
+
+    def _heads(self, call: Call, q: Tensor, k: Tensor, v: Tensor) -> int:
+        head_dim = call.attrs["head_dim"]
+        heads = []
+        for name, item in zip("qkv", (q, k, v), strict=True):
+            if item.ndim == 3 and item.shape[2] != head_dim:
+                call.fail(ShapeError, f"the last dimension of {name} is {item.shape[2]}, expected head_dim {head_dim}")
+            width = item.symbolic_shape[1] * head_dim if item.ndim == 3 else item.symbolic_shape[1]
+            heads.append(check_width(call, name, width, head_dim))
+        call.same(
+            k.symbolic_shape[0],
+            v.symbolic_shape[0],
+            f"k and v have {k.shape[0]} and {v.shape[0]} rows, expected as many",
+            "give every key its value",
+        )
+        if heads[1] != heads[2] or heads[0] % heads[1]:
+            call.fail(
+                ShapeError,
+                f"q, k and v have {heads[0]}, {heads[1]} and {heads[2]} heads, "
+                "expected as many for k and v and a multiple of them for q",
+                "check head_dim and the projections",
+            )
+        return heads[0]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        d_output, d_lse = attention_gradient(node, grads[0], grads[1], grads[2])
+        q, k, v, cu_q, cu_k = node.inputs
+        output, lse, _, rng_state = node.outputs
+
+        @cache
+        def backward() -> tuple[Tensor, ...]:
+            inputs = (q, k, v, output, lse, rng_state, d_output, d_lse, cu_q, cu_k)
+            return node.graph.apply("attn_varlen_grad", inputs, node.attrs)
+
+        return [lambda: backward()[0], lambda: backward()[1], lambda: backward()[2], None, None]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        rng = np.random.default_rng(0)
+        cu_q, cu_k = np.array([0, 0, 1, 6], np.int32), np.array([0, 2, 9, 9], np.int32)
+        q, k, v = (rng.standard_normal((rows, width), np.float32) for rows, width in ((7, 32), (9, 16), (9, 16)))
+
+        def reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any) -> Any:
+            out = np.zeros((len(q), 4, 8))
+            for b in range(3):
+                at_q, at_k = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+                heads = (q[at_q].reshape(-1, 4, 8), k[at_k].reshape(-1, 2, 8), v[at_k].reshape(-1, 2, 8))
+                out[at_q] = dense_attention(*heads, 8**-0.5, True)[0]
+            return out.reshape(-1, 32)
+
+        def good(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
+            return attn_varlen(q, k, v, 8, cu_q, cu_k, is_causal=True)[0]
+
+        def bad(head_dim: int = 8, width: int = 16, dtype: Any = float32, **options: Any) -> Any:
+            x = placeholder(dtype, [4, width])
+            cu = constant(np.array([0, 4], np.int32))
+            return attn_varlen(x, x, x, head_dim, cu, cu, **options)
+
+        return [GoodSample(good, (q, k, v, cu_q, cu_k), reference, ((0, 0), (1, 0), (2, 0)))], [
+            BadSample(lambda: bad(head_dim=12), ShapeError, "head_dim is 12"),
+            BadSample(lambda: bad(width=20), ShapeError, "the width of q is 20"),
+            BadSample(lambda: bad(dtype=int32), DTypeError, "q is int32"),
+            BadSample(lambda: bad(max_seqlen_q=1.5), DTypeError, "max_seqlen_q is 1.5"),
+        ]
+
+
+@register
+class AttnVarlenGrad(_VarlenAttention):
+    """The gradients of ``attn_varlen`` with respect to q, k and v."""
+
+    name = "attn_varlen_grad"
+    is_public = False
+    inputs = (
+        "q", "k", "v", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k",
+    )  # fmt: skip
+    outputs = ("d_q", "d_k", "d_v")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        return [TensorSpec(item.dtype, item.symbolic_shape) for item in call.inputs[:3]]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        return (), ()
+
+
+def attn_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_dim: int,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: IntSymbol | int | None = None,
+    max_seqlen_k: IntSymbol | int | None = None,
+    p_dropout: float = 0,
+    softmax_scale: float = -1,
+    zero_tensors: bool = False,
+    is_causal: bool = False,
+    return_softmax: bool = False,
+    name: str | None = None,
+) -> list[Tensor]:
+    """Attention over sequences of different lengths that lie one after the other, without padding.
+
+    Sequence b attends rows ``cu_seqlens_q[b] .. cu_seqlens_q[b+1]`` of q to rows ``cu_seqlens_k[b] ..
+    cu_seqlens_k[b+1]`` of k and v. Rows of q past ``cu_seqlens_q[-1]`` belong to no sequence; their output is 0.
+
+    Args:
+        q: ``(T_q, H_q * head_dim)`` or ``(T_q, H_q, head_dim)``; float16, bfloat16, float32 (float64 on the
+            torch backend).
+        k: ``(T_k, H_k * head_dim)`` or ``(T_k, H_k, head_dim)``; H_q must be a multiple of H_k (grouped queries:
+            query head h uses key head ``h // (H_q // H_k)``).
+        v: Like k.
+        head_dim: A multiple of 8, at most 256.
+        cu_seqlens_q: int32 ``(B + 1,)``, from 0, never decreasing; lengths of zero are fine.
+        cu_seqlens_k: Like cu_seqlens_q, for the keys.
+        max_seqlen_q: At least the longest query sequence; unbound or None, it is just that.
+        max_seqlen_k: Likewise for the keys.
+        p_dropout: Probability in [0, 1) with which each attention weight is dropped.
+        softmax_scale: Factor of the scores; -1 means ``1 / sqrt(head_dim)``.
+        zero_tensors: Whether slots past a sequence's end are 0 in ``softmax_lse`` too, instead of ``-inf``.
+        is_causal: Row i of n sees keys 0 .. i + m - n of m: aligned to the bottom right, as in FlashAttention.
+        return_softmax: Whether to compute ``p``.
+        name: The node's name.
+
+    Returns:
+        ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse, float32
+        ``(B, H_q, max_seqlen_q)``, ``-inf`` for a row that sees no key (its output is 0); the weights in q's dtype
+        ``(B, H_q, ceil128(max_seqlen_q), ceil128(max_seqlen_k))``, dropped ones negative, or an empty tensor;
+        int64 ``(2,)`` on the CPU: seed, offset.
+
+    Raises:
+        ShapeError: If widths, head counts or ranks don't fit.
+        DTypeError: If an element type is not one of the above.
+        BindingError: When run, if cu_seqlens or max_seqlen don't fit what was fed.
+
+    Example:
+        >>> import hetu, numpy as np
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [n, 2 * 8])
+        ...     cu = hetu.placeholder(hetu.int32, [3])
+        ...     out, lse, p, rng_state = hetu.attn_varlen(x, x, x, 8, cu, cu, is_causal=True)
+        >>> g.run(lse, feed_dict={x: np.ones((8, 16), np.float32), cu: [0, 5, 8]}).shape
+        torch.Size([2, 2, 5])
+    """
+    attrs = {
+        "head_dim": head_dim,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "p_dropout": p_dropout,
+        "softmax_scale": softmax_scale,
+        "zero_tensors": bool(zero_tensors),
+        "is_causal": bool(is_causal),
+        "return_softmax": bool(return_softmax),
+    }
+    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    return list(current_graph(inputs, "attn_varlen").apply("attn_varlen", inputs, attrs, name))

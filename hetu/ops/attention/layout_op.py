@@ -1,0 +1,185 @@
+"""What the ops over tokens that lie as the strategies say have in common: the lists, binding, the layout's key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.errors import BindingError, HetuError, StrategyError, caller
+from hetu.graph import Call, Node, OpDef, Pipeline, RunView
+from hetu.ops.attention.common import check_cu_seqlens, check_longest, read_cu_seqlens
+from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, one_a_group, refuse_rows
+from hetu.parallel import SPLITS, Strategy, groups_of
+from hetu.symbols import IntSymbol, as_symbol
+
+Lists = Sequence[Sequence[IntSymbol | int]]
+
+
+class LayoutOp(OpDef):
+    """An op over the rows of its first input, which lie over the pipelines as a strategy says.
+
+    Its attributes have the two lists (``strategies``), ``split`` and ``packing``, its inputs ``cu_seqlens_q`` and
+    perhaps ``cu_seqlens_k``.
+    """
+
+    host_inputs: ClassVar[tuple[str, ...]] = ("cu_seqlens_q", "cu_seqlens_k")
+    spans_pipelines = True
+    has_plan = True
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {"split": tuple(SPLITS)}
+    """Attributes that are names, and the names that there are."""
+
+    def check_lists(self, call: Call) -> None:
+        """Replaces both lists by one strategy a row, after checking that they fit each other and the graph."""
+        attrs, rows = call.attrs, {}
+        if "strategies" in attrs:  # the graph's verification asks again, with the normal form
+            return
+        for name, given in (("multi_seq_lens_symbol", "seq_lens"), ("multi_cp_group_symbol", "cp_groups")):
+            value = attrs.pop(given)
+            try:
+                rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
+            except TypeError:
+                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list a strategy")
+            if len(rows[given]) != call.graph.num_strategy:
+                call.fail(
+                    StrategyError,
+                    f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
+                    "give one row a strategy, or another num_strategy to hetu.graph",
+                )
+        strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
+        for i, strategy in enumerate(strategies):
+            for r, length in enumerate(strategy.seq_lens):
+                call.check(length >= 0, f"the length of pipeline {r} under strategy {i} is at least 0")
+        attrs["strategies"] = strategies
+        for name, known in self.choices.items():
+            if attrs[name] not in known:
+                call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
+
+    def check_packing(self, call: Call) -> None:
+        """Demands cu_seqlens with packing, and only then."""
+        given = [call.inputs[self.inputs.index(name)] for name in self.host_inputs]
+        if not call.attrs["packing"]:
+            if any(item is not None for item in given):
+                call.fail(HetuError, "cu_seqlens were given without packing", "pass packing=True, or leave them out")
+            return
+        if given[0] is None:
+            call.fail(HetuError, "packing needs cu_seqlens_q", "pass the documents' cumulative lengths")
+        for name, item in zip(self.host_inputs, given, strict=True):
+            if item is not None:
+                check_cu_seqlens(call, name, item, ranks=(1, 2))
+
+    # Binding
+
+    def num_pipelines(self, node: Node, strategy: int) -> int:
+        return strategy_of(node, strategy).num_pipelines
+
+    def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
+        chosen = strategy_of(node, strategy)
+        listed = (*chosen.seq_lens, *chosen.cp_groups)
+        return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
+
+    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+        own, listed = node.symbols, as_symbol(strategy_of(node, strategy).seq_lens[pipeline])
+        facts = [(listed, f"rows of {self.inputs[0]} on pipeline {pipeline}")]
+        facts += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
+        group = "longest document of the pipeline's context group"
+        return facts + [(node.attrs[name], group) for name in bounds_of(node)]
+
+    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+        chosen = strategy_of(node, view.strategy)
+        lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True)]
+        rows = [item.known(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
+        if node.attrs["packing"]:
+            lens = [row if length is None else length for length, row in zip(lens, rows, strict=True)]
+        return [self._tell_pipeline(node, view, r, lens, rows) for r in range(len(view.pipelines))]
+
+    def _tell_pipeline(
+        self, node: Node, view: RunView, r: int, lens: list[int | None], rows: list[int | None]
+    ) -> list[int | None]:
+        attrs, pipeline = node.attrs, view.pipelines[r]
+        groups = [pipeline.known(group) for group in strategy_of(node, view.strategy).cp_groups]
+        members = [i for i, group in enumerate(groups) if group == groups[r]]
+        known = [lens[i] for i in members]
+        total = None if None in groups or None in known else sum(length or 0 for length in known)
+        batch = None if total is None else batch_of(members, lens, rows)
+        told: dict[str, int | None] = {"seq_len": lens[r], "batch": batch, "total": total}
+        values = [lens[r] if attrs["packing"] else None]
+        values += [told[name] for name in ("seq_len", "batch", "total") if name in node.symbols]
+        sides = bounds_of(node)
+        longest = int(self._documents(node, pipeline, total).max(initial=0)) if sides and total is not None else None
+        return values + [longest] * len(sides)
+
+    def _documents(self, node: Node, pipeline: Pipeline, total: int) -> NDArray[np.int64]:
+        """Lengths of the documents of a pipeline's group."""
+        if not node.attrs["packing"]:
+            return np.array([total])
+        lengths = np.diff(read_cu_seqlens(node, "cu_seqlens_q", pipeline))
+        return lengths if lengths.ndim == 1 else lengths.sum(0)
+
+    # Planning
+
+    def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
+        chosen = strategy_of(node, view.strategy)
+        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True))
+        groups = tuple(view.pipelines[0].value(expr) for expr in chosen.cp_groups)
+        rows = [item.value(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
+        batches, cus = [], []
+        for members in groups_of(groups).values():
+            batch = 1 if node.attrs["packing"] else batch_of(members, lens, rows)
+            for r in members:
+                if rows[r] != batch * lens[r]:
+                    refuse_rows(node, view, r, rows[r], lens[r], batch)
+            total = sum(lens[r] for r in members)
+            if node.attrs["packing"]:
+                cus.append(group_cu_seqlens(node, view, members, total))
+            else:
+                batches.append(batch)
+            first = view.pipelines[members[0]]
+            for name in bounds_of(node):
+                lengths = self._documents(node, first, total)
+                check_longest(node, name, lengths, f"context group {groups[members[0]]}", first)
+        return [self.key(node, LayoutKey.of(node, lens, groups, batches, cus))]
+
+    def key(self, node: Node, layout: LayoutKey) -> Any:
+        """What the plan of a node depends on, given the layout's part of it."""
+        raise NotImplementedError
+
+    # Looking before running
+
+    def inspect(
+        self, node: Node, strategy: int, values: Mapping[IntSymbol, int], cu_seqlens: Any, batch: Any
+    ) -> LayoutKey:
+        """The layout that a run with these symbols would have; see :meth:`hetu.Graph.layout`."""
+
+        def value(expr: IntSymbol) -> int:
+            defaults = {leaf: leaf.default for leaf in expr.leaves if leaf.default is not None}
+            return expr.evaluate({**defaults, **values})
+
+        lens, groups = strategy_of(node, strategy).evaluate(value)
+        count = len(groups_of(groups))
+        if not node.attrs["packing"]:
+            batches = one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
+            return LayoutKey.of(node, lens, groups, batches, ())
+        if cu_seqlens is None:
+            raise BindingError(
+                "packing needs cu_seqlens",
+                op="layout",
+                where=caller(),
+                fix="pass cu_seqlens=..., as the run will feed it",
+            )
+        several = isinstance(cu_seqlens, (list, tuple)) and np.ndim(cu_seqlens[0]) > 0
+        cus = one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
+        return LayoutKey.of(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
+
+
+def strategy_of(node: Node, index: int) -> Strategy:
+    """A strategy of a node."""
+    chosen: Strategy = node.attrs["strategies"][index]
+    return chosen
+
+
+def bounds_of(node: Node) -> list[str]:
+    """The bounds on lengths that the user gave."""
+    return [name for name in ("max_seqlen_q", "max_seqlen_k") if node.attrs.get(name) is not None]

@@ -1,0 +1,1 @@
+"""The stages that need no device: bind, select and plan."""

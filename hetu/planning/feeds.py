@@ -1,0 +1,279 @@
+"""What the user feeds: read, checked and spread over the pipelines. Knows torch tensors without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
+from hetu.graph import Tensor
+from hetu.planning.subgraph import Subgraph
+from hetu.shards import Shards
+from hetu.symbols import IntSymbol
+
+Feeds = Mapping[Tensor, Any]
+Symbols = Mapping[IntSymbol, Any]
+Read = Callable[[int | None], "FeedSet"]
+"""Gives the feeds of a strategy of so many pipelines; None if no op says how many there are."""
+
+
+@dataclass(slots=True)
+class FeedSet:
+    """The arrays of one run.
+
+    Attributes:
+        tensors: The placeholders: those of the subgraph, and those of its witnesses that are fed.
+        arrays: For each pipeline, each placeholder's array.
+        shapes: For each pipeline the shapes, in the order of ``tensors``.
+        host_bytes: The contents of the arrays that planning reads: with the shapes, all that a plan depends on.
+    """
+
+    tensors: tuple[Tensor, ...]
+    arrays: tuple[dict[Tensor, Any], ...]
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+    host_bytes: tuple[bytes, ...]
+
+    @property
+    def num_pipelines(self) -> int:
+        return len(self.arrays)
+
+    def restricted(self, subgraph: Subgraph) -> FeedSet:
+        """What a part of the graph needs of these."""
+        kept = [i for i, tensor in enumerate(self.tensors) if tensor in subgraph.feeds + subgraph.witnesses]
+        tensors = tuple(self.tensors[i] for i in kept)
+        arrays = tuple({tensor: row[tensor] for tensor in tensors if tensor in row} for row in self.arrays)
+        shapes = tuple(tuple(row[i] for i in kept) for row in self.shapes)
+        return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
+
+
+def is_torch(value: Any) -> bool:
+    """Whether it is a torch tensor."""
+    return _is_torch_type(type(value))  # type: ignore[arg-type] # a class is hashable, whatever mypy thinks of it
+
+
+@cache  # every feed of every run is asked
+def _is_torch_type(kind: Any) -> bool:
+    return kind.__module__.startswith("torch") and hasattr(kind, "detach")
+
+
+@cache  # asked of every feed too, and isinstance takes longer with an abstract base class
+def _is_shards_type(kind: Any) -> bool:
+    return issubclass(kind, Shards)
+
+
+@cache
+def _name_of(torch_dtype: Any) -> str:
+    return str(torch_dtype)[6:]
+
+
+def host_array(value: Any) -> NDArray[Any]:
+    """The values on the host; copies from a device if they lie on one."""
+    if not is_torch(value):
+        return np.asarray(value)
+    if value.requires_grad or not value.is_cpu:
+        value = value.detach().cpu()
+    array: NDArray[Any] = value.numpy()
+    return array
+
+
+def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> FeedSet:
+    """Checks what was fed, and gives every pipeline its arrays.
+
+    Args:
+        subgraph: What will be computed; only its placeholders are looked at.
+        feed_dict: What the user fed.
+        declared: How many pipelines the strategy has; None if no op says, then the shards decide.
+
+    Raises:
+        BindingError: If a placeholder is not fed, or something else is.
+        DTypeError: If an array's element type is not the placeholder's.
+        StrategyError: If there are not as many shards as pipelines.
+    """
+    tensors = _fed(subgraph, feed_dict)
+    values = [feed_dict[tensor] for tensor in tensors]
+    sharded = [len(value) for value in values if _is_shards_type(type(value))]  # type: ignore[arg-type]
+    count = declared or max(sharded, default=1)
+    if count == 1 and not sharded:
+        arrays: tuple[dict[Tensor, Any], ...] = (dict(zip(tensors, map(read_array, tensors, values), strict=True)),)
+    else:
+        spread = [_spread(tensor, value, count) for tensor, value in zip(tensors, values, strict=True)]
+        arrays = tuple(dict(zip(tensors, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
+    shapes = tuple([tuple([array.shape for array in row.values()]) for row in arrays])
+    return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
+
+
+def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
+    """The placeholders that are fed and looked at, none of those missing that must be fed."""
+    keys = tuple(feed_dict)
+    found: tuple[Tensor, ...] | None = subgraph.memo.get(keys)
+    if found is None:
+        found = subgraph.memo[keys] = _find_fed(subgraph, feed_dict)
+    return found
+
+
+def _find_fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
+    check_keys(feed_dict)
+    missing = [tensor for tensor in subgraph.feeds if tensor not in feed_dict]
+    if missing:
+        raise BindingError(
+            f"placeholder {missing[0].name} is not fed",
+            op="run",
+            where=missing[0].op.where,
+            fix=f"add {', '.join(tensor.name for tensor in missing)} to feed_dict",
+        )
+    return subgraph.feeds + tuple(tensor for tensor in subgraph.witnesses if tensor in feed_dict)
+
+
+def check_keys(feed_dict: Feeds) -> None:
+    """Refuses what is no placeholder."""
+    for key in feed_dict:
+        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
+            raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
+
+
+def shard_count(feed_dict: Feeds) -> int | None:
+    """How many shards the values of a ``feed_dict`` have; None if none is sharded."""
+    counts = [len(value) for value in feed_dict.values() if isinstance(value, Shards)]
+    return max(counts, default=None)
+
+
+def read_own_feeds(
+    subgraph: Subgraph, feed_dict: Feeds, pipelines: Sequence[int], declared: int | None
+) -> tuple[tuple[Tensor, ...], dict[int, dict[Tensor, Any]]]:
+    """What a process feeds the pipelines that it runs, where others run the rest.
+
+    Args:
+        subgraph: What will be computed.
+        feed_dict: What the user fed: this process's own arrays, or shards of all pipelines.
+        pipelines: Those that run here.
+        declared: How many pipelines the strategy has; None if no op says.
+
+    Returns:
+        The placeholders, and each own pipeline's arrays.
+
+    Raises:
+        BindingError, DTypeError, StrategyError: As :func:`read_feeds`.
+    """
+    if not pipelines:
+        check_keys(feed_dict)
+        return (), {}
+    arrays: dict[int, dict[Tensor, Any]] = {r: {} for r in pipelines}
+    tensors = _fed(subgraph, feed_dict)
+    for tensor in tensors:
+        value = feed_dict[tensor]
+        if isinstance(value, Shards):
+            _check_shards(tensor, value, declared or len(value))
+        common = None if isinstance(value, Shards) else read_array(tensor, value)
+        for r in pipelines:
+            arrays[r][tensor] = read_array(tensor, value[r]) if common is None else common
+    return tensors, arrays
+
+
+def host_values(subgraph: Subgraph, arrays: Mapping[Tensor, Any]) -> dict[Tensor, NDArray[Any]]:
+    """What planning reads of a pipeline's arrays, on the host."""
+    return {tensor: np.ascontiguousarray(host_array(arrays[tensor])) for tensor in subgraph.host_feeds}
+
+
+def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[bytes]:
+    """Contents of what planning reads; an array that several pipelines share is read once."""
+    if len(arrays) == 1:
+        return [host_array(arrays[0][tensor]).tobytes() for tensor in subgraph.host_feeds]
+    seen: dict[int, bytes] = {}
+    for tensor in subgraph.host_feeds:
+        for row in arrays:
+            array = row[tensor]
+            if id(array) not in seen:
+                seen[id(array)] = host_array(array).tobytes()
+    return [seen[id(row[tensor])] for tensor in subgraph.host_feeds for row in arrays]
+
+
+def _spread(tensor: Tensor, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Shards):
+        return [read_array(tensor, value)] * count
+    _check_shards(tensor, value, count)
+    return [read_array(tensor, item) for item in value]
+
+
+def _check_shards(tensor: Tensor, value: Shards, count: int) -> None:
+    if len(value) != count:
+        raise StrategyError(
+            f"{tensor.name} was fed {len(value)} shards, but the strategy has {count} pipelines",
+            op="run",
+            where=caller(),
+            fix="feed one array a pipeline: layout.scatter(x) of the same strategy makes them",
+        )
+
+
+def read_array(tensor: Tensor, value: Any) -> Any:
+    """One fed array, of the placeholder's element type.
+
+    Torch tensors must have it. Floating numpy arrays are rounded to it and integer ones converted where
+    all values fit, since numpy makes float64 and int64 by itself and has no bfloat16; lists and numbers are
+    literals and take it as they are.
+    """
+    if is_torch(value):
+        if _name_of(value.dtype) != tensor.dtype.name:
+            raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
+        return value
+    literal = not isinstance(value, np.ndarray)
+    array = value if not literal else _literal(tensor, value)
+    if array.dtype.name == tensor.dtype.name:
+        return array
+    kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
+    fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
+    if not fits:
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but {array.dtype} values were fed")
+    if tensor.dtype.name == "bfloat16":
+        return array.astype(np.float32)  # exactly what rounding to bfloat16 starts from, on the device
+    converted = array.astype(tensor.dtype.name)
+    if tensor.dtype.kind == "int" and not np.array_equal(converted, array):
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but values that don't fit were fed")
+    return converted
+
+
+def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
+    """A list or a number as an array; tensors in a list might be anything, and shards have a type of their own."""
+    try:
+        if not (isinstance(value, (list, tuple)) and any(is_torch(item) for item in value)):
+            return np.asarray(value)
+        why = "it holds tensors"
+    except ValueError as failure:
+        why = str(failure).partition(".")[0]
+    what = f"{tensor.name} was fed a {type(value).__name__} that is no array: {why}"
+    fix = "feed one array, or hetu.Shards([...]) with one a pipeline"
+    raise BindingError(what, op="run", where=caller(), fix=fix)
+
+
+def _wrong_dtype(tensor: Tensor, what: str) -> DTypeError:
+    name = tensor.dtype.name
+    return DTypeError(what, op="run", where=tensor.op.where, fix=f"convert it first: .to(torch.{name}) or .astype(...)")
+
+
+def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[tuple[Feeds, Symbols]]:
+    """One (feeds, symbols) a micro-batch: of lists one item each, of all else the whole.
+
+    Raises:
+        HetuError: If ``count`` is no positive int, or a list has another length.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise HetuError(f"num_micro_batches is {count!r}", op="run", where=caller(), fix="give a positive int")
+    if count == 1:
+        return [(feed_dict, symbols)]
+    for key, value in (*feed_dict.items(), *symbols.items()):
+        if isinstance(value, list) and len(value) != count:
+            raise HetuError(
+                f"{getattr(key, 'name', key)} was given a list of {len(value)} for {count} micro-batches",
+                op="run",
+                where=caller(),
+                fix="give a list with one value a micro-batch, or one value for all",
+            )
+
+    def part(values: Mapping[Any, Any], i: int) -> dict[Any, Any]:
+        return {key: value[i] if isinstance(value, list) else value for key, value in values.items()}
+
+    return [(part(feed_dict, i), part(symbols, i)) for i in range(count)]

@@ -1,0 +1,234 @@
+"""The stages before any number is computed: bind, select, plan. Integers only; knows nothing of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NoReturn
+
+from numpy.typing import NDArray
+
+from hetu.cache import LRU
+from hetu.config import settings
+from hetu.errors import HetuError, StrategyError, caller
+from hetu.graph import Graph, Node, Tensor
+from hetu.ops.attention.layout_key import LayoutKey
+from hetu.ops.attention.layout_op import LayoutOp
+from hetu.ops.attention.parallel_attn import ParallelAttn
+from hetu.parallel import AttnPlan, Hardware, Layout
+from hetu.planning.binder import Binder, BoundPipeline
+from hetu.planning.feeds import FeedSet, Read, host_array, read_feeds
+from hetu.planning.subgraph import Subgraph
+from hetu.symbols import Binding, IntSymbol
+
+STRUCTURES, LENGTH_SETS = 64, 512
+"""How many structures (sets of fetches and strategies) and how many sets of lengths are remembered."""
+
+
+@dataclass(slots=True, eq=False)  # not frozen: each new set of lengths makes one
+class Prepared:
+    """A run that is bound, selected and planned, and not yet computed.
+
+    Attributes:
+        subgraph: What will be computed.
+        strategy: Index of the strategy.
+        bindings: Each pipeline's symbols, with where every value came from.
+        plans: Each planned node's plan: one for all pipelines where the node spans them, else one a pipeline.
+        memo: Where the executor keeps the sizes that it computed for these bindings.
+    """
+
+    subgraph: Subgraph
+    strategy: int
+    bindings: tuple[Binding, ...]
+    plans: dict[Node, tuple[Any, ...]]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_pipelines(self) -> int:
+        return len(self.bindings)
+
+    def predicted_time(self, hardware: Hardware) -> float:
+        """Seconds that the attention plans will take: what ``strategy="auto"`` compares."""
+        plans = [plan for group in self.plans.values() for plan in group if isinstance(plan, AttnPlan)]
+        return sum(plan.cost(hardware).time for plan in plans)
+
+
+class Planner:
+    """Binds and plans the runs of one graph, and remembers both by lengths."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.subgraphs: LRU[Subgraph] = LRU(STRUCTURES)
+        self.plans: LRU[Any] = LRU(LENGTH_SETS)
+        self.prepared: LRU[Prepared] = LRU(LENGTH_SETS)
+
+    def subgraph(self, fetches: Tensor | Sequence[Tensor]) -> Subgraph:
+        """What the fetches need.
+
+        Raises:
+            HetuError: If something fetched is no tensor of the graph.
+        """
+        tensors = (fetches,) if isinstance(fetches, Tensor) else tuple(fetches)
+        return self.subgraphs.get((tensors, self.version), lambda: self._cut(tensors))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the graph grows."""
+        return len(self.graph.nodes), len(self.graph.constraints)
+
+    def _cut(self, tensors: tuple[Any, ...]) -> Subgraph:
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor) or tensor.graph is not self.graph:
+                raise HetuError(
+                    f"can't fetch {tensor!r}: it is no tensor of this graph",
+                    op="run",
+                    where=caller(),
+                    fix="fetch tensors that were built in the graph that runs",
+                )
+        return Subgraph.of(self.graph, tensors)
+
+    def prepare(
+        self,
+        subgraph: Subgraph,
+        feed_dict: Mapping[Tensor, Any],
+        symbols: Mapping[IntSymbol, int],
+        strategy: int | str | None,
+    ) -> tuple[Prepared, FeedSet]:
+        """Selects, binds and plans a run that is fed in this process; see :meth:`prepare_read`."""
+        return self.prepare_read(subgraph, partial(read_feeds, subgraph, feed_dict), symbols, strategy)
+
+    def prepare_read(
+        self,
+        subgraph: Subgraph,
+        read: Read,
+        symbols: Mapping[IntSymbol, int],
+        strategy: int | str | None,
+        num_pipelines: int | None = None,
+    ) -> tuple[Prepared, FeedSet]:
+        """Selects the strategy: by index, or the cheapest of those that can run at all; binds and plans it.
+
+        Args:
+            subgraph: What will be computed.
+            read: Gives the feeds.
+            symbols: ``int_symbol_dict``.
+            strategy: What the user asked for.
+            num_pipelines: For a part of a graph in which no op says how many the strategy has.
+
+        Raises:
+            StrategyError: If there is no such strategy, or none that can run (with each one's reason).
+            HetuError: Whatever binding or planning refuses.
+        """
+        count = self.graph.num_strategy
+        if strategy is None and count == 1:
+            strategy = 0
+        if strategy not in (None, "auto"):
+            return self._prepare(subgraph, read, symbols, self.index(strategy), num_pipelines)
+        feasible, reasons = [], []
+        for index in range(count):
+            try:
+                feasible.append(self._prepare(subgraph, read, symbols, index))
+            except HetuError as error:
+                reasons.append(f"strategy {index}: {type(error).__name__}: {error.what}")
+        if not feasible:
+            raise StrategyError(
+                f"none of the {count} strategies can run",
+                op="run",
+                where=caller(),
+                bound=reasons,
+                fix="see each reason",
+            )
+        hardware = Hardware.h100()
+        return min(feasible, key=lambda item: item[0].predicted_time(hardware))
+
+    def index(self, strategy: Any) -> int:
+        """An index of a strategy, checked."""
+        count = self.graph.num_strategy
+        if isinstance(strategy, bool) or not isinstance(strategy, int) or not 0 <= strategy < count:
+            raise StrategyError(
+                f"there is no strategy {strategy!r} in a graph of {count}",
+                op="run",
+                where=caller(),
+                fix=f'give an index from 0 to {count - 1}, or "auto"',
+            )
+        return strategy
+
+    def _prepare(
+        self,
+        subgraph: Subgraph,
+        read: Read,
+        symbols: Mapping[IntSymbol, int],
+        strategy: int,
+        num_pipelines: int | None = None,
+    ) -> tuple[Prepared, FeedSet]:
+        feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
+        shape = strategy, feeds.num_pipelines, feeds.tensors
+        binder: Binder | None = subgraph.memo.get(shape)
+        if binder is None:
+            binder = subgraph.memo[shape] = Binder(subgraph, *shape)
+        key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
+        return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
+
+    def _bind_and_plan(
+        self, subgraph: Subgraph, binder: Binder, symbols: Mapping[IntSymbol, int], feeds: FeedSet
+    ) -> Prepared:
+        def host_value(tensor: Tensor, pipeline: int, bound: BoundPipeline) -> NDArray[Any]:
+            fed = feeds.arrays[pipeline].get(tensor)
+            if fed is not None:
+                return host_array(fed)
+            # The graph computes it (cu_seqlens from lengths, say): the one thing that is run before planning.
+            return host_array(self.graph.executor.compute_on_host(tensor, feeds.arrays[pipeline], bound))
+
+        run = binder.bind(symbols, feeds.shapes, host_value)
+        plans = {
+            node: tuple(self.plan_for(node, key) for key in node.definition.plan_keys(node, run))
+            for node in subgraph.planned
+        }
+        return Prepared(subgraph, binder.strategy, tuple(item.binding() for item in run.pipelines), plans)
+
+    def plan_for(self, node: Node, key: Any) -> Any:
+        """The plan of a node for a key, or the one made for an equal key before."""
+        op = node.definition
+        plan = self.plans.get((op.plan_name or op.name, key), lambda: op.plan(key))
+        return _proven(op.derive(plan))
+
+    def inspect(
+        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+    ) -> tuple[Node, LayoutKey]:
+        """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
+        nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
+        nodes = [node for node in nodes if name in (None, node.name)]
+        if not nodes:
+            _no_layout(f"the graph has no parallel_attn{f' named {name}' if name else ''}", "name one that it has")
+        index, values = self.index(strategy), dict(symbols or {})
+        keys = [_layout_op(node).inspect(node, index, values, cu_seqlens, batch) for node in nodes]
+        if len(set(keys)) > 1:
+            names = ", ".join(node.name for node in nodes)
+            _no_layout(f"the graph's parallel_attn ops have different layouts: {names}", "say which: node=...")
+        return nodes[0], keys[0]
+
+    def layout(self, *request: Any) -> Layout:
+        """See :meth:`hetu.Graph.layout`."""
+        return self.inspect(*request)[1].layout()
+
+    def plan(self, *request: Any) -> AttnPlan:
+        """See :meth:`hetu.Graph.plan`."""
+        node, key = self.inspect(*request)
+        plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key))
+        return plan
+
+
+def _layout_op(node: Node) -> LayoutOp:
+    assert isinstance(node.definition, LayoutOp)
+    return node.definition
+
+
+def _proven(plan: Any) -> Any:
+    if isinstance(plan, AttnPlan) and settings().verify_plans and "proven" not in plan.memo:
+        plan.verify()
+        plan.memo["proven"] = True
+    return plan
+
+
+def _no_layout(what: str, fix: str) -> NoReturn:
+    raise StrategyError(what, op="layout", where=caller(), fix=fix)

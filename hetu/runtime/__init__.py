@@ -1,0 +1,1 @@
+"""The stages that compute, lower and launch, and what lasts between runs."""

@@ -1,0 +1,320 @@
+"""Agreement before traffic: what the ranks of a distributed run tell each other before anything is computed or sent.
+
+Each rank says what it was asked for, and the shapes of its feeds with the contents of those that planning reads.
+What must be equal is compared. The rest makes the feeds of all pipelines, so that every rank binds and plans the whole
+run as one process would: it comes to the same plan, or to the same error, as all others. What is agreed on for the
+first time is confirmed once more after planning, by the hash of the plans; a rank that can't go on says so instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+from hetu import rng
+from hetu.backends.comm.distributed import DistributedWorld
+from hetu.errors import CommunicationError, HetuError, StrategyError, caller
+from hetu.graph import Graph, Tensor
+from hetu.parallel import AttnPlan
+from hetu.planning.feeds import Feeds, FeedSet, Read, Symbols, host_values, is_torch, read_own_feeds, shard_count
+from hetu.planning.planner import Prepared
+from hetu.planning.subgraph import Subgraph
+
+_Made = TypeVar("_Made")
+
+MOST_AGREED = 100_000
+"""Agreements that are remembered; all ranks forget them at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a rank was asked to run.
+
+    Attributes:
+        graph: Whose run it is.
+        subgraph: What will be computed.
+        batches: Feeds and symbols of each micro-batch.
+        strategy: As the user gave it.
+        others: What else has to be the same on all ranks, by name.
+    """
+
+    graph: Graph
+    subgraph: Subgraph
+    batches: Sequence[tuple[Feeds, Symbols]]
+    strategy: int | str | None
+    others: Mapping[str, Any]
+
+
+class Agreement:
+    """One run's agreement between all ranks."""
+
+    def __init__(self, world: DistributedWorld) -> None:
+        world.runs += 1
+        self.world, self.name = world, f"run {world.runs}"
+        self.key = b""
+        self.asked: Asked | None = None
+
+    def hear(self, ask: Callable[[], Asked]) -> list[Read]:
+        """Tells the others what this rank was asked for, and hears what they were.
+
+        Args:
+            ask: Says it; may raise.
+
+        Returns:
+            For each micro-batch what gives the feeds of all pipelines.
+
+        Raises:
+            CommunicationError: If something differs that must not, or a rank can't be reached or refused the run.
+            HetuError: If this rank refuses it.
+        """
+        failure: BaseException | None = None
+        own: list[_Batch] = []
+        try:
+            asked = ask()
+            own = [_Batch.read(self.world, asked, *batch) for batch in asked.batches]
+            said = {"same": _what_is_same(asked), "batches": [batch.said for batch in own]}
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            failure, said = error, {"error": _in_words(error)}
+        stable = pickle.dumps(said)
+        heard = [
+            pickle.loads(body)
+            for body in self.world.control.exchange(pickle.dumps((stable, rng.get_state())), self.name)
+        ]
+        everything = [pickle.loads(body) for body, _ in heard]
+        if failure is not None:
+            raise failure
+        self._refuse_errors(everything)
+        self._compare(
+            [{**one["same"], "the generator's state": state} for one, (_, state) in zip(everything, heard, strict=True)]
+        )
+        self.asked, self.key = asked, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
+        batches = zip(*(one["batches"] for one in everything), strict=True)
+        return [
+            partial(_merge, self.world, asked.subgraph, mine, list(said))
+            for mine, said in zip(own, batches, strict=True)
+        ]
+
+    def confirm(self, make: Callable[[], _Made], prepared: Callable[[_Made], Sequence[Prepared]]) -> _Made:
+        """Binds, plans and lowers; for the first time also compares the outcome with the others'.
+
+        Args:
+            make: Does it; may raise.
+            prepared: Gives the prepared runs of what it made.
+
+        Raises:
+            CommunicationError: If the outcome differs, or another rank couldn't.
+            HetuError: What ``make`` raised here.
+        """
+        if self.key in self.world.agreed:
+            with self.world.hanging_up():
+                return make()
+        failure, made, said = None, None, dict[str, Any]()
+        try:
+            made = make()
+            said = {"same": {"the plans": [_plan_hash(item) for item in prepared(made)]}}
+            said["feeds"] = self._common_feeds(prepared(made))
+        except Exception as error:
+            if isinstance(error, HetuError):  # it tells of pipelines; whose feeds were they?
+                error.add_bound(f"pipeline r is fed by rank r % {self.world.size}")
+            failure, said = error, {"error": _in_words(error)}
+        everything = [pickle.loads(body) for body in self.world.control.exchange(pickle.dumps(said), self.name)]
+        if failure is not None:
+            raise failure
+        self._refuse_errors(everything)
+        self._compare([one["same"] for one in everything])
+        self._refuse_lost_feeds([one["feeds"] for one in everything])
+        assert made is not None
+        for item in prepared(made):
+            plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
+            self.world.prepare(item.num_pipelines, plans)
+        if len(self.world.agreed) >= MOST_AGREED:
+            self.world.agreed.clear()
+        self.world.agreed.add(self.key)
+        return made
+
+    def _refuse_errors(self, said: Sequence[Mapping[str, Any]]) -> None:
+        errors = {rank: one["error"] for rank, one in enumerate(said) if "error" in one}
+        if errors:
+            names = ", ".join(map(str, errors))
+            raise CommunicationError(
+                f"{self.name} was refused by rank{'s' * (len(errors) > 1)} {names}, so nothing was computed",
+                op="run",
+                where=caller(),
+                bound=[f"rank {rank}: {text}" for rank, text in errors.items()],
+                fix="mend what these ranks say; the others are ready to run again",
+            )
+
+    def _compare(self, said: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses what is not the same on all ranks, showing all sides."""
+        for name in said[0]:
+            values = [one.get(name) for one in said]
+            if any(value != values[0] for value in values):
+                sides: dict[str, list[int]] = {}
+                for rank, value in enumerate(values):
+                    sides.setdefault(_shown(value, values), []).append(rank)
+                raise CommunicationError(
+                    f"{name} must be the same on all ranks, but the ranks differ in {self.name}",
+                    op="run",
+                    where=caller(),
+                    bound=[f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}: {text}" for text, r in sides.items()],
+                    fix="run the same script with the same arguments and hetu.manual_seed(n) on all ranks",
+                )
+
+    def _common_feeds(self, prepared: Sequence[Prepared]) -> list[str | None]:
+        """A digest of the plain arrays of each micro-batch, where ranks without pipelines may have been fed as well."""
+        assert self.asked is not None
+        digests: list[str | None] = []
+        for item, (feeds, _) in zip(prepared, self.asked.batches, strict=True):
+            is_asked = self.world.size > item.num_pipelines and feeds and shard_count(feeds) is None
+            digests.append(_digest(feeds) if is_asked and self.world.rank in (0, *_idle(self.world, item)) else None)
+        return digests
+
+    def _refuse_lost_feeds(self, digests: Sequence[Sequence[str | None]]) -> None:
+        """Tokens that a rank without a pipeline was fed would be lost, unless rank 0 was fed the very same."""
+        lost = [
+            r
+            for r, own in enumerate(digests)
+            if any(d and d != first for d, first in zip(own, digests[0], strict=True))
+        ]
+        if lost:
+            names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
+            raise StrategyError(
+                f"what was fed on {names} would be lost: the strategy has no pipeline for it",
+                op="run",
+                where=caller(),
+                fix="feed hetu.Shards of the strategy's pipelines, or nothing on ranks past the last",
+            )
+
+
+def _idle(world: DistributedWorld, prepared: Prepared) -> range:
+    return range(prepared.num_pipelines, world.size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """A micro-batch as it is fed here.
+
+    Attributes:
+        tensors: The placeholders.
+        arrays: Each own pipeline's arrays.
+        said: What the others are told of it.
+    """
+
+    tensors: tuple[Tensor, ...]
+    arrays: dict[int, dict[Tensor, Any]]
+    said: dict[str, Any]
+
+    @classmethod
+    def read(cls, world: DistributedWorld, asked: Asked, feeds: Feeds, symbols: Symbols) -> _Batch:
+        """Reads what this rank feeds its own pipelines."""
+        graph, subgraph = asked.graph, asked.subgraph
+        is_chosen = graph.num_strategy == 1 or asked.strategy not in (None, "auto")
+        index = graph.planner.index(0 if asked.strategy in (None, "auto") else asked.strategy)
+        declared = subgraph.num_pipelines(index) if is_chosen else None
+        sharded = shard_count(feeds)
+        count = declared or sharded
+        if count is not None:
+            pipelines: Sequence[int] = world.pipelines(count)
+        else:  # each rank is a pipeline, if it feeds anything
+            pipelines = () if subgraph.feeds and not feeds else (world.rank,)
+        tensors, arrays = read_own_feeds(subgraph, feeds, pipelines, count)
+        own = {}
+        for r, row in arrays.items():
+            own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
+        names = tuple(tensor.name for tensor in tensors)
+        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
+
+
+def _merge(
+    world: DistributedWorld, subgraph: Subgraph, mine: _Batch, said: list[dict[str, Any]], declared: int | None
+) -> FeedSet:
+    """The feeds of all pipelines: of those that run elsewhere only shapes and what planning reads."""
+    own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
+    sharded = next((one["sharded"] for one in said if one["sharded"]), None)
+    count = declared or sharded or len(own)
+    if sorted(own) != list(range(count)):
+        feeding = ", ".join(map(str, sorted(own))) or "none"
+        raise StrategyError(
+            f"the strategy has {count} pipeline{'s' * (count != 1)}, but of pipelines 0 to {max([count - 1, *own])} "
+            f"those that are fed are {feeding}",
+            op="run",
+            where=caller(),
+            fix="feed each rank its own shard, or hetu.Shards of all pipelines on every rank",
+        )
+    fed = {names for _, names, _, _ in own.values()}
+    if len(fed) > 1:
+        raise CommunicationError(
+            "the ranks feed different placeholders",
+            op="run",
+            where=caller(),
+            bound=[f"rank {rank}: {', '.join(names)}" for rank, names, _, _ in own.values()],
+            fix="feed the same placeholders on all ranks",
+        )
+    by_name = {tensor.name: tensor for tensor in subgraph.feeds + subgraph.witnesses}
+    tensors = tuple(by_name[name] for name in next(iter(fed), ()))
+    hosts = [dict(zip(subgraph.host_feeds, own[r][3], strict=True)) for r in range(count)]
+    arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
+    contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
+    return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)
+
+
+def _what_is_same(asked: Asked) -> dict[str, Any]:
+    same: dict[str, Any] = {"the graph": graph_digest(asked.graph), "the strategy": asked.strategy}
+    same["what is fetched"] = tuple(tensor.name for tensor in asked.subgraph.fetches)
+    same |= asked.others
+    same["the number of micro-batches"] = len(asked.batches)
+    for i, (_, symbols) in enumerate(asked.batches):
+        of = f" of micro-batch {i}" if len(asked.batches) > 1 else ""
+        same[f"int_symbol_dict{of}"] = sorted((str(symbol), repr(value)) for symbol, value in symbols.items())
+    return same
+
+
+_digests: WeakKeyDictionary[Graph, tuple[int, str]] = WeakKeyDictionary()
+
+
+def graph_digest(graph: Graph) -> str:
+    """A short name of all that a graph says; equal for graphs that the same script built."""
+    nodes, digest = _digests.get(graph, (-1, ""))
+    if nodes != len(graph.nodes):
+        text = re.sub(r" at 0x[0-9a-f]+", "", str(graph))  # of initialisers and schedules, say: not the same anywhere
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        _digests[graph] = len(graph.nodes), digest
+    return digest
+
+
+def _plan_hash(prepared: Prepared) -> tuple[int, int, str]:
+    digest = hashlib.blake2b(digest_size=8)
+    for plans in prepared.plans.values():
+        for plan in plans:
+            digest.update(plan.hash().encode() if hasattr(plan, "hash") else b"-")
+    return prepared.strategy, prepared.num_pipelines, digest.hexdigest()
+
+
+def _digest(feeds: Feeds) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor, value in sorted(feeds.items(), key=lambda item: item[0].name):
+        digest.update(f"{tensor.name} {tuple(np.shape(value))}".encode())
+        whole = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if is_torch(value) else value
+        digest.update(np.ascontiguousarray(whole).tobytes())
+    return digest.hexdigest()
+
+
+def _shown(value: Any, values: Sequence[Any]) -> str:
+    """A side of a difference; of lists only what is not the same in all."""
+    if all(isinstance(item, list) for item in values):
+        common = [item for item in value if all(item in other for other in values)]
+        value = [item for item in value if item not in common]
+    return repr(value)
+
+
+def _in_words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error.what if isinstance(error, HetuError) else error}"
