@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
-from poison import poison
+from support.poison import poison
 
 # Several test processes run side by side: threads of one would wait for cores that the others have.
 torch.set_num_threads(1)

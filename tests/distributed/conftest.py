@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
-from distributed.pool import Pool
+from support.pool import Pool
 
 
 @pytest.fixture(scope="session")

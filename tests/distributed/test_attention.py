@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention.cases import SPLITS, Case, cases
-from distributed.jobs import attention, holding
-from distributed.pool import Pool
-from distributed.same import assert_own
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parallel.plans import KV_METHODS
+from support.attention_cases import SPLITS, Case, cases
+from support.jobs import attention, holding
+from support.plans import KV_METHODS
+from support.pool import Pool
+from support.same import assert_own
 
 from hetu.parallel import METHODS
 

@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import faults
-from distributed.faults import Change
-from distributed.pool import Outcome, Pool, join
-from distributed.same import assert_own
+from support import faults
+from support.faults import Change
+from support.pool import Outcome, Pool, join
+from support.same import assert_own
 
 import hetu
 from hetu.runtime.distributed import NCCL_ENVIRONMENT, _own_device

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from attention.cases import SPLITS, Case
-from devices import ON_CUDA
-from distributed import faults
-from distributed.faults import Change
-from distributed.jobs import attention, float64_model, gathered, holding, in_turn, reduced, train
-from distributed.pool import Pool
-from distributed.same import assert_own, assert_same
 from distributed.test_faults import assert_lost
 from distributed.test_runs import KINDS
 from distributed.test_training import SMALL, steps
 from llama import Model, build
-from parallel.plans import KV_METHODS
+from support import faults
+from support.attention_cases import SPLITS, Case
+from support.devices import ON_CUDA
+from support.faults import Change
+from support.jobs import attention, float64_model, gathered, holding, in_turn, reduced, train
+from support.plans import KV_METHODS
+from support.pool import Pool
+from support.same import assert_own, assert_same
 
 from hetu.parallel import METHODS
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from distributed.jobs import chosen, gathered, reduced
-from distributed.pool import Pool
-from distributed.same import assert_own, assert_same
+from support.jobs import chosen, gathered, reduced
+from support.pool import Pool
+from support.same import assert_own, assert_same
 
 World = Callable[..., Pool]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpus import cut, make_packs
-from distributed.jobs import Step, float64_model, train
-from distributed.pool import Pool
-from distributed.same import assert_same
 from llama import Config, Model, build
+from support.jobs import Step, float64_model, train
+from support.pool import Pool
+from support.same import assert_same
 
 World = Callable[..., Pool]
 SMALL = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48)

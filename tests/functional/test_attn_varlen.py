@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends.packs import OPERANDS, Pack, assert_right, by_op, heads_of
-from devices import CUDA, DEVICES
-from functional.calls import BACKENDS, DTYPES, LENGTHS, by_function, by_row, cumulative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.devices import CUDA, DEVICES
+from support.functional_calls import BACKENDS, DTYPES, LENGTHS, by_function, by_row, cumulative
+from support.packs import OPERANDS, Pack, assert_right, by_op, heads_of
 from torch.utils.checkpoint import checkpoint
 
 import hetu

@@ -6,9 +6,9 @@ import gc
 
 import pytest
 import torch
-from backends.packs import Pack
-from devices import CUDA, ON_CUDA
-from functional.calls import by_function, cumulative
+from support.devices import CUDA, ON_CUDA
+from support.functional_calls import by_function, cumulative
+from support.packs import Pack
 
 import hetu
 from hetu.cache import LRU

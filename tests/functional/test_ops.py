@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from backends.packs import Pack
-from devices import DEVICES
-from functional.calls import BACKENDS, Watching, by_function, cumulative, op_arguments
+from support.devices import DEVICES
+from support.functional_calls import BACKENDS, Watching, by_function, cumulative, op_arguments
+from support.packs import Pack
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from functional.calls import Watching, cumulative, op_arguments
+from support.functional_calls import Watching, cumulative, op_arguments
 
 import hetu
 from hetu import functional

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from symbols.expressions import INTS, SYMBOLS, Tree, Unknowns, build, leaf_trees, trees, unknowns
+from support.expressions import INTS, SYMBOLS, Tree, Unknowns, build, leaf_trees, trees, unknowns
 
 import hetu
 from hetu import Constraint, IntSymbol, equal, maximum, minimum

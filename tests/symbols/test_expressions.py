@@ -6,7 +6,7 @@ import pytest
 import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from symbols.expressions import INTS, SYMBOLS, SYMPY, Tree, Unknowns, build, trees, unknowns
+from support.expressions import INTS, SYMBOLS, SYMPY, Tree, Unknowns, build, trees, unknowns
 
 import hetu
 from hetu.symbols import IntSymbol, as_symbol, compile_exprs

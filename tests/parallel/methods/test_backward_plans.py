@@ -1,0 +1,293 @@
+"""Backward plans of random strategies by every method: proven, counted, priced and printed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.plans import KV_METHODS, attends, broadcast, find, holding_back, in_orders, with_instructions
+
+import hetu
+from hetu.parallel import METHODS, Hardware, Heads, Layout, build_plan
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Source, Wait
+from hetu.parallel.plan.memory import scratch_rows
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def build(layout: Layout, method: str, is_causal: bool) -> AttnPlan:
+    if method == "broadcast":
+        return broadcast(layout, is_causal)
+    return build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+
+
+def foreign_rows(layout: Layout, r: int, is_causal: bool) -> list[tuple[int, int]]:
+    """(owner, row) of all foreign tokens that pipeline r's queries see, straight from positions."""
+    rows = []
+    group, _ = layout.place(r)
+    for c in group.members:
+        same = layout.documents(r)[:, None] == layout.documents(c)
+        seen = same & ((layout.positions(r)[:, None] >= layout.positions(c)) | (not is_causal))
+        rows += [(c, row) for row in np.flatnonzero(seen.any(0)).tolist() if c != r]
+    return rows
+
+
+def check(layout: Layout, method: str, is_causal: bool, held: bool) -> None:
+    plan = build(layout, method, is_causal)
+    plan.verify()
+    with holding_back(held):
+        backward = plan.backward()
+    backward.verify()
+    received = [0] * layout.num_pipelines
+    for r in range(layout.num_pipelines):
+        # What is used is sent home and nothing else; keys and values travel as in the forward.
+        foreign = foreign_rows(layout, r, is_causal)
+        assert backward.grad_rows_sent(r) == len(foreign)
+        assert (backward.rows_sent(r), backward.rows_received(r)) == (plan.rows_sent(r), plan.rows_received(r))
+        assert backward.pairs(r) == plan.pairs(r)
+        # The same objects: what is remembered of tables is kept.
+        steps, same = attends(backward, r), attends(plan, r)
+        if held and len(steps) > len(same):
+            assert not steps.pop().buffer
+            own = next(i for i, item in enumerate(same) if not item.buffer)
+            assert not steps.pop(own).buffer
+            same.pop(own)
+        assert steps == same
+        for owner, _ in foreign:
+            received[owner] += 1
+    assert received == [backward.grad_rows_received(r) for r in range(layout.num_pipelines)]
+
+
+@pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
+@given(seed=SEEDS, is_causal=st.booleans(), held=st.booleans())
+def test_random_layouts(method: str, seed: int, is_causal: bool, held: bool) -> None:
+    check(random_case(np.random.default_rng(seed), longest=9, most=7).layout(), method, is_causal, held)
+
+
+@pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
+@given(seed=SEEDS, is_causal=st.booleans(), held=st.booleans())
+def test_invented_layouts(method: str, seed: int, is_causal: bool, held: bool) -> None:
+    check(random_custom_layout(np.random.default_rng(seed), longest=10), method, is_causal, held)
+
+
+@settings(max_examples=100)
+@given(seed=SEEDS, is_causal=st.booleans(), send_first=st.booleans(), num_buffers=st.integers(1, 3), held=st.booleans())
+def test_members_that_attend_in_any_order(
+    seed: int, is_causal: bool, send_first: bool, num_buffers: int, held: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    layout = random_case(rng, longest=5, most=7).layout()
+    plan = in_orders(layout, is_causal, lambda _, count: rng.permutation(count).tolist(), send_first, num_buffers)
+    if not error_of(plan.verify):  # half of such orders can be followed
+        with holding_back(held):
+            plan.backward().verify()
+
+
+def error_of(call: Callable[[], None]) -> str:
+    try:
+        call()
+    except hetu.PlanError as error:
+        return error.what
+    return ""
+
+
+def around(member: int, count: int) -> list[int]:
+    """The own shard first, then the next one's, and so on."""
+    return [(member + hop) % count for hop in range(count)]
+
+
+def test_one_buffer_used_again_at_once() -> None:
+    """Gradients have to leave before the next attend, and they go to a pipeline that is itself about to attend."""
+    backward = in_orders(Layout.build([1] * 4, [0] * 4), True, around, num_buffers=1).backward()
+    backward.verify()
+    assert [part.buffers for part in backward.pipelines] == [(1,), (1, 1), (1, 1), (1, 1)]
+
+
+def test_sends_that_are_received_too_late() -> None:
+    """Everybody sends at once, attends to its own rows, and then receives: to attend may wait for what is sent."""
+    plan = in_orders(Layout.build([2] * 3, [0] * 3), False, around, num_buffers=1)
+    with pytest.raises(hetu.PlanError, match="deadlock: these wait for each other: pipeline 0 for pipeline 1"):
+        plan.verify()
+    with pytest.raises(hetu.PlanError, match=r"pipelines \[0, 1, 2\] wait for each other for ever"):
+        plan.backward()
+
+
+def sparse_ring() -> AttnPlan:
+    """Documents on pairs of pipelines, so that 4 and 1 attend to what comes at their fourth hop, and to nothing before.
+
+    Would owners wait for gradients after so many attends of their own, then 0 would hold up the ring at its third hop
+    for what 4 computes at its fourth, and 3 for what 1 does, each of which needs the other to pass on keys.
+    """
+    pairs = [(0, 5), (0, 4), (3, 2), (3, 1)]
+    pieces = [[2 * (r in pair) for pair in pairs] for r in range(6)]
+    cu = np.concatenate([np.zeros((6, 1), int), np.cumsum(pieces, axis=1)], axis=1)
+    layout = Layout.build(np.sum(pieces, axis=1).tolist(), [0] * 6, cu_seqlens=[cu])
+    return build_plan(layout, method="ring", is_causal=False, heads=HEADS)
+
+
+def test_a_ring_in_which_some_attend_late() -> None:
+    backward = sparse_ring().backward()
+    backward.verify()
+    assert sum(backward.grad_rows_received(r) for r in range(6)) == 16
+
+
+def test_made_once() -> None:
+    plan = build_plan(Layout.build([4, 4], [0, 0]), heads=HEADS)
+    assert plan.backward() is plan.backward()
+    assert plan.backward().is_backward and not plan.is_backward
+    with pytest.raises(hetu.PlanError, match="a backward already"):
+        plan.backward().backward()
+
+
+def test_hash() -> None:
+    layouts = [Layout.build(lens, [0, 0, 0]) for lens in ([4, 4, 4], [3, 5, 4])]
+    plans = [build_plan(layout, method=method, heads=HEADS) for layout in layouts for method in METHODS]
+    hashes = {plan.hash() for plan in plans} | {plan.backward().hash() for plan in plans}
+    assert len(hashes) == 2 * len(plans)
+    alone = build_plan(Layout.build([4], [0]), heads=HEADS)  # both have one instruction, the same
+    assert alone.hash() != alone.backward().hash()
+    again = build_plan(layouts[0], method="ring", heads=HEADS)
+    assert again.backward().hash() == plans[0].backward().hash()
+
+
+def test_a_plan_that_cannot_be_followed() -> None:
+    plan = build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=HEADS)
+    instructions, at = find(plan, Send, 0)
+    del instructions[at]
+    with pytest.raises(hetu.PlanError, match=r"pipelines \[0, 1\] wait"):
+        with_instructions(plan, 0, instructions).backward()
+
+
+def test_own_rows_in_a_foreign_buffer() -> None:
+    plan = build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=HEADS)
+    instructions, at = find(plan, Attend, 1, 1)
+    sources = (Source(1, instructions[at].sources[0].runs),)
+    instructions[at] = dataclasses.replace(instructions[at], sources=sources)
+    with pytest.raises(hetu.PlanError, match="its own rows in buffer 1"):
+        with_instructions(plan, 1, instructions).backward()
+
+
+# Order
+
+
+def test_two_landing_buffers_in_turn_and_time_to_travel() -> None:
+    """Equal shards that all attend to: gradients of step i are added after the owner's step i + 1, nearest first."""
+    for method in ("ring", "direct"):
+        plan = build_plan(Layout.build([8] * 5, [0] * 5), method=method, is_causal=False, heads=HEADS).backward()
+        for r, part in enumerate(plan.pipelines):
+            ends = {item.transfer: item for item in part.instructions if isinstance(item, Receive) and item.grads}
+            steps, added, last = 0, [], None
+            for item in part.instructions:
+                steps += isinstance(item, Attend)
+                if isinstance(item, Accumulate):
+                    assert isinstance(last, Wait)
+                    added.append((steps, ends[last.transfer].peer, item.buffer))
+                last = item
+            # The neighbour attends to this shard in its second step, and is waited for after the third here.
+            assert added == [(min(i + 2, 5), (r + i) % 5, (i - 1) % 2) for i in range(1, 5)]
+            assert part.landing == (8, 8)
+
+
+def test_gathered_gradients_return_nearest_first() -> None:
+    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="all_gather", is_causal=False, heads=HEADS).backward()
+    for r, part in enumerate(plan.pipelines):
+        home = [item for item in part.instructions if isinstance(item, Send) and item.grads]
+        assert [item.peer for item in home] == [(r - hop) % 4 for hop in (1, 2, 3)]
+        receives = [item for item in part.instructions if isinstance(item, Receive) and item.grads]
+        assert [(item.peer, item.buffer) for item in receives] == [((r + hop) % 4, (hop - 1) % 2) for hop in (1, 2, 3)]
+
+
+def test_messages_of_both_kinds_keep_one_order() -> None:
+    """In a broadcast gradients go home before the sender's own keys and values leave, so they are received so too."""
+    plan = broadcast(Layout.build([4] * 4, [0] * 4), is_causal=False).backward()
+    kinds = [item.grads for item in plan.pipelines[0].instructions if isinstance(item, Receive) and item.peer == 2]
+    assert kinds == [True, False]
+    plan.verify()
+
+
+# Bytes, memory and cost by hand
+
+
+def test_bytes_and_cost_by_hand() -> None:
+    heads = Heads(num_q=2, num_kv=1, head_dim=8, itemsize=2)
+    forward = build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=heads)
+    plan = forward.backward()
+    # Pipeline 0 sends the keys and values of four tokens, 16 numbers of 2 bytes each, and gets 16 of 4 bytes back.
+    assert (plan.rows_sent(0), plan.grad_rows_sent(0), plan.bytes_sent(0)) == (4, 0, 4 * 32)
+    assert (plan.rows_sent(1), plan.grad_rows_sent(1), plan.bytes_sent(1)) == (0, 4, 4 * 64)
+    assert (plan.grad_rows_received(0), plan.grad_rows_received(1)) == (4, 0)
+    assert (forward.bytes_sent(0), forward.bytes_sent(1), forward.grad_rows_sent(1)) == (4 * 32, 0, 0)
+    # q, out, dout, dq in 2 bytes, lse and delta in 4, and dk and dv in 2 bytes.
+    row = 4 * 16 * 2 + 2 * 2 * 4 + 32
+    # Both sum up in 4 bytes: pipeline 0 dk and dv, which also come from the other, pipeline 1 dq, of two steps.
+    # Pipeline 0 sends four rows and four gradients land. Pipeline 1 has a buffer of four rows, computes their gradients
+    # aside, and packs them.
+    assert plan.peak_bytes(0) == (4 + 4) * 32 + 4 * 64 + 4 * (row + 64)
+    assert plan.peak_bytes(1) == (4 + 4) * 32 + (4 + 4) * 64 + 4 * (row + 16 * 4)
+    # float32 needs no second copy of what is summed up.
+    single = build_plan(forward.layout, method="direct", heads=dataclasses.replace(heads, itemsize=4)).backward()
+    assert single.peak_bytes(0) == (4 + 4) * 64 + 4 * 64 + 4 * (4 * 16 * 4 + 2 * 2 * 4 + 64)
+
+    pair = 10 * 8 * 2
+    cost = plan.cost(Hardware(flops=pair, link_bytes=32, latency=3.0, memory_bytes=1e9))
+    assert cost.flops == (10 * pair, 26 * pair)
+    assert cost.link_bytes == {(0, 1): 128, (1, 0): 256}
+    # A second a pair: pipeline 1 is through after 26 s, and its gradients travel 3 + 8 s.
+    assert cost.finish == (37.0, 37.0)
+
+
+def test_one_step_is_written_as_it_is_returned() -> None:
+    plan = build_plan(Layout.build([4], [0]), heads=Heads(num_q=2, num_kv=1, head_dim=8, itemsize=2)).backward()
+    assert plan.peak_bytes(0) == 4 * 32 + 4 * (4 * 16 * 2 + 2 * 2 * 4 + 32)
+    assert scratch_rows(plan.pipelines[0]) == 0 and not plan.pipelines[0].landing
+
+
+def test_gradients_held_aside() -> None:
+    """One foreign buffer's at a time, for they are packed at once; and those of a second step to the own shard."""
+    plan = build_plan(Layout.build([4, 3, 2], [0] * 3), method="ring", is_causal=False, heads=HEADS).backward()
+    assert [scratch_rows(part) for part in plan.pipelines] == [3, 4, 4]
+    instructions, at = find(plan, Attend, 2)
+    twice = with_instructions(plan, 2, [instructions[at], *instructions])
+    assert scratch_rows(twice.pipelines[2]) == 4
+    once = with_instructions(plan, 2, [instructions[at], instructions[at]])
+    assert scratch_rows(once.pipelines[2]) == 2
+
+
+# Printing
+
+
+PRINTED = """\
+direct backward, causal: 6 tokens of 1 document on 2 pipelines in 1 group; 21 pairs, largest share 1.05 of the mean; \
+512 B sent
+
+pipeline  group  tokens  pairs  steps  rows sent  rows received  gradients sent  gradients received   sent  held at most
+       0      0       4     10      1          4              0               0                   4  256 B        2.1 kB
+       1      0       2     11      2          0              4               4                   0  256 B        1.6 kB
+
+pipeline 0: 1 query span, buffers of 4 rows, landing buffers of 4 rows
+  send     4 rows (1 run) of buffer 0 to 1
+  attend   buffer 0 (rows of 0): 1 segment, 10 pairs
+  wait     to have sent to 1
+  receive gradients of 4 rows from 1 into landing buffer 0
+  wait     for gradients from 1
+  add      4 rows (1 run) of landing buffer 0 to the own
+
+pipeline 1: 1 query span, buffers of 2, 4 rows
+  receive  4 rows from 0 into buffer 1
+  attend   buffer 0 (rows of 1): 1 segment, 3 pairs
+  wait     for what comes from 0
+  attend   buffer 1 (rows of 0): 1 segment, 8 pairs
+  send home gradients of 4 rows (1 run) of buffer 1 to 0
+  wait     to have sent home gradients to 0"""
+
+
+def test_printing() -> None:
+    plan = build_plan(Layout.build([4, 2], [0, 0]), method="direct", heads=HEADS).backward()
+    assert str(plan) == PRINTED
+    assert plan.summary() in repr(plan)

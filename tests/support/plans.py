@@ -1,0 +1,112 @@
+"""Plans that tests build, and ways to damage them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from support.layout_cases import HEADS
+
+import hetu
+from hetu.parallel import METHODS, Layout
+from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.methods import hold_back
+from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.part import PartBuilder
+from hetu.parallel.methods.peers import whole
+from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Send
+from hetu.parallel.plan.parts import PipelinePlan
+
+KV_METHODS = tuple(method for method in METHODS if method != "ulysses")
+"""Those that move keys and values."""
+
+
+def broadcast(layout: Layout, is_causal: bool) -> AttnPlan:
+    """A method of its own: members send their shards to all others one after the other, into two buffers in turn.
+
+    Members attend to their own shard late, and between two pipelines gradients go before keys and values.
+    """
+    return in_orders(layout, is_causal, lambda member, count: list(range(count)), send_first=False)
+
+
+def in_orders(
+    layout: Layout,
+    is_causal: bool,
+    order: Callable[[int, int], list[int]],
+    send_first: bool = True,
+    num_buffers: int = 2,
+) -> AttnPlan:
+    """Members attend to each other's shards in orders of their own, ``order(member, count)``, by buffers in turn.
+
+    What is needed is sent at once, or just before the own shard is attended to; it is received one step ahead, or with
+    one buffer when it is needed.
+    """
+    parts: dict[int, PipelinePlan] = {}
+    for group in layout.groups:
+        R = len(group.members)
+        taken, given, tables, landed, sent = exchange(group, slice(0, R), is_causal)
+        for i in range(R):
+            part = PartBuilder(group, i, layout.num_pipelines)
+            needed = [c for c in order(i, R) if c == i or taken[i][c]]
+            buffers = dict(zip([c for c in needed if c != i], itertools.cycle(range(1, num_buffers + 1)), strict=False))
+            sends = [(r, sent[r][i]) for r in range(R) if r != i and given[r][i]]
+            if send_first:
+                part.send_all(sends)
+            for c, following in zip([None, *needed], [*needed, None], strict=True):
+                for owner in [c] if num_buffers == 1 else [following]:
+                    if owner in buffers:
+                        part.receive(owner, buffers[owner], taken[i][owner])
+                if c == i:
+                    part.send_all([] if send_first else sends)
+                    part.attend(0, tables[i * R + i], [(i, whole(group.rows[i]))])
+                elif c is not None:
+                    part.wait_for(c)
+                    part.attend(buffers[c], tables[i * R + c], [(c, landed[i][c])])
+            parts[part.pipeline] = part.finish()
+    # The backward of "direct" turns whatever moves keys and values round.
+    return AttnPlan(layout, "direct", is_causal, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
+
+
+def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:
+    """The plan with other instructions on pipeline r."""
+    part = dataclasses.replace(plan.pipelines[r], instructions=tuple(instructions))
+    return dataclasses.replace(plan, pipelines=(*plan.pipelines[:r], part, *plan.pipelines[r + 1 :]))
+
+
+def find(plan: AttnPlan, kind: type, r: int, number: int = 0, grads: bool | None = None) -> tuple[list[Any], int]:
+    """A pipeline's instructions, and where the number-th of a kind stands: of transfers of gradients, if asked for."""
+    instructions = list(plan.pipelines[r].instructions)
+    ends = {item.transfer: item.grads for item in instructions if isinstance(item, Send | Receive)}
+    places = [
+        i
+        for i, item in enumerate(instructions)
+        if isinstance(item, kind) and (grads is None or ends.get(getattr(item, "transfer", -1)) is grads)
+    ]
+    return instructions, places[number]
+
+
+@contextmanager
+def holding_back(always: bool) -> Iterator[None]:
+    """Backward plans that are built meanwhile hold back own rows wherever they may, however few; or never do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for limit in ("MIN_FLOPS", "MIN_BYTES"):
+            patch.setattr(hold_back, limit, 0.0 if always else math.inf)
+        yield
+
+
+def attends(plan: AttnPlan, r: int) -> list[Attend]:
+    """A pipeline's attends."""
+    return [item for item in plan.pipelines[r].instructions if isinstance(item, Attend)]
+
+
+def refused(plan: AttnPlan, *pieces: str) -> None:
+    """That the verifier refuses a plan, and that its message has these pieces."""
+    with pytest.raises(hetu.PlanError) as caught:
+        plan.verify()
+    for piece in pieces:
+        assert piece in str(caught.value)
