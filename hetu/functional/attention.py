@@ -25,6 +25,7 @@ from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
 from hetu.ops.attention.common import FLOATS, cu_seqlens_fault, longest_of
+from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.planning.feeds import host_array
 
@@ -213,7 +214,7 @@ def _plan(cu_q: HostArray, cu_k: HostArray, rows_q: int, rows_k: int, is_causal:
         if values[-1] > rows:
             what = f"cu_seqlens_{name} ends at {values[-1]}, but {name} has {rows} rows"
             refuse(BindingError, what, f"give {name} all its tokens")
-    plan = VarlenPlan.build(own_q, own_k, rows_q, is_causal, packed_lse=True)
+    plan = VarlenPlan.build(own_q, own_k, rows_q, Mask.of(is_causal), packed_lse=True)
     longest_q = longest_of(own_q)
     return Lengths(plan, longest_q, longest_q if own_k is own_q else longest_of(own_k))
 

@@ -4,8 +4,9 @@ from hetu.parallel.attn_plan import AttnPlan, build_pipeline_plan, build_plan
 from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
 from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.layout.strategy import Strategy, groups_of
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
-from hetu.parallel.methods import METHODS
+from hetu.parallel.methods import METHODS, Method, Topology
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.views.cost import Cost, Hardware
 
@@ -18,10 +19,13 @@ __all__ = [
     "Hardware",
     "Heads",
     "Layout",
+    "Mask",
+    "Method",
     "QuerySpans",
     "SegmentTable",
     "Spans",
     "Strategy",
+    "Topology",
     "build_pipeline_plan",
     "build_plan",
     "groups_of",

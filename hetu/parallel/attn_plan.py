@@ -11,7 +11,8 @@ from typing import Any
 
 from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.layout.layout import Layout
-from hetu.parallel.methods import AUTO, METHODS, Method
+from hetu.parallel.mask.mask import CAUSAL, Mask
+from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
@@ -27,7 +28,7 @@ class AttnPlan(PlanData):
     Attributes:
         layout: Which token lies where.
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
-        is_causal: Whether the mask is causal.
+        mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part a pipeline, in order.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
@@ -131,7 +132,9 @@ class AttnPlan(PlanData):
         return f"<AttnPlan {self.summary()}>"
 
 
-def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, heads: Heads) -> AttnPlan:
+def build_plan(
+    layout: Layout, *, method: str = "auto", mask: Mask = CAUSAL, heads: Heads, topology: Topology | None = None
+) -> AttnPlan:
     """What every pipeline does.
 
     Args:
@@ -139,8 +142,9 @@ def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, 
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
             move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
             computation before it.
-        is_causal: Whether a query sees only keys up to its own position in its document.
+        mask: Which keys of its document a query sees.
         heads: Widths of a token's row.
+        topology: Which pipelines share a host; None if all do.
 
     Raises:
         StrategyError: If there is no such method.
@@ -151,15 +155,22 @@ def build_plan(layout: Layout, *, method: str = "auto", is_causal: bool = True, 
         ([3, 7], 512)
     """
     name, chosen = _find(method)
+    spec = _spec(layout, mask, heads, topology)
     parts: dict[int, PipelinePlan] = {}
     for group in layout.groups:
-        for part in chosen.forward(group, slice(0, len(group.members)), is_causal, layout.num_pipelines, heads):
+        for part in chosen.forward(group, slice(0, len(group.members)), spec):
             parts[part.pipeline] = part
-    return AttnPlan(layout, name, is_causal, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
+    return AttnPlan(layout, name, mask, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
 def build_pipeline_plan(
-    layout: Layout, pipeline: int, *, method: str = "auto", is_causal: bool = True, heads: Heads
+    layout: Layout,
+    pipeline: int,
+    *,
+    method: str = "auto",
+    mask: Mask = CAUSAL,
+    heads: Heads,
+    topology: Topology | None = None,
 ) -> PipelinePlan:
     """One pipeline's part of what :func:`build_plan` gives, without building the others'.
 
@@ -170,7 +181,18 @@ def build_pipeline_plan(
         ['Receive', 'Attend', 'Wait', 'Attend']
     """
     group, member = layout.place(pipeline)
-    return _find(method)[1].forward(group, slice(member, member + 1), is_causal, layout.num_pipelines, heads)[0]
+    spec = _spec(layout, mask, heads, topology)
+    return _find(method)[1].forward(group, slice(member, member + 1), spec)[0]
+
+
+def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
+    found = topology or Topology.one_host(layout.num_pipelines)
+    if len(found.hosts) != layout.num_pipelines:
+        what = (
+            f"the topology names the hosts of {len(found.hosts)} pipelines, but the layout has {layout.num_pipelines}"
+        )
+        raise StrategyError(what, op="plan", where=caller(), fix="give each pipeline of the strategy its host")
+    return AttnSpec(mask, heads, found)
 
 
 def _find(method: str) -> tuple[str, Method]:

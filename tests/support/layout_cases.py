@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
-from hetu.parallel import Heads, Layout, groups_of
+from hetu.parallel import Heads, Layout, Mask, groups_of
 from hetu.parallel.layout.pieces import balance_pieces
+
+DEFINITIONS: dict[Mask, Callable[[Any, Any], Any]] = {
+    Mask.causal(): lambda query, key: query >= key,
+    Mask.full(): lambda query, key: (query >= key) | True,
+}
+"""Which positions of keys a query at a position sees: written here once more, apart from hetu."""
+
+MASKS = tuple(DEFINITIONS)
+"""One of every kind."""
 
 HEADS = Heads(num_q=2, num_kv=1, head_dim=8, itemsize=4)
 Tokens = list[tuple[int, int]]

@@ -14,6 +14,7 @@ from support.dense import dense, dropout_of
 import hetu
 from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta, compute_dtype, new_state
 from hetu.backends.families import attention_kernel, backward_kernel
+from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 
 Tensors = dict[str, torch.Tensor]
@@ -79,7 +80,7 @@ class Pack:
 def by_kernels(pack: Pack, data: Tensors, backend: str, device: str, into: Tensors | None = None) -> Tensors:
     """out, lse, dq, dk and dv by a backend's kernels, in memory that held NaN; ``into`` takes the gradients."""
     q, k, v, dout, dlse = (data[name].to(device) for name in (*OPERANDS, "dlse"))
-    plan = VarlenPlan.build(*pack.cu_seqlens, len(q), pack.is_causal)
+    plan = VarlenPlan.build(*pack.cu_seqlens, len(q), Mask.of(pack.is_causal))
     position = np.pad(plan.key_position, (0, pack.tail)) if pack.dropout else None
     options: dict[str, Any] = {"softmax_scale": pack.head_dim**-0.5, "dropout": pack.dropout, "key_position": position}
     state = new_state(q, plan.spans, len(pack.lens_q), max(pack.lens_q, default=0), runs_on=False)

@@ -13,7 +13,7 @@ import pytest
 from support.layout_cases import HEADS
 
 import hetu
-from hetu.parallel import METHODS, Layout
+from hetu.parallel import METHODS, Layout, Mask
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.exchange import exchange
@@ -26,17 +26,17 @@ KV_METHODS = tuple(method for method in METHODS if method != "ulysses")
 """Those that move keys and values."""
 
 
-def broadcast(layout: Layout, is_causal: bool) -> AttnPlan:
+def broadcast(layout: Layout, mask: Mask) -> AttnPlan:
     """A method of its own: members send their shards to all others one after the other, into two buffers in turn.
 
     Members attend to their own shard late, and between two pipelines gradients go before keys and values.
     """
-    return in_orders(layout, is_causal, lambda member, count: list(range(count)), send_first=False)
+    return in_orders(layout, mask, lambda member, count: list(range(count)), send_first=False)
 
 
 def in_orders(
     layout: Layout,
-    is_causal: bool,
+    mask: Mask,
     order: Callable[[int, int], list[int]],
     send_first: bool = True,
     num_buffers: int = 2,
@@ -49,7 +49,7 @@ def in_orders(
     parts: dict[int, PipelinePlan] = {}
     for group in layout.groups:
         R = len(group.members)
-        taken, given, tables, landed, sent = exchange(group, slice(0, R), is_causal)
+        taken, given, tables, landed, sent = exchange(group, slice(0, R), mask)
         for i in range(R):
             part = PartBuilder(group, i, layout.num_pipelines)
             needed = [c for c in order(i, R) if c == i or taken[i][c]]
@@ -69,7 +69,7 @@ def in_orders(
                     part.attend(buffers[c], tables[i * R + c], [(c, landed[i][c])])
             parts[part.pipeline] = part.finish()
     # The backward of "direct" turns whatever moves keys and values round.
-    return AttnPlan(layout, "direct", is_causal, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
+    return AttnPlan(layout, "direct", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
 def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:

@@ -56,9 +56,10 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
         turn: Of the step, if it is one of several; blocks that see nothing are listed where it covers all rows.
 
     Example:
-        >>> from hetu.parallel.mask.segments import varlen_tables
+        >>> from hetu.parallel import Mask
+        >>> from hetu.parallel.mask.varlen import varlen_tables
         >>> cu_seqlens = np.array([0, 5, 12])
-        >>> work = query_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), tokens=4)
+        >>> work = query_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, Mask.causal()), tokens=4)
         >>> [dict(zip(("row", "rows"), record[:2].tolist())) for record in work.items]
         [{'row': 9, 'rows': 3}, {'row': 5, 'rows': 4}, {'row': 4, 'rows': 1}, {'row': 0, 'rows': 4}]
     """
@@ -103,9 +104,10 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         block_n: Keys of a block.
 
     Example:
-        >>> from hetu.parallel.mask.segments import varlen_tables
+        >>> from hetu.parallel import Mask
+        >>> from hetu.parallel.mask.varlen import varlen_tables
         >>> cu_seqlens = np.array([0, 5, 12])
-        >>> work = key_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, is_causal=True), block_n=4)
+        >>> work = key_work(*varlen_tables(cu_seqlens, cu_seqlens, 12, Mask.causal()), block_n=4)
         >>> [dict(zip(("k_row", "rows"), record[:2].tolist())) for record in work.items]
         [{'k_row': 5, 'rows': 4}, {'k_row': 9, 'rows': 3}, {'k_row': 0, 'rows': 4}, {'k_row': 4, 'rows': 1}]
     """

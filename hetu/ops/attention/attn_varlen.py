@@ -41,6 +41,7 @@ from hetu.ops.attention.common import (
     refuse,
 )
 from hetu.ops.sources import constant, placeholder
+from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
@@ -102,13 +103,13 @@ class _VarlenAttention(OpDef):
                 f"cu_seqlens_q and cu_seqlens_k have {entries[0]} and {entries[1]} entries, expected as many",
                 "give both batch_size + 1 entries",
             )
-        return *cu, rows[0], node.attrs["is_causal"]
+        return *cu, rows[0], node.attrs["mask"]
 
     def plan(self, key: Any) -> VarlenPlan:
-        content_q, content_k, rows, is_causal = key
+        content_q, content_k, rows, mask = key
         cu_q = np.frombuffer(content_q, np.int64)
         cu_k = cu_q if content_k == content_q else np.frombuffer(content_k, np.int64)
-        return VarlenPlan.build(cu_q, cu_k, rows, is_causal)
+        return VarlenPlan.build(cu_q, cu_k, rows, mask)
 
 
 @register
@@ -192,7 +193,7 @@ class AttnVarlen(_VarlenAttention):
             for b in range(3):
                 at_q, at_k = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
                 heads = (q[at_q].reshape(-1, 4, 8), k[at_k].reshape(-1, 2, 8), v[at_k].reshape(-1, 2, 8))
-                out[at_q] = dense_attention(*heads, 8**-0.5, True)[0]
+                out[at_q] = dense_attention(*heads, 8**-0.5, Mask.causal())[0]
             return out.reshape(-1, 32)
 
         def good(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ def attn_varlen(
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
         "zero_tensors": bool(zero_tensors),
-        "is_causal": bool(is_causal),
+        "mask": Mask.of(is_causal),
         "return_softmax": bool(return_softmax),
     }
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Call, Node, Pipeline, Tensor
+from hetu.parallel import Mask
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
 FLOATS = (float16, bfloat16, float32, float64)
@@ -179,7 +180,7 @@ def refuse(node: Node, what: str, fix: str, bound: Sequence[str] = ()) -> NoRetu
 
 
 def dense_attention(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scale: float, is_causal: bool
+    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scale: float, mask: Mask
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """The definition in plain numpy, float64: the oracle of the samples.
 
@@ -188,7 +189,7 @@ def dense_attention(
         k: ``(m, H_k, head_dim)``; query head h uses key head ``h // (H_q // H_k)``.
         v: Like k.
         scale: Of the scores.
-        is_causal: Row i sees keys ``0 .. i + m - n``.
+        mask: Which keys a query sees; query i stands at key ``i + m - n``.
 
     Returns:
         out ``(n, H_q, head_dim)``, lse ``(H_q, n)``, p ``(H_q, n, m)``. Rows that see nothing: 0, -inf, 0.
@@ -196,9 +197,8 @@ def dense_attention(
     group = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, group, 1).astype(np.float64), np.repeat(v, group, 1).astype(np.float64)
     scores = np.einsum("ihd,jhd->hij", q.astype(np.float64), keys) * scale
-    if is_causal:
-        n, m = scores.shape[1:]
-        scores = np.where(np.arange(m)[None, :] <= np.arange(n)[:, None] + m - n, scores, -np.inf)
+    n, m = scores.shape[1:]
+    scores = np.where(mask.allows(np.arange(n)[:, None] + m - n, np.arange(m)), scores, -np.inf)
     top = scores.max(-1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)

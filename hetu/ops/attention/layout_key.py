@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hetu.errors import StrategyError, caller
 from hetu.graph import Node, RunView, Tensor
 from hetu.ops.attention.common import read_cu_seqlens, refuse
-from hetu.parallel import Heads, Layout, Strategy
+from hetu.parallel import Heads, Layout, Mask, Strategy
 from hetu.symbols import IntSymbol
 
 
@@ -62,14 +62,14 @@ class ParallelKey:
     Attributes:
         layout: What its layout depends on.
         method: How keys and values move.
-        is_causal: Whether the mask is causal.
+        mask: Which keys a query sees.
         heads: Widths of a token's row.
         return_softmax: Whether the probabilities are returned.
     """
 
     layout: LayoutKey
     method: str
-    is_causal: bool
+    mask: Mask
     heads: Heads
     return_softmax: bool
 
@@ -83,7 +83,7 @@ class ParallelKey:
         return cls(
             layout,
             attrs["method"],
-            attrs["is_causal"],
+            attrs["mask"],
             Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
             attrs["return_softmax"],
         )

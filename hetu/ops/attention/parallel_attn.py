@@ -25,7 +25,7 @@ from hetu.ops.attention.common import (
 from hetu.ops.attention.layout_key import LayoutKey, ParallelKey
 from hetu.ops.attention.layout_op import LayoutOp, Lists
 from hetu.ops.sources import constant, placeholder
-from hetu.parallel import METHODS, AttnPlan, build_plan
+from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
 from hetu.symbols import IntSymbol, as_symbol
 
 
@@ -43,7 +43,7 @@ class _ParallelAttention(LayoutOp):
         layout, heads = key.layout.layout(), key.heads
         if key.return_softmax:
             heads = replace(heads, columns=max(int(group.lengths.max(initial=0)) for group in layout.groups))
-        return build_plan(layout, method=key.method, is_causal=key.is_causal, heads=heads)
+        return build_plan(layout, method=key.method, mask=key.mask, heads=heads)
 
 
 @register
@@ -90,7 +90,7 @@ class ParallelAttn(_ParallelAttention):
 
         def reference(x: Any) -> Any:
             heads = x.reshape(2, 3, 4, 8)
-            out = [dense_attention(item[:, :2], item[:, 2:3], item[:, 3:], 8**-0.5, True)[0] for item in heads]
+            out = [dense_attention(item[:, :2], item[:, 2:3], item[:, 3:], 8**-0.5, Mask.causal())[0] for item in heads]
             return np.concatenate(out).reshape(6, 16)
 
         def bad(lens: Any = ((4,),), groups: Any = ((0,),), width: int = 24, **options: Any) -> Any:
@@ -232,7 +232,7 @@ def parallel_attn(
         "max_seqlen_k": max_seqlen_k,
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
-        "is_causal": bool(is_causal),
+        "mask": Mask.of(is_causal),
         "return_softmax": bool(return_softmax),
         "split": split,
         "method": method,

@@ -7,7 +7,7 @@ only its own.
 from hetu.parallel.methods import backward, ulysses
 from hetu.parallel.methods.all_gather import all_gather
 from hetu.parallel.methods.direct import direct
-from hetu.parallel.methods.method import Method
+from hetu.parallel.methods.method import AttnSpec, Method, Topology
 from hetu.parallel.methods.ring import ring
 
 METHODS = {
@@ -22,4 +22,4 @@ AUTO = "direct"
 """What ``"auto"`` means: of the methods that move keys and values none moves fewer bytes, and each of its transfers can
 be hidden behind all of the computation before it."""
 
-__all__ = ["AUTO", "METHODS", "Method"]
+__all__ = ["AUTO", "METHODS", "AttnSpec", "Method", "Topology"]

@@ -7,18 +7,18 @@ import numpy as np
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import around, whole
-from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan
 
 
-def all_gather(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+def all_gather(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """What is needed of all peers lands in one buffer, and one step attends to it; the own shard is never copied."""
-    taken, given, tables, landed, sent = exchange(group, who, is_causal)
+    taken, given, tables, landed, sent = exchange(group, who, spec.mask)
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, num_pipelines)
+        part = PartBuilder(group, member, spec.num_pipelines)
         sources = [c for c in range(R) if taken[i][c]]
         offsets = dict(zip(sources, np.cumsum([0] + [taken[i][c] for c in sources]).tolist(), strict=False))
         for c in sources:

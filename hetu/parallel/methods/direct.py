@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import around, whole
-from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan
 
 
-def direct(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+def direct(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """Each owner sends what is needed straight to who needs it, all at once; a buffer a peer, nearest peer first."""
-    taken, given, tables, landed, sent = exchange(group, who, is_causal)
+    taken, given, tables, landed, sent = exchange(group, who, spec.mask)
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, num_pipelines)
+        part = PartBuilder(group, member, spec.num_pipelines)
         sources = [c for c in around(R, member, -1) if taken[i][c]]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.methods.part import cut_runs
 from hetu.parallel.methods.tables import extents, see
 
 
-def exchange(group: GroupLayout, who: slice, is_causal: bool) -> tuple[Any, Any, list[SegmentTable], Any, Any]:
+def exchange(group: GroupLayout, who: slice, mask: Mask) -> tuple[Any, Any, list[SegmentTable], Any, Any]:
     """What goes straight from owners to receivers.
 
     Returns:
@@ -22,7 +23,7 @@ def exchange(group: GroupLayout, who: slice, is_causal: bool) -> tuple[Any, Any,
     """
     R, n = len(group.members), who.stop - who.start
     everyone, rows, members = slice(0, R), np.arange(n), np.arange(who.start, who.stop)
-    reach = see(group, who, everyone, is_causal=is_causal)
+    reach = see(group, who, everyone, mask)
     taken = reach.extents()
     taken[rows, members] = 0
     first = taken.cumsum(2)
@@ -32,7 +33,7 @@ def exchange(group: GroupLayout, who: slice, is_causal: bool) -> tuple[Any, Any,
     if n == R:  # who builds all parts has every receiver's extents already
         sizes, landed = taken.sum(2).tolist(), cut_runs(group.piece_row, taken)
         return sizes, sizes, tables, landed, landed
-    given = extents(group, everyone, who, is_causal=is_causal).transpose(1, 0, 2)
+    given = extents(group, everyone, who, mask).transpose(1, 0, 2)
     given[rows, members] = 0
     both = np.concatenate([taken, given])
     start = np.concatenate([group.piece_row[None].repeat(n, axis=0), group.piece_row[who, None].repeat(R, axis=1)])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder, cut_runs
 from hetu.parallel.methods.peers import whole
 from hetu.parallel.methods.tables import extents, see
-from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan
 
 
-def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """Shards hop from neighbour to neighbour, shrinking to what somebody further along still needs.
 
     Two buffers take turns: while one is attended to and passed on, the other fills. ``carried[h, c]`` are the rows of
@@ -22,7 +22,7 @@ def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, he
     R = len(group.members)
     everyone = slice(0, R)
     hops, owners = np.arange(R)[:, None], np.arange(R)
-    carried = extents(group, everyone, everyone, is_causal=is_causal)[(owners + hops) % R, owners]
+    carried = extents(group, everyone, everyone, spec.mask)[(owners + hops) % R, owners]
     carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
     carried[0] = 0  # at home nothing has travelled
     first = carried.cumsum(2)
@@ -34,13 +34,13 @@ def ring(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, he
     rows = carried.sum(2).tolist()
     landed = cut_runs(group.piece_row[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
     sent = cut_runs(first[np.arange(R - 1), owner[:, :-1]], carried[np.arange(1, R), owner[:, :-1]])
-    reach = see(group, who, everyone, is_causal=is_causal)
+    reach = see(group, who, everyone, spec.mask)
     tables = reach.tables(first[(members - owners) % R, owners])
 
     parts = []
     for i, member in enumerate(range(who.start, who.stop)):
         before, after = (member - 1) % R, (member + 1) % R
-        part = PartBuilder(group, member, num_pipelines)
+        part = PartBuilder(group, member, spec.num_pipelines)
         for hop in range(R):  # hop 0 is the own shard; what came by a hop is passed on by the next
             c, coming = (member - hop) % R, (member - hop - 1) % R
             has_come = hop == 0 or rows[hop][c] > 0

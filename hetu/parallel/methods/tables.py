@@ -13,6 +13,7 @@ import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.layout.splits import Parts
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray, SegmentTable
 
 
@@ -64,30 +65,30 @@ class Reach:
         return [SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j]) for i, j in pairwise(bounds)]
 
 
-def see(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: bool) -> Reach:
+def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> Reach:
     """What the query spans of some members see of the keys of some members.
 
     Args:
         group: The layout.
         receivers: Members whose queries are asked for, as a slice of step 1 with its bounds given.
         owners: Members whose keys are asked for.
-        is_causal: Whether a query sees only keys up to its own position.
+        mask: Which keys a query sees.
     """
     if group.parts is None:
-        return _see_any(group, receivers, owners, is_causal)
-    return _see_parts(group, group.parts, receivers, owners, is_causal)
+        return _see_any(group, receivers, owners, mask)
+    return _see_parts(group, group.parts, receivers, owners, mask)
 
 
-def extents(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: bool) -> IntArray:
+def extents(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> IntArray:
     """``(n, m, B)``: how many keys of the owner's piece the receiver uses; arguments as of :func:`see`.
 
     Keys that a member uses of a document are those that its last query sees, so this looks at one part a document.
     """
     parts = group.parts
     if parts is None:
-        return _see_any(group, receivers, owners, is_causal).extents()
+        return _see_any(group, receivers, owners, mask).extents()
     has_queries = (group.pieces[receivers] != 0)[:, None]
-    if not is_causal:
+    if not mask.hides_later:
         return group.pieces[owners] * has_queries
     present = parts.length[receivers] != 0
     K = present.shape[1]
@@ -108,7 +109,7 @@ def extents(group: GroupLayout, receivers: slice, owners: slice, *, is_causal: b
     return seen
 
 
-def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, is_causal: bool) -> Reach:
+def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, mask: Mask) -> Reach:
     """The layouts of the splits: one row a (query span, owner), for all at once.
 
     Of an owner's piece, row i of a span in part k sees what lies in earlier parts of the document, ``before`` keys,
@@ -121,7 +122,7 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     start, length, before = (x.astype(np.int32) for x in (parts.start, parts.length, group.part_offset))
     q_length, before = length[receivers, None], before[owners]
     present = q_length != 0
-    if is_causal:
+    if mask.hides_later:
         lead = start[receivers, None] - start[owners]
         if parts.is_dealt:
             lead >>= 31
@@ -145,7 +146,7 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     query -= 1
     k_len = seen.take(cell).astype(np.int64)
     diagonal = k_len - 1
-    if is_causal:
+    if mask.hides_later:
         np.minimum(diagonal, lead.take(cell), out=diagonal)
     part = cell - (pair * K).repeat(count)
     B, owner = group.pieces.shape[1], pair.repeat(count)
@@ -160,7 +161,7 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     )
 
 
-def _see_any(group: GroupLayout, receivers: slice, owners: slice, is_causal: bool) -> Reach:
+def _see_any(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> Reach:
     """Any layout: joins query spans with key spans of the same document, then melts rows that are one segment."""
     spans, (n, m) = group.spans, (receivers.stop - receivers.start, owners.stop - owners.start)
     bounds, B = group.bounds, group.pieces.shape[1]
@@ -174,7 +175,7 @@ def _see_any(group: GroupLayout, receivers: slice, owners: slice, is_causal: boo
 
     # Row i of span q sees clip((apart + i * q_step) // k_step + 1, 0, length) keys of span k.
     apart, q_step, k_step, length = spans.start[q] - spans.start[k], spans.step[q], spans.step[k], spans.length[k]
-    if is_causal:
+    if mask.hides_later:
         seen_first = np.clip(apart // k_step + 1, 0, length)
         seen = np.clip((apart + (spans.length[q] - 1) * q_step) // k_step + 1, 0, length)
     else:

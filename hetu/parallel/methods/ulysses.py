@@ -31,7 +31,9 @@ from itertools import pairwise
 import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import around, transfer_number, whole
 from hetu.parallel.methods.tables import see
 from hetu.parallel.plan.heads import HeadRange, Heads, Kind
@@ -41,14 +43,14 @@ from hetu.parallel.plan.parts import PipelinePlan, PlanData
 Kinds = tuple[Kind, ...]
 
 
-def ulysses(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int, heads: Heads) -> list[PipelinePlan]:
+def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """The parts of some members; see the module."""
     if len(group.members) == 1:
-        return [_alone(group, is_causal)]
-    ranges = deal(heads, len(group.members))
+        return [_alone(group, spec.mask)]
+    ranges = deal(spec.heads, len(group.members))
     places = [sequence_rows(group, member) for member in range(len(group.members))]
-    home = (Kind.OUT, Kind.LSE, *([Kind.P] if heads.columns else []))
-    spans, table = _sequence_tables(group, is_causal)
+    home = (Kind.OUT, Kind.LSE, *([Kind.P] if spec.heads.columns else []))
+    spans, table = _sequence_tables(group, spec.mask)
     sources = tuple(
         [
             Source(pipeline, whole(rows), place)
@@ -60,8 +62,8 @@ def ulysses(group: GroupLayout, who: slice, is_causal: bool, num_pipelines: int,
     for member in range(who.start, who.stop):
         own, rows = ranges[member], group.rows[member]
         is_attending = own.num_q > 0 and group.tokens > 0
-        attends = [Attend(1, table, sources, some) for some in alike(heads, own)] if is_attending else []
-        instructions = _exchange(group, member, ranges, places, attends, (Kind.QKV,), home, num_pipelines)
+        attends = [Attend(1, table, sources, some) for some in alike(spec.heads, own)] if is_attending else []
+        instructions = _exchange(group, member, ranges, places, attends, (Kind.QKV,), home, spec.num_pipelines)
         parts.append(
             PipelinePlan(
                 group.members[member],
@@ -148,7 +150,7 @@ def sequence_rows(group: GroupLayout, member: int) -> Runs:
     return Runs(start.take(first), length, step if (step > 1).any() else None)
 
 
-def _sequence_tables(group: GroupLayout, is_causal: bool) -> tuple[QuerySpans, SegmentTable]:
+def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, SegmentTable]:
     """All tokens of a group as queries and as keys: one span and one segment a document."""
     document = np.flatnonzero(group.lengths)
     start, length = group.offsets.take(document), group.lengths.take(document)
@@ -163,13 +165,13 @@ def _sequence_tables(group: GroupLayout, is_causal: bool) -> tuple[QuerySpans, S
         slot_row=start,
         column=zeros,
     )
-    return spans, SegmentTable(number, k_start=start, k_len=length, diagonal=zeros if is_causal else length - 1)
+    return spans, SegmentTable(number, k_start=start, k_len=length, diagonal=mask.diagonal(length, length))
 
 
-def _alone(group: GroupLayout, is_causal: bool) -> PipelinePlan:
+def _alone(group: GroupLayout, mask: Mask) -> PipelinePlan:
     """The only member attends for all heads, where its rows lie."""
     me, rows = slice(0, 1), group.rows[0]
-    (table,) = see(group, me, me, is_causal=is_causal).tables(group.piece_row[None])
+    (table,) = see(group, me, me, mask).tables(group.piece_row[None])
     pipeline = group.members[0]
     attend = Attend(0, table, (Source(pipeline, whole(rows)),))
     return PipelinePlan(pipeline, rows, group.query_spans(0), (rows,), (attend,))

@@ -23,6 +23,7 @@ from typing import Any, TypeGuard, TypeVar
 import numpy as np
 
 from hetu.parallel.layout.layout import Layout
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, Turn, take_turns
 from hetu.parallel.plan.heads import HeadRange, Heads, Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Send
@@ -170,7 +171,7 @@ class PlanData:
     Attributes:
         layout: Which token lies where.
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
-        is_causal: Whether the mask is causal.
+        mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part a pipeline, in order.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
@@ -178,7 +179,7 @@ class PlanData:
 
     layout: Layout
     method: str
-    is_causal: bool
+    mask: Mask
     heads: Heads
     pipelines: tuple[PipelinePlan, ...]
     is_backward: bool = False
@@ -224,7 +225,7 @@ class PlanData:
     def hash(self) -> str:
         """A digest of all that the plan says: equal on every machine for equal plans."""
         digest = hashlib.blake2b(digest_size=16)
-        values = (self.layout.digest(), self.method, self.is_causal, self.is_backward, self.heads, self.pipelines)
+        values = (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads, self.pipelines)
         _feed(digest.update, values)
         return digest.hexdigest()
 

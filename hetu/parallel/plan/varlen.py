@@ -7,7 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, varlen_tables
+from hetu.parallel.mask.mask import Mask
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.mask.varlen import varlen_tables
 
 
 @dataclass(eq=False)  # not frozen, like its parts
@@ -26,10 +28,10 @@ class VarlenPlan:
 
     @classmethod
     def build(
-        cls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, is_causal: bool, packed_lse: bool = False
+        cls, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, mask: Mask, packed_lse: bool = False
     ) -> VarlenPlan:
-        """The plan for the given lengths; arguments as of :func:`~hetu.parallel.mask.segments.varlen_tables`."""
-        spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, is_causal, packed_lse)
+        """The plan for the given lengths; arguments as of :func:`~hetu.parallel.mask.varlen.varlen_tables`."""
+        spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, mask, packed_lse)
         return cls(spans, table, cu_seqlens_k)
 
     @cached_property

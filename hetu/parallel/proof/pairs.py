@@ -41,7 +41,7 @@ def prove_pairs(
         i = int(foreign.argmax())
         pair(i, int(since[i]), f"{tokens.name(int(key[i]))} are attended, though they belong to different documents")
     # The first row of the span that the mask lets see the key.
-    allowed = np.maximum(-((position[span] - k) // step[span]), 0) if plan.is_causal else np.zeros_like(k)
+    allowed = plan.mask.first_row(k, position[span], step[span])
     early, late = since < allowed, since > allowed
     if early.any():
         i = int(early.argmax())
@@ -51,7 +51,7 @@ def prove_pairs(
         pair(i, int(allowed[i]), f"position {k[i]} are not attended by the segment that should")
 
     last = position + (length - 1) * step
-    number = last + 1 if plan.is_causal else group.lengths[spans.document]
+    number = plan.mask.keys_seen(last, group.lengths[spans.document])
     first = number.cumsum() - number
     times = np.bincount(first[span] + k, minlength=int(number.sum()))
     if (times != 1).any():

@@ -11,7 +11,9 @@ from support.tables_by_definition import Case, Step, buffers, dense, random_case
 
 from hetu.backends.attention.contract import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
 from hetu.backends.families import attention_kernel
-from hetu.parallel.mask.segments import SegmentTable, take_turns, varlen_tables
+from hetu.parallel import Mask
+from hetu.parallel.mask.segments import SegmentTable, take_turns
+from hetu.parallel.mask.varlen import varlen_tables
 
 LENGTHS = [0, 1, 63, 127, 129]
 DROPOUT = Dropout(0.3, dropout_key(11, 2, 0))
@@ -25,7 +27,7 @@ def attend(request: pytest.FixtureRequest) -> Attend:
 def varlen_case(q_len: list[int], k_len: list[int], rows: int, is_causal: bool) -> Case:
     """The plain varlen table, with its mask spelled out."""
     q_cu, k_cu = np.cumsum([0, *q_len]), np.cumsum([0, *k_len])
-    spans, table = varlen_tables(q_cu, k_cu, rows, is_causal)
+    spans, table = varlen_tables(q_cu, k_cu, rows, Mask.of(is_causal))
     seen = torch.zeros(rows, int(k_cu[-1]), dtype=torch.bool)
     for b, (n, m) in enumerate(zip(q_len, k_len, strict=True)):
         allowed = torch.ones(n, m, dtype=torch.bool)

@@ -13,7 +13,8 @@ from hetu.backends.attention.contract import BackwardState, Dropout, attention_d
 from hetu.backends.attention.dropout import keep_mask
 from hetu.backends.families import attention_kernel, backward_kernel
 from hetu.backends.triton import BackwardTiles, Tile, launch_backward
-from hetu.parallel.mask.segments import varlen_tables
+from hetu.parallel import Mask
+from hetu.parallel.mask.varlen import varlen_tables
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest error of a gradient, relative to the largest entry."""
@@ -207,7 +208,7 @@ def test_more_rows_than_a_block(backend: str, is_causal: bool, monkeypatch: pyte
 def whole_documents(lengths: list[int], is_causal: bool) -> Case:
     """Plain varlen attention, with its mask spelled out."""
     cu, rows = np.cumsum([0, *lengths]), sum(lengths)
-    spans, table = varlen_tables(cu, cu, rows, is_causal)
+    spans, table = varlen_tables(cu, cu, rows, Mask.of(is_causal))
     seen = torch.block_diag(*(torch.ones(n, n) for n in lengths)).bool()
     seen = seen.tril() if is_causal else seen
     step = Step(table, rows, np.concatenate([np.arange(n) for n in lengths]))
@@ -249,7 +250,7 @@ def test_rows_that_see_nothing_give_values_no_gradient(monkeypatch: pytest.Monke
     """More queries than keys under a causal mask: the first rows' log-sum-exps are -inf."""
     tiles = BackwardTiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), is_split=True)
     use_tiles(tiles, monkeypatch)
-    spans, table = varlen_tables(np.array([0, 40]), np.array([0, 21]), 40, True)
+    spans, table = varlen_tables(np.array([0, 40]), np.array([0, 21]), 40, Mask.causal())
     seen = torch.ones(40, 21).tril(21 - 40).bool()
     case = Case(spans, [Step(table, 21, np.arange(21))], [seen], 40, 1, 40, 21)
     check(case, "triton", torch.bfloat16, 16, 0.25, heads=(2, 1), in_q_dtype=True)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.layout_cases import MASKS
 from support.tables_by_definition import random_case
 
 from hetu.backends.attention.records import (
@@ -23,7 +24,9 @@ from hetu.backends.attention.records import (
     WorkList,
 )
 from hetu.backends.attention.work import key_work, query_work
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn, take_turns, varlen_tables
+from hetu.parallel import Mask
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn, take_turns
+from hetu.parallel.mask.varlen import varlen_tables
 
 Record = dict[str, int]
 
@@ -45,7 +48,7 @@ def told(work: WorkList, fields: tuple[str, ...]) -> list[tuple[Record, list[Rec
 cases = given(
     seed=st.integers(0, 2**32),
     lengths=st.lists(st.integers(0, 40), max_size=4),
-    is_causal=st.booleans(),
+    mask=st.sampled_from(MASKS),
     size=st.sampled_from([1, 4, 16, 64]),
     tail=st.integers(0, 20),
 )
@@ -96,8 +99,8 @@ def middle(spans: QuerySpans, table: SegmentTable) -> Turn:
 
 
 @cases
-def test_programs_compute_every_pair_once(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=2, tail=tail)
+def test_programs_compute_every_pair_once(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
     spans, table = case.spans, case.steps[0].table
     expected = pairs_of_table(spans, table)
     for turn in (None, middle(spans, table)):
@@ -106,8 +109,8 @@ def test_programs_compute_every_pair_once(seed: int, lengths: list[int], is_caus
 
 
 @cases
-def test_blocks_of_query_rows(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=2, tail=tail)
+def test_blocks_of_query_rows(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
     spans, table = case.spans, case.steps[0].table
     items = [item for item, _ in told(query_work(spans, table, size), QUERY_FIELDS)]
     rows = sorted(item["row"] + i for item in items for i in range(item["rows"]))
@@ -130,9 +133,9 @@ def test_blocks_of_query_rows(seed: int, lengths: list[int], is_causal: bool, si
 
 
 @cases
-def test_roles_of_steps(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
+def test_roles_of_steps(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
     """All rows of a span are listed where it begins and where it ends, and programs know which that is."""
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=3, tail=tail)
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=3, tail=tail)
     spans = case.spans
     begun, ended = np.zeros(case.rows, int), np.zeros(case.rows, int)
     for step, turn in zip(case.steps, case.turns, strict=True):
@@ -146,8 +149,8 @@ def test_roles_of_steps(seed: int, lengths: list[int], is_causal: bool, size: in
 
 
 @cases
-def test_blocks_of_keys(seed: int, lengths: list[int], is_causal: bool, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=2, tail=tail)
+def test_blocks_of_keys(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
     spans, table = case.spans, case.steps[0].table
     work = told(key_work(spans, table, size), KEY_FIELDS)
     rows = sorted(item["k_row"] + j for item, _ in work for j in range(item["rows"]))
@@ -169,7 +172,7 @@ def test_blocks_of_keys(seed: int, lengths: list[int], is_causal: bool, size: in
 def test_a_document_stays_together_and_long_ones_come_first(make: object) -> None:
     lengths = [5, 40, 0, 17, 40, 8]
     cu_seqlens = np.cumsum([0, *lengths])
-    spans, table = varlen_tables(cu_seqlens, cu_seqlens, int(cu_seqlens[-1]) + 3, True)
+    spans, table = varlen_tables(cu_seqlens, cu_seqlens, int(cu_seqlens[-1]) + 3, Mask.causal())
     work = make(spans, table)  # type: ignore[operator]
     fields = QUERY_FIELDS if work.items[0, -1] == 0 else KEY_FIELDS
     documents = [item["document"] for item, _ in told(work, fields)]
@@ -268,10 +271,10 @@ def parts(work: WorkList, segment: slice) -> list[tuple[list[int], list[list[int
 
 @cases
 def test_lists_are_in_the_order_of_their_definition(
-    seed: int, lengths: list[int], is_causal: bool, size: int, tail: int
+    seed: int, lengths: list[int], mask: Mask, size: int, tail: int
 ) -> None:
     """All records and their order, for tables of several steps."""
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=1 + seed % 3, tail=tail)
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=1 + seed % 3, tail=tail)
     tables = [step.table for step in case.steps]
     for table, turn in zip(tables, take_turns(case.spans, tables), strict=True):
         for own in (turn, None):
@@ -283,17 +286,17 @@ def test_lists_are_in_the_order_of_their_definition(
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), max_size=8),
     is_self=st.booleans(),
-    is_causal=st.booleans(),
+    mask=st.sampled_from(MASKS),
     size=st.sampled_from([1, 16, 64]),
     tail=st.sampled_from([0, 0, 5]),
     which=st.integers(0, 255),
 )
 def test_lists_of_plain_attention_are_in_the_same_order(
-    lengths: list[tuple[int, int]], is_self: bool, is_causal: bool, size: int, tail: int, which: int
+    lengths: list[tuple[int, int]], is_self: bool, mask: Mask, size: int, tail: int, which: int
 ) -> None:
     """They are made in a shorter way where each span has one segment and none shares its keys."""
     cu_q, cu_k = (np.cumsum([0, *side]) for side in ([n for n, _ in lengths], [m for _, m in lengths]))
-    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, is_causal)
+    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, mask)
     is_early = (which >> table.query % 8) % 2 == 1
     columns = (table.query, table.k_start, table.k_len, table.diagonal)
     both = [SegmentTable(*(column[own] for column in columns)) for own in (is_early, ~is_early)]
@@ -305,17 +308,17 @@ def test_lists_of_plain_attention_are_in_the_same_order(
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 300), st.integers(0, 300)), max_size=12),
     is_self=st.booleans(),
-    is_causal=st.booleans(),
+    mask=st.sampled_from(MASKS),
     packed=st.booleans(),
     size=st.sampled_from([1, 16, 64]),
     tail=st.sampled_from([0, 0, 0, 5]),
 )
 def test_plain_tables_are_cut_as_any_other(
-    lengths: list[tuple[int, int]], is_self: bool, is_causal: bool, packed: bool, size: int, tail: int
+    lengths: list[tuple[int, int]], is_self: bool, mask: Mask, packed: bool, size: int, tail: int
 ) -> None:
     """The short way gives the records of the long one, to the bit, and their documents."""
     cu_q, cu_k = (np.cumsum([0, *side]) for side in ([n for n, _ in lengths], [m for _, m in lengths]))
-    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, is_causal, packed)
+    spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, mask, packed)
     other = SegmentTable(*columns(table))
     assert not other.is_plain_over(spans)
     for cut in (query_work, key_work):
@@ -327,23 +330,23 @@ def test_plain_tables_are_cut_as_any_other(
 
 def test_a_ranking_is_of_its_own_spans() -> None:
     """One table over other spans is ranked anew."""
-    spans, table = varlen_tables(np.array([0, 5, 10]), np.array([0, 5, 10]), 10, True)
+    spans, table = varlen_tables(np.array([0, 5, 10]), np.array([0, 5, 10]), 10, Mask.causal())
     query_work(spans, table, 4)
     other = QuerySpans(*(getattr(spans, name)[[1, 0]] for name in QuerySpans.__dataclass_fields__ if name != "memo"))
     assert parts(query_work(other, table, 4), slice(8, 11)) == queries_by_definition(other, table, 4, None)
 
 
 def test_work_of_nothing() -> None:
-    spans, table = varlen_tables(np.array([0]), np.array([0]), 0, True)
+    spans, table = varlen_tables(np.array([0]), np.array([0]), 0, Mask.causal())
     assert query_work(spans, table, 64).records().shape == (0, 16)
-    spans, table = varlen_tables(np.array([0, 0]), np.array([0, 4]), 3, True)
+    spans, table = varlen_tables(np.array([0, 0]), np.array([0, 4]), 3, Mask.causal())
     assert len(key_work(spans, table, 16).items) == 0
     assert len(key_work(spans, table, 16).joined(query_work(spans, table, 16)).items) == 1
     assert len(query_work(spans, table, 16, middle(spans, table)).items) == 0
 
 
 def test_overlapping_segments_share_blocks_of_keys() -> None:
-    spans, _ = varlen_tables(np.array([0, 3, 6]), np.array([0, 3, 6]), 6, True)
+    spans, _ = varlen_tables(np.array([0, 3, 6]), np.array([0, 3, 6]), 6, Mask.causal())
     table = SegmentTable(*(np.array(x) for x in ([0, 1, 1], [2, 2, 9], [3, 6, 2], [2, 5, 1])))
     found = {
         (item["k_row"], item["rows"]): len(records) for item, records in told(key_work(spans, table, 4), KEY_FIELDS)

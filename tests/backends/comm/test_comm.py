@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
 from support.plans import KV_METHODS, broadcast, holding_back
 
 import hetu
 from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
-from hetu.parallel import Layout, QuerySpans, SegmentTable, build_plan
+from hetu.parallel import Layout, Mask, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.heads import Kind
@@ -85,47 +85,47 @@ def run(
     return kv, weights, grads
 
 
-def expected(layout: Layout, r: int, is_causal: bool, kv: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+def expected(layout: Layout, r: int, mask: Mask, kv: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     """The gradients of pipeline r's rows, straight from positions."""
     w = torch.zeros(layout.rows(r), dtype=torch.float64)
     for c in layout.place(r)[0].members:
         seen = layout.documents(c)[:, None] == layout.documents(r)
-        seen &= (layout.positions(c)[:, None] >= layout.positions(r)) | (not is_causal)
+        seen &= DEFINITIONS[mask](layout.positions(c)[:, None], layout.positions(r))
         w += weights[c] @ torch.from_numpy(seen).double()
     w = w[:, None, None]
     return torch.stack([w.expand(kv[:, 0].shape), w * kv[:, 1]], 1)
 
 
-def check(layout: Layout, method: str, is_causal: bool, dtype: torch.dtype, held: bool) -> None:
-    build = broadcast(layout, is_causal) if method == "broadcast" else None
+def check(layout: Layout, method: str, mask: Mask, dtype: torch.dtype, held: bool) -> None:
+    build = broadcast(layout, mask) if method == "broadcast" else None
     with holding_back(held):
-        plan = (build or build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)).backward()
+        plan = (build or build_plan(layout, method=method, mask=mask, heads=HEADS)).backward()
     kv, weights, grads = run(plan, dtype)
     for r, mine in enumerate(grads):
-        wanted = expected(layout, r, is_causal, kv[r], weights)
+        wanted = expected(layout, r, mask, kv[r], weights)
         assert torch.equal(mine, wanted.to(mine.dtype)), f"pipeline {r}"
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), custom=st.booleans(), held=st.booleans())
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), custom=st.booleans(), held=st.booleans())
 def test_every_gradient_comes_home(
-    method: str, dtype: torch.dtype, seed: int, is_causal: bool, custom: bool, held: bool
+    method: str, dtype: torch.dtype, seed: int, mask: Mask, custom: bool, held: bool
 ) -> None:
     """Keys and values may be bfloat16, in which no weight from 257 on is exact: gradients travel in float32."""
     rng = np.random.default_rng(seed)
     layout = random_custom_layout(rng, longest=9) if custom else random_case(rng, longest=7, most=6).layout()
-    check(layout, method, is_causal, dtype, held)
+    check(layout, method, mask, dtype, held)
 
 
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
 @pytest.mark.parametrize("lens", [[9, 4, 7, 6], [15, 11]], ids=str)
 def test_sums_have_the_same_bits_whoever_is_faster(lens: list[int], method: str) -> None:
     layout = Layout.build(lens, [0] * len(lens), split="sym", cu_seqlens=[0, 11, 26])
-    build = broadcast(layout, False) if method == "broadcast" else None
+    build = broadcast(layout, Mask.full()) if method == "broadcast" else None
     with holding_back(True):
-        plan = (build or build_plan(layout, method=method, is_causal=False, heads=HEADS)).backward()
+        plan = (build or build_plan(layout, method=method, mask=Mask.full(), heads=HEADS)).backward()
     exact = run(plan, torch.float32)[2]
     results = [run(plan, torch.float32, turn=turn, step=Rounding)[2] for turn in range(4)]
     assert not torch.equal(results[0][0], exact[0])
@@ -217,7 +217,7 @@ def test_what_was_added_before_the_own_shard_is_attended_to_is_kept() -> None:
 
 def test_scratch_is_freed_once_it_is_sent() -> None:
     """Memory is that of one foreign buffer's gradients, as ``peak_bytes`` says."""
-    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="ring", is_causal=False, heads=HEADS).backward()
+    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="ring", mask=Mask.full(), heads=HEADS).backward()
     alive: list[int] = []
 
     class Counting(Step):
@@ -243,7 +243,7 @@ def test_scratch_is_freed_once_it_is_sent() -> None:
 
 @pytest.mark.parametrize("turn", range(4))
 def test_who_waits_in_its_first_turn_may_have_sent_what_others_wait_for(turn: int) -> None:
-    plan = broadcast(Layout.build([2] * 4, [0] * 4), is_causal=False)
+    plan = broadcast(Layout.build([2] * 4, [0] * 4), mask=Mask.full())
     comm, steps = LocalComm(), []
     kv = [torch.zeros(2, 2, 1, 2) for _ in range(4)]
     coroutines = [

@@ -16,13 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.devices import ON_CUDA
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout
 from support.traces import check_events, lane_names, named_steps, steps, wanted_steps
 
 import hetu
 from hetu.backends.comm import Held, LocalComm, follow, follow_backward, follow_heads, recorder, run_lock_step
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
-from hetu.parallel import METHODS, Layout, build_plan
+from hetu.parallel import METHODS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.heads import Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
@@ -57,16 +57,16 @@ def held(part: PipelinePlan) -> Held:
 
 
 def plan_of(lens: list[int], method: str = "direct", is_backward: bool = False) -> AttnPlan:
-    plan = build_plan(Layout.build(lens, [0] * len(lens)), method=method, is_causal=False, heads=HEADS)
+    plan = build_plan(Layout.build(lens, [0] * len(lens)), method=method, mask=Mask.full(), heads=HEADS)
     return plan.backward() if is_backward else plan
 
 
 @pytest.mark.parametrize("method", METHODS)
-@given(seed=SEEDS, is_causal=st.booleans(), is_backward=st.booleans(), custom=st.booleans())
-def test_the_steps_of_the_plan(method: str, seed: int, is_causal: bool, is_backward: bool, custom: bool) -> None:
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), is_backward=st.booleans(), custom=st.booleans())
+def test_the_steps_of_the_plan(method: str, seed: int, mask: Mask, is_backward: bool, custom: bool) -> None:
     rng = np.random.default_rng(seed)
     layout = random_custom_layout(rng, longest=9) if custom else random_case(rng, longest=7, most=6).layout()
-    plan = build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+    plan = build_plan(layout, method=method, mask=mask, heads=HEADS)
     plan = plan.backward() if is_backward else plan
     with hetu.trace() as t:
         run(plan)

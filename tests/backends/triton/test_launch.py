@@ -34,7 +34,9 @@ from hetu.backends.triton.variants import (
     whole_strides,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles
-from hetu.parallel.mask.segments import SegmentTable, varlen_tables
+from hetu.parallel import Mask
+from hetu.parallel.mask.segments import SegmentTable
+from hetu.parallel.mask.varlen import varlen_tables
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
@@ -48,7 +50,7 @@ def test_work_is_made_once(is_backward: bool, monkeypatch: pytest.MonkeyPatch) -
         return query_work(*arguments, **options)
 
     monkeypatch.setattr(module, "query_work", counted)
-    spans, table = varlen_tables(np.array([0, 9]), np.array([0, 9]), 9, True)
+    spans, table = varlen_tables(np.array([0, 9]), np.array([0, 9]), 9, Mask.causal())
     for heads in (2, 2, 4):
         q, k = torch.randn(9, heads, 8), torch.randn(9, 2, 8)
         state = new_state(q, spans, 1, 9, runs_on=False)
@@ -95,7 +97,7 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
         qkv = torch.zeros(tokens, 3 * num_q, 16) if is_wide else torch.zeros(3, tokens, num_q, 16).transpose(0, 1)
         heads = qkv.chunk(3, 1) if is_wide else qkv.unbind(1)
         q, k, v = heads[0][:rows], heads[1][:keys], heads[2][:keys]
-        spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, False)
+        spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, Mask.full())
         state = new_state(q, spans, 1, rows, runs_on=False)
         launch.attend(q, k, v, spans, table, state, softmax_scale=1.0)
         of = BackwardState(state.out, state.lse, launch_backward.row_dot(state.out, q), torch.empty_like(q))
@@ -161,7 +163,7 @@ def test_tiles_change_where_it_is_said(capability: int) -> None:
 def test_keys_of_the_rows_that_a_step_attends_for() -> None:
     """Not of all: the tile would be one for short documents wherever few rows see anything in a step."""
     cu_seqlens = np.array([0, 10, 200])
-    spans, table = varlen_tables(cu_seqlens, cu_seqlens, 200, is_causal=False)
+    spans, table = varlen_tables(cu_seqlens, cu_seqlens, 200, Mask.full())
     assert launch.keys_per_row(spans, table) == (10 * 10 + 190 * 190) / 200
     first = SegmentTable(table.query[:1], table.k_start[:1], table.k_len[:1], table.diagonal[:1])
     assert launch.keys_per_row(spans, first) == 10

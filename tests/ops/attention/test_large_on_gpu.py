@@ -24,7 +24,9 @@ from support.sampled import check_sampled, planted
 import hetu
 from hetu.backends.attention.contract import BackwardState, new_state
 from hetu.backends.families import attention_kernel, backward_kernel
-from hetu.parallel.mask.segments import take_turns, varlen_tables
+from hetu.parallel import Mask
+from hetu.parallel.mask.segments import take_turns
+from hetu.parallel.mask.varlen import varlen_tables
 
 pytestmark = pytest.mark.timeout(900)  # waiting for each other counts too
 
@@ -215,7 +217,7 @@ def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, devi
     pairs = [[torch.empty(keys, heads[1], head_dim, dtype=HALF, device=device) for _ in range(2)] for _ in range(3)]
     for x in (x for pair in pairs for x in pair):
         x.normal_(generator=generator)
-    spans, table = varlen_tables(np.array([0, rows - seeing, rows]), np.array([0, 0, keys]), rows, is_causal=False)
+    spans, table = varlen_tables(np.array([0, rows - seeing, rows]), np.array([0, 0, keys]), rows, Mask.full())
     turns = take_turns(spans, [table] * 3)
     state = new_state(q, spans, 2, rows - seeing, runs_on=True)
     assert state.acc is not None and (device == "cpu" or state.acc.numel() > 2**31)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
-from support.layout_cases import random_case, random_custom_layout
+from support.layout_cases import DEFINITIONS, MASKS, random_case, random_custom_layout
 
-from hetu.parallel import SPLITS, GroupLayout, Layout, QuerySpans, SegmentTable
-from hetu.parallel.mask.segments import take_turns, varlen_tables
+from hetu.parallel import SPLITS, GroupLayout, Layout, Mask, QuerySpans, SegmentTable
+from hetu.parallel.mask.segments import take_turns
+from hetu.parallel.mask.varlen import varlen_tables
 from hetu.parallel.methods.tables import extents, see
 
 
@@ -21,8 +24,8 @@ def test_lengths_of_both_sides_in_one_array() -> None:
     rng = np.random.default_rng(0)
     for _ in range(100):
         cu = np.concatenate([[0], rng.integers(0, 4, rng.integers(0, 6)).cumsum()]).astype(np.int64)
-        for tail, is_causal, packed in np.ndindex(2, 2, 2):
-            request = (int(cu[-1]) + tail, bool(is_causal), bool(packed))
+        for tail, mask, packed in itertools.product((0, 1), MASKS, (False, True)):
+            request = (int(cu[-1]) + tail, mask, packed)
             assert columns(*varlen_tables(cu, cu, *request)) == columns(*varlen_tables(cu, cu.copy(), *request))
 
 
@@ -49,26 +52,26 @@ def test_pairs_of_every_small_segment() -> None:
 
 def test_pairs_add_up() -> None:
     group = Layout.build([5, 8, 3], [0, 0, 0], split="sym", batch=2).groups[0]
-    reach = see(group, slice(1, 2), slice(0, 3), is_causal=True)
+    reach = see(group, slice(1, 2), slice(0, 3), mask=Mask.causal())
     tables = reach.tables(group.piece_row[None])
     spans = group.query_spans(1)
     assert [t.pairs(spans) for t in tables] == [dense(spans, t, 16, 16).sum() for t in tables]
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_varlen_tables(is_causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_varlen_tables(mask: Mask) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
         batch, tail = int(rng.integers(1, 6)), int(rng.integers(0, 3))
         q_cu, k_cu = (np.concatenate([[0], rng.integers(0, 9, batch).cumsum()]) for _ in range(2))
         rows = int(q_cu[-1]) + tail
-        spans, table = varlen_tables(q_cu.astype(np.int32), k_cu.astype(np.int32), rows, is_causal)
-        mask = np.zeros((rows, k_cu[-1]), np.int64)
+        spans, table = varlen_tables(q_cu.astype(np.int32), k_cu.astype(np.int32), rows, mask)
+        allowed = np.zeros((rows, k_cu[-1]), np.int64)
         for b in range(batch):
             n, m = q_cu[b + 1] - q_cu[b], k_cu[b + 1] - k_cu[b]
             i, j = np.arange(n)[:, None], np.arange(m)
-            mask[q_cu[b] : q_cu[b + 1], k_cu[b] : k_cu[b + 1]] = (i + m - n >= j) if is_causal else True
-        assert np.array_equal(dense(spans, table, rows, int(k_cu[-1])), mask)
+            allowed[q_cu[b] : q_cu[b + 1], k_cu[b] : k_cu[b + 1]] = DEFINITIONS[mask](i + m - n, j)
+        assert np.array_equal(dense(spans, table, rows, int(k_cu[-1])), allowed)
         assert (spans.length > 0).all() and spans.length.sum() == rows
         assert np.array_equal(spans.start, spans.length.cumsum() - spans.length)
         assert (table.k_len > 0).all() and (table.k_len <= spans.length[table.query] + table.diagonal).all()
@@ -76,16 +79,16 @@ def test_varlen_tables(is_causal: bool) -> None:
         assert is_tail.sum() == min(tail, 1) and (spans.document[is_tail] == -1).all()
         assert (spans.slot[is_tail] == -1).all() and (spans.slot_row == 0).all()
         assert np.array_equal(spans.slot[~is_tail], np.flatnonzero(np.diff(q_cu)))
-        packed, same = varlen_tables(q_cu, k_cu, rows, is_causal, packed_lse=True)
+        packed, same = varlen_tables(q_cu, k_cu, rows, mask, packed_lse=True)
         assert (packed.slot == 0).all() and np.array_equal(packed.slot_row, packed.start)
         others = ("start", "length", "document", "position", "step", "column")
         assert all(np.array_equal(getattr(packed, name), getattr(spans, name)) for name in others)
         assert all(np.array_equal(getattr(same, name), getattr(table, name)) for name in ("query", "k_start", "k_len"))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("packed", [True, False])
-def test_tables_known_to_be_plain(is_causal: bool, packed: bool) -> None:
+def test_tables_known_to_be_plain(mask: Mask, packed: bool) -> None:
     """They are what the docstring says, and what is derived from it is what is derived from any table."""
     rng = np.random.default_rng(0)
     plain = 0
@@ -93,7 +96,7 @@ def test_tables_known_to_be_plain(is_causal: bool, packed: bool) -> None:
         batch, tail = int(rng.integers(1, 6)), int(rng.integers(0, 2))
         q_cu, k_cu = (np.concatenate([[0], rng.integers(0, 9, batch).cumsum()]) for _ in range(2))
         k_cu = q_cu if rng.integers(2) else k_cu
-        spans, table = varlen_tables(q_cu, k_cu, int(q_cu[-1]) + tail, is_causal, packed)
+        spans, table = varlen_tables(q_cu, k_cu, int(q_cu[-1]) + tail, mask, packed)
         assert spans.rows_with_lse == spans.length[spans.slot >= 0].sum()
         other = SegmentTable(table.query, table.k_start, table.k_len, table.diagonal)
         assert table.pairs(spans) == other.pairs(spans)
@@ -116,31 +119,30 @@ def test_tables_known_to_be_plain(is_causal: bool, packed: bool) -> None:
     assert plain > 50, "the cases show nothing"
 
 
-def check_reach(group: GroupLayout, is_causal: bool) -> None:
+def check_reach(group: GroupLayout, mask: Mask) -> None:
     """Tables, extents and normal form of all pairs of members against the mask."""
     R = len(group.members)
     everyone = slice(0, R)
-    reach = see(group, everyone, everyone, is_causal=is_causal)
-    used = extents(group, everyone, everyone, is_causal=is_causal)
+    reach = see(group, everyone, everyone, mask=mask)
+    used = extents(group, everyone, everyone, mask=mask)
     assert np.array_equal(used, reach.extents())
     tables = reach.tables(np.broadcast_to(group.piece_row, used.shape).copy())
     for r in range(R):
         spans, (q_document, q_position) = group.query_spans(r), group.rows_of(r)
         for c in range(R):
             table, (document, position) = tables[r * R + c], group.rows_of(c)
-            mask = q_document[:, None] == document
-            if is_causal:
-                mask &= q_position[:, None] >= position
-            assert np.array_equal(dense(spans, table, group.rows[r], group.rows[c]), mask)
+            allowed = q_document[:, None] == document
+            allowed &= DEFINITIONS[mask](q_position[:, None], position)
+            assert np.array_equal(dense(spans, table, group.rows[r], group.rows[c]), allowed)
             assert (table.k_len > 0).all() and (table.k_len <= spans.length[table.query] + table.diagonal).all()
             assert (table.diagonal < table.k_len).all() and (np.diff(table.query) >= 0).all()
-            wanted = np.bincount(document[mask.any(0)], minlength=len(group.lengths))
+            wanted = np.bincount(document[allowed.any(0)], minlength=len(group.lengths))
             assert np.array_equal(used[r, c], wanted)
         one = slice(r, r + 1)
-        for part, whole in ((extents(group, one, everyone, is_causal=is_causal), used[one]),
-                            (extents(group, everyone, one, is_causal=is_causal), used[:, one])):  # fmt: skip
+        for part, whole in ((extents(group, one, everyone, mask=mask), used[one]),
+                            (extents(group, everyone, one, mask=mask), used[:, one])):  # fmt: skip
             assert np.array_equal(part, whole)
-        own = see(group, one, everyone, is_causal=is_causal).tables(group.piece_row[None])
+        own = see(group, one, everyone, mask=mask).tables(group.piece_row[None])
         for mine, full in zip(own, tables[r * R : (r + 1) * R], strict=True):
             assert same(mine, full)
 
@@ -149,20 +151,20 @@ def same(a: SegmentTable, b: SegmentTable) -> bool:
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("query", "k_start", "k_len", "diagonal"))
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_tables_of_splits(is_causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_tables_of_splits(mask: Mask) -> None:
     rng = np.random.default_rng(1)
     for _ in range(150):
         for group in random_case(rng, longest=20, most=6).layout().groups:
-            check_reach(group, is_causal)
+            check_reach(group, mask)
 
 
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_tables_of_custom_layouts(is_causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_tables_of_custom_layouts(mask: Mask) -> None:
     rng = np.random.default_rng(2)
     for _ in range(200):
         for group in random_custom_layout(rng).groups:
-            check_reach(group, is_causal)
+            check_reach(group, mask)
 
 
 def test_the_general_path_finds_the_tables_of_the_splits() -> None:
@@ -181,8 +183,8 @@ def test_the_general_path_finds_the_tables_of_the_splits() -> None:
         assert custom.digest() == layout.digest()
         for mine, general in zip(layout.groups, custom.groups, strict=True):
             everyone = slice(0, len(mine.members))
-            for is_causal in (True, False):
-                fast, slow = (see(group, everyone, everyone, is_causal=is_causal) for group in (mine, general))
+            for mask in MASKS:
+                fast, slow = (see(group, everyone, everyone, mask=mask) for group in (mine, general))
                 for name in ("pair", "place", "query", "offset", "k_len", "diagonal"):
                     assert np.array_equal(getattr(fast, name), getattr(slow, name)), name
 
@@ -190,25 +192,25 @@ def test_the_general_path_finds_the_tables_of_the_splits() -> None:
 def test_one_segment_a_span_and_owner_under_every_split() -> None:
     for split in SPLITS:
         group = Layout.build([9, 4, 7], [0] * 3, split=split, cu_seqlens=[0, 11, 12, 20]).groups[0]
-        reach = see(group, slice(0, 3), slice(0, 3), is_causal=True)
+        reach = see(group, slice(0, 3), slice(0, 3), mask=Mask.causal())
         assert len(np.unique(np.stack([reach.pair, reach.query]), axis=1).T) == len(reach.pair)
 
 
 def test_unequal_steps_become_stairs() -> None:
     """Queries 0 2 4 6 on one pipeline, keys 1 3 5 7 and a lone run of step 1 on others."""
     layout = Layout.from_spans([0, 0], [[8]], [[(0, 0, 0, 4, 2), (1, 0, 1, 4, 2)]])
-    reach = see(layout.groups[0], slice(0, 1), slice(1, 2), is_causal=True)
+    reach = see(layout.groups[0], slice(0, 1), slice(1, 2), mask=Mask.causal())
     assert (reach.k_len.tolist(), reach.diagonal.tolist()) == ([3], [-1])
     layout = Layout.from_spans([0, 0], [[7]], [[(0, 0, 0, 3, 3), (1, 0, 1, 2, 1), (1, 0, 4, 2, 1)]])
-    reach = see(layout.groups[0], slice(0, 1), slice(1, 2), is_causal=True)  # sees 0, 2, 4 keys
+    reach = see(layout.groups[0], slice(0, 1), slice(1, 2), mask=Mask.causal())  # sees 0, 2, 4 keys
     assert reach.k_len.sum() == 4 and (reach.query == 0).all()
-    check_reach(layout.groups[0], True)
+    check_reach(layout.groups[0], Mask.causal())
 
 
 def test_turns() -> None:
     """Each span has a first step that begins, a last one that ends, and those that name it in between."""
     rng = np.random.default_rng(5)
-    spans, _ = varlen_tables(np.arange(7), np.arange(7), 6, is_causal=False)
+    spans, _ = varlen_tables(np.arange(7), np.arange(7), 6, mask=Mask.full())
     for steps in range(2, 5):
         for _ in range(30):
             named = rng.random((steps, 6)) < rng.random()
@@ -225,5 +227,5 @@ def test_turns() -> None:
 
 
 def test_a_single_step_has_no_turn() -> None:
-    spans, table = varlen_tables(np.arange(7), np.arange(7), 6, is_causal=False)
+    spans, table = varlen_tables(np.arange(7), np.arange(7), 6, mask=Mask.full())
     assert take_turns(spans, [table]) == [None] and take_turns(spans, []) == []

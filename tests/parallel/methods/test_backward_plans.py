@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
 from support.plans import KV_METHODS, attends, broadcast, find, holding_back, in_orders, with_instructions
 
 import hetu
-from hetu.parallel import METHODS, Hardware, Heads, Layout, build_plan
+from hetu.parallel import METHODS, Hardware, Heads, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Source, Wait
 from hetu.parallel.plan.memory import scratch_rows
@@ -21,25 +21,25 @@ from hetu.parallel.plan.memory import scratch_rows
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def build(layout: Layout, method: str, is_causal: bool) -> AttnPlan:
+def build(layout: Layout, method: str, mask: Mask) -> AttnPlan:
     if method == "broadcast":
-        return broadcast(layout, is_causal)
-    return build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+        return broadcast(layout, mask)
+    return build_plan(layout, method=method, mask=mask, heads=HEADS)
 
 
-def foreign_rows(layout: Layout, r: int, is_causal: bool) -> list[tuple[int, int]]:
+def foreign_rows(layout: Layout, r: int, mask: Mask) -> list[tuple[int, int]]:
     """(owner, row) of all foreign tokens that pipeline r's queries see, straight from positions."""
     rows = []
     group, _ = layout.place(r)
     for c in group.members:
         same = layout.documents(r)[:, None] == layout.documents(c)
-        seen = same & ((layout.positions(r)[:, None] >= layout.positions(c)) | (not is_causal))
+        seen = same & DEFINITIONS[mask](layout.positions(r)[:, None], layout.positions(c))
         rows += [(c, row) for row in np.flatnonzero(seen.any(0)).tolist() if c != r]
     return rows
 
 
-def check(layout: Layout, method: str, is_causal: bool, held: bool) -> None:
-    plan = build(layout, method, is_causal)
+def check(layout: Layout, method: str, mask: Mask, held: bool) -> None:
+    plan = build(layout, method, mask)
     plan.verify()
     with holding_back(held):
         backward = plan.backward()
@@ -47,7 +47,7 @@ def check(layout: Layout, method: str, is_causal: bool, held: bool) -> None:
     received = [0] * layout.num_pipelines
     for r in range(layout.num_pipelines):
         # What is used is sent home and nothing else; keys and values travel as in the forward.
-        foreign = foreign_rows(layout, r, is_causal)
+        foreign = foreign_rows(layout, r, mask)
         assert backward.grad_rows_sent(r) == len(foreign)
         assert (backward.rows_sent(r), backward.rows_received(r)) == (plan.rows_sent(r), plan.rows_received(r))
         assert backward.pairs(r) == plan.pairs(r)
@@ -65,25 +65,27 @@ def check(layout: Layout, method: str, is_causal: bool, held: bool) -> None:
 
 
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), held=st.booleans())
-def test_random_layouts(method: str, seed: int, is_causal: bool, held: bool) -> None:
-    check(random_case(np.random.default_rng(seed), longest=9, most=7).layout(), method, is_causal, held)
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), held=st.booleans())
+def test_random_layouts(method: str, seed: int, mask: Mask, held: bool) -> None:
+    check(random_case(np.random.default_rng(seed), longest=9, most=7).layout(), method, mask, held)
 
 
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), held=st.booleans())
-def test_invented_layouts(method: str, seed: int, is_causal: bool, held: bool) -> None:
-    check(random_custom_layout(np.random.default_rng(seed), longest=10), method, is_causal, held)
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), held=st.booleans())
+def test_invented_layouts(method: str, seed: int, mask: Mask, held: bool) -> None:
+    check(random_custom_layout(np.random.default_rng(seed), longest=10), method, mask, held)
 
 
 @settings(max_examples=100)
-@given(seed=SEEDS, is_causal=st.booleans(), send_first=st.booleans(), num_buffers=st.integers(1, 3), held=st.booleans())
+@given(
+    seed=SEEDS, mask=st.sampled_from(MASKS), send_first=st.booleans(), num_buffers=st.integers(1, 3), held=st.booleans()
+)
 def test_members_that_attend_in_any_order(
-    seed: int, is_causal: bool, send_first: bool, num_buffers: int, held: bool
+    seed: int, mask: Mask, send_first: bool, num_buffers: int, held: bool
 ) -> None:
     rng = np.random.default_rng(seed)
     layout = random_case(rng, longest=5, most=7).layout()
-    plan = in_orders(layout, is_causal, lambda _, count: rng.permutation(count).tolist(), send_first, num_buffers)
+    plan = in_orders(layout, mask, lambda _, count: rng.permutation(count).tolist(), send_first, num_buffers)
     if not error_of(plan.verify):  # half of such orders can be followed
         with holding_back(held):
             plan.backward().verify()
@@ -104,14 +106,14 @@ def around(member: int, count: int) -> list[int]:
 
 def test_one_buffer_used_again_at_once() -> None:
     """Gradients have to leave before the next attend, and they go to a pipeline that is itself about to attend."""
-    backward = in_orders(Layout.build([1] * 4, [0] * 4), True, around, num_buffers=1).backward()
+    backward = in_orders(Layout.build([1] * 4, [0] * 4), Mask.causal(), around, num_buffers=1).backward()
     backward.verify()
     assert [part.buffers for part in backward.pipelines] == [(1,), (1, 1), (1, 1), (1, 1)]
 
 
 def test_sends_that_are_received_too_late() -> None:
     """Everybody sends at once, attends to its own rows, and then receives: to attend may wait for what is sent."""
-    plan = in_orders(Layout.build([2] * 3, [0] * 3), False, around, num_buffers=1)
+    plan = in_orders(Layout.build([2] * 3, [0] * 3), Mask.full(), around, num_buffers=1)
     with pytest.raises(hetu.PlanError, match="deadlock: these wait for each other: pipeline 0 for pipeline 1"):
         plan.verify()
     with pytest.raises(hetu.PlanError, match=r"pipelines \[0, 1, 2\] wait for each other for ever"):
@@ -128,7 +130,7 @@ def sparse_ring() -> AttnPlan:
     pieces = [[2 * (r in pair) for pair in pairs] for r in range(6)]
     cu = np.concatenate([np.zeros((6, 1), int), np.cumsum(pieces, axis=1)], axis=1)
     layout = Layout.build(np.sum(pieces, axis=1).tolist(), [0] * 6, cu_seqlens=[cu])
-    return build_plan(layout, method="ring", is_causal=False, heads=HEADS)
+    return build_plan(layout, method="ring", mask=Mask.full(), heads=HEADS)
 
 
 def test_a_ring_in_which_some_attend_late() -> None:
@@ -179,7 +181,7 @@ def test_own_rows_in_a_foreign_buffer() -> None:
 def test_two_landing_buffers_in_turn_and_time_to_travel() -> None:
     """Equal shards that all attend to: gradients of step i are added after the owner's step i + 1, nearest first."""
     for method in ("ring", "direct"):
-        plan = build_plan(Layout.build([8] * 5, [0] * 5), method=method, is_causal=False, heads=HEADS).backward()
+        plan = build_plan(Layout.build([8] * 5, [0] * 5), method=method, mask=Mask.full(), heads=HEADS).backward()
         for r, part in enumerate(plan.pipelines):
             ends = {item.transfer: item for item in part.instructions if isinstance(item, Receive) and item.grads}
             steps, added, last = 0, [], None
@@ -195,7 +197,7 @@ def test_two_landing_buffers_in_turn_and_time_to_travel() -> None:
 
 
 def test_gathered_gradients_return_nearest_first() -> None:
-    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="all_gather", is_causal=False, heads=HEADS).backward()
+    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="all_gather", mask=Mask.full(), heads=HEADS).backward()
     for r, part in enumerate(plan.pipelines):
         home = [item for item in part.instructions if isinstance(item, Send) and item.grads]
         assert [item.peer for item in home] == [(r - hop) % 4 for hop in (1, 2, 3)]
@@ -205,7 +207,7 @@ def test_gathered_gradients_return_nearest_first() -> None:
 
 def test_messages_of_both_kinds_keep_one_order() -> None:
     """In a broadcast gradients go home before the sender's own keys and values leave, so they are received so too."""
-    plan = broadcast(Layout.build([4] * 4, [0] * 4), is_causal=False).backward()
+    plan = broadcast(Layout.build([4] * 4, [0] * 4), mask=Mask.full()).backward()
     kinds = [item.grads for item in plan.pipelines[0].instructions if isinstance(item, Receive) and item.peer == 2]
     assert kinds == [True, False]
     plan.verify()
@@ -250,7 +252,7 @@ def test_one_step_is_written_as_it_is_returned() -> None:
 
 def test_gradients_held_aside() -> None:
     """One foreign buffer's at a time, for they are packed at once; and those of a second step to the own shard."""
-    plan = build_plan(Layout.build([4, 3, 2], [0] * 3), method="ring", is_causal=False, heads=HEADS).backward()
+    plan = build_plan(Layout.build([4, 3, 2], [0] * 3), method="ring", mask=Mask.full(), heads=HEADS).backward()
     assert [scratch_rows(part) for part in plan.pipelines] == [3, 4, 4]
     instructions, at = find(plan, Attend, 2)
     twice = with_instructions(plan, 2, [instructions[at], *instructions])

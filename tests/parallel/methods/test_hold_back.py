@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout
 from support.plans import KV_METHODS, attends, broadcast, holding_back, in_orders, refused, with_instructions
 
 import hetu
-from hetu.parallel import Hardware, Heads, Layout, QuerySpans, SegmentTable, build_plan
+from hetu.parallel import Hardware, Heads, Layout, Mask, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
@@ -53,7 +53,7 @@ def holding(plan: AttnPlan) -> list[int]:
 # Splitting
 
 
-def mask(table: SegmentTable, spans: QuerySpans, rows: int) -> np.ndarray:
+def allowed(table: SegmentTable, spans: QuerySpans, rows: int) -> np.ndarray:
     """How often each query row sees each key."""
     seen = np.zeros((int(spans.length.sum()), rows), int)
     for query, k_start, k_len, diagonal in zip(table.query, table.k_start, table.k_len, table.diagonal, strict=True):
@@ -63,22 +63,22 @@ def mask(table: SegmentTable, spans: QuerySpans, rows: int) -> np.ndarray:
     return seen
 
 
-@given(seed=SEEDS, is_causal=st.booleans(), row=st.integers(0, 12))
-def test_a_table_split_in_two(seed: int, is_causal: bool, row: int) -> None:
-    for part in build_plan(any_layout(seed), method="direct", is_causal=is_causal, heads=HEADS).pipelines:
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), row=st.integers(0, 12))
+def test_a_table_split_in_two(seed: int, mask: Mask, row: int) -> None:
+    for part in build_plan(any_layout(seed), method="direct", mask=mask, heads=HEADS).pipelines:
         own = next(item for item in part.instructions if isinstance(item, Attend) and item.buffer == 0)
         first, last = split_keys(own.table, row)
-        whole, *halves = (mask(table, part.spans, part.rows) for table in (own.table, first, last))
+        whole, *halves = (allowed(table, part.spans, part.rows) for table in (own.table, first, last))
         assert np.array_equal(np.concatenate([halves[0][:, :row], halves[1][:, row:]], 1), whole)
         assert not halves[0][:, row:].any() and not halves[1][:, :row].any()
         for table in (first, last):
             assert (np.diff(table.query) >= 0).all()
-            assert table.pairs(part.spans) == mask(table, part.spans, part.rows).sum()
+            assert table.pairs(part.spans) == allowed(table, part.spans, part.rows).sum()
 
 
-@given(seed=SEEDS, is_causal=st.booleans())
-def test_the_share_that_is_held_back(seed: int, is_causal: bool) -> None:
-    plan = backward(build_plan(any_layout(seed), method="direct", is_causal=is_causal, heads=HEADS))
+@given(seed=SEEDS, mask=st.sampled_from(MASKS))
+def test_the_share_that_is_held_back(seed: int, mask: Mask) -> None:
+    plan = backward(build_plan(any_layout(seed), method="direct", mask=mask, heads=HEADS))
     for r in holding(plan):
         first, last = (plan.pipelines[r].instructions[n] for n in own_attends(plan, r))
         assert isinstance(first, Attend) and isinstance(last, Attend)
@@ -169,12 +169,12 @@ def test_where_gradients_come_earlier_nobody_holds_back() -> None:
     for count in (3, 5):
         layout = Layout.build([8] * count, [0] * count)
         for method in KV_METHODS:
-            assert holding(backward(build_plan(layout, method=method, is_causal=False, heads=HEADS))) == []
+            assert holding(backward(build_plan(layout, method=method, mask=Mask.full(), heads=HEADS))) == []
             # Under a causal mask the last sends only, and to the one before it gradients return from only one.
             causal = backward(build_plan(layout, method=method, heads=HEADS))
             assert holding(causal) == [count - 2, count - 1]
         # The last's keys and values travel last, and all attend to them at the same time.
-        assert holding(backward(broadcast(layout, is_causal=False))) == [count - 1]
+        assert holding(backward(broadcast(layout, mask=Mask.full()))) == [count - 1]
     alone = build_plan(Layout.build([8, 8], [0, 1]), heads=HEADS)
     assert holding(backward(alone)) == []
 
@@ -183,7 +183,7 @@ def test_groups_of_two_beside_a_larger_one() -> None:
     """What is held back comes in the round after a group's own returns, and doesn't wait for those of others."""
     layout = Layout.build([8] * 6, [0, 1, 1, 0, 1, 1], split="sym")
     for method in ("ring", "all_gather"):
-        assert holding(backward(build_plan(layout, method=method, is_causal=False, heads=HEADS))) == [0, 3]
+        assert holding(backward(build_plan(layout, method=method, mask=Mask.full(), heads=HEADS))) == [0, 3]
 
 
 def test_only_where_enough_travels() -> None:
@@ -224,16 +224,16 @@ def test_heads_hold_back_nothing() -> None:
 # What stays as it is
 
 
-@given(seed=SEEDS, is_causal=st.booleans(), method=st.sampled_from([*KV_METHODS, "broadcast", "any order"]))
-def test_the_same_bytes_and_sums_and_no_more_memory(seed: int, is_causal: bool, method: str) -> None:
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), method=st.sampled_from([*KV_METHODS, "broadcast", "any order"]))
+def test_the_same_bytes_and_sums_and_no_more_memory(seed: int, mask: Mask, method: str) -> None:
     layout = any_layout(seed)
     rng = np.random.default_rng(seed)
     if method == "broadcast":
-        forward = broadcast(layout, is_causal)
+        forward = broadcast(layout, mask)
     elif method == "any order":
-        forward = in_orders(layout, is_causal, lambda _, count: rng.permutation(count).tolist())
+        forward = in_orders(layout, mask, lambda _, count: rng.permutation(count).tolist())
     else:
-        forward = build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+        forward = build_plan(layout, method=method, mask=mask, heads=HEADS)
     try:
         forward.verify()
     except hetu.PlanError:  # half of such orders can be followed

@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
 from support.plans import KV_METHODS
 
-from hetu.parallel import METHODS, Hardware, Layout, build_pipeline_plan, build_plan
+from hetu.errors import StrategyError
+from hetu.parallel import METHODS, Hardware, Layout, Mask, Topology, build_pipeline_plan, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Attend, Receive, Send, Wait
 
@@ -64,7 +65,7 @@ def attend(plan: AttnPlan, r: int, item: Attend, buffer: list[tuple[int, int]], 
                 counts[spans.start[query] + i, plan.layout.columns(owner)[row]] += 1
 
 
-def mask(layout: Layout, r: int, is_causal: bool) -> np.ndarray:
+def allowed_pairs(layout: Layout, r: int, mask: Mask) -> np.ndarray:
     """What pipeline r's rows may see, straight from positions."""
     members = layout.groups[layout.group_index(r)].members
     tokens = np.concatenate([layout.columns(c) for c in members])
@@ -73,16 +74,16 @@ def mask(layout: Layout, r: int, is_causal: bool) -> np.ndarray:
     documents[tokens] = np.concatenate([layout.documents(c) for c in members])
     positions[tokens] = np.concatenate([layout.positions(c) for c in members])
     same = layout.documents(r)[:, None] == documents
-    return same & ((layout.positions(r)[:, None] >= positions) | (not is_causal))
+    return same & DEFINITIONS[mask](layout.positions(r)[:, None], positions)
 
 
-def check(layout: Layout, method: str, is_causal: bool) -> None:
-    plan = build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+def check(layout: Layout, method: str, mask: Mask) -> None:
+    plan = build_plan(layout, method=method, mask=mask, heads=HEADS)
     plan.verify()
     counts, arrived = simulate(plan)
     needed = {r: set() for r in range(layout.num_pipelines)}
     for r, count in enumerate(counts):
-        allowed = mask(layout, r, is_causal)
+        allowed = allowed_pairs(layout, r, mask)
         assert np.array_equal(count, allowed)
         assert plan.pairs(r) == allowed.sum()
         used = set(np.flatnonzero(allowed.any(0)).tolist())
@@ -98,7 +99,7 @@ def check(layout: Layout, method: str, is_causal: bool) -> None:
     for rows in arrived:  # a ring carries for others, but nothing that nobody uses
         assert rows <= set().union(*needed.values())
     for r in range(layout.num_pipelines):
-        alone = build_pipeline_plan(layout, r, method=method, is_causal=is_causal, heads=HEADS)
+        alone = build_pipeline_plan(layout, r, method=method, mask=mask, heads=HEADS)
         assert repr_of(alone) == repr_of(plan.pipelines[r])
 
 
@@ -107,19 +108,19 @@ def repr_of(part: object) -> str:
 
 
 @pytest.mark.parametrize("method", KV_METHODS)
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_random_layouts(method: str, is_causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_random_layouts(method: str, mask: Mask) -> None:
     rng = np.random.default_rng(KV_METHODS.index(method))
     for _ in range(60):
-        check(random_case(rng, longest=9, most=6).layout(), method, is_causal)
+        check(random_case(rng, longest=9, most=6).layout(), method, mask)
 
 
 @pytest.mark.parametrize("method", KV_METHODS)
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_invented_layouts(method: str, is_causal: bool) -> None:
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_invented_layouts(method: str, mask: Mask) -> None:
     rng = np.random.default_rng(7)
     for _ in range(40):
-        check(random_custom_layout(rng, longest=10), method, is_causal)
+        check(random_custom_layout(rng, longest=10), method, mask)
 
 
 def test_direct_moves_no_more_than_the_others() -> None:
@@ -156,14 +157,14 @@ def test_cost_by_hand() -> None:
 
 def test_hash_tells_plans_apart() -> None:
     plans = [
-        build_plan(Layout.build(lens, [0, 0], split=split), method=method, is_causal=is_causal, heads=HEADS)
+        build_plan(Layout.build(lens, [0, 0], split=split), method=method, mask=mask, heads=HEADS)
         for lens in ([4, 4], [3, 5])
         for split in ("normal", "sym")
         for method in METHODS
-        for is_causal in (True, False)
+        for mask in MASKS
     ]
     assert len({plan.hash() for plan in plans}) == len(plans)
-    again = build_plan(Layout.build([4, 4], [0, 0]), method="ring", is_causal=True, heads=HEADS)
+    again = build_plan(Layout.build([4, 4], [0, 0]), method="ring", mask=Mask.causal(), heads=HEADS)
     assert again.hash() == plans[0].hash()
 
 
@@ -174,3 +175,12 @@ def test_printing() -> None:
     assert "pipeline 0: 2 query spans, buffers of 4, 2 rows" in text
     assert "  send     2 rows (1 run) of buffer 0 to 1\n" in text
     assert "  attend   buffer 1 (rows of 1): 1 segment, 4 pairs\n" in text
+
+
+def test_a_topology_has_a_host_for_each_pipeline() -> None:
+    layout = Layout.build([2, 2], [0, 0])
+    with pytest.raises(StrategyError, match="hosts of 3 pipelines, but the layout has 2"):
+        build_plan(layout, heads=HEADS, topology=Topology((0, 0, 1)))
+    plans = [build_plan(layout, heads=HEADS, topology=topology) for topology in (None, Topology((0, 1)))]
+    assert plans[0].hash() == plans[1].hash(), "no method asks for it yet"
+    assert Topology((4, 1, 4)).shares_host(0, 2) and not Topology((4, 1, 4)).shares_host(0, 1)

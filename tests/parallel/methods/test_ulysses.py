@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layout_cases import random_case, random_custom_layout
+from support.layout_cases import MASKS, random_case, random_custom_layout
 from support.plans import refused, with_instructions
 
 import hetu
-from hetu.parallel import Heads, Layout, build_pipeline_plan, build_plan
+from hetu.parallel import Heads, Layout, Mask, build_pipeline_plan, build_plan
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.mask import CAUSAL
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.methods.ulysses import alike, deal, sequence_rows
 from hetu.parallel.plan.heads import HeadRange, Kind
@@ -31,12 +32,12 @@ def plan_of(
     *,
     is_backward: bool = False,
     split: str = "sym",
-    is_causal: bool = True,
+    mask: Mask = CAUSAL,
     columns: int = 0,
 ) -> AttnPlan:
     layout = Layout.build(lens, [0] * len(lens), split=split, cu_seqlens=[0, sum(lens) // 3, sum(lens)])
     widths = Heads(*heads, head_dim=8, itemsize=2, columns=columns)
-    plan = build_plan(layout, method="ulysses", is_causal=is_causal, heads=widths)
+    plan = build_plan(layout, method="ulysses", mask=mask, heads=widths)
     return plan.backward() if is_backward else plan
 
 
@@ -71,19 +72,19 @@ def test_rows_in_sequence_order(seed: int, custom: bool) -> None:
 
 
 @settings(max_examples=150)
-@given(seed=SEEDS, heads=RATIOS, is_causal=st.booleans(), custom=st.booleans(), columns=st.sampled_from([0, 9]))
-def test_plans_are_proven(seed: int, heads: tuple[int, int], is_causal: bool, custom: bool, columns: int) -> None:
+@given(seed=SEEDS, heads=RATIOS, mask=st.sampled_from(MASKS), custom=st.booleans(), columns=st.sampled_from([0, 9]))
+def test_plans_are_proven(seed: int, heads: tuple[int, int], mask: Mask, custom: bool, columns: int) -> None:
     rng = np.random.default_rng(seed)
     layout = random_custom_layout(rng, longest=9) if custom else random_case(rng, longest=7, most=6).layout()
     widths = Heads(*heads, head_dim=8, itemsize=2, columns=columns)
-    plan = build_plan(layout, method="ulysses", is_causal=is_causal, heads=widths)
+    plan = build_plan(layout, method="ulysses", mask=mask, heads=widths)
     plan.verify()
     plan.backward().verify()
-    other = build_plan(layout, method="direct", is_causal=is_causal, heads=widths)
+    other = build_plan(layout, method="direct", mask=mask, heads=widths)
     work = sum(plan.head_pairs(r) for r in range(layout.num_pipelines))
     assert work == sum(other.head_pairs(r) for r in range(layout.num_pipelines))
     for r in range(layout.num_pipelines):
-        alone = build_pipeline_plan(layout, r, method="ulysses", is_causal=is_causal, heads=widths)
+        alone = build_pipeline_plan(layout, r, method="ulysses", mask=mask, heads=widths)
         assert repr(alone) == repr(plan.pipelines[r])
 
 
@@ -114,7 +115,7 @@ def test_more_members_than_heads() -> None:
 
 
 def test_printing() -> None:
-    text = str(plan_of([4, 2], (4, 2), is_causal=False))
+    text = str(plan_of([4, 2], (4, 2), mask=Mask.full()))
     for piece in ("ulysses, full: 6 tokens", "heads", "q, k, v of heads 2 to 3", "copy     4 rows", "wait     for out"):
         assert piece in text
 

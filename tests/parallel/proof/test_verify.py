@@ -7,27 +7,28 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from support.layout_cases import HEADS
+from support.layout_cases import HEADS, MASKS
 from support.plans import find, refused, with_instructions
 
 import hetu
-from hetu.parallel import SPLITS, Layout, build_plan
+from hetu.parallel import SPLITS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.mask import CAUSAL
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.plan.instructions import Attend, Receive, Runs, Send, Source, Wait
 
 
-def good(method: str = "direct", split: str = "sym", count: int = 3, is_causal: bool = True) -> AttnPlan:
+def good(method: str = "direct", split: str = "sym", count: int = 3, mask: Mask = CAUSAL) -> AttnPlan:
     cu = np.minimum([0, 5, 5, 17, 8 * count], 8 * count)
     layout = Layout.build([8] * count, [0] * count, split=split, cu_seqlens=cu)
-    return build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+    return build_plan(layout, method=method, mask=mask, heads=HEADS)
 
 
 def test_good_plans_pass() -> None:
     for method in ("ring", "direct", "all_gather"):
         for split in SPLITS:
-            for is_causal in (True, False):
-                good(method, split, is_causal=is_causal).verify()
+            for mask in MASKS:
+                good(method, split, mask=mask).verify()
 
 
 def damage_table(change: Callable[[dict[str, np.ndarray]], None], number: int, split: str = "sym") -> AttnPlan:
@@ -124,7 +125,7 @@ def test_other_rows_sent() -> None:
 
 
 def test_reordered_into_a_deadlock() -> None:
-    plan = good("direct", is_causal=False)
+    plan = good("direct", mask=Mask.full())
     for r in range(3):  # everybody waits for what comes in before sending anything
         instructions = list(plan.pipelines[r].instructions)
         sends = [item for item in instructions if isinstance(item, Send)]
@@ -135,7 +136,7 @@ def test_reordered_into_a_deadlock() -> None:
 
 
 def test_a_buffer_reused_while_it_is_sent() -> None:
-    plan = good("ring", count=4, is_causal=False)
+    plan = good("ring", count=4, mask=Mask.full())
     instructions = list(plan.pipelines[0].instructions)
     sent = {item.transfer for item in instructions if isinstance(item, Send) and item.buffer > 0}
     early = next(i for i, item in enumerate(instructions) if isinstance(item, Wait) and item.transfer in sent)
@@ -181,7 +182,7 @@ def test_rows_out_of_a_buffer() -> None:
 
 
 def test_memory_bound() -> None:
-    plan = good(is_causal=False)
+    plan = good(mask=Mask.full())
     enough = max(plan.peak_bytes(r) for r in range(3))
     plan.verify(max_bytes=enough)
     with pytest.raises(hetu.PlanError, match="but may take"):
@@ -212,14 +213,14 @@ def test_landing_in_the_own_shard() -> None:
 
 
 def test_two_receives_into_the_same_rows() -> None:
-    plan = good("all_gather", is_causal=False)
+    plan = good("all_gather", mask=Mask.full())
     instructions, at = find(plan, Receive, 1, 1)
     instructions[at] = dataclasses.replace(instructions[at], offset=0)
     refused(with_instructions(plan, 1, instructions), "is still landing")
 
 
 def test_passing_on_what_has_not_landed() -> None:
-    plan = good("ring", count=4, is_causal=False)
+    plan = good("ring", count=4, mask=Mask.full())
     instructions = list(plan.pipelines[1].instructions)
     at = next(i for i, item in enumerate(instructions) if isinstance(item, Send) and item.buffer > 0)
     wait = max(i for i in range(at) if isinstance(instructions[i], Wait))
@@ -234,7 +235,7 @@ def test_a_transfer_number_used_twice() -> None:
 
 
 def test_messages_in_another_order_at_the_other_end() -> None:
-    plan = good("ring", count=3, is_causal=False)
+    plan = good("ring", count=3, mask=Mask.full())
     instructions = list(plan.pipelines[0].instructions)
     first, second = [i for i, item in enumerate(instructions) if isinstance(item, Receive)]
     a, b = instructions[first], instructions[second]

@@ -12,16 +12,17 @@ from support.layout_cases import HEADS
 from support.plans import broadcast, find, refused, with_instructions
 
 import hetu
-from hetu.parallel import Layout, build_plan
+from hetu.parallel import Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.mask import CAUSAL
 from hetu.parallel.plan.heads import Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 
 
-def good(method: str = "direct", count: int = 3, is_causal: bool = True) -> AttnPlan:
+def good(method: str = "direct", count: int = 3, mask: Mask = CAUSAL) -> AttnPlan:
     cu = np.minimum([0, 5, 5, 17, 8 * count], 8 * count)
     layout = Layout.build([8] * count, [0] * count, split="sym", cu_seqlens=cu)
-    plan = build_plan(layout, method=method, is_causal=is_causal, heads=HEADS).backward()
+    plan = build_plan(layout, method=method, mask=mask, heads=HEADS).backward()
     plan.verify()
     return plan
 
@@ -68,7 +69,7 @@ def test_an_accumulate_dropped_or_doubled() -> None:
     what = "the gradient of position 0 of document 2 of group 0 that pipeline 1 computes by attend 1"
     refused(damaged(drop, Accumulate), f"{what} is sent home, but never added to its owner's")
     refused(damaged(double, Accumulate), f"pipeline 0: an accumulate from landing buffer 0 adds a second time {what}")
-    again = damaged(drop, Accumulate, method="all_gather", count=4, is_causal=False)
+    again = damaged(drop, Accumulate, method="all_gather", count=4, mask=Mask.full())
     refused(
         again, "pipeline 0: transfer", "from pipeline 3 fills landing buffer 0 before it was added: the gradient of"
     )
@@ -103,7 +104,7 @@ def test_a_transfer_of_another_kind() -> None:
     def change(instructions: list[Any], at: int) -> None:
         instructions[at] = dataclasses.replace(instructions[at], buffer=1, kind=Kind.KV)
 
-    refused(damaged(change, Receive, is_causal=False), "sends gradients, but keys and values are received")
+    refused(damaged(change, Receive, mask=Mask.full()), "sends gradients, but keys and values are received")
 
 
 def test_added_to_other_rows() -> None:
@@ -126,7 +127,7 @@ def test_added_from_another_landing_buffer() -> None:
 
 
 def test_other_rows_sent_home() -> None:
-    plan = good(is_causal=False)
+    plan = good(mask=Mask.full())
     sends, at = find(plan, Send, 0, grads=True)
     runs = sends[at].runs
     assert runs.rows > 1
@@ -158,7 +159,7 @@ def test_gradients_sent_before_they_are_computed() -> None:
         instructions.insert(attend, instructions.pop(at))
 
     refused(damaged(hurry, Send), "pipeline 0: transfer", "comes before any attend to buffer 1")
-    refused(damaged(hurry, Send, method="ring", count=4, is_causal=False, number=2), "pipeline 0: transfer")
+    refused(damaged(hurry, Send, method="ring", count=4, mask=Mask.full(), number=2), "pipeline 0: transfer")
 
 
 def test_gradients_overwritten_before_they_are_sent() -> None:
@@ -172,7 +173,7 @@ def test_gradients_overwritten_before_they_are_sent() -> None:
         late.append(item)
 
     late: list[Send] = []
-    plan = damaged(delay, Send, method="ring", count=4, is_causal=False)
+    plan = damaged(delay, Send, method="ring", count=4, mask=Mask.full())
     # The owner receives it late, too, so that nobody waits for it.
     items, owner = list(plan.pipelines[late[0].peer].instructions), late[0].peer
     receive = next(i for i, item in enumerate(items) if getattr(item, "transfer", None) == late[0].transfer)
@@ -189,7 +190,7 @@ def test_gradients_overwritten_while_they_are_sent() -> None:
                     and instructions[i].transfer == number)  # fmt: skip
         instructions.append(instructions.pop(wait))
 
-    plan = damaged(keep, Send, method="ring", count=4, is_causal=False)
+    plan = damaged(keep, Send, method="ring", count=4, mask=Mask.full())
     refused(plan, "pipeline 0: attend 3 to buffer 1 while transfer", "reads its gradients")
 
 
@@ -198,7 +199,7 @@ def test_a_landing_buffer_filled_while_it_is_in_use() -> None:
         first = next(i for i, item in enumerate(instructions) if isinstance(item, Receive) and item.grads)
         instructions.insert(first + 1, instructions.pop(at))
 
-    plan = damaged(hurry, Receive, number=2, method="all_gather", count=4, is_causal=False)
+    plan = damaged(hurry, Receive, number=2, method="all_gather", count=4, mask=Mask.full())
     refused(plan, "pipeline 0: transfer", "fills landing buffer 0 while transfer", "is still landing")
 
 
@@ -209,8 +210,8 @@ def test_rows_out_of_a_landing_buffer() -> None:
     def rename(instructions: list[Any], at: int) -> None:
         instructions[at] = dataclasses.replace(instructions[at], buffer=9)
 
-    refused(damaged(shift, Receive, is_causal=False), "lands in rows 1 to", "of landing buffer 0, which has")
-    refused(damaged(shift, Accumulate, is_causal=False), "adds rows 1 to", "of landing buffer 0, which has")
+    refused(damaged(shift, Receive, mask=Mask.full()), "lands in rows 1 to", "of landing buffer 0, which has")
+    refused(damaged(shift, Accumulate, mask=Mask.full()), "adds rows 1 to", "of landing buffer 0, which has")
     refused(damaged(rename, Accumulate), "pipeline 0 has no landing buffer 9, which an accumulate names")
     refused(damaged(rename, Receive), "pipeline 0 has no landing buffer 9, which transfer")
 
@@ -252,7 +253,7 @@ def test_a_forward_called_a_backward() -> None:
 
 
 def test_messages_in_another_order_at_the_other_end() -> None:
-    plan = broadcast(Layout.build([4] * 4, [0] * 4), is_causal=False).backward()
+    plan = broadcast(Layout.build([4] * 4, [0] * 4), mask=Mask.full()).backward()
     instructions = list(plan.pipelines[0].instructions)
     first, second = (i for i, item in enumerate(instructions) if isinstance(item, Receive) and item.peer == 2)
     instructions[first], instructions[second] = instructions[second], instructions[first]
@@ -261,7 +262,7 @@ def test_messages_in_another_order_at_the_other_end() -> None:
 
 def test_waiting_in_a_circle() -> None:
     """Everybody waits for gradients of its rows before it sends any home."""
-    plan = good("all_gather", is_causal=False)
+    plan = good("all_gather", mask=Mask.full())
     for r in range(3):
         instructions, first = find(plan, Send, r, grads=True)
         at = next(i for i in range(len(instructions)) if isinstance(instructions[i], Accumulate))
@@ -273,7 +274,7 @@ def test_waiting_in_a_circle() -> None:
 
 
 def test_landing_buffers_count_as_memory() -> None:
-    plan = good(is_causal=False)
+    plan = good(mask=Mask.full())
     enough = max(plan.peak_bytes(r) for r in range(3))
     plan.verify(max_bytes=enough)
     with pytest.raises(hetu.PlanError, match="but may take"):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.layout_cases import HEADS, random_case, random_custom_layout
+from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout
 from support.plans import broadcast, find, with_instructions
 from support.traces import check_events, lane_names, named_steps, steps, steps_at, wanted_steps
 
 import hetu
-from hetu.parallel import METHODS, Hardware, Heads, Layout, build_plan
+from hetu.parallel import METHODS, Hardware, Heads, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Wait
 from hetu.parallel.views.trace import microseconds
@@ -29,11 +29,11 @@ HARDWARE = [
 ]
 
 
-def build(layout: Layout, method: str, is_causal: bool, is_backward: bool) -> AttnPlan:
+def build(layout: Layout, method: str, mask: Mask, is_backward: bool) -> AttnPlan:
     if method == "broadcast":
-        plan = broadcast(layout, is_causal)
+        plan = broadcast(layout, mask)
     else:
-        plan = build_plan(layout, method=method, is_causal=is_causal, heads=HEADS)
+        plan = build_plan(layout, method=method, mask=mask, heads=HEADS)
     return plan.backward() if is_backward else plan
 
 
@@ -68,21 +68,21 @@ def check(plan: AttnPlan, hardware: Hardware) -> None:
 
 
 @pytest.mark.parametrize("method", [*METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), is_backward=st.booleans(), hardware=st.sampled_from(HARDWARE))
-def test_random_layouts(method: str, seed: int, is_causal: bool, is_backward: bool, hardware: Hardware) -> None:
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), is_backward=st.booleans(), hardware=st.sampled_from(HARDWARE))
+def test_random_layouts(method: str, seed: int, mask: Mask, is_backward: bool, hardware: Hardware) -> None:
     layout = random_case(np.random.default_rng(seed), longest=9, most=6).layout()
-    check(build(layout, method, is_causal, is_backward), hardware)
+    check(build(layout, method, mask, is_backward), hardware)
 
 
 @pytest.mark.parametrize("method", [*METHODS, "broadcast"])
-@given(seed=SEEDS, is_causal=st.booleans(), is_backward=st.booleans(), hardware=st.sampled_from(HARDWARE))
-def test_invented_layouts(method: str, seed: int, is_causal: bool, is_backward: bool, hardware: Hardware) -> None:
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), is_backward=st.booleans(), hardware=st.sampled_from(HARDWARE))
+def test_invented_layouts(method: str, seed: int, mask: Mask, is_backward: bool, hardware: Hardware) -> None:
     layout = random_custom_layout(np.random.default_rng(seed), longest=10)
-    check(build(layout, method, is_causal, is_backward), hardware)
+    check(build(layout, method, mask, is_backward), hardware)
 
 
 def test_both_ends_of_a_transfer_take_the_same_time() -> None:
-    plan = build(Layout.build([5, 9, 4], [0] * 3), "ring", is_causal=False, is_backward=True)
+    plan = build(Layout.build([5, 9, 4], [0] * 3), "ring", mask=Mask.full(), is_backward=True)
     ends: dict[int, set[tuple[float, float]]] = {}
     for e in steps(plan.trace(HARDWARE[1])["traceEvents"]):
         if e["tid"]:
@@ -146,7 +146,7 @@ def arrows(plan: AttnPlan) -> list[tuple[int, str, str]]:
 
 @pytest.mark.parametrize("method", ["direct", "broadcast"])
 def test_an_arrow_leads_to_the_attend_of_what_was_sent(method: str) -> None:
-    plan = build(Layout.build([8] * 5, [0] * 5), method, is_causal=False, is_backward=False)
+    plan = build(Layout.build([8] * 5, [0] * 5), method, mask=Mask.full(), is_backward=False)
     found = arrows(plan)
     assert len(found) == 20
     assert all(f"(rows of {owner})" in reader for owner, _, reader in found)
@@ -154,13 +154,13 @@ def test_an_arrow_leads_to_the_attend_of_what_was_sent(method: str) -> None:
 
 
 def test_what_is_gathered_is_attended_to_at_once() -> None:
-    plan = build(Layout.build([8] * 4, [0] * 4), "all_gather", is_causal=False, is_backward=False)
+    plan = build(Layout.build([8] * 4, [0] * 4), "all_gather", mask=Mask.full(), is_backward=False)
     assert len(arrows(plan)) == 12
     assert all("attend buffer 1" in reader for _, _, reader in arrows(plan))
 
 
 def test_gradients_lead_to_where_they_are_added() -> None:
-    plan = build(Layout.build([8, 7, 5], [0] * 3), "direct", is_causal=False, is_backward=True)
+    plan = build(Layout.build([8, 7, 5], [0] * 3), "direct", mask=Mask.full(), is_backward=True)
     events = plan.trace(HARDWARE[1])["traceEvents"]
     home = {i.transfer for part in plan.pipelines for i in part.instructions if isinstance(i, Send) and i.grads}
     for e in events:
@@ -175,7 +175,7 @@ def test_what_a_ring_only_passes_on_has_no_arrow() -> None:
     pieces = [[4, 0], [0, 4], [4, 0], [0, 4], [0, 0]]
     cu = [np.cumsum([[0, *row] for row in pieces], axis=1)]
     layout = Layout.build(np.sum(pieces, axis=1).tolist(), [0] * 5, cu_seqlens=cu)
-    plan = build_plan(layout, method="ring", is_causal=False, heads=HEADS)
+    plan = build_plan(layout, method="ring", mask=Mask.full(), heads=HEADS)
     landed = [i.buffer for i in plan.pipelines[1].instructions if isinstance(i, Receive)]
     assert len(landed) > len(set(landed))
     owners = sorted(reader[reader.index("(") : reader.index(":")] for _, _, reader in arrows(plan))
