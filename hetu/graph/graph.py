@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from hetu.symbols import Constraint, IntSymbol, as_symbol
 
 if TYPE_CHECKING:
     import networkx
+
+    from hetu.parallel import AttnPlan, Layout
+    from hetu.planning.planner import Planner, Prepared
+    from hetu.runtime.executor import Executor
 
 _stack: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
@@ -49,9 +53,9 @@ class Graph:
         tensor([[2., 4.]])
     """
 
-    planner_factory: ClassVar[Callable[[Graph], Any]]
-    executor_factory: ClassVar[Callable[[Graph], Any]]
-    """What plans and what runs a graph: set by the package, so that this one need not know of later stages."""
+    planner_factory: ClassVar[Callable[[Graph], Planner]]
+    executor_factory: ClassVar[Callable[[Graph], Executor]]
+    """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
 
     def __init__(
         self,
@@ -70,8 +74,8 @@ class Graph:
         self.constraints: list[Constraint] = []
         self._names: set[str] = set()
         self._counts: dict[str, int] = {}
-        self._planner: Any = None
-        self._executor: Any = None
+        self._planner: Planner | None = None
+        self._executor: Executor | None = None
 
     # Building
 
@@ -164,6 +168,11 @@ class Graph:
 
     # Looking
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the graph grows: what is found out of a graph holds for one version."""
+        return len(self.nodes), len(self.constraints)
+
     def verify(self) -> None:
         """Checks the graph's own promises: order, ownership, unique names, shapes that the ops confirm.
 
@@ -188,18 +197,46 @@ class Graph:
     # Running
 
     @property
-    def planner(self) -> Any:
+    def planner(self) -> Planner:
         """What binds and plans the runs of this graph, without torch."""
         if self._planner is None:
             self._planner = type(self).planner_factory(self)
         return self._planner
 
     @property
-    def executor(self) -> Any:
+    def executor(self) -> Executor:
         """What lowers and runs this graph; its ``stats()`` tell what was cached, planner included."""
         if self._executor is None:
             self._executor = type(self).executor_factory(self)
         return self._executor
+
+    # What a tensor's value is depends on the strategy and the micro-batches of the run: see what run returns.
+
+    @overload
+    def run(
+        self,
+        fetches: Tensor,
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+        run_level: str = "update",
+    ) -> Any: ...
+
+    @overload
+    def run(
+        self,
+        fetches: Sequence[Tensor],
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+        run_level: str = "update",
+    ) -> list[Any]: ...
 
     def run(
         self,
@@ -263,7 +300,7 @@ class Graph:
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
-    ) -> Any:
+    ) -> Prepared:
         """Binds, selects and plans as ``run`` would, and computes nothing.
 
         Returns:
@@ -280,7 +317,7 @@ class Graph:
         cu_seqlens: Any = None,
         batch: int | Sequence[int] = 1,
         node: str | None = None,
-    ) -> Any:
+    ) -> Layout:
         """Which token lies where under a strategy: ``layout.scatter(x)`` and ``layout.gather(shards)``.
 
         Args:
@@ -303,7 +340,7 @@ class Graph:
         cu_seqlens: Any = None,
         batch: int | Sequence[int] = 1,
         node: str | None = None,
-    ) -> Any:
+    ) -> AttnPlan:
         """The plan that a run would follow, as data: see ``print(plan)``, ``plan.verify()``, ``plan.cost(...)``.
 
         Takes the arguments of :meth:`layout`.

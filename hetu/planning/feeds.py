@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
-from hetu.graph import Tensor
+from hetu.graph import Role, Tensor
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
 from hetu.symbols import IntSymbol
@@ -110,9 +110,9 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
 def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
     """The placeholders that are fed and looked at, none of those missing that must be fed."""
     keys = tuple(feed_dict)
-    found: tuple[Tensor, ...] | None = subgraph.memo.get(keys)
+    found = subgraph.fed.get(keys)
     if found is None:
-        found = subgraph.memo[keys] = _find_fed(subgraph, feed_dict)
+        found = subgraph.fed[keys] = _find_fed(subgraph, feed_dict)
     return found
 
 
@@ -132,7 +132,7 @@ def _find_fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
 def check_keys(feed_dict: Feeds) -> None:
     """Refuses what is no placeholder."""
     for key in feed_dict:
-        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
+        if not isinstance(key, Tensor) or key.op.role is not Role.PLACEHOLDER:
             raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
 
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hetu.errors import StrategyError
-from hetu.graph import Graph, Node, Tensor
-from hetu.graph.passes import live_nodes, merge_duplicates
+from hetu.graph import Graph, Node, Role, Tensor
+from hetu.graph.passes import live_nodes, merge_duplicates, nodes_of
 from hetu.symbols import Constraint, IntSymbol
+
+if TYPE_CHECKING:
+    from hetu.planning.binder import Binder
+
+BinderKey = tuple[int, int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,7 +36,8 @@ class Subgraph:
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: by so much a run advances the generator.
         constraints: What must hold.
-        memo: What was found out of the others, so that runs need not find it again; not part of the value.
+        binders: What binds its runs, by strategy, number of pipelines and fed placeholders; the planner makes them.
+        fed: By the placeholders that a user feeds, in their order, those that a run reads.
     """
 
     fetches: tuple[Tensor, ...]
@@ -46,7 +52,9 @@ class Subgraph:
     step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
+    fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
+    _pipeline_counts: dict[int, int | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, graph: Graph, fetches: Sequence[Tensor]) -> Subgraph:
@@ -83,11 +91,10 @@ class Subgraph:
         Raises:
             StrategyError: If two ops say different things.
         """
-        key = "num_pipelines", strategy
-        if key not in self.memo:
-            self.memo[key] = self._count_pipelines(strategy)
-        count: int | None = self.memo[key]
-        return count
+        counts = self._pipeline_counts
+        if strategy not in counts:
+            counts[strategy] = self._count_pipelines(strategy)
+        return counts[strategy]
 
     def _count_pipelines(self, strategy: int) -> int | None:
         said = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
@@ -122,4 +129,4 @@ def _witnesses(graph: Graph, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
 
 
 def _placeholders(nodes: Sequence[Node]) -> tuple[Tensor, ...]:
-    return tuple(node.outputs[0] for node in nodes if node.definition.name == "placeholder")
+    return tuple(node.outputs[0] for node in nodes_of(nodes, Role.PLACEHOLDER))

@@ -21,37 +21,21 @@ import numpy as np
 import torch
 
 from hetu import rng
+from hetu.backends import default_backend
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.graph import Graph, Tensor
 from hetu.parallel import AttnPlan
 from hetu.planning.feeds import Feeds, FeedSet, Read, Symbols, host_values, is_torch, read_own_feeds, shard_count
 from hetu.planning.planner import Prepared
 from hetu.planning.subgraph import Subgraph
+from hetu.runtime.request import RunRequest
 
 _Made = TypeVar("_Made")
 
 MOST_AGREED = 100_000
 """Agreements that are remembered; all ranks forget them at the same time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a rank was asked to run.
-
-    Attributes:
-        graph: Whose run it is.
-        subgraph: What will be computed.
-        batches: Feeds and symbols of each micro-batch.
-        strategy: As the user gave it.
-        others: What else has to be the same on all ranks, by name.
-    """
-
-    graph: Graph
-    subgraph: Subgraph
-    batches: Sequence[tuple[Feeds, Symbols]]
-    strategy: int | str | None
-    others: Mapping[str, Any]
 
 
 class Agreement:
@@ -61,16 +45,16 @@ class Agreement:
         world.runs += 1
         self.world, self.name = world, f"run {world.runs}"
         self.key = b""
-        self.asked: Asked | None = None
+        self.request: RunRequest | None = None
 
-    def hear(self, ask: Callable[[], Asked]) -> list[Read]:
-        """Tells the others what this rank was asked for, and hears what they were.
+    def hear(self, opened: Callable[[], RunRequest]) -> tuple[RunRequest, list[Read]]:
+        """Tells the others what this rank is asked for, and hears what they are.
 
         Args:
-            ask: Says it; may raise.
+            opened: Gives this rank's request; may raise.
 
         Returns:
-            For each micro-batch what gives the feeds of all pipelines.
+            The request, and for each micro-batch what gives the feeds of all pipelines.
 
         Raises:
             CommunicationError: If something differs that must not, or a rank can't be reached or refused the run.
@@ -79,9 +63,9 @@ class Agreement:
         failure: BaseException | None = None
         own: list[_Batch] = []
         try:
-            asked = ask()
-            own = [_Batch.read(self.world, asked, *batch) for batch in asked.batches]
-            said = {"same": _what_is_same(asked), "batches": [batch.said for batch in own]}
+            request = opened()
+            own = [_Batch.read(self.world, request, *batch) for batch in request.batches]
+            said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
         except Exception as error:  # whatever it is, the others must not wait for this rank
             failure, said = error, {"error": _in_words(error)}
         stable = pickle.dumps(said)
@@ -96,10 +80,10 @@ class Agreement:
         self._compare(
             [{**one["same"], "the generator's state": state} for one, (_, state) in zip(everything, heard, strict=True)]
         )
-        self.asked, self.key = asked, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
+        self.request, self.key = request, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
         batches = zip(*(one["batches"] for one in everything), strict=True)
-        return [
-            partial(_merge, self.world, asked.subgraph, mine, list(said))
+        return request, [
+            partial(_merge, self.world, request.subgraph, mine, list(said))
             for mine, said in zip(own, batches, strict=True)
         ]
 
@@ -171,9 +155,9 @@ class Agreement:
 
     def _common_feeds(self, prepared: Sequence[Prepared]) -> list[str | None]:
         """A digest of the plain arrays of each micro-batch, where ranks without pipelines may have been fed as well."""
-        assert self.asked is not None
+        assert self.request is not None
         digests: list[str | None] = []
-        for item, (feeds, _) in zip(prepared, self.asked.batches, strict=True):
+        for item, (feeds, _) in zip(prepared, self.request.batches, strict=True):
             is_asked = self.world.size > item.num_pipelines and feeds and shard_count(feeds) is None
             digests.append(_digest(feeds) if is_asked and self.world.rank in (0, *_idle(self.world, item)) else None)
         return digests
@@ -214,11 +198,11 @@ class _Batch:
     said: dict[str, Any]
 
     @classmethod
-    def read(cls, world: DistributedWorld, asked: Asked, feeds: Feeds, symbols: Symbols) -> _Batch:
+    def read(cls, world: DistributedWorld, request: RunRequest, feeds: Feeds, symbols: Symbols) -> _Batch:
         """Reads what this rank feeds its own pipelines."""
-        graph, subgraph = asked.graph, asked.subgraph
-        is_chosen = graph.num_strategy == 1 or asked.strategy not in (None, "auto")
-        index = graph.planner.index(0 if asked.strategy in (None, "auto") else asked.strategy)
+        graph, subgraph = request.graph, request.subgraph
+        is_chosen = graph.num_strategy == 1 or request.strategy not in (None, "auto")
+        index = graph.planner.index(0 if request.strategy in (None, "auto") else request.strategy)
         declared = subgraph.num_pipelines(index) if is_chosen else None
         sharded = shard_count(feeds)
         count = declared or sharded
@@ -267,27 +251,35 @@ def _merge(
     return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)
 
 
-def _what_is_same(asked: Asked) -> dict[str, Any]:
-    same: dict[str, Any] = {"the graph": graph_digest(asked.graph), "the strategy": asked.strategy}
-    same["what is fetched"] = tuple(tensor.name for tensor in asked.subgraph.fetches)
-    same |= asked.others
-    same["the number of micro-batches"] = len(asked.batches)
-    for i, (_, symbols) in enumerate(asked.batches):
-        of = f" of micro-batch {i}" if len(asked.batches) > 1 else ""
+def _what_is_same(request: RunRequest) -> dict[str, Any]:
+    """By the names that an error gives them."""
+    same: dict[str, Any] = {
+        "the graph": graph_digest(request.graph),
+        "the strategy": request.strategy,
+        "what is fetched": tuple(tensor.name for tensor in request.subgraph.fetches),
+        "run_level": request.fetches.run_level,
+        "the kind of device": request.device.type,
+        "the backend": default_backend(request.device),
+        "hetu.config(deterministic=...)": settings().deterministic,
+        "the number of micro-batches": len(request.batches),
+    }
+    for i, (_, symbols) in enumerate(request.batches):
+        of = f" of micro-batch {i}" if len(request.batches) > 1 else ""
         same[f"int_symbol_dict{of}"] = sorted((str(symbol), repr(value)) for symbol, value in symbols.items())
     return same
 
 
-_digests: WeakKeyDictionary[Graph, tuple[int, str]] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[Graph, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+"""The digest of each graph, and the version of the graph that it is of."""
 
 
 def graph_digest(graph: Graph) -> str:
     """A short name of all that a graph says; equal for graphs that the same script built."""
-    nodes, digest = _digests.get(graph, (-1, ""))
-    if nodes != len(graph.nodes):
+    version, digest = _digests.get(graph, (None, ""))
+    if version != graph.version:
         text = re.sub(r" at 0x[0-9a-f]+", "", str(graph))  # of initialisers and schedules, say: not the same anywhere
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        _digests[graph] = len(graph.nodes), digest
+        _digests[graph] = graph.version, digest
     return digest
 
 
