@@ -19,7 +19,7 @@ from hetu import rng
 from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.runtime.optimizers import BoundOptimizer
-from hetu.runtime.parameters import Pieces
+from hetu.runtime.parameters import ByBox
 from hetu.runtime.state import GraphState
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, t
         store.set_whole(node, whole.to(device, copy=True))
     for name, grads in given["gradients"].items():
         update = _find_update(state, updates, name, grads)
-        fresh.gradients[update] = waiting = Pieces()
+        fresh.gradients[update] = waiting = ByBox()
         for node in state.parameters_of(update):
             whole = _like(grads[node.name], node, f"the gradient of {node.name}", any_dtype=True)
             waiting |= store.cut(node, whole.to(device, copy=True))

@@ -40,21 +40,21 @@ class Launcher:
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
-        # Each with its place among all inputs.
+        # Each with its position among all inputs.
         self._sizes: list[tuple[int, int, int]] = []
         self._plans: list[tuple[int, Node, int]] = []
         self._feeds: list[tuple[int, Tensor, int, torch.dtype]] = []
         self._others: list[tuple[int, Input]] = []
-        for place, item in enumerate(executable.inputs):
+        for position, item in enumerate(executable.inputs):
             match item:
                 case FeedInput(tensor, pipeline):
-                    self._feeds.append((place, tensor, pipeline, TORCH_DTYPES[tensor.dtype]))
+                    self._feeds.append((position, tensor, pipeline, TORCH_DTYPES[tensor.dtype]))
                 case SizeInput(index, pipeline):
-                    self._sizes.append((place, index, pipeline))
+                    self._sizes.append((position, index, pipeline))
                 case PlanInput(node, pipeline):
-                    self._plans.append((place, node, pipeline or 0))
+                    self._plans.append((position, node, pipeline or 0))
                 case _:
-                    self._others.append((place, item))
+                    self._others.append((position, item))
         # The planner remembers length sets for longer than executables are kept, and forgets them by itself: neither
         # may hold the other.
         self._known: WeakKeyDictionary[Prepared, list[Any]] = WeakKeyDictionary()
@@ -87,19 +87,19 @@ class Launcher:
         if known is None:
             known = self._known[prepared] = self._decided_by_lengths(prepared)
         values = known.copy()
-        for place, tensor, pipeline, dtype in self._feeds:
-            values[place] = to_device(feeds.arrays[pipeline][tensor], dtype, device)
-        for place, item in self._others:
+        for position, tensor, pipeline, dtype in self._feeds:
+            values[position] = to_device(feeds.arrays[pipeline][tensor], dtype, device)
+        for position, item in self._others:
             match item:
                 case RandomInput(node):
                     seed, offset = draws
-                    values[place] = seed, offset + prepared.subgraph.random[node]
+                    values[position] = seed, offset + prepared.subgraph.random[node]
                 case ParameterInput(node):
-                    values[place] = store.value(node).to(device)
+                    values[position] = store.value(node).to(device)
                 case StepInput(node):
-                    values[place] = step_values[node]
+                    values[position] = step_values[node]
                 case WorldInput():
-                    values[place] = world
+                    values[position] = world
         is_recording = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
         try:
@@ -118,10 +118,10 @@ class Launcher:
         if self._sizes:
             leaves = executable.leaves
             sizes = [executable.sizes(*[binding[leaf] for leaf in leaves]) for binding in prepared.bindings]
-            for place, index, pipeline in self._sizes:
-                values[place] = sizes[pipeline][index]
-        for place, node, pipeline in self._plans:
-            values[place] = prepared.plans[node][pipeline]
+            for position, index, pipeline in self._sizes:
+                values[position] = sizes[pipeline][index]
+        for position, node, pipeline in self._plans:
+            values[position] = prepared.plans[node][pipeline]
         return values
 
     def compute_on_host(self, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
@@ -129,10 +129,10 @@ class Launcher:
         executable, cpu = self.executable, torch.device("cpu")
         values: list[Any] = [None] * len(executable.inputs)
         sizes = executable.sizes(*(bound.value(leaf) for leaf in executable.leaves))
-        for place, index, _ in self._sizes:
-            values[place] = sizes[index]
-        for place, tensor, _, dtype in self._feeds:
-            values[place] = to_device(arrays[tensor], dtype, cpu)
+        for position, index, _ in self._sizes:
+            values[position] = sizes[index]
+        for position, tensor, _, dtype in self._feeds:
+            values[position] = to_device(arrays[tensor], dtype, cpu)
         with torch.no_grad():
             result: torch.Tensor = executable.module.forward(*values)[0]
         return result

@@ -1,4 +1,4 @@
-"""Optimisers of ``torch.optim``, bound to the pieces of parameters that a rank holds."""
+"""Optimisers of ``torch.optim``, bound to the parts of parameters that a rank holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from hetu.errors import HetuError
 from hetu.graph import Node
 from hetu.optim import Optimizer
-from hetu.runtime.parameters import ParameterStore, Pieces
+from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore
 from hetu.runtime.placement import Box
 
 NamedState = Mapping[str, Mapping[str, Any]]
@@ -25,14 +25,14 @@ class BoundOptimizer:
     Attributes:
         spec: What the user made.
         groups: The parameters, in groups with options of their own.
-        params: The pieces of them that this rank holds, in the order of the groups.
-        optimizer: That of torch, of the same pieces in the same order.
+        params: Their storages on this rank, by box, in the order of the groups.
+        optimizer: That of torch, of the same storages in the same order.
         schedule: That of torch, or None.
     """
 
     spec: Optimizer
     groups: Sequence[Sequence[Node]]
-    params: Pieces
+    params: ByBox
     optimizer: torch.optim.Optimizer
     schedule: Any
 
@@ -52,8 +52,8 @@ class BoundOptimizer:
         rest, groups, options = iter(parameters), [], []
         for count, own in update.attrs["groups"]:
             groups.append([next(rest) for _ in range(count)])
-            options.append({"params": list(store.pieces(groups[-1]).values()), **own})
-        params = store.pieces(parameters)
+            options.append({"params": list(store.storages(groups[-1]).values()), **own})
+        params = store.storages(parameters)
         if not spec.is_elementwise:
             _refuse_parts(spec, params)
         try:
@@ -64,10 +64,10 @@ class BoundOptimizer:
             raise HetuError(what, op="minimize", where=spec.where, fix="see torch's documentation of it") from error
         return cls(spec, groups, params, optimizer, schedule)
 
-    def step(self, grads: Pieces, loss: torch.Tensor) -> torch.Tensor:
+    def step(self, grads: ByBox, loss: torch.Tensor) -> torch.Tensor:
         """Clips and applies gradients; gives their norm before that. They are changed."""
         params = list(self.params.values())
-        own = [grads[piece].to(param) for piece, param in self.params.items()]
+        own = [grads[key].to(param) for key, param in self.params.items()]
         norm = torch.nn.utils.get_total_norm(own)
         if self.spec.max_grad_norm is not None:
             for param, grad in zip(params, own, strict=True):
@@ -92,7 +92,7 @@ class BoundOptimizer:
         for (node, box), param in self.params.items():
             if param in self.optimizer.state:
                 by_node.setdefault(node, {})[box] = self.optimizer.state[param]
-        return {node.name: _gathered(node, pieces, store) for node, pieces in by_node.items()}
+        return {node.name: _gathered(node, boxes, store) for node, boxes in by_node.items()}
 
     def named_groups(self) -> list[dict[str, Any]]:
         """The options of each group, with the names of its parameters."""
@@ -109,46 +109,48 @@ class BoundOptimizer:
             options: The options of each group.
             store: Says which part of each tensor this rank keeps.
         """
-        cut: dict[tuple[Node, Box], dict[str, Any]] = {piece: {} for piece in self.params}
+        own: dict[ParameterBox, dict[str, Any]] = {key: {} for key in self.params}
         for node in dict.fromkeys(node for node, _ in self.params):
-            for key, value in state.get(node.name, {}).items():
-                for piece, part in _cut(node, value, store).items():
-                    cut[piece][key] = part
+            for name, value in state.get(node.name, {}).items():
+                for key, part in _cut(node, value, store).items():
+                    own[key][name] = part
         # torch numbers the parameters of an optimiser, and only its own loading converts and completes a state.
-        number = {piece: i for i, piece in enumerate(self.params)}
+        number = {key: i for i, key in enumerate(self.params)}
         groups = [
-            {**own, "params": [number[piece] for piece in store.pieces(nodes)]}
-            for own, nodes in zip(options, self.groups, strict=True)
+            {**group, "params": [number[key] for key in store.storages(nodes)]}
+            for group, nodes in zip(options, self.groups, strict=True)
         ]
-        states = {number[piece]: own for piece, own in cut.items() if own}
+        states = {number[key]: values for key, values in own.items() if values}
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
-def _gathered(node: Node, pieces: Mapping[Box, Mapping[str, Any]], store: ParameterStore) -> dict[str, Any]:
+def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: ParameterStore) -> dict[str, Any]:
     """A parameter's state: what has an element for each of the parameter's is gathered, the rest is the same in all."""
-    first = next(iter(pieces.values()))
+    first = next(iter(boxes.values()))
     return {
-        key: store.gather(node, {box: own[key] for box, own in pieces.items()}) if _is_elementwise(value) else value
-        for key, value in first.items()
+        name: store.gather(node, {box: own[name] for box, own in boxes.items()}) if _is_elementwise(value) else value
+        for name, value in first.items()
     }
 
 
-def _cut(node: Node, value: Any, store: ParameterStore) -> dict[tuple[Node, Box], Any]:
+def _cut(node: Node, value: Any, store: ParameterStore) -> dict[ParameterBox, Any]:
     """The inverse of :func:`_gathered`, of one value."""
-    mine = value.clone() if isinstance(value, torch.Tensor) else value
-    return dict(store.cut(node, mine)) if _is_elementwise(value) else dict.fromkeys(store.pieces([node]), mine)
+    if _is_elementwise(value):
+        return dict(store.cut(node, value.clone()))
+    # Each box counts its own steps, in place.
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key in store.storages([node])}
 
 
 def _is_elementwise(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0
 
 
-def _refuse_parts(spec: Optimizer, params: Pieces) -> None:
+def _refuse_parts(spec: Optimizer, params: ByBox) -> None:
     for node, box in params:
         if box != Box.whole(node.attrs["shape"]):
             raise HetuError(
                 f"torch.optim.{spec.kind} updates whole parameters, but a rank holds a part of {node.name}",
                 op="minimize",
                 where=spec.where,
-                fix="use an optimiser that is elementwise, or place the parameter whole",
+                fix="use an optimiser that is elementwise, or keep the parameter whole",
             )

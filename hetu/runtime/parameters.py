@@ -18,13 +18,13 @@ from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.runtime.placement import Box, Placements, replicated
 
-Piece = tuple[Node, Box]
+ParameterBox = tuple[Node, Box]
 """A box of a parameter: what storages, gradients and updates are kept by."""
 
-Pieces = dict[Piece, torch.Tensor]
+ByBox = dict[ParameterBox, torch.Tensor]
 """A tensor for each box of some parameters."""
 
-Place = Callable[[Sequence[int], int], Placements]
+PlacementRule = Callable[[Sequence[int], int], Placements]
 """Places a parameter of a shape over so many ranks."""
 
 
@@ -33,12 +33,12 @@ class _Stored:
     """A parameter that has a value.
 
     Attributes:
-        pieces: The storage of each box that this rank holds at home: an allocation of its own.
+        storages: The storage of each box that this rank holds at home: an allocation of its own.
         read: The box that computations on this rank read.
         value: The storage of that box; None if it is put together from several for every use.
     """
 
-    pieces: dict[Box, torch.Tensor]
+    storages: dict[Box, torch.Tensor]
     read: Box
     value: torch.Tensor | None
 
@@ -49,11 +49,11 @@ class ParameterStore:
     Args:
         graph: The graph.
         device: Gives the device of the graph, where the storages lie.
-        place: Places a parameter.
+        rule: Says where a parameter lies.
     """
 
-    def __init__(self, graph: Graph, device: Callable[[], torch.device], place: Place = replicated) -> None:
-        self.graph, self.device, self.place = graph, device, place
+    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
+        self.graph, self.device, self.rule = graph, device, rule
         self._stored: dict[Node, _Stored] = {}
 
     @property
@@ -63,44 +63,46 @@ class ParameterStore:
 
     def value(self, node: Node) -> torch.Tensor:
         """What computations on this rank read of a parameter. It is made if it was never needed before."""
-        stored = self._stored.get(node) or self._make(node)
-        return stored.value if stored.value is not None else assemble(stored.read, stored.pieces)
+        stored = self._find(node)
+        return stored.value if stored.value is not None else assemble(stored.read, stored.storages)
 
-    def pieces(self, nodes: Sequence[Node]) -> Pieces:
+    def storages(self, nodes: Sequence[Node]) -> ByBox:
         """The storages of parameters on this rank: what an optimiser updates."""
-        found = [(node, self._stored.get(node) or self._make(node)) for node in nodes]
-        return {(node, box): piece for node, stored in found for box, piece in stored.pieces.items()}
+        return {(node, box): own for node in nodes for box, own in self._find(node).storages.items()}
 
     def boxes(self, node: Node) -> list[Box]:
         """The boxes of a parameter that this rank holds at home."""
-        return list((self._stored.get(node) or self._make(node)).pieces)
+        return list(self._find(node).storages)
 
     def set_whole(self, node: Node, whole: torch.Tensor) -> None:
         """Gives a parameter its value, of which this rank keeps what it holds at home."""
         self._make(node, whole.to(self.device()))
 
+    def _find(self, node: Node) -> _Stored:
+        stored = self._stored.get(node)
+        return self._make(node) if stored is None else stored
+
     def _make(self, node: Node, whole: torch.Tensor | None = None) -> _Stored:
         if whole is None:
             whole = initial_value(node).to(self.device())
         world = current_world()
-        work, home = self.place(node.attrs["shape"], world.size)
-        pieces = {box: cut(whole, box) for box in home.held_by(world.rank)}
+        work, home = self.rule(node.attrs["shape"], world.size)
+        storages = {box: cut(whole, box) for box in home.held_by(world.rank)}
         (read,) = work.held_by(world.rank)
-        stored = self._stored[node] = _Stored(pieces, read, pieces.get(read))
+        stored = self._stored[node] = _Stored(storages, read, storages.get(read))
         return stored
 
-    def cut(self, node: Node, whole: torch.Tensor) -> Pieces:
+    def cut(self, node: Node, whole: torch.Tensor) -> ByBox:
         """What this rank keeps of a tensor that has an element for each of a parameter's: its gradient, or a state."""
-        return {(node, box): cut(whole, box) for box in self.boxes(node)}
+        return {(node, box): cut(whole, box) for box in self._find(node).storages}
 
-    def gather(self, node: Node, pieces: Mapping[Box, torch.Tensor]) -> torch.Tensor:
+    def gather(self, node: Node, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
         """The inverse of :meth:`cut`: a tensor for all of a parameter, as a checkpoint holds it."""
-        return assemble(Box.whole(node.attrs["shape"]), pieces)
+        return assemble(Box.whole(node.attrs["shape"]), parts)
 
     def whole(self, node: Node) -> torch.Tensor:
         """All of a parameter's value, as a checkpoint holds it."""
-        stored = self._stored.get(node) or self._make(node)
-        return self.gather(node, stored.pieces)
+        return self.gather(node, self._find(node).storages)
 
     def reduce(
         self,
@@ -109,7 +111,7 @@ class ParameterStore:
         num_pipelines: int,
         world: World,
         device: torch.device,
-    ) -> Pieces:
+    ) -> ByBox:
         """Brings the gradients of parameters to where the parameters are at home.
 
         The graph itself adds them up over the pipelines of the strategy (``minimize`` builds the sums, which start
@@ -123,40 +125,41 @@ class ParameterStore:
             device: Where the gradients lie.
 
         Returns:
-            The gradient of each piece that this rank holds.
+            The gradient of each box that this rank holds at home.
         """
         like = [(tuple(node.attrs["shape"]), TORCH_DTYPES[node.attrs["dtype"]]) for node in nodes]
         shared = world.share(grads, like, num_pipelines, device)
-        return {
-            piece: part
-            for node, grad in zip(nodes, shared, strict=True)
-            for piece, part in self.cut(node, grad).items()
-        }
+        found = ByBox()
+        for node, grad in zip(nodes, shared, strict=True):
+            for box in self._find(node).storages:
+                found[node, box] = cut(grad, box)
+        return found
 
 
 def cut(whole: torch.Tensor, box: Box) -> torch.Tensor:
     """A box of a tensor: the tensor itself if that is all of it, else a copy that keeps no memory of the rest."""
-    outer = Box.whole(whole.shape)
-    return whole if box == outer else whole[box.slices_in(outer)].clone(memory_format=torch.contiguous_format)
+    if box.stop == whole.shape and not any(box.start):
+        return whole
+    return whole[box.slices_in(Box.whole(whole.shape))].clone(memory_format=torch.contiguous_format)
 
 
-def assemble(wanted: Box, pieces: Mapping[Box, torch.Tensor]) -> torch.Tensor:
-    """A box that is put together from pieces, which have no element in common.
+def assemble(wanted: Box, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
+    """A box that is put together from parts, which have no element in common.
 
     Args:
         wanted: The box.
-        pieces: Tensors by their boxes. They have each element of the wanted box: no rank owns what another rank reads.
+        parts: Tensors by their boxes. Together they have each element of the wanted box.
 
     Returns:
-        The piece of that box itself if there is one, else a new tensor.
+        The part of that box itself if there is one, else a new tensor.
     """
-    if wanted in pieces:
-        return pieces[wanted]
-    common = {box: box.common(wanted) for box in pieces}
-    assert sum(part.numel for part in common.values()) == wanted.numel, f"the pieces don't make up {wanted}"
-    made = next(iter(pieces.values())).new_empty(wanted.shape)
-    for box, part in common.items():
-        made[part.slices_in(wanted)] = pieces[box][part.slices_in(box)]
+    if wanted in parts:
+        return parts[wanted]
+    common = {box: box.common(wanted) for box in parts}
+    assert sum(inner.numel for inner in common.values()) == wanted.numel, f"the parts don't make up {wanted}"
+    made = next(iter(parts.values())).new_empty(wanted.shape)
+    for box, inner in common.items():
+        made[inner.slices_in(wanted)] = parts[box][inner.slices_in(box)]
     return made
 
 

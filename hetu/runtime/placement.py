@@ -8,8 +8,7 @@ from math import prod
 from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):  # a key of many dicts: hashed in C
     """A part of a tensor: along each axis the indices from ``start`` up to, not including, ``stop``.
 
     A tensor without axes has one box, which is the whole of it.

@@ -10,7 +10,7 @@ from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.optim import parameters_of
 from hetu.runtime.optimizers import BoundOptimizer
-from hetu.runtime.parameters import ParameterStore, Pieces, Place
+from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule
 from hetu.runtime.placement import replicated
 
 
@@ -20,7 +20,7 @@ class GraphState:
     Args:
         graph: The graph.
         device: Gives the device of the graph, where all of this lies.
-        place: Places a parameter over the ranks.
+        rule: Says where a parameter lies.
 
     Attributes:
         graph: The graph.
@@ -29,16 +29,16 @@ class GraphState:
         optimizers: For each update node its optimiser, made at its first use.
     """
 
-    def __init__(self, graph: Graph, device: Callable[[], torch.device], place: Place = replicated) -> None:
+    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
         self.graph = graph
-        self.parameters = ParameterStore(graph, device, place)
-        self.gradients: dict[Node, Pieces] = {}
+        self.parameters = ParameterStore(graph, device, rule)
+        self.gradients: dict[Node, ByBox] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
         self._parameters_of: dict[Node, list[Node]] = {}
 
     def blank(self) -> GraphState:
-        """A state of the same graph, on the same device and places, in which nothing was made yet."""
-        return GraphState(self.graph, self.parameters.device, self.parameters.place)
+        """A state of the same graph, on the same device and by the same rule, in which nothing was made yet."""
+        return GraphState(self.graph, self.parameters.device, self.parameters.rule)
 
     def become(self, other: GraphState) -> None:
         """Takes the place of another state of the graph."""
@@ -66,7 +66,7 @@ class GraphState:
             self.optimizers[update] = BoundOptimizer.of(update, self.parameters_of(update), self.parameters)
         return self.optimizers[update]
 
-    def accumulate(self, update: Node, grads: Pieces) -> None:
+    def accumulate(self, update: Node, grads: ByBox) -> None:
         """Adds gradients to those that wait."""
         self.gradients[update] = add_gradients(self.gradients.get(update), grads)
 
@@ -75,12 +75,12 @@ class GraphState:
         return self.optimizer(update).step(self.gradients.pop(update), loss)
 
 
-def add_gradients(total: Pieces | None, grads: Pieces) -> Pieces:
+def add_gradients(total: ByBox | None, grads: ByBox) -> ByBox:
     """Adds to a running sum, in place and in at least float32; begins one with tensors that nobody else holds."""
     if total is None:
-        return {piece: _as_sum(grad) for piece, grad in grads.items()}
-    for piece, grad in grads.items():
-        one = total[piece]
+        return {key: _as_sum(grad) for key, grad in grads.items()}
+    for key, grad in grads.items():
+        one = total[key]
         one.add_(grad.to(one.device))
     return total
 

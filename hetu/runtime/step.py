@@ -11,7 +11,7 @@ import torch
 from hetu.backends.comm.world import World
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.graph import Node, Tensor
-from hetu.runtime.parameters import Pieces
+from hetu.runtime.parameters import ByBox
 from hetu.runtime.request import Fetches
 from hetu.runtime.state import GraphState, add_gradients, sole_owners
 from hetu.shards import Shards
@@ -29,7 +29,7 @@ class Step:
         self.results: list[list[Any]] = []
         self.counts: list[int] = []
         self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
-        self.grads: dict[Node, Pieces | None] = dict.fromkeys(fetched.updates)
+        self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import hetu
+from hetu.runtime.determinism import WORKSPACE, deterministic
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +63,35 @@ def test_of_two_threads_the_last_one_turns_it_off() -> None:
     both_compute, first_is_over = threading.Barrier(2, timeout=30), threading.Event()
     seen: list[bool] = []
 
+    def first() -> None:
+        both_compute.wait()
+
     def last() -> None:
         both_compute.wait()
         assert first_is_over.wait(30)
         seen.append(torch.are_deterministic_algorithms_enabled())
 
     with ThreadPoolExecutor(2) as threads:
-        first, second = threads.submit(run, lambda: [None][both_compute.wait() * 0]), threads.submit(run, last)
-        first.result()
+        runs = threads.submit(run, first), threads.submit(run, last)
+        runs[0].result()
         first_is_over.set()
-        second.result()
+        runs[1].result()
     assert seen == [True], "the second run went on without deterministic kernels"
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_workspace_is_named_while_runs_on_a_gpu_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(WORKSPACE, raising=False)
+    with deterministic(torch.device("cpu")):
+        assert WORKSPACE not in os.environ
+        with deterministic(torch.device("cuda")), deterministic(torch.device("cuda")):
+            assert os.environ[WORKSPACE] == ":4096:8"
+        assert WORKSPACE not in os.environ
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_workspace_that_the_user_named_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    with deterministic(torch.device("cuda")):
+        assert os.environ[WORKSPACE] == ":16:8"
+    assert os.environ[WORKSPACE] == ":16:8"
