@@ -12,7 +12,6 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -25,11 +24,11 @@ from hetu.backends import default_backend
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
-from hetu.graph import Graph, Tensor
+from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import Feeds, FeedSet, Read, Symbols, host_values, is_torch, read_own_feeds, shard_count
+from hetu.planning.feeds import Feeds, Read, is_torch, shard_count
 from hetu.planning.planner import Prepared
-from hetu.planning.subgraph import Subgraph
+from hetu.runtime.rank_feeds import OwnFeeds, merge
 from hetu.runtime.request import RunRequest
 
 _Made = TypeVar("_Made")
@@ -61,10 +60,10 @@ class Agreement:
             HetuError: If this rank refuses it.
         """
         failure: BaseException | None = None
-        own: list[_Batch] = []
+        own: list[OwnFeeds] = []
         try:
             request = opened()
-            own = [_Batch.read(self.world, request, *batch) for batch in request.batches]
+            own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
             said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
         except Exception as error:  # whatever it is, the others must not wait for this rank
             failure, said = error, {"error": _in_words(error)}
@@ -83,7 +82,7 @@ class Agreement:
         self.request, self.key = request, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
         batches = zip(*(one["batches"] for one in everything), strict=True)
         return request, [
-            partial(_merge, self.world, request.subgraph, mine, list(said))
+            partial(merge, self.world, request.subgraph, mine, list(said))
             for mine, said in zip(own, batches, strict=True)
         ]
 
@@ -181,74 +180,6 @@ class Agreement:
 
 def _idle(world: DistributedWorld, prepared: Prepared) -> range:
     return range(prepared.num_pipelines, world.size)
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A micro-batch as it is fed here.
-
-    Attributes:
-        tensors: The placeholders.
-        arrays: Each own pipeline's arrays.
-        said: What the others are told of it.
-    """
-
-    tensors: tuple[Tensor, ...]
-    arrays: dict[int, dict[Tensor, Any]]
-    said: dict[str, Any]
-
-    @classmethod
-    def read(cls, world: DistributedWorld, request: RunRequest, feeds: Feeds, symbols: Symbols) -> _Batch:
-        """Reads what this rank feeds its own pipelines."""
-        graph, subgraph = request.graph, request.subgraph
-        is_chosen = graph.num_strategy == 1 or request.strategy not in (None, "auto")
-        index = graph.planner.index(0 if request.strategy in (None, "auto") else request.strategy)
-        declared = subgraph.num_pipelines(index) if is_chosen else None
-        sharded = shard_count(feeds)
-        count = declared or sharded
-        if count is not None:
-            pipelines: Sequence[int] = world.pipelines(count)
-        else:  # each rank is a pipeline, if it feeds anything
-            pipelines = () if subgraph.feeds and not feeds else (world.rank,)
-        tensors, arrays = read_own_feeds(subgraph, feeds, pipelines, count)
-        own = {}
-        for r, row in arrays.items():
-            own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
-        names = tuple(tensor.name for tensor in tensors)
-        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
-
-
-def _merge(
-    world: DistributedWorld, subgraph: Subgraph, mine: _Batch, said: list[dict[str, Any]], declared: int | None
-) -> FeedSet:
-    """The feeds of all pipelines: of those that run elsewhere only shapes and what planning reads."""
-    own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
-    sharded = next((one["sharded"] for one in said if one["sharded"]), None)
-    count = declared or sharded or len(own)
-    if sorted(own) != list(range(count)):
-        feeding = ", ".join(map(str, sorted(own))) or "none"
-        raise StrategyError(
-            f"the strategy has {count} pipeline{'s' * (count != 1)}, but of pipelines 0 to {max([count - 1, *own])} "
-            f"those that are fed are {feeding}",
-            op="run",
-            where=caller(),
-            fix="feed each rank its own shard, or hetu.Shards of all pipelines on every rank",
-        )
-    fed = {names for _, names, _, _ in own.values()}
-    if len(fed) > 1:
-        raise CommunicationError(
-            "the ranks feed different placeholders",
-            op="run",
-            where=caller(),
-            bound=[f"rank {rank}: {', '.join(names)}" for rank, names, _, _ in own.values()],
-            fix="feed the same placeholders on all ranks",
-        )
-    by_name = {tensor.name: tensor for tensor in subgraph.feeds + subgraph.witnesses}
-    tensors = tuple(by_name[name] for name in next(iter(fed), ()))
-    hosts = [dict(zip(subgraph.host_feeds, own[r][3], strict=True)) for r in range(count)]
-    arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
-    contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
-    return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)
 
 
 def _what_is_same(request: RunRequest) -> dict[str, Any]:

@@ -20,9 +20,10 @@ class DeterministicKernels:
     """A context that any number of threads may be in; there is one for the process.
 
     A switch or a variable that the user set is left alone. cuBLAS gives the same bits only with a workspace of a fixed
-    size, which ``CUBLAS_WORKSPACE_CONFIG`` names, and torch looks at it once in a process, at the first matrix product
-    on a GPU. Hence the variable is set while runs on a GPU last, and gone afterwards; it comes too late where a product
-    was computed before, and torch then refuses the run's own with an error that says so.
+    size. ``CUBLAS_WORKSPACE_CONFIG`` names one; torch and cuBLAS read it when they first compute a product, on each
+    stream, and some versions of torch refuse products without it. So it is set while runs on a GPU last and gone
+    afterwards; what read it meanwhile keeps what it read. What computed products before has read its absence: a
+    script that does so sets the variable itself before it starts.
     """
 
     def __init__(self) -> None:
