@@ -118,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def trace() -> Recorder:
     """Records what every ``parallel_attn`` of the runs in a ``with`` block really does, as a Chrome trace.
 
-    A pipeline is a process of the trace, with a lane for what it computes and one a link, as in ``plan.trace()``,
+    A pipeline is a process of the trace, with a lane for what it computes and one per link, as in ``plan.trace()``,
     which predicts it; steps have the same names. A transfer lasts from when it is started to when the pipeline that
     waits for it sees that it is done. Times are the host's, and those of the stream for tensors on a GPU. It records
     its own thread; where blocks are nested the innermost records.

@@ -21,7 +21,7 @@ class Optimizer:
     dtypes on the graph's device.
 
     Attributes:
-        kind: The class in ``torch.optim``.
+        kind: The name of the class in ``torch.optim``.
         is_elementwise: True if it updates each element of a parameter from that element's own gradient and state, so
             that any part of a parameter can be updated by itself. Others need whole parameters.
         options: Its arguments.
@@ -49,8 +49,8 @@ class Optimizer:
     def minimize(self, loss: Tensor, parameters: Groups | None = None, name: str | None = None) -> Tensor:
         """Adds the gradients of a loss and the update of parameters to the loss's graph.
 
-        A step's loss is the sum, over the pipelines of the strategy and the micro-batches of the run, of what
-        ``loss`` gives, and its gradients likewise. For the mean over all tokens of the step, make the loss by
+        A step's loss is the sum of what ``loss`` gives on the pipelines of the strategy and in the micro-batches of the
+        run, and its gradients are those of that sum. For the mean over all tokens of the step, make the loss by
         :func:`hetu.token_mean_loss`.
 
         Args:
@@ -139,24 +139,24 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """``torch.optim.Adam``; arguments as of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
+    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
 
     kind = "Adam"
     is_elementwise = True
 
 
 class AdamW(Optimizer):
-    """``torch.optim.AdamW``; arguments as of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
+    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
 
     kind = "AdamW"
     is_elementwise = True
 
 
 def grad_norm(train: Tensor) -> Tensor:
-    """What to fetch for the Euclidean norm of a step's gradients, before they are clipped.
+    """The Euclidean norm of a step's gradients before they are clipped, as a tensor to fetch.
 
     Args:
-        train: What :meth:`Optimizer.minimize` gave.
+        train: The tensor that :meth:`Optimizer.minimize` gave.
 
     Returns:
         A float32 tensor without dimensions; NaN in runs that compute no gradient.

@@ -30,14 +30,14 @@ class Graph:
     """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
 
     Args:
-        kind: ``"define_and_run"``, the one kind there is.
+        kind: ``"define_and_run"``, the only kind.
         num_strategy: How many parallel strategies its ``parallel_attn`` ops list.
         device: Where it runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None for CUDA if there is one, else the CPU.
         name: For printing.
 
     Attributes:
         nodes: In an order in which they can be computed.
-        constraints: What ``hetu.require`` demands of every run; the ops' own demands stand in their nodes.
+        constraints: Relations that ``hetu.require`` demands of every run. Those that ops demand stand in their nodes.
 
     Raises:
         HetuError: If there is no such kind of graph.
@@ -189,7 +189,7 @@ class Graph:
         return format_graph(self)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """The graph as a networkx graph: a vertex a node, an edge a use of a tensor."""
+        """The graph as a networkx graph: one vertex per node, one edge per use of a tensor."""
         from hetu.graph.printing import to_networkx
 
         return to_networkx(self)
@@ -253,8 +253,8 @@ class Graph:
 
         Args:
             fetches: A tensor, or a list of them.
-            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array a
-                pipeline, or one array that all get. With micro-batches: a list with one value each.
+            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array
+                per pipeline, or one array that all get. With micro-batches: a list with one value each.
             int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
             strategy: An index, ``"auto"`` (the cheapest feasible one) or None (0 if there is one, else ``"auto"``).
             num_micro_batches: How many micro-batches are run one after the other.
@@ -265,7 +265,7 @@ class Graph:
 
         Returns:
             For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
-            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one a
+            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one per
             micro-batch, when there are several.
 
         Raises:
@@ -323,8 +323,8 @@ class Graph:
         Args:
             strategy: Index of the strategy.
             int_symbol_dict: Values of the symbols in its lengths and groups.
-            cu_seqlens: With packing: the array of all groups, or a list with one a group.
-            batch: Without packing: sequences in a batch; a list gives one number a group.
+            cu_seqlens: With packing: the array of all groups, or a list with one array per group.
+            batch: Without packing: sequences in a batch; a list gives one number per group.
             node: Which ``parallel_attn``, where the graph has several with different layouts.
 
         Raises:

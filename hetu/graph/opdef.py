@@ -100,7 +100,7 @@ class GoodSample:
 
     Attributes:
         build: Takes the fed tensors (graph tensors) and returns the op's output or outputs.
-        feeds: The arrays, one a placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
+        feeds: The arrays, one per placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
         reference: The same in numpy, from the arrays (converted to float64 where floating).
         symbolic: Pairs (feed, dimension) that are symbols.
         smooth: Whether the op is smooth around these feeds, so that finite differences tell its gradient.
@@ -157,7 +157,7 @@ class RunView(Protocol):
 
 
 class OpDef:
-    """An op: signature, checks and shape rule, samples. One subclass an op, registered once.
+    """An op: its signature, checks, shape rule and samples. Each op is one subclass, registered once.
 
     Class attributes:
         name: The op's name, also of the function that users call.
@@ -241,7 +241,7 @@ class OpDef:
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         """Checks the run's values and gives everything that ``plan`` depends on, hashable.
 
-        One key where the op spans the pipelines, else one a pipeline. Equal keys mean equal plans, also
+        One key where the op spans the pipelines, else one per pipeline. Equal keys mean equal plans, also
         between nodes of the same op.
         """
         raise NotImplementedError

@@ -18,7 +18,7 @@ from hetu.ops.attention.layout_op import LayoutOp
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.planning.binder import Binder, BoundPipeline
-from hetu.planning.feeds import FeedSet, Read, host_array, read_feeds
+from hetu.planning.feeds import FeedReader, FeedSet, host_array, read_feeds
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol
 
@@ -105,7 +105,7 @@ class Planner:
     def prepare_read(
         self,
         subgraph: Subgraph,
-        read: Read,
+        read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int | str | None,
         num_pipelines: int | None = None,
@@ -160,7 +160,7 @@ class Planner:
     def _prepare(
         self,
         subgraph: Subgraph,
-        read: Read,
+        read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int,
         num_pipelines: int | None = None,

@@ -1,4 +1,4 @@
-"""What a list of fetches needs of a graph, found once and used by every stage after it."""
+"""The part of a graph that a list of fetches needs: it is found once and used by every later stage."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Subgraph:
     """The live part of a graph.
 
     Attributes:
-        fetches: What is asked for.
+        fetches: The tensors that are asked for.
         nodes: Live nodes without duplicates, in computing order.
-        replaced: Tensors of merged duplicates, and what to read instead.
+        replaced: For each tensor of a merged duplicate the tensor to read instead.
         feeds: Placeholders that must be fed.
-        witnesses: Placeholders that need not be fed, whose shapes tell symbols that no other's does, if they are: the
-            gradient of a sum depends on the length of what is summed, and on nothing else of it.
+        witnesses: Placeholders that need not be fed. If they are, their shapes tell symbols that no other shape tells:
+            the gradient of a sum depends on the length of what is summed, and on nothing else of it.
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
         spanning: Nodes that span the pipelines, and so know how many there are.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
-        draws: How many random nodes the whole graph has: by so much a run advances the generator.
-        constraints: What must hold.
-        binders: What binds its runs, by strategy, number of pipelines and fed placeholders; the planner makes them.
-        fed: By the placeholders that a user feeds, in their order, those that a run reads.
+        draws: How many random nodes the whole graph has: a run advances the generator by so much.
+        constraints: Relations that must hold in every run.
+        binders: The binders of its runs, by strategy, number of pipelines and fed placeholders. The planner makes them.
+        fed: For the placeholders that a user feeds, in the user's order, those of them that a run reads.
     """
 
     fetches: tuple[Tensor, ...]

@@ -26,7 +26,7 @@ from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import Feeds, Read, is_torch, shard_count
+from hetu.planning.feeds import FeedReader, Feeds, is_torch, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.rank_feeds import OwnFeeds, merge
 from hetu.runtime.request import RunRequest
@@ -46,7 +46,7 @@ class Agreement:
         self.key = b""
         self.request: RunRequest | None = None
 
-    def hear(self, opened: Callable[[], RunRequest]) -> tuple[RunRequest, list[Read]]:
+    def hear(self, opened: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
         """Tells the others what this rank is asked for, and hears what they are.
 
         Args:

@@ -12,7 +12,7 @@ from hetu.cache import LRU
 from hetu.graph import Node
 from hetu.planning.planner import STRUCTURES
 from hetu.planning.subgraph import Subgraph
-from hetu.runtime.launch import Launcher
+from hetu.runtime.launch import ModuleLauncher
 
 
 class Executables:
@@ -23,7 +23,7 @@ class Executables:
     """
 
     def __init__(self) -> None:
-        self.launchers: LRU[Launcher] = LRU(STRUCTURES)
+        self.launchers: LRU[ModuleLauncher] = LRU(STRUCTURES)
         self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
 
     def get(
@@ -33,7 +33,7 @@ class Executables:
         pipelines: Sequence[int],
         device: torch.device,
         backend: str | None = None,
-    ) -> Launcher:
+    ) -> ModuleLauncher:
         """What computes some of a strategy's pipelines.
 
         Args:
@@ -49,7 +49,7 @@ class Executables:
         backend, pipelines = backend or default_backend(device), tuple(pipelines)
         return self.launchers.get(
             (subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend),
-            lambda: Launcher(
+            lambda: ModuleLauncher(
                 lower(
                     subgraph.nodes,
                     subgraph.fetches,

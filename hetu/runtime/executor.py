@@ -18,18 +18,21 @@ from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.graph import Graph, Tensor
 from hetu.planning.binder import BoundPipeline
-from hetu.planning.feeds import FeedSet, Read, read_feeds
+from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
 from hetu.runtime.agreement import Agreement
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
-from hetu.runtime.launch import Launcher, StepValues
+from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.request import RunOpener, RunRequest, device_of
 from hetu.runtime.state import GraphState
 from hetu.runtime.step import Step
 from hetu.symbols import IntSymbol
+
+_ANY_KERNELS = nullcontext()
+"""The context of a run that takes whichever kernels torch chooses."""
 
 
 @dataclass(slots=True)
@@ -48,7 +51,7 @@ class ReadyRun:
     world: World
     step: Step
     prepared: Sequence[tuple[Prepared, FeedSet]]
-    launchers: Sequence[Launcher | None]
+    launchers: Sequence[ModuleLauncher | None]
 
 
 class Executor:
@@ -103,30 +106,32 @@ class Executor:
                 world.control.check()
                 return self._run_with_others(world, opened)
         request = opened()
-        reads = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
-        return self._compute(self._prepare(world, request, reads))
+        readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
+        return self._compute(self._prepare(world, request, readers))
 
     def _run_with_others(self, world: DistributedWorld, opened: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
-        request, reads = agreement.hear(opened)
+        request, readers = agreement.hear(opened)
         run = agreement.confirm(
-            lambda: self._prepare(world, request, reads), lambda run: [prepared for prepared, _ in run.prepared]
+            lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
         )
         with world.hanging_up():
             return self._compute(run)
 
-    def _prepare(self, world: World, request: RunRequest, reads: Sequence[Read]) -> ReadyRun:
+    def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
         subgraph, ready = request.subgraph, []
-        for read, (_, symbols) in zip(reads, request.batches, strict=True):
+        for read, (_, symbols) in zip(readers, request.batches, strict=True):
             ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
         step = Step(request.fetches, self.state, world)
         step.prepare()
         return ReadyRun(request, world, step, ready, launchers)
 
-    def _launcher(self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int) -> Launcher | None:
+    def _launcher(
+        self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int
+    ) -> ModuleLauncher | None:
         """What computes the pipelines that run in this process; None if there are none."""
         pipelines = world.pipelines(num_pipelines)
         return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
@@ -136,7 +141,7 @@ class Executor:
         request, step = run.request, run.step
         subgraph, device = request.subgraph, request.device
         random = [rng.take(subgraph.draws) for _ in run.prepared]
-        with deterministic(device) if settings().deterministic else nullcontext():
+        with deterministic(device) if settings().deterministic else _ANY_KERNELS:
             values = self._step_values(run, random) if subgraph.step_wide else {}
             for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
                 flat = self._launch(run, prepared, feeds, launcher, draws, values)
@@ -164,7 +169,7 @@ class Executor:
         run: ReadyRun,
         prepared: Prepared,
         feeds: FeedSet,
-        launcher: Launcher | None,
+        launcher: ModuleLauncher | None,
         draws: tuple[int, int],
         step_values: StepValues,
     ) -> list[tuple[torch.Tensor, ...]]:
@@ -184,7 +189,7 @@ class Executor:
         checkpoint.load_state_dict(self.state, state)
 
     def compute_on_host(self, subgraph: Subgraph, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
-        """Computes on the CPU what planning reads and the graph makes: ``cu_seqlens`` from lengths, say.
+        """Computes on the CPU what planning readers and the graph makes: ``cu_seqlens`` from lengths, say.
 
         Args:
             subgraph: What is computed, with one fetch.
@@ -194,6 +199,6 @@ class Executor:
         return self._executables.get(subgraph, 1, (0,), torch.device("cpu"), "torch").compute_on_host(arrays, bound)
 
 
-def _always(feeds: FeedSet) -> Read:
+def _always(feeds: FeedSet) -> FeedReader:
     """Gives feeds that are spread over the pipelines already."""
     return lambda _: feeds

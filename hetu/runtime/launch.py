@@ -31,7 +31,7 @@ StepValues = Mapping[Node, torch.Tensor]
 """The values that are made of a whole step before the rest of it is computed."""
 
 
-class Launcher:
+class ModuleLauncher:
     """An executable with its inputs sorted by when they are known: once, for all its launches.
 
     Attributes:
