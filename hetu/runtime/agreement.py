@@ -46,11 +46,11 @@ class Agreement:
         self.key = b""
         self.request: RunRequest | None = None
 
-    def hear(self, opened: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
+    def hear(self, open_request: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
         """Tells the others what this rank is asked for, and hears what they are.
 
         Args:
-            opened: Gives this rank's request; may raise.
+            open_request: Gives this rank's request; may raise.
 
         Returns:
             The request, and for each micro-batch what gives the feeds of all pipelines.
@@ -62,7 +62,7 @@ class Agreement:
         failure: BaseException | None = None
         own: list[OwnFeeds] = []
         try:
-            request = opened()
+            request = open_request()
             own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
             said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
         except Exception as error:  # whatever it is, the others must not wait for this rank

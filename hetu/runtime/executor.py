@@ -90,7 +90,7 @@ class Executor:
         run_level: str,
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
-        opened = partial(
+        open_request = partial(
             self._opener.open,
             fetches,
             feed_dict,
@@ -104,15 +104,15 @@ class Executor:
         if isinstance(world, DistributedWorld):
             with world.lock:
                 world.control.check()
-                return self._run_with_others(world, opened)
-        request = opened()
+                return self._run_with_others(world, open_request)
+        request = open_request()
         readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
         return self._compute(self._prepare(world, request, readers))
 
-    def _run_with_others(self, world: DistributedWorld, opened: Callable[[], RunRequest]) -> Any:
+    def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
-        request, readers = agreement.hear(opened)
+        request, readers = agreement.hear(open_request)
         run = agreement.confirm(
             lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
         )
@@ -189,7 +189,7 @@ class Executor:
         checkpoint.load_state_dict(self.state, state)
 
     def compute_on_host(self, subgraph: Subgraph, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
-        """Computes on the CPU what planning readers and the graph makes: ``cu_seqlens`` from lengths, say.
+        """Computes on the CPU what planning reads and the graph makes: ``cu_seqlens`` from lengths, say.
 
         Args:
             subgraph: What is computed, with one fetch.
