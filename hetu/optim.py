@@ -86,7 +86,7 @@ class Optimizer:
             self._refuse(ShapeError, f"the loss has shape {shape}, expected no dimension", "sum it: hetu.sum(loss)")
         groups = self._groups(loss, parameters)
         params = [item for group in groups for item in group["params"]]
-        # The only place that adds up gradients over pipelines. Who keeps the sums is for the store of parameters to say.
+        # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to say.
         grads = [all_reduce(grad) for grad in gradients(loss, params)]
         attrs = {
             "optimizer": self,
