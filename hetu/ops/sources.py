@@ -9,7 +9,7 @@ import numpy as np
 
 from hetu.dtypes import DType, as_dtype, float32
 from hetu.errors import DTypeError, ShapeError, caller
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, OpDef, Role, Tensor, TensorSpec, register
 from hetu.ops.common.build import build, show, size
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.symbols import IntSymbol
@@ -20,7 +20,7 @@ class Placeholder(OpDef):
     """A value that each run feeds."""
 
     name = "placeholder"
-    is_source = True
+    role = Role.PLACEHOLDER
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         given = call.attrs["shape"]
@@ -53,7 +53,7 @@ class Constant(OpDef):
     """A value that is the same in every run. Its array is the attribute ``value``."""
 
     name = "constant"
-    is_source = True
+    role = Role.CONSTANT
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         return [TensorSpec(call.attrs["dtype"], tuple(int(item) for item in call.attrs["value"].shape))]
@@ -113,7 +113,7 @@ class Parameter(OpDef):
     """A value that the graph keeps from run to run, and that optimisers change."""
 
     name = "parameter"
-    is_source = True
+    role = Role.PARAMETER
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         attrs = call.attrs

@@ -105,6 +105,12 @@ def test_what_one_rank_refuses_no_rank_begins(world: World, change: Change, kind
         assert f"rank 2: {kind}: " in theirs and text in theirs
 
 
+def test_a_demand_that_only_one_rank_adds_to_a_graph_that_ran_is_found(world: World) -> None:
+    """It adds no node, and all ranks have agreed on the graph before."""
+    for found in world(2).run(faults.adds_a_demand_after_a_run, 1):
+        assert "the graph must be the same on all ranks, but the ranks differ in run " in found
+
+
 # Ranks that are late, or gone
 
 

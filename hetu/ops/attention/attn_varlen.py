@@ -62,22 +62,22 @@ class _VarlenAttention(OpDef):
     has_plan = True
     plan_name = "attn_varlen"
 
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+    def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
 
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+    def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
         return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
 
     def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
         """The lengths of both sides: found once, whoever asks."""
         cu_seqlens = node.inputs[-2:]
-        found: tuple[_Lengths, _Lengths] | None = pipeline.memo.get(("attn_varlen", cu_seqlens))
-        if found is None:
+
+        def read() -> tuple[_Lengths, _Lengths]:
             of_q, of_k = self.host_inputs
             q = _lengths(read_cu_seqlens(node, of_q, pipeline))
-            k = q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
-            found = pipeline.memo["attn_varlen", cu_seqlens] = (q, k)
-        return found
+            return q, q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
+
+        return pipeline.once(("attn_varlen", cu_seqlens), read)
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         return [self._key(node, item) for item in view.pipelines]
