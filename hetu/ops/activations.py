@@ -18,6 +18,8 @@ from hetu.ops.common.samples import eighths, not_zero
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["gelu", "relu", "sigmoid", "silu", "tanh"]
+
 
 class _ActivationGrad(GradientOp):
     """``grad * f'(x)``, from x or from ``out = f(x)``. Linear in ``grad``, so it is its own rule for that one."""

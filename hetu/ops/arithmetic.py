@@ -15,6 +15,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["add", "div", "mul", "sub"]
+
 
 @register
 class Add(Elementwise):

@@ -15,6 +15,8 @@ from hetu.ops.common.build import build, floating, output, tensor, whole
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
+__all__ = ["all_reduce", "step_sum"]
+
 
 @register
 class AllReduce(OpDef):

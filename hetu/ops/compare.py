@@ -15,6 +15,8 @@ from hetu.ops.common.gradients import single, unbroadcast
 from hetu.ops.common.samples import eighths, not_zero, whole_numbers
 from hetu.ops.sources import placeholder
 
+__all__ = ["eq", "ge", "gt", "le", "lt", "ne", "where"]
+
 
 class _Comparison(Elementwise):
     """A comparison, made in the common dtype of the operands. ``reference`` is the same in numpy."""

@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
+__all__ = ["concat", "split"]
+
 
 @register
 class Concat(OpDef):

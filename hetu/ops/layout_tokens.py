@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.parallel.layout.tokens import TokenTable
 
+__all__ = ["layout_tokens"]
+
 
 @register
 class LayoutTokens(LayoutOp):

@@ -15,6 +15,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["linear", "matmul"]
+
 
 @register
 class MatMul(OpDef):

@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["cross_entropy", "token_mean_loss"]
+
 
 @register
 class CrossEntropy(OpDef):

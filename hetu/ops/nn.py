@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["cast", "embedding", "softmax"]
+
 
 @register
 class Cast(OpDef):

@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["layer_norm", "rms_norm"]
+
 
 class _Norm(OpDef):
     """What the two have in common. Both keep one number a row for their gradients, as outputs of the node."""

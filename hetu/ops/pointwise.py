@@ -20,6 +20,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, minimum
 
+__all__ = ["exp", "log", "pow", "rsqrt", "sqrt"]
+
 
 @register
 class Exp(Pointwise):

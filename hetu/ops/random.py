@@ -16,6 +16,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol
 
+__all__ = ["dropout"]
+
 
 @register
 class Dropout(OpDef):

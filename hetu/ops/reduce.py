@@ -18,6 +18,8 @@ from hetu.ops.compare import eq
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["max", "mean", "sum"]
+
 
 class _Reduction(OpDef):
     """What they have in common. ``dim`` becomes the tuple of all reduced dimensions."""

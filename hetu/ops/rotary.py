@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["rotary"]
+
 
 @register
 class RotaryTable(GradientOp):

@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, equal
 
+__all__ = ["broadcast_to", "reshape", "stop_gradient", "transpose"]
+
 
 def _sizes(call: Call) -> list[Dim]:
     """The argument ``shape``, whose sizes' signs are not looked at."""

@@ -14,6 +14,8 @@ from hetu.ops.common.build import build, show, size
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.symbols import IntSymbol
 
+__all__ = ["constant", "full", "parameter", "placeholder"]
+
 
 @register
 class Placeholder(OpDef):

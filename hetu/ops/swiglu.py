@@ -17,6 +17,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol, equal
 
+__all__ = ["swiglu"]
+
 
 @register
 class Swiglu(OpDef):

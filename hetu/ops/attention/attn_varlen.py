@@ -45,6 +45,8 @@ from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
+__all__ = ["attn_varlen"]
+
 _SIDES = ("q", "k")
 
 _Lengths = tuple[NDArray[np.int64], int, bytes]

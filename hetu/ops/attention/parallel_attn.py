@@ -28,6 +28,8 @@ from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
 from hetu.symbols import IntSymbol, as_symbol
 
+__all__ = ["parallel_attn"]
+
 
 class _ParallelAttention(LayoutOp):
     """What the op and its gradient have in common: the plan."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,5 +57,9 @@ def test_an_op_is_lowered_in_the_file_of_its_name(name: str) -> None:
 
 
 def test_every_file_has_its_counterpart() -> None:
+    """And every family's file is imported, or its ops would be missing everywhere."""
     ops = {path.name for path in (PACKAGE / "ops").glob("*.py")}
+    assert {file.removesuffix(".py") for file in ops - {"__init__.py"}} <= {
+        module.removeprefix("hetu.ops.") for module in sys.modules
+    }
     assert set(IN_TORCH) - ops == {"common.py"}  # which has a folder there
