@@ -140,7 +140,10 @@ class Div(Elementwise):
             ),
             GoodSample(lambda a: div(1, a), [not_zero(0)], lambda a: 1 / a),
         ]
-        bad = [BadSample(lambda: div(_float(2), _float(3)), ShapeError, "2 and 3 differ")]
+        bad = [
+            BadSample(lambda: div(_float(2), _float(3)), ShapeError, "2 and 3 differ"),
+            BadSample(lambda: div(_float(2), None), DTypeError, "b to be a tensor or a number"),  # type: ignore[arg-type]
+        ]
         return good, bad
 
 

@@ -197,6 +197,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, name: s
     Raises:
         ShapeError: If weight does not have the last dimension's length, or x has no dimension.
         DTypeError: If the dtypes differ or are not floating.
+        HetuError: If eps is negative or no number.
 
     Example:
         >>> import hetu
@@ -230,6 +231,7 @@ def layer_norm(
     Raises:
         ShapeError: If weight or bias does not have the last dimension's length, or x has no dimension.
         DTypeError: If the dtypes differ or are not floating.
+        HetuError: If eps is negative or no number.
 
     Example:
         >>> import hetu

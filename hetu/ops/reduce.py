@@ -189,6 +189,7 @@ def sum(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
 
     Raises:
         ShapeError: If there is no such dimension, or one is named twice.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu
@@ -245,6 +246,7 @@ def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
     Raises:
         ShapeError: If there is no such dimension, one is named twice, or one has size 0. What only the symbols'
             values decide is checked by every run.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu

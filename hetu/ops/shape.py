@@ -255,6 +255,7 @@ def reshape(x: Tensor, shape: Sequence[int | IntSymbol], name: str | None = None
     Raises:
         ShapeError: If the number of elements changes, or -1 is ambiguous or no whole number. What only the
             symbols' values decide is checked by every run.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu

@@ -208,6 +208,7 @@ def parallel_attn(
         ShapeError: If widths and heads don't fit.
         DTypeError: If an element type is not one of the above.
         StrategyError: If the lists don't fit the graph's strategies or each other.
+        HetuError: If cu_seqlens are given without packing, or missing with it.
         BindingError: When run, if what was fed does not fit the strategy.
 
     Example:
