@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,35 @@ def test_a_types_own_circle_may_be(tmp_path: Path) -> None:
 def test_what_is_too_large_is_found(tmp_path: Path) -> None:
     assert "a file of 451 lines" in write(tmp_path, ops_in_long="\n" * 451)[0]
     assert "25 modules in a folder" in write(tmp_path / "two", **{f"ops_in_m{i}": "" for i in range(25)})[0]
+
+
+TESTS = Path(__file__).parent
+
+
+def imported_tests(path: Path) -> list[str]:
+    """The modules of tests that a file imports, each with its line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        found += [f"{path}:{node.lineno}: {name}" for name in names if re.search(r"(^|\.)(test_|conftest)", name)]
+    return found
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share stands in tests/support, so that each test module can be read, run and changed alone."""
+    found = [line for path in sorted(TESTS.rglob("*.py")) for line in imported_tests(path)]
+    assert not found
+
+
+def test_an_imported_test_module_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "test_a.py"
+    path.write_text("import ops.test_b\nfrom ops.test_c import check\ndef f():\n    from ops import test_d")
+    assert [line.split(": ")[1] for line in imported_tests(path)] == [
+        "ops.test_b",
+        "ops.test_c.check",
+        "ops.test_d",
+    ]
 
 
 def test_import_hetu_loads_no_framework() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.parallel import Heads, Layout, Mask, groups_of
+from hetu.parallel import SPLITS, Heads, Layout, Mask, groups_of
 from hetu.parallel.layout.pieces import balance_pieces
 
 DEFINITIONS: dict[Mask, Callable[[Any, Any], Any]] = {
@@ -103,7 +103,7 @@ def random_case(rng: np.random.Generator, longest: int = 50, most: int = 9) -> C
     lens = (rng.integers(0, longest + 1, count) * (rng.random(count) < 0.85)).tolist()
     cp_groups = rng.choice([3, 3, 3, 0, 5], count).tolist()
     members = list(groups_of(cp_groups).values())
-    split = str(rng.choice(["normal", "sym", "stripe", "balanced"]))
+    split = str(rng.choice(list(SPLITS)))
     kind = rng.integers(3)
     if kind == 0:
         return Case(lens, cp_groups, split, rng.integers(1, 4, len(members)).tolist(), None)
