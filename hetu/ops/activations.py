@@ -232,7 +232,7 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -256,7 +256,7 @@ def sigmoid(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -280,7 +280,7 @@ def tanh(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -304,7 +304,7 @@ def silu(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -332,14 +332,14 @@ def gelu(x: Tensor, approximate: str = "none", name: str | None = None) -> Tenso
     Args:
         x: Floating, any shape.
         approximate: ``"none"``, or ``"tanh"`` for the approximation.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
 
     Raises:
         DTypeError: If x is not floating.
-        HetuError: If there is no such approximation.
+        HetuError: If approximate is none of these.
 
     Example:
         >>> import hetu
