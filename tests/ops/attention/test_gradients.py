@@ -59,8 +59,8 @@ def test_two_pipelines_that_hold_back(backend: str, split: str, packing: str, dt
     """Both parts write their gradients into the same memory, and nothing else there."""
     case = Case([35, 34], [0, 0], split, "direct", packing, dtype=dtype, cut=[0.3, 0.4], head_dim=16, heads=(4, 2))
     plan = check_parallel(case, backend)
-    own = [[item.buffer for item in part.instructions if isinstance(item, Attend)] for part in plan.pipelines]
-    assert own[-1] == [0, 1, 0]
+    buffers = [[item.buffer for item in part.instructions if isinstance(item, Attend)] for part in plan.pipelines]
+    assert {tuple(order) for order in buffers if 1 in order} == {(0, 1, 0)}, "whoever sees the other's rows holds back"
 
 
 @pytest.mark.usefixtures("poisoned")
