@@ -36,15 +36,11 @@ def without_each_entry(doc: str) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(lines):
         if heading := re.fullmatch(r"(Args|Returns|Raises|Example):", line):
             section = heading[1]
-        is_entry = section in NAMED and re.match(r"    \w+:", line)
+        is_entry = section in NAMED and re.match(r" {4}\w+:", line)
         if is_entry or (heading and section not in NAMED):
-            end = next((i for i in range(number + 1, len(lines)) if _ends(lines[i], bool(is_entry))), len(lines))
+            after = re.compile(r"( {4})?\w" if is_entry else r"\w")  # the next entry or section
+            end = next((i for i in range(number + 1, len(lines)) if after.match(lines[i])), len(lines))
             yield f"{section} {line.strip()}", "\n".join([*lines[:number], *lines[end:]])
-
-
-def _ends(line: str, of_entry: bool) -> bool:
-    """Whether a line is past an entry of a section, or past a section."""
-    return bool(re.match(r"    \w" if of_entry else r"\w", line)) or (of_entry and bool(re.match(r"\w", line)))
 
 
 def faults(function: Callable[..., Any], errors: set[str], doc: str | None = None) -> list[str]:
@@ -57,13 +53,13 @@ def faults(function: Callable[..., Any], errors: set[str], doc: str | None = Non
     """
     found = sections(doc or function.__doc__ or "")
     signature = inspect.signature(function)
-    faults = [f"no text in {section} {name}" for section, of in found.items() for name, text in of.items() if not text]
+    wrong = [f"no text in {section} {name}" for section, of in found.items() for name, text in of.items() if not text]
     for section in ("Returns", "Example"):
-        faults += [] if section in found else [f"no section {section}"]
+        wrong += [] if section in found else [f"no section {section}"]
     told, parameters = list(found.get("Args", {})), list(signature.parameters)
     if told != parameters:
-        faults.append(f"Args are {told}, but the parameters are {parameters}")
+        wrong.append(f"Args are {told}, but the parameters are {parameters}")
     raised = set(found.get("Raises", {}))
     if raised != errors:
-        faults.append(f"Raises has {sorted(raised)}, but it is known to raise {sorted(errors)}")
-    return faults
+        wrong.append(f"Raises has {sorted(raised)}, but it is known to raise {sorted(errors)}")
+    return wrong
