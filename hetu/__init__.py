@@ -28,7 +28,7 @@ from hetu.errors import (
 )
 from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
-from hetu.ops import __all__ as _ops
+from hetu.ops import PUBLIC as _OPS
 from hetu.parallel import Hardware, Layout
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
@@ -203,5 +203,5 @@ __all__ = [
     "tensor",
     "trace",
     "uint8",
-    *_ops,
+    *_OPS,
 ]

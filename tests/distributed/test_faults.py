@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import faults
 from support.faults import Change
-from support.pool import Outcome, Pool, join
+from support.pool import Outcome, Pool, assert_lost, join
 from support.same import assert_own
 
 import hetu
@@ -120,13 +120,6 @@ def impatient() -> Iterator[Pool]:
     pool = Pool(3, timeout=TIMEOUT)
     yield pool
     pool.close()
-
-
-def assert_lost(outcome: Outcome, pattern: str) -> None:
-    """It got an error that says so, in time: it is neither stuck nor ended."""
-    assert outcome.raised is not None, str(outcome)
-    assert outcome.raised.kinds[0] == "CommunicationError", outcome.raised.traceback
-    assert re.search(pattern, outcome.raised.text), outcome.raised.text
 
 
 def assert_stopped(pool: Pool, ranks: list[int]) -> None:

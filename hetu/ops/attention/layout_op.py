@@ -1,4 +1,4 @@
-"""What the ops over tokens that lie as the strategies say have in common: the lists, binding, the layout's key."""
+"""The base of ops over tokens that lie as the strategies say: their lists, their binding, and the layout's key."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class LayoutOp(OpDef):
             try:
                 rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
             except TypeError:
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list a strategy")
+                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
             if len(rows[given]) != call.graph.num_strategy:
                 call.fail(
                     StrategyError,
                     f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
-                    "give one row a strategy, or another num_strategy to hetu.graph",
+                    "give one row per strategy, or another num_strategy to hetu.graph",
                 )
         strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
         for i, strategy in enumerate(strategies):
             for r, length in enumerate(strategy.seq_lens):
-                call.check(length >= 0, f"the length of pipeline {r} under strategy {i} is at least 0")
+                call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
             if attrs[name] not in known:
