@@ -5,6 +5,7 @@ The package is also the users' context: ``hetu.graph("define_and_run")`` makes a
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,10 @@ __all__ = [
 
 
 class _CallableModule(ModuleType):
+    """This module is also the function that makes a graph."""
+
+    __signature__ = inspect.signature(Graph)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Graph:
         return Graph(*args, **kwargs)
 
