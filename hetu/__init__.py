@@ -157,9 +157,15 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ...     hetu.load(path)["parameters"]
         {'w': tensor([1.5000, 1.5000])}
     """
+    from hetu.arguments import mapping
+    from hetu.arguments import path as as_path
     from hetu.runtime import checkpoint
 
-    checkpoint.save(checkpoint.state_dict(what.executor.state) if isinstance(what, Graph) else what, path)
+    file = as_path(path, op="save")
+    if isinstance(what, Graph):
+        checkpoint.save(checkpoint.state_dict(what.executor.state), file)
+    else:
+        checkpoint.save(mapping(what, "what", "a graph's state", op="save"), file)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -175,9 +181,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         HetuError: If the file is cut short, damaged, or not one of hetu's.
         FileNotFoundError: If there is none.
     """
+    from hetu.arguments import path as as_path
     from hetu.runtime import checkpoint
 
-    return checkpoint.load(path)
+    return checkpoint.load(as_path(path, op="load"))
 
 
 def trace() -> Recorder:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar, Token
 from typing import Any
 
+from hetu.arguments import flag
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64
 from hetu.errors import DTypeError, caller
 
@@ -26,6 +27,7 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
 
     Raises:
         DTypeError: If it is another dtype.
+        HetuError: If ``enabled`` is no bool.
 
     Example:
         >>> import hetu
@@ -39,9 +41,12 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
         low = as_dtype(dtype)
         if low not in (bfloat16, float16):
             raise DTypeError(
-                f"expected hetu.bfloat16 or hetu.float16, got {low}", op="autocast", where=caller(), fix="use bfloat16"
+                f"expected dtype to be hetu.bfloat16 or hetu.float16, got {low}",
+                op="autocast",
+                where=caller(),
+                fix="use bfloat16",
             )
-        self._dtype = low if enabled else None
+        self._dtype = low if flag(enabled, "enabled", op="autocast") else None
         self._tokens: list[Token[DType | None]] = []
 
     def __enter__(self) -> None:

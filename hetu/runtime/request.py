@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from hetu.arguments import device as as_device
+from hetu.arguments import shown
 from hetu.backends.comm import current_world
 from hetu.cache import LRU
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Node, Role, Tensor
-from hetu.planning.feeds import Feeds, Symbols, split_micro_batches
+from hetu.planning.feeds import Feeds, Symbols, split_micro_batches, tensors_of
 from hetu.planning.planner import STRUCTURES, Planner
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import IntSymbol
@@ -36,12 +38,9 @@ class Fetches:
     """
 
     def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
-        if run_level not in RUN_LEVELS:
-            names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
-            raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
+        self.run_level = _checked_level(run_level)
         self.is_single = isinstance(fetches, Tensor)
-        self.fetches = [fetches] if isinstance(fetches, Tensor) else list(fetches)
-        self.run_level = run_level
+        self.fetches = list(tensors_of(fetches))
         self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
         needed = [item for node in self.updates for item in self.needs(node)]
@@ -51,6 +50,15 @@ class Fetches:
     def needs(self, update: Node) -> tuple[Tensor, ...]:
         """What an update takes: the loss, and unless nothing is done with them the gradients."""
         return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
+
+
+def _checked_level(run_level: Any) -> str:
+    if not isinstance(run_level, str) or run_level not in RUN_LEVELS:
+        names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
+        raise HetuError(
+            f"there is no run_level {shown(run_level)}", op="run", where=caller(), fix=f"use one of {names}"
+        )
+    return run_level
 
 
 def _is_update(tensor: Any) -> bool:
@@ -106,9 +114,14 @@ class RunOpener:
             fetched = Fetches(fetches, run_level)
             return fetched, self._planner.subgraph(fetched.wanted)
 
+        if not isinstance(fetches, (Tensor, list, tuple)):
+            fetches = tensors_of(fetches)
         key = (fetches if isinstance(fetches, Tensor) else tuple(fetches), run_level, self.graph.version)
-        fetched, subgraph = self._needs.get(key, find)
-        batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
+        try:
+            fetched, subgraph = self._needs.get(key, find)
+        except TypeError:  # the key has no hash: something in it is refused where it is read
+            fetched, subgraph = find()
+        batches = split_micro_batches(feed_dict, int_symbol_dict, num_micro_batches)
         return RunRequest(self.graph, fetched, subgraph, batches, strategy, device_of(self.graph, device))
 
 
@@ -122,10 +135,14 @@ def device_of(graph: Graph, wanted: str | None = None) -> torch.device:
     Raises:
         HetuError: If this rank reaches the other ranks from another device only.
     """
-    wanted, own = wanted or graph.device, current_world().device
+    if wanted is None:
+        wanted = graph.device
+    elif type(wanted) is not str:
+        wanted = as_device(wanted, op="run")
+    own = current_world().device
     if wanted is None and own is not None:
         return own
-    found = _device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = _device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if found.type == "cuda" and found.index is None:
         if own is not None and own.type == "cuda":
             return own  # torch's current device is that of a thread
@@ -140,5 +157,15 @@ def device_of(graph: Graph, wanted: str | None = None) -> torch.device:
     return found
 
 
-_device = cache(torch.device)
-"""Devices by what names them: every run asks for one, and torch takes a while to make it."""
+@cache  # every run asks for one, and torch takes a while to make it
+def _device(name: str, index: int | None = None) -> torch.device:
+    """The device of a name, which must be there."""
+    checked = as_device(name, op="run")
+    found = torch.device(checked or "cpu") if index is None else torch.device(name, index)
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if found.type == "cuda" and not (found.index or 0) < count:
+        there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
+        raise HetuError(
+            f"device is {name!r}, but this machine has {there}", op="run", where=caller(), fix="name one that is there"
+        )
+    return found

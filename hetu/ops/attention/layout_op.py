@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import flag, items, shown
 from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Call, Node, OpDef, Pipeline, RunView
 from hetu.ops.attention.common import check_cu_seqlens, check_longest, read_cu_seqlens
-from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, one_a_group, refuse_rows
+from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, refuse_rows
 from hetu.parallel import SPLITS, Strategy, groups_of
-from hetu.symbols import IntSymbol, as_symbol
+from hetu.parallel.layout.documents import batch_lists, cu_seqlens_lists
+from hetu.symbols import IntSymbol, as_size, as_symbol
 
 Lists = Sequence[Sequence[IntSymbol | int]]
 
@@ -37,11 +39,7 @@ class LayoutOp(OpDef):
         if "strategies" in attrs:  # the graph's verification asks again, with the normal form
             return
         for name, given in (("multi_seq_lens_symbol", "seq_lens"), ("multi_cp_group_symbol", "cp_groups")):
-            value = attrs.pop(given)
-            try:
-                rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
-            except TypeError:
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
+            rows[given] = self._rows(call, name, attrs.pop(given))
             if len(rows[given]) != call.graph.num_strategy:
                 call.fail(
                     StrategyError,
@@ -54,18 +52,33 @@ class LayoutOp(OpDef):
                 call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
-            if attrs[name] not in known:
-                call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
+            if not isinstance(attrs[name], str) or attrs[name] not in known:
+                what = f"there is no {name} {shown(attrs[name])}"
+                call.fail(StrategyError, what, f"use one of {', '.join(known)}")
+
+    @staticmethod
+    def _rows(call: Call, name: str, value: Any) -> list[tuple[IntSymbol, ...]]:
+        """One of the lists as symbols, a row per strategy."""
+        fix = "give one list per strategy"
+        rows = []
+        for i, row in enumerate(items(value, name, "a list of lists", op=call.op, error=StrategyError, fix=fix)):
+            what = f"{name}[{i}]"
+            given = items(row, what, "a list of ints and symbols", op=call.op, error=StrategyError, fix=fix)
+            sizes = [as_size(item, f"{what}[{r}]", op=call.op, error=StrategyError) for r, item in enumerate(given)]
+            rows.append(tuple(map(as_symbol, sizes)))
+        return rows
 
     def check_packing(self, call: Call) -> None:
         """Demands cu_seqlens with packing, and only then."""
         given = [call.inputs[self.inputs.index(name)] for name in self.host_inputs]
+        call.attrs["packing"] = flag(call.attrs["packing"], "packing", op=call.op)
         if not call.attrs["packing"]:
             if any(item is not None for item in given):
                 call.fail(HetuError, "cu_seqlens were given without packing", "pass packing=True, or leave them out")
             return
         if given[0] is None:
-            call.fail(HetuError, "packing needs cu_seqlens_q", "pass the documents' cumulative lengths")
+            name = self.host_inputs[0] if len(self.host_inputs) > 1 else "cu_seqlens"
+            call.fail(HetuError, f"packing needs {name}", "pass the documents' cumulative lengths")
         for name, item in zip(self.host_inputs, given, strict=True):
             if item is not None:
                 check_cu_seqlens(call, name, item, ranks=(1, 2))
@@ -160,7 +173,7 @@ class LayoutOp(OpDef):
         lens, groups = strategy_of(node, strategy).evaluate(value)
         count = len(groups_of(groups))
         if not node.attrs["packing"]:
-            batches = one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
+            batches = batch_lists(batch, count, is_packed=False)
             return LayoutKey.of(node, lens, groups, batches, ())
         if cu_seqlens is None:
             raise BindingError(
@@ -169,9 +182,7 @@ class LayoutOp(OpDef):
                 where=caller(),
                 fix="pass cu_seqlens=..., as the run will feed it",
             )
-        several = isinstance(cu_seqlens, (list, tuple)) and np.ndim(cu_seqlens[0]) > 0
-        cus = one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
-        return LayoutKey.of(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
+        return LayoutKey.of(node, lens, groups, (), cu_seqlens_lists(cu_seqlens, count) or ())
 
 
 def strategy_of(node: Node, index: int) -> Strategy:

@@ -22,6 +22,8 @@ from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
+from hetu.arguments import index
+from hetu.errors import StrategyError
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, Turn, take_turns
@@ -185,15 +187,23 @@ class PlanData:
     is_backward: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def part(self, pipeline: int) -> PipelinePlan:
+        """What one pipeline does.
+
+        Raises:
+            StrategyError: If there is no such pipeline.
+        """
+        return self.pipelines[index(pipeline, "pipeline", len(self.pipelines), op="plan", error=StrategyError)]
+
     def pairs(self, pipeline: int) -> int:
         """(query, key) pairs that a pipeline computes, for all heads or for some."""
-        part = self.pipelines[pipeline]
+        part = self.part(pipeline)
         pairs = [item.table.pairs(part.spans) for item in part.instructions if isinstance(item, Attend)]
         return sum(pairs) if part.heads is None else max(pairs, default=0)  # all its heads see the same pairs
 
     def head_pairs(self, pipeline: int) -> int:
         """The same, those of each query head counted for themselves: what the work is proportional to."""
-        part = self.pipelines[pipeline]
+        part = self.part(pipeline)
         attends = [item for item in part.instructions if isinstance(item, Attend)]
         return sum(item.table.pairs(part.spans) * (item.heads or self.heads.all).num_q for item in attends)
 
@@ -214,12 +224,12 @@ class PlanData:
         return self._rows(pipeline, Receive, "dk")
 
     def _rows(self, pipeline: int, end: type[Send | Receive], value: str) -> int:
-        items = self.pipelines[pipeline].instructions
+        items = self.part(pipeline).instructions
         return sum(item.rows for item in items if isinstance(item, end) and value in item.kind.values)
 
     def bytes_sent(self, pipeline: int) -> int:
         """Bytes of all that a pipeline sends."""
-        sends = [item for item in self.pipelines[pipeline].instructions if isinstance(item, Send)]
+        sends = [item for item in self.part(pipeline).instructions if isinstance(item, Send)]
         return sum(item.rows * self.heads.row_bytes(item.kind, item.heads) for item in sends)
 
     def hash(self) -> str:
