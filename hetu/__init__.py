@@ -92,9 +92,9 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ...     hetu.load(path)["parameters"]
         {'w': tensor([1.5000, 1.5000])}
     """
-    from hetu.runtime import checkpoint
+    from hetu.runtime import state_file
 
-    checkpoint.save(checkpoint.state_dict(what.executor.state) if isinstance(what, Graph) else what, path)
+    state_file.save(what, path)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         HetuError: If the file is cut short, damaged, or not one of hetu's.
         FileNotFoundError: If there is none.
     """
-    from hetu.runtime import checkpoint
+    from hetu.runtime import state_file
 
-    return checkpoint.load(path)
+    return state_file.load(path)
 
 
 def trace() -> Recorder:

@@ -294,9 +294,7 @@ def integers(
         (2, 3)
     """
     given = items(value, name, "a list of ints", op=op, error=error)
-    return tuple(
-        integer(item, f"{name}[{place}]", least=least, op=op, error=error) for place, item in enumerate(given)
-    )
+    return tuple(integer(item, f"{name}[{place}]", least=least, op=op, error=error) for place, item in enumerate(given))
 
 
 def array(value: Any, name: str, *, op: str | None = None) -> Any:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hetu.errors import HetuError
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.optim import Optimizer
+from hetu.runtime.before import Before
+from hetu.runtime.copies import copied
 from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore
 from hetu.runtime.placement import Box
 
@@ -52,30 +57,81 @@ class BoundOptimizer:
         rest, groups, options = iter(parameters), [], []
         for count, own in update.attrs["groups"]:
             groups.append([next(rest) for _ in range(count)])
-            options.append({"params": list(store.storages(groups[-1]).values()), **own})
+            options.append({"params": list(store.storages(groups[-1]).values()), **copied(own)})
         params = store.storages(parameters)
         if not spec.is_elementwise:
             _refuse_parts(spec, params)
-        try:
-            optimizer = getattr(torch.optim, spec.kind)(options, **spec.options)
+        with _told("minimize", spec):
+            for _, own in update.attrs["groups"]:  # torch itself looks at those of the optimiser only
+                _kind(spec)([torch.zeros(1, device="cpu")], **{**spec.options, **own})
+            optimizer = _kind(spec)(options, **copied(spec.options))
             schedule = spec.schedule(optimizer) if spec.schedule is not None else None
-        except (TypeError, ValueError) as error:
-            what = f"torch.optim.{spec.kind} refuses its options: {error}"
-            raise HetuError(what, op="minimize", where=spec.where, fix="see torch's documentation of it") from error
+            for name in ("step", "state_dict", "load_state_dict") if schedule is not None else ():
+                if not callable(getattr(schedule, name, None)):
+                    raise TypeError(f"schedule gave a {type(schedule).__name__}, which has no {name}()")
         return cls(spec, groups, params, optimizer, schedule)
 
+    def check(self, options: Mapping[str, Any], op: str) -> None:
+        """Refuses options of a group that torch would refuse of an optimiser."""
+        own = {key: value for key, value in options.items() if key in _arguments(self.spec)}
+        with _told(op, self.spec):
+            _kind(self.spec)([torch.zeros(1, device="cpu")], **own)
+
+    def blank_state(
+        self, options: Sequence[Mapping[str, Any]], is_widest: bool = False
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """What a first step makes for each whole parameter, by name.
+
+        It is made on the meta device, so it costs no memory. What torch keeps on the host, such as a number of steps,
+        lies on the CPU.
+
+        Args:
+            options: The options of each group.
+            is_widest: True for all that the optimiser may keep, if options that decide it had other values earlier.
+        """
+        names, params, groups = [], [], []
+        takes = _arguments(self.spec)
+        plain = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+        wide = {"momentum": 0.9, "amsgrad": True} if is_widest else {}
+        for nodes, own in zip(self.groups, options, strict=True):
+            like = [(tuple(node.attrs["shape"]), TORCH_DTYPES[node.attrs["dtype"]]) for node in nodes]
+            group = [torch.zeros(shape, dtype=dtype, device="meta") for shape, dtype in like]
+            names += [node.name for node in nodes]
+            params += group
+            chosen = {key: value for key, value in {**own, **plain, **wide}.items() if key in takes}
+            groups.append({"params": group, **chosen})
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        with _told("load", self.spec), torch.no_grad():
+            optimizer = _kind(self.spec)(groups)
+            optimizer.step()
+        return {name: dict(optimizer.state.get(param, {})) for name, param in zip(names, params, strict=True)}
+
+    def before(self) -> Before:
+        """All that :meth:`step` may change, as it is now."""
+        return Before(self.optimizer, self.schedule)
+
     def step(self, grads: ByBox, loss: torch.Tensor) -> torch.Tensor:
-        """Clips and applies gradients; gives their norm before that. They are changed."""
+        """Clips and applies gradients.
+
+        They are in at least float32 and are narrowed to the parameters' dtypes only when nothing is left but to apply
+        them: squares of large ones have no place in float16.
+
+        Args:
+            grads: They are changed.
+            loss: What a schedule may look at.
+
+        Returns:
+            The norm of the gradients before they were clipped.
+        """
         params = list(self.params.values())
-        own = [grads[key].to(param) for key, param in self.params.items()]
+        own = [grads[key].to(param.device) for key, param in self.params.items()]
         norm = torch.nn.utils.get_total_norm(own)
         if self.spec.max_grad_norm is not None:
-            for param, grad in zip(params, own, strict=True):
-                param.grad = grad
-            torch.nn.utils.clip_grads_with_norm_(params, self.spec.max_grad_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(_holders(own), self.spec.max_grad_norm, norm)
         try:
             for param, grad in zip(params, own, strict=True):
-                param.grad = grad
+                param.grad = grad.to(param.dtype)
             self.optimizer.step()
         finally:
             for param in params:
@@ -124,6 +180,36 @@ class BoundOptimizer:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
+def _kind(spec: Optimizer) -> Any:
+    return getattr(torch.optim, spec.kind)
+
+
+def _arguments(spec: Optimizer) -> Mapping[str, Any]:
+    """What the optimiser of torch takes."""
+    return inspect.signature(_kind(spec)).parameters
+
+
+@contextmanager
+def _told(op: str, spec: Optimizer) -> Iterator[None]:
+    """Tells what torch, or a user's schedule, refuses as an error of the line that gave the options."""
+    try:
+        yield
+    except HetuError:
+        raise
+    except Exception as error:
+        what = f"torch.optim.{spec.kind} refuses its options: {error}"
+        where = spec.where if op == "minimize" else caller()
+        raise HetuError(what, op=op, where=where, fix="see torch's documentation of it") from error
+
+
+def _holders(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that have these gradients: torch clips those of tensors only, which need the gradient's own dtype."""
+    holders = [grad.new_empty(()).expand_as(grad) for grad in grads]  # one element each, however large the gradient
+    for holder, grad in zip(holders, grads, strict=True):
+        holder.grad = grad
+    return holders
+
+
 def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: ParameterStore) -> dict[str, Any]:
     """A parameter's state: what has an element for each of the parameter's is gathered, the rest is the same in all."""
     first = next(iter(boxes.values()))
@@ -136,7 +222,7 @@ def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: Paramet
 def _cut(node: Node, value: Any, store: ParameterStore) -> dict[ParameterBox, Any]:
     """The inverse of :func:`_gathered`, of one value."""
     if _is_elementwise(value):
-        return dict(store.cut(node, value.clone()))
+        return dict(store.cut(node, value.clone(memory_format=torch.contiguous_format)))
     # Each box counts its own steps, in place.
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key in store.storages([node])}
 
