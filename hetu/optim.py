@@ -228,12 +228,18 @@ def _number(value: Any, name: str, op: str, most: float = math.inf) -> Any:
     )
     number = value.item() if is_kept else value
     real(number, name, wanted, lambda x: 0 <= x < most, op=op)
-    return value.detach().clone() if is_kept else number_of(value)
+    return value.detach().clone() if is_kept else _plain(value)
 
 
 def _any_number(value: Any, name: str, op: str) -> Any:
     real(value, name, op=op)
-    return number_of(value)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own; torch takes no ints of more than 64 bits."""
+    number = number_of(value)
+    return float(value) if isinstance(number, int) and abs(number) >= 2**53 else number
 
 
 def _flag(value: Any, name: str, op: str) -> bool:

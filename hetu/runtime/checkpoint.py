@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hetu import rng
-from hetu.arguments import integer, number_of
+from hetu.arguments import int_of, integer, number_of
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.errors import HetuError, caller
 from hetu.graph import Node
@@ -46,6 +46,7 @@ def state_dict(state: GraphState, copy: bool = True) -> dict[str, Any]:
             "optimizers": {update.name: of_optimizer(bound) for update, bound in state.optimizers.items()},
             "rng": {"seed": seed, "offset": offset},
         }
+        state.settle()  # it made all parameters, and what was told of them must stay true
         if state.waiting:
             found["waiting_losses"] = {update.name: one.loss for update, one in state.waiting.items()}
         return copied(found, with_tensors=copy)
@@ -70,16 +71,16 @@ def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, t
         if not isinstance(given, Mapping) or part not in given:
             what = f"this is no state of a graph: it has no {part!r}"
             refuse(what, "pass what g.state_dict() or hetu.load(...) gave")
-    if given["format"] != FORMAT:
+    if int_of(given["format"]) != FORMAT:
         refuse(f"the state has format {given['format']}, expected {FORMAT}", "use the hetu that wrote it")
     fresh = state.blank()
     updates = {node.name: node for node in state.updates}
     _load_parameters(fresh, given["parameters"])
-    losses = given.get("waiting_losses", {})
-    check_names("updates with a waiting loss", losses, set(losses) & set(given["gradients"]))
+    losses = given.get("waiting_losses", dict.fromkeys(given["gradients"], 0.0))  # states of earlier versions have none
+    check_names("updates with a waiting loss", losses, given["gradients"])
     for name, grads in given["gradients"].items():
         update = _find_update(state, updates, name, grads)
-        fresh.waiting[update] = _waiting(fresh, update, grads, losses.get(name, 0.0))
+        fresh.waiting[update] = _waiting(fresh, update, grads, losses[name])
     for name, saved in given["optimizers"].items():
         names = [parameter for group in saved["groups"] for parameter in group["params"]]
         update = _find_update(state, updates, name, names)
@@ -113,7 +114,7 @@ def _waiting(fresh: GraphState, update: Node, grads: Mapping[str, Any], loss: An
         loss = dense(loss, f"the waiting loss of {update.name}")
         if loss.ndim or not loss.is_floating_point():
             refuse(f"the waiting loss of {update.name} is {loss.dtype} of shape {list(loss.shape)}, expected a number")
-    elif (loss := number_of(loss)) is None:
+    elif (loss := number_of(loss)) is None or isinstance(loss, bool):
         refuse(f"the waiting loss of {update.name} is no number")
     return Waiting(parts, as_sum(torch.as_tensor(loss, device="cpu")).to(store.device(), copy=True))
 

@@ -46,23 +46,26 @@ def copied(value: Any, with_tensors: bool = True) -> Any:
         return value
 
 
-def dense(value: torch.Tensor, what: str) -> torch.Tensor:
+def dense(value: torch.Tensor, what: str, op: str = "load") -> torch.Tensor:
     """A tensor of a given state as an ordinary one, which may share its memory: copy it before it is kept.
 
     Args:
         value: The tensor.
         what: What it is, for the error.
+        op: Who asks, for the error.
 
     Raises:
         HetuError: If it has no values here: on the meta device, say, or in pieces on several processes.
     """
     kind = type(value)
     if kind is not torch.Tensor and kind is not torch.nn.Parameter:
-        refuse(f"{what} is a {kind.__module__}.{kind.__name__}", "give an ordinary tensor")
+        refuse(f"{what} is a {kind.__module__}.{kind.__name__}", "give an ordinary tensor", op)
     if value.is_meta:
-        refuse(f"{what} lies on the meta device, and has no values", "give a tensor with values")
+        refuse(f"{what} lies on the meta device, and has no values", "give a tensor with values", op)
     if value.layout is not torch.strided or value.is_nested or value.is_quantized:
-        refuse(f"{what} is no dense tensor, but {_kind_of(value)}", "give a dense one: x.to_dense(), x.dequantize()")
+        refuse(
+            f"{what} is no dense tensor, but {_kind_of(value)}", "give a dense one: x.to_dense(), x.dequantize()", op
+        )
     return value.detach()
 
 

@@ -35,6 +35,9 @@ from hetu.symbols import IntSymbol
 _ANY_KERNELS = nullcontext()
 """The context of a run that takes whichever kernels torch chooses."""
 
+_NO_LOCK = nullcontext()
+"""The context of a run that leaves the state as it is."""
+
 
 @dataclass(slots=True)
 class ReadyRun:
@@ -102,44 +105,32 @@ class Executor:
             run_level,
         )
         world = current_world()
-        if isinstance(world, DistributedWorld):
-            with world.lock:
-                world.control.check()
-                return self._run_with_others(world, open_request)
-        request = open_request()
-        readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
-        return self._whole(request, lambda: self._compute(self._prepare(world, request, readers)))
-
-    def _whole(self, request: RunRequest, run: Callable[[], Any]) -> Any:
-        """All of a run, or nothing of it.
-
-        Args:
-            request: Its request.
-            run: Does it; may raise.
-        """
-        mark = self.state.mark()
         try:
-            if not request.fetches.changes_state:
-                return run()
-            with self.state.lock:
-                return run()
+            if isinstance(world, DistributedWorld):
+                with world.lock:
+                    world.control.check()
+                    found = self._run_with_others(world, open_request)
+            else:
+                request = open_request()
+                readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
+                with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+                    found = self._compute(self._prepare(world, request, readers))
         except BaseException:
-            self.state.forget_since(mark)
+            self.state.unsettle()
             raise
+        self.state.settle()
+        return found
 
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
         request, readers = agreement.hear(open_request)
-
-        def run() -> Any:
-            ready = agreement.confirm(
-                lambda: self._prepare(world, request, readers), lambda ready: [one for one, _ in ready.prepared]
+        with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+            run = agreement.confirm(
+                lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
             )
             with world.hanging_up():
-                return self._compute(ready)
-
-        return self._whole(request, run)
+                return self._compute(run)
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
@@ -164,15 +155,18 @@ class Executor:
         Raises:
             HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
         """
-        request, draws = run.request, run.request.subgraph.draws
-        seed, first = rng.take(draws * len(run.prepared))
-        random = [(seed, first + i * draws) for i in range(len(run.prepared))]
+        request, count = run.request, len(run.prepared)
+        draws = run.request.subgraph.draws
+        seed, first = rng.get_state()
         try:
+            if draws:
+                seed, first = rng.take(draws * count)
+            random = [(seed, first + i * draws) for i in range(count)]
             with deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
                 return self._compute_with(run, random)
         except BaseException as error:
             if not run.step.is_committed:
-                rng.give_back(seed, first, draws * len(run.prepared))
+                rng.give_back(seed, first, draws * count)
             if isinstance(error, (HetuError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
                 raise
             what = f"the run failed, and changed nothing: {type(error).__name__}: {error}"

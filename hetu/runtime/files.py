@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from hetu.runtime.copies import refuse
 
@@ -24,11 +24,11 @@ def refuse_special(path: str, op: str) -> None:
 
 @contextmanager
 def replacing(path: str) -> Iterator[str]:
-    """Gives the name of an empty file beside the one at ``path``, whose place it takes if the block ends well.
+    """Gives a path to write to, whose file takes the place of the one at ``path`` if the block ends well.
 
     So whoever opens ``path`` at any moment finds the old file or the new one, whole. A link is followed, and stays.
     The new file has the mode and, where that is allowed, the owner of the old one. What a process that was killed in
-    such a block left in the folder is removed by the next one.
+    such a block left beside the file is removed by the next one that writes there.
 
     Args:
         path: The file, which need not be there.
@@ -37,58 +37,60 @@ def replacing(path: str) -> Iterator[str]:
         HetuError: If there is something else than a file.
         OSError: If it can't be written. It names ``path``; nothing is left beside it.
     """
-    refuse_special(path, "save")
     target = os.path.realpath(path)
     try:
-        old = os.stat(target) if os.path.exists(target) else None
+        refuse_special(target, "save")
         _remove_leftovers(os.path.dirname(target))
-        beside, handle = _new_beside(target, 0o666 if old is None else 0o600)
+        with _folder_beside(target) as folder:
+            new = os.path.join(folder, "new")
+            with open(new, "xb") as file:
+                mode = os.fstat(file.fileno()).st_mode  # that of a new file
+            yield new
+            with open(new, "rb") as file:
+                os.fsync(file.fileno())
+            with suppress(FileNotFoundError):
+                old = os.stat(target)
+                mode = old.st_mode
+                with suppress(PermissionError):
+                    os.chown(new, old.st_uid, old.st_gid)
+            os.chmod(new, stat.S_IMODE(mode))
+            os.replace(new, target)
     except OSError as error:
-        raise _of(error, path) from error
-    try:
-        yield beside
-        os.fsync(handle)
-        if old is not None:
-            with suppress(PermissionError):
-                os.fchown(handle, old.st_uid, old.st_gid)
-            os.fchmod(handle, stat.S_IMODE(old.st_mode))
-        os.replace(beside, target)
-    except OSError as error:
-        Path(beside).unlink(missing_ok=True)
-        raise _of(error, path) from error
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(handle)
+        if error.errno is None:
+            raise
+        raise type(error)(error.errno, error.strerror, path) from error  # the user knows of no other path
 
 
-def _new_beside(target: str, mode: int) -> tuple[str, int]:
-    """A new file in the folder, locked for as long as its handle is open; gives its path and the handle."""
+@contextmanager
+def _folder_beside(target: str) -> Iterator[str]:
+    """A folder of its own beside a file, on the same disk. It is locked until it is removed at the end."""
     while True:
-        beside = os.path.join(os.path.dirname(target), f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}")
-        handle = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-        with suppress(OSError):  # some file systems have no locks; their leftovers stay
+        folder = tempfile.mkdtemp(prefix=_PREFIX, suffix=_SUFFIX, dir=os.path.dirname(target))
+        try:
+            handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
+        with suppress(OSError):  # some file systems have no locks; what is left on them stays
             fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.fstat(handle).st_nlink:  # else somebody took it for a leftover just before it was locked
-            return beside, handle
+        if os.path.exists(folder):  # else another process took it for a leftover before it was locked
+            break
+        os.close(handle)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
 def _remove_leftovers(folder: str) -> None:
-    """Removes files that nobody holds: those whose process ended without removing them."""
+    """Removes the folders that nobody holds: those of processes that ended without removing them."""
     with os.scandir(folder) as entries:
-        found = [e.path for e in entries if e.name.startswith(_PREFIX) and e.name.endswith(_SUFFIX)]
+        found = [entry.path for entry in entries if entry.name.startswith(_PREFIX) and entry.name.endswith(_SUFFIX)]
     for path in found:
-        with suppress(OSError):  # it is held, or another process was faster
-            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with suppress(OSError):  # somebody holds it, or another process was faster
+            handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path)
+                shutil.rmtree(path, ignore_errors=True)
             finally:
                 os.close(handle)
-
-
-def _of(error: OSError, path: str) -> OSError:
-    """The same error, of the file that the user named."""
-    return type(error)(error.errno, error.strerror, path) if error.errno is not None else error

@@ -63,7 +63,7 @@ class BoundOptimizer:
             _refuse_parts(spec, params)
         with _told("minimize", spec):
             for _, own in update.attrs["groups"]:  # torch itself looks at those of the optimiser only
-                _kind(spec)([torch.zeros(1, device="cpu")], **{**spec.options, **own})
+                _try_options(spec, {**spec.options, **own}, store.device())
             optimizer = _kind(spec)(options, **copied(spec.options))
             schedule = spec.schedule(optimizer) if spec.schedule is not None else None
             for name in ("step", "state_dict", "load_state_dict") if schedule is not None else ():
@@ -71,11 +71,11 @@ class BoundOptimizer:
                     raise TypeError(f"schedule gave a {type(schedule).__name__}, which has no {name}()")
         return cls(spec, groups, params, optimizer, schedule)
 
-    def check(self, options: Mapping[str, Any], op: str) -> None:
-        """Refuses options of a group that torch would refuse of an optimiser."""
+    def check(self, options: Mapping[str, Any], device: torch.device) -> None:
+        """Refuses loaded options of a group that torch would refuse of an optimiser on the device."""
         own = {key: value for key, value in options.items() if key in _arguments(self.spec)}
-        with _told(op, self.spec):
-            _kind(self.spec)([torch.zeros(1, device="cpu")], **own)
+        with _told("load", self.spec):
+            _try_options(self.spec, own, device)
 
     def blank_state(
         self, options: Sequence[Mapping[str, Any]], is_widest: bool = False
@@ -127,20 +127,24 @@ class BoundOptimizer:
         params = list(self.params.values())
         own = [grads[key].to(param.device) for key, param in self.params.items()]
         norm = torch.nn.utils.get_total_norm(own)
-        if self.spec.max_grad_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(_holders(own), self.spec.max_grad_norm, norm)
         try:
+            if self.spec.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(_holders(params, own), self.spec.max_grad_norm, norm)
             for param, grad in zip(params, own, strict=True):
                 param.grad = grad.to(param.dtype)
             self.optimizer.step()
         finally:
             for param in params:
                 param.grad = None
+        self.step_schedule(loss)
+        return norm
+
+    def step_schedule(self, loss: torch.Tensor) -> None:
+        """Steps the schedule, if there is one; it may look at the loss."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(float(loss))
         elif self.schedule is not None:
             self.schedule.step()
-        return norm
 
     def named_state(self, store: ParameterStore) -> dict[str, dict[str, Any]]:
         """The state of whole parameters, by names. Parameters that never were updated have none."""
@@ -189,6 +193,12 @@ def _arguments(spec: Optimizer) -> Mapping[str, Any]:
     return inspect.signature(_kind(spec)).parameters
 
 
+def _try_options(spec: Optimizer, options: Mapping[str, Any], device: torch.device) -> None:
+    _kind(spec)([torch.zeros(1, device="cpu")], **options)
+    if options.get("capturable") and device.type == "cpu":
+        raise ValueError("capturable is for parameters on a GPU, and these lie on the CPU")
+
+
 @contextmanager
 def _told(op: str, spec: Optimizer) -> Iterator[None]:
     """Tells what torch, or a user's schedule, refuses as an error of the line that gave the options."""
@@ -202,11 +212,13 @@ def _told(op: str, spec: Optimizer) -> Iterator[None]:
         raise HetuError(what, op=op, where=where, fix="see torch's documentation of it") from error
 
 
-def _holders(grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors that have these gradients: torch clips those of tensors only, which need the gradient's own dtype."""
-    holders = [grad.new_empty(()).expand_as(grad) for grad in grads]  # one element each, however large the gradient
-    for holder, grad in zip(holders, grads, strict=True):
+def _holders(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that have these gradients, which is what torch clips; a tensor can only have one of its own dtype."""
+    holders = []
+    for param, grad in zip(params, grads, strict=True):
+        holder = param if param.dtype == grad.dtype else grad.new_empty(()).expand_as(grad)  # of one element
         holder.grad = grad
+        holders.append(holder)
     return holders
 
 

@@ -50,26 +50,25 @@ class ParameterStore:
         graph: The graph.
         device: Gives the device of the graph, where the storages lie.
         rule: Says where a parameter lies.
+
+    Attributes:
+        fresh: Those whose first value was made, and may be forgotten if the run fails that asked for it.
     """
 
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
         self.graph, self.device, self.rule = graph, device, rule
         self._stored: dict[Node, _Stored] = {}
+        self.fresh: list[Node] = []
 
     @property
     def nodes(self) -> list[Node]:
         """All parameters of the graph."""
         return nodes_of(self.graph.nodes, Role.PARAMETER)
 
-    @property
-    def count(self) -> int:
-        """How many of them have a value by now."""
-        return len(self._stored)
-
-    def keep_first(self, count: int) -> None:
-        """Forgets the values of all but so many parameters: of those that were the last to get one."""
-        while len(self._stored) > count:
-            self._stored.popitem()
+    def forget_fresh(self) -> None:
+        """Forgets the first values that were made since they were last settled."""
+        while self.fresh:
+            self._stored.pop(self.fresh.pop(), None)
 
     def value(self, node: Node) -> torch.Tensor:
         """What computations on this rank read of a parameter. It is made if it was never needed before."""
@@ -90,7 +89,10 @@ class ParameterStore:
 
     def _find(self, node: Node) -> _Stored:
         stored = self._stored.get(node)
-        return self._make(node) if stored is None else stored
+        if stored is None:
+            stored = self._make(node)
+            self.fresh.append(node)
+        return stored
 
     def _make(self, node: Node, whole: torch.Tensor | None = None) -> _Stored:
         if whole is None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from hetu.arguments import int_of, number_of
-from hetu.errors import HetuError
+from hetu.arguments import number_of, shown
+from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.optim import checked_options
 from hetu.runtime.copies import copied, dense, refuse
@@ -18,6 +18,14 @@ from hetu.runtime.state import GraphState
 
 ONE_PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 """Lists in the states of torch's schedules that have an entry for each group of the optimiser, in its order."""
+
+RATES = ("initial_lr", "max_lr", "min_lr", "base_lrs", "_last_lr", "min_lrs", "max_lrs")
+"""What is a learning rate, or a list of them."""
+
+MADE_LATE = frozenset({"momentum_buffer"})
+"""What torch makes at the first step that needs it, not at the first of all."""
+
+_MOST_STEPS = 2**53
 
 NOT_OF_GROUPS = ("_schedulers", "_milestones")
 """Lists that have nothing to do with groups, however long they are."""
@@ -41,6 +49,8 @@ def load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) ->
         refuse(f"{update.name} has a schedule in the state or in the graph, but not in both")
     order = _order_of_groups(bound, update, saved["groups"])
     options = [_checked_group(bound, i, saved["groups"][place], update) for i, place in enumerate(order)]
+    for own in options:
+        bound.check(own, state.parameters.device())
     averages = _checked_averages(bound, update, options, saved["state"])
     known = [set(group) for group in bound.optimizer.param_groups]
     try:
@@ -92,8 +102,7 @@ def _checked_group(bound: BoundOptimizer, index: int, saved: Mapping[str, Any], 
             dense(value, f"{key} of {update.name}")
     checked = checked_options(given, op="load")
     for key, value in checked.items():
-        _check_alike(fresh[key], value, f"{key} of {update.name}")
-    bound.check(checked, op="load")
+        _check_alike(fresh[key], value, f"{key} of {update.name}", key)
     return checked
 
 
@@ -103,20 +112,27 @@ def _checked_group(bound: BoundOptimizer, index: int, saved: Mapping[str, Any], 
 def _checked_averages(
     bound: BoundOptimizer, update: Node, options: Sequence[Mapping[str, Any]], saved: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """What the optimiser has for each parameter, by name: all that its next step needs, and nothing else."""
-    needed, possible = bound.blank_state(options), bound.blank_state(options, is_widest=True)
-    check_names(f"states of {update.name}", saved, set(saved) & set(needed))
-    has_begun = any(saved.get(name) for name in needed)
+    """What the optimiser has for each parameter, by name: all that its next step needs, and nothing unknown.
+
+    An optimiser of a state has made its first step, so it has all that its options ask for. Only what torch makes at
+    any step may be missing, where a schedule turned it on since: then all of a group are without it.
+    """
+    first, now = bound.blank_state(bound.optimizer.param_groups), bound.blank_state(options)
+    possible = bound.blank_state(options, is_widest=True)
+    check_names(f"states of {update.name}", saved, set(saved) & set(now))
     found: dict[str, dict[str, Any]] = {}
-    for name, wanted in needed.items():
-        given = saved.get(name, {})
-        missing = sorted(set(wanted) - set(given)) if has_begun else []
-        unknown = sorted(set(given) - set(possible[name]), key=str)
-        if missing or unknown:
-            parts = [f"misses {', '.join(missing)}"] * bool(missing)
-            parts += [f"has {', '.join(map(str, unknown))}, which {bound.spec.kind} has not"] * bool(unknown)
-            refuse(f"the state of {name} in {update.name} {' and '.join(parts)}", "load a state that is whole")
-        found[name] = {key: _average(value, possible[name][key], f"{key} of {name}") for key, value in given.items()}
+    for nodes in bound.groups:
+        has_some = {key for node in nodes for key in saved.get(node.name, {})}
+        for name in (node.name for node in nodes):
+            given = saved.get(name, {})
+            missing = sorted(set(now[name]) - set(given) - (MADE_LATE - set(first[name]) - has_some))
+            unknown = sorted(set(given) - set(possible[name]), key=str)
+            if missing or unknown:
+                parts = [f"misses {', '.join(missing)}"] * bool(missing)
+                parts += [f"has {', '.join(map(str, unknown))}, which {bound.spec.kind} has not"] * bool(unknown)
+                refuse(f"the state of {name} in {update.name} {' and '.join(parts)}", "load a state that is whole")
+            blank = possible[name]
+            found[name] = {key: _average(value, blank[key], f"{key} of {name}") for key, value in given.items()}
     return found
 
 
@@ -130,8 +146,8 @@ def _average(value: Any, blank: torch.Tensor, what: str) -> torch.Tensor:
             refuse(f"{what} is {value.dtype} in the state, expected {blank.dtype}")
         return dense(value, what)
     number = number_of(dense(value, what) if isinstance(value, torch.Tensor) else value)
-    if number is None or isinstance(number, bool) or not (0 <= number < math.inf and number == int(number)):
-        refuse(f"{what} is {value!r} in the state, expected a number of steps")
+    if number is None or isinstance(number, bool) or not (0 <= number < _MOST_STEPS and number == int(number)):
+        refuse(f"{what} is {shown(value)} in the state, expected a number of steps")
     return torch.tensor(number, dtype=blank.dtype, device="cpu")
 
 
@@ -147,8 +163,22 @@ def _load_schedule(bound: BoundOptimizer, update: Node, saved: Any, order: Seque
     _check_alike(bound.schedule.state_dict(), given, name)
     try:
         bound.schedule.load_state_dict(dict(given))
+        _rehearse(bound)
     except Exception as error:  # it may be the user's own
-        raise HetuError(f"torch refuses the state of {update.name}: {error!r}", op="load") from error
+        raise HetuError(f"torch refuses the state of {update.name}: {error!r}", op="load", where=caller()) from error
+
+
+def _rehearse(bound: BoundOptimizer) -> None:
+    """Makes a step of one of torch's schedules and takes it back: a state may be whole and yet mean nothing to it."""
+    if not type(bound.schedule).__module__.startswith("torch."):
+        return
+    before = bound.before()
+    try:
+        bound.step_schedule(torch.zeros(()))
+    except ValueError:  # it may have come to its end, and be loaded to be looked at
+        pass
+    finally:
+        before.restore()
 
 
 def _reordered(given: Mapping[str, Any], order: Sequence[int], name: str) -> dict[str, Any]:
@@ -170,34 +200,47 @@ def _reordered(given: Mapping[str, Any], order: Sequence[int], name: str) -> dic
     return found
 
 
-def _check_alike(fresh: Any, given: Any, what: str) -> None:
-    """Refuses what can't take the place of a value that was just made: another type, or no number where one was."""
-    number = number_of(fresh)
+def _check_alike(fresh: Any, given: Any, what: str, key: Any = "") -> None:
+    """Refuses what can't take the place of a value that was just made.
+
+    Args:
+        fresh: The value that was made.
+        given: The value of the state.
+        what: What it is, for the error.
+        key: The key that it has, or that the list has that it is in.
+    """
+    number, wanted = number_of(fresh), ""
     if isinstance(number, bool):
-        if not isinstance(given, bool):
-            refuse(f"{what} is {given!r} in the state, expected a bool")
+        wanted = "" if isinstance(given, bool) else "a bool"
     elif number is not None:
-        came = number_of(given)
-        is_count = what.startswith(("last_epoch of", "_step_count of"))
-        if came is None or isinstance(came, bool) or (math.isnan(came) and not math.isnan(number)):
-            refuse(f"{what} is {given!r} in the state, expected a number")
-        if is_count and int_of(came) is None:
-            refuse(f"{what} is {given!r} in the state, expected an int")
+        wanted = "" if _is_alike(number, number_of(given), key) else "a number, as it can be there"
     elif isinstance(fresh, str):
-        if not isinstance(given, str):
-            refuse(f"{what} is {given!r} in the state, expected a string")
+        wanted = "" if isinstance(given, str) else "a string"
     elif isinstance(fresh, Mapping):
         if not isinstance(given, Mapping):
-            refuse(f"{what} is {given!r} in the state, expected a dict")
-        for key, value in fresh.items():
-            if key in given:
-                _check_alike(value, given[key], f"{key} of {what}")
-            elif isinstance(key, str) and not key.startswith("_"):  # other versions of torch have other private ones
-                refuse(f"{what} has no {key} in the state")
+            wanted = "a dict"
+        else:
+            for inner, value in fresh.items():
+                if inner in given:
+                    _check_alike(value, given[inner], f"{inner} of {what}", inner)
+                elif isinstance(inner, str) and not inner.startswith("_"):  # private ones come and go with torch
+                    refuse(f"{what} has no {inner} in the state")
     elif isinstance(fresh, (list, tuple)):
-        if not isinstance(given, (list, tuple)):
-            refuse(f"{what} is {given!r} in the state, expected a list")
-        if len(given) != len(fresh) and what.startswith(tuple(f"{key} of" for key in ONE_PER_GROUP)):
-            refuse(f"{what} has {len(given)} entries in the state, expected {len(fresh)}")
-        for i, (one, other) in enumerate(zip(fresh, given, strict=False)):
-            _check_alike(one, other, f"entry {i} of {what}")
+        if not isinstance(given, (list, tuple)) or (len(given) != len(fresh) and key in ONE_PER_GROUP):
+            wanted = f"a list of {len(fresh)}"
+        else:
+            for i, (one, other) in enumerate(zip(fresh, given, strict=False)):
+                _check_alike(one, other, f"entry {i} of {what}", key)
+    if wanted:
+        refuse(f"{what} is {shown(given)} in the state, expected {wanted}")
+
+
+def _is_alike(fresh: float, given: float | None, key: Any) -> bool:
+    """Whether a number can take the place of another one."""
+    if given is None or isinstance(given, bool) or (isinstance(given, int) and abs(given) >= _MOST_STEPS):
+        return False
+    if key in ("last_epoch", "_step_count"):
+        return isinstance(given, int) and given >= 0
+    if key in RATES:
+        return 0 <= given < math.inf
+    return not math.isnan(given) or math.isnan(fresh)

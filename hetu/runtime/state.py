@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
@@ -37,20 +36,6 @@ class Waiting:
         return Waiting(add_gradients(own, other.grads), other.loss + self.loss.to(other.loss.device))
 
 
-class Mark(NamedTuple):  # every run makes one
-    """How much of a graph's state there was at some moment.
-
-    Attributes:
-        parameters: How many parameters had values.
-        optimizers: How many optimisers there were.
-        changes: How many changes there had been.
-    """
-
-    parameters: int
-    optimizers: int
-    changes: int
-
-
 class GraphState:
     """The state of one graph.
 
@@ -73,7 +58,7 @@ class GraphState:
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
         self.lock = threading.RLock()
-        self._changes = 0
+        self._new_optimizers: list[Node] = []
         self._parameters_of: dict[Node, list[Node]] = {}
 
     def blank(self) -> GraphState:
@@ -82,23 +67,26 @@ class GraphState:
 
     def become(self, other: GraphState) -> None:
         """Takes the place of another state of the graph."""
-        self._changes += 1
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
+        self._new_optimizers = []
 
-    def mark(self) -> Mark:
-        """What there is before a run."""
-        return Mark(self.parameters.count, len(self.optimizers), self._changes)
+    def settle(self) -> None:
+        """Ends a run: what it made of parameters and optimisers stays."""
+        if self._new_optimizers:
+            self._new_optimizers.clear()
+        if self.parameters.fresh:
+            self.parameters.fresh.clear()
 
-    def forget_since(self, mark: Mark) -> None:
-        """Forgets the first values and the optimisers that a run made before it failed: the seed may be another later.
+    def unsettle(self) -> None:
+        """Ends a run that failed: what it made is forgotten, for the seed may be another when it is made again.
 
-        Where another run has changed the state meanwhile, all is kept: it may have changed these very values.
+        Runs of several threads may forget, or keep, each other's first values. They never forget what was changed:
+        that only happens under the lock, and is settled before others have it.
         """
         with self.lock:
-            if self._changes == mark.changes:
-                self.parameters.keep_first(mark.parameters)
-                while len(self.optimizers) > mark.optimizers:
-                    self.optimizers.popitem()
+            self.parameters.forget_fresh()
+            while self._new_optimizers:
+                self.optimizers.pop(self._new_optimizers.pop(), None)
 
     @property
     def updates(self) -> list[Node]:
@@ -120,6 +108,7 @@ class GraphState:
         """
         if update not in self.optimizers:
             self.optimizers[update] = BoundOptimizer.of(update, self.parameters_of(update), self.parameters)
+            self._new_optimizers.append(update)
         return self.optimizers[update]
 
     def commit(self, waiting: dict[Node, Waiting]) -> None:
@@ -128,7 +117,6 @@ class GraphState:
         Args:
             waiting: The gradients that wait after it. Until this one assignment nothing of the step has happened.
         """
-        self._changes += 1
         self.waiting = waiting
 
 

@@ -62,7 +62,8 @@ def _write(tensors: dict[str, torch.Tensor], beside: str, metadata: dict[str, st
     except OSError:
         raise
     except Exception as error:  # safetensors has its own for a full disk, and others for dtypes that it has not
-        raise HetuError(f"{target} can't be written: {error}", op="save", where=caller()) from error
+        why = f"{type(error).__name__}: {error}".replace(beside, target)
+        raise HetuError(f"{target} can't be written: {why}", op="save", where=caller()) from error
 
 
 @in_own_modes
@@ -148,7 +149,7 @@ class _Encoder:
 
     def _put_aside(self, value: torch.Tensor) -> str:
         key = f"t{len(self.tensors)}"
-        whole = dense(value, "a tensor").resolve_conj().resolve_neg()
+        whole = dense(value, "a tensor of the state", op="save").resolve_conj().resolve_neg()
         # A file has each tensor whole and by itself, however they lie in memory.
         self.tensors[key] = whole.to("cpu", copy=True, memory_format=torch.contiguous_format)
         return key

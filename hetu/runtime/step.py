@@ -31,7 +31,7 @@ class Step:
         self.counts: list[int] = []
         self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
         self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
-        self._after = dict(state.waiting)
+        self._after: dict[Node, Waiting] | None = dict(state.waiting) if fetched.changes_state else None
         self._before: list[Before] = []
 
     def prepare(self) -> None:
@@ -84,7 +84,7 @@ class Step:
             for item, *column in zip(self.fetched.plain, *self.results, strict=True):
                 values[item] = column if len(column) > 1 else column[0]
             found = [values[item] for item in self.fetched.fetches]
-            if self.fetched.changes_state:
+            if self._after is not None:
                 self.state.commit(self._after)
         except BaseException:
             if not self.is_committed:  # a signal may come right after
@@ -101,7 +101,7 @@ class Step:
     def _apply(self, update: Node, loss: torch.Tensor) -> torch.Tensor:
         """Does what the run level says with the gradients; gives the norm of those that wait or were applied."""
         grads = self.grads[update]
-        if grads is None:
+        if grads is None or self._after is None:
             return torch.tensor(math.nan, dtype=torch.float32, device="cpu")
         with torch.no_grad():
             total = Waiting(grads, as_sum(loss)).plus(self._after.pop(update, None))
