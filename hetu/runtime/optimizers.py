@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,7 +99,7 @@ class BoundOptimizer:
             names += [node.name for node in nodes]
             params += group
             chosen = {key: value for key, value in {**own, **plain, **wide}.items() if key in takes}
-            groups.append({"params": group, **chosen})
+            groups.append({**chosen, "params": group})
         for param in params:
             param.grad = torch.zeros_like(param)
         with _told("load", self.spec), torch.no_grad():
@@ -199,17 +199,19 @@ def _try_options(spec: Optimizer, options: Mapping[str, Any], device: torch.devi
         raise ValueError("capturable is for parameters on a GPU, and these lie on the CPU")
 
 
-@contextmanager
-def _told(op: str, spec: Optimizer) -> Iterator[None]:
-    """Tells what torch, or a user's schedule, refuses as an error of the line that gave the options."""
-    try:
-        yield
-    except HetuError:
-        raise
-    except Exception as error:
-        what = f"torch.optim.{spec.kind} refuses its options: {error}"
-        where = spec.where if op == "minimize" else caller()
-        raise HetuError(what, op=op, where=where, fix="see torch's documentation of it") from error
+class _told:  # noqa: N801 - a block of its own; a generator would hide the user's line
+    """Tells what torch, or a user's schedule, refuses in a block as an error of the line that gave the options."""
+
+    def __init__(self, op: str, spec: Optimizer) -> None:
+        self._op, self._spec = op, spec
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, HetuError):
+            what = f"torch.optim.{self._spec.kind} refuses its options: {error}"
+            where = self._spec.where if self._op == "minimize" else caller()
+            raise HetuError(what, op=self._op, where=where, fix="see torch's documentation of it") from error
 
 
 def _holders(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ MADE_LATE = frozenset({"momentum_buffer"})
 
 _MOST_STEPS = 2**53
 
-NOT_OF_GROUPS = ("_schedulers", "_milestones")
+NOT_OF_GROUPS = ("_milestones", "_schedule_phases")
 """Lists that have nothing to do with groups, however long they are."""
 
 
@@ -186,9 +186,7 @@ def _reordered(given: Mapping[str, Any], order: Sequence[int], name: str) -> dic
     found = {}
     for key, value in given.items():
         found[key] = value
-        if isinstance(value, Mapping):
-            found[key] = _reordered(value, order, name)
-        elif key == "_schedulers":
+        if key == "_schedulers":
             found[key] = [_reordered(one, order, name) for one in value]
         elif isinstance(value, (list, tuple)) and len(value) == len(order) and key not in NOT_OF_GROUPS:
             if key not in ONE_PER_GROUP and any(item != value[0] for item in value):
@@ -240,7 +238,7 @@ def _is_alike(fresh: float, given: float | None, key: Any) -> bool:
     if given is None or isinstance(given, bool) or (isinstance(given, int) and abs(given) >= _MOST_STEPS):
         return False
     if key in ("last_epoch", "_step_count"):
-        return isinstance(given, int) and given >= 0
+        return isinstance(given, int) and given >= -1
     if key in RATES:
         return 0 <= given < math.inf
     return not math.isnan(given) or math.isnan(fresh)
