@@ -1,6 +1,6 @@
 """The interpreter of parts that exchange heads for tokens: one loop for forward and backward, over any communicator.
 
-What such a part holds is named by values of a token, see :class:`hetu.parallel.plan.heads.Kind`: in buffer 0, of the
+What such a part holds is named by values of a token, see :class:`hetu.parallel.plan.heads.Payload`: in buffer 0, of the
 own rows and all heads; in buffer 1, of all rows of the group and the pipeline's heads, all values of a kind in one
 tensor, so that what is one stretch on the wire lands where it is attended to.
 """
@@ -14,7 +14,7 @@ import torch
 from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.comm.interpreter import Communicator, Sends, indices, pack, wait_for
 from hetu.backends.comm.recorder import watched
-from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
 
@@ -36,12 +36,12 @@ class Held:
         assert part.heads is not None
         self.part, self.heads, self.mine = part, heads, part.heads
         self.own, self._results = dict(own), [results]
-        self.gathered: dict[Kind, torch.Tensor] = {}
+        self.gathered: dict[Payload, torch.Tensor] = {}
         self._like = own["q"]
         self._aside: dict[int, tuple[Receive, torch.Tensor]] = {}
         self._landing: dict[int, torch.Tensor] = {}
         sent = (item for item in part.instructions if isinstance(item, (Send, Copy)) and item.buffer)
-        self._computed = tuple(dict.fromkeys(item.kind for item in sent))
+        self._computed = tuple(dict.fromkeys(item.payload for item in sent))
 
     def value(self, name: str, buffer: int, heads: HeadRange) -> torch.Tensor:
         """A view of a value of some heads, ``(rows, heads, numbers)``."""
@@ -61,18 +61,18 @@ class Held:
         """What a send sends."""
         assert item.heads is not None
         if item.buffer:
-            return pack(self.gathered[item.kind], item.runs)
-        values = [_rows(self.value(name, 0, item.heads), item.runs) for name in item.kind.values]
+            return pack(self.gathered[item.payload], item.runs)
+        values = [_rows(self.value(name, 0, item.heads), item.runs) for name in item.payload.values]
         return torch.cat(values, 1)
 
     def place(self, item: Receive) -> torch.Tensor:
         """Where a receive lands: where the rows belong, or aside."""
         assert item.heads is not None
         if not item.grads:
-            self._make(item.kind)
+            self._make(item.payload)
             if item.runs is None:
-                return self.gathered[item.kind][item.offset : item.offset + item.rows]
-        rows = self._new(item.kind, item.rows, item.heads)
+                return self.gathered[item.payload][item.offset : item.offset + item.rows]
+        rows = self._new(item.payload, item.rows, item.heads)
         if item.grads:
             self._landing[item.buffer] = rows
         else:
@@ -84,16 +84,16 @@ class Held:
         if transfer in self._aside:
             item, rows = self._aside.pop(transfer)
             assert item.heads is not None and item.runs is not None
-            for name in item.kind.values:
+            for name in item.payload.values:
                 target = self.value(name, item.buffer, item.heads)
-                _put(target, item.runs, rows[:, item.heads.columns(item.kind, name, item.heads)])
+                _put(target, item.runs, rows[:, item.heads.columns(item.payload, name, item.heads)])
 
     def copy(self, item: Copy) -> None:
         """What a transfer from the pipeline to itself would do."""
-        self._make(item.kind)
-        for name in item.kind.values:
+        self._make(item.payload)
+        for name in item.payload.values:
             rows, target = _rows(self.value(name, item.buffer, item.heads), item.runs), item.target
-            if item.kind is Kind.KV_GRADS:
+            if item.payload is Payload.KV_GRADS:
                 _add(self.value(name, target, item.heads), item.place, rows)
             else:
                 _put(self.value(name, target, item.heads), item.place, rows)
@@ -103,8 +103,8 @@ class Held:
         assert item.heads is not None
         self._make_results()
         rows = self._landing.pop(item.buffer)[item.offset : item.offset + item.runs.rows]
-        for name in Kind.KV_GRADS.values:
-            columns = item.heads.columns(Kind.KV_GRADS, name, item.heads)
+        for name in Payload.KV_GRADS.values:
+            columns = item.heads.columns(Payload.KV_GRADS, name, item.heads)
             _add(self.value(name, 0, item.heads), item.runs, rows[:, columns])
 
     # Memory
@@ -114,12 +114,12 @@ class Held:
         for kind in self._computed:
             self._make_gathered(kind)
 
-    def free(self, kinds: tuple[Kind, ...]) -> None:
+    def free(self, kinds: tuple[Payload, ...]) -> None:
         """Lets go of what nobody needs any more of buffer 1."""
         for kind in kinds:
             self.gathered.pop(kind, None)
 
-    def _make(self, kind: Kind) -> None:
+    def _make(self, kind: Payload) -> None:
         """Makes what rows of a kind that come belong to, if they are the first."""
         if kind.is_result:
             self._make_results()
@@ -130,14 +130,14 @@ class Held:
         if self._results:  # let go of at once: who makes them holds this object, so both would outlive their use
             self.own |= self._results.pop()()
 
-    def _make_gathered(self, kind: Kind) -> None:
+    def _make_gathered(self, kind: Payload) -> None:
         if kind in self.gathered:
             return
         self.gathered[kind] = made = self._new(kind, self.part.buffers[1], self.mine)
-        if kind is Kind.LSE:  # kernels write it head by head
+        if kind is Payload.LSE:  # kernels write it head by head
             self.gathered[kind] = made.view(made.shape[1], made.shape[0], 1).transpose(0, 1)
 
-    def _new(self, kind: Kind, rows: int, heads: HeadRange) -> torch.Tensor:
+    def _new(self, kind: Payload, rows: int, heads: HeadRange) -> torch.Tensor:
         dtype = compute_dtype(self._like.dtype) if kind.is_wide else self._like.dtype
         return self._like.new_empty((rows, heads.width(kind), self.heads.numbers(kind)), dtype=dtype)
 

@@ -38,7 +38,7 @@ from operator import attrgetter
 from hetu.errors import PlanError
 from hetu.parallel.methods.hold_back import HeldBack, hold_back
 from hetu.parallel.methods.returns import Return, Returns, find_returns
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Instruction, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData, batches
 
@@ -232,7 +232,7 @@ class _Part:
 
     def send(self, ret: Return) -> None:
         """Sends home what the last attend computed of one owner's rows."""
-        self.instructions.append(Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS))
+        self.instructions.append(Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Payload.KV_GRADS))
         self.sent.append(ret)
 
     def post_up_to(self, ret: Return) -> None:
@@ -257,7 +257,7 @@ class _Part:
             self.landing.append(0)
         ret.landing, rows = self.free.popleft(), ret.home.rows
         self.landing[ret.landing] = max(self.landing[ret.landing], rows)
-        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Kind.KV_GRADS))
+        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Payload.KV_GRADS))
         self.unposted[ret.source].popleft()
 
     def _wait_for(self, sent: list[Return]) -> None:

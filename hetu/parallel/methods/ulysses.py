@@ -36,11 +36,11 @@ from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import around, transfer_number, whole
 from hetu.parallel.methods.tables import see
-from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send, Source, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 
-Kinds = tuple[Kind, ...]
+Payloads = tuple[Payload, ...]
 
 
 def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
@@ -49,7 +49,7 @@ def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan
         return [_alone(group, spec.mask)]
     ranges = deal(spec.heads, len(group.members))
     places = [sequence_rows(group, member) for member in range(len(group.members))]
-    home = (Kind.OUT, Kind.LSE, *([Kind.P] if spec.heads.columns else []))
+    home = (Payload.OUT, Payload.LSE, *([Payload.P] if spec.heads.columns else []))
     spans, table = _sequence_tables(group, spec.mask)
     sources = tuple(
         [
@@ -63,7 +63,7 @@ def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan
         own, rows = ranges[member], group.rows[member]
         is_attending = own.num_q > 0 and group.tokens > 0
         attends = [Attend(1, table, sources, some) for some in alike(spec.heads, own)] if is_attending else []
-        instructions = _exchange(group, member, ranges, places, attends, (Kind.QKV,), home, spec.num_pipelines)
+        instructions = _exchange(group, member, ranges, places, attends, (Payload.QKV,), home, spec.num_pipelines)
         parts.append(
             PipelinePlan(
                 group.members[member],
@@ -95,10 +95,10 @@ def _turned(
     """The backward of a member's part."""
     having = [own for own in ranges if own.num_q]
     is_shared = any(a.first_kv + a.num_kv > b.first_kv for a, b in pairwise(having))
-    home = (Kind.Q_GRADS, Kind.KV_GRADS) if is_shared else (Kind.QKV_GRADS,)
+    home = (Payload.Q_GRADS, Payload.KV_GRADS) if is_shared else (Payload.QKV_GRADS,)
     places = [sequence_rows(group, c) for c in range(len(ranges))]
     attends = [item for item in part.instructions if isinstance(item, Attend)]
-    out = (Kind.QKV_DOUT, Kind.LSE_DELTA)
+    out = (Payload.QKV_DOUT, Payload.LSE_DELTA)
     instructions = _exchange(group, member, ranges, places, attends, out, home, num_pipelines)
     landing = tuple([part.rows for item in instructions if isinstance(item, Accumulate)])
     return replace(part, instructions=tuple(instructions), landing=landing)
@@ -186,8 +186,8 @@ def _exchange(
     ranges: list[HeadRange],
     places: list[Runs],
     attends: list[Attend],
-    out: Kinds,
-    home: Kinds,
+    out: Payloads,
+    home: Payloads,
     num_pipelines: int,
 ) -> list[Instruction]:
     """What a member does, forward and backward.
@@ -225,7 +225,7 @@ def _exchange(
     for landing, c in enumerate(helpers):
         for kind in home:
             items.append(Wait(link.come(c, kind)))
-            if kind is Kind.KV_GRADS:
+            if kind is Payload.KV_GRADS:
                 items.append(Accumulate(landing, 0, rows, ranges[c]))
     items += [Wait(link.to(c, kind)) for c in owners for kind in home]
     return items
@@ -234,29 +234,29 @@ def _exchange(
 class _Link:
     """A member's transfers, by the other member and by kind."""
 
-    def __init__(self, group: GroupLayout, member: int, kinds: Kinds, num_pipelines: int) -> None:
+    def __init__(self, group: GroupLayout, member: int, kinds: Payloads, num_pipelines: int) -> None:
         self.members, self.me, self.num_pipelines = group.members, group.members[member], num_pipelines
         self.steps = {kind: step for step, kind in enumerate(kinds)}
 
     def peer(self, c: int) -> int:
         return self.members[c]
 
-    def to(self, c: int, kind: Kind) -> int:
+    def to(self, c: int, kind: Payload) -> int:
         return transfer_number(self.steps[kind], self.me, self.peer(c), self.num_pipelines)
 
-    def come(self, c: int, kind: Kind) -> int:
+    def come(self, c: int, kind: Payload) -> int:
         return transfer_number(self.steps[kind], self.peer(c), self.me, self.num_pipelines)
 
-    def receive_rows(self, c: int, kind: Kind, own: HeadRange, place: Runs) -> Receive:
+    def receive_rows(self, c: int, kind: Payload, own: HeadRange, place: Runs) -> Receive:
         """What comes to be attended to; where it is one stretch it lands where it belongs."""
         transfer, peer = self.come(c, kind), self.peer(c)
         if len(place.start) == 1 and place.step is None:
             return Receive(transfer, peer, 1, int(place.start[0]), place.rows, kind, own)
         return Receive(transfer, peer, 1, 0, place.rows, kind, own, place)
 
-    def receive_results(self, c: int, kind: Kind, theirs: HeadRange, rows: Runs, landing: int) -> Receive:
+    def receive_results(self, c: int, kind: Payload, theirs: HeadRange, rows: Runs, landing: int) -> Receive:
         """What comes home, of some of the heads that the own rows have."""
         transfer, peer = self.come(c, kind), self.peer(c)
-        if kind is Kind.KV_GRADS:
+        if kind is Payload.KV_GRADS:
             return Receive(transfer, peer, landing, 0, rows.rows, kind, theirs)
         return Receive(transfer, peer, 0, 0, rows.rows, kind, theirs, rows)

@@ -9,7 +9,7 @@ _OF_KEY_HEADS = ("k", "v", "dk", "dv")
 _ONE_A_HEAD = ("lse", "delta")
 
 
-class Kind(Enum):
+class Payload(Enum):
     """What the rows of a transfer are: the values of a token that travel together, one after the other in a row.
 
     ``delta`` is what the backward subtracts from every score's gradient, see
@@ -37,17 +37,17 @@ class Kind(Enum):
     @property
     def is_wide(self) -> bool:
         """Whether they are float32 whatever the inputs are (float64 for float64 inputs)."""
-        return self in (Kind.KV_GRADS, Kind.LSE, Kind.LSE_DELTA)
+        return self in (Payload.KV_GRADS, Payload.LSE, Payload.LSE_DELTA)
 
     @property
     def is_result(self) -> bool:
         """Whether an attend computes them, so that they travel to the owner of the rows and not from it."""
-        return self not in (Kind.KV, Kind.QKV, Kind.QKV_DOUT, Kind.LSE_DELTA)
+        return self not in (Payload.KV, Payload.QKV, Payload.QKV_DOUT, Payload.LSE_DELTA)
 
     @property
     def label(self) -> str:
         """The values, as printed plans and messages call them."""
-        labels = {Kind.KV: "keys and values", Kind.KV_GRADS: "gradients"}
+        labels = {Payload.KV: "keys and values", Payload.KV_GRADS: "gradients"}
         return labels.get(self, ", ".join(self.values))
 
 
@@ -68,7 +68,7 @@ class HeadRange:
     num_kv: int
 
     def of(self, value: str) -> slice:
-        """The heads of a value of a token, :attr:`Kind.values`."""
+        """The heads of a value of a token, :attr:`Payload.values`."""
         if value in _OF_KEY_HEADS:
             return slice(self.first_kv, self.first_kv + self.num_kv)
         return slice(self.first_q, self.first_q + self.num_q)
@@ -77,16 +77,16 @@ class HeadRange:
         """How many heads :meth:`of` gives."""
         return self.num_kv if value in _OF_KEY_HEADS else self.num_q
 
-    def width(self, kind: Kind) -> int:
+    def width(self, kind: Payload) -> int:
         """Heads that a row of a kind holds, those of all its values together."""
         return sum(map(self.count, kind.values))
 
-    def columns(self, kind: Kind, value: str, row: HeadRange) -> slice:
+    def columns(self, kind: Payload, value: str, row: HeadRange) -> slice:
         """Which heads of a row of a kind are those of a value, if the row holds the heads of another range.
 
         Example:
             >>> row = HeadRange(first_q=4, num_q=4, first_kv=2, num_kv=2)
-            >>> HeadRange(first_q=6, num_q=2, first_kv=3, num_kv=1).columns(Kind.QKV, "v", row)
+            >>> HeadRange(first_q=6, num_q=2, first_kv=3, num_kv=1).columns(Payload.QKV, "v", row)
             slice(7, 8, None)
         """
         before = sum(row.count(name) for name in kind.values[: kind.values.index(value)])
@@ -137,24 +137,24 @@ class Heads:
     @property
     def kv_row_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        return self.row_bytes(Kind.KV)
+        return self.row_bytes(Payload.KV)
 
     @property
     def grad_row_bytes(self) -> int:
         """Bytes of the gradients of one token's keys and values: float32, or float64 for float64 inputs."""
-        return self.row_bytes(Kind.KV_GRADS)
+        return self.row_bytes(Payload.KV_GRADS)
 
-    def row_bytes(self, kind: Kind, heads: HeadRange | None = None) -> int:
+    def row_bytes(self, kind: Payload, heads: HeadRange | None = None) -> int:
         """Bytes of one row of a transfer, of all heads or of a range of them.
 
         Example:
             >>> heads = Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2)
-            >>> heads.row_bytes(Kind.KV), heads.row_bytes(Kind.QKV, heads.range(0, 3)), heads.row_bytes(Kind.LSE)
-            (64, 80, 24)
+            >>> heads.row_bytes(Payload.KV), heads.row_bytes(Payload.QKV, heads.range(0, 3))
+            (64, 80)
         """
         width = (heads or self.all).width(kind) * self.numbers(kind)
         return width * (max(self.itemsize, 4) if kind.is_wide else self.itemsize)
 
-    def numbers(self, kind: Kind) -> int:
+    def numbers(self, kind: Payload) -> int:
         """How many numbers a head of a kind's values has."""
-        return self.columns if kind is Kind.P else 1 if kind.values[0] in _ONE_A_HEAD else self.head_dim
+        return self.columns if kind is Payload.P else 1 if kind.values[0] in _ONE_A_HEAD else self.head_dim

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray, SegmentTable
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Send:
         peer: Who receives.
         buffer: Whose rows these are.
         runs: Which.
-        kind: Which of their values are sent. Gradients are those that the last ``Attend`` to ``buffer`` computed.
+        payload: Which of their values are sent. Gradients are those that the last ``Attend`` to ``buffer`` computed.
         heads: Of which heads; None for all.
     """
 
@@ -69,7 +69,7 @@ class Send:
     peer: int
     buffer: int
     runs: Runs
-    kind: Kind = Kind.KV
+    payload: Payload = Payload.KV
     heads: HeadRange | None = None
 
     @property
@@ -80,7 +80,7 @@ class Send:
     @property
     def grads(self) -> bool:
         """Whether these are gradients of keys and values that the owner adds up."""
-        return self.kind is Kind.KV_GRADS
+        return self.payload is Payload.KV_GRADS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +93,7 @@ class Receive:
         buffer: Where the rows belong. With ``grads`` it counts in :attr:`PipelinePlan.landing`.
         offset: First row.
         rows: How many.
-        kind: What they are.
+        payload: What they are.
         heads: Of which heads; None for all.
         runs: The rows of the buffer, if they don't follow each other, or if they hold more heads than come: they land
             aside then, and are copied there when they are waited for.
@@ -104,14 +104,14 @@ class Receive:
     buffer: int
     offset: int
     rows: int
-    kind: Kind = Kind.KV
+    payload: Payload = Payload.KV
     heads: HeadRange | None = None
     runs: Runs | None = None
 
     @property
     def grads(self) -> bool:
         """Whether these are gradients of keys and values that are added up."""
-        return self.kind is Kind.KV_GRADS
+        return self.payload is Payload.KV_GRADS
 
     def indices(self) -> IntArray:
         """Every row of the buffer that is filled, in the order in which rows come."""
@@ -130,7 +130,7 @@ class Copy:
     """Copies rows from one of the pipeline's buffers to another: what a transfer from a pipeline to itself would do.
 
     Attributes:
-        kind: Which values of the rows; ``KV_GRADS`` are added to what the target holds.
+        payload: Which values of the rows; ``KV_GRADS`` are added to what the target holds.
         heads: Of which heads.
         buffer: From where.
         runs: Which rows.
@@ -138,7 +138,7 @@ class Copy:
         place: To which rows of it.
     """
 
-    kind: Kind
+    payload: Payload
     heads: HeadRange
     buffer: int
     runs: Runs

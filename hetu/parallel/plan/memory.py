@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-from hetu.parallel.plan.heads import Heads, Kind
+from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
 from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
@@ -39,7 +39,7 @@ def bytes_in_flight(part: PipelinePlan, heads: Heads) -> int:
     most = 0
     for item in part.instructions:
         if isinstance(item, Send):
-            flying[item.transfer] = item.rows * heads.row_bytes(item.kind, item.heads)
+            flying[item.transfer] = item.rows * heads.row_bytes(item.payload, item.heads)
             most = max(most, sum(flying.values()))
         elif isinstance(item, Wait):
             flying.pop(item.transfer, None)
@@ -69,24 +69,26 @@ class _PeakByHeads:
         self.held: dict[Hashable, int] = {"shard": part.rows * self._shard_row()}
         self.most = sum(self.held.values())
         items = part.instructions
-        self.computed = {item.kind for item in items if isinstance(item, (Send, Copy)) and item.buffer}
+        self.computed = {item.payload for item in items if isinstance(item, (Send, Copy)) and item.buffer}
 
     def _shard_row(self) -> int:
         """Bytes of an own row that are there from the beginning."""
         row = self.heads.row_bytes
         if not self.is_backward:
-            return row(Kind.QKV)
-        return row(Kind.QKV_DOUT) + row(Kind.OUT) + row(Kind.LSE_DELTA) + row(Kind.LSE)  # lse as it came, and by rows
+            return row(Payload.QKV)
+        return (
+            row(Payload.QKV_DOUT) + row(Payload.OUT) + row(Payload.LSE_DELTA) + row(Payload.LSE)
+        )  # lse as it came, and by rows
 
     def _result_row(self) -> int:
         """Bytes of an own row of results."""
         row = self.heads.row_bytes
         if not self.is_backward:
-            return row(Kind.OUT) + 2 * row(Kind.LSE)  # by rows, and as it is returned
+            return row(Payload.OUT) + 2 * row(Payload.LSE)  # by rows, and as it is returned
         sums = self.part.sums_gradients and self.heads.itemsize < 4
-        return row(Kind.QKV_GRADS) + sums * row(Kind.KV_GRADS)
+        return row(Payload.QKV_GRADS) + sums * row(Payload.KV_GRADS)
 
-    def _gathered(self, kind: Kind) -> int:
+    def _gathered(self, kind: Payload) -> int:
         return self.part.buffers[1] * self.heads.row_bytes(kind, self.part.heads)
 
     def walk(self) -> int:
@@ -95,11 +97,11 @@ class _PeakByHeads:
         for number, item in enumerate(self.part.instructions):
             match item:
                 case Send():
-                    self.held[item.transfer] = item.rows * self.heads.row_bytes(item.kind, item.heads)
+                    self.held[item.transfer] = item.rows * self.heads.row_bytes(item.payload, item.heads)
                 case Receive():
                     self._receive(item)
                 case Copy():
-                    self._fill(item.kind)
+                    self._fill(item.payload)
                 case Attend():
                     self._attend(item)
                 case Wait():
@@ -112,14 +114,14 @@ class _PeakByHeads:
         return self.most
 
     def _receive(self, item: Receive) -> None:
-        self._fill(item.kind)
-        size = item.rows * self.heads.row_bytes(item.kind, item.heads)
+        self._fill(item.payload)
+        size = item.rows * self.heads.row_bytes(item.payload, item.heads)
         if item.grads:
             self.held["landing", item.buffer] = size
         elif item.runs is not None:
             self.held[item.transfer] = size
 
-    def _fill(self, kind: Kind) -> None:
+    def _fill(self, kind: Payload) -> None:
         """Where rows end up is made when the first ones come."""
         if kind.is_result:
             self.held["results"] = self.part.rows * self._result_row()
@@ -129,5 +131,5 @@ class _PeakByHeads:
     def _attend(self, item: Attend) -> None:
         self.held |= {kind: self._gathered(kind) for kind in self.computed}
         if self.is_backward:  # lse and delta of these heads, as kernels read them
-            own = item.rows * self.heads.row_bytes(Kind.LSE_DELTA, item.heads)
+            own = item.rows * self.heads.row_bytes(Payload.LSE_DELTA, item.heads)
             self.most = max(self.most, sum(self.held.values()) + own)

@@ -2,7 +2,7 @@
 
 A plan is a list of instructions a pipeline, over integers only. ``hetu/backends/comm`` runs it; the
 verifier, the cost model, the printer and the tests read the same lists. Values of a token that are needed together
-travel together: a row of a transfer is one token's k and v, say; see :class:`~hetu.parallel.plan.heads.Kind`.
+travel together: a row of a transfer is one token's k and v, say; see :class:`~hetu.parallel.plan.heads.Payload`.
 
 There are two ways to move tokens to where they are attended to. Either keys and values travel, and each pipeline
 attends for its own queries (``ring``, ``direct``, ``all_gather``). Or all that a few heads need travels to a pipeline
@@ -25,7 +25,7 @@ import numpy as np
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, Turn, take_turns
-from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Send
 from hetu.parallel.plan.own_gradients import own_gradients
 
@@ -67,7 +67,7 @@ class PipelinePlan:
     def sums_gradients(self) -> bool:
         """Whether gradients of an own row's key and value come in several parts: they are summed up in float32."""
         return bool(own_gradients(self).aside) or any(
-            isinstance(item, Accumulate) or (isinstance(item, Copy) and item.kind is Kind.KV_GRADS)
+            isinstance(item, Accumulate) or (isinstance(item, Copy) and item.payload is Payload.KV_GRADS)
             for item in self.instructions
         )
 
@@ -108,19 +108,19 @@ class PipelinePlan:
                 is_read_later.discard(item.buffer)
         return last
 
-    def last_uses(self) -> dict[int, tuple[Kind, ...]]:
+    def last_uses(self) -> dict[int, tuple[Payload, ...]]:
         """After which instructions, by number, nobody needs what buffer 1 holds of some kinds any more.
 
         Of a part that has ``heads``: what came there is needed up to the last ``Attend``, and what that computed until
         it is sent and copied.
         """
-        came = [item.kind for item in self.instructions if _fills_buffer(item)]
-        last: dict[Kind, int] = {}
+        came = [item.payload for item in self.instructions if _fills_buffer(item)]
+        last: dict[Payload, int] = {}
         for number, item in enumerate(self.instructions):
             if isinstance(item, Attend):
                 last |= dict.fromkeys(came, number)
             elif isinstance(item, (Send, Copy)) and item.buffer:
-                last[item.kind] = number
+                last[item.payload] = number
         return {number: tuple(kind for kind in last if last[kind] == number) for number in set(last.values())}
 
 
@@ -161,7 +161,7 @@ def _find_turns(part: PipelinePlan) -> dict[int, Turn | None]:
 
 def _fills_buffer(item: Instruction) -> TypeGuard[Receive | Copy]:
     """Whether an instruction brings what is attended to."""
-    return isinstance(item, (Receive, Copy)) and not item.kind.is_result
+    return isinstance(item, (Receive, Copy)) and not item.payload.is_result
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -215,12 +215,12 @@ class PlanData:
 
     def _rows(self, pipeline: int, end: type[Send | Receive], value: str) -> int:
         items = self.pipelines[pipeline].instructions
-        return sum(item.rows for item in items if isinstance(item, end) and value in item.kind.values)
+        return sum(item.rows for item in items if isinstance(item, end) and value in item.payload.values)
 
     def bytes_sent(self, pipeline: int) -> int:
         """Bytes of all that a pipeline sends."""
         sends = [item for item in self.pipelines[pipeline].instructions if isinstance(item, Send)]
-        return sum(item.rows * self.heads.row_bytes(item.kind, item.heads) for item in sends)
+        return sum(item.rows * self.heads.row_bytes(item.payload, item.heads) for item in sends)
 
     def hash(self) -> str:
         """A digest of all that the plan says: equal on every machine for equal plans."""

@@ -40,7 +40,7 @@ class Follower(ABC):
         """Gives what a receive fills to it."""
 
     @abstractmethod
-    def land(self, item: Receive, payload: IntArray) -> None:
+    def land(self, item: Receive, content: IntArray) -> None:
         """Puts what has come where a receive wants it."""
 
     @abstractmethod
@@ -65,7 +65,7 @@ class Follower(ABC):
             return self.transfers[item.transfer]
         computes = isinstance(item, (Attend, Accumulate, Copy)) or self.next in self.batches
         transfers = [self.transfers[number] for number in self.pending] if computes else []
-        return next((t for t in transfers if not t.is_expected or t.payload is None), None)
+        return next((t for t in transfers if not t.is_expected or t.content is None), None)
 
     def _step(self) -> bool:
         if not isinstance(self.part.instructions[self.next], Wait) and self.waits_for():
@@ -74,7 +74,7 @@ class Follower(ABC):
             case Wait() as item:
                 return self._wait(item)
             case Send() as item:
-                self.transfers[item.transfer].payload = self.pack(item)
+                self.transfers[item.transfer].content = self.pack(item)
                 self.pending[item.transfer] = item
             case Receive() as item:
                 self.expect(item)
@@ -93,9 +93,9 @@ class Follower(ABC):
             if not transfer.is_expected:
                 return False
         else:
-            if transfer.payload is None:
+            if transfer.content is None:
                 return False
-            self.land(own, transfer.payload)
+            self.land(own, transfer.content)
         del self.pending[item.transfer]
         return True
 

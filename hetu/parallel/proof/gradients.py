@@ -136,15 +136,15 @@ class Gradients:
         rows = item.runs.indices()
         if item.buffer not in self.computed:
             self._refuse(f"{instruction_name(item)} comes before any attend to buffer {item.buffer}")
-        payload = self.computed[item.buffer][rows]
-        if (payload < 0).any():
-            row = rows[(payload < 0).argmax()]
+        content = self.computed[item.buffer][rows]
+        if (content < 0).any():
+            row = rows[(content < 0).argmax()]
             self._refuse(f"{instruction_name(item)} sends row {row} of buffer {item.buffer}, which no segment names")
-        twice = self.all.is_sent[payload] | (np.bincount(payload)[payload] > 1)
+        twice = self.all.is_sent[content] | (np.bincount(content)[content] > 1)
         if twice.any():
-            self._refuse(f"{instruction_name(item)} sends a second time {self.all.name(int(payload[twice.argmax()]))}")
-        self.all.is_sent[payload] = True
-        return payload
+            self._refuse(f"{instruction_name(item)} sends a second time {self.all.name(int(content[twice.argmax()]))}")
+        self.all.is_sent[content] = True
+        return content
 
     def receive(self, item: Receive) -> None:
         """Gives rows of a landing buffer to what will land there."""

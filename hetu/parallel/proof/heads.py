@@ -14,7 +14,7 @@ from typing import NoReturn
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.follow import Follower
@@ -108,13 +108,13 @@ class HeadsRun(Follower):
         self.group, _ = plan.layout.place(r)
         self.all = np.flatnonzero(tokens.group == self.group.index)
         self.rows, everything = tokens.shards[r], plan.heads.all
-        came = (Kind.QKV_DOUT, Kind.LSE_DELTA) if plan.is_backward else (Kind.QKV,)
+        came = (Payload.QKV_DOUT, Payload.LSE_DELTA) if plan.is_backward else (Payload.QKV,)
         self.inputs = {name: kind for kind in came for name in kind.values}
         self.own = {name: shares.numbers(name, self.rows, everything) for name in self.inputs}
         outputs = ("dq", *_PARTS) if plan.is_backward else ("out", "lse", *(["p"] if plan.heads.columns else []))
         self.results = {name: np.full((len(self.rows), everything.count(name)), UNWRITTEN) for name in outputs}
         self.is_added = {name: np.zeros(self.results[name].shape, bool) for name in _PARTS if plan.is_backward}
-        self.gathered: dict[Kind, IntArray] = {}
+        self.gathered: dict[Payload, IntArray] = {}
         self.landing = [np.empty((size, 0), np.int64) for size in self.part.landing]
 
     # Transfers and copies
@@ -127,14 +127,14 @@ class HeadsRun(Follower):
     def _read(self, item: Send | Copy, runs: Runs) -> IntArray:
         assert item.heads is not None
         if item.buffer:
-            if item.kind not in self.gathered:
-                self.refuse(f"{instruction_name(item)} takes {item.kind.label} before any were computed")
-            rows = self.gathered[item.kind][runs.indices()]
+            if item.payload not in self.gathered:
+                self.refuse(f"{instruction_name(item)} takes {item.payload.label} before any were computed")
+            rows = self.gathered[item.payload][runs.indices()]
         else:
-            values = [self.own[name][:, item.heads.of(name)] for name in item.kind.values]
+            values = [self.own[name][:, item.heads.of(name)] for name in item.payload.values]
             rows = np.concatenate(values, 1)[runs.indices()]
         if (rows < 0).any():
-            self.refuse(f"{instruction_name(item)} takes {item.kind.label} before all were computed")
+            self.refuse(f"{instruction_name(item)} takes {item.payload.label} before all were computed")
         return rows
 
     def expect(self, item: Receive) -> None:
@@ -145,20 +145,20 @@ class HeadsRun(Follower):
                 self.refuse(f"{what} fills landing buffer {item.buffer} while it is landing")
             if (self.landing[item.buffer] >= 0).any():
                 self.refuse(f"{what} fills landing buffer {item.buffer} before it was added")
-            rows, width = self.part.landing[item.buffer], item.heads.width(item.kind)
+            rows, width = self.part.landing[item.buffer], item.heads.width(item.payload)
             self.landing[item.buffer] = np.full((rows, width), UNWRITTEN)
             self.landing[item.buffer][item.offset : item.offset + item.rows] = LANDING
             return
-        for name in item.kind.values:
+        for name in item.payload.values:
             self._write(name, item, item.indices(), np.full((item.rows, item.heads.count(name)), LANDING))
 
-    def land(self, item: Receive, payload: IntArray) -> None:
+    def land(self, item: Receive, content: IntArray) -> None:
         assert item.heads is not None
         if item.grads:
-            self.landing[item.buffer][item.offset : item.offset + item.rows] = payload
+            self.landing[item.buffer][item.offset : item.offset + item.rows] = content
             return
-        for name in item.kind.values:
-            part = payload[:, item.heads.columns(item.kind, name, item.heads)]
+        for name in item.payload.values:
+            part = content[:, item.heads.columns(item.payload, name, item.heads)]
             self._write(name, item, item.indices(), part)
 
     def compute(self, item: Attend | Accumulate | Copy) -> None:
@@ -170,9 +170,9 @@ class HeadsRun(Follower):
             case Copy():
                 rows, place = self._read(item, item.runs), item.place.indices()
                 row = item.heads if item.buffer == 0 else self.mine
-                for name in item.kind.values:
-                    part = rows[:, item.heads.columns(item.kind, name, row)]
-                    if item.kind is Kind.KV_GRADS:
+                for name in item.payload.values:
+                    part = rows[:, item.heads.columns(item.payload, name, row)]
+                    if item.payload is Payload.KV_GRADS:
                         self._sum(name, instruction_name(item), item.heads, place, part)
                     else:
                         self._write(name, item, place, part)
@@ -180,17 +180,19 @@ class HeadsRun(Follower):
     def _write(self, name: str, item: Receive | Copy, rows: IntArray, values: IntArray) -> None:
         """Puts numbers, or that they are landing, where nothing was."""
         assert item.heads is not None
-        if item.kind.is_result:
+        if item.payload.is_result:
             target = self.results[name][:, item.heads.of(name)]
         else:
-            size = self.part.buffers[GATHERED], self.mine.width(item.kind)
-            whole = self.gathered.setdefault(item.kind, np.full(size, UNWRITTEN))
-            target = whole[:, item.heads.columns(item.kind, name, self.mine)]
+            size = self.part.buffers[GATHERED], self.mine.width(item.payload)
+            whole = self.gathered.setdefault(item.payload, np.full(size, UNWRITTEN))
+            target = whole[:, item.heads.columns(item.payload, name, self.mine)]
         is_landing = isinstance(item, Receive) and (values >= 0).all()
         if (target[rows] != (LANDING if is_landing else UNWRITTEN)).any():
-            self.refuse(f"{instruction_name(item)} writes {item.kind.label} where others were written, or are landing")
+            self.refuse(
+                f"{instruction_name(item)} writes {item.payload.label} where others were written, or are landing"
+            )
         target[rows] = values
-        if item.kind.is_result and (values >= 0).all():
+        if item.payload.is_result and (values >= 0).all():
             self._check_home(name, instruction_name(item), item.heads, rows, values)
 
     def _check_home(self, name: str, what: str, heads: HeadRange, rows: IntArray, values: IntArray) -> None:
@@ -208,13 +210,13 @@ class HeadsRun(Follower):
     def _add(self, item: Accumulate) -> None:
         assert item.heads is not None
         what, rows = f"an accumulate from landing buffer {item.buffer}", item.runs.indices()
-        if self.landing[item.buffer].shape[1] != item.heads.width(Kind.KV_GRADS):
+        if self.landing[item.buffer].shape[1] != item.heads.width(Payload.KV_GRADS):
             self.refuse(f"{what} adds {item.heads}, which are not those that came")
         landed = self.landing[item.buffer][item.offset : item.offset + len(rows)]
         if (landed < 0).any():
             self.refuse(f"{what} adds nothing that has landed")
         for name in _PARTS:
-            columns = item.heads.columns(Kind.KV_GRADS, name, item.heads)
+            columns = item.heads.columns(Payload.KV_GRADS, name, item.heads)
             self._sum(name, what, item.heads, rows, landed[:, columns])
         self.landing[item.buffer] = np.full_like(self.landing[item.buffer], UNWRITTEN)
 
@@ -242,7 +244,11 @@ class HeadsRun(Follower):
                 self.refuse(f"attending for {heads}: row {row} holds {found}")
         self._check_sources(item)
         prove_pairs(self.plan, self.r, self.group, self.part.spans, [seen_by(item.table, self.all)], self.shares.tokens)
-        kinds = (Kind.Q_GRADS, Kind.KV_GRADS, Kind.QKV_GRADS) if self.plan.is_backward else (Kind.OUT, Kind.LSE, Kind.P)
+        kinds = (
+            (Payload.Q_GRADS, Payload.KV_GRADS, Payload.QKV_GRADS)
+            if self.plan.is_backward
+            else (Payload.OUT, Payload.LSE, Payload.P)
+        )
         for kind in kinds:
             size = len(self.all), self.mine.width(kind)
             held = self.gathered.setdefault(kind, np.full(size, UNWRITTEN))

@@ -6,7 +6,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 from hetu.parallel.proof.structure import (
@@ -20,8 +20,8 @@ from hetu.parallel.proof.structure import (
     refuse,
 )
 
-FORWARD = (Kind.QKV, Kind.OUT, Kind.LSE, Kind.P)
-BACKWARD = (Kind.QKV_DOUT, Kind.LSE_DELTA, Kind.Q_GRADS, Kind.KV_GRADS, Kind.QKV_GRADS)
+FORWARD = (Payload.QKV, Payload.OUT, Payload.LSE, Payload.P)
+BACKWARD = (Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.Q_GRADS, Payload.KV_GRADS, Payload.QKV_GRADS)
 
 GATHERED = 1
 """The buffer that has a row for each of the group's tokens; the others are the own shard, and landing buffers."""
@@ -64,17 +64,17 @@ class _Check:
         if item.heads is None:
             self.refuse("is about all heads, but the pipeline attends for some")
         _check_range(item.heads, self.plan.heads, self.what)
-        if not isinstance(item, (Attend, Accumulate)) and item.kind not in self.kinds:
+        if not isinstance(item, (Attend, Accumulate)) and item.payload not in self.kinds:
             self.refuse(
-                f"is of {item.kind.label}, which {'a backward' if self.plan.is_backward else 'a forward'} lacks"
+                f"is of {item.payload.label}, which {'a backward' if self.plan.is_backward else 'a forward'} lacks"
             )
         match item:
-            case Send(buffer=buffer, kind=kind, runs=runs):
+            case Send(buffer=buffer, payload=kind, runs=runs):
                 self.buffer(buffer, kind, is_source=True)
                 self.rows(runs, buffer, "sends")
-            case Receive(buffer=buffer, kind=kind, runs=runs):
+            case Receive(buffer=buffer, payload=kind, runs=runs):
                 self._receive(item)
-            case Copy(kind=kind):
+            case Copy(payload=kind):
                 self.buffer(item.buffer, kind, is_source=True)
                 self.buffer(item.target, kind, is_source=False)
                 self.rows(item.runs, item.buffer, "reads")
@@ -88,15 +88,15 @@ class _Check:
                 self._attend(item)
 
     def _receive(self, item: Receive) -> None:
-        if item.kind is Kind.KV_GRADS:
+        if item.payload is Payload.KV_GRADS:
             self._landing(item.buffer, item.offset, item.rows)
             return
-        self.buffer(item.buffer, item.kind, is_source=False)
+        self.buffer(item.buffer, item.payload, is_source=False)
         if item.runs is not None:
             self.rows(item.runs, item.buffer, "lands in")
             if item.runs.rows != item.rows:
                 self.refuse(f"brings {item.rows} rows, but fills {item.runs.rows}")
-        elif item.heads != self.part.heads or item.kind.is_result:
+        elif item.heads != self.part.heads or item.payload.is_result:
             self.refuse(f"lands in place, but brings {item.heads} to rows that have others too")
         else:
             check_rows(item.offset, item.rows, self.part.buffers[item.buffer], f"{self.what} lands in", "buffer 1")
@@ -118,7 +118,7 @@ class _Check:
             assert place is not None
             self.rows(place, GATHERED, "has sources in")
 
-    def buffer(self, buffer: int, kind: Kind, is_source: bool) -> None:
+    def buffer(self, buffer: int, kind: Payload, is_source: bool) -> None:
         """Results are computed in buffer 1 and go to buffer 0, all else the other way."""
         wanted = GATHERED if kind.is_result is is_source else 0
         if buffer != wanted:

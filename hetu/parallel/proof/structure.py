@@ -10,7 +10,7 @@ import numpy as np
 
 from hetu.errors import PlanError
 from hetu.parallel.mask.segments import IntArray, QuerySpans
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 
@@ -87,8 +87,8 @@ def _check_instruction(plan: PlanData, part: PipelinePlan, item: Send | Receive 
     what = f"pipeline {part.pipeline}: {instruction_name(item)}"
     if isinstance(item, Copy) or item.heads is not None:
         refuse(f"{what} is about some heads, but the pipeline attends for all")
-    if isinstance(item, (Send, Receive)) and item.kind not in (Kind.KV, Kind.KV_GRADS):
-        refuse(f"{what} is of {item.kind.label}, but only keys and values and their gradients travel")
+    if isinstance(item, (Send, Receive)) and item.payload not in (Payload.KV, Payload.KV_GRADS):
+        refuse(f"{what} is of {item.payload.label}, but only keys and values and their gradients travel")
     if not plan.is_backward and (isinstance(item, Accumulate) or (not isinstance(item, Attend) and item.grads)):
         refuse(f"{what} is about gradients, but the plan is no backward")
     is_landing = isinstance(item, Accumulate) or (isinstance(item, Receive) and item.grads)
@@ -188,7 +188,7 @@ class Transfer:
     send: Send
     target: int
     receive: Receive
-    payload: IntArray | None = None
+    content: IntArray | None = None
     is_expected: bool = False
 
 
@@ -224,7 +224,7 @@ def pair_transfers(plan: PlanData) -> dict[int, Transfer]:
                 f"transfer {number} from pipeline {source} to {target} sends {send.rows} rows, "
                 f"but {receive.rows} are received"
             )
-        if (send.kind, send.heads) != (receive.kind, receive.heads):
+        if (send.payload, send.heads) != (receive.payload, receive.heads):
             refuse(
                 f"transfer {number} from pipeline {source} to {target} sends {_content(send)}, "
                 f"but {_content(receive)} are received"
@@ -235,7 +235,7 @@ def pair_transfers(plan: PlanData) -> dict[int, Transfer]:
 
 
 def _content(item: Send | Receive) -> str:
-    return f"{item.kind.label}{'' if item.heads is None else f' of {item.heads}'}"
+    return f"{item.payload.label}{'' if item.heads is None else f' of {item.heads}'}"
 
 
 def _check_order(plan: PlanData) -> None:

@@ -101,14 +101,14 @@ class _Run(Follower):
         if self.gradients and item.grads:
             return self.gradients.send(item)
         rows = item.runs.indices()
-        payload = self.buffers[item.buffer][rows]
-        if (payload < 0).any():
-            row = int((payload < 0).argmax())
+        content = self.buffers[item.buffer][rows]
+        if (content < 0).any():
+            row = int((content < 0).argmax())
             self.refuse(
                 f"{instruction_name(item)} sends row {rows[row]} of buffer {item.buffer}: "
-                f"{self.tokens.name(payload[row])}"
+                f"{self.tokens.name(content[row])}"
             )
-        return payload
+        return content
 
     def expect(self, item: Receive) -> None:
         for other in self.pending.values():
@@ -120,9 +120,9 @@ class _Run(Follower):
         else:
             self.buffers[item.buffer][item.offset : item.offset + item.rows] = LANDING
 
-    def land(self, item: Receive, payload: IntArray) -> None:
+    def land(self, item: Receive, content: IntArray) -> None:
         place = self.gradients.landing if self.gradients and item.grads else self.buffers
-        place[item.buffer][item.offset : item.offset + item.rows] = payload
+        place[item.buffer][item.offset : item.offset + item.rows] = content
 
     def _check_apart(self, item: Receive, other: Send | Receive) -> None:
         """That a receive fills no rows that another transfer reads or fills."""

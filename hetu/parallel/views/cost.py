@@ -93,7 +93,7 @@ def attend_flops(plan: PlanData, part: PipelinePlan, item: Attend) -> int:
 
 def transfer_bytes(plan: PlanData, item: Send | Receive) -> int:
     """Bytes of the transfer that an instruction begins or ends."""
-    return item.rows * plan.heads.row_bytes(item.kind, item.heads)
+    return item.rows * plan.heads.row_bytes(item.payload, item.heads)
 
 
 def predict(plan: PlanData, hardware: Hardware) -> Cost:

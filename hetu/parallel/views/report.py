@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetu.parallel.layout.printing import count
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
@@ -78,14 +78,14 @@ def _ends(part: PipelinePlan) -> dict[int, Send | Receive]:
 def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
     if isinstance(item, Send):
         what = "send home gradients of" if item.grads else "send    "
-        return f"{what} {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} to {item.peer}"
+        return f"{what} {_rows(item.runs)}{_values(item.payload, item.heads)} of buffer {item.buffer} to {item.peer}"
     if isinstance(item, Receive):
         what, place = ("receive gradients of", "landing buffer") if item.grads else ("receive ", "buffer")
         into = f"{place} {item.buffer}" + (_offset(item) if item.runs is None else f", {_runs(item.runs)}")
-        return f"{what} {item.rows:,} rows{_values(item.kind, item.heads)} from {item.peer} into {into}"
+        return f"{what} {item.rows:,} rows{_values(item.payload, item.heads)} from {item.peer} into {into}"
     if isinstance(item, Copy):
-        into = f"{'add to' if item.kind is Kind.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
-        return f"copy     {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} {into}"
+        into = f"{'add to' if item.payload is Payload.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
+        return f"copy     {_rows(item.runs)}{_values(item.payload, item.heads)} of buffer {item.buffer} {into}"
     if isinstance(item, Accumulate):
         heads = f", {item.heads}," if item.heads else ""
         return f"add      {_rows(item.runs)}{heads} of landing buffer {item.buffer}{_offset(item)} to the own"
@@ -98,7 +98,7 @@ def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan
     end = ends.get(item.transfer)
     if end is None:
         return f"wait     transfer {item.transfer}, which is none of this pipeline's"
-    values = end.kind.label
+    values = end.payload.label
     if isinstance(end, Send):
         what = "home gradients " if end.grads else f"{values} " if end.heads else ""
         return f"wait     to have sent {what}to {end.peer}"
@@ -121,11 +121,11 @@ def _runs(runs: Runs) -> str:
     return count(len(runs.start), "run")
 
 
-def _values(kind: Kind, heads: HeadRange | None) -> str:
+def _values(kind: Payload, heads: HeadRange | None) -> str:
     """Which values of the rows, where that is not all that this kind of plan moves."""
     if heads is None:
         return ""
-    return f", {heads}," if kind is Kind.KV_GRADS else f", {kind.label} of {heads},"
+    return f", {heads}," if kind is Payload.KV_GRADS else f", {kind.label} of {heads},"
 
 
 def _offset(item: Receive | Accumulate) -> str:

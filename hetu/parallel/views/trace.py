@@ -125,7 +125,9 @@ def _first_readers(part: PipelinePlan) -> Iterator[tuple[Receive, int]]:
         if isinstance(item, Receive):
             if part.heads is None:  # what others were only passed on is overwritten unread
                 unread = [old for old in unread if not _overlap(old, item.grads, item.buffer, item.offset, item.rows)]
-            if item.grads or not item.kind.is_result:  # finished results are where they belong, and nobody reads them
+            if (
+                item.grads or not item.payload.is_result
+            ):  # finished results are where they belong, and nobody reads them
                 unread.append(item)
         elif isinstance(item, (Attend, Accumulate)):
             lands = isinstance(item, Accumulate)

@@ -15,7 +15,7 @@ from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
 from hetu.parallel import Layout, Mask, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Source, Wait
 from hetu.parallel.plan.memory import scratch_rows
 from hetu.parallel.plan.own_gradients import OwnGradients, own_gradients
@@ -258,8 +258,8 @@ def test_who_waits_in_its_first_turn_may_have_sent_what_others_wait_for(turn: in
 
 def mailed(rows: torch.Tensor, place: torch.Tensor) -> None:
     comm, runs = LocalComm(), Runs(np.array([0]), np.array([2]))
-    comm.receive(1, Receive(0, 0, 0, 0, 2, Kind.KV_GRADS), place)
-    comm.send(0, Send(0, 1, 1, runs, Kind.KV_GRADS), rows)
+    comm.receive(1, Receive(0, 0, 0, 0, 2, Payload.KV_GRADS), place)
+    comm.send(0, Send(0, 1, 1, runs, Payload.KV_GRADS), rows)
     assert comm.done(0, 0) and comm.done(1, 0)
 
 

@@ -24,7 +24,7 @@ from hetu.backends.comm import Held, LocalComm, follow, follow_backward, follow_
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
 from hetu.parallel import METHODS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
 from hetu.parallel.views.cost import transfer_bytes
@@ -51,7 +51,7 @@ def run(plan: AttnPlan, attend: Any = lambda *_: None, comm: Any = None) -> None
 
 def held(part: PipelinePlan) -> Held:
     """Zeros of everything, results too."""
-    values = {name: kind for kind in Kind for name in kind.values}
+    values = {name: kind for kind in Payload for name in kind.values}
     shapes = {name: (part.rows, HEADS.all.count(name), HEADS.numbers(kind)) for name, kind in values.items()}
     return Held(part, HEADS, {name: torch.zeros(shape) for name, shape in shapes.items()}, dict)
 

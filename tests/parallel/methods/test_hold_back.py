@@ -17,7 +17,7 @@ from hetu.parallel import Hardware, Heads, Layout, Mask, QuerySpans, SegmentTabl
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.hold_back import LEAST_SHARE, MIN_BYTES, MIN_FLOPS, MOST_SHARE, find_cut, split_keys
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Instruction, Receive, Send, Wait
 from hetu.parallel.plan.memory import scratch_rows
 from hetu.parallel.plan.own_gradients import OwnGradients
@@ -138,7 +138,10 @@ def test_a_plan_of_two_ends_with_own_rows() -> None:
                 posted = [n for n, item in enumerate(part.instructions) if isinstance(item, (Send, Receive))]
                 added = [n for n, item in enumerate(part.instructions) if isinstance(item, (Attend, Accumulate))]
                 assert max(posted) < last < added[-1] and added[-2] == last
-                assert {item.kind for item in part.instructions if isinstance(item, Send)} == {Kind.KV, Kind.KV_GRADS}
+                assert {item.payload for item in part.instructions if isinstance(item, Send)} == {
+                    Payload.KV,
+                    Payload.KV_GRADS,
+                }
 
 
 def test_who_only_sends_or_only_receives() -> None:
@@ -254,9 +257,9 @@ def travels(instructions: Sequence[Instruction]) -> list[tuple[object, ...]]:
     found: list[tuple[object, ...]] = []
     for item in instructions:
         if isinstance(item, Send):
-            found.append((item.transfer, item.peer, item.kind, item.buffer, *item.runs.indices().tolist()))
+            found.append((item.transfer, item.peer, item.payload, item.buffer, *item.runs.indices().tolist()))
         elif isinstance(item, Receive):
-            found.append((item.transfer, item.peer, item.kind, item.buffer, item.offset, item.rows))
+            found.append((item.transfer, item.peer, item.payload, item.buffer, item.offset, item.rows))
     return found
 
 

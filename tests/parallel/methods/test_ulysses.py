@@ -19,7 +19,7 @@ from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.mask import CAUSAL
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.methods.ulysses import alike, deal, sequence_rows
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -99,11 +99,11 @@ def test_what_is_sent_by_hand() -> None:
         home = (9 - own) * (2 * row + 2 * 4)
         assert plan.bytes_sent(r) == there + home
     # Two of the three attend for half of a key head: its gradients travel in float32.
-    sent = {item.kind for part in plan.backward().pipelines for item in part.instructions if isinstance(item, Send)}
-    assert sent == {Kind.QKV_DOUT, Kind.LSE_DELTA, Kind.Q_GRADS, Kind.KV_GRADS}
+    sent = {item.payload for part in plan.backward().pipelines for item in part.instructions if isinstance(item, Send)}
+    assert sent == {Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.Q_GRADS, Payload.KV_GRADS}
     whole = plan_of([4, 2], (4, 2)).backward()
-    sent = {item.kind for part in whole.pipelines for item in part.instructions if isinstance(item, Send)}
-    assert sent == {Kind.QKV_DOUT, Kind.LSE_DELTA, Kind.QKV_GRADS}
+    sent = {item.payload for part in whole.pipelines for item in part.instructions if isinstance(item, Send)}
+    assert sent == {Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.QKV_GRADS}
 
 
 def test_more_members_than_heads() -> None:
@@ -154,11 +154,11 @@ def test_a_transfer_of_other_heads(kind: type, is_backward: bool) -> None:
 
 @BOTH
 def test_a_transfer_of_another_kind(is_backward: bool) -> None:
-    other = Kind.LSE_DELTA if is_backward else Kind.OUT
-    plan = damaged(lambda item: dataclasses.replace(item, kind=other), Receive, 0, is_backward=is_backward)
+    other = Payload.LSE_DELTA if is_backward else Payload.OUT
+    plan = damaged(lambda item: dataclasses.replace(item, payload=other), Receive, 0, is_backward=is_backward)
     with pytest.raises(hetu.PlanError, match=r"puts .* to buffer|lse, delta of .* are received"):
         plan.verify()
-    refused(damaged(lambda item: dataclasses.replace(item, kind=Kind.KV), Send, 0), "which a forward lacks")
+    refused(damaged(lambda item: dataclasses.replace(item, payload=Payload.KV), Send, 0), "which a forward lacks")
 
 
 @BOTH
@@ -243,7 +243,7 @@ def test_waits_in_an_order_that_nobody_can_follow() -> None:
     plan = plan_of([5, 4, 6], (6, 2))
     for r in range(3):
         items = plan.pipelines[r].instructions
-        sends = [item for item in items if isinstance(item, Send) and item.kind is Kind.QKV]
+        sends = [item for item in items if isinstance(item, Send) and item.payload is Payload.QKV]
         rest = [item for item in items if item not in sends]
         first = next(i for i, item in enumerate(rest) if isinstance(item, Attend))
         plan = with_instructions(plan, r, [*rest[:first], *sends, *rest[first:]])

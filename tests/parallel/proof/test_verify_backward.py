@@ -15,7 +15,7 @@ import hetu
 from hetu.parallel import Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.mask import CAUSAL
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 
 
@@ -102,7 +102,7 @@ def test_a_transfer_to_another_peer() -> None:
 
 def test_a_transfer_of_another_kind() -> None:
     def change(instructions: list[Any], at: int) -> None:
-        instructions[at] = dataclasses.replace(instructions[at], buffer=1, kind=Kind.KV)
+        instructions[at] = dataclasses.replace(instructions[at], buffer=1, payload=Payload.KV)
 
     refused(damaged(change, Receive, mask=Mask.full()), "sends gradients, but keys and values are received")
 
