@@ -28,7 +28,7 @@ from hetu.errors import (
 )
 from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
-from hetu.ops import __all__ as _ops
+from hetu.ops import PUBLIC as _OPS
 from hetu.parallel import Hardware, Layout
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hetu import functional as functional
     from hetu.backends.comm.recorder import Recorder
     from hetu.distributed import gather_shards, init_distributed, shutdown_distributed
+    from hetu.runtime.executor import Executor
 
 __version__ = "0.1.0"
 
@@ -57,10 +58,15 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _executor(of: Graph) -> Any:
+def _planner(of: Graph) -> Planner:
+    # The executor is asked for only where the graph computes what planning reads: it brings torch.
+    return Planner(of, lambda subgraph, arrays, bound: of.executor.compute_on_host(subgraph, arrays, bound))
+
+
+def _executor(of: Graph) -> Executor:
     from hetu.runtime.executor import Executor  # brings torch, which only a run needs
 
-    return Executor(of)
+    return Executor(of, of.planner)
 
 
 def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -112,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def trace() -> Recorder:
     """Records what every ``parallel_attn`` of the runs in a ``with`` block really does, as a Chrome trace.
 
-    A pipeline is a process of the trace, with a lane for what it computes and one a link, as in ``plan.trace()``,
+    A pipeline is a process of the trace, with a lane for what it computes and one per link, as in ``plan.trace()``,
     which predicts it; steps have the same names. A transfer lasts from when it is started to when the pipeline that
     waits for it sees that it is done. Times are the host's, and those of the stream for tensors on a GPU. It records
     its own thread; where blocks are nested the innermost records.
@@ -146,7 +152,7 @@ def trace() -> Recorder:
     return Recorder()
 
 
-Graph.planner_factory = Planner
+Graph.planner_factory = _planner
 Graph.executor_factory = _executor
 
 __all__ = [
@@ -197,5 +203,5 @@ __all__ = [
     "tensor",
     "trace",
     "uint8",
-    *_ops,
+    *_OPS,
 ]

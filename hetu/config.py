@@ -22,7 +22,8 @@ class Settings:
         backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere.
         verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
-            lasts. Attention, forward and backward, is deterministic in any case.
+            lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so
+            torch code in other threads finds it on as well as long as such a run lasts.
     """
 
     backend: str | None = None

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, gradients, register
-from hetu.graph.passes import live_nodes
+from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Role, Tensor, TensorSpec, gradients, register
+from hetu.graph.passes import live_nodes, nodes_of
 from hetu.ops import all_reduce
 
 Groups = Sequence[Tensor] | Sequence[Mapping[str, Any]]
@@ -21,7 +21,9 @@ class Optimizer:
     dtypes on the graph's device.
 
     Attributes:
-        kind: The class in ``torch.optim``.
+        kind: The name of the class in ``torch.optim``.
+        is_elementwise: True if it updates each element of a parameter from that element's own gradient and state, so
+            that any part of a parameter can be updated by itself. Others need whole parameters.
         options: Its arguments.
         max_grad_norm: See :class:`SGD`.
         schedule: See :class:`SGD`.
@@ -29,6 +31,7 @@ class Optimizer:
     """
 
     kind = "Optimizer"
+    is_elementwise = False
 
     def __init__(
         self,
@@ -46,8 +49,8 @@ class Optimizer:
     def minimize(self, loss: Tensor, parameters: Groups | None = None, name: str | None = None) -> Tensor:
         """Adds the gradients of a loss and the update of parameters to the loss's graph.
 
-        A step's loss is the sum, over the pipelines of the strategy and the micro-batches of the run, of what
-        ``loss`` gives, and its gradients likewise. For the mean over all tokens of the step, make the loss by
+        A step's loss is the sum of what ``loss`` gives on the pipelines of the strategy and in the micro-batches of the
+        run, and its gradients are those of that sum. For the mean over all tokens of the step, make the loss by
         :func:`hetu.token_mean_loss`.
 
         Args:
@@ -83,6 +86,7 @@ class Optimizer:
             self._refuse(ShapeError, f"the loss has shape {shape}, expected no dimension", "sum it: hetu.sum(loss)")
         groups = self._groups(loss, parameters)
         params = [item for group in groups for item in group["params"]]
+        # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to say.
         grads = [all_reduce(grad) for grad in gradients(loss, params)]
         attrs = {
             "optimizer": self,
@@ -94,7 +98,7 @@ class Optimizer:
     def _groups(self, loss: Tensor, parameters: Groups | None) -> list[dict[str, Any]]:
         """Parameters in groups with options of their own."""
         if parameters is None:
-            nodes = [node for node in live_nodes([loss]) if node.definition.name == "parameter"]
+            nodes = nodes_of(live_nodes([loss]), Role.PARAMETER)
             parameters = [node.outputs[0] for node in nodes if node.attrs["requires_grad"]]
         items = list(parameters)
         is_grouped = bool(items) and all(isinstance(item, Mapping) for item in items)
@@ -103,7 +107,7 @@ class Optimizer:
         for group in groups:
             group["params"] = list(group.get("params", ()))
             for item in group["params"]:
-                if not isinstance(item, Tensor) or item.op.definition.name != "parameter":
+                if not isinstance(item, Tensor) or item.op.role is not Role.PARAMETER:
                     self._refuse(HetuError, f"can't train {item!r}: it is no parameter", "make it with hetu.parameter")
                 if item in seen:
                     self._refuse(HetuError, f"parameter {item.name} is named twice", "name it once")
@@ -132,25 +136,28 @@ class SGD(Optimizer):
     """
 
     kind = "SGD"
+    is_elementwise = True
 
 
 class Adam(Optimizer):
-    """``torch.optim.Adam``; arguments as of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
+    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
 
     kind = "Adam"
+    is_elementwise = True
 
 
 class AdamW(Optimizer):
-    """``torch.optim.AdamW``; arguments as of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
+    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
 
     kind = "AdamW"
+    is_elementwise = True
 
 
 def grad_norm(train: Tensor) -> Tensor:
-    """What to fetch for the Euclidean norm of a step's gradients, before they are clipped.
+    """The Euclidean norm of a step's gradients before they are clipped, as a tensor to fetch.
 
     Args:
-        train: What :meth:`Optimizer.minimize` gave.
+        train: The tensor that :meth:`Optimizer.minimize` gave.
 
     Returns:
         A float32 tensor without dimensions; NaN in runs that compute no gradient.
@@ -158,7 +165,7 @@ def grad_norm(train: Tensor) -> Tensor:
     Raises:
         HetuError: If it is something else.
     """
-    if not isinstance(train, Tensor) or train.op.definition.name != "update":
+    if not isinstance(train, Tensor) or train.op.role is not Role.UPDATE:
         raise HetuError(
             f"{train!r} is nothing that minimize gave", op="grad_norm", where=caller(), fix="pass minimize's result"
         )
@@ -170,6 +177,7 @@ class Update(OpDef):
     """The update of parameters by an optimiser. The executor does it, after all micro-batches of a run."""
 
     name = "update"
+    role = Role.UPDATE
     is_public = False
     inputs = ("loss", "*gradients")
     outputs = ("loss", "grad_norm")
@@ -184,5 +192,5 @@ class Update(OpDef):
 
 def parameters_of(node: Node) -> list[Node]:
     """The parameters that an update changes, in the order of its gradients."""
-    by_name = {item.name: item for item in node.graph.nodes if item.definition.name == "parameter"}
+    by_name = {item.name: item for item in nodes_of(node.graph.nodes, Role.PARAMETER)}
     return [by_name[name] for name in node.attrs["parameters"]]

@@ -1,4 +1,4 @@
-"""Shards: one array a pipeline."""
+"""Shards: one array per pipeline."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hetu.errors import ShapeError, caller
 
 
 class Shards(Sequence[Any]):
-    """Arrays of all pipelines of a strategy, in order: what ``run`` is fed and gives with several pipelines.
+    """The arrays of all pipelines of a strategy, in order. With several pipelines ``run`` takes them and gives them.
 
     Args:
-        arrays: One numpy array or torch tensor a pipeline; at least one.
+        arrays: One numpy array or torch tensor per pipeline; at least one.
 
     Example:
         >>> Shards([[1, 2], [3]])[1]
@@ -24,7 +24,7 @@ class Shards(Sequence[Any]):
     def __init__(self, arrays: Iterable[Any]) -> None:
         self._arrays = tuple(arrays)
         if not self._arrays:
-            raise ShapeError("Shards of no pipeline", where=caller(), fix="give one array a pipeline")
+            raise ShapeError("Shards of no pipeline", where=caller(), fix="give one array per pipeline")
 
     def __len__(self) -> int:
         return len(self._arrays)

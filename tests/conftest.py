@@ -11,7 +11,9 @@ if not torch.cuda.is_available():
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.poison import poison
+
+# What tests share asserts too: a failure there shows its values, as one in a test does.
+pytest.register_assert_rewrite("support")
 
 # Several test processes run side by side: threads of one would wait for cores that the others have.
 torch.set_num_threads(1)
@@ -30,4 +32,6 @@ settings.load_profile("hetu")
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fills fresh memory with NaN, so that an output row that nobody writes is seen."""
+    from support.poison import poison
+
     poison(monkeypatch.setattr)

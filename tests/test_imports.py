@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,13 +42,13 @@ def found_in(tmp_path: Path, name: str, text: str) -> list[str]:
         ("parallel/plan.py", "importlib.import_module('torch')", "parallel is built without torch"),
         ("parallel/plan.py", "importlib.import_module('to' + 'rch')", "parallel imports by names that can be read"),
         ("graph/printing.py", "import networkx", "networkx is imported only in the functions that use it"),
-        ("backends/torch/basic.py", "from hetu.runtime.executor import Executor", "backends may not know runtime"),
+        ("backends/torch/arithmetic.py", "from hetu.runtime.executor import Executor", "backends may not know runtime"),
         ("planning/feeds.py", "import torch", "planning is built without torch"),
         ("parallel/layout/layout.py", "from hetu.parallel.plan.parts import PlanData", "layout may not know plan"),
         ("parallel/proof/verify.py", "from hetu.parallel.methods import METHODS", "proof may not know methods"),
         ("parallel/plan/parts.py", "def f():\n    import hetu.parallel.attn_plan", "plan may not know attn_plan"),
         ("parallel/attic/old.py", "from hetu.parallel.mask import segments", "attic stands on no floor"),
-        ("backends/lower/attention.py", "from hetu.backends.torch import basic", "lower may not know torch"),
+        ("backends/lower/attention.py", "from hetu.backends.torch import common", "lower may not know torch"),
         ("backends/triton/launch.py", "from ..eager import attend", "triton may not know eager"),
         ("runtime/step.py", "from hetu.ops.common._own import f", "_own of ops is not for other rooms"),
         ("__init__.py", "import torch", "__init__ is built without torch"),
@@ -67,7 +69,7 @@ def test_wrong_direction_is_found(tmp_path: Path, name: str, text: str, why: str
         ("graph/node.py", "from hetu.symbols import IntSymbol\nfrom hetu.graph.tensor import Tensor\nimport numpy"),
         ("graph/printing.py", "def draw():\n    import networkx"),
         ("graph/printing.py", "if TYPE_CHECKING:\n    import networkx"),
-        ("backends/torch/basic.py", "import torch\nfrom hetu.ops import add\nfrom . import attention"),
+        ("backends/torch/arithmetic.py", "import torch\nfrom hetu.ops import add\nfrom . import common"),
         (
             "runtime/executor.py",
             "from hetu.planning.binder import Binder\nfrom hetu.backends import lower\nimport torch",
@@ -105,6 +107,35 @@ def test_a_types_own_circle_may_be(tmp_path: Path) -> None:
 def test_what_is_too_large_is_found(tmp_path: Path) -> None:
     assert "a file of 451 lines" in write(tmp_path, ops_in_long="\n" * 451)[0]
     assert "25 modules in a folder" in write(tmp_path / "two", **{f"ops_in_m{i}": "" for i in range(25)})[0]
+
+
+TESTS = Path(__file__).parent
+
+
+def imported_tests(path: Path) -> list[str]:
+    """The modules of tests that a file imports, each with its line."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        found += [f"{path}:{node.lineno}: {name}" for name in names if re.search(r"(^|\.)(test_|conftest)", name)]
+    return found
+
+
+def test_no_test_module_is_imported() -> None:
+    """What tests share stands in tests/support, so that each test module can be read, run and changed alone."""
+    found = [line for path in sorted(TESTS.rglob("*.py")) for line in imported_tests(path)]
+    assert not found
+
+
+def test_an_imported_test_module_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "test_a.py"
+    path.write_text("import ops.test_b\nfrom ops.test_c import check\ndef f():\n    from ops import test_d")
+    assert [line.split(": ")[1] for line in imported_tests(path)] == [
+        "ops.test_b",
+        "ops.test_c.check",
+        "ops.test_d",
+    ]
 
 
 def test_import_hetu_loads_no_framework() -> None:

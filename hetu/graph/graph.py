@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 
@@ -19,6 +19,10 @@ from hetu.symbols import Constraint, IntSymbol, as_symbol
 if TYPE_CHECKING:
     import networkx
 
+    from hetu.parallel import AttnPlan, Layout
+    from hetu.planning.planner import Planner, Prepared
+    from hetu.runtime.executor import Executor
+
 _stack: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
 
@@ -26,14 +30,14 @@ class Graph:
     """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
 
     Args:
-        kind: ``"define_and_run"``, the one kind there is.
+        kind: ``"define_and_run"``, the only kind.
         num_strategy: How many parallel strategies its ``parallel_attn`` ops list.
         device: Where it runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None for CUDA if there is one, else the CPU.
         name: For printing.
 
     Attributes:
         nodes: In an order in which they can be computed.
-        constraints: What ``hetu.require`` demands of every run; the ops' own demands stand in their nodes.
+        constraints: Relations that ``hetu.require`` demands of every run. Those that ops demand stand in their nodes.
 
     Raises:
         HetuError: If there is no such kind of graph.
@@ -49,9 +53,9 @@ class Graph:
         tensor([[2., 4.]])
     """
 
-    planner_factory: ClassVar[Callable[[Graph], Any]]
-    executor_factory: ClassVar[Callable[[Graph], Any]]
-    """What plans and what runs a graph: set by the package, so that this one need not know of later stages."""
+    planner_factory: ClassVar[Callable[[Graph], Planner]]
+    executor_factory: ClassVar[Callable[[Graph], Executor]]
+    """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
 
     def __init__(
         self,
@@ -70,8 +74,8 @@ class Graph:
         self.constraints: list[Constraint] = []
         self._names: set[str] = set()
         self._counts: dict[str, int] = {}
-        self._planner: Any = None
-        self._executor: Any = None
+        self._planner: Planner | None = None
+        self._executor: Executor | None = None
 
     # Building
 
@@ -164,6 +168,11 @@ class Graph:
 
     # Looking
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """Changes whenever the graph grows: what is found out of a graph holds for one version."""
+        return len(self.nodes), len(self.constraints)
+
     def verify(self) -> None:
         """Checks the graph's own promises: order, ownership, unique names, shapes that the ops confirm.
 
@@ -180,7 +189,7 @@ class Graph:
         return format_graph(self)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
-        """The graph as a networkx graph: a vertex a node, an edge a use of a tensor."""
+        """The graph as a networkx graph: one vertex per node, one edge per use of a tensor."""
         from hetu.graph.printing import to_networkx
 
         return to_networkx(self)
@@ -188,18 +197,46 @@ class Graph:
     # Running
 
     @property
-    def planner(self) -> Any:
+    def planner(self) -> Planner:
         """What binds and plans the runs of this graph, without torch."""
         if self._planner is None:
             self._planner = type(self).planner_factory(self)
         return self._planner
 
     @property
-    def executor(self) -> Any:
+    def executor(self) -> Executor:
         """What lowers and runs this graph; its ``stats()`` tell what was cached, planner included."""
         if self._executor is None:
             self._executor = type(self).executor_factory(self)
         return self._executor
+
+    # What a tensor's value is depends on the strategy and the micro-batches of the run: see what run returns.
+
+    @overload
+    def run(
+        self,
+        fetches: Tensor,
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+        run_level: str = "update",
+    ) -> Any: ...
+
+    @overload
+    def run(
+        self,
+        fetches: Sequence[Tensor],
+        feed_dict: Mapping[Tensor, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+        run_level: str = "update",
+    ) -> list[Any]: ...
 
     def run(
         self,
@@ -216,8 +253,8 @@ class Graph:
 
         Args:
             fetches: A tensor, or a list of them.
-            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array a
-                pipeline, or one array that all get. With micro-batches: a list with one value each.
+            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array
+                per pipeline, or one array that all get. With micro-batches: a list with one value each.
             int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
             strategy: An index, ``"auto"`` (the cheapest feasible one) or None (0 if there is one, else ``"auto"``).
             num_micro_batches: How many micro-batches are run one after the other.
@@ -228,7 +265,7 @@ class Graph:
 
         Returns:
             For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
-            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one a
+            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one per
             micro-batch, when there are several.
 
         Raises:
@@ -263,7 +300,7 @@ class Graph:
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
-    ) -> Any:
+    ) -> Prepared:
         """Binds, selects and plans as ``run`` would, and computes nothing.
 
         Returns:
@@ -280,14 +317,14 @@ class Graph:
         cu_seqlens: Any = None,
         batch: int | Sequence[int] = 1,
         node: str | None = None,
-    ) -> Any:
+    ) -> Layout:
         """Which token lies where under a strategy: ``layout.scatter(x)`` and ``layout.gather(shards)``.
 
         Args:
             strategy: Index of the strategy.
             int_symbol_dict: Values of the symbols in its lengths and groups.
-            cu_seqlens: With packing: the array of all groups, or a list with one a group.
-            batch: Without packing: sequences in a batch; a list gives one number a group.
+            cu_seqlens: With packing: the array of all groups, or a list with one array per group.
+            batch: Without packing: sequences in a batch; a list gives one number per group.
             node: Which ``parallel_attn``, where the graph has several with different layouts.
 
         Raises:
@@ -303,7 +340,7 @@ class Graph:
         cu_seqlens: Any = None,
         batch: int | Sequence[int] = 1,
         node: str | None = None,
-    ) -> Any:
+    ) -> AttnPlan:
         """The plan that a run would follow, as data: see ``print(plan)``, ``plan.verify()``, ``plan.cost(...)``.
 
         Takes the arguments of :meth:`layout`.

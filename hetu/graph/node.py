@@ -11,7 +11,7 @@ from hetu.symbols import Constraint, IntSymbol
 
 if TYPE_CHECKING:
     from hetu.graph.graph import Graph
-    from hetu.graph.opdef import OpDef
+    from hetu.graph.opdef import OpDef, Role
 
 Operand = Tensor | IntSymbol | int | float | bool | None
 
@@ -48,6 +48,11 @@ class Node:
     def tensors(self) -> tuple[Tensor, ...]:
         """The inputs that are tensors."""
         return tuple(item for item in self.inputs if isinstance(item, Tensor))
+
+    @property
+    def role(self) -> Role:
+        """What the node is to a run."""
+        return self.definition.role
 
     def input(self, name: str) -> Any:
         """The input that the op's definition calls ``name``."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from numpy.typing import NDArray
@@ -18,6 +19,18 @@ if TYPE_CHECKING:
     from hetu.graph.node import Node
 
 Dim = int | IntSymbol
+
+Derived = TypeVar("Derived")
+
+
+class Role(Enum):
+    """What a node is to a run: who asks for parameters, say, asks for this and not for an op's name."""
+
+    COMPUTATION = "computed by a backend"
+    PLACEHOLDER = "fed by the user"
+    CONSTANT = "the same in every run"
+    PARAMETER = "kept by the graph from run to run"
+    UPDATE = "changes parameters after all micro-batches of a run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +71,7 @@ class Call:
         raise error(what, op=self.op, where=self.where, fix=fix)
 
     def symbol(self, name: str) -> IntSymbol:
-        """A symbol that the op itself gives a value in each run (by ``OpDef.tell``)."""
+        """A symbol that the op itself gives a value in each run (by ``OpDef.infer_sizes``)."""
         return self.symbols.setdefault(name, IntSymbol(f"{self.name}.{name}"))
 
     def check(self, constraint: Constraint | bool, what: str, fix: str | None = None) -> None:
@@ -87,7 +100,7 @@ class GoodSample:
 
     Attributes:
         build: Takes the fed tensors (graph tensors) and returns the op's output or outputs.
-        feeds: The arrays, one a placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
+        feeds: The arrays, one per placeholder. A dimension that ``symbolic`` names is a symbol in the placeholder.
         reference: The same in numpy, from the arrays (converted to float64 where floating).
         symbolic: Pairs (feed, dimension) that are symbols.
         smooth: Whether the op is smooth around these feeds, so that finite differences tell its gradient.
@@ -112,9 +125,13 @@ class BadSample:
 class Pipeline(Protocol):
     """What is known of one pipeline while a run is bound and planned."""
 
-    @property
-    def memo(self) -> dict[Any, Any]:
-        """Where ops keep what they derived from host inputs, as long as the run is bound and planned."""
+    def once(self, key: Hashable, derive: Callable[[], Derived]) -> Derived:
+        """What an op derives from the pipeline's host inputs, derived once while the run is bound and planned.
+
+        Args:
+            key: The op's name, and what the value depends on.
+            derive: Makes the value where no earlier call did.
+        """
 
     def known(self, expr: Dim) -> int | None:
         """The value of a size, or None as long as a symbol in it has no value."""
@@ -140,7 +157,7 @@ class RunView(Protocol):
 
 
 class OpDef:
-    """An op: signature, checks and shape rule, samples. One subclass an op, registered once.
+    """An op: its signature, checks, shape rule and samples. Each op is one subclass, registered once.
 
     Class attributes:
         name: The op's name, also of the function that users call.
@@ -148,7 +165,7 @@ class OpDef:
         outputs: Names of the outputs; a single one needs none.
         host_inputs: Inputs whose *values* planning reads (``cu_seqlens``).
         is_random: Whether each run draws an offset from the generator for it.
-        is_source: Whether it has no inputs and is no computation (placeholder, constant).
+        role: What its nodes are to a run.
         is_view: Whether the output may lie in its input's memory.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
@@ -167,7 +184,7 @@ class OpDef:
     outputs: ClassVar[tuple[str, ...]] = ("out",)
     host_inputs: ClassVar[tuple[str, ...]] = ()
     is_random: ClassVar[bool] = False
-    is_source: ClassVar[bool] = False
+    role: ClassVar[Role] = Role.COMPUTATION
     is_view: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
@@ -177,6 +194,11 @@ class OpDef:
     is_public: ClassVar[bool] = True
     stops_gradient: ClassVar[bool] = False
     precision: ClassVar[str] = "any"
+
+    @property
+    def is_source(self) -> bool:
+        """True if it has no inputs and is no computation: a placeholder, a constant or a parameter."""
+        return self.role in _SOURCES
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         """Checks a call and gives the outputs' dtypes and shapes."""
@@ -208,18 +230,18 @@ class OpDef:
         """Symbols that have one value on all pipelines of a strategy."""
         return ()
 
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
-        """Sizes that the op can tell when nothing stronger binds them, each with the name of its source."""
+    def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+        """Sizes that the op infers when nothing stronger binds them, each with the name of its source."""
         return ()
 
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        """Values of ``facts``, a row a pipeline; None where it can't tell (yet)."""
+    def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+        """The values of ``inferable_sizes``, one row per pipeline; None where the op doesn't know (yet)."""
         return ()
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         """Checks the run's values and gives everything that ``plan`` depends on, hashable.
 
-        One key where the op spans the pipelines, else one a pipeline. Equal keys mean equal plans, also
+        One key where the op spans the pipelines, else one per pipeline. Equal keys mean equal plans, also
         between nodes of the same op.
         """
         raise NotImplementedError
@@ -232,6 +254,8 @@ class OpDef:
         """What the op follows, made from a plan that it may share with others: a gradient its backward."""
         return plan
 
+
+_SOURCES = (Role.PLACEHOLDER, Role.CONSTANT, Role.PARAMETER)
 
 _registry: dict[str, OpDef] = {}
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetu.errors import HetuError
 from hetu.graph.node import Node
-from hetu.graph.opdef import Call
+from hetu.graph.opdef import Call, Role
 from hetu.graph.tensor import Tensor
 from hetu.symbols import as_symbol
 
@@ -25,6 +25,11 @@ def live_nodes(fetches: Iterable[Tensor]) -> list[Node]:
             found[node.id] = node
             stack += [tensor.op for tensor in node.tensors]
     return [found[key] for key in sorted(found)]
+
+
+def nodes_of(nodes: Iterable[Node], role: Role) -> list[Node]:
+    """Those of the nodes that have a role."""
+    return [node for node in nodes if node.definition.role is role]
 
 
 def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def format_graph(graph: Graph) -> str:
-    """One line a node: outputs with dtype and symbolic shape, the op with its arguments, the user's line."""
+    """One line per node: outputs with dtype and symbolic shape, the op with its arguments, the user's line."""
     lines = [(_outputs(node), _call(node), node.where.short) for node in graph.nodes]
     left = [f"  {outputs} = {call}" for outputs, call, _ in lines]
     width = min(max(map(len, left), default=0), 110)
@@ -50,7 +50,7 @@ def _brief(value: Any) -> str:
 
 
 def to_networkx(graph: Graph) -> networkx.MultiDiGraph:
-    """A vertex a node (key: its name; data: op, where, label), an edge a use of a tensor (data: tensor, shape)."""
+    """One vertex per node (key: name; data: op, where, label), one edge per use of a tensor (data: tensor, type)."""
     import networkx
 
     drawn: networkx.MultiDiGraph = networkx.MultiDiGraph(name=graph.name)

@@ -19,7 +19,7 @@ class Tensor:
     Attributes:
         name: Unique in its graph.
         dtype: Element type.
-        symbolic_shape: One :class:`~hetu.IntSymbol` a dimension.
+        symbolic_shape: One :class:`~hetu.IntSymbol` per dimension.
         op: The node that makes it.
         index: Which output of that node it is.
         on_cpu: Whether its data lies on the CPU whatever the graph's device is (``rng_state``).

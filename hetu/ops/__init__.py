@@ -1,78 +1,33 @@
-"""The ops that users call. One module a family; each op stands in the registry of :mod:`hetu.graph`."""
+"""The ops that users call. One module per family; each op stands in the registry of :mod:`hetu.graph`.
 
-from hetu.ops.activations import gelu, relu, sigmoid, silu, tanh
-from hetu.ops.arithmetic import add, div, mul, sub
-from hetu.ops.attention.attn_varlen import attn_varlen
-from hetu.ops.attention.parallel_attn import parallel_attn
-from hetu.ops.collective import all_reduce, step_sum
-from hetu.ops.compare import eq, ge, gt, le, lt, ne, where
-from hetu.ops.indexing import gather, slice
-from hetu.ops.joining import concat, split
-from hetu.ops.layout_tokens import layout_tokens
-from hetu.ops.linalg import linear, matmul
-from hetu.ops.loss import cross_entropy, token_mean_loss
-from hetu.ops.nn import cast, embedding, softmax
-from hetu.ops.norms import layer_norm, rms_norm
-from hetu.ops.pointwise import exp, log, pow, rsqrt, sqrt
-from hetu.ops.random import dropout
-from hetu.ops.reduce import max, mean, sum
-from hetu.ops.rotary import rotary
-from hetu.ops.shape import broadcast_to, reshape, stop_gradient, transpose
-from hetu.ops.sources import constant, full, parameter, placeholder
-from hetu.ops.swiglu import swiglu
+A family's ``__all__`` lists the functions that users call, so an op that joins a family needs no entry here.
+"""
 
-__all__ = [
-    "add",
-    "all_reduce",
-    "attn_varlen",
-    "broadcast_to",
-    "cast",
-    "concat",
-    "constant",
-    "cross_entropy",
-    "div",
-    "dropout",
-    "embedding",
-    "eq",
-    "exp",
-    "full",
-    "gather",
-    "ge",
-    "gelu",
-    "gt",
-    "layer_norm",
-    "layout_tokens",
-    "le",
-    "linear",
-    "log",
-    "lt",
-    "matmul",
-    "max",
-    "mean",
-    "mul",
-    "ne",
-    "parallel_attn",
-    "parameter",
-    "placeholder",
-    "pow",
-    "relu",
-    "reshape",
-    "rms_norm",
-    "rotary",
-    "rsqrt",
-    "sigmoid",
-    "silu",
-    "slice",
-    "softmax",
-    "split",
-    "sqrt",
-    "step_sum",
-    "stop_gradient",
-    "sub",
-    "sum",
-    "swiglu",
-    "tanh",
-    "token_mean_loss",
-    "transpose",
-    "where",
-]
+from typing import TYPE_CHECKING
+
+from hetu.ops.activations import *
+from hetu.ops.arithmetic import *
+from hetu.ops.attention.attn_varlen import *
+from hetu.ops.attention.parallel_attn import *
+from hetu.ops.collective import *
+from hetu.ops.compare import *
+from hetu.ops.indexing import *
+from hetu.ops.joining import *
+from hetu.ops.layout_tokens import *
+from hetu.ops.linalg import *
+from hetu.ops.loss import *
+from hetu.ops.nn import *
+from hetu.ops.norms import *
+from hetu.ops.pointwise import *
+from hetu.ops.random import *
+from hetu.ops.reduce import *
+from hetu.ops.rotary import *
+from hetu.ops.shape import *
+from hetu.ops.sources import *
+from hetu.ops.swiglu import *
+
+PUBLIC = sorted(name for name, value in globals().items() if callable(value) and not name.startswith("_"))
+"""The names of all functions that users call."""
+
+if not TYPE_CHECKING:  # which sees them by the imports above, and would see nothing in a list that is computed
+    __all__ = PUBLIC

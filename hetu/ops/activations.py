@@ -1,4 +1,4 @@
-"""Functions of each element of a floating tensor that networks are made non-linear by: relu to gelu."""
+"""Activations: functions of each element that make a network non-linear, each beside the op of its gradient."""
 
 from __future__ import annotations
 
@@ -10,12 +10,33 @@ import numpy as np
 from hetu.dtypes import bfloat16, int64
 from hetu.errors import DTypeError, HetuError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, register
-from hetu.ops import activation_gradients as _activation_gradients  # noqa: F401 - registers the ops that the rules are made of
-from hetu.ops.common.build import build
+from hetu.ops.common.build import build, output, tensor
 from hetu.ops.common.elementwise import Pointwise
+from hetu.ops.common.gradients import single, zeros_like
+from hetu.ops.common.layers import GradientOp
 from hetu.ops.common.samples import eighths, not_zero
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
+
+__all__ = ["gelu", "relu", "sigmoid", "silu", "tanh"]
+
+
+class _ActivationGrad(GradientOp):
+    """``grad * f'(x)``, from x or from ``out = f(x)``. Linear in ``grad``, so it is its own rule for that one."""
+
+    inputs = ("grad", "x")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        x = tensor(call, 1, "x")
+        return [output(call, x.dtype, x.symbolic_shape)]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        outer, (grad, x) = single(grads), node.tensors
+        return [lambda: build(self.name, (outer, x), node.attrs), lambda: self.curvature(outer * grad, x, node)]
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        """``grad`` times the derivative of what this op multiplies by."""
+        raise NotImplementedError
 
 
 @register
@@ -42,6 +63,17 @@ class Relu(Pointwise):
 
 
 @register
+class ReluGrad(_ActivationGrad):
+    """``grad`` where ``out`` is not 0."""
+
+    name = "relu_grad"
+    inputs = ("grad", "out")
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        return zeros_like(x)
+
+
+@register
 class Sigmoid(Pointwise):
     """``1 / (1 + exp(-x))``."""
 
@@ -64,6 +96,17 @@ class Sigmoid(Pointwise):
 
 
 @register
+class SigmoidGrad(_ActivationGrad):
+    """``grad * out * (1 - out)``."""
+
+    name = "sigmoid_grad"
+    inputs = ("grad", "out")
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        return grad * (1 - 2 * x)
+
+
+@register
 class Tanh(Pointwise):
     """The hyperbolic tangent."""
 
@@ -79,6 +122,17 @@ class Tanh(Pointwise):
             GoodSample(tanh, [eighths(0, 3)], np.tanh),
         ]
         return good, [BadSample(lambda: tanh(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
+
+
+@register
+class TanhGrad(_ActivationGrad):
+    """``grad * (1 - out ** 2)``."""
+
+    name = "tanh_grad"
+    inputs = ("grad", "out")
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        return grad * x * -2
 
 
 @register
@@ -101,6 +155,17 @@ class Silu(Pointwise):
             GoodSample(lambda x: silu(cast(x, bfloat16)), [eighths(7)], reference, smooth=False),
         ]
         return good, [BadSample(lambda: silu(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
+
+
+@register
+class SiluGrad(_ActivationGrad):
+    """``grad * s * (1 + x * (1 - s))`` with ``s = sigmoid(x)``."""
+
+    name = "silu_grad"
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        s = build("sigmoid", (x,))
+        return grad * s * (1 - s) * (2 + x * (1 - 2 * s))
 
 
 @register
@@ -143,6 +208,23 @@ class Gelu(Pointwise):
         return good, bad
 
 
+@register
+class GeluGrad(_ActivationGrad):
+    """``grad`` times the derivative of gelu, exact or of its approximation."""
+
+    name = "gelu_grad"
+
+    def curvature(self, grad: Tensor, x: Tensor, node: Node) -> Tensor:
+        square = x * x
+        if node.attrs["approximate"] == "none":
+            return grad * build("exp", (square * -0.5,)) * (2 - square) / math.sqrt(2 * math.pi)
+        # gelu(x) = x * (1 + t) / 2 with t = tanh(u), u = c * (x + k * x ** 3)
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        t = build("tanh", (c * x * (1 + k * square),))
+        first, second = c * (1 + 3 * k * square), 6 * c * k * x
+        return grad * (1 - t * t) * (first + 0.5 * x * (second - 2 * t * first * first))
+
+
 def relu(x: Tensor, name: str | None = None) -> Tensor:
     """Applies ``max(x, 0)``; NaN stays NaN.
 
@@ -150,7 +232,7 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -174,7 +256,7 @@ def sigmoid(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -198,7 +280,7 @@ def tanh(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -222,7 +304,7 @@ def silu(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -250,14 +332,14 @@ def gelu(x: Tensor, approximate: str = "none", name: str | None = None) -> Tenso
     Args:
         x: Floating, any shape.
         approximate: ``"none"``, or ``"tanh"`` for the approximation.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
 
     Raises:
         DTypeError: If x is not floating.
-        HetuError: If there is no such approximation.
+        HetuError: If approximate is none of these.
 
     Example:
         >>> import hetu

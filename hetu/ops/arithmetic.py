@@ -15,6 +15,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["add", "div", "mul", "sub"]
+
 
 @register
 class Add(Elementwise):
@@ -138,7 +140,10 @@ class Div(Elementwise):
             ),
             GoodSample(lambda a: div(1, a), [not_zero(0)], lambda a: 1 / a),
         ]
-        bad = [BadSample(lambda: div(_float(2), _float(3)), ShapeError, "2 and 3 differ")]
+        bad = [
+            BadSample(lambda: div(_float(2), _float(3)), ShapeError, "2 and 3 differ"),
+            BadSample(lambda: div(_float(2), None), DTypeError, "b to be a tensor or a number"),  # type: ignore[arg-type]
+        ]
         return good, bad
 
 
@@ -154,8 +159,8 @@ def add(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape; its dtype is that of ``torch.result_type``.
@@ -180,15 +185,15 @@ def sub(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype but bool and any shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape; its dtype is that of ``torch.result_type``.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: With bools, or where :func:`add` raises it.
+        DTypeError: If an operand is bool, or :func:`add` would raise it.
 
     Example:
         >>> import hetu
@@ -206,15 +211,15 @@ def mul(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape; its dtype is that of ``torch.result_type``.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`add` raises it.
+        DTypeError: If :func:`add` would raise it.
 
     Example:
         >>> import hetu
@@ -232,8 +237,8 @@ def div(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape; its dtype is that of ``torch.result_type``, and float32 where that is an

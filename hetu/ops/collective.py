@@ -15,6 +15,8 @@ from hetu.ops.common.build import build, floating, output, tensor, whole
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
+__all__ = ["all_reduce", "step_sum"]
+
 
 @register
 class AllReduce(OpDef):
@@ -91,7 +93,11 @@ class StepSum(OpDef):
         x = tensor(call, 0, "x")
         if x.dtype.is_floating:
             # A sum of floats would depend on how they lie on pipelines; this one is the same under every strategy.
-            call.fail(DTypeError, f"expected x to be of an int dtype or bool, got {x.dtype}", "sum counts, not values")
+            call.fail(
+                DTypeError,
+                f"expected x to be of an int dtype or bool, got {x.dtype}",
+                "count what is summed: step_sum adds up whole numbers",
+            )
         for node in live_nodes([x]):
             if node.definition.is_step_wide:
                 call.fail(
@@ -126,20 +132,21 @@ def _float(*shape: int) -> Tensor:
 def all_reduce(x: Tensor, op: str = "sum", name: str | None = None) -> Tensor:
     """Adds up, or averages, a tensor over the pipelines of the strategy that a run chooses.
 
-    Adds in the order of the pipelines; half precision in float32. With one pipeline it is x itself, at no cost.
+    Values are added in the order of the pipelines, half precision in float32. With one pipeline the result is x itself,
+    at no cost.
 
     Args:
-        x: Of any shape, which must be the same on all pipelines, and any dtype but bool; floating for a mean.
+        x: Any dtype but bool, floating for a mean. Its shape must be the same on all pipelines.
         op: ``"sum"`` or ``"mean"``.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape, with the same value on all pipelines.
 
     Raises:
-        HetuError: If there is no such op.
-        DTypeError: If x is of a dtype that can't be summed, or averaged.
-        ShapeError: When run, if x has another shape on another pipeline.
+        HetuError: If op is none of these.
+        DTypeError: If x has a dtype that can't be summed, or averaged.
+        ShapeError: If x has another shape on another pipeline, which a run checks.
 
     Example:
         >>> import hetu
@@ -157,14 +164,15 @@ def all_reduce(x: Tensor, op: str = "sum", name: str | None = None) -> Tensor:
 def step_sum(x: Tensor, least: int | None = None, name: str | None = None) -> Tensor:
     """Sums a tensor's elements over all pipelines and micro-batches of a run.
 
-    It is computed before everything else of the run, from the part of the graph that x needs, and is the same in
-    all micro-batches. The number of labelled tokens of a step is the use that it is made for.
+    The sum is computed before the rest of the run, from the part of the graph that x needs, and is the same in all
+    micro-batches. It is made to count the labelled tokens of a step.
 
     Args:
-        x: Of an int dtype or bool, any shape, which may differ between pipelines and micro-batches. It must not depend
+        x: An int dtype or bool, any shape. The shape may differ between pipelines and micro-batches. x must not depend
             on another ``step_sum``.
-        least: The smallest value that it gives, whatever the sum is: 1 for what will be divided by. None for no bound.
-        name: Unique in the graph; made up if None.
+        least: The smallest value that the op gives, whatever the sum is; say 1 if something will be divided by it.
+            None sets no bound.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         An int64 tensor without dimensions.

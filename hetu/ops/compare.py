@@ -15,6 +15,8 @@ from hetu.ops.common.gradients import single, unbroadcast
 from hetu.ops.common.samples import eighths, not_zero, whole_numbers
 from hetu.ops.sources import placeholder
 
+__all__ = ["eq", "ge", "gt", "le", "lt", "ne", "where"]
+
 
 class _Comparison(Elementwise):
     """A comparison, made in the common dtype of the operands. ``reference`` is the same in numpy."""
@@ -174,15 +176,15 @@ def eq(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN gives False.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -203,15 +205,15 @@ def ne(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN differs from everything.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -231,15 +233,15 @@ def lt(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN gives False.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -259,15 +261,15 @@ def le(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN gives False.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -287,15 +289,15 @@ def gt(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN gives False.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -315,15 +317,15 @@ def ge(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 
     Args:
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same; one of the two must be a tensor.
-        name: Unique in the graph; made up if None.
+        b: As a; one of the two must be a tensor.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A bool tensor of the common shape. NaN gives False.
 
     Raises:
         ShapeError: If the shapes don't broadcast.
-        DTypeError: Where :func:`hetu.add` raises it.
+        DTypeError: If :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu
@@ -339,13 +341,13 @@ def ge(a: Operand, b: Operand, name: str | None = None) -> Tensor:
 def where(condition: Tensor, a: Operand, b: Operand, name: str | None = None) -> Tensor:
     """Takes elements of ``a`` where a condition holds, and of ``b`` elsewhere. Broadcasts as :func:`hetu.add` does.
 
-    What is not chosen has the gradient 0.
+    An element that is not chosen gets the gradient 0.
 
     Args:
         condition: A bool tensor of any shape.
         a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: The same.
-        name: Unique in the graph; made up if None.
+        b: As a.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape of all three; its dtype is that of ``torch.result_type`` of a and b.

@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
+__all__ = ["gather", "slice"]
+
 
 @register
 class Slice(OpDef):
@@ -179,23 +181,23 @@ def slice(
 ) -> Tensor:
     """Takes ``x[start:stop:step]`` along a dimension.
 
-    Unlike Python's, bounds are not cut to fit: ``0 <= start <= stop <= size`` must hold, as a slice that comes out
-    shorter than asked for hides mistakes.
+    Bounds are not cut to fit as Python does it: ``0 <= start <= stop <= size`` must hold, because a slice that comes
+    out shorter than asked for hides mistakes.
 
     Args:
         x: Any dtype, at least one dimension.
-        dim: Which dimension; negative ones count from the end.
+        dim: The dimension; negative ones count from the end.
         start: First index; a negative int counts from the end.
-        stop: One past the last index; a negative int counts from the end, None is the end.
+        stop: One past the last index; a negative int counts from the end, and None means the end.
         step: At least 1.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype with ``ceil_div(stop - start, step)`` elements in that dimension.
 
     Raises:
-        ShapeError: If the bounds don't hold, or there is no such dimension. What only the symbols' values
-            decide is checked by every run.
+        ShapeError: If the bounds don't hold, or there is no such dimension. Every run checks what only the
+            symbols' values decide.
 
     Example:
         >>> import hetu
@@ -225,16 +227,16 @@ def _from_front(x: Any, dim: Any, bound: Any, default: int | None) -> Any:
 
 
 def gather(x: Tensor, dim: int, index: Tensor, name: str | None = None) -> Tensor:
-    """Takes elements along a dimension, each row by its own indices, as ``torch.gather``.
+    """Takes elements along a dimension, with other indices for each row, as ``torch.gather``.
 
     With two dimensions and ``dim=1``: ``out[i, j] = x[i, index[i, j]]``.
 
     Args:
         x: Any dtype, at least one dimension.
-        dim: Which dimension; negative ones count from the end.
-        index: int32 or int64, with as many dimensions as x, and in all but ``dim`` no larger. The values are not
-            looked at before the kernel does: one below 0 or out of range is torch's error on the CPU.
-        name: Unique in the graph; made up if None.
+        dim: The dimension; negative ones count from the end.
+        index: int32 or int64, with as many dimensions as x, and no larger than x in all but ``dim``. Only the kernel
+            looks at the values: on the CPU torch raises an error for one that is out of range.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and index's shape.

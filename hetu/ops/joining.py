@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
+__all__ = ["concat", "split"]
+
 
 @register
 class Concat(OpDef):
@@ -168,16 +170,16 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, name: str | None = None) -> 
     """Joins tensors along a dimension, as ``torch.cat``.
 
     Args:
-        tensors: At least one, all with the same number of dimensions and of the same sizes apart from ``dim``.
-        dim: Which dimension; negative ones count from the end.
-        name: Unique in the graph; made up if None.
+        tensors: At least one tensor. They have the same number of dimensions, and the same sizes in all but ``dim``.
+        dim: The dimension; negative ones count from the end.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor whose size in ``dim`` is the sum of theirs; its dtype is their common one (``torch.result_type``).
+        A tensor whose size in ``dim`` is the sum of theirs. Its dtype is that of ``torch.result_type``.
 
     Raises:
         ShapeError: If there is no tensor, no such dimension, or other sizes differ.
-        DTypeError: If something is no tensor.
+        DTypeError: If one of them is no tensor.
 
     Example:
         >>> import hetu
@@ -200,16 +202,17 @@ def split(
 
     Args:
         x: Any dtype, at least one dimension.
-        sizes: The pieces' sizes, ints or IntSymbols; or the size of each piece, of which the last may be smaller.
-        dim: Which dimension; negative ones count from the end.
-        name: Unique in the graph; made up if None.
+        sizes: A list with the size of each piece; or one size for all pieces, of which the last may be smaller. Sizes
+            are ints or IntSymbols.
+        dim: The dimension; negative ones count from the end.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         The pieces, tensors of x's dtype.
 
     Raises:
-        ShapeError: If the sizes don't add up, or don't say how many pieces there are, or there is no such dimension.
-            What only the symbols' values decide is checked by every run.
+        ShapeError: If the sizes don't add up or don't say how many pieces there are, or there is no such dimension.
+            Every run checks what only the symbols' values decide.
 
     Example:
         >>> import hetu

@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.parallel.layout.tokens import TokenTable
 
+__all__ = ["layout_tokens"]
+
 
 @register
 class LayoutTokens(LayoutOp):
@@ -72,18 +74,19 @@ def layout_tokens(
     split: str = "normal",
     name: str | None = None,
 ) -> list[Tensor]:
-    """Says which token each row is: what rotary embeddings, dropout and the like need to be right under every strategy.
+    """Says which token each row is. Rotary embeddings and dropout need this to be right under every strategy.
 
-    Takes the arguments of :func:`hetu.parallel_attn`, and agrees with it on which token lies where.
+    The op takes the arguments of :func:`hetu.parallel_attn`, and agrees with it on which token lies where.
 
     Args:
-        x: ``(rows, ...)``, any tensor with one row a token of this pipeline's shard; only its length is looked at.
-        multi_seq_lens_symbol: One row a strategy, one length a pipeline.
-        multi_cp_group_symbol: Rows of the same sizes: each pipeline's context group.
+        x: ``(rows, ...)``, any tensor with one row per token of this pipeline's shard; only its length is looked at.
+        multi_seq_lens_symbol: One row per strategy, with one length per pipeline.
+        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline.
         packing: Whether the sequence is a concatenation of documents.
-        cu_seqlens: With packing, as ``cu_seqlens_q`` of :func:`hetu.parallel_attn`.
+        cu_seqlens: Only with packing: the documents' cumulative lengths, as ``cu_seqlens_q`` of
+            :func:`hetu.parallel_attn`.
         split: How a sequence lies over its group.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         ``[position, document, token]``, int64 ``(rows,)`` each: the row's position in its document (its sequence,
@@ -93,7 +96,7 @@ def layout_tokens(
     Raises:
         StrategyError: If the lists don't fit the graph's strategies or each other.
         HetuError: If cu_seqlens are given without packing, or missing with it.
-        BindingError: When run, if what was fed does not fit the strategy.
+        BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:
         >>> import hetu

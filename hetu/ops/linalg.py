@@ -15,6 +15,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["linear", "matmul"]
+
 
 @register
 class MatMul(OpDef):
@@ -186,11 +188,11 @@ def matmul(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         a: Floating, ``(..., n, k)`` or a vector ``(k,)``.
-        b: Of the same dtype, ``(..., k, m)`` or a vector ``(k,)``. Dimensions before the last two broadcast.
-        name: Unique in the graph; made up if None.
+        b: ``(..., k, m)`` or a vector ``(k,)``, of a's dtype. Dimensions before the last two broadcast.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        ``(..., n, m)`` of the same dtype, without n where a is a vector and without m where b is one.
+        ``(..., n, m)`` of the same dtype; without n if a is a vector, and without m if b is one.
 
     Raises:
         ShapeError: If the sizes don't fit, or an operand has no dimension.
@@ -212,9 +214,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | No
 
     Args:
         x: Floating, ``(..., in)``.
-        weight: Of the same dtype, ``(out, in)``.
-        bias: Of the same dtype, ``(out,)``.
-        name: Unique in the graph; made up if None.
+        weight: ``(out, in)``, of x's dtype.
+        bias: ``(out,)``, of x's dtype. None adds nothing.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         ``(..., out)`` of the same dtype.

@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["cross_entropy", "token_mean_loss"]
+
 
 @register
 class CrossEntropy(OpDef):
@@ -118,27 +120,27 @@ def _float(*shape: int) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, ignore_index: int = -100, reduction: str = "mean", name: str | None = None
 ) -> Tensor:
-    """The negative log-likelihood of labels: ``log(sum(exp(logits))) - logits[label]`` for each row.
+    """Gives the negative log-likelihood of labels: ``log(sum(exp(logits))) - logits[label]`` for each row.
 
-    With several pipelines or micro-batches ``"mean"`` is that of each one's own tokens; :func:`token_mean_loss` is
-    the mean over all of them.
+    With several pipelines or micro-batches ``"mean"`` is the mean over the tokens of each one alone;
+    :func:`token_mean_loss` is the mean over all of them.
 
     Args:
         logits: Floating, ``(..., classes)``.
-        labels: int32 or int64, ``(...)``, values from 0 to below ``classes``. As in :func:`embedding`, one out of range
-            is torch's IndexError on the CPU.
-        ignore_index: Rows with this label count as 0, and have no gradient.
-        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one value a row.
-        name: Unique in the graph; made up if None.
+        labels: int32 or int64, ``(...)``, values from 0 to below ``classes``. On the CPU torch raises an IndexError for
+            one that is out of range.
+        ignore_index: Rows with this label count as 0 and get no gradient.
+        reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one value per row.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor without dimensions, or of labels' shape where there is no reduction; float32, and float64 for float64,
-        which is also what it is computed in. The mean of nothing is NaN, as in torch, and has the gradient 0.
+        A tensor without dimensions, or of labels' shape if reduction is ``"none"``. It is computed in float32, or in
+        float64 if logits are, and has that dtype. The mean of no rows is NaN, as in torch, and has the gradient 0.
 
     Raises:
         ShapeError: If labels don't have the shape of logits without its last dimension.
         DTypeError: If logits are not floating, or labels not int32 or int64.
-        HetuError: If there is no such reduction.
+        HetuError: If reduction is none of these.
 
     Example:
         >>> import hetu
@@ -153,20 +155,20 @@ def cross_entropy(
 
 
 def token_mean_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """This pipeline's and micro-batch's share of the mean cross entropy over all tokens of a step.
+    """Gives this pipeline's and micro-batch's share of the mean cross entropy over all tokens of a step.
 
-    The loss of a step is the *sum* over pipelines and micro-batches of what the graph's loss node gives, and its
-    gradients likewise. So that the sum is the usual mean over tokens, however unevenly they are dealt out, each share
-    is the sum of its own tokens' losses divided by the number of labelled tokens of the whole run, which
-    :func:`step_sum` counts before the rest is computed. The step is then that of one pipeline and one batch.
+    A step sums the graph's loss node, and its gradients, over all pipelines and micro-batches. Each share is the sum of
+    its own tokens' losses, divided by the number of labelled tokens of the whole run, which :func:`step_sum` counts
+    before the rest is computed. So the sum is the usual mean over tokens, however unevenly they are dealt out, and the
+    step is that of one pipeline with one batch.
 
     Args:
         logits: Floating, ``(..., classes)``.
-        labels: int32 or int64, ``(...)``, as of :func:`cross_entropy`.
-        ignore_index: Rows with this label don't count. Where a step has no others its loss is 0.
+        labels: int32 or int64, ``(...)``, as in :func:`cross_entropy`.
+        ignore_index: Rows with this label don't count. The loss of a step that has no others is 0.
 
     Returns:
-        A tensor without dimensions, float32, or float64 for float64.
+        A tensor without dimensions: float32, or float64 if logits are.
 
     Raises:
         ShapeError: If labels don't have the shape of logits without its last dimension.

@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["cast", "embedding", "softmax"]
+
 
 @register
 class Cast(OpDef):
@@ -166,13 +168,13 @@ def _float(*shape: int | IntSymbol) -> Tensor:
 def cast(x: Tensor, dtype: DType | Any, name: str | None = None) -> Tensor:
     """Converts to another element type.
 
-    Floats become ints by cutting the fraction off; what then does not fit is undefined, as in torch. Anything
-    but zero becomes True.
+    Floats become ints without their fraction; the result is undefined if it does not fit, as in torch. A cast to bool
+    gives True for all but zero.
 
     Args:
         x: Any dtype and shape.
         dtype: A hetu, numpy or torch dtype, or its name.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's shape.
@@ -195,16 +197,16 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
     """Looks up rows of a table, as ``torch.nn.functional.embedding``.
 
     Args:
-        ids: int32 or int64, any shape, values from 0 to below the table's number of rows. The values are not
-            looked at before the kernel does: one out of range is torch's IndexError on the CPU.
+        ids: int32 or int64, any shape, values from 0 to below the table's number of rows. Only the kernel looks at
+            the values: on the CPU torch raises an IndexError for one that is out of range.
         weight: The table, floating, ``(rows, width)``.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         ``(*ids.shape, width)`` of the table's dtype.
 
     Raises:
-        DTypeError: If ids are no int32 or int64, or the table is not floating.
+        DTypeError: If ids are not int32 or int64, or the table is not floating.
         ShapeError: If the table does not have two dimensions.
 
     Example:
@@ -221,12 +223,12 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
 
 
 def softmax(x: Tensor, dim: int = -1, name: str | None = None) -> Tensor:
-    """Applies ``exp(x) / sum(exp(x))`` along a dimension. Computed in float32 where x is of half precision.
+    """Applies ``exp(x) / sum(exp(x))`` along a dimension. Half precision is computed in float32.
 
     Args:
         x: Floating, at least one dimension.
-        dim: Which dimension; negative ones count from the end.
-        name: Unique in the graph; made up if None.
+        dim: The dimension; negative ones count from the end.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.

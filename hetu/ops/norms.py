@@ -16,9 +16,11 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["layer_norm", "rms_norm"]
+
 
 class _Norm(OpDef):
-    """What the two have in common. Both keep one number a row for their gradients, as outputs of the node."""
+    """The base of both norms. They keep one number per row for their gradients, as outputs of the node."""
 
     precision = "high"
 
@@ -39,7 +41,7 @@ class _Norm(OpDef):
 
     @staticmethod
     def statistic(call: Call, x: Tensor) -> TensorSpec:
-        """One number a row, as the gradient reads it: float32, or float64 for float64."""
+        """One number per row, as the gradient reads it: float32, or float64 for float64."""
         return output(call, float64 if x.dtype == float64 else float32, (*x.symbolic_shape[:-1], 1))
 
 
@@ -180,14 +182,14 @@ def _float(*shape: int) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, name: str | None = None) -> Tensor:
     """Normalises over the last dimension: ``x / sqrt(mean(x ** 2) + eps) * weight``.
 
-    Computed in float32 where x is of half precision. Source: Zhang and Sennrich, "Root Mean Square Layer
+    Half precision is computed in float32. Source: Zhang and Sennrich, "Root Mean Square Layer
     Normalization", 2019, equation 4.
 
     Args:
         x: Floating, ``(..., width)``.
-        weight: Of the same dtype, ``(width,)``.
-        eps: At least 0.
-        name: Unique in the graph; made up if None.
+        weight: ``(width,)``, of x's dtype. None stands for ones.
+        eps: A number of at least 0; it keeps the divisor from 0.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -195,6 +197,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, name: s
     Raises:
         ShapeError: If weight does not have the last dimension's length, or x has no dimension.
         DTypeError: If the dtypes differ or are not floating.
+        HetuError: If eps is negative or no number.
 
     Example:
         >>> import hetu
@@ -212,15 +215,15 @@ def layer_norm(
 ) -> Tensor:
     """Normalises over the last dimension: ``(x - mean(x)) / sqrt(var(x) + eps) * weight + bias``.
 
-    The variance is the biased one, as in ``torch.nn.functional.layer_norm``. Computed in float32 where x is of half
-    precision. Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, equation 4.
+    The variance is the biased one, as in ``torch.nn.functional.layer_norm``. Half precision is computed
+    in float32. Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, equation 4.
 
     Args:
         x: Floating, ``(..., width)``.
-        weight: Of the same dtype, ``(width,)``.
-        bias: Like weight.
-        eps: At least 0.
-        name: Unique in the graph; made up if None.
+        weight: ``(width,)``, of x's dtype. None stands for ones.
+        bias: ``(width,)``, of x's dtype. None stands for zeros.
+        eps: A number of at least 0; it keeps the divisor from 0.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -228,6 +231,7 @@ def layer_norm(
     Raises:
         ShapeError: If weight or bias does not have the last dimension's length, or x has no dimension.
         DTypeError: If the dtypes differ or are not floating.
+        HetuError: If eps is negative or no number.
 
     Example:
         >>> import hetu

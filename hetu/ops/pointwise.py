@@ -20,6 +20,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, minimum
 
+__all__ = ["exp", "log", "pow", "rsqrt", "sqrt"]
+
 
 @register
 class Exp(Pointwise):
@@ -195,7 +197,7 @@ def exp(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -215,11 +217,11 @@ def exp(x: Tensor, name: str | None = None) -> Tensor:
 
 
 def log(x: Tensor, name: str | None = None) -> Tensor:
-    """Applies the natural logarithm: of 0 it is ``-inf``, of negative numbers NaN.
+    """Applies the natural logarithm. It gives ``-inf`` for 0 and NaN for negative numbers.
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -239,11 +241,11 @@ def log(x: Tensor, name: str | None = None) -> Tensor:
 
 
 def sqrt(x: Tensor, name: str | None = None) -> Tensor:
-    """Applies the square root: of negative numbers it is NaN.
+    """Applies the square root. It gives NaN for negative numbers.
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -263,11 +265,11 @@ def sqrt(x: Tensor, name: str | None = None) -> Tensor:
 
 
 def rsqrt(x: Tensor, name: str | None = None) -> Tensor:
-    """Applies ``1 / sqrt(x)``: of 0 it is ``inf``, of negative numbers NaN.
+    """Applies ``1 / sqrt(x)``. It gives ``inf`` for 0 and NaN for negative numbers.
 
     Args:
         x: Floating, any shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -291,8 +293,8 @@ def pow(base: Operand, exponent: Operand, name: str | None = None) -> Tensor:
 
     Args:
         base: A tensor of any dtype but bool and any shape, a number, or an IntSymbol.
-        exponent: The same; one of the two must be a tensor. Where both are ints, at least 0.
-        name: Unique in the graph; made up if None.
+        exponent: As base; one of the two must be a tensor. It must be at least 0 if both are ints.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of the common shape; its dtype is that of ``torch.result_type``. Fractional powers of negative
@@ -300,7 +302,7 @@ def pow(base: Operand, exponent: Operand, name: str | None = None) -> Tensor:
 
     Raises:
         ShapeError: If the shapes don't broadcast, or the exponent of ints is a number below 0.
-        DTypeError: If all is bool, or where :func:`hetu.add` raises it.
+        DTypeError: If both are bool, or :func:`hetu.add` would raise it.
 
     Example:
         >>> import hetu

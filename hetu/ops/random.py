@@ -16,6 +16,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol
 
+__all__ = ["dropout"]
+
 
 @register
 class Dropout(OpDef):
@@ -46,7 +48,7 @@ class Dropout(OpDef):
             )
         rank(call, tokens, "tokens", 1, 1)
         rows = x.shape[0] if x.ndim else 1
-        what = f"expected one token a row of x, got {tokens.shape[0]} for {rows} row(s)"
+        what = f"expected one token per row of x, got {tokens.shape[0]} for {rows} row(s)"
         call.same(tokens.symbolic_shape[0], as_symbol(rows), what)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
@@ -100,16 +102,16 @@ def _float(*shape: int) -> Tensor:
 def dropout(x: Tensor, p: float, tokens: Tensor | None = None, name: str | None = None) -> Tensor:
     """Sets elements to 0 with probability p, and scales the others by ``1 / (1 - p)``.
 
-    Which ones depends on the seed, on how often was drawn before, on the number of the row's token and on the column
-    within the row, and on nothing else: with ``tokens`` the mask is the same under every parallel strategy and in
-    every order of the rows, on every device. ``hetu.manual_seed(n)`` fixes the seed; each run draws a new mask.
+    Which ones depends on four numbers alone: the seed, how many masks were drawn before, the number of the row's token,
+    and the column. So with ``tokens`` the mask is the same under every parallel strategy, in every order of the rows
+    and on every device. ``hetu.manual_seed(n)`` fixes the seed; each run draws a new mask.
 
     Args:
-        x: Floating, any shape: rows along the first dimension, and all the others together are the columns.
+        x: Floating, any shape. Its rows lie along the first dimension; all others together are the columns.
         p: A number in [0, 1); 0 leaves x as it is.
         tokens: int64, ``(rows,)``, the number of each row's token in the whole batch, as the ``token`` that
             :func:`layout_tokens` gives. None numbers the rows from 0, and lets pipelines draw from different streams.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
@@ -117,7 +119,7 @@ def dropout(x: Tensor, p: float, tokens: Tensor | None = None, name: str | None 
     Raises:
         HetuError: If p is no number in [0, 1).
         DTypeError: If x is not floating, or tokens are not int64.
-        ShapeError: If there is not one token a row.
+        ShapeError: If there is not one token per row.
 
     Example:
         >>> import hetu

@@ -18,9 +18,11 @@ from hetu.ops.compare import eq
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
+__all__ = ["max", "mean", "sum"]
+
 
 class _Reduction(OpDef):
-    """What they have in common. ``dim`` becomes the tuple of all reduced dimensions."""
+    """The base of all reductions. ``dim`` becomes the tuple of all reduced dimensions."""
 
     inputs = ("x",)
 
@@ -180,13 +182,14 @@ def sum(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
         x: Any dtype and shape.
         dim: One dimension or several; negative ones count from the end; None for all.
         keepdim: Whether summed dimensions stay, with size 1.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor of x's dtype, and of int64 where that is an int dtype or bool.
+        A tensor of x's dtype, or of int64 if x has an int dtype or bool.
 
     Raises:
         ShapeError: If there is no such dimension, or one is named twice.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu
@@ -206,7 +209,7 @@ def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = Fals
         x: Floating, any shape.
         dim: One dimension or several; negative ones count from the end; None for all.
         keepdim: Whether averaged dimensions stay, with size 1.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype. The mean of nothing is NaN.
@@ -232,17 +235,18 @@ def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
     Its gradient goes in equal parts to all elements that are the largest.
 
     Args:
-        x: Any dtype and shape; at least one element in every reduced dimension.
+        x: Any dtype and shape, with at least one element in every reduced dimension.
         dim: One dimension or several; negative ones count from the end; None for all.
         keepdim: Whether reduced dimensions stay, with size 1.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor of x's dtype; NaN where an element is.
+        A tensor of x's dtype. It is NaN where one of the elements is.
 
     Raises:
-        ShapeError: If there is no such dimension, one is named twice, or one has size 0. What only the symbols'
-            values decide is checked by every run.
+        ShapeError: If there is no such dimension, one is named twice, or one has size 0. Every run checks what only
+            the symbols' values decide.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu

@@ -17,6 +17,8 @@ from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 
+__all__ = ["rotary"]
+
 
 @register
 class RotaryTable(GradientOp):
@@ -49,7 +51,7 @@ class Rotary(OpDef):
         x, table = tensor(call, 0, "x"), tensor(call, 1, "table")
         floating(call, x, "x")
         rank(call, x, "x", 2, 3)
-        rows = f"expected one position a row of x, got {table.shape[0]} for {x.shape[0]} rows"
+        rows = f"expected one position per row of x, got {table.shape[0]} for {x.shape[0]} rows"
         call.same(table.symbolic_shape[0], x.symbolic_shape[0], rows)
         heads = self._heads(call, x)
         wanted = call.attrs["num_heads"]
@@ -146,27 +148,27 @@ def rotary(
     """Rotates pairs of columns of each head by angles that grow with the row's position.
 
     Pair i of a head is turned by ``position * base ** (-2 * i / head_dim)``, so that the product of a rotated query
-    and a rotated key depends on how far apart they are, not on where. Angles are exact to float64; rotations are
-    computed in float32, and in float64 for float64. Source: Su et al., "RoFormer", 2021, equation 34.
+    and a rotated key depends on how far apart they are, and not on where they are. Angles are exact to float64;
+    rotations are computed in float32, and in float64 for float64. Source: Su et al., "RoFormer", 2021, equation 34.
 
     Args:
         x: Floating, ``(T, H * head_dim)`` or ``(T, H, head_dim)``.
-        positions: int32 or int64, ``(T,)``: each row's position in its document, as the ``position`` that
-            :func:`layout_tokens` gives, which is right under every parallel strategy.
-        head_dim: Even.
+        positions: int32 or int64, ``(T,)``: each row's position in its document. The ``position`` that
+            :func:`layout_tokens` gives is right under every parallel strategy.
+        head_dim: Columns per head, an even number.
         num_heads: How many heads are rotated, from the first on; the rest passes through. None rotates all. A packed
             qkv is rotated in one go with ``num_heads = H_q + H_kv``.
-        base: Positive; larger ones turn more slowly.
+        base: A positive number; with a larger one pairs turn more slowly.
         interleaved: Whether pairs are columns ``(2i, 2i + 1)``, as in GPT-J, and not ``(i, i + head_dim / 2)``, as in
             Llama and GPT-NeoX.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.
 
     Raises:
         ShapeError: If head_dim is odd or does not divide x's width, x has no ``num_heads`` heads, or there is not one
-            position a row.
+            position per row.
         DTypeError: If x is not floating, or positions are not int32 or int64.
         HetuError: If base is no positive number.
 

@@ -16,6 +16,8 @@ from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, equal
 
+__all__ = ["broadcast_to", "reshape", "stop_gradient", "transpose"]
+
 
 def _sizes(call: Call) -> list[Dim]:
     """The argument ``shape``, whose sizes' signs are not looked at."""
@@ -244,15 +246,16 @@ def reshape(x: Tensor, shape: Sequence[int | IntSymbol], name: str | None = None
 
     Args:
         x: Any dtype and shape.
-        shape: One int or IntSymbol a dimension; one of them may be -1: whatever is left.
-        name: Unique in the graph; made up if None.
+        shape: One int or IntSymbol per dimension. One of them may be -1, which stands for the elements that are left.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of that shape and x's dtype.
 
     Raises:
-        ShapeError: If the number of elements changes, or -1 is ambiguous or no whole number. What only the
-            symbols' values decide is checked by every run.
+        ShapeError: If the number of elements changes, or -1 is ambiguous or no whole number. Every run checks what
+            only the symbols' values decide.
+        DTypeError: If x is no tensor.
 
     Example:
         >>> import hetu
@@ -271,8 +274,8 @@ def transpose(x: Tensor, dim0: int, dim1: int, name: str | None = None) -> Tenso
     Args:
         x: Any dtype and shape.
         dim0: One dimension; negative ones count from the end.
-        dim1: The other.
-        name: Unique in the graph; made up if None.
+        dim1: The other dimension.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype with the two sizes swapped.
@@ -297,8 +300,8 @@ def broadcast_to(x: Tensor, shape: Sequence[int | IntSymbol], name: str | None =
 
     Args:
         x: Any dtype and shape.
-        shape: One int or IntSymbol a dimension, equal to x's, counted from the last, where that is not 1.
-        name: Unique in the graph; made up if None.
+        shape: One int or IntSymbol per dimension. Counted from the last, each equals x's size where that is not 1.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of that shape and x's dtype.
@@ -325,7 +328,7 @@ def stop_gradient(x: Tensor, name: str | None = None) -> Tensor:
 
     Args:
         x: Any dtype and shape.
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of x's dtype and shape.

@@ -9,10 +9,12 @@ import numpy as np
 
 from hetu.dtypes import DType, as_dtype, float32
 from hetu.errors import DTypeError, ShapeError, caller
-from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, OpDef, Role, Tensor, TensorSpec, register
 from hetu.ops.common.build import build, show, size
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.symbols import IntSymbol
+
+__all__ = ["constant", "full", "parameter", "placeholder"]
 
 
 @register
@@ -20,7 +22,7 @@ class Placeholder(OpDef):
     """A value that each run feeds."""
 
     name = "placeholder"
-    is_source = True
+    role = Role.PLACEHOLDER
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         given = call.attrs["shape"]
@@ -53,7 +55,7 @@ class Constant(OpDef):
     """A value that is the same in every run. Its array is the attribute ``value``."""
 
     name = "constant"
-    is_source = True
+    role = Role.CONSTANT
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         return [TensorSpec(call.attrs["dtype"], tuple(int(item) for item in call.attrs["value"].shape))]
@@ -113,7 +115,7 @@ class Parameter(OpDef):
     """A value that the graph keeps from run to run, and that optimisers change."""
 
     name = "parameter"
-    is_source = True
+    role = Role.PARAMETER
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         attrs = call.attrs
@@ -170,13 +172,13 @@ def parameter(
     Its value is made when it is first needed, on the device of the graph, and is the same on all pipelines.
 
     Args:
-        init: The first value: a number, an array of that shape, or a function that gets a float32 torch tensor of
-            zeros on the CPU and fills it in place or returns another, such as
+        init: The first value: a number, an array of that shape, or a function. A function gets a float32 torch tensor
+            of zeros on the CPU, and fills it in place or returns another; for example
             ``functools.partial(torch.nn.init.normal_, std=0.02)``. What it draws from torch's generator depends on
             the seed of :func:`hetu.manual_seed` and on the parameter's name alone.
-        shape: Plain ints.
-        dtype: Floating element type.
-        name: Unique in the graph, and the parameter's name in a state dict; made up if None.
+        shape: One plain int per dimension.
+        dtype: A floating element type.
+        name: The node's name, unique in the graph, and the parameter's name in a state dict; None makes one up.
         requires_grad: Whether optimisers train it unless told otherwise.
 
     Returns:
@@ -185,7 +187,7 @@ def parameter(
     Raises:
         ShapeError: If a size is negative or no int, or an array has another shape.
         DTypeError: If the dtype is not floating, or the value does not consist of numbers.
-        HetuError: Outside of a graph, or if the name is taken.
+        HetuError: If no graph is being built, or the name is taken.
 
     Example:
         >>> import hetu
@@ -204,10 +206,10 @@ def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str 
     """Makes a tensor whose value each run feeds.
 
     Args:
-        dtype: Element type: a hetu, numpy or torch dtype, or its name.
-        shape: One int or IntSymbol a dimension. Symbols get their values from the fed array's shape, where a
+        dtype: The element type: a hetu, numpy or torch dtype, or its name.
+        shape: One int or IntSymbol per dimension. Symbols get their values from the fed array's shape, where a
             dimension is linear in one unknown symbol (``2 * s + 1``).
-        name: Unique in the graph; made up if None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         The tensor, of the given dtype and shape.
@@ -215,7 +217,7 @@ def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str 
     Raises:
         DTypeError: If there is no such element type.
         ShapeError: If a size is negative or no int.
-        HetuError: Outside of a graph, or if the name is taken.
+        HetuError: If no graph is being built, or the name is taken.
 
     Example:
         >>> import hetu
@@ -234,10 +236,10 @@ def full(
     """Makes a tensor that holds one number everywhere.
 
     Args:
-        shape: One int or IntSymbol a dimension.
+        shape: One int or IntSymbol per dimension.
         value: The number.
-        dtype: Element type.
-        name: Unique in the graph; made up if None.
+        dtype: The element type.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         A tensor of that shape and dtype.
@@ -245,7 +247,7 @@ def full(
     Raises:
         ShapeError: If a size is negative or no int.
         DTypeError: If the value is no number, or there is no such element type.
-        HetuError: Outside of a graph.
+        HetuError: If no graph is being built, or the name is taken.
 
     Example:
         >>> import hetu
@@ -264,8 +266,8 @@ def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> 
     Args:
         value: A numpy array, a torch tensor, a number, or nested lists of numbers. It is copied: changing it
             later does not change the graph.
-        dtype: Element type; None keeps that of an array, and gives float32, int64 or bool for Python numbers.
-        name: Unique in the graph; made up if None.
+        dtype: The element type. None keeps that of an array, and gives float32, int64 or bool for Python numbers.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         The tensor, of the value's shape.
@@ -273,7 +275,7 @@ def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> 
     Raises:
         DTypeError: If the value does not consist of numbers, or there is no such element type.
         ShapeError: If nested lists have rows of differing lengths.
-        HetuError: Outside of a graph, or if the name is taken.
+        HetuError: If no graph is being built, or the name is taken.
 
     Example:
         >>> import hetu

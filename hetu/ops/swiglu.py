@@ -17,6 +17,8 @@ from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import as_symbol, equal
 
+__all__ = ["swiglu"]
+
 
 @register
 class Swiglu(OpDef):
@@ -35,7 +37,7 @@ class Swiglu(OpDef):
             return [output(call, gate.dtype, gate.symbolic_shape)]
         rank(call, gate, "gate", 1)
         *rows, width = gate.symbolic_shape
-        what = f"expected gate, without up, to have an even last dimension to be cut in two, got {show(gate.shape)}"
+        what = f"expected gate to have an even last dimension, half for gate and half for up, got {show(gate.shape)}"
         call.check(equal(as_symbol(width % 2), as_symbol(0)), what)
         return [output(call, gate.dtype, (*rows, width // 2))]
 
@@ -63,7 +65,11 @@ class Swiglu(OpDef):
             GoodSample(lambda x: swiglu(cast(x, bfloat16)), [eighths(8)], packed, smooth=False),
         ]
         bad = [
-            BadSample(lambda: swiglu(_float(2, 3)), ShapeError, "an even last dimension to be cut in two, got [2, 3]"),
+            BadSample(
+                lambda: swiglu(_float(2, 3)),
+                ShapeError,
+                "an even last dimension, half for gate and half for up, got [2, 3]",
+            ),
             BadSample(lambda: swiglu(_float()), ShapeError, "gate to have at least 1 dimension(s)"),
             BadSample(lambda: swiglu(_float(2, 3), _float(2, 1)), ShapeError, "one shape, got [2, 3] and [2, 1]"),
             BadSample(lambda: swiglu(_float(3), _float(2, 3)), ShapeError, "one shape, got [3] and [2, 3]"),
@@ -95,15 +101,15 @@ def swiglu(gate: Tensor, up: Tensor | None = None, name: str | None = None) -> T
     Source: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6, without its products of matrices.
 
     Args:
-        gate: Floating, any shape. Without up it holds both, ``(..., 2 * width)``: first gate, then up.
-        up: Of gate's dtype and shape.
-        name: Unique in the graph; made up if None.
+        gate: Floating, any shape. If up is None it holds both, ``(..., 2 * width)``: first gate, then up.
+        up: A tensor of gate's dtype and shape, or None.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor of up's dtype and shape: ``(..., width)`` without up.
+        A tensor of gate's dtype and shape, or ``(..., width)`` if up is None.
 
     Raises:
-        ShapeError: If gate and up differ in shape, or gate, without up, has no even last dimension.
+        ShapeError: If gate and up differ in shape, or up is None and gate has no even last dimension.
         DTypeError: If the dtypes differ or are not floating.
 
     Example:

@@ -1,15 +1,15 @@
 """Stage one, bind: from what was fed and said to a value for every symbol, on every pipeline.
 
-Sources, strongest first: ``int_symbol_dict``, the shapes of what was fed, what the ops can tell, the
+Sources, strongest first: ``int_symbol_dict``, the shapes of what was fed, what the ops can infer, the
 symbols' defaults. All sympy work is done when a :class:`Binder` is made, none when it binds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from numpy.typing import NDArray
 
@@ -19,6 +19,9 @@ from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, Equation, IntSymbol, Solver, as_symbol, check_leaf
 
 HostValue = Callable[[Tensor, int, "BoundPipeline"], NDArray[Any]]
+"""Gives the values of a host input on a pipeline, as far as that pipeline is bound."""
+
+Derived = TypeVar("Derived")
 
 
 @dataclass(slots=True)
@@ -30,15 +33,14 @@ class BoundPipeline:
         values: Leaf symbols with a value.
         sources: Where each value came from.
         host_value: Gives the values of host inputs.
-        memo: Where ops keep what they derived from host inputs: telling and planning ask for the same.
     """
 
     index: int
     values: dict[IntSymbol, int]
     sources: dict[IntSymbol, str]
     host_value: HostValue
-    memo: dict[Any, Any] = field(default_factory=dict)
     _host: dict[Tensor, NDArray[Any]] = field(default_factory=dict)
+    _derived: dict[Hashable, Any] = field(default_factory=dict)
 
     def known(self, expr: int | IntSymbol) -> int | None:
         if isinstance(expr, int):
@@ -63,6 +65,12 @@ class BoundPipeline:
         if values is None:
             values = self._host[tensor] = self.host_value(tensor, self.index, self)
         return values
+
+    def once(self, key: Hashable, derive: Callable[[], Derived]) -> Derived:
+        if key not in self._derived:
+            self._derived[key] = derive()
+        found: Derived = self._derived[key]
+        return found
 
     def describe(self, *exprs: int | IntSymbol) -> list[str]:
         binding = self.binding()
@@ -101,18 +109,19 @@ class Binder:
             for i, dim in enumerate(x.symbolic_shape)
         ]
         self._shapes, self._ranks = Solver(dims), [tensor.ndim for tensor in feeds]
-        self._tellers = [node for node in nodes if node.definition.facts(node, strategy, 0)]
-        facts = [
-            [node.definition.facts(node, strategy, r) for r in range(num_pipelines)] for node in self._tellers
-        ]  # fmt: skip
-        self._facts = [
-            [[(fact[0], Solver([Equation(*fact, node.where)])) for fact in own] for own in of_node]
-            for node, of_node in zip(self._tellers, facts, strict=True)
+        self._inferring = [node for node in nodes if node.definition.inferable_sizes(node, strategy, 0)]
+        sizes = [
+            [node.definition.inferable_sizes(node, strategy, r) for r in range(num_pipelines)]
+            for node in self._inferring
+        ]
+        self._inferable = [
+            [[(size[0], Solver([Equation(*size, node.where)])) for size in own] for own in of_node]
+            for node, of_node in zip(self._inferring, sizes, strict=True)
         ]
         self._shared = list(dict.fromkeys(s for node in nodes for s in node.definition.shared_symbols(node, strategy)))
-        told = {leaf for of_node in facts for own in of_node for expr, _ in own for leaf in expr.leaves}
+        inferred = {leaf for of_node in sizes for own in of_node for expr, _ in own for leaf in expr.leaves}
         relevant = dict.fromkeys(
-            [*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *told]
+            [*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *inferred]
         )
         self._defaults = [leaf for leaf in relevant if leaf.is_leaf]
 
@@ -144,11 +153,11 @@ class Binder:
         dims = [self._dims(row) for row in shapes]
         shared = [leaf for leaf in self._shared if leaf not in given] if self.num_pipelines > 1 else []
         done = self._solve_shapes(run, dims, shared)
-        self._tell(run, shared)
+        self._infer(run, shared)
         done = done or self._solve_shapes(run, dims, shared)
         if not self._is_bound(run, given):
             if self._apply_defaults(run):
-                self._tell(run, shared)
+                self._infer(run, shared)
                 done = done or self._solve_shapes(run, dims, shared)
             for pipeline in pipelines:
                 self._check_complete(pipeline)
@@ -203,19 +212,20 @@ class Binder:
                     pipeline.sources[leaf] = f"{first.sources[leaf]} (pipeline {first.index})"
         return news
 
-    def _tell(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
-        for node, facts in zip(self._tellers, self._facts, strict=True):
-            if self._is_told(run, facts):
-                continue  # nothing is read that nobody asks for
-            for pipeline, own, told in zip(run.pipelines, facts, node.definition.tell(node, run), strict=True):
-                for (expr, solver), value in zip(own, told, strict=True):
+    def _infer(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
+        for node, sizes in zip(self._inferring, self._inferable, strict=True):
+            if self._is_known(run, sizes):
+                continue  # no host input is read that nobody asks for
+            values = node.definition.infer_sizes(node, run)
+            for pipeline, own, inferred in zip(run.pipelines, sizes, values, strict=True):
+                for (expr, solver), value in zip(own, inferred, strict=True):
                     if value is not None and pipeline.known(expr) is None:
                         solver.solve(pipeline.values, pipeline.sources, (value,))
             if shared:
                 self._share(run, shared)
 
-    def _is_told(self, run: BoundRun, facts: Sequence[Sequence[tuple[IntSymbol, Solver]]]) -> bool:
-        for pipeline, own in zip(run.pipelines, facts, strict=True):
+    def _is_known(self, run: BoundRun, sizes: Sequence[Sequence[tuple[IntSymbol, Solver]]]) -> bool:
+        for pipeline, own in zip(run.pipelines, sizes, strict=True):
             for expr, _ in own:
                 if pipeline.known(expr) is None:
                     return False
@@ -233,9 +243,9 @@ class Binder:
         missing = [leaf for leaf in self.leaves if leaf not in pipeline.values]
         if not missing:
             return
-        # What an op could not tell (its batch) is missing because something of the user's is: name that.
-        told = {leaf for node in self.subgraph.nodes for leaf in node.symbols.values()}
-        missing = [leaf for leaf in missing if leaf not in told] or missing
+        # What an op could not infer (its batch) is missing because something of the user's is: name that.
+        of_ops = {leaf for node in self.subgraph.nodes for leaf in node.symbols.values()}
+        missing = [leaf for leaf in missing if leaf not in of_ops] or missing
         names = ", ".join(map(str, missing))
         node = next((node for node in self.subgraph.nodes if self._uses(node, missing)), None)
         raise UnboundSymbolError(

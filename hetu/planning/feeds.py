@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
-from hetu.graph import Tensor
+from hetu.graph import Role, Tensor
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
 from hetu.symbols import IntSymbol
 
 Feeds = Mapping[Tensor, Any]
 Symbols = Mapping[IntSymbol, Any]
-Read = Callable[[int | None], "FeedSet"]
+FeedReader = Callable[[int | None], "FeedSet"]
 """Gives the feeds of a strategy of so many pipelines; None if no op says how many there are."""
 
 
@@ -110,9 +110,9 @@ def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> Fe
 def _fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
     """The placeholders that are fed and looked at, none of those missing that must be fed."""
     keys = tuple(feed_dict)
-    found: tuple[Tensor, ...] | None = subgraph.memo.get(keys)
+    found = subgraph.fed.get(keys)
     if found is None:
-        found = subgraph.memo[keys] = _find_fed(subgraph, feed_dict)
+        found = subgraph.fed[keys] = _find_fed(subgraph, feed_dict)
     return found
 
 
@@ -132,7 +132,7 @@ def _find_fed(subgraph: Subgraph, feed_dict: Feeds) -> tuple[Tensor, ...]:
 def check_keys(feed_dict: Feeds) -> None:
     """Refuses what is no placeholder."""
     for key in feed_dict:
-        if not isinstance(key, Tensor) or key.op.definition.name != "placeholder":
+        if not isinstance(key, Tensor) or key.op.role is not Role.PLACEHOLDER:
             raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
 
 
@@ -205,7 +205,7 @@ def _check_shards(tensor: Tensor, value: Shards, count: int) -> None:
             f"{tensor.name} was fed {len(value)} shards, but the strategy has {count} pipelines",
             op="run",
             where=caller(),
-            fix="feed one array a pipeline: layout.scatter(x) of the same strategy makes them",
+            fix="feed one array per pipeline: layout.scatter(x) of the same strategy makes them",
         )
 
 
@@ -245,7 +245,7 @@ def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
     except ValueError as failure:
         why = str(failure).partition(".")[0]
     what = f"{tensor.name} was fed a {type(value).__name__} that is no array: {why}"
-    fix = "feed one array, or hetu.Shards([...]) with one a pipeline"
+    fix = "feed one array, or hetu.Shards([...]) with one per pipeline"
     raise BindingError(what, op="run", where=caller(), fix=fix)
 
 
@@ -255,7 +255,7 @@ def _wrong_dtype(tensor: Tensor, what: str) -> DTypeError:
 
 
 def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[tuple[Feeds, Symbols]]:
-    """One (feeds, symbols) a micro-batch: of lists one item each, of all else the whole.
+    """One (feeds, symbols) per micro-batch: a list gives each one item, everything else goes to all.
 
     Raises:
         HetuError: If ``count`` is no positive int, or a list has another length.
@@ -270,7 +270,7 @@ def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[
                 f"{getattr(key, 'name', key)} was given a list of {len(value)} for {count} micro-batches",
                 op="run",
                 where=caller(),
-                fix="give a list with one value a micro-batch, or one value for all",
+                fix="give a list with one value per micro-batch, or one value for all",
             )
 
     def part(values: Mapping[Any, Any], i: int) -> dict[Any, Any]:

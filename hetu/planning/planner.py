@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -18,7 +18,7 @@ from hetu.ops.attention.layout_op import LayoutOp
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.planning.binder import Binder, BoundPipeline
-from hetu.planning.feeds import FeedSet, Read, host_array, read_feeds
+from hetu.planning.feeds import FeedReader, FeedSet, host_array, read_feeds
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol
 
@@ -26,7 +26,11 @@ STRUCTURES, LENGTH_SETS = 64, 512
 """How many structures (sets of fetches and strategies) and how many sets of lengths are remembered."""
 
 
-@dataclass(slots=True, eq=False)  # not frozen: each new set of lengths makes one
+ComputeOnHost = Callable[[Subgraph, Mapping[Tensor, Any], BoundPipeline], Any]
+"""Computes the one fetch of a subgraph on the CPU, from a pipeline's fed arrays and symbols; gives a torch tensor."""
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)  # not frozen: each new set of lengths makes one
 class Prepared:
     """A run that is bound, selected and planned, and not yet computed.
 
@@ -34,15 +38,13 @@ class Prepared:
         subgraph: What will be computed.
         strategy: Index of the strategy.
         bindings: Each pipeline's symbols, with where every value came from.
-        plans: Each planned node's plan: one for all pipelines where the node spans them, else one a pipeline.
-        memo: Where the executor keeps the sizes that it computed for these bindings.
+        plans: Each planned node's plan: one for all pipelines where the node spans them, else one per pipeline.
     """
 
     subgraph: Subgraph
     strategy: int
     bindings: tuple[Binding, ...]
     plans: dict[Node, tuple[Any, ...]]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def num_pipelines(self) -> int:
@@ -55,10 +57,17 @@ class Prepared:
 
 
 class Planner:
-    """Binds and plans the runs of one graph, and remembers both by lengths."""
+    """Binds and plans the runs of one graph, and remembers both by lengths.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        graph: The graph.
+        compute_on_host: What computes those values that planning reads and the graph makes (``cu_seqlens`` from
+            lengths, say): the one thing that runs before planning, and that needs a backend.
+    """
+
+    def __init__(self, graph: Graph, compute_on_host: ComputeOnHost) -> None:
         self.graph = graph
+        self._compute_on_host = compute_on_host
         self.subgraphs: LRU[Subgraph] = LRU(STRUCTURES)
         self.plans: LRU[Any] = LRU(LENGTH_SETS)
         self.prepared: LRU[Prepared] = LRU(LENGTH_SETS)
@@ -70,12 +79,7 @@ class Planner:
             HetuError: If something fetched is no tensor of the graph.
         """
         tensors = (fetches,) if isinstance(fetches, Tensor) else tuple(fetches)
-        return self.subgraphs.get((tensors, self.version), lambda: self._cut(tensors))
-
-    @property
-    def version(self) -> tuple[int, int]:
-        """Changes whenever the graph grows."""
-        return len(self.graph.nodes), len(self.graph.constraints)
+        return self.subgraphs.get((tensors, self.graph.version), lambda: self._cut(tensors))
 
     def _cut(self, tensors: tuple[Any, ...]) -> Subgraph:
         for tensor in tensors:
@@ -101,7 +105,7 @@ class Planner:
     def prepare_read(
         self,
         subgraph: Subgraph,
-        read: Read,
+        read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int | str | None,
         num_pipelines: int | None = None,
@@ -156,16 +160,16 @@ class Planner:
     def _prepare(
         self,
         subgraph: Subgraph,
-        read: Read,
+        read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int,
         num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
         feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
         shape = strategy, feeds.num_pipelines, feeds.tensors
-        binder: Binder | None = subgraph.memo.get(shape)
+        binder = subgraph.binders.get(shape)
         if binder is None:
-            binder = subgraph.memo[shape] = Binder(subgraph, *shape)
+            binder = subgraph.binders[shape] = Binder(subgraph, *shape)
         key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
         return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
 
@@ -176,8 +180,7 @@ class Planner:
             fed = feeds.arrays[pipeline].get(tensor)
             if fed is not None:
                 return host_array(fed)
-            # The graph computes it (cu_seqlens from lengths, say): the one thing that is run before planning.
-            return host_array(self.graph.executor.compute_on_host(tensor, feeds.arrays[pipeline], bound))
+            return host_array(self._compute_on_host(self.subgraph(tensor), feeds.arrays[pipeline], bound))
 
         run = binder.bind(symbols, feeds.shapes, host_value)
         plans = {
@@ -207,13 +210,17 @@ class Planner:
             _no_layout(f"the graph's parallel_attn ops have different layouts: {names}", "say which: node=...")
         return nodes[0], keys[0]
 
-    def layout(self, *request: Any) -> Layout:
+    def layout(
+        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+    ) -> Layout:
         """See :meth:`hetu.Graph.layout`."""
-        return self.inspect(*request)[1].layout()
+        return self.inspect(strategy, symbols, cu_seqlens, batch, name)[1].layout()
 
-    def plan(self, *request: Any) -> AttnPlan:
+    def plan(
+        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+    ) -> AttnPlan:
         """See :meth:`hetu.Graph.plan`."""
-        node, key = self.inspect(*request)
+        node, key = self.inspect(strategy, symbols, cu_seqlens, batch, name)
         plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key))
         return plan
 

@@ -1,15 +1,20 @@
-"""What a list of fetches needs of a graph, found once and used by every stage after it."""
+"""The part of a graph that a list of fetches needs: it is found once and used by every later stage."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hetu.errors import StrategyError
-from hetu.graph import Graph, Node, Tensor
-from hetu.graph.passes import live_nodes, merge_duplicates
+from hetu.graph import Graph, Node, Role, Tensor
+from hetu.graph.passes import live_nodes, merge_duplicates, nodes_of
 from hetu.symbols import Constraint, IntSymbol
+
+if TYPE_CHECKING:
+    from hetu.planning.binder import Binder
+
+BinderKey = tuple[int, int, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -17,21 +22,22 @@ class Subgraph:
     """The live part of a graph.
 
     Attributes:
-        fetches: What is asked for.
+        fetches: The tensors that are asked for.
         nodes: Live nodes without duplicates, in computing order.
-        replaced: Tensors of merged duplicates, and what to read instead.
+        replaced: For each tensor of a merged duplicate the tensor to read instead.
         feeds: Placeholders that must be fed.
-        witnesses: Placeholders that need not be fed, whose shapes tell symbols that no other's does, if they are: the
-            gradient of a sum depends on the length of what is summed, and on nothing else of it.
+        witnesses: Placeholders that need not be fed. If they are, their shapes tell symbols that no other shape tells:
+            the gradient of a sum depends on the length of what is summed, and on nothing else of it.
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
         spanning: Nodes that span the pipelines, and so know how many there are.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
-        draws: How many random nodes the whole graph has: by so much a run advances the generator.
-        constraints: What must hold.
-        memo: What was found out of the others, so that runs need not find it again; not part of the value.
+        draws: How many random nodes the whole graph has: a run advances the generator by so much.
+        constraints: Relations that must hold in every run.
+        binders: The binders of its runs, by strategy, number of pipelines and fed placeholders. The planner makes them.
+        fed: For the placeholders that a user feeds, in the user's order, those of them that a run reads.
     """
 
     fetches: tuple[Tensor, ...]
@@ -46,7 +52,9 @@ class Subgraph:
     step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
+    fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
+    _pipeline_counts: dict[int, int | None] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, graph: Graph, fetches: Sequence[Tensor]) -> Subgraph:
@@ -83,11 +91,10 @@ class Subgraph:
         Raises:
             StrategyError: If two ops say different things.
         """
-        key = "num_pipelines", strategy
-        if key not in self.memo:
-            self.memo[key] = self._count_pipelines(strategy)
-        count: int | None = self.memo[key]
-        return count
+        counts = self._pipeline_counts
+        if strategy not in counts:
+            counts[strategy] = self._count_pipelines(strategy)
+        return counts[strategy]
 
     def _count_pipelines(self, strategy: int) -> int | None:
         said = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
@@ -122,4 +129,4 @@ def _witnesses(graph: Graph, nodes: Sequence[Node]) -> tuple[Tensor, ...]:
 
 
 def _placeholders(nodes: Sequence[Node]) -> tuple[Tensor, ...]:
-    return tuple(node.outputs[0] for node in nodes if node.definition.name == "placeholder")
+    return tuple(node.outputs[0] for node in nodes_of(nodes, Role.PLACEHOLDER))

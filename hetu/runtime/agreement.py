@@ -12,7 +12,6 @@ import hashlib
 import pickle
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -21,37 +20,21 @@ import numpy as np
 import torch
 
 from hetu import rng
+from hetu.backends import default_backend
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
-from hetu.graph import Graph, Tensor
+from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import Feeds, FeedSet, Read, Symbols, host_values, is_torch, read_own_feeds, shard_count
+from hetu.planning.feeds import FeedReader, Feeds, is_torch, shard_count
 from hetu.planning.planner import Prepared
-from hetu.planning.subgraph import Subgraph
+from hetu.runtime.rank_feeds import OwnFeeds, merge
+from hetu.runtime.request import RunRequest
 
 _Made = TypeVar("_Made")
 
 MOST_AGREED = 100_000
 """Agreements that are remembered; all ranks forget them at the same time."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a rank was asked to run.
-
-    Attributes:
-        graph: Whose run it is.
-        subgraph: What will be computed.
-        batches: Feeds and symbols of each micro-batch.
-        strategy: As the user gave it.
-        others: What else has to be the same on all ranks, by name.
-    """
-
-    graph: Graph
-    subgraph: Subgraph
-    batches: Sequence[tuple[Feeds, Symbols]]
-    strategy: int | str | None
-    others: Mapping[str, Any]
 
 
 class Agreement:
@@ -61,27 +44,27 @@ class Agreement:
         world.runs += 1
         self.world, self.name = world, f"run {world.runs}"
         self.key = b""
-        self.asked: Asked | None = None
+        self.request: RunRequest | None = None
 
-    def hear(self, ask: Callable[[], Asked]) -> list[Read]:
-        """Tells the others what this rank was asked for, and hears what they were.
+    def hear(self, open_request: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
+        """Tells the others what this rank is asked for, and hears what they are.
 
         Args:
-            ask: Says it; may raise.
+            open_request: Gives this rank's request; may raise.
 
         Returns:
-            For each micro-batch what gives the feeds of all pipelines.
+            The request, and for each micro-batch what gives the feeds of all pipelines.
 
         Raises:
             CommunicationError: If something differs that must not, or a rank can't be reached or refused the run.
             HetuError: If this rank refuses it.
         """
         failure: BaseException | None = None
-        own: list[_Batch] = []
+        own: list[OwnFeeds] = []
         try:
-            asked = ask()
-            own = [_Batch.read(self.world, asked, *batch) for batch in asked.batches]
-            said = {"same": _what_is_same(asked), "batches": [batch.said for batch in own]}
+            request = open_request()
+            own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
+            said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
         except Exception as error:  # whatever it is, the others must not wait for this rank
             failure, said = error, {"error": _in_words(error)}
         stable = pickle.dumps(said)
@@ -96,10 +79,10 @@ class Agreement:
         self._compare(
             [{**one["same"], "the generator's state": state} for one, (_, state) in zip(everything, heard, strict=True)]
         )
-        self.asked, self.key = asked, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
+        self.request, self.key = request, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
         batches = zip(*(one["batches"] for one in everything), strict=True)
-        return [
-            partial(_merge, self.world, asked.subgraph, mine, list(said))
+        return request, [
+            partial(merge, self.world, request.subgraph, mine, list(said))
             for mine, said in zip(own, batches, strict=True)
         ]
 
@@ -171,9 +154,9 @@ class Agreement:
 
     def _common_feeds(self, prepared: Sequence[Prepared]) -> list[str | None]:
         """A digest of the plain arrays of each micro-batch, where ranks without pipelines may have been fed as well."""
-        assert self.asked is not None
+        assert self.request is not None
         digests: list[str | None] = []
-        for item, (feeds, _) in zip(prepared, self.asked.batches, strict=True):
+        for item, (feeds, _) in zip(prepared, self.request.batches, strict=True):
             is_asked = self.world.size > item.num_pipelines and feeds and shard_count(feeds) is None
             digests.append(_digest(feeds) if is_asked and self.world.rank in (0, *_idle(self.world, item)) else None)
         return digests
@@ -199,95 +182,35 @@ def _idle(world: DistributedWorld, prepared: Prepared) -> range:
     return range(prepared.num_pipelines, world.size)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """A micro-batch as it is fed here.
-
-    Attributes:
-        tensors: The placeholders.
-        arrays: Each own pipeline's arrays.
-        said: What the others are told of it.
-    """
-
-    tensors: tuple[Tensor, ...]
-    arrays: dict[int, dict[Tensor, Any]]
-    said: dict[str, Any]
-
-    @classmethod
-    def read(cls, world: DistributedWorld, asked: Asked, feeds: Feeds, symbols: Symbols) -> _Batch:
-        """Reads what this rank feeds its own pipelines."""
-        graph, subgraph = asked.graph, asked.subgraph
-        is_chosen = graph.num_strategy == 1 or asked.strategy not in (None, "auto")
-        index = graph.planner.index(0 if asked.strategy in (None, "auto") else asked.strategy)
-        declared = subgraph.num_pipelines(index) if is_chosen else None
-        sharded = shard_count(feeds)
-        count = declared or sharded
-        if count is not None:
-            pipelines: Sequence[int] = world.pipelines(count)
-        else:  # each rank is a pipeline, if it feeds anything
-            pipelines = () if subgraph.feeds and not feeds else (world.rank,)
-        tensors, arrays = read_own_feeds(subgraph, feeds, pipelines, count)
-        own = {}
-        for r, row in arrays.items():
-            own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
-        names = tuple(tensor.name for tensor in tensors)
-        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
-
-
-def _merge(
-    world: DistributedWorld, subgraph: Subgraph, mine: _Batch, said: list[dict[str, Any]], declared: int | None
-) -> FeedSet:
-    """The feeds of all pipelines: of those that run elsewhere only shapes and what planning reads."""
-    own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
-    sharded = next((one["sharded"] for one in said if one["sharded"]), None)
-    count = declared or sharded or len(own)
-    if sorted(own) != list(range(count)):
-        feeding = ", ".join(map(str, sorted(own))) or "none"
-        raise StrategyError(
-            f"the strategy has {count} pipeline{'s' * (count != 1)}, but of pipelines 0 to {max([count - 1, *own])} "
-            f"those that are fed are {feeding}",
-            op="run",
-            where=caller(),
-            fix="feed each rank its own shard, or hetu.Shards of all pipelines on every rank",
-        )
-    fed = {names for _, names, _, _ in own.values()}
-    if len(fed) > 1:
-        raise CommunicationError(
-            "the ranks feed different placeholders",
-            op="run",
-            where=caller(),
-            bound=[f"rank {rank}: {', '.join(names)}" for rank, names, _, _ in own.values()],
-            fix="feed the same placeholders on all ranks",
-        )
-    by_name = {tensor.name: tensor for tensor in subgraph.feeds + subgraph.witnesses}
-    tensors = tuple(by_name[name] for name in next(iter(fed), ()))
-    hosts = [dict(zip(subgraph.host_feeds, own[r][3], strict=True)) for r in range(count)]
-    arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
-    contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
-    return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)
-
-
-def _what_is_same(asked: Asked) -> dict[str, Any]:
-    same: dict[str, Any] = {"the graph": graph_digest(asked.graph), "the strategy": asked.strategy}
-    same["what is fetched"] = tuple(tensor.name for tensor in asked.subgraph.fetches)
-    same |= asked.others
-    same["the number of micro-batches"] = len(asked.batches)
-    for i, (_, symbols) in enumerate(asked.batches):
-        of = f" of micro-batch {i}" if len(asked.batches) > 1 else ""
+def _what_is_same(request: RunRequest) -> dict[str, Any]:
+    """By the names that an error gives them."""
+    same: dict[str, Any] = {
+        "the graph": graph_digest(request.graph),
+        "the strategy": request.strategy,
+        "what is fetched": tuple(tensor.name for tensor in request.subgraph.fetches),
+        "run_level": request.fetches.run_level,
+        "the kind of device": request.device.type,
+        "the backend": default_backend(request.device),
+        "hetu.config(deterministic=...)": settings().deterministic,
+        "the number of micro-batches": len(request.batches),
+    }
+    for i, (_, symbols) in enumerate(request.batches):
+        of = f" of micro-batch {i}" if len(request.batches) > 1 else ""
         same[f"int_symbol_dict{of}"] = sorted((str(symbol), repr(value)) for symbol, value in symbols.items())
     return same
 
 
-_digests: WeakKeyDictionary[Graph, tuple[int, str]] = WeakKeyDictionary()
+_digests: WeakKeyDictionary[Graph, tuple[tuple[int, int], str]] = WeakKeyDictionary()
+"""The digest of each graph, and the version of the graph that it is of."""
 
 
 def graph_digest(graph: Graph) -> str:
     """A short name of all that a graph says; equal for graphs that the same script built."""
-    nodes, digest = _digests.get(graph, (-1, ""))
-    if nodes != len(graph.nodes):
+    version, digest = _digests.get(graph, (None, ""))
+    if version != graph.version:
         text = re.sub(r" at 0x[0-9a-f]+", "", str(graph))  # of initialisers and schedules, say: not the same anywhere
         digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        _digests[graph] = len(graph.nodes), digest
+        _digests[graph] = graph.version, digest
     return digest
 
 

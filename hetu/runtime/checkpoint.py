@@ -18,8 +18,9 @@ import torch
 from hetu import rng
 from hetu.errors import HetuError, caller
 from hetu.graph import Node
-from hetu.optim import parameters_of
-from hetu.runtime.state import BoundOptimizer, GraphState
+from hetu.runtime.optimizers import BoundOptimizer
+from hetu.runtime.parameters import ByBox
+from hetu.runtime.state import GraphState
 
 FORMAT = 1
 PATH = str | os.PathLike[str]
@@ -30,35 +31,32 @@ PATH = str | os.PathLike[str]
 def state_dict(state: GraphState, copy: bool = False) -> dict[str, Any]:
     """See :meth:`hetu.Graph.state_dict`; without ``copy`` its tensors are the graph's own."""
 
-    def mine(x: torch.Tensor) -> torch.Tensor:
-        return x.clone() if copy else x
+    def mine(x: Any) -> Any:
+        return x.clone() if copy and isinstance(x, torch.Tensor) else x
 
+    def of_optimizer(bound: BoundOptimizer) -> dict[str, Any]:
+        named = bound.named_state(store)
+        return {
+            "kind": bound.spec.kind,
+            "state": {name: {key: mine(value) for key, value in own.items()} for name, own in named.items()},
+            "groups": bound.named_groups(),
+            "schedule": None if bound.schedule is None else bound.schedule.state_dict(),
+        }
+
+    store = state.parameters
     seed, offset = rng.get_state()
     return {
         "format": FORMAT,
-        "parameters": {node.name: mine(state.value(node)) for node in state.parameters},
+        "parameters": {node.name: mine(store.whole(node)) for node in store.nodes},
         "gradients": {
-            update.name: {p.name: mine(g) for p, g in zip(parameters_of(update), grads, strict=True)}
+            update.name: {
+                node.name: mine(store.gather(node, {box: grads[node, box] for box in store.boxes(node)}))
+                for node in state.parameters_of(update)
+            }
             for update, grads in state.gradients.items()
         },
-        "optimizers": {update.name: _optimizer_dict(update, bound, copy) for update, bound in state.optimizers.items()},
+        "optimizers": {update.name: of_optimizer(bound) for update, bound in state.optimizers.items()},
         "rng": {"seed": seed, "offset": offset},
-    }
-
-
-def _optimizer_dict(update: Node, bound: BoundOptimizer, copy: bool) -> dict[str, Any]:
-    names = [node.name for node in parameters_of(update)]
-    given = bound.optimizer.state_dict()
-    return {
-        "kind": bound.spec.kind,
-        "state": {
-            names[i]: {
-                key: value.clone() if copy and isinstance(value, torch.Tensor) else value for key, value in own.items()
-            }
-            for i, own in given["state"].items()
-        },
-        "groups": [{**group, "params": [names[i] for i in group["params"]]} for group in given["param_groups"]],
-        "schedule": None if bound.schedule is None else bound.schedule.state_dict(),
     }
 
 
@@ -68,7 +66,7 @@ def load_state_dict(state: GraphState, given: Mapping[str, Any]) -> None:
         fresh, (seed, offset) = _checked(state, given)
     except (KeyError, TypeError, AttributeError) as error:
         raise HetuError(f"this is no whole state of a graph: {error!r}", op="load", where=caller()) from error
-    state.values, state.gradients, state.optimizers = fresh.values, fresh.gradients, fresh.optimizers
+    state.become(fresh)
     rng.set_state(seed, offset)
 
 
@@ -80,33 +78,30 @@ def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, t
             _refuse(what, "pass what g.state_dict() or hetu.load(...) gave")
     if given["format"] != FORMAT:
         _refuse(f"the state has format {given['format']}, expected {FORMAT}", "use the hetu that wrote it")
-    device, updates = state.place(), {node.name: node for node in state.updates}
-    shapes = {node.name: tuple(node.attrs["shape"]) for node in state.parameters}
-    _check_names("parameters", given["parameters"], shapes)
-    values = {}
-    for node in state.parameters:
-        values[node] = _like(given["parameters"][node.name], node, f"parameter {node.name}").to(device, copy=True)
-    gradients = {}
+    fresh = state.blank()
+    store, device = fresh.parameters, fresh.parameters.device()
+    updates = {node.name: node for node in state.updates}
+    _check_names("parameters", given["parameters"], [node.name for node in store.nodes])
+    for node in store.nodes:
+        whole = _like(given["parameters"][node.name], node, f"parameter {node.name}")
+        store.set_whole(node, whole.to(device, copy=True))
     for name, grads in given["gradients"].items():
-        update = _find_update(updates, name, grads)
-        gradients[update] = [
-            _like(grads[p.name], p, f"the gradient of {p.name}", any_dtype=True).to(device, copy=True)
-            for p in parameters_of(update)
-        ]
+        update = _find_update(state, updates, name, grads)
+        fresh.gradients[update] = waiting = ByBox()
+        for node in state.parameters_of(update):
+            whole = _like(grads[node.name], node, f"the gradient of {node.name}", any_dtype=True)
+            waiting |= store.cut(node, whole.to(device, copy=True))
     seed, offset = int(given["rng"]["seed"]), int(given["rng"]["offset"])
-
-    fresh = GraphState(state.graph, state.place)
-    fresh.values, fresh.gradients = values, gradients
     for name, saved in given["optimizers"].items():
-        update = _find_update(updates, name, {p for group in saved["groups"] for p in group["params"]})
-        fresh.optimizers[update] = _load_optimizer(fresh, update, saved)
+        update = _find_update(state, updates, name, {p for group in saved["groups"] for p in group["params"]})
+        _load_optimizer(fresh, update, saved)
     return fresh, (seed, offset)
 
 
-def _load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) -> BoundOptimizer:
-    nodes = parameters_of(update)
-    names = [node.name for node in nodes]
-    bound = state.new_optimizer(update)
+def _load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) -> None:
+    """Makes the optimiser of an update node in a state that has none yet."""
+    nodes = state.parameters_of(update)
+    bound = state.optimizer(update)
     if saved["kind"] != bound.spec.kind:
         _refuse(f"the state of {update.name} is that of {saved['kind']}, but it is {bound.spec.kind} here")
     for node in nodes:
@@ -115,24 +110,14 @@ def _load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) -
                 _like(value, node, f"{key} of {node.name}", any_dtype=True)
     if (saved["schedule"] is None) != (bound.schedule is None):
         _refuse(f"{update.name} has a schedule in the state or in the graph, but not in both")
-    sizes = [len(group["params"]) for group in bound.optimizer.param_groups]
-    if [len(group["params"]) for group in saved["groups"]] != sizes:
+    if [len(group["params"]) for group in saved["groups"]] != [len(group) for group in bound.groups]:
         _refuse(f"the groups of {update.name} have other sizes in the state")
     try:
-        bound.optimizer.load_state_dict(
-            {
-                "state": {names.index(name): dict(own) for name, own in saved["state"].items()},
-                "param_groups": [
-                    {**_with_tuples(group), "params": [names.index(name) for name in group["params"]]}
-                    for group in saved["groups"]
-                ],
-            }
-        )
+        bound.load(saved["state"], [_with_tuples(group) for group in saved["groups"]], state.parameters)
         if bound.schedule is not None:
             bound.schedule.load_state_dict(dict(saved["schedule"]))
     except (KeyError, TypeError, ValueError) as error:
         raise HetuError(f"torch refuses the state of {update.name}: {error}", op="load", where=caller()) from error
-    return bound
 
 
 def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,12 +125,12 @@ def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in group.items()}
 
 
-def _find_update(updates: Mapping[str, Node], name: str, parameters: Any) -> Node:
+def _find_update(state: GraphState, updates: Mapping[str, Node], name: str, parameters: Any) -> Node:
     if name not in updates:
         names = ", ".join(updates) or "none"
         what = f"the state has an optimiser of {name}, which the graph has not; it has {names}"
         _refuse(what, "give minimize's node the same name: minimize(loss, name=...)")
-    _check_names(f"parameters of {name}", parameters, [node.name for node in parameters_of(updates[name])])
+    _check_names(f"parameters of {name}", parameters, [node.name for node in state.parameters_of(updates[name])])
     return updates[name]
 
 

@@ -116,7 +116,7 @@ def gather_shards(value: Any) -> Shards:
             any. All ranks call it.
 
     Returns:
-        One tensor a pipeline, in order; in one process what was fetched itself.
+        One tensor per pipeline, in order. In one process that is what was fetched.
 
     Raises:
         CommunicationError: If a rank doesn't come.

@@ -1,65 +1,81 @@
-"""The stages that compute: lower a planned run to a ``torch.fx`` module, once a structure, and launch it."""
+"""The stages that compute: a request is agreed on, prepared, launched, and ended by its step."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 
 from hetu import rng
-from hetu.backends import default_backend
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
-from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.backends.lower.lowering import (
-    Executable,
-    FeedInput,
-    Input,
-    ParameterInput,
-    PlanInput,
-    RandomInput,
-    SizeInput,
-    StepInput,
-    WorldInput,
-    lower,
-)
 from hetu.backends.precision import in_own_precision
-from hetu.cache import LRU, CacheStats
+from hetu.cache import CacheStats
 from hetu.config import settings
-from hetu.errors import HetuError, caller
-from hetu.graph import Graph, Node, Tensor
+from hetu.graph import Graph, Tensor
 from hetu.planning.binder import BoundPipeline
-from hetu.planning.feeds import Feeds, FeedSet, Read, Symbols, read_feeds, split_micro_batches
-from hetu.planning.planner import STRUCTURES, Prepared
+from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
+from hetu.planning.planner import Planner, Prepared
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
-from hetu.runtime.agreement import Agreement, Asked
+from hetu.runtime.agreement import Agreement
+from hetu.runtime.determinism import deterministic
+from hetu.runtime.executables import Executables
+from hetu.runtime.launch import ModuleLauncher, StepValues
+from hetu.runtime.request import RunOpener, RunRequest, device_of
 from hetu.runtime.state import GraphState
-from hetu.runtime.step import Fetches, Step
+from hetu.runtime.step import Step
 from hetu.symbols import IntSymbol
 
-StepValues = Mapping[Node, torch.Tensor]
+_ANY_KERNELS = nullcontext()
+"""The context of a run that takes whichever kernels torch chooses."""
+
+
+@dataclass(slots=True)
+class ReadyRun:
+    """A run of which everything is checked and made, so that it only has to be computed.
+
+    Attributes:
+        request: What was asked for.
+        world: Who runs it.
+        step: What takes its losses and gradients.
+        prepared: Each micro-batch's plans and feeds.
+        launchers: What computes each micro-batch here; None where no pipeline of it runs here.
+    """
+
+    request: RunRequest
+    world: World
+    step: Step
+    prepared: Sequence[tuple[Prepared, FeedSet]]
+    launchers: Sequence[ModuleLauncher | None]
 
 
 class Executor:
-    """Runs one graph. Keeps executables by structure; the graph's planner keeps plans by lengths."""
+    """Runs one graph. It keeps executables by structure; the planner keeps plans by lengths.
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.state = GraphState(graph, lambda: self.device(None))
-        self._fetches: LRU[tuple[Fetches, Subgraph]] = LRU(STRUCTURES)
-        self._executables: LRU[Executable] = LRU(STRUCTURES)
-        self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
+    Args:
+        graph: The graph.
+        planner: What binds, selects and plans its runs.
+
+    Attributes:
+        graph: The graph.
+        state: What lasts between its runs.
+    """
+
+    def __init__(self, graph: Graph, planner: Planner) -> None:
+        self.graph, self._planner = graph, planner
+        self.state = GraphState(graph, lambda: device_of(graph))
+        self._opener = RunOpener(graph, planner)
+        self._executables = Executables()
 
     def stats(self) -> dict[str, CacheStats]:
         """Counters of the caches: ``executables`` by structure, ``plans`` and ``bindings`` by lengths."""
-        planner = self.graph.planner
-        caches = {"executables": self._executables, "plans": planner.plans, "bindings": planner.prepared}
+        planner = self._planner
+        caches = {"executables": self._executables.launchers, "plans": planner.plans, "bindings": planner.prepared}
         return {name: cache.stats() for name, cache in caches.items()}
 
     @in_own_precision  # torch's autocast, that is; the graph's own casts are ops
@@ -74,172 +90,95 @@ class Executor:
         run_level: str,
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
-        request = _Request(
-            fetches, feed_dict or {}, int_symbol_dict or {}, strategy, num_micro_batches, device, run_level
+        open_request = partial(
+            self._opener.open,
+            fetches,
+            feed_dict,
+            int_symbol_dict,
+            strategy,
+            num_micro_batches,
+            device,
+            run_level,
         )
         world = current_world()
-        if not isinstance(world, DistributedWorld):
-            begun = self._begin(world, request)
-            reads = [partial(read_feeds, begun.subgraph, feeds) for feeds, _ in begun.batches]
-            return self._compute(self._prepare(begun, reads))
-        with world.lock:
-            world.control.check()
-            return self._run_with_others(world, request)
+        if isinstance(world, DistributedWorld):
+            with world.lock:
+                world.control.check()
+                return self._run_with_others(world, open_request)
+        request = open_request()
+        readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
+        return self._compute(self._prepare(world, request, readers))
 
-    def _run_with_others(self, world: DistributedWorld, request: _Request) -> Any:
+    def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
-        agreement, begun = Agreement(world), list[_Begun]()
-
-        def ask() -> Asked:
-            begun.append(self._begin(world, request))
-            return begun[0].asked(self.graph)
-
-        reads = agreement.hear(ask)
+        agreement = Agreement(world)
+        request, readers = agreement.hear(open_request)
         run = agreement.confirm(
-            lambda: self._prepare(begun[0], reads), lambda run: [prepared for prepared, _ in run.prepared]
+            lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
         )
         with world.hanging_up():
             return self._compute(run)
 
-    def _begin(self, world: World, request: _Request) -> _Begun:
-        """What can be said of a run without its feeds."""
-        wanted, level, planner = request.fetches, request.run_level, self.graph.planner
-
-        def find() -> tuple[Fetches, Subgraph]:
-            fetched = Fetches(wanted, level)
-            return fetched, planner.subgraph(fetched.wanted)
-
-        key = (wanted if isinstance(wanted, Tensor) else tuple(wanted), level, planner.version)
-        fetched, subgraph = self._fetches.get(key, find)
-        batches = split_micro_batches(request.feed_dict, request.int_symbol_dict, request.num_micro_batches)
-        return _Begun(world, request, Step(fetched, self.state, world), subgraph, batches, self.device(request.device))
-
-    def _prepare(self, begun: _Begun, reads: Sequence[Read]) -> _Run:
+    def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
-        ready = []
-        for read, (_, symbols) in zip(reads, begun.batches, strict=True):
-            ready.append(self.graph.planner.prepare_read(begun.subgraph, read, symbols, begun.request.strategy))
-        executables = [self._own_executable(begun, begun.subgraph, prepared.num_pipelines) for prepared, _ in ready]
-        begun.step.prepare()
-        return _Run(begun, ready, executables)
+        subgraph, ready = request.subgraph, []
+        for read, (_, symbols) in zip(readers, request.batches, strict=True):
+            ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
+        launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
+        step = Step(request.fetches, self.state, world)
+        step.prepare()
+        return ReadyRun(request, world, step, ready, launchers)
 
-    def _compute(self, run: _Run) -> Any:
-        """Draws random numbers, launches every micro-batch, and ends the step."""
-        begun, subgraph = run.begun, run.begun.subgraph
-        random = [rng.take(subgraph.draws) for _ in run.prepared]
-        with _determinism(settings().deterministic):
-            values = self._step_values(run, random) if subgraph.step_wide else {}
-            for (prepared, feeds), executable, draws in zip(run.prepared, run.executables, random, strict=True):
-                flat = self._launch(begun, prepared, feeds, executable, draws, values)
-                begun.step.collect(flat, prepared.num_pipelines, begun.place)
-            return begun.step.finish(begun.place)
-
-    def device(self, device: str | None) -> torch.device:
-        """Where a run that asks for ``device`` takes place."""
-        wanted, own = device or self.graph.device, current_world().device
-        if wanted is None and own is not None:
-            return own
-        found = _device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if found.type == "cuda" and found.index is None:
-            if own is not None and own.type == "cuda":
-                return own  # torch's current device is that of a thread
-            found = _device("cuda", torch.cuda.current_device())
-        if own is not None and (found.type != own.type or (found.type == "cuda" and found != own)):
-            raise HetuError(
-                f"the graph runs on {found}, but this rank of the run reaches the others from {own} only",
-                op="run",
-                where=caller(),
-                fix="name 'cuda' without a number, or give init_distributed the device's backend: nccl or gloo",
-            )
-        return found
-
-    def _own_executable(self, begun: _Begun, subgraph: Subgraph, num_pipelines: int) -> Executable | None:
+    def _launcher(
+        self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int
+    ) -> ModuleLauncher | None:
         """What computes the pipelines that run in this process; None if there are none."""
-        pipelines = begun.world.pipelines(num_pipelines)
-        return self._executable(subgraph, num_pipelines, pipelines, begun.place) if pipelines else None
+        pipelines = world.pipelines(num_pipelines)
+        return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
 
-    def _executable(
-        self,
-        subgraph: Subgraph,
-        num_pipelines: int,
-        pipelines: Sequence[int],
-        device: torch.device,
-        backend: str | None = None,
-    ) -> Executable:
-        backend, pipelines = backend or default_backend(device), tuple(pipelines)
-        return self._executables.get(
-            (subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend),
-            lambda: lower(
-                subgraph.nodes,
-                subgraph.fetches,
-                subgraph.replaced,
-                num_pipelines=num_pipelines,
-                pipelines=pipelines,
-                device=device,
-                backend=backend,
-                constants=self._constants,
-            ),
-        )
+    def _compute(self, run: ReadyRun) -> Any:
+        """Draws random numbers, launches every micro-batch, and ends the step."""
+        request, step = run.request, run.step
+        subgraph, device = request.subgraph, request.device
+        random = [rng.take(subgraph.draws) for _ in run.prepared]
+        with deterministic(device) if settings().deterministic else _ANY_KERNELS:
+            values = self._step_values(run, random) if subgraph.step_wide else {}
+            for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
+                flat = self._launch(run, prepared, feeds, launcher, draws, values)
+                step.collect(flat, prepared.num_pipelines, device)
+            return step.finish(device)
 
-    def _step_values(self, run: _Run, random: Sequence[tuple[int, int]]) -> StepValues:
-        """What is summed over all pipelines and micro-batches before any of them is computed in full."""
-        begun, nodes, planner = run.begun, run.begun.subgraph.step_wide, self.graph.planner
-        before = planner.subgraph([node.tensors[0] for node in nodes])
-        sums = [torch.zeros((), dtype=torch.int64, device=begun.place) for _ in nodes]
-        for (main, feeds), (_, symbols), draws in zip(run.prepared, begun.batches, random, strict=True):
+    def _step_values(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> StepValues:
+        """The values that are summed over all pipelines and micro-batches before any of them is computed in full."""
+        request, world, nodes = run.request, run.world, run.request.subgraph.step_wide
+        before = self._planner.subgraph([node.tensors[0] for node in nodes])
+        sums = [torch.zeros((), dtype=torch.int64, device=request.device) for _ in nodes]
+        for (main, feeds), (_, symbols), draws in zip(run.prepared, request.batches, random, strict=True):
             part, count = feeds.restricted(before), main.num_pipelines
-            prepared, read = planner.prepare_read(before, lambda _, part=part: part, symbols, main.strategy, count)
-            executable = self._own_executable(begun, before, count)
-            flat = self._launch(begun, prepared, read, executable, draws, {})
+            prepared, read = self._planner.prepare_read(before, _always(part), symbols, main.strategy, count)
+            launcher = self._launcher(world, request, before, count)
+            flat = self._launch(run, prepared, read, launcher, draws, {})
             for i, values in enumerate(flat):
                 for value in values:
                     sums[i] += value.sum()
-        sums = begun.world.total(sums)
+        sums = world.total(sums)
         return {node: s.clamp(min=node.attrs["least"]) for node, s in zip(nodes, sums, strict=True)}
 
     def _launch(
         self,
-        begun: _Begun,
+        run: ReadyRun,
         prepared: Prepared,
         feeds: FeedSet,
-        executable: Executable | None,
+        launcher: ModuleLauncher | None,
         draws: tuple[int, int],
         step_values: StepValues,
     ) -> list[tuple[torch.Tensor, ...]]:
-        """Fills in the module's inputs and calls it; gives for each fetch one value a pipeline that runs here."""
-        world, device, (seed, offset) = begun.world, begun.place, draws
-        world.begin()
-        if executable is None:
+        """Gives for each fetched tensor one value per pipeline that runs here, none on a rank without pipelines."""
+        run.world.begin()
+        if launcher is None:
             return [() for _ in prepared.subgraph.fetches]
-        inputs: _Inputs | None = executable.memo.get("inputs")
-        if inputs is None:
-            inputs = executable.memo["inputs"] = _Inputs(executable)
-        known = prepared.memo.get(executable)
-        if known is None:
-            known = prepared.memo[executable] = inputs.known(executable, prepared)
-        values: list[Any] = known.copy()
-        for place, tensor, pipeline, dtype in inputs.feeds:
-            values[place] = to_device(feeds.arrays[pipeline][tensor], dtype, device)
-        for place, item in inputs.others:
-            match item:
-                case RandomInput(node):
-                    values[place] = seed, offset + prepared.subgraph.random[node]
-                case ParameterInput(node):
-                    values[place] = self.state.value(node).to(device)
-                case StepInput(node):
-                    values[place] = step_values[node]
-                case WorldInput():
-                    values[place] = world
-        is_recording = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
-        try:
-            flat = executable.module.forward(*values)
-        finally:
-            torch._C._set_grad_enabled(is_recording)
-        count = len(world.pipelines(prepared.num_pipelines))
-        if count == 1:
-            return [(value,) for value in flat]
-        return [tuple(flat[i : i + count]) for i in range(0, len(flat), count)]
+        device, store = run.request.device, self.state.parameters
+        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`hetu.Graph.state_dict`."""
@@ -249,132 +188,17 @@ class Executor:
         """See :meth:`hetu.Graph.load_state_dict`."""
         checkpoint.load_state_dict(self.state, state)
 
-    def compute_on_host(self, tensor: Tensor, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
-        """Computes on the CPU what planning needs and the graph makes: ``cu_seqlens`` from lengths, say."""
-        cpu = torch.device("cpu")
-        executable = self._executable(self.graph.planner.subgraph(tensor), 1, (0,), cpu, "torch")
-        sizes = executable.sizes(*(bound.value(leaf) for leaf in executable.leaves))
-        arguments = [
-            to_device(arrays[item.tensor], TORCH_DTYPES[item.tensor.dtype], cpu)
-            if isinstance(item, FeedInput)
-            else sizes[item.index]
-            for item in executable.inputs
-            if isinstance(item, (FeedInput, SizeInput))
-        ]
-        with torch.no_grad():
-            result: torch.Tensor = executable.module.forward(*arguments)[0]
-        return result
+    def compute_on_host(self, subgraph: Subgraph, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
+        """Computes on the CPU what planning reads and the graph makes: ``cu_seqlens`` from lengths, say.
+
+        Args:
+            subgraph: What is computed, with one fetch.
+            arrays: A pipeline's fed arrays.
+            bound: The pipeline's symbols, as far as they are bound.
+        """
+        return self._executables.get(subgraph, 1, (0,), torch.device("cpu"), "torch").compute_on_host(arrays, bound)
 
 
-_device = cache(torch.device)
-"""Devices by what names them: every run asks for one, and torch takes a while to make it."""
-
-
-def _determinism(wanted: bool) -> AbstractContextManager[Any]:
-    """Torch's own choice of deterministic kernels, for as long as a run takes."""
-    return nullcontext() if not wanted or torch.are_deterministic_algorithms_enabled() else _deterministic()
-
-
-@dataclass(slots=True)
-class _Request:
-    """The arguments of :meth:`hetu.Graph.run`."""
-
-    fetches: Tensor | Sequence[Tensor]
-    feed_dict: Mapping[Tensor, Any]
-    int_symbol_dict: Mapping[IntSymbol, Any]
-    strategy: int | str | None
-    num_micro_batches: int
-    device: str | None
-    run_level: str
-
-
-@dataclass(slots=True)
-class _Begun:
-    """A run of which everything is known but the feeds."""
-
-    world: World
-    request: _Request
-    step: Step
-    subgraph: Subgraph
-    batches: Sequence[tuple[Feeds, Symbols]]
-    place: torch.device
-
-    def asked(self, graph: Graph) -> Asked:
-        """What the ranks have to agree on."""
-        others = {
-            "run_level": self.request.run_level,
-            "the kind of device": self.place.type,
-            "the backend": default_backend(self.place),
-            "hetu.config(deterministic=...)": settings().deterministic,
-        }
-        return Asked(graph, self.subgraph, self.batches, self.request.strategy, others)
-
-
-@dataclass(slots=True)
-class _Run:
-    """A run that only has to be computed: for each micro-batch its plans, feeds and executable."""
-
-    begun: _Begun
-    prepared: Sequence[tuple[Prepared, FeedSet]]
-    executables: Sequence[Executable | None]
-
-
-class _Inputs:
-    """The inputs of an executable, by when they are known: found once for all its runs.
-
-    Attributes:
-        count: How many there are.
-        sizes: Its place among all, which size it is, and of which pipeline.
-        plans: Its place, whose plan it is, and of which pipeline.
-        feeds: What is fed: its place, the placeholder, the pipeline, and the type that the module takes.
-        others: What else differs from run to run, by its place.
-    """
-
-    def __init__(self, executable: Executable) -> None:
-        self.count = len(executable.inputs)
-        self.sizes: list[tuple[int, int, int]] = []
-        self.plans: list[tuple[int, Node, int]] = []
-        self.feeds: list[tuple[int, Tensor, int, torch.dtype]] = []
-        self.others: list[tuple[int, Input]] = []
-        for place, item in enumerate(executable.inputs):
-            match item:
-                case FeedInput(tensor, pipeline):
-                    self.feeds.append((place, tensor, pipeline, TORCH_DTYPES[tensor.dtype]))
-                case SizeInput(index, pipeline):
-                    self.sizes.append((place, index, pipeline))
-                case PlanInput(node, pipeline):
-                    self.plans.append((place, node, pipeline or 0))
-                case _:
-                    self.others.append((place, item))
-
-    def known(self, executable: Executable, prepared: Prepared) -> list[Any]:
-        """All inputs, of which those are filled in that lengths decide."""
-        values: list[Any] = [None] * self.count
-        if self.sizes:
-            leaves = executable.leaves
-            sizes = [executable.sizes(*[binding[leaf] for leaf in leaves]) for binding in prepared.bindings]
-            for place, index, pipeline in self.sizes:
-                values[place] = sizes[pipeline][index]
-        for place, node, pipeline in self.plans:
-            values[place] = prepared.plans[node][pipeline]
-        return values
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    # cuBLAS gives the same bits with a fixed workspace only; it reads this when it is first used.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
-    if not isinstance(value, torch.Tensor):
-        # torch takes no read-only, reversed or foreign-endian memory: such arrays are copied, others shared.
-        shareable = value.flags.writeable and min(value.strides, default=0) >= 0 and value.dtype.isnative
-        value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
-    return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)
+def _always(feeds: FeedSet) -> FeedReader:
+    """Gives feeds that are spread over the pipelines already."""
+    return lambda _: feeds

@@ -8,46 +8,13 @@ from typing import Any
 
 import torch
 
-from hetu.backends.comm.world import Spec, World
+from hetu.backends.comm.world import World
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.errors import HetuError, caller
 from hetu.graph import Node, Tensor
+from hetu.runtime.parameters import ByBox
+from hetu.runtime.request import Fetches
 from hetu.runtime.state import GraphState, add_gradients, sole_owners
 from hetu.shards import Shards
-
-RUN_LEVELS = ("update", "grad", "compute_only")
-
-
-class Fetches:
-    """What a run fetches: takes what ``minimize`` gave out of the fetches, and what it needs in.
-
-    Args:
-        fetches: What the user fetches.
-        run_level: See :meth:`hetu.Graph.run`.
-
-    Attributes:
-        wanted: What the modules must compute.
-        updates: What ``minimize`` gave.
-        plain: What else is fetched.
-        is_as_computed: Whether a run gives just what the modules compute, in their order.
-    """
-
-    def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
-        if run_level not in RUN_LEVELS:
-            names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
-            raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
-        self.is_single = isinstance(fetches, Tensor)
-        self.fetches = [fetches] if isinstance(fetches, Tensor) else list(fetches)
-        self.run_level = run_level
-        self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
-        self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
-        needed = [item for node in self.updates for item in self.needs(node)]
-        self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
-        self.is_as_computed = self.fetches == list(self.wanted)
-
-    def needs(self, update: Node) -> tuple[Tensor, ...]:
-        """What an update takes: the loss, and unless nothing is done with them the gradients."""
-        return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
 
 
 class Step:
@@ -62,7 +29,7 @@ class Step:
         self.results: list[list[Any]] = []
         self.counts: list[int] = []
         self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
-        self.grads: dict[Node, list[torch.Tensor] | None] = dict.fromkeys(fetched.updates)
+        self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
@@ -74,8 +41,8 @@ class Step:
         """Takes what one micro-batch gave.
 
         Args:
-            values: For each wanted tensor one value a pipeline that runs here.
-            num_pipelines: Pipelines of its strategy.
+            values: For each wanted tensor one value per pipeline that runs here.
+            num_pipelines: How many pipelines its strategy has.
             device: Where it ran.
         """
         count = len(self.fetched.plain)
@@ -89,10 +56,11 @@ class Step:
             count += 1 + len(grads)
             self.losses[node] += loss
             if grads:
-                # They are sums over the pipelines, the same on all of them, and on ranks that have none.
-                there = sole_owners([shards[0] for shards in grads], [*kept, *loss]) if grads[0] else None
-                own = self.world.share(there, [_spec(tensor) for tensor in node.tensors[1:]], num_pipelines, device)
-                kept += own
+                # They are sums over the pipelines, the same on all of them.
+                sums = sole_owners([shards[0] for shards in grads], [*kept, *loss]) if grads[0] else None
+                of = self.state.parameters_of(node)
+                own = self.state.parameters.reduce(of, sums, num_pipelines, self.world, device)
+                kept += own.values()
                 self.grads[node] = add_gradients(self.grads[node], own)
 
     def finish(self, device: torch.device) -> Any:
@@ -119,18 +87,9 @@ class Step:
             self.state.accumulate(update, grads)
             if self.fetched.run_level == "update":
                 return self.state.apply(update, loss).float()
-            return torch.nn.utils.get_total_norm(self.state.gradients[update]).float()
+            return torch.nn.utils.get_total_norm(self.state.gradients[update].values()).float()
 
 
 def _as_result(shards: Sequence[torch.Tensor]) -> Any:
     """What a run gives of a tensor: the value of the one pipeline that runs here, of several, or None of none."""
     return Shards(shards) if len(shards) > 1 else shards[0] if shards else None
-
-
-def _spec(tensor: Tensor) -> Spec:
-    """Shape and dtype of a parameter's gradient."""
-    return tuple(dim.constant or 0 for dim in tensor.symbolic_shape), TORCH_DTYPES[tensor.dtype]
-
-
-def _is_update(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.op.definition.name == "update"

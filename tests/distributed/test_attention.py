@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attention_cases import SPLITS, Case, cases
+from support.attention_cases import Case, cases
 from support.jobs import attention, holding
 from support.plans import KV_METHODS
 from support.pool import Pool
 from support.same import assert_own
 
-from hetu.parallel import METHODS
+from hetu.parallel import METHODS, SPLITS
 
 World = Callable[..., Pool]
 SIZES = (2, 3, 4)

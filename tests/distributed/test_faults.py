@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import faults
 from support.faults import Change
-from support.pool import Outcome, Pool, join
+from support.pool import Outcome, Pool, assert_lost, join
 from support.same import assert_own
 
 import hetu
@@ -105,6 +105,12 @@ def test_what_one_rank_refuses_no_rank_begins(world: World, change: Change, kind
         assert f"rank 2: {kind}: " in theirs and text in theirs
 
 
+def test_a_demand_that_only_one_rank_adds_to_a_graph_that_ran_is_found(world: World) -> None:
+    """It adds no node, and all ranks have agreed on the graph before."""
+    for found in world(2).run(faults.adds_a_demand_after_a_run, 1):
+        assert "the graph must be the same on all ranks, but the ranks differ in run " in found
+
+
 # Ranks that are late, or gone
 
 
@@ -114,13 +120,6 @@ def impatient() -> Iterator[Pool]:
     pool = Pool(3, timeout=TIMEOUT)
     yield pool
     pool.close()
-
-
-def assert_lost(outcome: Outcome, pattern: str) -> None:
-    """It got an error that says so, in time: it is neither stuck nor ended."""
-    assert outcome.raised is not None, str(outcome)
-    assert outcome.raised.kinds[0] == "CommunicationError", outcome.raised.traceback
-    assert re.search(pattern, outcome.raised.text), outcome.raised.text
 
 
 def assert_stopped(pool: Pool, ranks: list[int]) -> None:

@@ -14,20 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.test_faults import assert_lost
-from distributed.test_runs import KINDS
-from distributed.test_training import SMALL, steps
 from llama import Model, build
 from support import faults
-from support.attention_cases import SPLITS, Case
+from support.attention_cases import Case
 from support.devices import ON_CUDA
 from support.faults import Change
-from support.jobs import attention, float64_model, gathered, holding, in_turn, reduced, train
+from support.jobs import REDUCED, attention, float64_model, gathered, holding, in_turn, reduced, train
 from support.plans import KV_METHODS
-from support.pool import Pool
+from support.pool import Pool, assert_lost
 from support.same import assert_own, assert_same
+from support.training import SMALL, steps
 
-from hetu.parallel import METHODS
+from hetu.parallel import METHODS, SPLITS
 
 pytestmark = ON_CUDA
 
@@ -160,7 +158,7 @@ def test_sums_over_pipelines(world: World, size: int) -> None:
     """Of all types, in one bucket and in many."""
     asked = [
         (dtype, op, count, bucket)
-        for dtype, op in KINDS
+        for dtype, op in REDUCED
         for count, bucket in ((1, 1), (size - 1, 100), (size, 10**6), (2 * size + 1, 100))
     ]
     runs = [partial(reduced, *one, device=DEVICE) for one in asked]

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.jobs import chosen, gathered, reduced
+from support.jobs import REDUCED, chosen, gathered, reduced
 from support.pool import Pool
 from support.same import assert_own, assert_same
 
 World = Callable[..., Pool]
 
-KINDS = [
-    *((dtype, op) for dtype in ("float64", "float32", "float16", "bfloat16") for op in ("sum", "mean")),
-    *((dtype, "sum") for dtype in ("int32", "int64", "uint8")),
-]
-
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_sums_over_pipelines(world: World, size: int) -> None:
     """Added in the order of the pipelines, whichever processes they run in; in one bucket or many."""
-    for dtype, op in KINDS:
+    for dtype, op in REDUCED:
         for count, bucket in ((1, 1), (size - 1, 100), (size, 10**6), (2 * size + 1, 100)):
             (alone,) = world(1).run(reduced, dtype, op, count)
             for rank, values in enumerate(world(size).run(reduced, dtype, op, count, bucket)):

@@ -6,43 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-from corpus import cut, make_packs
-from llama import Config, Model, build
-from support.jobs import Step, float64_model, train
+from llama import Model, build
+from support.jobs import float64_model, train
 from support.pool import Pool
 from support.same import assert_same
+from support.training import SMALL, steps
 
 World = Callable[..., Pool]
-SMALL = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
-
-
-def packs(count: int, budget: int = 64) -> list[list[np.ndarray]]:
-    """Random documents, some of them empty."""
-    rng = np.random.default_rng(1)
-    files = [rng.integers(256, size=length).astype(np.uint8) for length in rng.integers(0, 40, 4 * count)]
-    return make_packs(cut(files, 40), budget, count)
-
-
-def steps(first: int = 0) -> list[Step]:
-    """Every strategy; micro-batches of differing lengths, a pack without tokens; gradients that wait for other runs."""
-    a, b, c, d, e, f, g = packs(7)
-    empty = [np.empty(0, np.uint8)]
-    made = [
-        Step(0, [a]),
-        Step(3, [b, a[:2]]),
-        Step(1, [c], "grad"),
-        Step(2, [d], "compute_only"),
-        Step(2, [e[:1], f, empty, g[:3]], "grad"),
-        Step(3, [b]),
-        Step(1, [d[:2], c]),
-        Step(0, [f, empty], "grad"),
-        Step(2, [g]),
-    ]
-    return made[first:]
-
-
 MODELS = {"float64": float64_model, "llama in float32": partial(build, SMALL, device="cpu")}
 
 

@@ -104,7 +104,7 @@ def test_errors(changes: dict[str, Any], kind: type[hetu.HetuError], message: st
 
 @pytest.mark.usefixtures("computes_nothing")
 def test_errors_point_at_the_user_also_through_the_dispatcher() -> None:
-    with Watching(), pytest.raises(hetu.BindingError, match=r"where:  calls.py:\d+ +return func\("):
+    with Watching(), pytest.raises(hetu.BindingError, match=r"where:  functional_calls.py:\d+ +return func\("):
         call(max_seqlen_q=4)
     q, *rest = op_arguments(p=0.5)
     with pytest.raises(hetu.HetuError, match=r"dropout has no rng_state"):

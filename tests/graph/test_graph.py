@@ -398,3 +398,11 @@ def test_a_list_that_is_no_array_is_refused(value: Any) -> None:
         y = x * 2
     with pytest.raises(hetu.BindingError, match=r"(?s)x was fed a \w+ that is no array.*hetu\.Shards"):
         g.run(y, {x: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "gives"), [("plan", "AttnPlan"), ("layout", "Layout"), ("prepare", "Prepared"), ("planner", "Planner")]
+)
+def test_an_editor_knows_what_a_graph_gives(name: str, gives: str) -> None:
+    member = vars(hetu.Graph)[name]
+    assert getattr(member, "fget", member).__annotations__["return"] == gives

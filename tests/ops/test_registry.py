@@ -116,20 +116,13 @@ PUBLIC = [name for name, definition in registry().items() if definition.is_publi
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_documented_and_sampled(name: str) -> None:
+def test_sampled_and_with_an_example(name: str) -> None:
+    """What else stands in a docstring is checked by test_docstrings.py."""
     good, bad = SAMPLES[name]
     assert good
     assert bad
-    function = getattr(hetu, name)
     assert name in hetu.ops.__all__
-    doc = function.__doc__
-    for section in ("Args:", "Returns:", "Raises:", "Example:"):
-        assert f"\n    {section}" in doc, f"{name} has no section {section}"
-    for parameter in function.__code__.co_varnames[
-        : function.__code__.co_argcount + function.__code__.co_kwonlyargcount
-    ]:
-        assert f"{parameter}" in doc.split("Args:")[1], f"{name} does not document {parameter}"
-    assert doctest.DocTestParser().get_examples(doc), "pytest runs them, but there are none"
+    assert doctest.DocTestParser().get_examples(getattr(hetu, name).__doc__), "pytest runs them, but there are none"
 
 
 # Gradients

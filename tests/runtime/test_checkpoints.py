@@ -48,6 +48,18 @@ def same(a: Any, b: Any) -> bool:
     return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
 
 
+def test_later_runs_leave_a_state_alone() -> None:
+    """That of the graph that gave it, and that of the graph that goes on from it."""
+    first, second = Model(), Model()
+    first.steps(range(2))
+    first.steps(range(2, 3), run_level="grad")
+    state, wanted = first.graph.state_dict(), first.graph.state_dict()
+    second.graph.load_state_dict(state)
+    for model in (first, second):
+        model.steps(range(3, 5))
+        assert same(state, wanted)
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "SGD"])
 def test_resuming_gives_the_same_bits(kind: str, tmp_path: Path) -> None:
     hetu.manual_seed(1)

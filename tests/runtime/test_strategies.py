@@ -7,23 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from corpus import cut, make_packs
-from llama import STRATEGIES, Config, Model, build, flat
+from llama import STRATEGIES, Model, build, flat
+from support.training import SMALL
+from support.training import learnable_packs as packs
 from train_lm import run_step
 
 import hetu
-
-SMALL = Config(layers=2, width=32, heads=4, kv_heads=2, head_dim=8, hidden=48)
-
-
-def packs(count: int, budget: int = 96) -> list[list[np.ndarray]]:
-    """Random documents of an alphabet that can be learnt: each token tells much of the next."""
-    rng = np.random.default_rng(0)
-    documents = []
-    for length in rng.integers(0, 60, 4 * count):
-        steps = rng.integers(1, 4, length)
-        documents.append(((np.cumsum(steps) + rng.integers(256)) % 256).astype(np.uint8))
-    return make_packs(cut(documents, 60), budget, count)
 
 
 def model(**options: Any) -> tuple[Model, hetu.Tensor]:

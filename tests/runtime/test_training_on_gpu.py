@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from llama import STRATEGIES, build
-from runtime.test_strategies import SMALL, packs
+from support.training import SMALL, learnable_packs
 from train_lm import run_step
 
 import hetu
@@ -23,7 +23,9 @@ def train(order: list[int], first: int = 0, path: Path | None = None, **options:
     node = hetu.optim.AdamW(lr=1e-3, max_grad_norm=1.0).minimize(made.loss, name="train")
     if path is not None and path.exists():
         made.graph.load_state_dict(hetu.load(path))
-    losses = [run_step(made, node, index, [pack]) for index, pack in zip(order, packs(12)[first:], strict=False)]
+    losses = [
+        run_step(made, node, index, [pack]) for index, pack in zip(order, learnable_packs(12)[first:], strict=False)
+    ]
     if path is not None:
         hetu.save(made.graph, path)
     return losses

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-SPLITS = ("normal", "sym", "stripe", "balanced")
-METHODS = ("ring", "direct", "all_gather", "ulysses", "auto")
+from hetu.parallel import METHODS, SPLITS
+
+METHOD_CHOICES = (*METHODS, "auto")
+"""What ``method`` may be."""
 
 
 @dataclass
@@ -69,8 +71,8 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
     values: dict[str, Any] = {
         "lens": draw(st.lists(st.integers(0, 13), min_size=count, max_size=count)),
         "groups": draw(st.lists(st.sampled_from([0, 0, 0, 2, 5]), min_size=count, max_size=count)),
-        "split": draw(st.sampled_from(SPLITS)),
-        "method": draw(st.sampled_from(METHODS)),
+        "split": draw(st.sampled_from(list(SPLITS))),
+        "method": draw(st.sampled_from(METHOD_CHOICES)),
         "packing": packing,
         "batch": 1 if packing else draw(st.integers(1, 3)),
         "is_causal": draw(st.booleans()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -39,6 +40,27 @@ def dense(
     return out, lse, torch.where(keep, p, -p)
 
 
+def dense_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    **options: Any,
+) -> list[torch.Tensor]:
+    """The gradients of one document: of ``sum(out * d_out) + sum(lse * d_lse)``, by autograd in float64."""
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    unseen = max(len(q) - len(k), 0) if options["is_causal"] else len(q) * (len(k) == 0)
+    if unseen == len(q) or len(q) == 0:  # nobody sees anything
+        return [torch.zeros_like(x) for x in leaves]
+    assert unseen == 0 or not options.get("dropout"), "dropout counts rows from the document's first"
+    out, lse, _ = dense(leaves[0][unseen:], leaves[1], leaves[2], **options)
+    loss = (out * d_out.double()[unseen:]).sum()
+    if d_lse is not None:
+        loss = loss + (lse.T * d_lse.double()[unseen:]).sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
 def dropout_of(p: float, rng_state: torch.Tensor, group: int = 0) -> Dropout | None:
     """The dropout that an op with this ``rng_state`` used."""
     return Dropout(p, dropout_key(*rng_state.tolist(), group)) if p else None
@@ -62,3 +84,17 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, is_causal: bool)
     if is_causal:
         scores = scores.masked_fill(torch.arange(m)[None, :] > torch.arange(n)[:, None] + m - n, -torch.inf)
     return torch.einsum("hij,jhd->ihd", scores.softmax(-1).nan_to_num(0), v)
+
+
+_GRADIENT_TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
+
+
+def assert_gradient_near(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Absolutely, or relative to the largest gradient where that is over 1.
+
+    Half types too: the forward's rounding of out is in a gradient absolutely, through delta, however small it is.
+    """
+    if not want.numel():
+        return
+    atol = _GRADIENT_TOLERANCE.get(dtype, 2e-2)
+    torch.testing.assert_close(got.double(), want, atol=atol * max(1.0, float(want.abs().max())), rtol=0)

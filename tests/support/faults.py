@@ -178,6 +178,21 @@ def another_run_level(made: Run) -> None:
     made.options["run_level"] = "grad"
 
 
+def adds_a_demand_after_a_run(rank: int) -> str:
+    """Runs a graph on all ranks, and once more after ``rank`` alone demanded something: the error of that."""
+    n = hetu.IntSymbol("n")
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [n], name="x")
+        y = x + 1.0
+    g.run(y, {x: torch.ones(3)})
+    if hetu.init_distributed().rank == rank:
+        with g:
+            hetu.require(n <= 100)
+    with pytest.raises(hetu.CommunicationError) as caught:
+        g.run(y, {x: torch.ones(3)})
+    return str(caught.value)
+
+
 # What is bad on one rank
 
 

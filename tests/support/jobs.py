@@ -210,6 +210,13 @@ def train_step(model: Model, fetches: Any, step: Step) -> Any:
 # Sums
 
 
+REDUCED = [
+    *((dtype, op) for dtype in ("float64", "float32", "float16", "bfloat16") for op in ("sum", "mean")),
+    *((dtype, "sum") for dtype in ("int32", "int64", "uint8")),
+]
+"""The dtypes and ops of sums over pipelines."""
+
+
 def reduced(dtype: str, op: str, count: int, bucket_bytes: int = reduce.BUCKET_BYTES, device: str = "cpu") -> Any:
     """Reduces tensors of several shapes over ``count`` pipelines; then counts all of them by step_sum."""
     reduce.BUCKET_BYTES = bucket_bytes

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.parallel import Heads, Layout, Mask, groups_of
+from hetu.parallel import SPLITS, Heads, Layout, Mask, groups_of
 from hetu.parallel.layout.pieces import balance_pieces
 
 DEFINITIONS: dict[Mask, Callable[[Any, Any], Any]] = {
@@ -46,7 +46,7 @@ class Case:
             for r in members:
                 held[r] = []
             for document, pieces in enumerate(self.pieces(g, [self.lens[r] for r in members])):
-                for r, positions in zip(members, lay(self.split, pieces), strict=True):
+                for r, positions in zip(members, SPLITS_BY_DEFINITION[self.split][1](pieces), strict=True):
                     held[r] += [(document, position) for position in positions]
         return held
 
@@ -57,14 +57,25 @@ class Case:
         cu = self.cu_seqlens[g]
         if cu.ndim == 2:
             return np.diff(cu).T.tolist()
-        if self.split == "normal":
-            owner = [r for r, length in enumerate(lens) for _ in range(length)]
-            documents = [owner[cu[d] : cu[d + 1]] for d in range(len(cu) - 1)]
-            return [[document.count(r) for r in range(len(lens))] for document in documents]
-        if self.split == "balanced":  # they are chosen; see test_pieces.py
-            return balance_pieces(cu.astype(np.int64), np.array(lens)).T.tolist()
-        totals = [share(total, lens) for total in cu.tolist()]
-        return [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
+        return SPLITS_BY_DEFINITION[self.split][0](cu, lens)
+
+
+def in_runs(cu: np.ndarray, lens: list[int]) -> list[list[int]]:
+    """The concatenation of all documents is cut into one run per member."""
+    owner = [r for r, length in enumerate(lens) for _ in range(length)]
+    documents = [owner[cu[d] : cu[d + 1]] for d in range(len(cu) - 1)]
+    return [[document.count(r) for r in range(len(lens))] for document in documents]
+
+
+def in_proportion(cu: np.ndarray, lens: list[int]) -> list[list[int]]:
+    """Each document is dealt out in proportion to what the members hold."""
+    totals = [share(total, lens) for total in cu.tolist()]
+    return [[b - a for a, b in zip(*pair, strict=True)] for pair in pairwise(totals)]
+
+
+def chosen(cu: np.ndarray, lens: list[int]) -> list[list[int]]:
+    """By hetu itself: test_pieces.py says what is right."""
+    return balance_pieces(cu.astype(np.int64), np.array(lens)).T.tolist()
 
 
 def share(total: int, lens: list[int]) -> list[int]:
@@ -75,26 +86,39 @@ def share(total: int, lens: list[int]) -> list[int]:
     return [first, *share(total - first, lens[1:])]
 
 
-def lay(split: str, pieces: list[int]) -> list[list[int]]:
-    """Positions of one document on each member, laid out token by token."""
+def in_order(pieces: list[int]) -> list[list[int]]:
+    """Positions of one document on each member: contiguous, in the order of the members."""
+    ends = np.cumsum(pieces).tolist()
+    return [list(range(end - n, end)) for n, end in zip(pieces, ends, strict=True)]
+
+
+def front_and_back(pieces: list[int]) -> list[list[int]]:
+    """Front pieces in the order of the members, then back pieces in the other order."""
+    fronts = in_order([n // 2 for n in pieces])
+    backs = in_order([n - n // 2 for n in reversed(pieces)])
+    behind = sum(n // 2 for n in pieces)
+    return [front + [behind + i for i in back] for front, back in zip(fronts, reversed(backs), strict=True)]
+
+
+def dealt(pieces: list[int]) -> list[list[int]]:
+    """One token at a time, in the order of the members, to those that still have room."""
     held: list[list[int]] = [[] for _ in pieces]
-    if split == "stripe":
-        r = 0
-        for position in range(sum(pieces)):
-            while len(held[r % len(pieces)]) == pieces[r % len(pieces)]:
-                r += 1
-            held[r % len(pieces)].append(position)
+    r = 0
+    for position in range(sum(pieces)):
+        while len(held[r % len(pieces)]) == pieces[r % len(pieces)]:
             r += 1
-        return held
-    halves = [pieces] if split == "normal" else [[n // 2 for n in pieces], [n - n // 2 for n in pieces]]
-    position = 0
-    for i, half in enumerate(halves):
-        order = range(len(pieces))
-        for r in reversed(order) if i else order:
-            for _ in range(half[r]):
-                held[r].append(position)
-                position += 1
+        held[r % len(pieces)].append(position)
+        r += 1
     return held
+
+
+SPLITS_BY_DEFINITION = {
+    "normal": (in_runs, in_order),
+    "sym": (in_proportion, front_and_back),
+    "stripe": (in_proportion, dealt),
+    "balanced": (chosen, front_and_back),
+}
+"""Each split once more, token by token: the pieces of each document, and which tokens they are."""
 
 
 def random_case(rng: np.random.Generator, longest: int = 50, most: int = 9) -> Case:
@@ -103,7 +127,7 @@ def random_case(rng: np.random.Generator, longest: int = 50, most: int = 9) -> C
     lens = (rng.integers(0, longest + 1, count) * (rng.random(count) < 0.85)).tolist()
     cp_groups = rng.choice([3, 3, 3, 0, 5], count).tolist()
     members = list(groups_of(cp_groups).values())
-    split = str(rng.choice(["normal", "sym", "stripe", "balanced"]))
+    split = str(rng.choice(list(SPLITS)))
     kind = rng.integers(3)
     if kind == 0:
         return Case(lens, cp_groups, split, rng.integers(1, 4, len(members)).tolist(), None)

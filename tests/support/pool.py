@@ -10,6 +10,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -71,6 +72,13 @@ class Outcome:
         if self.stuck_at is not None:
             return f"did not come back; it was at\n{self.stuck_at}"
         return "all right"
+
+
+def assert_lost(outcome: Outcome, pattern: str) -> None:
+    """It got an error that says so, in time: it is neither stuck nor ended."""
+    assert outcome.raised is not None, str(outcome)
+    assert outcome.raised.kinds[0] == "CommunicationError", outcome.raised.traceback
+    assert re.search(pattern, outcome.raised.text), outcome.raised.text
 
 
 class Pool:

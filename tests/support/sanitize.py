@@ -24,10 +24,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from ops.attention.test_gradients import check_parallel
-from ops.attention.test_parallel_attn import check_case
 from support.attention_cases import Case
 from support.packs import Pack, assert_right, by_kernels, by_op
+from support.parallel_checks import check_case, check_parallel
 
 import hetu
 

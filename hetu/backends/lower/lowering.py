@@ -157,14 +157,12 @@ class Executable:
         inputs: What each input is.
         leaves: The symbols that its sizes depend on.
         sizes: Compiled: values of ``leaves`` to the tuple of all sizes.
-        memo: What was found out of the others, so that runs need not find it again; not part of the value.
     """
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
     leaves: tuple[IntSymbol, ...]
     sizes: Callable[..., tuple[int, ...]]
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
 
 @dataclass

@@ -23,6 +23,11 @@ def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
     return world.finish_reduce(started)
 
 
+@lowering("step_sum", backend="torch")
+def _step_sum(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.step_value()
+
+
 @lowering("all_reduce", backend="torch")
 def _all_reduce(cx: NodeLowering, parts: Sequence[fx.Node]) -> list[Deferred]:
     started = cx.call(hetu_start_reduce, parts, cx.node.attrs["op"], cx.num_pipelines, cx.world())

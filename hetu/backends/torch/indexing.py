@@ -1,4 +1,4 @@
-"""Parts of tensors: slice and gather with their gradients, concat, split."""
+"""Parts of tensors: slice and gather, with their gradients."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.torch.common import at_least_float32
 
 
 def _places(dim: int, start: Any, stop: Any, step: int) -> tuple[slice, ...]:
@@ -37,19 +38,6 @@ def _slice_grad(cx: NodeLowering, grad: fx.Node, start: Any, stop: Any, size: An
     return cx.call(hetu_slice_grad, grad, tuple(cx.shape()), attrs["dim"], start, stop, attrs["step"])
 
 
-@lowering("concat", backend="torch")
-def _concat(cx: NodeLowering, *parts: fx.Node) -> fx.Node:
-    return cx.call(torch.cat, parts, cx.node.attrs["dim"])
-
-
-@lowering("split", backend="torch")
-def _split(cx: NodeLowering, x: fx.Node) -> tuple[fx.Node, ...]:
-    dim = cx.node.attrs["dim"]
-    sizes = [cx.shape(index)[dim] for index in range(len(cx.node.outputs))]
-    pieces = cx.call(torch.split_with_sizes, x, sizes, dim)
-    return tuple(cx.item(pieces, index) for index in range(len(sizes)))
-
-
 @lowering("gather", backend="torch")
 def _gather(cx: NodeLowering, x: fx.Node, index: fx.Node) -> fx.Node:
     return cx.call(torch.gather, x, cx.node.attrs["dim"], _long(cx, index))
@@ -57,7 +45,7 @@ def _gather(cx: NodeLowering, x: fx.Node, index: fx.Node) -> fx.Node:
 
 def hetu_gather_grad(grad: torch.Tensor, index: torch.Tensor, shape: Sequence[int], dim: int) -> torch.Tensor:
     """Sums up the gradients of each element's uses, in float32 at least."""
-    wide = grad.float() if grad.itemsize == 2 else grad
+    wide = at_least_float32(grad)
     return wide.new_zeros(shape).scatter_add_(dim, index, wide).to(grad.dtype)
 
 

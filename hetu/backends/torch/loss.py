@@ -9,7 +9,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.norms import as_rows
+from hetu.backends.torch.common import as_rows
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are worked on at a time: enough to keep the device busy, few next to all of them."""

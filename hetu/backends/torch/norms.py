@@ -6,18 +6,9 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.torch.common import as_rows, at_least_float32, outputs_of
 
 aten = torch.ops.aten
-
-
-def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """``(..., width)`` as ``(rows, width)``."""
-    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """The tensor in float32 where it is of half precision: torch's CPU kernels would keep half statistics."""
-    return x.float() if x.itemsize == 2 else x
 
 
 def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -25,7 +16,7 @@ def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     width = x.shape[-1]
     if x.device.type == "cuda":
         return aten._fused_rms_norm(x, [width], weight, eps)
-    wide = _wide(x)
+    wide = at_least_float32(x)
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
     out = wide * rstd
     return (out if weight is None else out.mul_(weight)).to(x.dtype), rstd
@@ -39,13 +30,13 @@ def hetu_rms_norm_grad(
     if x.device.type == "cuda":
         d_x, d_weight = aten._fused_rms_norm_backward(grad, x, [width], rstd, weight, [True, weight is not None])
         return (d_x,) if weight is None else (d_x, d_weight)
-    dy, rows, scale = as_rows(_wide(grad)), as_rows(_wide(x)), as_rows(rstd)
+    dy, rows, scale = as_rows(at_least_float32(grad)), as_rows(at_least_float32(x)), as_rows(rstd)
     product = dy * rows
-    total = product.sum(1, keepdim=True) if weight is None else (product @ _wide(weight)).unsqueeze(1)
+    total = product.sum(1, keepdim=True) if weight is None else (product @ at_least_float32(weight)).unsqueeze(1)
     factor = total.mul_(scale.square()).div_(-width)
     d_weight = [] if weight is None else [product.mul_(scale).sum(0).to(weight.dtype)]
     d_x = torch.mul(rows, factor, out=product)  # whose memory is free by now
-    d_x = d_x.add_(dy) if weight is None else d_x.addcmul_(dy, _wide(weight))
+    d_x = d_x.add_(dy) if weight is None else d_x.addcmul_(dy, at_least_float32(weight))
     return d_x.mul_(scale).to(x.dtype).view(x.shape), *d_weight
 
 
@@ -75,28 +66,24 @@ def hetu_layer_norm_grad(
 
 def _for_kernel(x: torch.Tensor, *operands: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Operands as the layer_norm kernel of x's device takes them: that of CUDA computes in float32 by itself."""
-    return [item if item is None or x.device.type == "cuda" else _wide(item) for item in operands]
-
-
-def _all(cx: NodeLowering, outputs: fx.Node) -> tuple[fx.Node, ...]:
-    return tuple(cx.item(outputs, i) for i in range(len(cx.node.outputs)))
+    return [item if item is None or x.device.type == "cuda" else at_least_float32(item) for item in operands]
 
 
 @lowering("rms_norm", backend="torch")
 def _rms_norm(cx: NodeLowering, x: fx.Node, weight: fx.Node | None) -> tuple[fx.Node, ...]:
-    return _all(cx, cx.call(hetu_rms_norm, x, weight, cx.node.attrs["eps"]))
+    return outputs_of(cx, cx.call(hetu_rms_norm, x, weight, cx.node.attrs["eps"]))
 
 
 @lowering("rms_norm_grad", backend="torch")
 def _rms_norm_grad(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
-    return _all(cx, cx.call(hetu_rms_norm_grad, *operands))
+    return outputs_of(cx, cx.call(hetu_rms_norm_grad, *operands))
 
 
 @lowering("layer_norm", backend="torch")
 def _layer_norm(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
-    return _all(cx, cx.call(hetu_layer_norm, *operands, cx.node.attrs["eps"]))
+    return outputs_of(cx, cx.call(hetu_layer_norm, *operands, cx.node.attrs["eps"]))
 
 
 @lowering("layer_norm_grad", backend="torch")
 def _layer_norm_grad(cx: NodeLowering, *operands: fx.Node | None) -> tuple[fx.Node, ...]:
-    return _all(cx, cx.call(hetu_layer_norm_grad, *operands))
+    return outputs_of(cx, cx.call(hetu_layer_norm_grad, *operands))

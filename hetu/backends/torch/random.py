@@ -16,6 +16,7 @@ from torch import fx
 
 from hetu.backends.attention.dropout import Dropout, dropout_key, philox
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.torch.common import outputs_of
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**24}
 """Elements whose randoms are computed at a time: they take several times the memory of the elements themselves."""
@@ -82,8 +83,7 @@ def _stream(cx: NodeLowering, tokens: fx.Node | None) -> int:
 
 @lowering("dropout", backend="torch")
 def _dropout(cx: NodeLowering, x: fx.Node, tokens: fx.Node | None) -> tuple[fx.Node, ...]:
-    outputs = cx.call(hetu_dropout, x, tokens, cx.random(), cx.node.attrs["p"], _stream(cx, tokens))
-    return cx.item(outputs, 0), cx.item(outputs, 1)
+    return outputs_of(cx, cx.call(hetu_dropout, x, tokens, cx.random(), cx.node.attrs["p"], _stream(cx, tokens)))
 
 
 @lowering("dropout_grad", backend="torch")

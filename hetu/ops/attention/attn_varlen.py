@@ -45,6 +45,8 @@ from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
+__all__ = ["attn_varlen"]
+
 _SIDES = ("q", "k")
 
 _Lengths = tuple[NDArray[np.int64], int, bytes]
@@ -56,28 +58,28 @@ def _lengths(cu_seqlens: NDArray[np.int64]) -> _Lengths:
 
 
 class _VarlenAttention(OpDef):
-    """What the op and its gradient have in common: what its lengths tell, and the plan."""
+    """The base of the op and its gradient: both read the lengths, and follow a plan."""
 
     host_inputs = ("cu_seqlens_q", "cu_seqlens_k")
     has_plan = True
     plan_name = "attn_varlen"
 
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+    def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
 
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+    def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
         return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
 
     def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
         """The lengths of both sides: found once, whoever asks."""
         cu_seqlens = node.inputs[-2:]
-        found: tuple[_Lengths, _Lengths] | None = pipeline.memo.get(("attn_varlen", cu_seqlens))
-        if found is None:
+
+        def read() -> tuple[_Lengths, _Lengths]:
             of_q, of_k = self.host_inputs
             q = _lengths(read_cu_seqlens(node, of_q, pipeline))
-            k = q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
-            found = pipeline.memo["attn_varlen", cu_seqlens] = (q, k)
-        return found
+            return q, q if cu_seqlens[0] is cu_seqlens[1] else _lengths(read_cu_seqlens(node, of_k, pipeline))
+
+        return pipeline.once(("attn_varlen", cu_seqlens), read)
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         return [self._key(node, item) for item in view.pipelines]
@@ -246,7 +248,7 @@ def attn_varlen(
     return_softmax: bool = False,
     name: str | None = None,
 ) -> list[Tensor]:
-    """Attention over sequences of different lengths that lie one after the other, without padding.
+    """Attends over sequences of different lengths that lie one after the other, without padding.
 
     Sequence b attends rows ``cu_seqlens_q[b] .. cu_seqlens_q[b+1]`` of q to rows ``cu_seqlens_k[b] ..
     cu_seqlens_k[b+1]`` of k and v. Rows of q past ``cu_seqlens_q[-1]`` belong to no sequence; their output is 0.
@@ -256,18 +258,21 @@ def attn_varlen(
             torch backend).
         k: ``(T_k, H_k * head_dim)`` or ``(T_k, H_k, head_dim)``; H_q must be a multiple of H_k (grouped queries:
             query head h uses key head ``h // (H_q // H_k)``).
-        v: Like k.
+        v: As k.
         head_dim: A multiple of 8, at most 256.
-        cu_seqlens_q: int32 ``(B + 1,)``, from 0, never decreasing; lengths of zero are fine.
-        cu_seqlens_k: Like cu_seqlens_q, for the keys.
-        max_seqlen_q: At least the longest query sequence; unbound or None, it is just that.
-        max_seqlen_k: Likewise for the keys.
+        cu_seqlens_q: int32 ``(B + 1,)``: where each query sequence starts, and where the last one ends. They start at 0
+            and never decrease; a sequence may have no tokens.
+        cu_seqlens_k: As cu_seqlens_q, for the keys.
+        max_seqlen_q: At least the length of the longest query sequence. None, or an unbound symbol, becomes that
+            length.
+        max_seqlen_k: As max_seqlen_q, for the keys.
         p_dropout: Probability in [0, 1) with which each attention weight is dropped.
         softmax_scale: Factor of the scores; -1 means ``1 / sqrt(head_dim)``.
         zero_tensors: Whether slots past a sequence's end are 0 in ``softmax_lse`` too, instead of ``-inf``.
-        is_causal: Row i of n sees keys 0 .. i + m - n of m: aligned to the bottom right, as in FlashAttention.
-        return_softmax: Whether to compute ``p``.
-        name: The node's name.
+        is_causal: Whether row i of n sees only the keys up to number ``i + m - n`` of m. The mask is aligned to the
+            bottom right, as in FlashAttention.
+        return_softmax: Whether to compute ``p``, which takes memory quadratic in the lengths.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse, float32
@@ -277,8 +282,8 @@ def attn_varlen(
 
     Raises:
         ShapeError: If widths, head counts or ranks don't fit.
-        DTypeError: If an element type is not one of the above.
-        BindingError: When run, if cu_seqlens or max_seqlen don't fit what was fed.
+        DTypeError: If a dtype is not one of the above.
+        BindingError: If cu_seqlens or max_seqlen don't fit the fed tensors, which a run checks.
 
     Example:
         >>> import hetu, numpy as np

@@ -33,9 +33,9 @@ def check_tensor(call: Call, name: str, value: Any, dtypes: tuple[DType, ...], r
     if not isinstance(value, Tensor):
         call.fail(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a graph tensor as {name}")
     if value.dtype not in dtypes:
-        names = ", ".join(dtype.name for dtype in dtypes)
+        names = " or ".join(dtype.name for dtype in dtypes)
         call.fail(
-            DTypeError, f"{name} is {value.dtype.name}, expected {names}", f"hetu.cast({name}, ...) to one of them"
+            DTypeError, f"{name} is {value.dtype.name}, expected {names}", f"cast it: hetu.cast({name}, {dtypes[0]})"
         )
     if value.ndim not in ranks:
         wanted = " or ".join(map(str, ranks))
@@ -48,7 +48,7 @@ def check_tensor(call: Call, name: str, value: Any, dtypes: tuple[DType, ...], r
 def check_cu_seqlens(call: Call, name: str, value: Any, ranks: tuple[int, ...] = (1,)) -> Tensor:
     """Demands an int32 tensor of cumulative lengths with at least one entry."""
     cu = check_tensor(call, name, value, (int32,), ranks)
-    call.check(cu.symbolic_shape[-1] >= 1, f"{name} holds at least its first entry, 0")
+    call.check(cu.symbolic_shape[-1] >= 1, f"expected {name} to hold at least its first entry, 0")
     return cu
 
 
@@ -87,7 +87,7 @@ def max_seqlen(call: Call, name: str) -> IntSymbol:
     if given is not None and not isinstance(given, (int, IntSymbol)):
         call.fail(DTypeError, f"{name} is {given!r}, expected an IntSymbol or an int", f"give {name} as a symbol")
     symbol = call.symbol(name) if given is None else as_symbol(given)
-    call.check(symbol >= 0, f"{name} is at least 0")
+    call.check(symbol >= 0, f"expected {name} to be at least 0")
     call.attrs[name] = symbol
     return symbol
 
@@ -188,7 +188,7 @@ def dense_attention(
         q: ``(n, H_q, head_dim)``.
         k: ``(m, H_k, head_dim)``; query head h uses key head ``h // (H_q // H_k)``.
         v: Like k.
-        scale: Of the scores.
+        scale: The factor of the scores.
         mask: Which keys a query sees; query i stands at key ``i + m - n``.
 
     Returns:

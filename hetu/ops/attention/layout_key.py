@@ -60,7 +60,7 @@ class ParallelKey:
     """Everything that the plan of a ``parallel_attn`` depends on.
 
     Attributes:
-        layout: What its layout depends on.
+        layout: The key of its layout.
         method: How keys and values move.
         mask: Which keys a query sees.
         heads: Widths of a token's row.

@@ -1,4 +1,4 @@
-"""What the ops over tokens that lie as the strategies say have in common: the lists, binding, the layout's key."""
+"""The base of ops over tokens that lie as the strategies say: their lists, their binding, and the layout's key."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ class LayoutOp(OpDef):
             try:
                 rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
             except TypeError:
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list a strategy")
+                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
             if len(rows[given]) != call.graph.num_strategy:
                 call.fail(
                     StrategyError,
                     f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
-                    "give one row a strategy, or another num_strategy to hetu.graph",
+                    "give one row per strategy, or another num_strategy to hetu.graph",
                 )
         strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
         for i, strategy in enumerate(strategies):
             for r, length in enumerate(strategy.seq_lens):
-                call.check(length >= 0, f"the length of pipeline {r} under strategy {i} is at least 0")
+                call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
             if attrs[name] not in known:
@@ -80,22 +80,22 @@ class LayoutOp(OpDef):
         listed = (*chosen.seq_lens, *chosen.cp_groups)
         return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
 
-    def facts(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
+    def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         own, listed = node.symbols, as_symbol(strategy_of(node, strategy).seq_lens[pipeline])
-        facts = [(listed, f"rows of {self.inputs[0]} on pipeline {pipeline}")]
-        facts += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
+        sizes = [(listed, f"rows of {self.inputs[0]} on pipeline {pipeline}")]
+        sizes += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
         group = "longest document of the pipeline's context group"
-        return facts + [(node.attrs[name], group) for name in bounds_of(node)]
+        return sizes + [(node.attrs[name], group) for name in bounds_of(node)]
 
-    def tell(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
+    def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
         chosen = strategy_of(node, view.strategy)
         lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True)]
         rows = [item.known(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
         if node.attrs["packing"]:
             lens = [row if length is None else length for length, row in zip(lens, rows, strict=True)]
-        return [self._tell_pipeline(node, view, r, lens, rows) for r in range(len(view.pipelines))]
+        return [self._infer_pipeline(node, view, r, lens, rows) for r in range(len(view.pipelines))]
 
-    def _tell_pipeline(
+    def _infer_pipeline(
         self, node: Node, view: RunView, r: int, lens: list[int | None], rows: list[int | None]
     ) -> list[int | None]:
         attrs, pipeline = node.attrs, view.pipelines[r]
@@ -104,9 +104,9 @@ class LayoutOp(OpDef):
         known = [lens[i] for i in members]
         total = None if None in groups or None in known else sum(length or 0 for length in known)
         batch = None if total is None else batch_of(members, lens, rows)
-        told: dict[str, int | None] = {"seq_len": lens[r], "batch": batch, "total": total}
+        own: dict[str, int | None] = {"seq_len": lens[r], "batch": batch, "total": total}
         values = [lens[r] if attrs["packing"] else None]
-        values += [told[name] for name in ("seq_len", "batch", "total") if name in node.symbols]
+        values += [own[name] for name in ("seq_len", "batch", "total") if name in node.symbols]
         sides = bounds_of(node)
         longest = int(self._documents(node, pipeline, total).max(initial=0)) if sides and total is not None else None
         return values + [longest] * len(sides)

@@ -28,9 +28,11 @@ from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
 from hetu.symbols import IntSymbol, as_symbol
 
+__all__ = ["parallel_attn"]
+
 
 class _ParallelAttention(LayoutOp):
-    """What the op and its gradient have in common: the plan."""
+    """The base of the op and its gradient: both follow a plan."""
 
     choices: ClassVar[Mapping[str, Sequence[str]]] = {**LayoutOp.choices, "method": ("auto", *METHODS)}
     precision = "low"
@@ -167,7 +169,9 @@ def parallel_attn(
     method: str = "auto",
     name: str | None = None,
 ) -> list[Tensor]:
-    """Attention over sequences spread over the pipelines of a strategy; the result is that of one device.
+    """Attends over sequences that are spread over the pipelines of a strategy. The result is that of one device.
+
+    A *pipeline* is a holder of tokens, in practice a rank; it is no stage of pipeline parallelism.
 
     Under strategy i pipeline r holds ``multi_seq_lens_symbol[i][r]`` tokens of each sequence. Pipelines with the
     same ``multi_cp_group_symbol[i][r]`` form a context group, in index order, and attend together.
@@ -177,14 +181,14 @@ def parallel_attn(
             float16, bfloat16, float32 (float64 on the torch backend).
         head_dim: A multiple of 8, at most 256.
         group_query_ratio: ``H_q / H_kv``.
-        multi_seq_lens_symbol: One row a strategy, one length a pipeline: any lengths, zero included.
-        multi_cp_group_symbol: Rows of the same sizes: each pipeline's context group.
+        multi_seq_lens_symbol: One row per strategy, with one length per pipeline: any lengths, zero included.
+        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline.
         packing: Whether the sequence is a concatenation of documents (batch 1).
         cu_seqlens_q: With packing, int32 ``(B + 1,)``, the documents of the whole group, or ``(R, B + 1)``, the
             piece of each document on each pipeline of the group.
         cu_seqlens_k: The same as cu_seqlens_q, or None.
-        max_seqlen_q: If bound, at least the longest document.
-        max_seqlen_k: Likewise.
+        max_seqlen_q: At least the length of the longest document. None, or an unbound symbol, becomes that length.
+        max_seqlen_k: As max_seqlen_q.
         p_dropout: Probability in [0, 1) with which each attention weight is dropped: the same weights under every
             strategy, split and method.
         softmax_scale: Factor of the scores; -1 means ``1 / sqrt(head_dim)``.
@@ -195,7 +199,7 @@ def parallel_attn(
             whole on one pipeline, so that all have as much to do). See ``docs/layouts.md``.
         method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
             ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
-        name: The node's name.
+        name: The node's name, unique in the graph; None makes one up.
 
     Returns:
         ``[output, softmax_lse, rng_state]``: ``(batch * seq_len, H_q * head_dim)``; natural-log lse, float32
@@ -204,9 +208,10 @@ def parallel_attn(
 
     Raises:
         ShapeError: If widths and heads don't fit.
-        DTypeError: If an element type is not one of the above.
+        DTypeError: If a dtype is not one of the above.
         StrategyError: If the lists don't fit the graph's strategies or each other.
-        BindingError: When run, if what was fed does not fit the strategy.
+        HetuError: If cu_seqlens are given without packing, or missing with it.
+        BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:
         >>> import hetu, numpy as np

@@ -1,1 +1,1 @@
-"""What the modules of ops share."""
+"""Helpers that several families of ops use."""

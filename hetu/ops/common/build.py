@@ -1,4 +1,4 @@
-"""What the ops share: adding a node, and the checks that their shape rules are made of."""
+"""Adds nodes to graphs, and has the checks that the ops' shape rules are made of."""
 
 from __future__ import annotations
 

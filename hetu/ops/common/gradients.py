@@ -1,4 +1,4 @@
-"""What the gradient rules share: undoing what the forward did to shapes and dtypes."""
+"""Helpers of gradient rules: they undo what the forward did to shapes and dtypes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ops of a model's layers share: the base of those that gradients are made of, and a few checks."""
+"""The base of ops that only gradients are made of, and checks that the ops of a model's layers share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def same_shape(call: Call, wanted: Sequence[Dim], other: Sequence[Dim], what: st
     Args:
         call: The call to check.
         wanted: A shape.
-        other: What must be equal to it in every run.
+        other: The shape that must be equal to it in every run.
         what: What is expected, for the error; both shapes are added to it.
     """
     text = f"expected {what}, got {show(wanted)} and {show(other)}"

@@ -235,7 +235,7 @@ class Layout:
         if split not in SPLITS:
             names = ", ".join(SPLITS)
             raise StrategyError(f"there is no split {split!r}", op="layout", where=caller(), fix=f"use one of {names}")
-        share, arrange = SPLITS[split]
+        chosen = SPLITS[split]
         by_value = groups_of(cp_groups)
         cus = cu_seqlens_lists(cu_seqlens, len(by_value))
         batches = batch_lists(batch, len(by_value), is_packed=cu_seqlens is not None)
@@ -246,8 +246,8 @@ class Layout:
                 check_total(value, int(lens.sum()) * batches[index])
                 pieces = lens[:, None].repeat(batches[index], axis=1)
             else:
-                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(share)
-            groups.append(GroupLayout(index, value, members, lens, cus is not None, pieces, arrange(pieces)))
+                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(chosen.pieces)
+            groups.append(GroupLayout(index, value, members, lens, cus is not None, pieces, chosen.parts(pieces)))
         return cls(groups)
 
     @classmethod

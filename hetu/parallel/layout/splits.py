@@ -90,12 +90,23 @@ def stripe(pieces: IntArray) -> Parts:
     return Parts(document, start, active * (high - low), np.broadcast_to(step, start.shape), first, is_dealt=True)
 
 
-Split = Callable[[IntArray], Parts]
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How documents lie over the members of a group.
 
-SPLITS: dict[str, tuple[Callable[[IntArray, IntArray], IntArray], Split]] = {
-    "normal": (cut_pieces, normal),
-    "sym": (deal_pieces, sym),
-    "stripe": (deal_pieces, stripe),
-    "balanced": (balance_pieces, sym),
+    Attributes:
+        pieces: Cuts documents: from ``(B + 1,)`` cu_seqlens and ``(R,)`` tokens of the members to ``(R, B)`` pieces.
+        parts: Says which tokens these pieces are.
+    """
+
+    pieces: Callable[[IntArray, IntArray], IntArray]
+    parts: Callable[[IntArray], Parts]
+
+
+SPLITS = {
+    "normal": Split(cut_pieces, normal),
+    "sym": Split(deal_pieces, sym),
+    "stripe": Split(deal_pieces, stripe),
+    "balanced": Split(balance_pieces, sym),
 }
-"""Each split: how 1-D cu_seqlens become pieces, and which tokens the pieces are."""
+"""The splits by name."""

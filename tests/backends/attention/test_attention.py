@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.table_checks import check_forward as check
 from support.tables_by_definition import Case, Step, buffers, dense, random_case, rows_of, run
 
 from hetu.backends.attention.contract import Attend, Dropout, ceil_padded, dropout_key, finish_softmax, new_state
@@ -34,30 +35,6 @@ def varlen_case(q_len: list[int], k_len: list[int], rows: int, is_causal: bool) 
         seen[q_cu[b] : q_cu[b + 1], k_cu[b] : k_cu[b + 1]] = allowed.tril(m - n) if is_causal else allowed
     positions = np.concatenate([np.arange(m) for m in k_len])
     return Case(spans, [Step(table, len(positions), positions)], [seen], rows, len(q_len), max(q_len), max(k_len))
-
-
-def check(
-    attend: Attend,
-    case: Case,
-    heads: tuple[int, int],
-    head_dim: int,
-    dtype: torch.dtype,
-    dropout: Dropout | None = None,
-) -> None:
-    q, pairs = buffers(case, *heads, head_dim, dtype, seed=head_dim)
-    scale = head_dim**-0.5
-    state = run(attend, case, q, pairs, scale=scale, dropout=dropout)
-    expected = dense(case, q, pairs, scale=scale, dropout=dropout)
-    tolerance = 2e-5
-    if dtype != torch.float32:
-        plain = dense(case, q, pairs, scale=scale, dropout=dropout, dtype=dtype)
-        tolerance = 2 * float((plain.out - expected.out).abs().max())
-    assert state.out.dtype == dtype
-    torch.testing.assert_close(state.out.double(), expected.out, rtol=0, atol=tolerance)
-    torch.testing.assert_close(rows_of(case, state.lse).double(), expected.lse, rtol=0, atol=2e-5)
-    live = sum(int(n) for n, slot in zip(case.spans.length, case.spans.slot, strict=True) if slot >= 0)
-    assert not state.lse.isnan().any()
-    assert int((state.lse > -torch.inf).sum()) <= live * q.shape[1]
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])

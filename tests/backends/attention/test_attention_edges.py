@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from backends.attention.test_attention_backward import check as check_steps_backward
 from support.devices import CUDA, DEVICES, ON_CUDA
 from support.packs import (
     GRADIENT_TOLERANCE,
@@ -23,6 +22,7 @@ from support.packs import (
     by_kernels,
     heads_of,
 )
+from support.table_checks import check_backward
 from support.tables_by_definition import buffers, dense, random_case, rows_of, run
 
 from hetu.backends.attention.contract import Dropout, dropout_key
@@ -280,7 +280,7 @@ def check_steps(
     torch.testing.assert_close(state.out.cpu().double(), want.out, atol=atol, rtol=0)
     torch.testing.assert_close(rows_of(case, state.lse.cpu()).double(), want.lse, atol=1e-4, rtol=1e-5)
     p = dropout.p if dropout else 0.0
-    check_steps_backward(case, "triton", dtype, head_dim, scale, p, seed, heads, device)
+    check_backward(case, "triton", dtype, head_dim, scale, p, seed, heads, device)
 
 
 def test_steps() -> None:

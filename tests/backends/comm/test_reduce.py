@@ -86,8 +86,8 @@ def test_gradients_leave_as_soon_as_they_are_computed() -> None:
             h = hetu.tanh(hetu.matmul(h, hetu.parameter(0.1, [4, 4], name=f"w{i}")))
         train = hetu.optim.SGD(lr=0.1).minimize(hetu.sum(h))
     g.run(train, {x: torch.ones(4, 4)})
-    (executable,) = g.executor._executables._items.values()
-    targets = [node.target for node in executable.module.graph.nodes]
+    (launcher,) = g.executor._executables.launchers._items.values()
+    targets = [node.target for node in launcher.executable.module.graph.nodes]
     starts = [i for i, target in enumerate(targets) if target is hetu_start_reduce]
     finishes = [i for i, target in enumerate(targets) if target is hetu_finish_reduce]
     assert len(starts) == len(finishes) == 5

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backends.attention.test_attention import check as check_forward
-from backends.attention.test_attention_backward import check as check_backward
-from backends.attention.test_attention_backward import whole_documents
+from support.table_checks import check_backward, check_forward, whole_documents
 from triton.runtime.errors import OutOfResources
 
 from hetu.backends.triton import BackwardTiles, BackwardVariant, Heads, Tile, Variant, autotune, launch, tile

@@ -9,76 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.dense import dense, dropout_of, plain, tolerance
+from support.dense import dense
+from support.varlen_checks import check_forward, run_varlen
 
 import hetu
 
 BACKENDS = ("torch", "triton")
-
-
-def run_varlen(
-    lens_q: list[int],
-    lens_k: list[int],
-    *,
-    heads: tuple[int, int] = (2, 1),
-    head_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "torch",
-    tail: int = 0,
-    rank: int = 2,
-    seed: int = 0,
-    max_q: int | None = None,
-    device: str = "cpu",
-    **options: Any,
-) -> tuple[list[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Builds, feeds and runs one op; gives its outputs and the fed q, k, v of rank 3."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = (sum(lens_q) + tail, sum(lens_k) + tail, sum(lens_k) + tail)
-    counts = (heads[0], heads[1], heads[1])
-    arrays = [torch.randn(n, h, head_dim, generator=generator).to(dtype) for n, h in zip(rows, counts, strict=True)]
-    n, m, b = (hetu.IntSymbol(name) for name in ("n", "m", "b"))
-    top = hetu.IntSymbol("max_q")
-    with hetu.graph("define_and_run", device=device) as g:
-        shapes = [
-            [size, h, head_dim] if rank == 3 else [size, h * head_dim]
-            for size, h in zip((n, m, m), counts, strict=True)
-        ]
-        q, k, v = (hetu.placeholder(dtype, shape) for shape in shapes)
-        cu_q, cu_k = (hetu.placeholder(hetu.int32, [b + 1]) for _ in range(2))
-        outputs = hetu.attn_varlen(q, k, v, head_dim, cu_q, cu_k, top, None, **options)
-    feeds = {t: x if rank == 3 else x.flatten(1) for t, x in zip((q, k, v), arrays, strict=True)}
-    feeds |= {cu_q: np.cumsum([0, *lens_q], dtype=np.int32), cu_k: np.cumsum([0, *lens_k], dtype=np.int32)}
-    with hetu.config(backend=backend):
-        symbols = {} if max_q is None else {top: max_q}
-        results = g.run(outputs, feed_dict=feeds, int_symbol_dict=symbols)
-    assert results[0].device.type == device and results[3].device.type == "cpu"
-    return [result.cpu() for result in results], tuple(arrays)  # type: ignore[return-value]
-
-
-def check(
-    lens_q: list[int], lens_k: list[int], results: list[torch.Tensor], arrays: Any, *, p: float = 0.0, **options: Any
-) -> None:
-    """Compares everything that an op returned with the oracle, slot by slot."""
-    q, k, v = arrays
-    out, lse, weights, rng_state = results
-    is_causal, wants_p = options.get("is_causal", False), options.get("return_softmax", False)
-    out = out.view(q.shape)
-    at_q, at_k = np.cumsum([0, *lens_q]), np.cumsum([0, *lens_k])
-    empty = 0.0 if options.get("zero_tensors") else -torch.inf
-    for b, (n, m) in enumerate(zip(lens_q, lens_k, strict=True)):
-        one = (q[at_q[b] : at_q[b + 1]], k[at_k[b] : at_k[b + 1]], v[at_k[b] : at_k[b + 1]])
-        want, want_lse, want_p = dense(*one, is_causal=is_causal, document=b, dropout=dropout_of(p, rng_state))
-        atol = tolerance(q.dtype, want, plain(*one, is_causal=is_causal))
-        torch.testing.assert_close(out[at_q[b] : at_q[b + 1]].double(), want, atol=atol, rtol=0)
-        torch.testing.assert_close(lse[b, :, :n].double(), want_lse, atol=1e-4, rtol=1e-5)
-        assert (lse[b, :, n:] == empty).all()
-        if wants_p:
-            assert weights.shape[2] % 128 == 0 and weights.shape[3] % 128 == 0
-            torch.testing.assert_close(weights[b, :, :n, :m].double(), want_p, atol=2e-5, rtol=0)
-            assert (weights[b, :, n:] == 0).all() and (weights[b, :, :, m:] == 0).all()
-    assert (out[at_q[-1] :] == 0).all()
-    assert weights.numel() == 0 or wants_p
-    assert rng_state.shape == (2,) and rng_state.dtype == torch.int64 and rng_state.device.type == "cpu"
 
 
 lengths = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4)
@@ -105,7 +41,7 @@ def test_random_lengths(backend: str) -> None:
         results, arrays = run_varlen(
             lens_q, lens_k, heads=heads, backend=backend, tail=tail, rank=rank, seed=seed, p_dropout=p, **options
         )
-        check(lens_q, lens_k, results, arrays, p=p, **options)
+        check_forward(lens_q, lens_k, results, arrays, p=p, **options)
 
     holds()
 
@@ -117,7 +53,7 @@ def test_random_lengths(backend: str) -> None:
 def test_lengths_around_tiles(backend: str, dtype: torch.dtype, is_causal: bool) -> None:
     lens_q, lens_k = [0, 1, 63, 127, 129, 5], [3, 1, 63, 130, 127, 0]
     results, arrays = run_varlen(lens_q, lens_k, dtype=dtype, backend=backend, head_dim=64, is_causal=is_causal)
-    check(lens_q, lens_k, results, arrays, is_causal=is_causal)
+    check_forward(lens_q, lens_k, results, arrays, is_causal=is_causal)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -125,7 +61,7 @@ def test_lengths_around_tiles(backend: str, dtype: torch.dtype, is_causal: bool)
 @pytest.mark.parametrize("head_dim", [8, 24, 40, 128, 200, 256])
 def test_head_dims(backend: str, head_dim: int) -> None:
     results, arrays = run_varlen([33, 7], [33, 20], head_dim=head_dim, backend=backend, is_causal=True)
-    check([33, 7], [33, 20], results, arrays, is_causal=True)
+    check_forward([33, 7], [33, 20], results, arrays, is_causal=True)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -145,12 +81,12 @@ def test_p_alone(backend: str) -> None:
 def test_float64_is_exact_to_twelve_digits() -> None:
     results, arrays = run_varlen([17, 3], [17, 9], dtype=torch.float64, is_causal=True)
     assert results[1].dtype == torch.float64
-    check([17, 3], [17, 9], results, arrays, is_causal=True)
+    check_forward([17, 3], [17, 9], results, arrays, is_causal=True)
 
 
 def test_float64_on_the_triton_backend_falls_to_torch() -> None:
     results, arrays = run_varlen([5], [5], dtype=torch.float64, backend="triton")
-    check([5], [5], results, arrays)
+    check_forward([5], [5], results, arrays)
 
 
 def test_larger_max_seqlen_is_fine_and_smaller_is_refused() -> None:
@@ -160,7 +96,7 @@ def test_larger_max_seqlen_is_fine_and_smaller_is_refused() -> None:
         run_varlen([5, 7, 2], [5, 7, 2], max_q=6)
     text = str(caught.value)
     assert "[attn_varlen] max_seqlen_q is 6, but sequence 1 of cu_seqlens_q has 7 tokens" in text
-    assert "where:  test_attn_varlen.py:" in text
+    assert "where:  varlen_checks.py:" in text
     assert "bound:  max_q = 6   from int_symbol_dict" in text
     assert "fix:    bind max_q to at least 7, or leave it unbound" in text
 

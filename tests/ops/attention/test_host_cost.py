@@ -104,8 +104,8 @@ class Parallel:
 def test_lengths_that_are_in_the_plan_are_no_input() -> None:
     case = Varlen("cpu")
     case.graph.run(case.fetches, case.feeds([3, 0, 5]))
-    (executable,) = case.graph.executor._executables._items.values()
-    fed = {item.tensor for item in executable.inputs if isinstance(item, FeedInput)}
+    (launcher,) = case.graph.executor._executables.launchers._items.values()
+    fed = {item.tensor for item in launcher.executable.inputs if isinstance(item, FeedInput)}
     assert fed == set(case.qkv), "cumulative lengths would be copied to the device, and waited for"
 
 

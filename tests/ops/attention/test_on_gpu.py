@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from ops.attention.test_attn_varlen import check, run_varlen
-from ops.attention.test_gradients import check_parallel, check_varlen
-from ops.attention.test_parallel_attn import check_case
-from support.attention_cases import METHODS, SPLITS, Case, cases
+from support.attention_cases import METHOD_CHOICES, Case, cases
 from support.devices import CUDA, DEVICES, ON_CUDA
 from support.packs import Pack, assert_right, by_op, heads_of
+from support.parallel_checks import check_case, check_parallel
+from support.varlen_checks import check_forward, check_gradients, run_varlen
 
 import hetu
+from hetu.parallel import SPLITS
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -101,7 +101,7 @@ def test_short_documents(seed: int, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("softmax_scale", [0.5, 0.0, -0.3])
 def test_softmax_scale(softmax_scale: float, backend: str, device: str) -> None:
-    check_varlen([70, 1, 130], [90, 1, 130], backend, device, softmax_scale=softmax_scale, head_dim=64)
+    check_gradients([70, 1, 130], [90, 1, 130], backend, device, softmax_scale=softmax_scale, head_dim=64)
 
 
 @pytest.mark.parametrize("device", [CUDA])
@@ -113,13 +113,13 @@ def test_forward_against_plain_attention(head_dim: int, dtype: torch.dtype, is_c
     lens_q, lens_k = LENGTHS["cuda"]
     options = {"dtype": dtype, "head_dim": head_dim, "is_causal": is_causal, "heads": heads_of(head_dim)}
     results, arrays = run_varlen(lens_q, lens_k, backend="triton", device=device, tail=3, **options)
-    check(lens_q, lens_k, results, arrays, is_causal=is_causal)
+    check_forward(lens_q, lens_k, results, arrays, is_causal=is_causal)
 
 
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_dropout_is_replayed(backend: str, device: str) -> None:
-    check_varlen([5, 200, 67], [5, 200, 67], backend, device, p_dropout=0.3, head_dim=64)
+    check_gradients([5, 200, 67], [5, 200, 67], backend, device, p_dropout=0.3, head_dim=64)
 
 
 # parallel_attn
@@ -141,7 +141,7 @@ def test_any_strategy_gradients(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_CHOICES)
 def test_uneven_lengths(split: str, method: str, device: str) -> None:
     case = Case([630, 0, 1, 651], [0] * 4, split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=128)
     check_case(case, "triton", device)
@@ -161,7 +161,7 @@ def test_steps_of_long_documents(head_dim: int, heads: tuple[int, int], is_causa
 
 @pytest.mark.parametrize("packing", ["", "1d", "2d"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_CHOICES)
 @pytest.mark.parametrize(("dtype", "device"), [pytest.param(t, "cuda", marks=ON_CUDA, id=str(t)) for t in DTYPES])
 def test_groups_of_pipelines(packing: str, split: str, method: str, dtype: torch.dtype, device: str) -> None:
     """Two context groups in any order, a batch or documents, both masks, dropout, groups of 7 query heads."""

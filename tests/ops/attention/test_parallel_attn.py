@@ -2,85 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from support.attention_cases import METHODS, SPLITS, Case, cases, cu_seqlens
-from support.dense import dense, dropout_of, plain, tolerance
+from support.attention_cases import METHOD_CHOICES, Case, cases
+from support.parallel_checks import check_case, lse_rows, run_case
 
 import hetu
-
-
-def run_case(
-    case: Case, backend: str, device: str = "cpu"
-) -> tuple[list[hetu.Shards], hetu.Layout, list[torch.Tensor]]:
-    """Builds, scatters and runs; gives the outputs as Shards, the layout and each group's qkv."""
-    generator = torch.Generator().manual_seed(case.seed)
-    num_q, num_kv = case.heads
-    width = (num_q + 2 * num_kv) * case.head_dim
-    members = case.members
-    whole = [torch.randn(sum(case.documents(m)), width, generator=generator).to(case.dtype) for m in members.values()]
-    lens = [hetu.IntSymbol(f"n{r}") for r in range(len(case.lens))]
-    with hetu.graph("define_and_run", device=device) as g:
-        qkv = hetu.placeholder(case.dtype, [hetu.IntSymbol("rows"), width], name="qkv")
-        cu = None
-        if case.packing:
-            shape = [hetu.IntSymbol("pieces"), hetu.IntSymbol("b")][case.packing == "1d" :]
-            cu = hetu.placeholder(hetu.int32, shape, name="cu")
-        outputs = hetu.parallel_attn(
-            qkv, case.head_dim, num_q // num_kv, [lens], [case.groups], bool(case.packing), cu,
-            p_dropout=case.p, is_causal=case.is_causal, return_softmax=case.return_softmax,
-            split=case.split, method=case.method,
-        )  # fmt: skip
-    symbols = dict(zip(lens, case.lens, strict=True))
-    tables = [cu_seqlens(case, m) for m in members.values()] if case.packing else None
-    layout = g.layout(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch)
-    g.plan(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch).verify()
-    feeds = {qkv: hetu.Shards(layout.scatter(whole[0] if len(whole) == 1 else whole))}
-    if tables is not None and cu is not None:
-        order = list(members)
-        feeds[cu] = hetu.Shards([tables[order.index(group)] for group in case.groups])
-    with hetu.config(backend=backend):
-        results = g.run(outputs, feed_dict=feeds, int_symbol_dict=symbols)
-    shards = [r if isinstance(r, hetu.Shards) else [r] for r in results]
-    return [hetu.Shards([x.cpu() for x in one]) for one in shards], layout, whole
-
-
-def check_case(case: Case, backend: str, device: str = "cpu") -> None:
-    results, layout, whole = run_case(case, backend, device)
-    out, lse, rng_state = results[:3]
-    outs, lses = layout.gather(list(out)), layout.gather([_by_row(x) for x in lse])
-    weights = layout.gather([_by_row(x, case.lens[r]) for r, x in enumerate(results[3])]) if case.return_softmax else []
-    if len(whole) == 1:
-        outs, lses, weights = [outs], [lses], [weights]
-    num_q, num_kv = case.heads
-    for i, members in enumerate(case.members.values()):
-        q, k, v = whole[i].unflatten(1, (-1, case.head_dim)).split([num_q, num_kv, num_kv], 1)
-        at = np.cumsum([0, *case.documents(members)])
-        for b, (start, end) in enumerate(pairwise(at)):
-            one = (q[start:end], k[start:end], v[start:end])
-            dropout = dropout_of(case.p, rng_state[0], i)
-            want, want_lse, want_p = dense(*one, is_causal=case.is_causal, document=b, dropout=dropout)
-            atol = tolerance(case.dtype, want, plain(*one, is_causal=case.is_causal))
-            got = outs[i][start:end].view(-1, num_q, case.head_dim)
-            torch.testing.assert_close(got.double(), want, atol=atol, rtol=0)
-            torch.testing.assert_close(lses[i][start:end].double(), want_lse.T, atol=1e-4, rtol=1e-5)
-            if case.return_softmax:
-                first = start if case.packing else 0
-                got_p = weights[i][start:end, :, first : first + end - start]
-                torch.testing.assert_close(got_p.double(), want_p.transpose(0, 1), atol=2e-5, rtol=0)
-                assert (weights[i][start:end, :, :first] == 0).all()
-                assert (weights[i][start:end, :, first + end - start :] == 0).all()
-
-
-def _by_row(x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    """``(batch, H, seq_len, ...)`` as rows ``(batch * seq_len, H, ...)``."""
-    x = x if rows is None else x[:, :, :rows]
-    return x.transpose(1, 2).flatten(0, 1)
+from hetu.parallel import SPLITS
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -100,7 +32,7 @@ def test_any_strategy_on_triton(case: Case) -> None:
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_CHOICES)
 def test_uneven_lengths_in_bfloat16(backend: str, split: str, method: str) -> None:
     check_case(
         Case([63, 0, 1, 65], [0, 0, 0, 0], split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=64),
@@ -112,7 +44,7 @@ def dropped(case: Case) -> torch.Tensor:
     """Which weights were dropped, rows in sequence order, of a case with one group."""
     hetu.manual_seed(5)
     results, layout, whole = run_case(case, "torch")
-    weights = layout.gather([_by_row(x, case.lens[r]) for r, x in enumerate(results[3])])
+    weights = layout.gather([lse_rows(x, case.lens[r]) for r, x in enumerate(results[3])])
     return weights[..., : len(whole[0])] < 0
 
 
@@ -122,7 +54,7 @@ def test_dropout_is_the_same_under_every_strategy_split_and_method() -> None:
     assert 0.25 < one.float().sum() / (18 * 18 + 42 * 42) / 2 < 0.35
     for lens in ([30, 30], [7, 0, 41, 12]):
         for split in SPLITS:
-            for method in METHODS:
+            for method in METHOD_CHOICES:
                 assert torch.equal(dropped(Case(lens, [0] * len(lens), split, method, **options)), one)
 
 

@@ -171,7 +171,7 @@ def test_what_is_held_back_waits_for_gradients_to_be_sent() -> None:
 def test_where_gradients_come_earlier_nobody_holds_back() -> None:
     for count in (3, 5):
         layout = Layout.build([8] * count, [0] * count)
-        for method in KV_METHODS:
+        for method in ("ring", "direct", "all_gather"):  # of which none attends to far shards first
             assert holding(backward(build_plan(layout, method=method, mask=Mask.full(), heads=HEADS))) == []
             # Under a causal mask the last sends only, and to the one before it gradients return from only one.
             causal = backward(build_plan(layout, method=method, heads=HEADS))

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from support.layout_cases import HEADS, MASKS
-from support.plans import find, refused, with_instructions
+from support.plans import KV_METHODS, find, refused, with_instructions
 
 import hetu
 from hetu.parallel import SPLITS, Layout, Mask, build_plan
@@ -25,7 +25,7 @@ def good(method: str = "direct", split: str = "sym", count: int = 3, mask: Mask 
 
 
 def test_good_plans_pass() -> None:
-    for method in ("ring", "direct", "all_gather"):
+    for method in KV_METHODS:
         for split in SPLITS:
             for mask in MASKS:
                 good(method, split, mask=mask).verify()

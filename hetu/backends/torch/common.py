@@ -1,0 +1,62 @@
+"""What the lowerings of several families share: operands as torch takes them, rows, and dtypes to sum up in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lower.lowering import NodeLowering
+from hetu.dtypes import DType
+from hetu.graph import Tensor
+
+
+def unary(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., fx.Node]:
+    """The lowering of an op that torch has as a function of one tensor."""
+
+    def lower(cx: NodeLowering, x: fx.Node) -> fx.Node:
+        return cx.call(fn, x)
+
+    return lower
+
+
+def outputs_of(cx: NodeLowering, outputs: fx.Node) -> tuple[fx.Node, ...]:
+    """The items of a call that returns one tensor per output of the node."""
+    return tuple(cx.item(outputs, i) for i in range(len(cx.node.outputs)))
+
+
+def cast(cx: NodeLowering, x: Any, dtype: torch.dtype) -> fx.Node:
+    """``x`` in another dtype."""
+    return cx.call(torch.Tensor.to, x, dtype)
+
+
+def operands(cx: NodeLowering, a: Any, b: Any, wanted: DType | None = None) -> tuple[Any, Any]:
+    """Operands with which torch's own promotion gives the dtype ``wanted``: by default that of the node's output.
+
+    torch asks a global for the dtype of a floating result where no operand is floating; so one is cast here.
+    """
+    wanted = wanted or cx.node.outputs[0].dtype
+    if wanted.is_floating and not any(tensor.dtype.is_floating for tensor in cx.node.tensors):
+        if isinstance(cx.node.inputs[0], Tensor):
+            a = cast(cx, a, TORCH_DTYPES[wanted])
+        else:
+            b = cast(cx, b, TORCH_DTYPES[wanted])
+    return number(a, wanted.is_floating), number(b, wanted.is_floating)
+
+
+def number(item: Any, floating: bool) -> Any:
+    """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway."""
+    return float(item) if floating and isinstance(item, int) and not -(2**63) <= item < 2**63 else item
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``(..., width)`` as ``(rows, width)``."""
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """The tensor in float32 if it has half precision: half sums and statistics would lose too much."""
+    return x.float() if x.itemsize == 2 else x

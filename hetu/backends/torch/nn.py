@@ -1,0 +1,45 @@
+"""Casts, embeddings and softmax."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.torch.common import at_least_float32, cast
+
+aten = torch.ops.aten
+
+
+@lowering("cast", backend="torch")
+def _cast(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cast(cx, x, TORCH_DTYPES[cx.node.outputs[0].dtype])
+
+
+@lowering("embedding", backend="torch")
+def _embedding(cx: NodeLowering, ids: fx.Node, weight: fx.Node) -> fx.Node:
+    return cx.call(functional.embedding, ids, weight)
+
+
+def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> torch.Tensor:
+    """Sums up the gradients of each row's uses, in float32 at least."""
+    wide = at_least_float32(grad)
+    return aten.embedding_dense_backward(wide, ids, rows, padding_idx=-1, scale_grad_by_freq=False).to(grad.dtype)
+
+
+@lowering("embedding_grad", backend="torch")
+def _embedding_grad(cx: NodeLowering, ids: fx.Node, grad: fx.Node) -> fx.Node:
+    return cx.call(hetu_embedding_grad, ids, grad, cx.shape()[0])
+
+
+@lowering("softmax", backend="torch")
+def _softmax(cx: NodeLowering, x: fx.Node) -> fx.Node:
+    return cx.call(torch.softmax, x, cx.node.attrs["dim"])
+
+
+@lowering("softmax_grad", backend="torch")
+def _softmax_grad(cx: NodeLowering, grad: fx.Node, out: fx.Node) -> fx.Node:
+    dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
+    return cx.call(aten._softmax_backward_data.default, grad, out, cx.node.attrs["dim"], dtype)

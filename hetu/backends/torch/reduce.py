@@ -1,0 +1,23 @@
+"""Reductions over dimensions: torch's own, which accumulate half precision in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from hetu.backends.lower.lowering import NodeLowering, lowering
+
+
+def _reduction(fn: Callable[..., torch.Tensor]) -> Callable[..., fx.Node]:
+    def lower(cx: NodeLowering, x: fx.Node) -> fx.Node:
+        dim, keepdim = cx.node.attrs["dim"], cx.node.attrs["keepdim"]
+        return cx.call(fn, x, dim, keepdim) if dim else cx.call(fn, x)
+
+    return lower
+
+
+lowering("sum", backend="torch")(_reduction(torch.sum))
+lowering("mean", backend="torch")(_reduction(torch.mean))
+lowering("max", backend="torch")(_reduction(torch.amax))

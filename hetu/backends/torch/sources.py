@@ -1,0 +1,34 @@
+"""What comes from outside a graph, and constants."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import fx
+
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lower.lowering import NodeLowering, lowering
+
+
+@lowering("placeholder", backend="torch")
+def _placeholder(cx: NodeLowering) -> fx.Node:
+    return cx.feed()
+
+
+@lowering("parameter", backend="torch")
+def _parameter(cx: NodeLowering) -> fx.Node:
+    return cx.parameter()
+
+
+@lowering("constant", backend="torch")
+def _constant(cx: NodeLowering) -> fx.Node:
+    value, dtype = cx.node.attrs["value"], TORCH_DTYPES[cx.node.outputs[0].dtype]
+    if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":  # ml_dtypes', which torch does not read
+        value = value.astype(np.float32)
+    return cx.constant(torch.as_tensor(value, device="cpu").to(dtype))
+
+
+@lowering("full", backend="torch")
+def _full(cx: NodeLowering) -> fx.Node:
+    dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
+    return cx.call(torch.full, tuple(cx.shape()), cx.node.attrs["value"], dtype=dtype, device=cx.device)

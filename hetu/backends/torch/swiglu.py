@@ -1,0 +1,46 @@
+"""``swiglu`` in torch, in few allocations."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.torch.common import outputs_of
+
+aten = torch.ops.aten
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """``silu(gate) * up`` in one allocation."""
+    if up is None:
+        gate, up = _halves(gate)
+    return functional.silu(gate).mul_(up)
+
+
+def hetu_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    """The gradients, computed in the memory that they are returned in."""
+    outputs = tuple(x.new_empty(x.shape) for x in (gate, up) if x is not None)
+    if up is None:
+        gate, up = _halves(gate)
+    d_gate, d_up = outputs if len(outputs) == 2 else _halves(outputs[0])
+    torch.mul(grad, up, out=d_gate)
+    aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
+    aten.silu.out(gate, out=d_up).mul_(grad)
+    return outputs
+
+
+@lowering("swiglu", backend="torch")
+def _swiglu(cx: NodeLowering, gate: fx.Node, up: fx.Node | None) -> fx.Node:
+    return cx.call(hetu_swiglu, gate, up)
+
+
+@lowering("swiglu_grad", backend="torch")
+def _swiglu_grad(cx: NodeLowering, grad: fx.Node, gate: fx.Node, up: fx.Node | None) -> tuple[fx.Node, ...]:
+    return outputs_of(cx, cx.call(hetu_swiglu_grad, grad, gate, up))

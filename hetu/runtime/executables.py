@@ -1,0 +1,64 @@
+"""The executables of one graph: lowered once for a structure, kept by how recently they ran."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hetu.backends import default_backend
+from hetu.backends.lower.lowering import lower
+from hetu.cache import LRU
+from hetu.graph import Node
+from hetu.planning.planner import STRUCTURES
+from hetu.planning.subgraph import Subgraph
+from hetu.runtime.launch import ModuleLauncher
+
+
+class Executables:
+    """Lowers subgraphs, and remembers the result by structure: lengths make no other one.
+
+    Attributes:
+        launchers: The launchers of the executables.
+    """
+
+    def __init__(self) -> None:
+        self.launchers: LRU[ModuleLauncher] = LRU(STRUCTURES)
+        self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
+
+    def get(
+        self,
+        subgraph: Subgraph,
+        num_pipelines: int,
+        pipelines: Sequence[int],
+        device: torch.device,
+        backend: str | None = None,
+    ) -> ModuleLauncher:
+        """What computes some of a strategy's pipelines.
+
+        Args:
+            subgraph: What is computed.
+            num_pipelines: How many pipelines the strategy has.
+            pipelines: Those that run here.
+            device: Where they run.
+            backend: The wanted backend; None for the one in force.
+
+        Raises:
+            LoweringError: If no backend takes a node.
+        """
+        backend, pipelines = backend or default_backend(device), tuple(pipelines)
+        return self.launchers.get(
+            (subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend),
+            lambda: ModuleLauncher(
+                lower(
+                    subgraph.nodes,
+                    subgraph.fetches,
+                    subgraph.replaced,
+                    num_pipelines=num_pipelines,
+                    pipelines=pipelines,
+                    device=device,
+                    backend=backend,
+                    constants=self._constants,
+                )
+            ),
+        )

@@ -1,0 +1,94 @@
+"""The feeds of a run over several ranks: each tells what it feeds its own pipelines, and all plan for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hetu.backends.comm.distributed import DistributedWorld
+from hetu.errors import CommunicationError, StrategyError, caller
+from hetu.graph import Tensor
+from hetu.planning.feeds import Feeds, FeedSet, Symbols, host_values, read_own_feeds, shard_count
+from hetu.planning.subgraph import Subgraph
+from hetu.runtime.request import RunRequest
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFeeds:
+    """The feeds of a micro-batch on this rank.
+
+    Attributes:
+        tensors: The placeholders.
+        arrays: The arrays of each pipeline that runs here.
+        said: What the other ranks are told of them.
+    """
+
+    tensors: tuple[Tensor, ...]
+    arrays: dict[int, dict[Tensor, Any]]
+    said: dict[str, Any]
+
+    @classmethod
+    def read(cls, world: DistributedWorld, request: RunRequest, feeds: Feeds, symbols: Symbols) -> OwnFeeds:
+        """Reads and checks what this rank feeds its own pipelines."""
+        graph, subgraph = request.graph, request.subgraph
+        is_chosen = graph.num_strategy == 1 or request.strategy not in (None, "auto")
+        index = graph.planner.index(0 if request.strategy in (None, "auto") else request.strategy)
+        declared = subgraph.num_pipelines(index) if is_chosen else None
+        sharded = shard_count(feeds)
+        count = declared or sharded
+        if count is not None:
+            pipelines: Sequence[int] = world.pipelines(count)
+        else:  # each rank is a pipeline, if it feeds anything
+            pipelines = () if subgraph.feeds and not feeds else (world.rank,)
+        tensors, arrays = read_own_feeds(subgraph, feeds, pipelines, count)
+        own = {}
+        for r, row in arrays.items():
+            own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
+        names = tuple(tensor.name for tensor in tensors)
+        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
+
+
+def merge(
+    world: DistributedWorld, subgraph: Subgraph, mine: OwnFeeds, said: list[dict[str, Any]], declared: int | None
+) -> FeedSet:
+    """The feeds of all pipelines: of those that run elsewhere only shapes and what planning reads.
+
+    Args:
+        world: The ranks.
+        subgraph: What is computed.
+        mine: This rank's own feeds.
+        said: What each rank said of its feeds.
+        declared: How many pipelines the strategy has; None if no op says.
+
+    Raises:
+        StrategyError: If not all of the pipelines are fed.
+        CommunicationError: If the ranks feed different placeholders.
+    """
+    own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
+    sharded = next((one["sharded"] for one in said if one["sharded"]), None)
+    count = declared or sharded or len(own)
+    if sorted(own) != list(range(count)):
+        feeding = ", ".join(map(str, sorted(own))) or "none"
+        raise StrategyError(
+            f"the strategy has {count} pipeline{'s' * (count != 1)}, but of pipelines 0 to {max([count - 1, *own])} "
+            f"those that are fed are {feeding}",
+            op="run",
+            where=caller(),
+            fix="feed each rank its own shard, or hetu.Shards of all pipelines on every rank",
+        )
+    fed = {names for _, names, _, _ in own.values()}
+    if len(fed) > 1:
+        raise CommunicationError(
+            "the ranks feed different placeholders",
+            op="run",
+            where=caller(),
+            bound=[f"rank {rank}: {', '.join(names)}" for rank, names, _, _ in own.values()],
+            fix="feed the same placeholders on all ranks",
+        )
+    by_name = {tensor.name: tensor for tensor in subgraph.feeds + subgraph.witnesses}
+    tensors = tuple(by_name[name] for name in next(iter(fed), ()))
+    hosts = [dict(zip(subgraph.host_feeds, own[r][3], strict=True)) for r in range(count)]
+    arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
+    contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
+    return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)

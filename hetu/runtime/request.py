@@ -1,0 +1,144 @@
+"""Opening a run: what its arguments ask for, and where it takes place. Nothing is read from feeds yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from hetu.backends.comm import current_world
+from hetu.cache import LRU
+from hetu.errors import HetuError, caller
+from hetu.graph import Graph, Node, Role, Tensor
+from hetu.planning.feeds import Feeds, Symbols, split_micro_batches
+from hetu.planning.planner import STRUCTURES, Planner
+from hetu.planning.subgraph import Subgraph
+from hetu.symbols import IntSymbol
+
+RUN_LEVELS = ("update", "grad", "compute_only")
+
+
+class Fetches:
+    """What a run fetches. What ``minimize`` gave is computed by the step; the modules compute what that needs.
+
+    Args:
+        fetches: What the user fetches.
+        run_level: See :meth:`hetu.Graph.run`.
+
+    Attributes:
+        wanted: What the modules must compute.
+        updates: The update nodes, which ``minimize`` made.
+        plain: The tensors that are fetched besides.
+        is_as_computed: True if a run gives just what the modules compute, in their order.
+    """
+
+    def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
+        if run_level not in RUN_LEVELS:
+            names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
+            raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
+        self.is_single = isinstance(fetches, Tensor)
+        self.fetches = [fetches] if isinstance(fetches, Tensor) else list(fetches)
+        self.run_level = run_level
+        self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
+        self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
+        needed = [item for node in self.updates for item in self.needs(node)]
+        self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
+        self.is_as_computed = self.fetches == list(self.wanted)
+
+    def needs(self, update: Node) -> tuple[Tensor, ...]:
+        """What an update takes: the loss, and unless nothing is done with them the gradients."""
+        return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
+
+
+def _is_update(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.op.role is Role.UPDATE
+
+
+@dataclass(slots=True)  # not frozen: every run makes one
+class RunRequest:
+    """A run as it is asked for.
+
+    Attributes:
+        graph: The graph that runs.
+        fetches: What the run gives.
+        subgraph: What is computed for that.
+        batches: The feeds and symbols of each micro-batch, as the user gave them.
+        strategy: The strategy, as the user gave it.
+        device: Where the run takes place.
+    """
+
+    graph: Graph
+    fetches: Fetches
+    subgraph: Subgraph
+    batches: Sequence[tuple[Feeds, Symbols]]
+    strategy: int | str | None
+    device: torch.device
+
+
+class RunOpener:
+    """Opens the runs of one graph, and remembers by fetches what they need."""
+
+    def __init__(self, graph: Graph, planner: Planner) -> None:
+        self.graph, self._planner = graph, planner
+        self._needs: LRU[tuple[Fetches, Subgraph]] = LRU(STRUCTURES)
+
+    def open(
+        self,
+        fetches: Tensor | Sequence[Tensor],
+        feed_dict: Mapping[Tensor, Any] | None,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None,
+        strategy: int | str | None,
+        num_micro_batches: int,
+        device: str | None,
+        run_level: str,
+    ) -> RunRequest:
+        """The request that the arguments of :meth:`hetu.Graph.run` make.
+
+        Raises:
+            HetuError: If something fetched is no tensor of the graph, there is no such run level, the micro-batches
+                don't fit, or this rank can't run on the device.
+        """
+
+        def find() -> tuple[Fetches, Subgraph]:
+            fetched = Fetches(fetches, run_level)
+            return fetched, self._planner.subgraph(fetched.wanted)
+
+        key = (fetches if isinstance(fetches, Tensor) else tuple(fetches), run_level, self.graph.version)
+        fetched, subgraph = self._needs.get(key, find)
+        batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
+        return RunRequest(self.graph, fetched, subgraph, batches, strategy, device_of(self.graph, device))
+
+
+def device_of(graph: Graph, wanted: str | None = None) -> torch.device:
+    """The device of a graph's runs.
+
+    Args:
+        graph: The graph.
+        wanted: What the run asks for; None for the graph's own device.
+
+    Raises:
+        HetuError: If this rank reaches the other ranks from another device only.
+    """
+    wanted, own = wanted or graph.device, current_world().device
+    if wanted is None and own is not None:
+        return own
+    found = _device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if found.type == "cuda" and found.index is None:
+        if own is not None and own.type == "cuda":
+            return own  # torch's current device is that of a thread
+        found = _device("cuda", torch.cuda.current_device())
+    if own is not None and (found.type != own.type or (found.type == "cuda" and found != own)):
+        raise HetuError(
+            f"the graph runs on {found}, but this rank of the run reaches the others from {own} only",
+            op="run",
+            where=caller(),
+            fix="name 'cuda' without a number, or give init_distributed the device's backend: nccl or gloo",
+        )
+    return found
+
+
+_device = cache(torch.device)
+"""Devices by what names them: every run asks for one, and torch takes a while to make it."""
