@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -11,16 +11,14 @@ import torch
 from torch import fx
 
 from hetu.backends.attention.contract import finish_softmax, new_state
-from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
-from hetu.backends.comm import Communicator, World, follow, run_lock_step
+from hetu.backends.attention.options import Options, Random, as_heads
+from hetu.backends.comm import World, run_lock_step
 from hetu.backends.families import attention_kernel
-from hetu.backends.lower.attention_heads import HeadsCall
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.pipelines import ForwardCall
 from hetu.dtypes import float64
 from hetu.graph import Node
 from hetu.parallel import AttnPlan
-from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.varlen import VarlenPlan
 
 
@@ -114,59 +112,9 @@ def hetu_parallel_attn(
     """
     comm = world.communicator(len(plan.pipelines))
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
-    calls: list[PipelineCall | HeadsCall] = []
-    for r, shard, shape in own:
-        kind = PipelineCall if plan.pipelines[r].heads is None else HeadsCall
-        calls.append(kind(shard, plan, r, random, shape, options))
+    calls = [ForwardCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     return [call.outputs() for call in calls]
-
-
-class PipelineCall:
-    """One pipeline's share of a ``parallel_attn``: its queries, its running result, and how it attends."""
-
-    def __init__(
-        self,
-        qkv: torch.Tensor,
-        plan: AttnPlan,
-        pipeline: int,
-        random: Random,
-        shape: tuple[int, int, int],
-        options: Options,
-    ) -> None:
-        self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
-        self.q, self.kv = options.cut(with_rows(qkv))
-        self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
-        batch, seq_len, columns = shape
-        wanted = columns if options.return_softmax else None
-        self.state = new_state(self.q, self.plan.spans, batch, seq_len, self.plan.runs_on, columns=wanted)
-
-    def follow(self, comm: Communicator) -> Iterator[bool]:
-        """Follows its part of the plan."""
-        return follow(self.plan, self.kv, comm, self.attend)
-
-    def attend(self, step: Attend, buffer: torch.Tensor, turn: Turn | None) -> None:
-        """Attends to one buffer of keys and values."""
-        attention_kernel(self.options.backend)(
-            self.q,
-            buffer[:, 0],
-            buffer[:, 1],
-            self.plan.spans,
-            step.table,
-            self.state,
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=self.dropout,
-            key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
-        )
-
-    def outputs(self) -> tuple[torch.Tensor, ...]:
-        """Output, lse and, if asked for, p, after the last step."""
-        state = self.state
-        outputs = (state.out.flatten(1), state.lse)
-        if not self.options.return_softmax:
-            return outputs
-        return (*outputs, finish_softmax(state, self.plan.spans, self.dropout, self.q.dtype))
 
 
 def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
