@@ -11,7 +11,9 @@ from typing import Any
 
 from hetu.errors import HetuError, caller
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("triton", "torch")
+"""The kernel families by name, in the order in which a call is offered to them: a line here and a folder make one more,
+see ``hetu/backends/families.py``. The last one takes every call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,7 +21,8 @@ class Settings:
     """What ``hetu.config`` sets.
 
     Attributes:
-        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere.
+        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere. What it has no kernel for goes
+            to the next one of :data:`BACKENDS`.
         verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case.

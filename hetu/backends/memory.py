@@ -1,10 +1,17 @@
-"""Memory on a device: what kernels write is allocated here, and host arrays are copied without anybody waiting."""
+"""Memory on a device: what kernels write is allocated here, and host arrays are copied without anybody waiting.
+
+Copies of what plans say (work lists, rows' numbers, positions) are kept within a bound, by :data:`device_copies`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
+from weakref import ref
 
 import numpy as np
 import torch
@@ -78,3 +85,110 @@ def copied_to(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     if array.nbytes > SMALL:
         tensor = tensor.pin_memory()
     return empty(array.shape, tensor.dtype, device).copy_(tensor, non_blocking=True)
+
+
+class HasCopies(Protocol):
+    """A part of a plan, of which there are copies on devices; weak references to it are possible."""
+
+    @property
+    def copies(self) -> dict[Hashable, Any]:
+        """The copies, by what a backend tells them apart: the device, at least."""
+
+
+Copy = TypeVar("Copy")
+
+
+class _Owner(ref[Any]):
+    """A weak reference to what has copies, and how many bytes these take."""
+
+    __slots__ = ("nbytes", "number")
+    number: int
+    nbytes: int
+
+
+class DeviceCopies:
+    """Bounds the bytes of all copies of plans on devices.
+
+    A copy lies in the ``copies`` of what it was made of, where it is found by one lookup, and dies with it. When the
+    bytes of all copies exceed the limit, those of the part that has had copies for longest go: they are made again when
+    they are needed. What is in use stays alive, because who uses it holds it.
+
+    Attributes:
+        limit: Bytes that all copies may take, on all devices of the process together; a single copy may be larger.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._bytes = 0
+        self._owners: dict[int, _Owner] = {}  # the oldest first
+        self._dead: deque[_Owner] = deque()
+        self._note_death = self._dead.append  # all that the death of an owner does: it may come in any thread
+        self._lock = threading.Lock()
+
+    def keep(self, owner: HasCopies, key: Hashable, copy: Copy, nbytes: int) -> Copy:
+        """Puts a copy into ``owner.copies[key]``; new lengths wait for it, so it does little.
+
+        Args:
+            owner: What it is a copy of.
+            key: What tells it apart from other copies of the owner.
+            copy: The copy, or what holds it.
+            nbytes: Bytes that it takes.
+        """
+        number, copies = id(owner), owner.copies
+        with self._lock:
+            if self._dead:
+                self._forget_dead()
+            known = self._owners.get(number)
+            if known is not None and key in copies:  # made twice, by two threads or of other data: begin anew
+                self._evict(known)
+                known = None
+            if known is None:
+                known = self._owners[number] = _Owner(owner, self._note_death)
+                known.number, known.nbytes = number, nbytes
+            else:
+                known.nbytes += nbytes
+            self._bytes += nbytes
+            if self._bytes > self.limit:
+                self._make_room(known, nbytes)
+            copies[key] = copy
+        return copy
+
+    def nbytes(self) -> int:
+        """Bytes that the copies take now."""
+        with self._lock:
+            self._forget_dead()
+            return self._bytes
+
+    def _make_room(self, newest: _Owner, nbytes: int) -> None:
+        """Evicts what is oldest, and of the newest owner at most what it had before the last ``nbytes``."""
+        for known in list(self._owners.values()):
+            if self._bytes <= self.limit:
+                return
+            if known is not newest:
+                self._evict(known)
+        if self._bytes > self.limit:
+            self._clear(newest)
+            self._bytes = newest.nbytes = nbytes
+
+    def _evict(self, known: _Owner) -> None:
+        self._clear(known)
+        self._forget(known)
+
+    def _clear(self, known: _Owner) -> None:
+        owner: HasCopies | None = known()
+        if owner is not None:
+            owner.copies.clear()
+
+    def _forget_dead(self) -> None:
+        while self._dead:
+            known = self._dead.popleft()
+            if self._owners.get(known.number) is known:
+                self._forget(known)
+
+    def _forget(self, known: _Owner) -> None:
+        del self._owners[known.number]
+        self._bytes -= known.nbytes
+
+
+device_copies = DeviceCopies(int(os.environ.get("HETU_DEVICE_COPIES_MB") or 256) * 2**20)
+"""The copies of this process. ``HETU_DEVICE_COPIES_MB`` sets their limit, in MiB; it is read once, on import."""

@@ -62,6 +62,10 @@ class Executor:
         caches = {"executables": self._executables, "plans": planner.plans, "bindings": planner.prepared}
         return {name: cache.stats() for name, cache in caches.items()}
 
+    def executables(self) -> list[Executable]:
+        """What was lowered so far; printed, each says which kernel family runs its attention, and why no other."""
+        return self._executables.values()
+
     @in_own_precision  # torch's autocast, that is; the graph's own casts are ops
     def run(
         self,

@@ -12,7 +12,8 @@ from support.functional_calls import Watching, cumulative, op_arguments
 
 import hetu
 from hetu import functional
-from hetu.functional import attention as functional_attention
+from hetu.backends.families import family
+from hetu.config import BACKENDS
 from hetu.functional import attn_varlen
 
 
@@ -88,7 +89,8 @@ def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def computed(*_: Any) -> Callable[..., None]:
         raise AssertionError("something was computed")
 
-    monkeypatch.setattr(functional_attention, "attention_kernel", computed)
+    for name in BACKENDS:
+        monkeypatch.setattr(family(name), "attend", computed)
 
 
 @pytest.mark.usefixtures("is_after_another", "computes_nothing")
@@ -104,7 +106,7 @@ def test_errors(changes: dict[str, Any], kind: type[hetu.HetuError], message: st
 
 @pytest.mark.usefixtures("computes_nothing")
 def test_errors_point_at_the_user_also_through_the_dispatcher() -> None:
-    with Watching(), pytest.raises(hetu.BindingError, match=r"where:  calls.py:\d+ +return func\("):
+    with Watching(), pytest.raises(hetu.BindingError, match=r"where:  functional_calls.py:\d+ +return func\("):
         call(max_seqlen_q=4)
     q, *rest = op_arguments(p=0.5)
     with pytest.raises(hetu.HetuError, match=r"dropout has no rng_state"):

@@ -157,6 +157,7 @@ class Executable:
         inputs: What each input is.
         leaves: The symbols that its sizes depend on.
         sizes: Compiled: values of ``leaves`` to the tuple of all sizes.
+        notes: What was chosen for some nodes and why, a line for each: which kernel family runs an attention.
         memo: What was found out of the others, so that runs need not find it again; not part of the value.
     """
 
@@ -164,7 +165,12 @@ class Executable:
     inputs: tuple[Input, ...]
     leaves: tuple[IntSymbol, ...]
     sizes: Callable[..., tuple[int, ...]]
+    notes: tuple[str, ...] = ()
     memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __str__(self) -> str:
+        """The notes, then the module's code."""
+        return "\n".join([*(f"# {note}" for note in self.notes), self.module.code.strip()])
 
 
 @dataclass
@@ -172,6 +178,7 @@ class _Builder:
     """The module being built."""
 
     device: torch.device
+    backend: str
     constants: dict[tuple[Node, torch.device], torch.Tensor]
     readers: dict[Tensor, set[str]]
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
@@ -179,6 +186,7 @@ class _Builder:
     inputs: dict[Input, fx.Node] = field(default_factory=dict)
     exprs: dict[IntSymbol, int] = field(default_factory=dict)
     attributes: dict[Node, fx.Node] = field(default_factory=dict)
+    notes: dict[Node, str] = field(default_factory=dict)
 
     def input(self, key: Input, name: str) -> fx.Node:
         """The module's input for ``key``; inputs stand first in the module, in the order of first use."""
@@ -221,6 +229,15 @@ class NodeLowering:
     pipelines: tuple[int, ...]
     device: torch.device
     builder: _Builder
+
+    @property
+    def backend(self) -> str:
+        """The kernel family that attention is offered to first."""
+        return self.builder.backend
+
+    def note(self, text: str) -> None:
+        """Says what was chosen for the node, for who prints the executable."""
+        self.builder.notes[self.node] = text
 
     def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Emits a call."""
@@ -300,13 +317,14 @@ def lower(
         num_pipelines: Pipelines of the strategy.
         pipelines: Those of them that the module computes, in order.
         device: Where it will run.
-        backend: The wanted backend; nodes that it declines fall to torch.
+        backend: The wanted backend: ops that it has no lowering of take torch's, and attention goes to it or to the
+            next kernel family that takes it.
         constants: Where constants on a device are kept from one module to the next.
 
     Raises:
         LoweringError: If no backend takes a node.
     """
-    builder = _Builder(device, constants, _readers(nodes, fetches, replaced))
+    builder = _Builder(device, backend, constants, _readers(nodes, fetches, replaced))
     values: dict[Tensor, list[Any]] = {}
     for node in _with_early_starts(nodes, replaced):
         chosen = find_lowering(node, backend, device)
@@ -323,7 +341,10 @@ def lower(
     exprs = list(builder.exprs)
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
     module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
-    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves))
+    notes = tuple(
+        f"{node.name} ({node.definition.name}, {node.where.short}): {text}" for node, text in builder.notes.items()
+    )
+    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves), notes)
 
 
 def _readers(

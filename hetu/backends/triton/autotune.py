@@ -24,7 +24,7 @@ import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hetu.backends.attention import records, work
-from hetu.backends.triton.variants import Heads, Tile, Variant
+from hetu.backends.triton.variants import PackedHeads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
 from hetu.config import raw_environment
 
@@ -75,7 +75,7 @@ def tuned(
     return best
 
 
-def kind_of(variant: Variant | BackwardVariant, heads: Heads, keys_per_row: float) -> str:
+def kind_of(variant: Variant | BackwardVariant, heads: PackedHeads, keys_per_row: float) -> str:
     """What one search is for. Steps of a longer attention take the tile of a whole one; lengths are of two classes."""
     flags = [name for name in ("dropout", "scores") if getattr(variant, name, False)]
     direction = "backward" if isinstance(variant, BackwardVariant) else "forward"

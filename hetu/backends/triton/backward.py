@@ -13,9 +13,9 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.tiles import (
     CONTINUES,
     KEYS,
@@ -40,19 +40,19 @@ from hetu.backends.triton.tiles import (
 )
 
 
-@triton.jit
+@jit
 def is_seen(place, last_key, reach):
     """Which keys at ``place`` of a segment, before and past which there are others, rows with a last key see."""
     return ((place >= 0) & (place <= last_key))[:, None] & (place[:, None] <= reach[None, :])
 
 
-@triton.jit
+@jit
 def first_row(first, diagonal, TOKENS: tl.constexpr):
     """The first row of a span that sees a block of keys, rounded down to TOKENS. Row i sees key ``i + diagonal``."""
     return tl.maximum(tl.maximum(first, 0) - diagonal, 0) // TOKENS * TOKENS
 
 
-@triton.jit
+@jit
 def fold_queries(
     dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, head,
     scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
@@ -120,7 +120,7 @@ def fold_queries(
     return dk, dv
 
 
-@triton.jit
+@jit
 def key_gradients(
     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, kv_head,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
@@ -199,7 +199,7 @@ def key_gradients(
         store_rows(dv + k_row * STRIDE_DVT + far_head * STRIDE_DVH, offsets, dv_tile, live, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@jit
 def fold_keys(
     dq, q, dout, k, v, kv_head, lse, delta, k_len, reach, token, rows, scale,
     key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
@@ -238,7 +238,7 @@ def fold_keys(
     return dq
 
 
-@triton.jit
+@jit
 def query_gradients(
     q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
@@ -316,7 +316,7 @@ def query_gradients(
     store_rows(dq, dq_offsets, dq_tile * scale, ends, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
+@jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dq_state, dk, dv, key_position, records,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,

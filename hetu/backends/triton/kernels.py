@@ -18,9 +18,9 @@ matching sum of value rows. A partial result of earlier steps enters as ``row_ma
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
@@ -42,7 +42,7 @@ from hetu.backends.triton.tiles import (
 )
 
 
-@triton.jit
+@jit
 def fold_segment(
     acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, token, rows, scale,
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
@@ -101,8 +101,8 @@ def fold_segment(
     return acc, row_sums, row_max
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
-                               "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
+@jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
+                        "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
 def forward_kernel(
     q, k, v, out, lse, acc_state, scores, key_position, records,
     stride_lb, stride_lh, stride_sb, stride_sh, stride_sm,
