@@ -107,11 +107,15 @@ def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
 def key_positions(part: PipelinePlan, step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
     """The position in its document of every key in a step's buffer: int32 ``(rows,)``.
 
-    Made once for each step of a part, so that a later run finds the same array and its copy on the device.
+    Made once for each step of a part, so that a later run finds the same array and its copy on the device. The backward
+    attends by the forward's tables: there both find one array.
     """
     made: dict[Attend, np.ndarray[Any, Any]] = part.known("key_positions", dict)
     if step not in made:
-        made[step] = _key_positions(step, layout).astype(np.int32)
+        positions, table = _key_positions(step, layout).astype(np.int32), step.table
+        if table.key_position is None or not np.array_equal(table.key_position, positions):
+            table.key_position = positions
+        made[step] = table.key_position
     return made[step]
 
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ _one_at_a_time = threading.Lock()
 @contextmanager
 def _library() -> Iterator[None]:
     """Makes the functions of Triton's library ones that can be interpreted, and afterwards all what it was."""
+    with suppress(ImportError):  # the interpreter imports it, and it looks at the library as it is then
+        import_module("triton.experimental.gluon")
     with _one_at_a_time:
         before = [(place, dict(vars(place))) for place in _PLACES]
         try:
@@ -69,7 +72,8 @@ def _library() -> Iterator[None]:
         finally:
             for place, names in before:
                 now = dict(vars(place))
-                for name in now.keys() - names.keys():
+                # What it adds to a module are names that its versions of the functions there need the next time too.
+                for name in now.keys() - names.keys() if isinstance(place, type) else ():
                     delattr(place, name)
                 for name, value in names.items():
                     if now.get(name) is not value:

@@ -196,11 +196,13 @@ def forward_kernel(
         if DROPOUT or SCORES:
             positions += k_start
         acc, row_sums, row_max = fold_segment(
-            acc, row_sums, row_max, q_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, first_head // GROUP,
-            k_len, reach, token, rows, scale,
-            score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
-            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, MASKS_ALL, DROPOUT, SCORES, PRECISION, ELEMENTS,
+            acc=acc, row_sums=row_sums, row_max=row_max, q=q_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
+            kv_head=first_head // GROUP, k_len=k_len, reach=reach, token=token, rows=rows, scale=scale,
+            scores=score_rows, key_position=positions, queries=queries, document=document, head=head_start + head,
+            key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
+            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, SCORES=SCORES,
+            PRECISION=PRECISION, ELEMENTS=ELEMENTS,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH

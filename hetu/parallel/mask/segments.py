@@ -104,6 +104,8 @@ class SegmentTable:
         ranking: How spans were ranked by this table last; see :class:`Ranking`.
         keys_per_row: Keys that a row sees on average, once it is known.
         named_rows: How many rows of the buffer segments name, once it is known.
+        key_position: int32 ``(rows of the buffer,)``, the position in its document of each key, as a step that
+            attends by this table last asked for it.
         copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`.
     """
 
@@ -116,6 +118,7 @@ class SegmentTable:
     ranking: Ranking | None = field(default=None, repr=False)
     keys_per_row: float | None = field(default=None, repr=False)
     named_rows: int | None = field(default=None, repr=False)
+    key_position: NDArray[np.int32] | None = field(default=None, repr=False)
     copies: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
