@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
@@ -50,13 +51,22 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
 
 _settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=None)
 
-raw_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-"""The environment as the system has it, by the names that ``os.environ.encodekey`` gives: what every run asks for.
+
+def _raw(environment: Any) -> tuple[Mapping[Any, Any], Callable[[str], Any]]:
+    """The environment as the system has it, and how it names a variable; a Python may keep it otherwise."""
+    try:
+        return environment._data, environment.encodekey
+    except AttributeError:
+        return environment, str
+
+
+raw_environment, raw_name = _raw(os.environ)
+"""The environment as the system has it, by the names that ``raw_name`` gives: what every run asks for.
 
 ``os.environ.get`` takes 1.4 µs, because it translates names and values each time.
 """
 
-_BACKEND = os.environ.encodekey("HETU_BACKEND")
+_BACKEND = raw_name("HETU_BACKEND")
 
 
 def settings() -> Settings:

@@ -17,17 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hetu.backends.torch_private import dispatch_modes, empty_strided_cuda
+
 SMALL = 16 * 1024
 """Bytes that the driver takes into memory of its own, about 4 MB, before it copies them: so little it takes at once,
 unless some 250 such copies are under way. Measured on an H100; 24 KB, 200 times, already waited for the stream."""
-
-
-def _inductors_way() -> Any:
-    """How torch.compile's generated code allocates on the current CUDA device; None if this torch has no such way."""
-    return getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
-
-
-_empty_strided_cuda = _inductors_way()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -41,17 +35,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         torch.Size([2, 3, 4])
     """
     if (
-        _empty_strided_cuda is None
+        empty_strided_cuda is None
         or device.type != "cuda"
         or device.index != torch.cuda.current_device()
         or not shape
         or 0 in shape
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_modes() > 0
     ):
         return torch.empty(shape, dtype=dtype, device=device)
     sizes = tuple(shape)  # it refuses a torch.Size
-    made: torch.Tensor = _empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
-    return made
+    return empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
 
 
 @lru_cache(maxsize=256)  # lengths change from run to run, what lies behind them doesn't

@@ -8,9 +8,9 @@ calls the parts itself where it can, because torch's dispatcher may cost more th
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import cache
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -23,7 +23,7 @@ from hetu.backends.families import choose, default_backend
 from hetu.backends.memory import empty
 from hetu.cache import LRU
 from hetu.config import settings
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
+from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, innermost
 from hetu.ops.attention.common import FLOATS, cu_seqlens_fault, longest_of
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.planning.feeds import host_array
@@ -311,10 +311,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def refuse(kind: type[HetuError], what: str, fix: str) -> NoReturn:
     """Raises the error of a call; where it was made is the innermost line that is neither hetu's nor torch's."""
-    frame = sys._getframe(1)
-    while frame.f_globals.get("__name__", "").partition(".")[0] in ("hetu", "torch") and frame.f_back is not None:
-        frame = frame.f_back
-    raise kind(what, op="attn_varlen", where=Where(frame.f_code.co_filename, frame.f_lineno), fix=fix)
+    raise kind(what, op="attn_varlen", where=innermost(_is_foreign), fix=fix)
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    """Whether a frame is neither hetu's nor torch's."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("hetu", "torch")
 
 
 # the ops

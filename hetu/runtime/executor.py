@@ -29,6 +29,7 @@ from hetu.backends.lower.lowering import (
     lower,
 )
 from hetu.backends.precision import in_own_precision
+from hetu.backends.torch_private import set_grad_enabled
 from hetu.cache import LRU, CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
@@ -235,11 +236,11 @@ class Executor:
                 case WorldInput():
                     values[place] = world
         is_recording = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
+        set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
         try:
             flat = executable.module.forward(*values)
         finally:
-            torch._C._set_grad_enabled(is_recording)
+            set_grad_enabled(is_recording)
         count = len(world.pipelines(prepared.num_pipelines))
         if count == 1:
             return [(value,) for value in flat]

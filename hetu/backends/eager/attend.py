@@ -13,6 +13,7 @@ from hetu.backends.attention.dropout import keep_mask
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.memory import copied_to
 from hetu.backends.precision import in_own_precision
+from hetu.backends.torch_private import flash_attention_cpu
 
 _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
@@ -40,7 +41,8 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     out, queries = (x.unflatten(1, heads).permute(1, 2, 0, 3) for x in (acc, q.to(dtype)))
     keys, values = (x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, heads[1], -1, -1) for x in (k, v))
     lse = state.lse.unflatten(1, heads)
-    plain = dropout is not None or state.scores is not None or q.device.type != "cpu"
+    has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
+    plain = dropout is not None or state.scores is not None or not has_flash
 
     def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
         seen = slice(k_start, k_start + k_len)
@@ -106,7 +108,8 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, sof
                          x x x x .                           x . .
                          x x x x x                           x x .
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash = flash_attention_cpu
+    assert flash is not None
     rows, keys = q.shape[2], k.shape[2]
     if diagonal >= keys - 1:
         yield 0, *flash(q, k, v, 0.0, False, scale=softmax_scale)

@@ -192,15 +192,12 @@ class _Builder:
         """The module's input for ``key``; inputs stand first in the module, in the order of first use."""
         if key not in self.inputs:
             last = next(reversed(self.inputs.values()), None)
-            place = self.graph.inserting_after(last) if last else self.graph.inserting_before(self._first())
+            place = self.graph.inserting_after(last) if last else self.graph.inserting_before(None)
             with place:
                 # Users' names may be any text; the number keeps keywords, and names that look alike then, apart.
                 plain = re.sub(r"\W", "_", name)
                 self.inputs[key] = self.graph.placeholder(f"in{len(self.inputs)}_{plain}")
         return self.inputs[key]
-
-    def _first(self) -> fx.Node:
-        return next(iter(self.graph.nodes), self.graph._root)
 
     def constant(self, node: Node, value: torch.Tensor) -> fx.Node:
         """The module's own tensor of ``node``: one for all pipelines, and one a device for all modules."""

@@ -26,7 +26,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from hetu.backends.attention import records, work
 from hetu.backends.triton.variants import PackedHeads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
-from hetu.config import raw_environment
+from hetu.config import raw_environment, raw_name
 
 AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
 
@@ -39,7 +39,7 @@ def is_wanted(device: torch.device) -> bool:
     return raw_environment.get(_WANTED) is not None and os.environ["HETU_AUTOTUNE"] == "1" and device.type == "cuda"
 
 
-_WANTED = os.environ.encodekey("HETU_AUTOTUNE")
+_WANTED = raw_name("HETU_AUTOTUNE")
 
 
 def tuned(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 
+from hetu.backends.torch_private import current_stream
 from hetu.backends.triton import interpreter
 
 Constants = tuple[dict[str, Any], dict[str, Any]]
@@ -120,11 +121,8 @@ def launch(compiled: Any, device: torch.device, programs: int, arguments: Sequen
     if _has_hooks():
         compiled[(programs, 1, 1)](*arguments)
         return
-    stream = _current_stream(device.index)
+    stream = current_stream(device.index)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _has_hooks() -> bool:

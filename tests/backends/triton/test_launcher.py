@@ -40,7 +40,7 @@ class Compiled:
 def second_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What launches ask CUDA for."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(launcher, "current_stream", lambda index: f"stream of {index}")
 
 
 class Kernel:
@@ -151,7 +151,7 @@ def test_it_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> N
             yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index + 1}")  # what Compiled expects
+    monkeypatch.setattr(launcher, "current_stream", lambda index: f"stream of {index + 1}")  # what Compiled expects
     kernel, x, first = Kernel(), torch.zeros(8), torch.device("cuda", 0)
     launch = Launcher(kernel, "n")
     for _ in range(2):
