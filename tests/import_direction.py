@@ -36,7 +36,7 @@ INSIDE: Mapping[str, Floors] = {
         ("torch_private",),
         ("dtypes", "memory", "precision"),
         ("attention",),
-        ("comm", "triton", "eager"),
+        ("comm", "triton", "eager", "gluon"),  # gluon is to come
         ("families",),
         ("lower",),
         ("torch",),

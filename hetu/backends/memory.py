@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from hetu.backends.torch_private import dispatch_modes, empty_strided_cuda
+from hetu.errors import HetuError
 
 SMALL = 16 * 1024
 """Bytes that the driver takes into memory of its own, about 4 MB, before it copies them: so little it takes at once,
@@ -183,5 +184,15 @@ class DeviceCopies:
         self._bytes -= known.nbytes
 
 
-device_copies = DeviceCopies(int(os.environ.get("HETU_DEVICE_COPIES_MB") or 256) * 2**20)
+def _limit() -> int:
+    """Bytes that all copies of plans may take, by ``HETU_DEVICE_COPIES_MB``."""
+    text = os.environ.get("HETU_DEVICE_COPIES_MB") or "256"
+    if not text.isdecimal():
+        raise HetuError(
+            f"HETU_DEVICE_COPIES_MB is {text!r}, expected a whole number of MiB", fix="unset it for 256 MiB"
+        )
+    return int(text) * 2**20
+
+
+device_copies = DeviceCopies(_limit())
 """The copies of this process. ``HETU_DEVICE_COPIES_MB`` sets their limit, in MiB; it is read once, on import."""

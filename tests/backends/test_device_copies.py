@@ -120,3 +120,12 @@ def test_what_went_is_made_again(home: DeviceCopies, method: str) -> None:
         assert (len(home._owners) == 1) == (limit == 1)
     for one in results[1:]:
         assert all(np.array_equal(mine, first) for mine, first in zip(one, results[0], strict=True))
+
+
+def test_the_environment_sets_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory._limit() == 256 * 2**20
+    monkeypatch.setenv("HETU_DEVICE_COPIES_MB", "3")
+    assert memory._limit() == 3 * 2**20
+    monkeypatch.setenv("HETU_DEVICE_COPIES_MB", "a lot")
+    with pytest.raises(hetu.HetuError, match="HETU_DEVICE_COPIES_MB is 'a lot', expected a whole number of MiB"):
+        memory._limit()
