@@ -10,7 +10,7 @@ import torch
 
 from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.comm.recorder import watched
-from hetu.backends.memory import copied_to
+from hetu.backends.memory import copied_to, device_copies
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 from hetu.parallel.plan.own_gradients import own_gradients
@@ -216,10 +216,12 @@ def pack(buffer: torch.Tensor, runs: Runs) -> torch.Tensor:
 
 def indices(runs: Runs, device: torch.device) -> torch.Tensor:
     """The rows' numbers on the device, copied there once a plan."""
-    if device not in runs.memo:
+    kept: torch.Tensor | None = runs.copies.get(device)
+    if kept is None:
         part = runs.as_slice
         if part is None:
-            runs.memo[device] = copied_to(runs.indices().astype(np.int32), device)
+            kept = copied_to(runs.indices().astype(np.int32), device)
         else:
-            runs.memo[device] = torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
-    return runs.memo[device]
+            kept = torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
+        device_copies.keep(runs, device, kept, kept.nbytes)
+    return kept

@@ -1,4 +1,4 @@
-"""The gradients of both attention ops at run time, for every backend."""
+"""The gradients of both attention ops at run time, by calls of a kernel family's ``attend_backward``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from torch import fx
 
 from hetu.backends.attention.contract import BackwardState, attention_delta, compute_dtype
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.options import Options, as_heads, key_positions, with_rows
 from hetu.backends.comm import Communicator, World, follow_backward, run_lock_step
-from hetu.backends.families import backward_kernel, row_dot_kernel
-from hetu.backends.lower.attention import register_attention
+from hetu.backends.families import family
+from hetu.backends.lower.attention import options_of
 from hetu.backends.lower.attention_heads import HeadsBackward
-from hetu.backends.lower.lowering import NodeLowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.parallel import AttnPlan
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.instructions import Attend
@@ -32,7 +33,7 @@ def _state(
 ) -> BackwardState:
     """What the steps read of the queries; ``plan`` has the spans."""
     out, dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
-    delta = attention_delta(out, dout, dlse, plan.spans, row_dot_kernel(options.backend))
+    delta = attention_delta(out, dout, dlse, plan.spans, family(options.family).row_dot)
     return BackwardState(dout, lse, delta, dq)
 
 
@@ -55,19 +56,18 @@ def hetu_attn_varlen_grad(
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
     dropout = options.dropout(_random(rng_state), 0)
-    backward_kernel(options.backend)(
+    call = AttendCall(
         as_heads(q, options.head_dim),
         as_heads(k, options.head_dim),
         as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
-        _state(out, lse, dout, dlse, dq, plan, options),
-        dk,
-        dv,
-        softmax_scale=options.softmax_scale,
-        dropout=dropout,
-        key_position=plan.key_position if dropout else None,
+        options.softmax_scale,
+        None,
+        dropout,
+        plan.key_position if dropout else None,
     )
+    family(options.family).attend_backward(call, _state(out, lse, dout, dlse, dq, plan, options), dk, dv)
     return grads
 
 
@@ -77,9 +77,9 @@ def _random(rng_state: torch.Tensor) -> tuple[int, int]:
     return seed, offset
 
 
-def _lower_varlen(backend: str, cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
+def _lower_varlen(cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
     *tensors, _, _ = operands  # the cumulative lengths are in the plan
-    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), Options.of(cx.node, backend))
+    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), options_of(cx))
     return tuple(cx.item(grads, i) for i in range(3))
 
 
@@ -156,21 +156,18 @@ class _PipelineBackward:
 
     def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
-        backward_kernel(self.options.backend)(
+        call = AttendCall(
             self.q,
             buffer[:, 0],
             buffer[:, 1],
             self.plan.spans,
             step.table,
-            self.state,
-            grads[:, 0],
-            grads[:, 1],
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=self.dropout,
-            key_position=key_positions(step, self.layout) if self.dropout else None,
-            keeps=keeps,
+            self.options.softmax_scale,
+            turn,
+            self.dropout,
+            key_positions(self.plan, step, self.layout) if self.dropout else None,
         )
+        family(self.options.family).attend_backward(call, self.state, grads[:, 0], grads[:, 1], keeps)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the shard, once the plan is done."""
@@ -179,11 +176,11 @@ class _PipelineBackward:
         return self.grad
 
 
-def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
+def _lower_parallel(cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
     *tensors, _, _ = operands
-    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), Options.of(cx.node, backend), cx.world())
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), options_of(cx), cx.world())
     return [(cx.item(grads, i),) for i in range(len(cx.pipelines))]
 
 
-register_attention("attn_varlen_grad", _lower_varlen)
-register_attention("parallel_attn_grad", _lower_parallel)
+lowering("attn_varlen_grad", backend="torch")(_lower_varlen)
+lowering("parallel_attn_grad", backend="torch")(_lower_parallel)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from hetu.backends.attention.contract import (
@@ -17,10 +19,11 @@ from hetu.backends.attention.contract import (
     finish_softmax,
     lse_places,
 )
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
 from hetu.backends.comm import Communicator, Held, follow_heads
 from hetu.backends.comm.exchange import Values
-from hetu.backends.families import attention_kernel, backward_kernel, row_dot_kernel
+from hetu.backends.families import family
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan.heads import HeadRange
 from hetu.parallel.plan.instructions import Attend
@@ -52,6 +55,19 @@ class _Call:
     def gathered(self, step: Attend, *names: str) -> list[torch.Tensor]:
         """Values of all tokens for the heads of a step, ``(T, heads, numbers)`` each."""
         return [self.held.value(name, GATHERED, self.of(step)) for name in names]
+
+    def call(
+        self,
+        step: Attend,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dropout: Dropout | None,
+        positions: np.ndarray[Any, Any] | None,
+    ) -> AttendCall:
+        """What a step attends to."""
+        scale = self.options.softmax_scale
+        return AttendCall(q, k, v, self.plan.spans, step.table, scale, None, dropout, positions)
 
 
 class HeadsCall(_Call):
@@ -91,17 +107,9 @@ class HeadsCall(_Call):
             scores = q.new_full(size, -torch.inf, dtype=compute_dtype(q.dtype))
         state = AttentionState(out, lse.squeeze(-1).T.unsqueeze(0), None, scores)
         dropout = self.dropout(step)
-        attention_kernel(self.options.backend)(
-            q,
-            k,
-            v,
-            self.plan.spans,
-            step.table,
-            state,
-            softmax_scale=self.options.softmax_scale,
-            dropout=dropout,
-            key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
-        )
+        positions = key_positions(self.plan, step, self.layout) if self.options.needs_positions else None
+        call = self.call(step, q, k, v, dropout, positions)
+        family(self.options.family).attend(call, state)
         if self.options.return_softmax:
             p = finish_softmax(state, self.plan.spans, dropout, q.dtype)
             self.gathered(step, "p")[0].copy_(p[0, :, :rows, :columns].transpose(0, 1))
@@ -148,7 +156,7 @@ class HeadsBackward(_Call):
         super().__init__(plan, pipeline, random, options)
         self.qkv = with_rows(qkv)
         out, dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
-        delta = attention_delta(out, dout, dlse, self.spans, row_dot_kernel(options.backend))
+        delta = attention_delta(out, dout, dlse, self.spans, family(options.family).row_dot)
         own_lse = torch.empty_like(delta)
         rows, slot, slot_row = lse_places(self.spans, lse.device)
         own_lse[rows] = lse[slot, :, slot_row]
@@ -178,19 +186,9 @@ class HeadsBackward(_Call):
         by_head = lse.squeeze(-1).T.contiguous().unsqueeze(0)
         state = BackwardState(dout, by_head, delta.squeeze(-1).contiguous(), dq)
         dropout = self.dropout(step)
-        backward_kernel(self.options.backend)(
-            q,
-            k,
-            v,
-            self.plan.spans,
-            step.table,
-            state,
-            dk,
-            dv,
-            softmax_scale=self.options.softmax_scale,
-            dropout=dropout,
-            key_position=key_positions(step, self.layout) if dropout else None,
-        )
+        positions = key_positions(self.plan, step, self.layout) if dropout else None
+        call = self.call(step, q, k, v, dropout, positions)
+        family(self.options.family).attend_backward(call, state, dk, dv)
 
     def gradient(self) -> torch.Tensor:
         """The gradient of the shard, once the plan is done."""
