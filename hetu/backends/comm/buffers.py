@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from hetu.backends.attention.contract import compute_dtype
-from hetu.backends.memory import copied_to
+from hetu.backends.memory import copied_to, device_copies
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.buffers import Batch, Lifetime, lifetimes
 from hetu.parallel.plan.heads import HeadRange, Heads, Payload
@@ -256,10 +256,12 @@ def _add(x: torch.Tensor, runs: Runs, rows: torch.Tensor) -> None:
 
 def indices(runs: Runs, device: torch.device) -> torch.Tensor:
     """The rows' numbers on the device, copied there once a plan."""
-    if device not in runs.memo:
+    kept: torch.Tensor | None = runs.copies.get(device)
+    if kept is None:
         part = runs.as_slice
         if part is None:
-            runs.memo[device] = copied_to(runs.indices().astype(np.int32), device)
+            kept = copied_to(runs.indices().astype(np.int32), device)
         else:
-            runs.memo[device] = torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
-    return runs.memo[device]
+            kept = torch.arange(part.start, part.stop, part.step, dtype=torch.int32, device=device)
+        device_copies.keep(runs, device, kept, kept.nbytes)
+    return kept

@@ -1,4 +1,4 @@
-"""The gradients of both attention ops at run time, for every backend."""
+"""The gradients of both attention ops at run time, by calls of a kernel family's ``attend_backward``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import fx
 
 from hetu.backends.attention.contract import BackwardState, attention_delta
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.options import Options, as_heads
 from hetu.backends.comm import World, run_lock_step
-from hetu.backends.families import backward_kernel, row_dot_kernel
-from hetu.backends.lower.attention import register_attention
-from hetu.backends.lower.lowering import NodeLowering
+from hetu.backends.families import family
+from hetu.backends.lower.attention import options_of
+from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.backends.lower.pipelines import BackwardCall
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan.varlen import VarlenPlan
@@ -37,22 +38,20 @@ def hetu_attn_varlen_grad(
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
     dropout = options.dropout(_random(rng_state), 0)
-    douts = as_heads(dout, options.head_dim)
-    outs, row_dot = as_heads(out, options.head_dim), row_dot_kernel(options.backend)
-    delta = attention_delta(outs, douts, dlse, plan.spans, row_dot)
-    backward_kernel(options.backend)(
+    call = AttendCall(
         as_heads(q, options.head_dim),
         as_heads(k, options.head_dim),
         as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
-        BackwardState(douts, lse, delta, dq),
-        dk,
-        dv,
-        softmax_scale=options.softmax_scale,
-        dropout=dropout,
-        key_position=plan.key_position if dropout else None,
+        options.softmax_scale,
+        None,
+        dropout,
+        plan.key_position if dropout else None,
     )
+    chosen, dout = family(options.family), as_heads(dout, options.head_dim)
+    delta = attention_delta(as_heads(out, options.head_dim), dout, dlse, plan.spans, chosen.row_dot)
+    chosen.attend_backward(call, BackwardState(dout, lse, delta, dq), dk, dv)
     return grads
 
 
@@ -62,9 +61,9 @@ def _random(rng_state: torch.Tensor) -> tuple[int, int]:
     return seed, offset
 
 
-def _lower_varlen(backend: str, cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
+def _lower_varlen(cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
     *tensors, _, _ = operands  # the cumulative lengths are in the plan
-    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), Options.of(cx.node, backend))
+    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), options_of(cx))
     return tuple(cx.item(grads, i) for i in range(3))
 
 
@@ -104,11 +103,11 @@ def hetu_parallel_attn_grad(
     return [call.gradient() for call in calls]
 
 
-def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
+def _lower_parallel(cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
     *tensors, _, _ = operands
-    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), Options.of(cx.node, backend), cx.world())
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), options_of(cx), cx.world())
     return [(cx.item(grads, i),) for i in range(len(cx.pipelines))]
 
 
-register_attention("attn_varlen_grad", _lower_varlen)
-register_attention("parallel_attn_grad", _lower_parallel)
+lowering("attn_varlen_grad", backend="torch")(_lower_varlen)
+lowering("parallel_attn_grad", backend="torch")(_lower_parallel)

@@ -23,9 +23,10 @@ from hetu.backends.attention.contract import (
     lse_places,
     new_state,
 )
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
 from hetu.backends.comm import Buffers, Communicator, Owned, Values, follow
-from hetu.backends.families import attention_kernel, backward_kernel, row_dot_kernel
+from hetu.backends.families import family
 from hetu.parallel import AttnPlan
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.heads import HeadRange, Payload
@@ -117,18 +118,18 @@ class ForwardCall(_Call):
         """Attends to one buffer of keys and values."""
         state = self.state or self._state_by_row(step, queries)
         dropout = self.dropout(step)
-        attention_kernel(self.options.backend)(
+        call = AttendCall(
             queries["q"],
             keys["k"],
             keys["v"],
             self.plan.spans,
             step.table,
-            state,
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=dropout,
-            key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
+            self.options.softmax_scale,
+            turn,
+            dropout,
+            key_positions(self.plan, step, self.layout) if self.options.needs_positions else None,
         )
+        family(self.options.family).attend(call, state)
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
             if self.options.return_softmax:
@@ -196,7 +197,7 @@ class BackwardCall(_Call):
         super().__init__(qkv, plan, pipeline, random, options)
         out, self.dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
         self.lse = lse
-        self.delta = attention_delta(out, self.dout, dlse, self.spans, row_dot_kernel(options.backend))
+        self.delta = attention_delta(out, self.dout, dlse, self.spans, family(options.family).row_dot)
         self.state: BackwardState | None = None  # of the own rows
         self.states: dict[HeadRange, BackwardState] = {}  # of rows whose results travel
         values, beside = self.given()
@@ -235,21 +236,18 @@ class BackwardCall(_Call):
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
         state = self.state or self._state_by_row(step, queries)
         dropout = self.dropout(step)
-        backward_kernel(self.options.backend)(
+        call = AttendCall(
             queries["q"],
             keys["k"],
             keys["v"],
             self.plan.spans,
             step.table,
-            state,
-            keys["dk"],
-            keys["dv"],
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=dropout,
-            key_position=key_positions(step, self.layout) if dropout else None,
-            keeps=keeps,
+            self.options.softmax_scale,
+            turn,
+            dropout,
+            key_positions(self.plan, step, self.layout) if dropout else None,
         )
+        family(self.options.family).attend_backward(call, state, keys["dk"], keys["dv"], keeps)
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
 

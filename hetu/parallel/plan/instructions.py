@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,8 +28,8 @@ class Runs:
     step: IntArray | None = None
 
     @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """Where a backend keeps what it derived from these arrays (device copies); not part of the value."""
+    def copies(self) -> dict[Hashable, Any]:
+        """What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`. Not part of the value."""
         return {}
 
     @property

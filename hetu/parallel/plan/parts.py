@@ -192,13 +192,13 @@ class PlanData:
 
 
 def _feed(update: Callable[[bytes], None], value: Any) -> None:
-    """Feeds a digest with a value of this module, however deep; memos are no part of a value."""
+    """Feeds a digest with a value of this module, however deep; what isn't shown is derived, and no part of it."""
     if isinstance(value, np.ndarray):
         update(repr(value.shape).encode() + value.astype("<i8").tobytes())
     elif is_dataclass(value):
         update(type(value).__name__.encode())
         for item in fields(value):
-            if item.name != "memo":
+            if item.repr:
                 _feed(update, getattr(value, item.name))
     elif isinstance(value, tuple):
         update(b"(%d" % len(value))
