@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 from support.layout_cases import HEADS
 
@@ -22,7 +23,7 @@ from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import whole
 from hetu.parallel.plan.buffers import Lifetime, lifetimes
 from hetu.parallel.plan.heads import Payload
-from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Send
+from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Runs, Send, Wait
 from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PipelinePlan
 
@@ -74,6 +75,30 @@ def in_orders(
             parts[part.pipeline] = part.finish()
     # The backward of "direct" turns whatever moves keys and values round.
     return AttnPlan(layout, "direct", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
+
+
+def by_halves(plan: AttnPlan) -> AttnPlan:
+    """A forward plan in which keys and values travel twice, of half of the heads each time, into the same rows."""
+    q, heads = plan.heads.num_q, plan.heads
+    halves = heads.range(0, q // 2), heads.range(q // 2, q)
+    parts = []
+    for part in plan.pipelines:
+        items: list[Instruction] = []
+        for item in part.instructions:
+            for half, some in enumerate(halves):
+                if isinstance(item, Attend):
+                    items += [item] * (half == 0)
+                    continue
+                number = 2 * item.transfer + half
+                if isinstance(item, Send):
+                    items.append(dataclasses.replace(item, transfer=number, heads=some))
+                elif isinstance(item, Receive):
+                    rows = Runs(np.array([item.offset]), np.array([item.rows]))
+                    items.append(dataclasses.replace(item, transfer=number, heads=some, offset=0, runs=rows))
+                else:
+                    items.append(Wait(number))
+        parts.append(dataclasses.replace(part, instructions=tuple(items)))
+    return dataclasses.replace(plan, pipelines=tuple(parts))
 
 
 def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:

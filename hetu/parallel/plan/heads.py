@@ -105,12 +105,18 @@ class HeadRange:
             >>> HeadRange(first_q=4, num_q=4, first_kv=2, num_kv=2).cuts(Payload.QKV)
             (('q', 0, 4), ('k', 4, 2), ('v', 6, 2))
         """
-        counts = [self.count(name) for name in payload.values]
-        return tuple(zip(payload.values, accumulate([0, *counts]), counts, strict=False))
+        return _cuts(self, payload)
 
     def __str__(self) -> str:
         last = self.first_q + self.num_q - 1
         return f"head {last}" if self.num_q == 1 else f"heads {self.first_q} to {last}" if self.num_q else "no heads"
+
+
+@lru_cache(maxsize=1024)
+def _cuts(heads: HeadRange, payload: Payload) -> tuple[tuple[str, int, int], ...]:
+    """Asked for with every memory of every plan."""
+    counts = [heads.count(name) for name in payload.values]
+    return tuple(zip(payload.values, accumulate([0, *counts]), counts, strict=False))
 
 
 @lru_cache(maxsize=64)

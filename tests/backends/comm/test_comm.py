@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.held import holding_keys
 from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
-from support.plans import KV_METHODS, broadcast, holding_back, rows_aside
+from support.plans import KV_METHODS, broadcast, by_halves, holding_back, rows_aside
 
 import hetu
 from hetu.backends.comm import LocalComm, Values, follow, run_lock_step
@@ -72,18 +72,20 @@ class Rounding(Step):
 
 
 def run(
-    plan: AttnPlan, dtype: torch.dtype, seed: int = 0, turn: int = 0, step: type[Step] = Step
+    plan: AttnPlan, dtype: torch.dtype, seed: int = 0, turn: int = 0, step: type[Step] = Step, widths: Heads = WIDTHS
 ) -> tuple[list[torch.Tensor], ...]:
     """Follows a backward plan on integers; gives each pipeline's (kv, weights of queries, gradients)."""
     random = torch.Generator().manual_seed(seed)
     comm, kv, weights, grads, held, coroutines = LocalComm(), [], [], [], [], []
     for part in plan.pipelines:
-        kv.append(torch.randint(0, 8, (part.rows, 2, 1, 2), generator=random).to(dtype))
+        kv.append(torch.randint(0, 8, (part.rows, 2, widths.num_kv, 2), generator=random).to(dtype))
         weights.append(torch.randint(1, 1000, (part.rows,), generator=random).double())
         high = torch.float64 if dtype == torch.float64 else torch.float32
         kind = high if part.sums_gradients else dtype
-        grads.append(torch.full((part.rows, 3, 1, 2), torch.nan, dtype=kind)[:, 1:])  # a view, as in a lowering
-        held.append(holding_keys(part, WIDTHS, kv[-1], grads[-1]))
+        grads.append(
+            torch.full((part.rows, 3, widths.num_kv, 2), torch.nan, dtype=kind)[:, 1:]
+        )  # a view, as in a lowering
+        held.append(holding_keys(part, widths, kv[-1], grads[-1]))
         coroutines.append(follow(part, held[-1], comm, step(part, weights[-1])))
     turn %= len(coroutines)
     run_lock_step(coroutines[turn:] + coroutines[:turn])
@@ -124,6 +126,17 @@ def test_every_gradient_comes_home(
     rng = np.random.default_rng(seed)
     layout = random_custom_layout(rng, longest=9) if custom else random_case(rng, longest=7, most=6).layout()
     check(layout, method, mask, dtype, held)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("method", KV_METHODS)
+@given(seed=SEEDS, mask=st.sampled_from(MASKS))
+def test_halves_of_rows_that_travel_apart(method: str, seed: int, mask: Mask) -> None:
+    layout, widths = random_case(np.random.default_rng(seed), longest=7, most=6).layout(), Heads(4, 2, 2, 4)
+    plan = by_halves(build_plan(layout, method=method, mask=mask, heads=widths)).backward()
+    kv, weights, grads = run(plan, torch.float64, widths=widths)
+    for r, mine in enumerate(grads):
+        assert torch.equal(mine, expected(layout, r, mask, kv[r], weights)), f"pipeline {r}"
 
 
 @pytest.mark.parametrize("method", [*KV_METHODS, "broadcast"])

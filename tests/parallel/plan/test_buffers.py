@@ -1,0 +1,113 @@
+"""Buffers and the lifetimes of their memory: by hand, and for plans that no method builds."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.layout_cases import HEADS, MASKS, random_case
+from support.plans import KV_METHODS, broadcast, by_halves, find, refused, with_instructions
+
+from hetu.parallel import METHODS, Heads, Layout, Mask, build_plan
+from hetu.parallel.plan.buffers import batches, lifetimes
+from hetu.parallel.plan.heads import HeadRange, Payload
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
+from hetu.parallel.plan.parts import PipelinePlan
+
+SEEDS = st.integers(0, 2**32 - 1)
+TWO = Heads(num_q=4, num_kv=2, head_dim=2, itemsize=4)
+
+
+def lives(part: PipelinePlan) -> list[tuple[int, Payload, int, int, int]]:
+    """Buffer, payload, rows, when it is made, and after which instruction it is let go of; the number behind all if never."""
+    found = lifetimes(part)
+    ends = {id(life): number for number, some in found.freed.items() for life in some}
+    return [
+        (life.buffer, life.payload, life.rows, number, ends.get(id(life), len(part.instructions)))
+        for number, some in found.made.items()
+        for life in some
+    ]
+
+
+def test_lifetimes_by_hand() -> None:
+    plan = build_plan(Layout.build([4, 2], [0, 0]), method="direct", heads=HEADS).backward()
+    owner, other = plan.pipelines
+    # send, attend, wait, receive gradients, wait, add
+    assert lives(owner) == [(1, Payload.KV_GRADS, 4, 3, 6)] and lifetimes(owner).results == 1
+    # receive, attend, wait, attend, send gradients, wait: these are packed and let go of at once.
+    assert lives(other) == [(1, Payload.KV, 4, 0, 3), (1, Payload.KV_GRADS, 4, 3, 4)] and lifetimes(other).results == 1
+
+
+def test_what_each_attend_computes_of_foreign_rows_has_a_life_of_its_own() -> None:
+    part = (
+        build_plan(Layout.build([4] * 4, [0] * 4), method="ring", mask=Mask.full(), heads=HEADS).backward().pipelines[0]
+    )
+    items = part.instructions
+    attends = [number for number, item in enumerate(items) if isinstance(item, Attend) and item.buffer]
+    made = [(first, last) for _, payload, _, first, last in lives(part) if payload is Payload.KV_GRADS]
+    mine = [(first, last) for first, last in made if first in attends]
+    assert [first for first, _ in mine] == attends
+    starts = batches(part)
+    for _, last in mine:
+        assert any(send.grads for send in starts[last].sends)
+
+
+@given(
+    seed=SEEDS, mask=st.sampled_from(MASKS), method=st.sampled_from(["broadcast", *METHODS]), is_backward=st.booleans()
+)
+def test_memory_is_made_where_the_pipeline_may_wait(seed: int, mask: Mask, method: str, is_backward: bool) -> None:
+    """Where it computes or packs, which is proven as if it waited, or where no transfer is under way."""
+    layout = random_case(np.random.default_rng(seed), longest=7, most=6).layout()
+    plan = (
+        broadcast(layout, mask) if method == "broadcast" else build_plan(layout, method=method, mask=mask, heads=HEADS)
+    )
+    for part in (plan.backward() if is_backward else plan).pipelines:
+        under_way: set[int] = set()
+        written, starts = lifetimes(part).written, batches(part)
+        for number, item in enumerate(part.instructions):
+            packs = number in starts and starts[number].sends
+            if number in written:
+                assert packs or not under_way or isinstance(item, (Attend, Copy, Accumulate))
+            if isinstance(item, (Send, Receive)):
+                under_way.add(item.transfer)
+            elif isinstance(item, Wait):
+                under_way.discard(item.transfer)
+
+
+def test_ranges_of_heads() -> None:
+    whole, first, last, none = TWO.all, TWO.range(0, 2), TWO.range(2, 4), TWO.range(4, 4)
+    assert whole.contains(first) and whole.contains(last) and not first.contains(whole) and not first.contains(last)
+    assert first.overlaps(whole) and not first.overlaps(last) and not none.overlaps(whole)
+    assert TWO.range(0, 1).overlaps(TWO.range(1, 2)), "they have a key head in common"
+    assert TWO.all is Heads(4, 2, 8, 2).all
+
+
+@pytest.mark.parametrize("method", KV_METHODS)
+@given(seed=SEEDS, mask=st.sampled_from(MASKS))
+def test_several_receives_fill_columns_of_one_buffer(method: str, seed: int, mask: Mask) -> None:
+    layout = random_case(np.random.default_rng(seed), longest=7, most=6).layout()
+    plan = by_halves(build_plan(layout, method=method, mask=mask, heads=TWO))
+    plan.verify()
+    plan.backward().verify()
+
+
+def test_columns_that_nobody_filled() -> None:
+    plan = by_halves(build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=TWO))
+    plan.verify()
+    number = next(item.transfer for item in plan.pipelines[1].instructions if isinstance(item, Receive))
+    for r in range(2):
+        kept = [item for item in plan.pipelines[r].instructions if getattr(item, "transfer", None) != number]
+        plan = with_instructions(plan, r, kept)
+    refused(plan, "pipeline 1: attending to buffer 1: row 0 holds nothing that was ever received", "k of head 0 of")
+
+
+def test_columns_that_are_filled_twice() -> None:
+    plan = by_halves(build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=TWO))
+    for r, kind in ((0, Send), (1, Receive)):
+        instructions, at = find(plan, kind, r, 1)
+        instructions[at] = dataclasses.replace(instructions[at], heads=HeadRange(0, 2, 0, 1))
+        plan = with_instructions(plan, r, instructions)
+    refused(plan, "pipeline 1: transfer", "fills buffer 1 while transfer", "is still landing")
