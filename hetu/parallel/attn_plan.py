@@ -64,9 +64,10 @@ class AttnPlan(PlanData):
     def peak_bytes(self, pipeline: int) -> int:
         """Most bytes that a pipeline holds at a time.
 
-        Its shard, its buffers and the packed rows that are still being sent; its output and lse, and with several
-        steps the running output in float32. In the backward also the gradients: of output, queries, keys and values
-        in the user's dtype, those that are summed up in float32, those computed of foreign rows, and landing buffers.
+        Its shard, the buffers that are needed at the time, and the packed rows that are still being sent; its output
+        and lse, and with several steps the running output in float32. In the backward also the gradients: of output,
+        queries, keys and values in the user's dtype, those that are summed up in float32, those computed of foreign
+        rows, and those that land.
         """
         return peak_bytes(self, self.pipelines[pipeline])
 

@@ -149,6 +149,8 @@ class _Check:
         heads, own, group = item.heads, self.part.heads, self.plan.heads.num_q // self.plan.heads.num_kv
         if heads.num_q == 0 or not own.contains(heads):
             self._refuse(f"is for {heads}, but the pipeline has {own}")
+        if self.part.queries == 0 and heads != own:  # their results have a place for all heads only
+            self._refuse(f"is for {heads}, but own rows attend for all heads at once")
         if heads.num_kv > 1 and (heads.first_q % group or heads.num_q % group):
             self._refuse(f"is for {heads}, of which not all key heads have as many")
         self._holds(item.buffer, Payload.KV)

@@ -14,7 +14,7 @@ from support.plans import KV_METHODS, broadcast, by_halves, find, refused, with_
 from hetu.parallel import METHODS, Heads, Layout, Mask, build_plan
 from hetu.parallel.plan.buffers import batches, lifetimes
 from hetu.parallel.plan.heads import HeadRange, Payload
-from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -22,7 +22,7 @@ TWO = Heads(num_q=4, num_kv=2, head_dim=2, itemsize=4)
 
 
 def lives(part: PipelinePlan) -> list[tuple[int, Payload, int, int, int]]:
-    """Buffer, payload, rows, when it is made, and after which instruction it is let go of; the number behind all if never."""
+    """Buffer, payload, rows, before which instruction it is made and after which let go of; behind all if never."""
     found = lifetimes(part)
     ends = {id(life): number for number, some in found.freed.items() for life in some}
     return [
@@ -42,11 +42,9 @@ def test_lifetimes_by_hand() -> None:
 
 
 def test_what_each_attend_computes_of_foreign_rows_has_a_life_of_its_own() -> None:
-    part = (
-        build_plan(Layout.build([4] * 4, [0] * 4), method="ring", mask=Mask.full(), heads=HEADS).backward().pipelines[0]
-    )
-    items = part.instructions
-    attends = [number for number, item in enumerate(items) if isinstance(item, Attend) and item.buffer]
+    plan = build_plan(Layout.build([4] * 4, [0] * 4), method="ring", mask=Mask.full(), heads=HEADS)
+    part = plan.backward().pipelines[0]
+    attends = [number for number, item in enumerate(part.instructions) if isinstance(item, Attend) and item.buffer]
     made = [(first, last) for _, payload, _, first, last in lives(part) if payload is Payload.KV_GRADS]
     mine = [(first, last) for first, last in made if first in attends]
     assert [first for first, _ in mine] == attends
@@ -55,15 +53,13 @@ def test_what_each_attend_computes_of_foreign_rows_has_a_life_of_its_own() -> No
         assert any(send.grads for send in starts[last].sends)
 
 
-@given(
-    seed=SEEDS, mask=st.sampled_from(MASKS), method=st.sampled_from(["broadcast", *METHODS]), is_backward=st.booleans()
-)
-def test_memory_is_made_where_the_pipeline_may_wait(seed: int, mask: Mask, method: str, is_backward: bool) -> None:
+@pytest.mark.parametrize("method", ["broadcast", *METHODS])
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), is_backward=st.booleans())
+def test_memory_is_made_where_the_pipeline_may_wait(method: str, seed: int, mask: Mask, is_backward: bool) -> None:
     """Where it computes or packs, which is proven as if it waited, or where no transfer is under way."""
     layout = random_case(np.random.default_rng(seed), longest=7, most=6).layout()
-    plan = (
-        broadcast(layout, mask) if method == "broadcast" else build_plan(layout, method=method, mask=mask, heads=HEADS)
-    )
+    own = broadcast(layout, mask) if method == "broadcast" else None
+    plan = own or build_plan(layout, method=method, mask=mask, heads=HEADS)
     for part in (plan.backward() if is_backward else plan).pipelines:
         under_way: set[int] = set()
         written, starts = lifetimes(part).written, batches(part)
@@ -75,6 +71,18 @@ def test_memory_is_made_where_the_pipeline_may_wait(seed: int, mask: Mask, metho
                 under_way.add(item.transfer)
             elif isinstance(item, Wait):
                 under_way.discard(item.transfer)
+
+
+def test_peak_by_hand_where_results_travel() -> None:
+    heads = Heads(num_q=2, num_kv=2, head_dim=8, itemsize=2, columns=100)
+    plan = build_plan(Layout.build([2, 2], [0, 0]), method="ulysses", heads=heads)
+    # One head each, of four tokens. When the results of the other's two rows are packed there are: q, k and v of two
+    # rows; out, lse and p of four rows, for one head; out and lse of two rows, the latter also by row.
+    own, computed, results = 2 * 3 * 2 * 16, 4 * (16 + 4 + 200), 2 * 2 * (16 + 2 * 4)
+    packed = 2 * (16 + 4 + 200)
+    assert plan.peak_bytes(0) == plan.peak_bytes(1) == own + computed + results + packed
+    # What is computed is let go of then, before there has to be room for what comes from the other.
+    assert packed < computed
 
 
 def test_ranges_of_heads() -> None:
@@ -111,3 +119,34 @@ def test_columns_that_are_filled_twice() -> None:
         instructions[at] = dataclasses.replace(instructions[at], heads=HeadRange(0, 2, 0, 1))
         plan = with_instructions(plan, r, instructions)
     refused(plan, "pipeline 1: transfer", "fills buffer 1 while transfer", "is still landing")
+
+
+def test_a_head_that_two_pipelines_attend_for() -> None:
+    """A plan of two in which the second one also attends for the first one's head, and tells nobody."""
+    plan = build_plan(Layout.build([3, 3], [0, 0]), method="ulysses", heads=TWO)
+    first, second = plan.pipelines
+    some, rows = first.heads, Runs(np.array([0]), np.array([3]))
+    items = list(second.instructions)
+    received = next(i for i, item in enumerate(items) if isinstance(item, Receive))
+    place = Runs(np.array([items[received].offset]), rows.length)
+    items[received] = dataclasses.replace(items[received], offset=0, runs=place)
+    copied, attended = (next(i for i, item in enumerate(items) if isinstance(item, kind)) for kind in (Copy, Attend))
+    items.insert(attended, dataclasses.replace(items[attended], heads=some))
+    items[attended:attended] = [dataclasses.replace(items[copied], heads=some), Wait(99)]
+    items.insert(received + 1, dataclasses.replace(items[received], transfer=99, heads=some))
+    both = dataclasses.replace(second.buffers[1], heads=TWO.all)
+    second = dataclasses.replace(second, buffers=(second.buffers[0], both), instructions=tuple(items))
+
+    items = list(first.instructions)
+    sent = next(i for i, item in enumerate(items) if isinstance(item, Send))
+    items.insert(sent + 1, dataclasses.replace(items[sent], transfer=99, heads=some))
+    first = dataclasses.replace(first, instructions=(*items, Wait(99)))
+    twice = dataclasses.replace(plan, pipelines=(first, second))
+    refused(twice, "q of heads 0 to 1 of position 0", "is attended for by 2 pipelines, expected one")
+
+
+def test_own_rows_attend_for_all_heads() -> None:
+    plan = build_plan(Layout.build([4], [0]), method="direct", heads=TWO)
+    instructions, at = find(plan, Attend, 0)
+    instructions[at] = dataclasses.replace(instructions[at], heads=TWO.range(0, 2))
+    refused(with_instructions(plan, 0, instructions), "is for heads 0 to 1, but own rows attend for all heads at once")
