@@ -47,8 +47,8 @@ class PipelinePlan:
         buffers: What it holds; buffer 0 is the shard itself. Keys are never received into it.
         instructions: What it does, in order. If the queries are its own there is always at least one ``Attend`` (its
             table may be empty), so that every output row is written.
-        queries: The number of the buffer whose rows it attends for: 0, its shard, or one that holds more rows of some
-            heads, maybe of none. There it computes results by row, which travel home.
+        queries: The number of the buffer whose rows it attends for: 0, its shard, for all heads at once; or one that
+            holds more rows of some heads, maybe of none, where it computes results by row, which travel home.
         memo: What was found out of the others, see :meth:`known`; not part of the value.
     """
 
