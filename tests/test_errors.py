@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ import hetu
 from hetu.backends.comm import LocalComm, run_lock_step
 from hetu.backends.lower.lowering import find_lowering
 from hetu.errors import Where, caller
+from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.plan.instructions import Receive, Runs, Send
 from hetu.runtime.executor import Executor
+
+HEADS = Heads(num_q=1, num_kv=1, head_dim=8, itemsize=4).all
 
 FAMILY = (
     hetu.ShapeError,
@@ -136,7 +140,7 @@ def test_an_op_that_no_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def waiting(comm: LocalComm, transfer: int) -> Iterator[bool]:
-    comm.receive(0, Receive(transfer, 1, 1, 0, 2), torch.empty(2, 2, 1, 8))
+    comm.receive(0, Receive(transfer, 1, 1, 0, 2, Payload.KV, HEADS), torch.empty(2, 2, 8))
     while not comm.done(0, transfer):
         yield False
 
@@ -149,11 +153,11 @@ def test_pipelines_that_wait_for_each_other() -> None:
 
 def test_rows_that_do_not_fit() -> None:
     comm = LocalComm()
-    send = Send(1, 0, 0, Runs(np.array([0]), np.array([3])))
-    comm.send(1, send, torch.zeros(3, 2, 1, 8))
+    send = Send(1, 0, 0, Runs(np.array([0]), np.array([3])), Payload.KV, HEADS)
+    comm.send(1, send, torch.zeros(3, 2, 8))
     with pytest.raises(hetu.CommunicationError, match="brings 3 rows, expected 2"):
         run_lock_step([waiting(comm, 1)])
+    again = replace(send, transfer=2)
+    comm.send(1, again, torch.zeros(3, 2, 8))
     with pytest.raises(hetu.CommunicationError, match="was sent twice"):
-        comm.send(1, Send(2, 0, 0, send.runs), torch.zeros(3, 2, 1, 8)) or comm.send(
-            1, Send(2, 0, 0, send.runs), torch.zeros(3)
-        )
+        comm.send(1, again, torch.zeros(3, 2, 8))
