@@ -8,6 +8,7 @@ from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.plan.buffers import batches, lifetimes
 from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send
+from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.contents import KEY_GRADS, KEYS, Contents
 from hetu.parallel.proof.follow import Follower
@@ -69,11 +70,8 @@ class Run(Follower):
 
     def _columns(self, buffer: int, kind: str, heads: HeadRange) -> slice:
         """Which columns of a buffer some heads are."""
-        atoms, first = (
-            self.contents.atoms(kind, heads),
-            self.contents.atoms(kind, self.part.buffers[buffer].heads).start,
-        )
-        return slice(atoms.start - first, atoms.stop - first)
+        atoms, own = (self.contents.atoms(kind, some) for some in (heads, self.part.buffers[buffer].heads))
+        return slice(atoms.start - own.start, atoms.stop - own.start)
 
     def _take(self, item: Send | Copy | Accumulate, payload: Payload, rows: IntArray) -> dict[str, IntArray]:
         """What an instruction reads of a buffer."""
@@ -118,6 +116,7 @@ class Run(Follower):
                 if isinstance(other, Receive) and other.buffer == buffer and np.isin(other.indices(), filled).any():
                     place = buffer_name(self.part, buffer)
                     self.refuse(f"{what} fills {place} while {instruction_name(other)} is still landing")
+            raise AssertionError("what lands was received")
         if (there >= 0).any():
             found = self._name(kind, int(there[there >= 0][0]))
             self.refuse(f"{found} is overwritten by {what} before it is used")
@@ -243,6 +242,8 @@ class Run(Follower):
         """Computes gradients of the rows of a buffer, in place of what was computed of them before."""
         assert self.contributions is not None
         what, everything = f"attend {number}", slice(0, self.part.buffers[item.buffer].rows)
+        if self.next in own_gradients(self.part).aside:  # a number stands for the gradient of one attend
+            self.refuse(f"{what} adds to gradients of buffer {item.buffer} that an earlier one computed")
         self._check_sent(what, item.buffer, Payload.KV_GRADS, item.heads, everything)
         self._write(what, item.buffer, KEY_GRADS, item.heads, everything, NOT_COMPUTED)
         atoms = self.contents.atoms(KEY_GRADS, item.heads)

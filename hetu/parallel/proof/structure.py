@@ -31,6 +31,8 @@ def check_part(plan: PlanData, r: int, part: PipelinePlan, tokens: Tokens) -> No
         _check_spans(_by_row(plan.layout.query_spans(r), part.rows, r), part)
     elif attends:
         held = query_tokens(part, tokens)
+        if len(held) != part.buffers[part.queries].rows:
+            refuse(f"pipeline {r}: an attend names {len(held)} rows of buffer {part.queries}, that of its queries")
         row, zeros = np.arange(len(held)), np.zeros(len(held), np.int64)
         # Results by row have no other place than their row.
         _check_spans([tokens.document[held], tokens.position[held], zeros, row, zeros], part)
@@ -129,6 +131,7 @@ class _Check:
                     self._refuse(f"reads {item.runs.rows} rows, but fills {item.place.rows}")
             case Accumulate() as item:
                 self._takes(item.buffer, Payload.KV_GRADS, None, "adds")
+                self._is_whole(item.buffer, Payload.KV_GRADS, "adds")
                 self._neighbours(item.offset, item.runs.rows, item.buffer, "adds")
                 self._written(item.runs, 0, "adds to")
             case Attend() as item:
@@ -137,8 +140,7 @@ class _Check:
     def _receive(self, item: Receive) -> None:
         self._puts(item.buffer, item.payload)
         if item.runs is None:
-            if item.heads != self.part.buffers[item.buffer].heads:
-                self._refuse(f"lands in place, but brings {item.heads} to rows that have others too")
+            self._is_whole(item.buffer, item.payload, "lands in place, but brings")
             self._neighbours(item.offset, item.rows, item.buffer, "lands in")
             return
         self._written(item.runs, item.buffer, "lands in")
@@ -210,12 +212,22 @@ class _Check:
         if runs is not None:
             check_runs(runs, self.part.buffers[number].rows, f"{self._what()} {does}", self._place(number))
 
+    def _is_whole(self, number: int, payload: Payload, does: str) -> None:
+        """What lands in place, or is added as it lies, is all that rows have of a payload."""
+        buffer = self.part.buffers[number]
+        if self.item.heads != buffer.heads:
+            self._refuse(f"{does} {self.item.heads} of rows that have {buffer.heads}")
+        if payload not in buffer.payloads:
+            self._refuse(f"{does} {payload.label}, which lie apart in buffer {number}")
+
     def _puts(self, number: int, payload: Payload) -> None:
         """What is given to the shard is there from the beginning, and parts of gradients are added to what is."""
         self._holds(number, payload)
         is_part = payload is Payload.KV_GRADS and isinstance(self.item, Receive)
         if number == 0 and (is_part or not self.results.issuperset(payload.values)):
             self._refuse("lands in buffer 0, the pipeline's own shard")
+        if number == self.part.queries == 0 and payload is not Payload.KV_GRADS:
+            self._refuse("brings results of own rows, which are computed where they belong")
 
     def _written(self, runs: Runs, number: int, does: str) -> None:
         """Rows exist, and none is named twice: what were written or added there would depend on an order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from support.layout_cases import HEADS, MASKS, random_case
 from support.plans import KV_METHODS, broadcast, by_halves, find, refused, with_instructions
 
 from hetu.parallel import METHODS, Heads, Layout, Mask, build_plan
+from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.buffers import batches, lifetimes
 from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
@@ -150,3 +152,55 @@ def test_own_rows_attend_for_all_heads() -> None:
     instructions, at = find(plan, Attend, 0)
     instructions[at] = dataclasses.replace(instructions[at], heads=TWO.range(0, 2))
     refused(with_instructions(plan, 0, instructions), "is for heads 0 to 1, but own rows attend for all heads at once")
+
+
+# What a plan may not say, since nobody could do it
+
+
+def changed(plan: AttnPlan, r: int, kind: type, number: int = 0, **values: Any) -> AttnPlan:
+    """A plan in which an instruction of one pipeline says something else."""
+    instructions, at = find(plan, kind, r, number)
+    instructions[at] = dataclasses.replace(instructions[at], **values)
+    return with_instructions(plan, r, instructions)
+
+
+def with_buffer(plan: AttnPlan, r: int, number: int, **values: Any) -> AttnPlan:
+    """A plan in which a buffer of one pipeline is declared in another way."""
+    part = plan.pipelines[r]
+    buffers = list(part.buffers)
+    buffers[number] = dataclasses.replace(buffers[number], **values)
+    part = dataclasses.replace(part, buffers=tuple(buffers))
+    return dataclasses.replace(plan, pipelines=(*plan.pipelines[:r], part, *plan.pipelines[r + 1 :]))
+
+
+def test_buffers_that_are_not_what_instructions_need() -> None:
+    heads = build_plan(Layout.build([3, 3], [0, 0]), method="ulysses", heads=TWO)
+    keys = build_plan(Layout.build([3, 3], [0, 0]), method="direct", heads=TWO)
+    refused(with_buffer(heads, 1, 1, rows=7), "pipeline 1: an attend names 6 rows of buffer 1, that of its queries")
+    refused(with_buffer(heads, 1, 1, payloads=(Payload.QKV, Payload.OUT)), "that of its queries, lacks lse")
+    refused(with_buffer(heads, 1, 1, heads=HeadRange(2, 2, 0, 1)), "are none of 4 query heads")
+    apart = (Payload.QKV, Payload.OUT, Payload.LSE)
+    refused(with_buffer(keys, 1, 1, payloads=apart), "brings keys and values, which lie apart in buffer 1")
+    refused(with_buffer(keys, 1, 1, heads=TWO.range(0, 2)), "heads 0 to 3, but buffer 1 has heads 0 to 1")
+    lost = dataclasses.replace(heads.pipelines[0], queries=2)
+    refused(dataclasses.replace(heads, pipelines=(lost, heads.pipelines[1])), "pipeline 0 has no buffer 2")
+
+
+def test_results_of_own_rows_that_come_from_elsewhere() -> None:
+    """The pipeline computes them itself, into the place where they would land."""
+    plan = build_plan(Layout.build([3, 3], [0, 0]), method="direct", heads=TWO)
+    rows = Runs(np.array([0]), np.array([3]))
+    refused(changed(plan, 1, Receive, buffer=0, payload=Payload.OUT, runs=rows), "brings results of own rows")
+
+
+def test_gradients_that_are_added_in_part() -> None:
+    plan = build_plan(Layout.build([3, 3], [0, 0]), method="direct", mask=Mask.full(), heads=TWO).backward()
+    refused(changed(plan, 0, Accumulate, heads=TWO.range(0, 2)), "adds heads 0 to 1 of rows that have heads 0 to 3")
+
+
+def test_gathered_rows_that_are_attended_to_twice_in_a_backward() -> None:
+    """The second attend adds to what the first one computed, which nobody could tell apart on its way home."""
+    plan = build_plan(Layout.build([3, 3], [0, 0]), method="ulysses", heads=TWO).backward()
+    instructions, at = find(plan, Attend, 1)
+    instructions.insert(at, instructions[at])
+    refused(with_instructions(plan, 1, instructions), "attend 1 adds to gradients of buffer 1 that an earlier one")
