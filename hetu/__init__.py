@@ -29,7 +29,7 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import Hardware, Layout
+from hetu.parallel import Hardware, Layout, Strategy
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
 from hetu.shards import Shards
@@ -171,6 +171,7 @@ __all__ = [
     "PlanError",
     "ShapeError",
     "Shards",
+    "Strategy",
     "StrategyError",
     "Tensor",
     "UnboundSymbolError",

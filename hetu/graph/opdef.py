@@ -168,6 +168,7 @@ class OpDef:
         role: What its nodes are to a run.
         is_view: Whether the output may lie in its input's memory.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
+        lists_strategies: Whether its attributes say which ``strategies`` there are, and so how many pipelines each has.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
         overlaps: Whether it takes its time while others are computed, and so is started as early as can be.
         plan_name: Ops of one name share plans, for equal keys; None for the op's own name.
@@ -187,6 +188,7 @@ class OpDef:
     role: ClassVar[Role] = Role.COMPUTATION
     is_view: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
+    lists_strategies: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
     overlaps: ClassVar[bool] = False
     plan_name: ClassVar[str | None] = None
@@ -220,10 +222,6 @@ class OpDef:
             For each input a function that adds the nodes of its gradient, of the input's dtype and shape; called
             only if it is needed. None for an input that there is no gradient for.
         """
-        raise NotImplementedError
-
-    def num_pipelines(self, node: Node, strategy: int) -> int | None:
-        """How many pipelines a strategy has, for ops that span them; None for those that work on any number."""
         raise NotImplementedError
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
