@@ -12,7 +12,7 @@ import numpy as np
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
-from hetu.graph.opdef import Call, OpDef, TensorSpec, find_op
+from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.tensor import Tensor
 from hetu.parallel.layout.strategy import Strategy, check_strategies
 from hetu.symbols import Constraint, IntSymbol, as_symbol
@@ -94,7 +94,16 @@ class Graph:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _stack.set(_stack.get()[:-1])
+        stack = _stack.get()
+        last = max((i for i, item in enumerate(stack) if item is self), default=None)
+        if last is not None:  # with blocks of generators may be left in any order: this graph goes, and no other
+            _stack.set(stack[:last] + stack[last + 1 :])
+        elif error is None:
+            raise HetuError(
+                f"{self.name} is left where it was not entered",
+                where=caller(),
+                fix="leave a graph in the thread or task that entered it, once for each time",
+            )
 
     def apply(
         self, op: str, inputs: Sequence[Any], attrs: Mapping[str, Any] | None = None, name: str | None = None
@@ -167,6 +176,14 @@ class Graph:
                 op=op,
                 where=where,
                 fix="build all of a computation in one graph",
+            )
+        if item.op.role is Role.UPDATE:
+            raise HetuError(
+                f"{item.name} is the result of minimize (made at {item.op.where.short}), which is there only after "
+                "everything is computed",
+                op=op,
+                where=where,
+                fix="compute with the loss that minimize was given",
             )
         return item
 

@@ -166,7 +166,8 @@ class OpDef:
         host_inputs: Inputs whose *values* planning reads (``cu_seqlens``).
         is_random: Whether each run draws an offset from the generator for it.
         role: What its nodes are to a run.
-        is_view: Whether the output may lie in its input's memory.
+        is_view: Whether the output may lie in its first input's memory.
+        repeats: Whether several elements of the output may be one in memory, as in a view that is stretched.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
         lists_strategies: Whether its attributes say which ``strategies`` there are, and so how many pipelines each has.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
@@ -187,6 +188,7 @@ class OpDef:
     is_random: ClassVar[bool] = False
     role: ClassVar[Role] = Role.COMPUTATION
     is_view: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
     lists_strategies: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False

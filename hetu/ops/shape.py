@@ -164,6 +164,7 @@ class BroadcastTo(OpDef):
 
     name = "broadcast_to"
     is_view = True
+    repeats = True
     inputs = ("x",)
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:

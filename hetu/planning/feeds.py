@@ -269,7 +269,7 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     literal = not isinstance(value, np.ndarray)
     array = value if not literal else _literal(tensor, value)
     if array.dtype.name == tensor.dtype.name:
-        return array
+        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
     fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
     if not fits:

@@ -185,7 +185,10 @@ class Planner:
         binder = subgraph.binders.get(shape)
         if binder is None:
             binder = subgraph.binders[shape] = Binder(subgraph, *shape)
-        key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
+        given: tuple[Any, ...] = tuple(symbols.items())
+        if given:  # 1, 1.0 and True are one key, and not one value
+            given = given, tuple(map(type, symbols.values()))
+        key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes)
         return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
 
     def _bind_and_plan(
