@@ -14,13 +14,12 @@ from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.tensor import Tensor
-from hetu.parallel.layout.strategy import Strategy, check_strategies
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
 if TYPE_CHECKING:
     import networkx
 
-    from hetu.parallel import AttnPlan, Layout
+    from hetu.parallel import AttnPlan, Layout, Strategy
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
 
@@ -63,6 +62,9 @@ class Graph:
     executor_factory: ClassVar[Callable[[Graph], Executor]]
     """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
 
+    check_strategies: ClassVar[Callable[[Any, int], tuple[Strategy, ...]]]
+    """What checks a list of strategies against their number; set by the package too."""
+
     def __init__(
         self,
         kind: str = "define_and_run",
@@ -76,7 +78,7 @@ class Graph:
             raise HetuError(f"there is no graph of kind {kind!r}", where=caller(), fix='use "define_and_run"')
         if not isinstance(num_strategy, int) or num_strategy < 1:
             raise StrategyError(f"num_strategy is {num_strategy!r}", where=caller(), fix="give a positive int")
-        self.strategies = () if strategies is None else check_strategies(strategies, num_strategy)
+        self.strategies = () if strategies is None else type(self).check_strategies(strategies, num_strategy)
         self.kind, self.num_strategy = kind, len(self.strategies) or num_strategy
         self.device, self.name = device, name
         self.nodes: list[Node] = []

@@ -108,6 +108,9 @@ class EmbeddingGrad(GradientOp):
         grad = tensor(call, 1, "grad")
         return [output(call, grad.dtype, (call.attrs["rows"], grad.symbolic_shape[-1]))]
 
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [None, lambda: build("embedding", (node.inputs[0], grads[0]))]
+
 
 @register
 class Softmax(OpDef):

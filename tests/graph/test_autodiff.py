@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,57 @@ def test_gradients_of_gradients() -> None:
     results = g.run([first, second, third], feed_dict={x: VALUES})
     for got, wanted in zip(results, (3 * VALUES**2, 6 * VALUES, np.full(3, 6.0)), strict=True):
         np.testing.assert_allclose(got, wanted)
+
+
+@pytest.mark.parametrize("op", ["embedding", "dropout"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_linear_ops_can_be_differentiated(op: str, dtype: str) -> None:
+    """For y = c x the first gradient of y^3 is 3 c^3 x^2, and that of its square 36 c^6 x^3."""
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(dtype, [2, 4], name="x")
+        ids = hetu.constant([1, 0, 1], dtype="int64")
+        y = hetu.embedding(ids, x) if op == "embedding" else hetu.dropout(x, 0.5)
+        first = hetu.gradients(hetu.sum(y * y * y), x)
+        second = hetu.gradients(hetu.sum(first * first), x)
+        third = hetu.gradients(hetu.sum(second), x)
+    data = np.arange(8.0).reshape(2, 4)
+    hetu.manual_seed(0)
+    once, twice, thrice = (value.double().numpy() for value in g.run([first, second, third], {x: data.astype(dtype)}))
+    uses = np.array([[1.0], [2.0]]) if op == "embedding" else np.where(once == 0, 0, 8.0)
+    np.testing.assert_allclose(once, 3 * uses * data**2)
+    np.testing.assert_allclose(twice, 36 * uses**2 * data**3)
+    np.testing.assert_allclose(thrice, 108 * uses**2 * data**2)
+
+
+def test_the_gradient_of_a_long_concat_is_one_node() -> None:
+    """So that building it takes time in proportion to the number of pieces, and their bounds make no long sums."""
+    with hetu.graph("define_and_run", device="cpu") as g:
+        xs = [hetu.placeholder("float32", [hetu.IntSymbol(f"s{i}"), 2]) for i in range(50)]
+        loss = hetu.sum(hetu.concat(xs, 0) * hetu.concat(xs, 0))
+        before = len(g.nodes)
+        grads = hetu.gradients(loss, xs)
+    assert names_since(g, before).count("split") == 2
+    assert "slice" not in names_since(g, before)
+    feeds = {x: np.full((i % 3, 2), float(i), np.float32) for i, x in enumerate(xs)}
+    for i, grad in enumerate(g.run(grads, feeds)):
+        assert grad.tolist() == [[2.0 * i] * 2] * (i % 3)
+
+
+def test_bounds_of_many_pieces_are_told_apart_quickly() -> None:
+    """Bounds that are sums of many symbols: what they share cancels before anything is made of it."""
+
+    def seconds(count: int) -> float:
+        with hetu.graph("define_and_run", device="cpu"):
+            sizes = [hetu.IntSymbol(f"s{i}") for i in range(count)]
+            x = hetu.placeholder("float32", [sum(sizes[1:], start=sizes[0])])
+            start, end = time.process_time(), 0 * sizes[0]
+            for size in sizes:
+                hetu.slice(x, 0, end, end + size)
+                end = end + size
+            return time.process_time() - start
+
+    seconds(5)
+    assert seconds(120) < 1.0  # it took 8 times as long when bounds were multiplied out
 
 
 def test_nodes_of_several_outputs() -> None:
