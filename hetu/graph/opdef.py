@@ -122,6 +122,21 @@ class BadSample:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class IndexRange:
+    """What the values of an op's input must be: from 0 to below ``size``, or ``ignored``.
+
+    Attributes:
+        name: The input's name.
+        size: How many there are to choose from.
+        ignored: A value that is no index, and may come; None if there is none.
+    """
+
+    name: str
+    size: Dim
+    ignored: int | None = None
+
+
 class Pipeline(Protocol):
     """What is known of one pipeline while a run is bound and planned."""
 
@@ -204,9 +219,23 @@ class OpDef:
         """True if it has no inputs and is no computation: a placeholder, a constant or a parameter."""
         return self.role in _SOURCES
 
+    @property
+    def is_known_to_planning(self) -> bool:
+        """True if its outputs can be computed before a run is planned, from its operands alone."""
+        is_plain = self.role in (Role.COMPUTATION, Role.PLACEHOLDER, Role.CONSTANT)
+        return is_plain and not (self.is_random or self.spans_pipelines or self.has_plan or self.is_step_wide)
+
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         """Checks a call and gives the outputs' dtypes and shapes."""
         raise NotImplementedError
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        """The inputs by whose values it looks something up, with what these may be."""
+        return ()
+
+    def keeps_values(self, node: Node) -> bool:
+        """Whether the values of its output are those of its first input, each at least once and no others."""
+        return False
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         """Calls with a known answer, and calls that must be refused."""

@@ -32,6 +32,13 @@ def nodes_of(nodes: Iterable[Node], role: Role) -> list[Node]:
     return [node for node in nodes if node.definition.role is role]
 
 
+def source_of_values(tensor: Tensor) -> Tensor | None:
+    """The placeholder or constant that has just the values of a tensor, in whatever shape; None if it is computed."""
+    while tensor.op.definition.keeps_values(tensor.op):
+        tensor = tensor.op.tensors[0]
+    return tensor if tensor.op.role in (Role.PLACEHOLDER, Role.CONSTANT) else None
+
+
 def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     """Common-subexpression elimination: which tensor each duplicate can be replaced by.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetu.dtypes import DType, as_dtype, bfloat16, float32, int64
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.common.build import axis, build, floating, output, rank, tensor
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths, whole_numbers
@@ -30,6 +30,10 @@ class Cast(OpDef):
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
         return [output(call, call.attrs["dtype"], x.symbolic_shape)]
+
+    def keeps_values(self, node: Node) -> bool:
+        old, new = node.tensors[0].dtype, node.outputs[0].dtype
+        return old == new or (old.kind == new.kind == "int" and new.itemsize > old.itemsize)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: build("cast", grads, {"dtype": node.tensors[0].dtype})]
@@ -65,6 +69,9 @@ class Embedding(OpDef):
         floating(call, weight, "weight")
         rank(call, weight, "weight", 2, 2)
         return [output(call, weight.dtype, (*ids.symbolic_shape, weight.symbolic_shape[1]))]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("ids", node.tensors[1].symbolic_shape[0])]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         ids, weight = node.tensors
@@ -110,6 +117,9 @@ class EmbeddingGrad(GradientOp):
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [None, lambda: build("embedding", (node.inputs[0], grads[0]))]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("ids", node.attrs["rows"])]
 
 
 @register

@@ -14,6 +14,7 @@ from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, call
 from hetu.graph import Role, Tensor
 from hetu.parallel import groups_of
 from hetu.parallel.layout.strategy import by_group
+from hetu.planning.arrays import host_array, is_torch
 from hetu.planning.pipelines import Pipelines
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
@@ -54,16 +55,6 @@ class FeedSet:
         return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
 
 
-def is_torch(value: Any) -> bool:
-    """Whether it is a torch tensor."""
-    return _is_torch_type(type(value))  # type: ignore[arg-type] # a class is hashable, whatever mypy thinks of it
-
-
-@cache  # every feed of every run is asked
-def _is_torch_type(kind: Any) -> bool:
-    return kind.__module__.startswith("torch") and hasattr(kind, "detach")
-
-
 @cache  # asked of every feed too, and isinstance takes longer with an abstract base class
 def _is_spread_type(kind: Any) -> bool:
     """Whether a value of that type says by itself what each pipeline gets: shards do, and dicts by context group."""
@@ -73,16 +64,6 @@ def _is_spread_type(kind: Any) -> bool:
 @cache
 def _name_of(torch_dtype: Any) -> str:
     return str(torch_dtype)[6:]
-
-
-def host_array(value: Any) -> NDArray[Any]:
-    """The values on the host; copies from a device if they lie on one."""
-    if not is_torch(value):
-        return np.asarray(value)
-    if value.requires_grad or not value.is_cpu:
-        value = value.detach().cpu()
-    array: NDArray[Any] = value.numpy()
-    return array
 
 
 def read_feeds(subgraph: Subgraph, feed_dict: Feeds, pipelines: Pipelines, symbols: Symbols) -> FeedSet:
@@ -265,6 +246,8 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     if is_torch(value):
         if _name_of(value.dtype) != tensor.dtype.name:
             raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
+        if value.is_meta or value.is_nested or not _is_strided(value.layout):
+            _refuse_unreadable(tensor, value)
         return value
     literal = not isinstance(value, np.ndarray)
     array = value if not literal else _literal(tensor, value)
@@ -282,14 +265,29 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     return converted
 
 
+@cache
+def _is_strided(layout: Any) -> bool:
+    return str(layout) == "torch.strided"
+
+
+def _refuse_unreadable(tensor: Tensor, value: Any) -> NoReturn:
+    if value.is_meta:
+        kind, fix = "meta tensor, which has no values", "feed a tensor that has some"
+    elif value.is_nested:
+        kind, fix = "nested tensor", "feed its rows one after the other: torch.cat(x.unbind())"
+    else:
+        kind, fix = f"tensor of layout {value.layout}", "make it dense first: x.to_dense()"
+    raise BindingError(f"{tensor.name} was fed a {kind}", op="run", where=tensor.op.where, fix=fix)
+
+
 def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
     """A list or a number as an array; tensors in a list might be anything, and shards have a type of their own."""
     try:
         if not (isinstance(value, (list, tuple)) and any(is_torch(item) for item in value)):
             return np.asarray(value)
         why = "it holds tensors"
-    except ValueError as failure:
-        why = str(failure).partition(".")[0]
+    except Exception as failure:  # numpy asks the value itself, which may raise anything
+        why = str(failure).partition(".")[0] or type(failure).__name__
     what = f"{tensor.name} was fed a {type(value).__name__} that is no array: {why}"
     fix = "feed one array, or hetu.Shards([...]) with one per pipeline"
     raise BindingError(what, op="run", where=caller(), fix=fix)

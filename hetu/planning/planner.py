@@ -17,8 +17,10 @@ from hetu.ops.attention.layout_key import LayoutKey
 from hetu.ops.attention.layout_op import LayoutOp
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
+from hetu.planning.arrays import host_array
 from hetu.planning.binder import Binder, BoundPipeline
-from hetu.planning.feeds import FeedReader, FeedSet, host_array, read_feeds
+from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
+from hetu.planning.indices import check_indices
 from hetu.planning.pipelines import Pipelines, placeholders_of_rows
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol
@@ -189,7 +191,16 @@ class Planner:
         if given:  # 1, 1.0 and True are one key, and not one value
             given = given, tuple(map(type, symbols.values()))
         key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes)
-        return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
+        prepared = self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds))
+        if subgraph.index_checks:
+            bindings = prepared.bindings
+            check_indices(
+                subgraph.index_checks,
+                dict(enumerate(feeds.arrays)),
+                lambda pipeline, size: bindings[pipeline].evaluate(size),
+                lambda pipeline, size: bindings[pipeline].describe(size),
+            )
+        return prepared, feeds
 
     def _bind_and_plan(
         self, subgraph: Subgraph, binder: Binder, symbols: Mapping[IntSymbol, int], feeds: FeedSet

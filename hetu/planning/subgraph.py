@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hetu.graph import Graph, Node, Role, Tensor
 from hetu.graph.passes import live_nodes, merge_duplicates, nodes_of
+from hetu.planning.indices import IndexCheck, index_checks
 from hetu.symbols import Constraint, IntSymbol
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Subgraph:
         planned: Nodes with a plan.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
+        index_checks: What is known of the values of feeds and constants by which ops look something up.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: a run advances the generator by so much.
         constraints: Relations that must hold in every run.
@@ -51,6 +53,7 @@ class Subgraph:
     step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
+    index_checks: tuple[IndexCheck, ...]
     binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
     fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
     pipelines: dict[int, Pipelines] = field(default_factory=dict, init=False, repr=False)
@@ -80,6 +83,7 @@ class Subgraph:
             random={node: i for i, node in enumerate(places) if node in set(kept)},
             step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
+            index_checks=index_checks(kept),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
         )
 

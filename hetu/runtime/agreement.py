@@ -26,7 +26,8 @@ from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import FeedReader, Feeds, is_torch, shard_count
+from hetu.planning.arrays import is_torch
+from hetu.planning.feeds import FeedReader, Feeds, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.rank_feeds import OwnFeeds, merge
 from hetu.runtime.request import RunRequest

@@ -138,10 +138,16 @@ class ModuleLauncher:
         return result
 
 
+def _takes(strides: tuple[int, ...], itemsize: int) -> bool:
+    """Whether torch takes such steps, in bytes: whole elements forwards; a column of a table may have others."""
+    return all(step >= 0 and step % itemsize == 0 for step in strides)
+
+
 def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
     if not isinstance(value, torch.Tensor):
-        # torch takes no read-only, reversed or foreign-endian memory: such arrays are copied, others shared.
-        shareable = value.flags.writeable and min(value.strides, default=0) >= 0 and value.dtype.isnative
+        # torch takes no read-only, reversed, unaligned or foreign-endian memory: such arrays are copied, others shared.
+        flags = value.flags
+        shareable = flags.writeable and flags.aligned and value.dtype.isnative and _takes(value.strides, value.itemsize)
         value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
     return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)

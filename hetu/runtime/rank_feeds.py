@@ -10,9 +10,11 @@ from hetu.backends.comm.distributed import DistributedWorld
 from hetu.errors import CommunicationError, StrategyError, caller
 from hetu.graph import Tensor
 from hetu.planning.feeds import Feeds, FeedSet, Symbols, host_values, read_own_feeds, shard_count
+from hetu.planning.indices import check_indices
 from hetu.planning.pipelines import UNKNOWN, Pipelines
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime.request import RunRequest
+from hetu.symbols import as_symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class OwnFeeds:
         else:  # each rank is a pipeline, if it feeds anything
             mine = () if subgraph.feeds and not feeds else (world.rank,)
         tensors, arrays = read_own_feeds(subgraph, feeds, mine, replace(pipelines, count=count), symbols)
+        # Here and not when all is planned, so that all ranks hear of it before anything is sent.
+        check_indices(subgraph.index_checks, arrays, lambda _, size: as_symbol(size).constant)
         own = {}
         for r, row in arrays.items():
             own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
