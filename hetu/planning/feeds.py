@@ -161,6 +161,8 @@ def read_own_feeds(
         elif isinstance(value, Mapping):
             value = _of_groups(tensor, value, pipelines, symbols)
         else:  # this process's own array
+            if tensor in pipelines.own_rows and len(own) > 1:
+                _refuse_whole_rows(tensor, f"one array for the {len(own)} pipelines that run here")
             value = dict.fromkeys(own, read_array(tensor, value))
         for r in own:
             arrays[r][tensor] = read_array(tensor, value[r])
@@ -251,8 +253,10 @@ def read_array(tensor: Tensor, value: Any) -> Any:
         return value
     literal = not isinstance(value, np.ndarray)
     array = value if not literal else _literal(tensor, value)
-    if array.dtype.name == tensor.dtype.name:
-        return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+    if _is_native(array.dtype, tensor.dtype.name):
+        return array
+    if array.dtype.name == tensor.dtype.name:  # of the other byte order
+        return array.astype(array.dtype.newbyteorder("="))
     kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
     fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
     if not fits:
@@ -263,6 +267,11 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     if tensor.dtype.kind == "int" and not np.array_equal(converted, array):
         raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but values that don't fit were fed")
     return converted
+
+
+@cache  # every fed array is asked, and numpy takes a microsecond to name a type
+def _is_native(dtype: np.dtype[Any], name: str) -> bool:
+    return dtype.name == name and bool(dtype.isnative)
 
 
 @cache

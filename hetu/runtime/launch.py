@@ -148,6 +148,7 @@ def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Ten
     if not isinstance(value, torch.Tensor):
         # torch takes no read-only, reversed, unaligned or foreign-endian memory: such arrays are copied, others shared.
         flags = value.flags
-        shareable = flags.writeable and flags.aligned and value.dtype.isnative and _takes(value.strides, value.itemsize)
+        shareable = flags.writeable and flags.aligned and value.dtype.isnative
+        shareable = shareable and (flags.c_contiguous or _takes(value.strides, value.itemsize))
         value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
     return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)
