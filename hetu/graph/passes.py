@@ -55,7 +55,7 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     first: dict[Any, Node] = {}
     for node in nodes:
         definition = node.definition
-        if definition.is_source or definition.is_random or definition.has_plan or node.symbols:
+        if node.role is not Role.COMPUTATION or definition.is_random or definition.has_plan or node.symbols:
             continue
         operands = tuple(_operand_key(item, replaced) for item in node.inputs)
         key = (definition.name, operands, tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs)))

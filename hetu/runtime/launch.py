@@ -21,6 +21,7 @@ from hetu.backends.lower.lowering import (
     StepInput,
     WorldInput,
 )
+from hetu.backends.memory import as_tensor
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedSet
@@ -138,17 +139,8 @@ class ModuleLauncher:
         return result
 
 
-def _takes(strides: tuple[int, ...], itemsize: int) -> bool:
-    """Whether torch takes such steps, in bytes: whole elements forwards; a column of a table may have others."""
-    return all(step >= 0 and step % itemsize == 0 for step in strides)
-
-
 def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
     if not isinstance(value, torch.Tensor):
-        # torch takes no read-only, reversed, unaligned or foreign-endian memory: such arrays are copied, others shared.
-        flags = value.flags
-        shareable = flags.writeable and flags.aligned and value.dtype.isnative
-        shareable = shareable and (flags.c_contiguous or _takes(value.strides, value.itemsize))
-        value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
+        value = as_tensor(value)
     return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)

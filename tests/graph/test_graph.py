@@ -143,6 +143,7 @@ def test_what_minimize_gave_is_no_operand() -> None:
                     use(result)
                 assert "where:  test_graph.py:" in str(caught.value)
     assert {node.definition.name for node in g.nodes[before:]} <= {"reshape", "mul", "full"}
+    assert g.prepare(train).strategy == g.prepare([norm, w]).strategy == 0
 
 
 def test_a_failed_with_leaves_no_graph_behind() -> None:

@@ -55,6 +55,14 @@ def test_arrays_are_fed_from_any_memory(memory: str, dtype: str) -> None:
     assert list(np.asarray(value)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("dtype", ["float32", "int64"])
+def test_constants_are_made_of_any_memory(memory: str, dtype: str) -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        y = hetu.constant(MEMORY[memory](dtype)) + 1
+    assert g.run(y).tolist() == [2, 3, 4]
+
+
 def test_columns_are_read_for_planning_too() -> None:
     table = np.zeros(3, dtype=[("a", "i1"), ("ends", ">i4")])
     table["ends"] = [0, 2, 5]

@@ -66,7 +66,7 @@ def test_a_fetch_given_twice_is_two_results() -> None:
 def test_pipelines_and_micro_batches_share_no_result() -> None:
     with hetu.graph("define_and_run", device="cpu") as g:
         x = hetu.placeholder("int64", [2], name="x")
-        total, reduced = hetu.step_sum(x), hetu.all_reduce(x)
+        total, reduced = hetu.step_sum(x), hetu.all_reduce(x * 2)
         view = hetu.reshape(reduced, [2, 1])
     fed = [hetu.Shards([[1, 2], [3, 4]]), hetu.Shards([[5, 6], [7, 8]])]
     results = g.run([total, reduced, view], {x: fed}, num_micro_batches=2)

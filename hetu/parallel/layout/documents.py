@@ -31,6 +31,8 @@ def batch_lists(batch: int | Sequence[int] | Mapping[int, int], groups: Sequence
     """
     batches = [batch] * len(groups) if isinstance(batch, (int, np.integer)) else by_group(batch, groups, "batch sizes")
     for size in batches:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+            _refuse(StrategyError, f"batch is {size!r}, expected an int", "give a number of sequences")
         if size < 1 or (is_packed and size != 1):
             limit = "1 with packing" if is_packed else "at least 1"
             _refuse(StrategyError, f"batch is {size}, expected {limit}", "pack documents, or batch sequences, not both")

@@ -352,6 +352,8 @@ class Layout:
         """
         arrays = by_group([x] if hasattr(x, "shape") else x, self._values, "arrays", ShapeError)
         for group, array in zip(self.groups, arrays, strict=True):
+            if not getattr(array, "shape", ()):
+                _refuse(f"context group {group.value} was given {array!r}, expected an array of rows", "pass an array")
             if len(array) != group.tokens:
                 _refuse(
                     f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came",

@@ -199,7 +199,7 @@ def _sizes(what: str, given: Any) -> tuple[IntSymbol | int, ...]:
     if not is_list and not (hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1):
         _refuse(f"{what} is {given!r}, expected a list of ints or symbols", "give one entry per pipeline")
     sizes: list[IntSymbol | int] = []
-    for item in given:
+    for item in given if is_list else given.tolist():
         try:
             sizes.append(item if isinstance(item, IntSymbol) and item.constant is None else _whole(item))
         except TypeError:

@@ -257,6 +257,8 @@ def test_strategies_are_values() -> None:
         ([2, 3], [0, "a"], None, "groups holds 'a'"),
         ([2, 3], [0, False], None, "groups holds False"),
         (np.array([2.0, 3.0]), [0, 0], None, "lengths holds"),
+        (torch.tensor([True, False]), [0, 0], None, "lengths holds True"),
+        ({2, 3}, [0, 0], None, "expected a list"),
         ([2, 3], [0, 0], 5, "name is 5"),
         ([2, 3], [0, 0], "auto", "name is 'auto'"),
     ],
@@ -269,6 +271,20 @@ def test_what_is_no_strategy(lengths: Any, groups: Any, name: Any, text: str) ->
 
 GROUPS = [7, 0, 7]
 PACKS = {0: np.array([0, 1, 3]), 7: np.array([0, 3])}
+
+
+@pytest.mark.parametrize(
+    "x", [5, None, "abc", [np.arange(3), None], {7: np.arange(3), 0: 5}, {7: np.arange(3), 0: [1]}]
+)
+def test_what_is_no_rows_is_not_scattered(x: Any) -> None:
+    with pytest.raises(ShapeError):
+        Layout.build([2, 3, 1], GROUPS).scatter(x)
+
+
+@pytest.mark.parametrize("batch", [1.5, None, "ab", {0: 1.5, 7: 2}, [1, True]])
+def test_a_batch_is_an_int(batch: Any) -> None:
+    with pytest.raises(StrategyError, match="batch"):
+        Layout.build([2, 3, 1], GROUPS, batch=batch)
 
 
 def test_what_is_given_a_group_may_be_named_by_it() -> None:
