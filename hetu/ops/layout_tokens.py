@@ -95,7 +95,8 @@ def layout_tokens(
 
     Raises:
         StrategyError: If the lists don't fit the graph's strategies or each other.
-        HetuError: If cu_seqlens are given without packing, or missing with it.
+        HetuError: If cu_seqlens are given without packing, missing with it, or computed from more than what is fed,
+            constants and symbols.
         BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:

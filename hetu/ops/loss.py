@@ -184,6 +184,7 @@ def token_mean_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
     Raises:
         ShapeError: If labels don't have the shape of logits without its last dimension.
         DTypeError: If logits are not floating, or labels not int32 or int64.
+        BindingError: If a label is out of range, which a run checks.
 
     Example:
         >>> import hetu

@@ -210,8 +210,8 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
     """Looks up rows of a table, as ``torch.nn.functional.embedding``.
 
     Args:
-        ids: int32 or int64, any shape, values from 0 to below the table's number of rows. Only the kernel looks at
-            the values: on the CPU torch raises an IndexError for one that is out of range.
+        ids: int32 or int64, any shape, values from 0 to below the table's number of rows, which a run checks where it
+            can without waiting for a device.
         weight: The table, floating, ``(rows, width)``.
         name: The node's name, unique in the graph; None makes one up.
 
@@ -221,6 +221,7 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
     Raises:
         DTypeError: If ids are not int32 or int64, or the table is not floating.
         ShapeError: If the table does not have two dimensions.
+        BindingError: If an id is out of range, which a run checks.
 
     Example:
         >>> import hetu

@@ -27,6 +27,7 @@ class IndexCheck:
         ignored: A value that is no index, and may come; None if there is none.
         op: The name of the op that users call.
         where: The user's line.
+        extent: The least and the greatest value of a constant, which are looked for once; None for a placeholder.
     """
 
     source: Tensor
@@ -35,6 +36,7 @@ class IndexCheck:
     ignored: int | None
     op: str
     where: Where
+    extent: tuple[int, int] | None
 
 
 def refuse_outside(
@@ -87,9 +89,17 @@ def index_checks(nodes: Sequence[Node]) -> tuple[IndexCheck, ...]:
             source = source_of_values(node.input(item.name))
             if source is not None:
                 op = node.definition.name.removesuffix("_grad")
-                check = IndexCheck(source, item.name, item.size, item.ignored, op, node.where)
+                check = IndexCheck(source, item.name, item.size, item.ignored, op, node.where, _extent(source))
                 found.setdefault((source, item.size, item.ignored), check)  # gradients look up what the op does
     return tuple(found.values())
+
+
+def _extent(source: Tensor) -> tuple[int, int] | None:
+    """The least and the greatest value of a constant on the host; None of anything else."""
+    if source.op.role is not Role.CONSTANT or not is_on_host(source.op.attrs["value"]):
+        return None
+    values = host_array(source.op.attrs["value"])
+    return (int(values.min()), int(values.max())) if values.size else (0, -1)
 
 
 def check_indices(
@@ -111,11 +121,13 @@ def check_indices(
     """
     seen = set()
     for check in checks:
+        is_constant = check.source.op.role is Role.CONSTANT
         for pipeline, own in arrays.items():
-            is_constant = check.source.op.role is Role.CONSTANT
             values = check.source.op.attrs["value"] if is_constant else own.get(check.source)
             size = size_of(pipeline, check.size)
             if values is None or size is None or not is_on_host(values) or (id(values), size, check.ignored) in seen:
+                continue
+            if check.extent is not None and check.extent[0] >= 0 and check.extent[1] < size:
                 continue
             seen.add((id(values), size, check.ignored))  # pipelines may share an array
             of = f", {'constant' if is_constant else 'fed as'} {check.source.name}"

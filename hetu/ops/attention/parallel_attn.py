@@ -211,7 +211,8 @@ def parallel_attn(
         ShapeError: If widths and heads don't fit.
         DTypeError: If a dtype is not one of the above.
         StrategyError: If the lists don't fit the graph's strategies or each other.
-        HetuError: If cu_seqlens are given without packing, or missing with it.
+        HetuError: If cu_seqlens are given without packing, missing with it, or computed from more than what is fed,
+            constants and symbols.
         BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:
