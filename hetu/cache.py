@@ -59,6 +59,11 @@ class LRU(Generic[Value]):
                 self._evictions += 1
         return value
 
+    def values(self) -> list[Value]:
+        """All values, the one used longest ago first. Nothing is counted as used."""
+        with self._lock:
+            return list(self._items.values())
+
     def stats(self) -> CacheStats:
         with self._lock:
             return CacheStats(self._hits, self._misses, self._evictions, len(self._items), self.capacity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
@@ -11,7 +12,9 @@ from typing import Any
 
 from hetu.errors import HetuError, caller
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("triton", "torch")
+"""The kernel families by name, in the order in which a call is offered to them: a line here and a folder make one more,
+see ``hetu/backends/families.py``. The last one takes every call."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,7 +22,8 @@ class Settings:
     """What ``hetu.config`` sets.
 
     Attributes:
-        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere.
+        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere. What it has no kernel for goes
+            to the next one of :data:`BACKENDS`.
         verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so
@@ -48,13 +52,22 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
 
 _settings: ContextVar[Settings | None] = ContextVar("hetu_settings", default=None)
 
-raw_environment: dict[Any, Any] = os.environ._data  # type: ignore[attr-defined]
-"""The environment as the system has it, by the names that ``os.environ.encodekey`` gives: what every run asks for.
+
+def _raw(environment: Any) -> tuple[Mapping[Any, Any], Callable[[str], Any]]:
+    """The environment as the system has it, and how it names a variable; a Python may keep it otherwise."""
+    try:
+        return environment._data, environment.encodekey
+    except AttributeError:
+        return environment, str
+
+
+raw_environment, raw_name = _raw(os.environ)
+"""The environment as the system has it, by the names that ``raw_name`` gives: what every run asks for.
 
 ``os.environ.get`` takes 1.4 µs, because it translates names and values each time.
 """
 
-_BACKEND = os.environ.encodekey("HETU_BACKEND")
+_BACKEND = raw_name("HETU_BACKEND")
 
 
 def settings() -> Settings:

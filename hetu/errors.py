@@ -11,10 +11,10 @@ for (``where``), which bound values led there (``bound``), and what to do (``fix
 
 from __future__ import annotations
 
+import inspect
 import linecache
 import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -49,16 +49,23 @@ class Where:
 
 def caller() -> Where:
     """Finds the innermost line outside the hetu package: the user's line that led here."""
-    frame = sys._getframe(1)
-    while _is_ours(frame) and frame.f_back is not None:
+    return innermost(_is_users)
+
+
+def innermost(is_meant: Callable[[FrameType], bool]) -> Where:
+    """Finds the innermost line whose frame is meant, or the outermost of all; a Python may not know its frames."""
+    frame = inspect.currentframe()
+    if frame is None:
+        return Where("<unknown>", 0)
+    while not is_meant(frame) and frame.f_back is not None:
         frame = frame.f_back
     return Where(frame.f_code.co_filename, frame.f_lineno)
 
 
-def _is_ours(frame: FrameType) -> bool:
+def _is_users(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
     # The methods that dataclasses write have no file; their globals say whose they are. A lowered module is ours.
-    return name.startswith((_PACKAGE_DIR, "<eval_with_key>")) or (
+    return not name.startswith((_PACKAGE_DIR, "<eval_with_key>")) and not (
         name == "<string>" and frame.f_globals.get("__name__", "")[:5] == "hetu."
     )
 

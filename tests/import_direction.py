@@ -33,9 +33,10 @@ FLOORS: Floors = (
 INSIDE: Mapping[str, Floors] = {
     "parallel": (("mask",), ("layout",), ("plan",), ("methods", "proof", "views"), ("attn_plan",), ("__init__",)),
     "backends": (
+        ("torch_private",),
         ("dtypes", "memory", "precision"),
         ("attention",),
-        ("comm", "triton", "eager"),
+        ("comm", "triton", "eager", "gluon"),  # gluon is to come
         ("families",),
         ("lower",),
         ("torch",),

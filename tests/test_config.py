@@ -10,6 +10,7 @@ import torch
 
 import hetu
 from hetu.backends import default_backend
+from hetu.backends.families import family
 from hetu.config import settings
 
 
@@ -36,11 +37,9 @@ def test_the_default_follows_the_device() -> None:
 
 
 def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hetu.backends.lower import attention as lower_attention
-
     used: list[str] = []
-    kernel = lower_attention.attention_kernel
-    monkeypatch.setattr(lower_attention, "attention_kernel", lambda backend: used.append(backend) or kernel(backend))
+    attend = family("triton").attend
+    monkeypatch.setattr(family("triton"), "attend", lambda *call: used.append("triton") or attend(*call))
     monkeypatch.setenv("HETU_BACKEND", "triton")
     with hetu.graph("define_and_run", device="cpu") as g:
         x = hetu.placeholder(hetu.float32, [3, 24])

@@ -1,26 +1,28 @@
-"""Memory on a device: what kernels write is allocated here, and host arrays are copied without anybody waiting."""
+"""Memory on a device: what kernels write is allocated here, and host arrays are copied without anybody waiting.
+
+Copies of what plans say (work lists, rows' numbers, positions) are kept within a bound, by :data:`device_copies`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from collections import deque
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol, TypeVar
+from weakref import ref
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hetu.backends.torch_private import dispatch_modes, empty_strided_cuda
+from hetu.errors import HetuError
+
 SMALL = 16 * 1024
 """Bytes that the driver takes into memory of its own, about 4 MB, before it copies them: so little it takes at once,
 unless some 250 such copies are under way. Measured on an H100; 24 KB, 200 times, already waited for the stream."""
-
-
-def _inductors_way() -> Any:
-    """How torch.compile's generated code allocates on the current CUDA device; None if this torch has no such way."""
-    return getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
-
-
-_empty_strided_cuda = _inductors_way()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -34,17 +36,16 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         torch.Size([2, 3, 4])
     """
     if (
-        _empty_strided_cuda is None
+        empty_strided_cuda is None
         or device.type != "cuda"
         or device.index != torch.cuda.current_device()
         or not shape
         or 0 in shape
-        or torch._C._len_torch_dispatch_stack() > 0
+        or dispatch_modes() > 0
     ):
         return torch.empty(shape, dtype=dtype, device=device)
     sizes = tuple(shape)  # it refuses a torch.Size
-    made: torch.Tensor = _empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
-    return made
+    return empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
 
 
 @lru_cache(maxsize=256)  # lengths change from run to run, what lies behind them doesn't
@@ -93,3 +94,120 @@ def copied_to(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     if array.nbytes > SMALL:
         tensor = tensor.pin_memory()
     return empty(array.shape, tensor.dtype, device).copy_(tensor, non_blocking=True)
+
+
+class HasCopies(Protocol):
+    """A part of a plan, of which there are copies on devices; weak references to it are possible."""
+
+    @property
+    def copies(self) -> dict[Hashable, Any]:
+        """The copies, by what a backend tells them apart: the device, at least."""
+
+
+Copy = TypeVar("Copy")
+
+
+class _Owner(ref[Any]):
+    """A weak reference to what has copies, and how many bytes these take."""
+
+    __slots__ = ("nbytes", "number")
+    number: int
+    nbytes: int
+
+
+class DeviceCopies:
+    """Bounds the bytes of all copies of plans on devices.
+
+    A copy lies in the ``copies`` of what it was made of, where it is found by one lookup, and dies with it. When the
+    bytes of all copies exceed the limit, those of the part that has had copies for longest go: they are made again when
+    they are needed. What is in use stays alive, because who uses it holds it.
+
+    Attributes:
+        limit: Bytes that all copies may take, on all devices of the process together; a single copy may be larger.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._bytes = 0
+        self._owners: dict[int, _Owner] = {}  # the oldest first
+        self._dead: deque[_Owner] = deque()
+        self._note_death = self._dead.append  # all that the death of an owner does: it may come in any thread
+        self._lock = threading.Lock()
+
+    def keep(self, owner: HasCopies, key: Hashable, copy: Copy, nbytes: int) -> Copy:
+        """Puts a copy into ``owner.copies[key]``; new lengths wait for it, so it does little.
+
+        Args:
+            owner: What it is a copy of.
+            key: What tells it apart from other copies of the owner.
+            copy: The copy, or what holds it.
+            nbytes: Bytes that it takes.
+        """
+        number, copies = id(owner), owner.copies
+        with self._lock:
+            if self._dead:
+                self._forget_dead()
+            known = self._owners.get(number)
+            if known is not None and key in copies:  # made twice, by two threads or of other data: begin anew
+                self._evict(known)
+                known = None
+            if known is None:
+                known = self._owners[number] = _Owner(owner, self._note_death)
+                known.number, known.nbytes = number, nbytes
+            else:
+                known.nbytes += nbytes
+            self._bytes += nbytes
+            if self._bytes > self.limit:
+                self._make_room(known, nbytes)
+            copies[key] = copy
+        return copy
+
+    def nbytes(self) -> int:
+        """Bytes that the copies take now."""
+        with self._lock:
+            self._forget_dead()
+            return self._bytes
+
+    def _make_room(self, newest: _Owner, nbytes: int) -> None:
+        """Evicts what is oldest, and of the newest owner at most what it had before the last ``nbytes``."""
+        for known in list(self._owners.values()):
+            if self._bytes <= self.limit:
+                return
+            if known is not newest:
+                self._evict(known)
+        if self._bytes > self.limit:
+            self._clear(newest)
+            self._bytes = newest.nbytes = nbytes
+
+    def _evict(self, known: _Owner) -> None:
+        self._clear(known)
+        self._forget(known)
+
+    def _clear(self, known: _Owner) -> None:
+        owner: HasCopies | None = known()
+        if owner is not None:
+            owner.copies.clear()
+
+    def _forget_dead(self) -> None:
+        while self._dead:
+            known = self._dead.popleft()
+            if self._owners.get(known.number) is known:
+                self._forget(known)
+
+    def _forget(self, known: _Owner) -> None:
+        del self._owners[known.number]
+        self._bytes -= known.nbytes
+
+
+def _limit() -> int:
+    """Bytes that all copies of plans may take, by ``HETU_DEVICE_COPIES_MB``."""
+    text = os.environ.get("HETU_DEVICE_COPIES_MB") or "256"
+    if not text.isdecimal():
+        raise HetuError(
+            f"HETU_DEVICE_COPIES_MB is {text!r}, expected a whole number of MiB", fix="unset it for 256 MiB"
+        )
+    return int(text) * 2**20
+
+
+device_copies = DeviceCopies(_limit())
+"""The copies of this process. ``HETU_DEVICE_COPIES_MB`` sets their limit, in MiB; it is read once, on import."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-import torch
+from hetu.backends.torch_private import disable_autocast, is_any_autocast_enabled
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -24,9 +24,9 @@ def in_own_precision(function: Callable[Parameters, Result]) -> Callable[Paramet
 
     @wraps(function)
     def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if not torch._C._is_any_autocast_enabled():
+        if not is_any_autocast_enabled():
             return function(*args, **kwargs)
-        with torch._C._DisableAutocast():
+        with disable_autocast():
             return function(*args, **kwargs)
 
     return call

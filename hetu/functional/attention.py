@@ -8,22 +8,22 @@ calls the parts itself where it can, because torch's dispatcher may cost more th
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from hetu.backends.attention.contract import AttentionState, BackwardState, Dropout, compute_dtype, dropout_key
+from hetu.backends.attention.family import AttendCall, AttendSignature, KernelFamily
 from hetu.backends.attention.options import with_rows
-from hetu.backends.families import attention_kernel, backward_kernel, default_backend, row_dot_kernel
+from hetu.backends.families import choose, default_backend
 from hetu.backends.memory import empty
 from hetu.cache import LRU
 from hetu.config import settings
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, Where
+from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, innermost
 from hetu.ops.attention.common import FLOATS, cu_seqlens_fault, longest_of
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
@@ -50,14 +50,16 @@ class Attention:
 
     Attributes:
         lengths: What its lengths make.
-        backend: Whose kernels compute it, in the forward and in the backward.
+        family: Whose kernels compute the forward.
+        backward_family: Whose kernels compute the backward: in a thread of autograd's, which knows no ``hetu.config``.
         softmax_scale: Of the scores.
         dropout: Of the weights.
         key_position: What dropout needs of the keys.
     """
 
     lengths: Lengths
-    backend: str
+    family: KernelFamily
+    backward_family: KernelFamily
     softmax_scale: float
     dropout: Dropout | None = None
     key_position: HostArray | None = None
@@ -126,11 +128,13 @@ def _make(
     dropout: Dropout | None = None,
 ) -> Attention:
     """Plans a call that is checked, or finds the plan of its lengths."""
-    (rows_q, _, head_dim), rows_k = q.shape, k.shape[0]
+    (rows_q, num_q, head_dim), (rows_k, num_kv, _) = q.shape, k.shape
     key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, rows_q, rows_k, is_causal)
     lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    return Attention(lengths, _backend(q), scale, dropout, lengths.plan.key_position if dropout else None)
+    kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout is not None
+    forward_of, backward_of = _families(default_backend(q.device), *kind)
+    return Attention(lengths, forward_of, backward_of, scale, dropout, lengths.plan.key_position if dropout else None)
 
 
 _SCALES = {type(None), float, int}
@@ -145,18 +149,7 @@ def forward(
     out = empty(shape, dtype, device)
     lse = empty((1, heads, rows), compute_dtype(dtype), device)  # the kernel writes every row, the tail's too
     state = AttentionState(out, lse, None, None)
-    plan = call.lengths.plan
-    attention_kernel(call.backend)(
-        with_rows(q),
-        with_rows(k),
-        with_rows(v),
-        plan.spans,
-        plan.table,
-        state,
-        softmax_scale=call.softmax_scale,
-        dropout=call.dropout,
-        key_position=call.key_position,
-    )
+    call.family.attend(_attend_call(call, q, k, v), state)
     return out, lse[0] if needs_lse else lse
 
 
@@ -173,34 +166,35 @@ def backward(
     """The gradients of q, k and v, contiguous, from those of the output and of lse."""
     dout = torch.zeros_like(out) if dout is None else with_rows(dout)
     dq, dk, dv = (empty(x.shape, x.dtype, x.device) for x in (q, k, v))
-    delta = row_dot_kernel(call.backend)(out, dout)
+    delta = call.backward_family.row_dot(out, dout)
     if dlse is not None:
         delta -= dlse.T  # a row of q at its own index: nothing to gather, as attention_delta does
-    backward_kernel(call.backend)(
-        with_rows(q),
-        with_rows(k),
-        with_rows(v),
-        call.lengths.plan.spans,
-        call.lengths.plan.table,
-        BackwardState(dout, lse[None], delta, dq),
-        dk,
-        dv,
-        softmax_scale=call.softmax_scale,
-        dropout=call.dropout,
-        key_position=call.key_position,
-    )
+    state = BackwardState(dout, lse[None], delta, dq)
+    call.backward_family.attend_backward(_attend_call(call, q, k, v), state, dk, dv)
     return dq, dk, dv
 
 
-def _backend(q: torch.Tensor) -> str:
-    """The backend in force, as a graph chooses it: torch where triton has no kernel."""
-    backend = default_backend(q.device)
-    return "torch" if backend == "triton" and (q.dtype == torch.float64 or not _has_triton()) else backend
+def _attend_call(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttendCall:
+    """What a checked call attends to."""
+    plan = call.lengths.plan
+    return AttendCall(
+        with_rows(q),
+        with_rows(k),
+        with_rows(v),
+        plan.spans,
+        plan.table,
+        call.softmax_scale,
+        None,
+        call.dropout,
+        call.key_position,
+    )
 
 
 @cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
+    """The families of the forward and the backward, chosen as a graph chooses them; ``kind`` begins a signature."""
+    forward = AttendSignature(*kind)
+    return choose(backend, forward).family, choose(backend, forward._replace(is_backward=True)).family
 
 
 def _plan(cu_q: HostArray, cu_k: HostArray, rows_q: int, rows_k: int, is_causal: bool) -> Lengths:
@@ -318,10 +312,12 @@ def _name(dtype: torch.dtype) -> str:
 
 def refuse(kind: type[HetuError], what: str, fix: str) -> NoReturn:
     """Raises the error of a call; where it was made is the innermost line that is neither hetu's nor torch's."""
-    frame = sys._getframe(1)
-    while frame.f_globals.get("__name__", "").partition(".")[0] in ("hetu", "torch") and frame.f_back is not None:
-        frame = frame.f_back
-    raise kind(what, op="attn_varlen", where=Where(frame.f_code.co_filename, frame.f_lineno), fix=fix)
+    raise kind(what, op="attn_varlen", where=innermost(_is_foreign), fix=fix)
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    """Whether a frame is neither hetu's nor torch's."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("hetu", "torch")
 
 
 # the ops

@@ -7,6 +7,14 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hetu.backends.torch_private import (
+    apply_of,
+    dispatch_modes,
+    functorch_level,
+    is_any_autocast_enabled,
+    tracing_state,
+    version_of,
+)
 from hetu.errors import DTypeError
 from hetu.functional import attention
 
@@ -90,7 +98,7 @@ def attn_varlen(
     ):
         _refuse_types(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     is_compiling = torch.compiler.is_compiling()
-    may_cast = is_compiling or torch._C._is_any_autocast_enabled()  # asked first, because it takes the least
+    may_cast = is_compiling or is_any_autocast_enabled()  # asked first, because it takes the least
     if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = _as_autocast(q, dtype), _as_autocast(k, dtype), _as_autocast(v, dtype)
@@ -134,8 +142,7 @@ class _Attention(torch.autograd.Function):
         return *results, None, None
 
 
-# Function.apply itself, in Python, first asks for torch.func's transforms: there are none, and asking takes 3 µs.
-_apply_attention: Any = super(torch.autograd.Function, _Attention).apply
+_apply_attention = apply_of(_Attention)
 
 
 def _is_plain(*tensors: torch.Tensor | None) -> bool:
@@ -147,11 +154,7 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     for x in tensors:
         if x is not None and type(x) not in _PLAIN:
             return False
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-    )
+    return dispatch_modes() == 0 and functorch_level() is None and tracing_state() is None
 
 
 def _refuse_types(**given: Any) -> NoReturn:
@@ -183,7 +186,10 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
         return cu_seqlens
     if torch.compiler.is_compiling() or not _is_plain(cu_seqlens) or cu_seqlens.is_inference():
         return cu_seqlens.cpu()
-    version = (cu_seqlens._version, cu_seqlens.data_ptr())
+    counted = version_of(cu_seqlens)
+    if counted is None:
+        return cu_seqlens.cpu()
+    version = (counted, cu_seqlens.data_ptr())
     kept = _host_copies.get(cu_seqlens)
     if kept is None or kept[0] != version:
         kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())

@@ -13,6 +13,7 @@ import torch
 from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.backends.lower.lowering import Executable
 from hetu.backends.precision import in_own_precision
 from hetu.cache import CacheStats
 from hetu.config import settings
@@ -77,6 +78,10 @@ class Executor:
         planner = self._planner
         caches = {"executables": self._executables.launchers, "plans": planner.plans, "bindings": planner.prepared}
         return {name: cache.stats() for name, cache in caches.items()}
+
+    def executables(self) -> list[Executable]:
+        """What was lowered so far; printed, each says which kernel family runs its attention, and why no other."""
+        return [launcher.executable for launcher in self._executables.launchers.values()]
 
     @in_own_precision  # torch's autocast, that is; the graph's own casts are ops
     def run(

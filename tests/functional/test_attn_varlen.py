@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import hetu
 from hetu.backends.attention.dropout import Dropout, dropout_key
-from hetu.functional import attention as functional_attention
+from hetu.backends.families import family
 from hetu.functional import attn_varlen
 
 
@@ -146,8 +148,10 @@ def test_the_backward_runs_where_the_forward_ran(monkeypatch: pytest.MonkeyPatch
     with hetu.config(backend="triton"):
         out = attn_varlen(q, q, q, cu, cu)
     seen: list[str] = []
-    kernel = functional_attention.backward_kernel
-    monkeypatch.setattr(functional_attention, "backward_kernel", lambda name: seen.append(name) or kernel(name))
+    for name in BACKENDS:
+        kernel = family(name).attend_backward
+        noting = partial(lambda name, kernel, *call: seen.append(name) or kernel(*call), name, kernel)
+        monkeypatch.setattr(family(name), "attend_backward", noting)
     out.sum().backward()
     assert seen == ["triton"]
 

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from hetu.backends.triton import (
     BackwardVariant,
-    Heads,
+    PackedHeads,
     Variant,
     backward_options,
     backward_tile,
@@ -67,13 +67,13 @@ def chosen_backward() -> list[BackwardVariant]:
     ]
 
 
-HEADS = (Heads(num_q=32, num_kv=8), Heads(num_q=16, num_kv=16))
+HEADS = (PackedHeads(num_q=32, num_kv=8), PackedHeads(num_q=16, num_kv=16))
 KEYS_PER_ROW = (100, 10_000)
 
 
-def tiles_of(choose: Callable[[float, int], AnyTile]) -> dict[AnyTile, Heads]:
+def tiles_of(choose: Callable[[float, int], AnyTile]) -> dict[AnyTile, PackedHeads]:
     """The tiles that are chosen by keys a row and packed heads, each with the first heads that it is chosen for."""
-    shapes: dict[AnyTile, Heads] = {}
+    shapes: dict[AnyTile, PackedHeads] = {}
     for heads, keys in product(HEADS, KEYS_PER_ROW):
         shapes.setdefault(choose(keys, heads.pack), heads)
     return shapes

@@ -12,7 +12,8 @@ from support.dense import dense, dense_backward, dropout_of
 
 import hetu
 from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta, compute_dtype, new_state
-from hetu.backends.families import attention_kernel, backward_kernel
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.families import family
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 
@@ -81,15 +82,13 @@ def by_kernels(pack: Pack, data: Tensors, backend: str, device: str, into: Tenso
     q, k, v, dout, dlse = (data[name].to(device) for name in (*OPERANDS, "dlse"))
     plan = VarlenPlan.build(*pack.cu_seqlens, len(q), Mask.of(pack.is_causal))
     position = np.pad(plan.key_position, (0, pack.tail)) if pack.dropout else None
-    options: dict[str, Any] = {"softmax_scale": pack.head_dim**-0.5, "dropout": pack.dropout, "key_position": position}
+    call = AttendCall(q, k, v, plan.spans, plan.table, pack.head_dim**-0.5, None, pack.dropout, position)
     state = new_state(q, plan.spans, len(pack.lens_q), max(pack.lens_q, default=0), runs_on=False)
     state.out.fill_(torch.nan)
-    attention_kernel(backend)(q, k, v, plan.spans, plan.table, state, **options)
+    family(backend).attend(call, state)
     grads = into or {name: torch.full(pack.shape(name), torch.nan, dtype=q.dtype, device=device) for name in GRADIENTS}
     backward = BackwardState(dout, state.lse, attention_delta(state.out, dout, dlse, plan.spans), grads["dq"])
-    backward_kernel(backend)(
-        q, k, v, plan.spans, plan.table, backward, grads["dk"], grads["dv"], **options
-    )  # fmt: skip
+    family(backend).attend_backward(call, backward, grads["dk"], grads["dv"])
     return {"out": state.out, "lse": state.lse} | {name: grads[name] for name in GRADIENTS}
 
 

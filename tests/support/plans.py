@@ -17,9 +17,13 @@ from hetu.parallel import METHODS, Layout, Mask
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.exchange import exchange
+from hetu.parallel.methods.method import AttnSpec, Topology
 from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import whole
+from hetu.parallel.plan.buffers import Lifetime, lifetimes
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Send
+from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PipelinePlan
 
 KV_METHODS = tuple(method for method in METHODS if method != "ulysses")
@@ -46,12 +50,12 @@ def in_orders(
     What is needed is sent at once, or just before the own shard is attended to; it is received one step ahead, or with
     one buffer when it is needed.
     """
-    parts: dict[int, PipelinePlan] = {}
+    spec, parts = AttnSpec(mask, HEADS, Topology.one_host(layout.num_pipelines)), dict[int, PipelinePlan]()
     for group in layout.groups:
         R = len(group.members)
         taken, given, tables, landed, sent = exchange(group, slice(0, R), mask)
         for i in range(R):
-            part = PartBuilder(group, i, layout.num_pipelines)
+            part = PartBuilder(group, i, spec)
             needed = [c for c in order(i, R) if c == i or taken[i][c]]
             buffers = dict(zip([c for c in needed if c != i], itertools.cycle(range(1, num_buffers + 1)), strict=False))
             sends = [(r, sent[r][i]) for r in range(R) if r != i and given[r][i]]
@@ -104,9 +108,34 @@ def attends(plan: AttnPlan, r: int) -> list[Attend]:
     return [item for item in plan.pipelines[r].instructions if isinstance(item, Attend)]
 
 
+def foreign_buffers(part: PipelinePlan) -> list[int]:
+    """Rows of the buffers of others' keys."""
+    return [buffer.rows for buffer in part.buffers[1:] if buffer.holds_keys]
+
+
+def landing_buffers(part: PipelinePlan) -> list[int]:
+    """Rows of the buffers in which gradients land that others computed."""
+    return [buffer.rows for buffer in part.buffers if not buffer.holds_keys]
+
+
+def rows_aside(part: PipelinePlan) -> int:
+    """Most rows at a time whose gradients are computed aside: to be sent home, or added to those of own rows."""
+    lives, own, held, most = lifetimes(part), own_gradients(part).aside, 0, 0
+
+    def rows(at: dict[int, list[Lifetime]], number: int) -> int:
+        found = [life for life in at.get(number, ()) if part.buffers[life.buffer].holds_keys]
+        return sum(life.rows for life in found if life.payload is Payload.KV_GRADS)
+
+    for number in range(len(part.instructions)):
+        held += rows(lives.made, number)
+        most = max(most, held + part.rows * (number in own))
+        held -= rows(lives.freed, number)
+    return most
+
+
 def refused(plan: AttnPlan, *pieces: str) -> None:
     """That the verifier refuses a plan, and that its message has these pieces."""
     with pytest.raises(hetu.PlanError) as caught:
         plan.verify()
     for piece in pieces:
-        assert piece in str(caught.value)
+        assert piece in str(caught.value), (piece, str(caught.value))

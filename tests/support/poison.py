@@ -14,7 +14,7 @@ def poison(replace: Callable[[Any, str, Any], None]) -> None:
     """Makes all that hetu allocates NaN, where it is of floats; ``replace`` sets an attribute of an owner."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         replace(owner, name, _filled(getattr(owner, name)))
-    replace(memory, "_empty_strided_cuda", None)  # it would pass torch.empty by
+    replace(memory, "empty_strided_cuda", None)  # it would pass torch.empty by
 
 
 def _filled(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

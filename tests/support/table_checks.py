@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from support.tables_by_definition import Case, Step, buffers, dense, rows_of, run
 
-from hetu.backends.attention.contract import Attend, BackwardState, Dropout, attention_delta
+from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta
 from hetu.backends.attention.dropout import keep_mask
-from hetu.backends.families import attention_kernel, backward_kernel
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.families import family
 from hetu.parallel import Mask
 from hetu.parallel.mask.varlen import varlen_tables
 
@@ -27,7 +28,7 @@ def whole_documents(lengths: list[int], is_causal: bool) -> Case:
 
 
 def check_forward(
-    attend: Attend,
+    backend: str,
     case: Case,
     heads: tuple[int, int],
     head_dim: int,
@@ -36,7 +37,7 @@ def check_forward(
 ) -> None:
     q, pairs = buffers(case, *heads, head_dim, dtype, seed=head_dim)
     scale = head_dim**-0.5
-    state = run(attend, case, q, pairs, scale=scale, dropout=dropout)
+    state = run(backend, case, q, pairs, scale=scale, dropout=dropout)
     expected = dense(case, q, pairs, scale=scale, dropout=dropout)
     tolerance = 2e-5
     if dtype != torch.float32:
@@ -102,10 +103,8 @@ def gradients(
     grads = []
     for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
         wide = q.new_full((len(k), 2, *k.shape[1:]), torch.nan, dtype=state.dq.dtype)
-        backward_kernel(backend)(
-            q, k, v, case.spans, step.table, state, wide[:, 0], wide[:, 1],
-            softmax_scale=scale, turn=turn, dropout=dropout, key_position=step.key_position, keeps=keeps,
-        )  # fmt: skip
+        call = AttendCall(q, k, v, case.spans, step.table, scale, turn, dropout, step.key_position)
+        family(backend).attend_backward(call, state, wide[:, 0], wide[:, 1], keeps)
         if keeps:
             others = ~named_keys(step)
             assert wide[others].isnan().all()
@@ -151,7 +150,7 @@ def check_backward(
     dlse = torch.randn(len(q), heads[0], generator=generator).to(high)
     dropout = Dropout(p, key=seed + 5) if p else None
     there, there_pairs = q.to(device), [(k.to(device), v.to(device)) for k, v in pairs]
-    forward = run(attention_kernel(backend), case, there, there_pairs, scale=scale, dropout=dropout)
+    forward = run(backend, case, there, there_pairs, scale=scale, dropout=dropout)
     delta = attention_delta(forward.out, dout.to(device), lse_gradient(case, forward.lse, dlse.to(device)), case.spans)
     dq = torch.empty_like(there, dtype=dtype if in_q_dtype else high)
     acc = None

@@ -9,8 +9,10 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import Attend, AttentionState, Dropout, new_state
+from hetu.backends import families
+from hetu.backends.attention.contract import AttentionState, Dropout, new_state
 from hetu.backends.attention.dropout import keep_mask
+from hetu.backends.attention.family import AttendCall
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, Turn, take_turns
 
 
@@ -156,7 +158,7 @@ def buffers(
 
 
 def run(
-    attend: Attend,
+    family: str,
     case: Case,
     q: torch.Tensor,
     pairs: list[tuple[torch.Tensor, torch.Tensor]],
@@ -165,7 +167,7 @@ def run(
     dropout: Dropout | None = None,
     scores: bool = False,
 ) -> AttentionState:
-    """All steps, into a state that held NaN wherever a kernel must write."""
+    """All steps by a kernel family, into a state that held NaN wherever a kernel must write."""
     columns = case.columns if scores else None
     state = new_state(q, case.spans, case.slots, case.slot_rows, case.runs_on, columns=columns)
     state.out.fill_(torch.nan)
@@ -176,10 +178,8 @@ def run(
         if slot >= 0:
             state.lse[slot, :, row : row + length] = torch.nan
     for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
-        attend(
-            q, k, v, spans, step.table, state, softmax_scale=scale, turn=turn, dropout=dropout,
-            key_position=step.key_position,
-        )  # fmt: skip
+        call = AttendCall(q, k, v, spans, step.table, scale, turn, dropout, step.key_position)
+        families.family(family).attend(call, state)
     return state
 
 

@@ -1,26 +1,19 @@
-"""What the attention kernels of all backends have in common: the running state, and how it ends.
-
-A backend's kernel is one function, :class:`Attend`: it lets the query rows see the keys of one buffer, as a
-segment table says, and merges what comes out into the running ``(out, lse)``. One call is plain varlen
-attention; a call a step is a ring, with nothing in between.
-"""
+"""What all kernel families have in common: the running states of an attention, and how it ends."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from hetu.backends.attention.dropout import Dropout, dropout_key, keep_mask
-from hetu.backends.memory import copied_to, empty
+from hetu.backends.memory import copied_to, device_copies, empty
 from hetu.backends.precision import in_own_precision
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, Turn
 
 __all__ = [
-    "Attend",
-    "AttendBackward",
     "AttentionState",
     "BackwardState",
     "Dropout",
@@ -58,44 +51,6 @@ class AttentionState:
     lse: torch.Tensor
     acc: torch.Tensor | None
     scores: torch.Tensor | None
-
-
-class Attend(Protocol):
-    """One step: what a backend implements."""
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: QuerySpans,
-        table: SegmentTable,
-        state: AttentionState,
-        *,
-        softmax_scale: float,
-        turn: Turn | None = None,
-        dropout: Dropout | None = None,
-        key_position: np.ndarray | None = None,
-    ) -> None:
-        """Attends to one buffer and merges the result into ``state``.
-
-        A row that sees no key at all gets out 0 and lse -inf. Rows of spans that the step does not attend for are not
-        touched.
-
-        Args:
-            q: ``(T_q, H_q, D)`` in any strides, the last dim contiguous.
-            k: ``(T_k, H_k, D)`` likewise; query head h reads head ``h // (H_q // H_k)``.
-            v: ``(T_k, H_k, D)`` likewise.
-            spans: The rows of q.
-            table: Which keys of the buffer they see. May be empty.
-            state: Changed in place.
-            softmax_scale: Scores are ``softmax_scale * q @ k.T``.
-            turn: What the state holds of each span, and whether its ``out`` is written; None if this is the only step.
-            dropout: Drops entries; None drops none.
-            key_position: ``(T_k,)``, the position in its document of each row of the buffer. Needed only by
-                dropout and by ``state.scores``.
-        """
-        ...
 
 
 @dataclass(slots=True)
@@ -142,60 +97,8 @@ class BackwardState:
             target[rows] = part
 
 
-class AttendBackward(Protocol):
-    """The backward of one step: what a backend implements."""
-
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        spans: QuerySpans,
-        table: SegmentTable,
-        state: BackwardState,
-        dk: torch.Tensor,
-        dv: torch.Tensor,
-        *,
-        softmax_scale: float,
-        turn: Turn | None = None,
-        dropout: Dropout | None = None,
-        key_position: np.ndarray | None = None,
-        keeps: bool = False,
-    ) -> None:
-        """Gradients of the attention to one buffer.
-
-        With s the scaled scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)`` (1 without
-        dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, ``dq = softmax_scale * ds @ k``,
-        ``dk = softmax_scale * ds.T @ q``. All accumulated in float32, over the query heads that share a key head
-        too, in an order that depends on nothing but the table: two calls give the same bits.
-        Source: Dao, "FlashAttention-2", 2023, algorithm 2.
-
-        Args:
-            q: ``(T_q, H_q, D)`` in any strides, the last dim contiguous.
-            k: ``(T_k, H_k, D)`` likewise; rows that no segment names may hold anything, NaN too.
-            v: ``(T_k, H_k, D)`` likewise.
-            spans: The rows of q.
-            table: Which keys of the buffer they see. May be empty.
-            state: ``dq`` and ``acc`` are changed in place.
-            dk: ``(T_k, H_k, D)`` in any strides, the last dim contiguous; float32 or k's dtype. Every row that a
-                segment names is written, whatever it held.
-            dv: Likewise, for v.
-            softmax_scale: Of the scores; any finite number.
-            turn: What ``state.acc`` holds of each span, and whether its ``dq`` is written; None if this is the only
-                step.
-            dropout: The forward's.
-            key_position: ``(T_k,)``, the position in its document of each row of the buffer; for dropout only.
-            keeps: Whether rows of ``dk`` and ``dv`` that no segment names keep what they hold; else they become 0.
-        """
-        ...
-
-
-class RowDot(Protocol):
-    """Dot products of rows: what a backend may implement better than :func:`row_dot`."""
-
-    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """See :func:`row_dot`."""
-        ...
+RowDot = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Computes the dot products of rows, as :func:`row_dot` does."""
 
 
 @in_own_precision
@@ -219,7 +122,7 @@ def attention_delta(
         dout: ``(T_q, H_q, D)``, its gradient.
         dlse: ``(slots, H_q, S)``, the gradient of the log-sum-exps, or None.
         spans: The rows of q.
-        row_dot: The backend's.
+        row_dot: The kernel family's.
 
     Returns:
         float32 ``(T_q, H_q)`` (float64 for float64 inputs), contiguous.
@@ -234,20 +137,14 @@ def attention_delta(
 def lse_places(spans: QuerySpans, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows of q that have a log-sum-exp, and the slot and the place in it of each; copied to a device once."""
     key = ("lse_places", device)
-    if key not in spans.memo:
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = spans.copies.get(key)
+    if places is None:
         owned = np.repeat(spans.slot >= 0, spans.length)
         rows = np.flatnonzero(owned)
         slot, shift = (np.repeat(x, spans.length)[owned] for x in (spans.slot, spans.slot_row - spans.start))
-        spans.memo[key] = tuple(copied_to(x, device) for x in (rows, slot, shift + rows))
-    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = spans.memo[key]
+        places = copied_to(rows, device), copied_to(slot, device), copied_to(shift + rows, device)
+        device_copies.keep(spans, key, places, sum(x.nbytes for x in places))
     return places
-
-
-def with_positive_scale(q: torch.Tensor, softmax_scale: float) -> tuple[torch.Tensor, float]:
-    """The same scores with a positive scale: kernels mask with -inf before they scale. Others move into q."""
-    if softmax_scale > 0:
-        return q, softmax_scale
-    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

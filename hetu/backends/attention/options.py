@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from hetu.backends.attention.contract import Dropout, dropout_key
+from hetu.backends.attention.family import AttendSignature
+from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.graph import Node
 from hetu.parallel import Layout
 from hetu.parallel.plan.instructions import Attend
+from hetu.parallel.plan.parts import PipelinePlan
 
 Random = tuple[int, int]
 
@@ -19,9 +22,12 @@ class Options(NamedTuple):
     """What of an attention op's arguments its computation depends on, whatever the lengths.
 
     A named tuple, because those may stand in a module's code, and because a run makes one at each call.
+
+    Attributes:
+        family: The name of the kernel family that was chosen.
     """
 
-    backend: str
+    family: str
     num_q: int
     num_kv: int
     head_dim: int
@@ -31,16 +37,13 @@ class Options(NamedTuple):
     zero_tensors: bool = False
 
     @classmethod
-    def of(cls, node: Node, backend: str) -> Options:
-        """The options of an attention node, or of the gradient of one."""
-        attrs = node.attrs
-        lse = node.outputs[1] if node.definition.is_random else node.input("softmax_lse")
-        num_q = lse.symbolic_shape[1].constant or 0
-        width = (node.tensors[0].symbolic_shape[1].constant or 0) // attrs["head_dim"]
+    def of(cls, node: Node, family: str) -> Options:
+        """The options of an attention node, or of the gradient of one, that a kernel family computes."""
+        attrs, (num_q, num_kv) = node.attrs, _heads(node)
         return cls(
-            backend,
+            family,
             num_q,
-            (width - num_q) // 2,
+            num_kv,
             attrs["head_dim"],
             attrs["p_dropout"],
             attrs["softmax_scale"],
@@ -63,6 +66,33 @@ class Options(NamedTuple):
         return self.return_softmax or self.p_dropout > 0
 
 
+def signature(node: Node, device: torch.device) -> AttendSignature:
+    """What is known of an attention node's calls, or of those of the gradient of one, before there are tensors."""
+    num_q, num_kv = _heads(node)
+    return AttendSignature(
+        dtype=TORCH_DTYPES[node.tensors[0].dtype],
+        device=device,
+        head_dim=node.attrs["head_dim"],
+        num_q=num_q,
+        num_kv=num_kv,
+        has_dropout=node.attrs["p_dropout"] > 0,
+        has_scores=node.attrs["return_softmax"],
+        is_backward=not node.definition.is_random,
+    )
+
+
+def _heads(node: Node) -> tuple[int, int]:
+    """Numbers of query heads and of key heads."""
+    lse = node.outputs[1] if node.definition.is_random else node.input("softmax_lse")
+    num_q = lse.symbolic_shape[1].constant or 0
+    if node.definition.spans_pipelines:
+        (qkv,) = node.tensors[:1]
+        return num_q, ((qkv.symbolic_shape[1].constant or 0) // node.attrs["head_dim"] - num_q) // 2
+    _, k = node.tensors[:2]
+    entries = k.symbolic_shape[1].constant or 0
+    return num_q, entries if len(k.symbolic_shape) == 3 else entries // node.attrs["head_dim"]
+
+
 def with_rows(x: torch.Tensor) -> torch.Tensor:
     """The tensor with neighbouring elements in its last dimension, as kernels read it; copied only if they aren't."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -74,8 +104,22 @@ def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     return x if x.ndim == 3 else x.unflatten(1, (-1, head_dim))
 
 
-def key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
-    """The position in its document of every key in a step's buffer."""
+def key_positions(part: PipelinePlan, step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
+    """The position in its document of every key in a step's buffer: int32 ``(rows,)``.
+
+    Made once for each step of a part, so that a later run finds the same array and its copy on the device. The backward
+    attends by the forward's tables: there both find one array.
+    """
+    made: dict[Attend, np.ndarray[Any, Any]] = part.known("key_positions", dict)
+    if step not in made:
+        positions, table = _key_positions(step, layout).astype(np.int32), step.table
+        if table.key_position is None or not np.array_equal(table.key_position, positions):
+            table.key_position = positions
+        made[step] = table.key_position
+    return made[step]
+
+
+def _key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
     parts = [layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
     positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
     places = [source.place.indices() for source in step.sources if source.place is not None]

@@ -7,7 +7,6 @@ cache; documents with most keys come first, and in each the blocks with most, so
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +27,7 @@ from hetu.backends.attention.records import (
     Int32Array,
     WorkList,
 )
-from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, Turn, least
+from hetu.parallel.mask.segments import IntArray, QuerySpans, Ranking, SegmentTable, Turn, least
 
 # Places in a record, looked up once: a new set of lengths waits for every microsecond spent here.
 _ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
@@ -166,9 +165,9 @@ def _plain_work(
         size: Rows of a block.
         moves: By how much the columns of a record change a row further, and whether the last block comes first.
     """
-    order: IntArray | None = table.memo.get("triton.order")
+    order = table.order
     if order is None:  # as _ranked would have it
-        order = table.memo["triton.order"] = (-table.k_len).argsort(kind="stable")
+        order = table.order = (-table.k_len).argsort(kind="stable")
     records = np.array((*fields, *(nothing,) * (WIDTH - len(fields)))).take(order, axis=1)
     blocks = (length.take(order) + (size - 1)) // size
     ends = np.add.accumulate(blocks)
@@ -201,48 +200,28 @@ _QUERY_MOVES = (_moves(QUERY_FIELDS, ("row", "position", "slot_row", "reach")), 
 _KEY_MOVES = (_moves(KEY_FIELDS, ("k_row", "first")), False)
 
 
-@dataclass(slots=True)
-class _Ranking:
-    """The order of query spans: the forward and the backward ask for it.
-
-    Documents with most keys come first, by the keys that their rows see, and in each the spans with most. Spans that
-    see nothing come last.
-
-    Attributes:
-        spans: Of these.
-        order: Their indices.
-        ranks: In this order, the rank of each one's document.
-        has_each_once: Whether each has one segment, as in plain attention.
-    """
-
-    spans: QuerySpans
-    order: IntArray
-    ranks: IntArray
-    has_each_once: bool
-
-
-def _ranking(spans: QuerySpans, table: SegmentTable) -> _Ranking:
+def _ranking(spans: QuerySpans, table: SegmentTable) -> Ranking:
     """The ranking by a table, made once."""
-    found: _Ranking | None = table.memo.get("triton.ranking")
+    found = table.ranking
     if found is None or found.spans is not spans:
-        found = table.memo["triton.ranking"] = _ranked(spans, table)
+        found = table.ranking = _ranked(spans, table)
     return found
 
 
-def _ranked(spans: QuerySpans, table: SegmentTable) -> _Ranking:
+def _ranked(spans: QuerySpans, table: SegmentTable) -> Ranking:
     query, document = table.query, spans.document
     has_each_once = len(query) == len(spans) and (len(query) < 2 or least(query[1:] > query[:-1]) == 1)
     keys = table.k_len if has_each_once else np.bincount(query, table.k_len, minlength=len(spans))
     fewer = -keys
     if _have_own_documents(spans):  # in plain attention: half the work
-        return _Ranking(spans, np.lexsort((document, fewer)), np.arange(len(document)), has_each_once)
+        return Ranking(spans, np.lexsort((document, fewer)), np.arange(len(document)), has_each_once)
     fewest = np.zeros(document.max(initial=0) + 2)  # the tail's document, -1, is the last one
     np.minimum.at(fewest, document, fewer)
     order = np.lexsort((fewer, document, fewest[document]))
     in_order = document[order]
     ranks = np.zeros(len(order), np.int64)
     (in_order[1:] != in_order[:-1]).cumsum(out=ranks[1:])
-    return _Ranking(spans, order, ranks, has_each_once)
+    return Ranking(spans, order, ranks, has_each_once)
 
 
 def _have_own_documents(spans: QuerySpans) -> bool:
@@ -257,12 +236,11 @@ def _have_own_documents(spans: QuerySpans) -> bool:
 
 def _span_records(spans: QuerySpans) -> Int32Array:
     """The fields of query spans where records of queries have them, made once for all steps and the backward."""
-    records = spans.memo.get("triton.records")
-    if records is None:
+    if spans.records is None:
         records = np.zeros((len(spans), WIDTH), np.int32)
         records[:, :_K_START] = np.array(_fields_of(spans)).T
-        spans.memo["triton.records"] = records
-    return records
+        spans.records = records
+    return spans.records
 
 
 def _fields_of(spans: QuerySpans) -> tuple[IntArray, ...]:

@@ -18,6 +18,7 @@ from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
+from hetu.backends.torch_private import abort_process_group
 from hetu.errors import CommunicationError
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Send
@@ -281,7 +282,7 @@ class DistributedWorld:
                 filling.start()
                 filling.join(FILLING)
             # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
-            leave = dist.distributed_c10d._abort_process_group if self.backend == "nccl" else dist.destroy_process_group
+            leave = abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
             groups |= {id(group): (dist.destroy_process_group, group) for group in (self.control.group, self.host)}
             # Whoever still held a group would hold its connections open.

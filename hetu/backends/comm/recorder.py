@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.profiler import record_function
 
+from hetu.backends.torch_private import is_profiling
 from hetu.parallel.plan.instructions import Instruction, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
 from hetu.parallel.views.report import step_names
@@ -196,7 +197,7 @@ def watched(plan: PipelinePlan, comm: Communicator, device: torch.device) -> tup
     step costs nothing then.
     """
     recorder = _current.get()
-    if recorder is None and not torch._C._autograd._profiler_enabled():
+    if recorder is None and not is_profiling():
         return plan.instructions, comm
     watch = _Watch(plan, comm, recorder.tape(plan, device) if recorder else _Tape(plan, _HostClock(0)))
     return watch.instructions(), watch

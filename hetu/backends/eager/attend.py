@@ -8,11 +8,12 @@ from itertools import chain
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import AttentionState, compute_dtype, with_positive_scale
-from hetu.backends.attention.dropout import Dropout, keep_mask
+from hetu.backends.attention.contract import AttentionState, compute_dtype
+from hetu.backends.attention.dropout import keep_mask
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.memory import copied_to
 from hetu.backends.precision import in_own_precision
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
+from hetu.backends.torch_private import flash_attention_cpu
 
 _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
@@ -23,25 +24,14 @@ Part = tuple[int, torch.Tensor, torch.Tensor]
 
 
 @in_own_precision
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spans: QuerySpans,
-    table: SegmentTable,
-    state: AttentionState,
-    *,
-    softmax_scale: float,
-    turn: Turn | None = None,
-    dropout: Dropout | None = None,
-    key_position: np.ndarray | None = None,
-) -> None:
-    """One step of attention in torch; see :class:`hetu.backends.attention.contract.Attend`.
+def attend(call: AttendCall, state: AttentionState) -> None:
+    """One step of attention in torch; see :meth:`hetu.backends.attention.family.KernelFamily.attend`.
 
     Computes in float32, or in float64 for float64 inputs.
     """
+    call = call.with_positive_scale()
+    q, k, v, spans, table, turn, dropout = call.q, call.k, call.v, call.spans, call.table, call.turn, call.dropout
     dtype = compute_dtype(q.dtype)
-    q, softmax_scale = with_positive_scale(q, softmax_scale)
     acc = state.acc
     if acc is None:  # nothing runs on: build it up in the output itself if its type allows
         acc = state.out if q.dtype == dtype else torch.empty_like(state.out, dtype=dtype)
@@ -51,14 +41,15 @@ def attend(
     out, queries = (x.unflatten(1, heads).permute(1, 2, 0, 3) for x in (acc, q.to(dtype)))
     keys, values = (x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, heads[1], -1, -1) for x in (k, v))
     lse = state.lse.unflatten(1, heads)
-    plain = dropout is not None or state.scores is not None or q.device.type != "cpu"
+    has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
+    plain = dropout is not None or state.scores is not None or not has_flash
 
     def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
         seen = slice(k_start, k_start + k_len)
         if not plain:
-            return _flash(own, keys[:, :, seen], values[:, :, seen], diagonal, softmax_scale)
-        extras = _Extras(spans, span, state.scores, dropout, key_position, k_start)
-        return _plain(own, keys[:, :, seen], values[:, :, seen], diagonal, softmax_scale, extras)
+            return _flash(own, keys[:, :, seen], values[:, :, seen], diagonal, call.softmax_scale)
+        extras = _Extras(call, span, state.scores, k_start)
+        return _plain(own, keys[:, :, seen], values[:, :, seen], diagonal, call.softmax_scale, extras)
 
     segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), strict=True))
     bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
@@ -117,7 +108,8 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, sof
                          x x x x .                           x . .
                          x x x x x                           x x .
     """
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flash = flash_attention_cpu
+    assert flash is not None
     rows, keys = q.shape[2], k.shape[2]
     if diagonal >= keys - 1:
         yield 0, *flash(q, k, v, 0.0, False, scale=softmax_scale)
@@ -132,19 +124,12 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, sof
 class _Extras:
     """What a segment's keys and queries are in their document, for dropout and scores."""
 
-    def __init__(
-        self,
-        spans: QuerySpans,
-        span: int,
-        scores: torch.Tensor | None,
-        dropout: Dropout | None,
-        key_position: np.ndarray | None,
-        k_start: int,
-    ) -> None:
-        self.dropout, self.document = dropout, int(spans.document[span])
+    def __init__(self, call: AttendCall, span: int, scores: torch.Tensor | None, k_start: int) -> None:
+        spans = call.spans
+        self.dropout, self.document = call.dropout, int(spans.document[span])
         self.position, self.step = int(spans.position[span]), int(spans.step[span])
         self.column = int(spans.column[span])
-        self.key_position, self.k_start = key_position, k_start
+        self.key_position, self.k_start = call.key_position, k_start
         self.scores = None
         if scores is not None:
             row, length = int(spans.slot_row[span]), int(spans.length[span])

@@ -13,9 +13,10 @@ import torch
 
 from hetu.backends.attention.contract import BackwardState, compute_dtype
 from hetu.backends.attention.dropout import Dropout, keep_mask
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.memory import copied_to
 from hetu.backends.precision import in_own_precision
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 
 CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 """Queries and keys of a block: what a core's cache holds, and what keeps a GPU busy."""
@@ -23,25 +24,13 @@ CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 
 @in_own_precision
 def attend_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spans: QuerySpans,
-    table: SegmentTable,
-    state: BackwardState,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    *,
-    softmax_scale: float,
-    turn: Turn | None = None,
-    dropout: Dropout | None = None,
-    key_position: np.ndarray | None = None,
-    keeps: bool = False,
+    call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor, keeps: bool = False
 ) -> None:
-    """Gradients of one step in torch; see :class:`hetu.backends.attention.contract.AttendBackward`.
+    """Gradients of one step in torch; see :meth:`hetu.backends.attention.family.KernelFamily.attend_backward`.
 
     Computes in float32, or in float64 for float64 inputs.
     """
+    q, k, v, spans, table, dropout = call.q, call.k, call.v, call.spans, call.table, call.dropout
     dtype, num_kv, group = compute_dtype(q.dtype), k.shape[1], q.shape[1] // k.shape[1]
     # Everything below is (H_kv, rows, D), the query heads that share a key head one after the other in the rows, so
     # that one matrix product a key head serves them all and adds their gradients up.
@@ -52,7 +41,7 @@ def attend_backward(
     for block in _blocks(spans, table, size_q):
         rows, own_keys = block.rows, block.keys
         own_q, own_dout = (block.by_key_head(x[rows].to(dtype), num_kv) for x in (q, state.dout))
-        own_q = own_q * softmax_scale
+        own_q = own_q * call.softmax_scale
         lse = state.lse[block.slot, :, block.lse_rows].reshape(num_kv, -1, 1)
         delta = state.delta[rows].T.reshape(num_kv, -1, 1)
         own_dq = torch.zeros_like(own_q)
@@ -63,14 +52,14 @@ def attend_backward(
             dp = own_dout @ values[:, part].mT
             kept = p
             if dropout is not None:
-                mask = block.mask(dropout, key_position, part, q.shape[1], q.device).view(p.shape)
+                mask = block.mask(dropout, call.key_position, part, q.shape[1], q.device).view(p.shape)
                 kept, dp = p * mask * dropout.scale, dp * mask * dropout.scale
             ds = dp.sub_(delta).mul_(p)
             sums[1][:, part].baddbmm_(kept.mT, own_dout)
             sums[0][:, part].baddbmm_(ds.mT, own_q)
             own_dq.baddbmm_(ds, keys[:, part])
-        dq[rows] += block.by_row(own_dq * softmax_scale, group)
-    state.add_queries(dq, spans, turn)
+        dq[rows] += block.by_row(own_dq * call.softmax_scale, group)
+    state.add_queries(dq, spans, call.turn)
     named = zip(*(ends.tolist() for ends in table.stretches()), strict=True) if keeps else [(0, len(k))]
     for begin, end in named:
         dk[begin:end] = sums[0][:, begin:end].transpose(0, 1)

@@ -1,33 +1,29 @@
-"""Both attention ops at run time, for every backend: plans in, calls of the backend's ``attend`` out."""
+"""Both attention ops at run time: plans in, calls of a kernel family's ``attend`` out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from importlib.util import find_spec
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from hetu.backends.attention.contract import finish_softmax, new_state
-from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
-from hetu.backends.comm import Communicator, World, follow, run_lock_step
-from hetu.backends.families import attention_kernel
-from hetu.backends.lower.attention_heads import HeadsCall
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.attention.options import Options, Random, as_heads, signature
+from hetu.backends.comm import World, run_lock_step
+from hetu.backends.families import choose, family
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.dtypes import float64
-from hetu.graph import Node
+from hetu.backends.lower.pipelines import ForwardCall
 from hetu.parallel import AttnPlan
-from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.varlen import VarlenPlan
 
 
-def _triton_declines(node: Node, device: torch.device) -> str | None:
-    if find_spec("triton") is None:
-        return "triton is not installed"
-    return "float64 has no kernel" if node.tensors[0].dtype == float64 else None
+def options_of(cx: NodeLowering) -> Options:
+    """The options of an attention node, with the kernel family that takes it; notes which one and why."""
+    choice = choose(cx.backend, signature(cx.node, cx.device))
+    cx.note(str(choice))
+    return Options.of(cx.node, choice.family.name)
 
 
 # attn_varlen
@@ -52,17 +48,18 @@ def hetu_attn_varlen(
     state = new_state(rows, plan.spans, batch, max_seqlen_q, runs_on=False, columns=wanted, fills_lse=fills_lse)
     if options.zero_tensors:
         state.lse.zero_()
-    attention_kernel(options.backend)(
+    call = AttendCall(
         rows,
         as_heads(k, options.head_dim),
         as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
-        state,
-        softmax_scale=options.softmax_scale,
-        dropout=dropout,
-        key_position=plan.key_position if options.needs_positions else None,
+        options.softmax_scale,
+        None,
+        dropout,
+        plan.key_position if options.needs_positions else None,
     )
+    family(options.family).attend(call, state)
     outputs = state.out if q.ndim == 3 else state.out.view(q.shape), state.lse
     return (*outputs, finish_softmax(state, plan.spans, dropout, q.dtype)) if options.return_softmax else outputs
 
@@ -77,11 +74,11 @@ def hetu_rng_state(random: Random) -> torch.Tensor:
     return torch.tensor(random, dtype=torch.int64, device="cpu")
 
 
-def _lower_varlen(backend: str, cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:
+def _lower_varlen(cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:
     lse, p = cx.node.outputs[1:3]
     columns = cx.size(p.symbolic_shape[3]) if cx.node.attrs["return_softmax"] else 0
     batch, max_q = cx.size(lse.symbolic_shape[0]), cx.size(lse.symbolic_shape[2])
-    options = Options.of(cx.node, backend)
+    options = options_of(cx)
     fills_lse = cx.node.attrs["return_softmax"] or cx.is_read(1, but_by="attn_varlen_grad")
     outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, fills_lse, options)
     softmax = cx.item(outputs, 2) if options.return_softmax else cx.call(hetu_no_softmax, q)
@@ -114,78 +111,22 @@ def hetu_parallel_attn(
     """
     comm = world.communicator(len(plan.pipelines))
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
-    calls: list[PipelineCall | HeadsCall] = []
-    for r, shard, shape in own:
-        kind = PipelineCall if plan.pipelines[r].heads is None else HeadsCall
-        calls.append(kind(shard, plan, r, random, shape, options))
+    calls = [ForwardCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     return [call.outputs() for call in calls]
 
 
-class PipelineCall:
-    """One pipeline's share of a ``parallel_attn``: its queries, its running result, and how it attends."""
-
-    def __init__(
-        self,
-        qkv: torch.Tensor,
-        plan: AttnPlan,
-        pipeline: int,
-        random: Random,
-        shape: tuple[int, int, int],
-        options: Options,
-    ) -> None:
-        self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
-        self.q, self.kv = options.cut(with_rows(qkv))
-        self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
-        batch, seq_len, columns = shape
-        wanted = columns if options.return_softmax else None
-        self.state = new_state(self.q, self.plan.spans, batch, seq_len, self.plan.runs_on, columns=wanted)
-
-    def follow(self, comm: Communicator) -> Iterator[bool]:
-        """Follows its part of the plan."""
-        return follow(self.plan, self.kv, comm, self.attend)
-
-    def attend(self, step: Attend, buffer: torch.Tensor, turn: Turn | None) -> None:
-        """Attends to one buffer of keys and values."""
-        attention_kernel(self.options.backend)(
-            self.q,
-            buffer[:, 0],
-            buffer[:, 1],
-            self.plan.spans,
-            step.table,
-            self.state,
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=self.dropout,
-            key_position=key_positions(step, self.layout) if self.options.needs_positions else None,
-        )
-
-    def outputs(self) -> tuple[torch.Tensor, ...]:
-        """Output, lse and, if asked for, p, after the last step."""
-        state = self.state
-        outputs = (state.out.flatten(1), state.lse)
-        if not self.options.return_softmax:
-            return outputs
-        return (*outputs, finish_softmax(state, self.plan.spans, self.dropout, self.q.dtype))
-
-
-def _lower_parallel(backend: str, cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
+def _lower_parallel(cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
     node, shapes = cx.node, []
     for r in cx.pipelines:
         batch, _, seq_len = cx.shape(1, pipeline=r)
         shapes.append((batch, seq_len, cx.shape(3, pipeline=r)[3] if len(node.outputs) > 3 else 0))
-    options = Options.of(node, backend)
+    options = options_of(cx)
     results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, options, cx.world())
     pipelines = [cx.item(results, i) for i in range(len(cx.pipelines))]
     values = [[cx.item(one, i) for i in range(len(node.outputs) - 1)] for one in pipelines]
     return [(out, lse, cx.call(hetu_rng_state, cx.random()), *p) for out, lse, *p in values]
 
 
-def register_attention(op: str, lower: Callable[..., Any]) -> None:
-    """Registers the same computation for every backend, with another kernel inside."""
-    lowering(op, backend="torch")(partial(lower, "torch"))
-    lowering(op, backend="triton", declines=_triton_declines)(partial(lower, "triton"))
-
-
-register_attention("attn_varlen", _lower_varlen)
-register_attention("parallel_attn", _lower_parallel)
+lowering("attn_varlen", backend="torch")(_lower_varlen)
+lowering("parallel_attn", backend="torch")(_lower_parallel)

@@ -1,40 +1,23 @@
-"""The gradients of both attention ops at run time, for every backend."""
+"""The gradients of both attention ops at run time, by calls of a kernel family's ``attend_backward``."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from hetu.backends.attention.contract import BackwardState, attention_delta, compute_dtype
-from hetu.backends.attention.options import Options, as_heads, key_positions, with_rows
-from hetu.backends.comm import Communicator, World, follow_backward, run_lock_step
-from hetu.backends.families import backward_kernel, row_dot_kernel
-from hetu.backends.lower.attention import register_attention
-from hetu.backends.lower.attention_heads import HeadsBackward
-from hetu.backends.lower.lowering import NodeLowering
+from hetu.backends.attention.contract import BackwardState, attention_delta
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.attention.options import Options, as_heads
+from hetu.backends.comm import World, run_lock_step
+from hetu.backends.families import family
+from hetu.backends.lower.attention import options_of
+from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.pipelines import BackwardCall
 from hetu.parallel import AttnPlan
-from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.varlen import VarlenPlan
-
-
-def _state(
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    dq: torch.Tensor,
-    plan: Any,
-    options: Options,
-) -> BackwardState:
-    """What the steps read of the queries; ``plan`` has the spans."""
-    out, dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
-    delta = attention_delta(out, dout, dlse, plan.spans, row_dot_kernel(options.backend))
-    return BackwardState(dout, lse, delta, dq)
-
 
 # attn_varlen
 
@@ -55,19 +38,20 @@ def hetu_attn_varlen_grad(
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
     dq, dk, dv = (as_heads(x, options.head_dim) for x in grads)
     dropout = options.dropout(_random(rng_state), 0)
-    backward_kernel(options.backend)(
+    call = AttendCall(
         as_heads(q, options.head_dim),
         as_heads(k, options.head_dim),
         as_heads(v, options.head_dim),
         plan.spans,
         plan.table,
-        _state(out, lse, dout, dlse, dq, plan, options),
-        dk,
-        dv,
-        softmax_scale=options.softmax_scale,
-        dropout=dropout,
-        key_position=plan.key_position if dropout else None,
+        options.softmax_scale,
+        None,
+        dropout,
+        plan.key_position if dropout else None,
     )
+    chosen, dout = family(options.family), as_heads(dout, options.head_dim)
+    delta = attention_delta(as_heads(out, options.head_dim), dout, dlse, plan.spans, chosen.row_dot)
+    chosen.attend_backward(call, BackwardState(dout, lse, delta, dq), dk, dv)
     return grads
 
 
@@ -77,9 +61,9 @@ def _random(rng_state: torch.Tensor) -> tuple[int, int]:
     return seed, offset
 
 
-def _lower_varlen(backend: str, cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
+def _lower_varlen(cx: NodeLowering, *operands: Any) -> tuple[fx.Node, ...]:
     *tensors, _, _ = operands  # the cumulative lengths are in the plan
-    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), Options.of(cx.node, backend))
+    grads = cx.call(hetu_attn_varlen_grad, *tensors, cx.plan(), options_of(cx))
     return tuple(cx.item(grads, i) for i in range(3))
 
 
@@ -111,79 +95,19 @@ def hetu_parallel_attn_grad(
         world: Which pipelines run here, and the way to the others.
     """
     comm, random = world.communicator(len(plan.pipelines)), _random(rng_state[0])
-    calls: list[_PipelineBackward | HeadsBackward] = []
+    calls = []
     for i, r in enumerate(world.pipelines(len(plan.pipelines))):
-        kind = _PipelineBackward if plan.pipelines[r].heads is None else HeadsBackward
         own_dlse = None if dlse is None else dlse[i]
-        calls.append(kind(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
+        calls.append(BackwardCall(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     return [call.gradient() for call in calls]
 
 
-class _PipelineBackward:
-    """One pipeline's share of the gradient of a ``parallel_attn``."""
-
-    def __init__(
-        self,
-        qkv: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        dout: torch.Tensor,
-        dlse: torch.Tensor | None,
-        plan: AttnPlan,
-        pipeline: int,
-        random: tuple[int, int],
-        options: Options,
-    ) -> None:
-        self.options, self.layout, self.plan = options, plan.layout, plan.pipelines[pipeline]
-        self.q, self.kv = options.cut(with_rows(qkv))
-        self.dropout = options.dropout(random, plan.layout.group_index(pipeline))
-        self.grad = qkv.new_empty(qkv.shape)
-        # Sums of several parts are made in float32; what a single step computes is written as it is returned.
-        high = compute_dtype(qkv.dtype)
-        dq, self.dkv = options.cut(self.grad)
-        self.sums, acc = self.dkv, dq
-        if qkv.dtype != high and self.plan.sums_gradients:
-            self.sums = qkv.new_empty(self.dkv.shape, dtype=high)
-        if qkv.dtype != high and self.plan.runs_on:
-            acc = qkv.new_empty(dq.shape, dtype=high)
-        self.state = _state(out, lse, dout, dlse, dq, self.plan, options)
-        self.state.acc = acc if self.plan.runs_on else None
-
-    def follow(self, comm: Communicator) -> Iterator[bool]:
-        """Follows its part of the plan."""
-        return follow_backward(self.plan, self.kv, self.sums, comm, self.attend)
-
-    def attend(self, step: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
-        """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
-        backward_kernel(self.options.backend)(
-            self.q,
-            buffer[:, 0],
-            buffer[:, 1],
-            self.plan.spans,
-            step.table,
-            self.state,
-            grads[:, 0],
-            grads[:, 1],
-            softmax_scale=self.options.softmax_scale,
-            turn=turn,
-            dropout=self.dropout,
-            key_position=key_positions(step, self.layout) if self.dropout else None,
-            keeps=keeps,
-        )
-
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the shard, once the plan is done."""
-        if self.sums is not self.dkv:
-            self.dkv.copy_(self.sums)
-        return self.grad
-
-
-def _lower_parallel(backend: str, cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
+def _lower_parallel(cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:
     *tensors, _, _ = operands
-    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), Options.of(cx.node, backend), cx.world())
+    grads = cx.call(hetu_parallel_attn_grad, *tensors, cx.plan(), options_of(cx), cx.world())
     return [(cx.item(grads, i),) for i in range(len(cx.pipelines))]
 
 
-register_attention("attn_varlen_grad", _lower_varlen)
-register_attention("parallel_attn_grad", _lower_parallel)
+lowering("attn_varlen_grad", backend="torch")(_lower_varlen)
+lowering("parallel_attn_grad", backend="torch")(_lower_parallel)

@@ -157,12 +157,18 @@ class Executable:
         inputs: What each input is.
         leaves: The symbols that its sizes depend on.
         sizes: Compiled: values of ``leaves`` to the tuple of all sizes.
+        notes: The choice for some nodes and its reason, one line each: which kernel family runs an attention.
     """
 
     module: fx.GraphModule
     inputs: tuple[Input, ...]
     leaves: tuple[IntSymbol, ...]
     sizes: Callable[..., tuple[int, ...]]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The notes, then the module's code."""
+        return "\n".join([*(f"# {note}" for note in self.notes), self.module.code.strip()])
 
 
 @dataclass
@@ -170,6 +176,7 @@ class _Builder:
     """The module being built."""
 
     device: torch.device
+    backend: str
     constants: MutableMapping[tuple[Node, torch.device], torch.Tensor]
     readers: dict[Tensor, set[str]]
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
@@ -177,20 +184,18 @@ class _Builder:
     inputs: dict[Input, fx.Node] = field(default_factory=dict)
     exprs: dict[IntSymbol, int] = field(default_factory=dict)
     attributes: dict[Node, fx.Node] = field(default_factory=dict)
+    notes: dict[Node, str] = field(default_factory=dict)
 
     def input(self, key: Input, name: str) -> fx.Node:
         """The module's input for ``key``; inputs stand first in the module, in the order of first use."""
         if key not in self.inputs:
             last = next(reversed(self.inputs.values()), None)
-            place = self.graph.inserting_after(last) if last else self.graph.inserting_before(self._first())
+            place = self.graph.inserting_after(last) if last else self.graph.inserting_before(None)
             with place:
                 # Users' names may be any text; the number keeps keywords, and names that look alike then, apart.
                 plain = re.sub(r"\W", "_", name)
                 self.inputs[key] = self.graph.placeholder(f"in{len(self.inputs)}_{plain}")
         return self.inputs[key]
-
-    def _first(self) -> fx.Node:
-        return next(iter(self.graph.nodes), self.graph._root)
 
     def constant(self, node: Node, value: torch.Tensor) -> fx.Node:
         """The module's own tensor of ``node``: one for all pipelines, and one a device for all modules."""
@@ -219,6 +224,15 @@ class NodeLowering:
     pipelines: tuple[int, ...]
     device: torch.device
     builder: _Builder
+
+    @property
+    def backend(self) -> str:
+        """The kernel family that attention is offered to first."""
+        return self.builder.backend
+
+    def note(self, text: str) -> None:
+        """Says what was chosen for the node, for who prints the executable."""
+        self.builder.notes[self.node] = text
 
     def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Emits a call."""
@@ -298,13 +312,14 @@ def lower(
         num_pipelines: Pipelines of the strategy.
         pipelines: Those of them that the module computes, in order.
         device: Where it will run.
-        backend: The wanted backend; nodes that it declines fall to torch.
+        backend: The wanted backend: ops that it has no lowering of take torch's, and attention goes to it or to the
+            next kernel family that takes it.
         constants: Where constants on a device are kept from one module to the next.
 
     Raises:
         LoweringError: If no backend takes a node.
     """
-    builder = _Builder(device, constants, _readers(nodes, fetches, replaced))
+    builder = _Builder(device, backend, constants, _readers(nodes, fetches, replaced))
     values: dict[Tensor, list[Any]] = {}
     for node in _with_early_starts(nodes, replaced):
         chosen = find_lowering(node, backend, device)
@@ -320,7 +335,10 @@ def lower(
     exprs = list(builder.exprs)
     leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
     module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
-    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves))
+    notes = tuple(
+        f"{node.name} ({node.definition.name}, {node.where.short}): {text}" for node, text in builder.notes.items()
+    )
+    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves), notes)
 
 
 def _readers(

@@ -9,19 +9,23 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.memory import copied_to
+from hetu.backends.memory import copied_to, device_copies
 from hetu.parallel.layout.tokens import TokenTable
 
 
 def hetu_layout_tokens(table: TokenTable, pipelines: Sequence[int], device: torch.device) -> list[torch.Tensor]:
     """Each pipeline's int64 ``(3, rows)`` table; a copy on the device, for what a run returns is the caller's."""
-    if device not in table.memo:
-        table.memo[device] = {}
-    copies = table.memo[device]
-    for r in pipelines:
-        if r not in copies:
-            copies[r] = copied_to(table.pipelines[r], device)
-    return [copies[r].clone() for r in pipelines]
+    return [_copy(table, r, device).clone() for r in pipelines]
+
+
+def _copy(table: TokenTable, pipeline: int, device: torch.device) -> torch.Tensor:
+    """A pipeline's table on a device, copied there once."""
+    key = device, pipeline
+    kept: torch.Tensor | None = table.copies.get(key)
+    if kept is None:
+        copy = copied_to(table.pipelines[pipeline], device)
+        kept = device_copies.keep(table, key, copy, copy.nbytes)
+    return kept
 
 
 @lowering("layout_tokens", backend="torch")

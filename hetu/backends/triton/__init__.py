@@ -1,21 +1,22 @@
-"""The Triton backend: one kernel family over segment tables; the default on CUDA.
+"""The Triton family: attention in one set of kernels over segment tables; the default on CUDA.
 
-Without a GPU the same kernels run in Triton's interpreter on CPU tensors. Triton reads ``TRITON_INTERPRET`` when
-its own library and the kernels are defined, so it is set here, before either is imported, unless it is set already.
+Without a GPU the same kernels run in Triton's interpreter on CPU tensors; see ``interpreter.py``.
 """
 
 from __future__ import annotations
 
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
-from hetu.backends.triton.launch import attend
-from hetu.backends.triton.launch_backward import attend_backward, row_dot
-from hetu.backends.triton.variants import Heads, Tile, Variant, compiler_options, tile, variants
+from hetu.backends.attention.family import AttendSignature, KernelFamily
+from hetu.backends.triton import launch, launch_backward
+from hetu.backends.triton.variants import (
+    DTYPES,
+    HEAD_DIMS,
+    PackedHeads,
+    Tile,
+    Variant,
+    compiler_options,
+    tile,
+    variants,
+)
 from hetu.backends.triton.variants_backward import (
     BackwardTiles,
     BackwardVariant,
@@ -25,18 +26,36 @@ from hetu.backends.triton.variants_backward import (
 )
 
 __all__ = [
+    "FAMILY",
     "BackwardTiles",
     "BackwardVariant",
-    "Heads",
+    "PackedHeads",
     "Tile",
     "Variant",
-    "attend",
-    "attend_backward",
     "backward_options",
     "backward_tile",
     "backward_variants",
     "compiler_options",
-    "row_dot",
     "tile",
     "variants",
 ]
+
+
+class TritonFamily(KernelFamily):
+    """Takes float16, bfloat16 and float32, and head_dim 8 to 256 in multiples of 8."""
+
+    name = "triton"
+    attend = staticmethod(launch.attend)
+    attend_backward = staticmethod(launch_backward.attend_backward)
+    row_dot = staticmethod(launch_backward.row_dot)
+
+    def declines(self, signature: AttendSignature) -> str | None:
+        """Says which of the two does not fit."""
+        if signature.dtype not in DTYPES:
+            return f"{str(signature.dtype).removeprefix('torch.')} has no kernel"
+        if signature.head_dim not in HEAD_DIMS:
+            return f"head_dim {signature.head_dim} has no kernel"
+        return None
+
+
+FAMILY = TritonFamily()

@@ -24,9 +24,9 @@ import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hetu.backends.attention import records, work
-from hetu.backends.triton.variants import Heads, Tile, Variant
+from hetu.backends.triton.variants import PackedHeads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
-from hetu.config import raw_environment
+from hetu.config import raw_environment, raw_name
 
 AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
 
@@ -39,7 +39,7 @@ def is_wanted(device: torch.device) -> bool:
     return raw_environment.get(_WANTED) is not None and os.environ["HETU_AUTOTUNE"] == "1" and device.type == "cuda"
 
 
-_WANTED = os.environ.encodekey("HETU_AUTOTUNE")
+_WANTED = raw_name("HETU_AUTOTUNE")
 
 
 def tuned(
@@ -75,7 +75,7 @@ def tuned(
     return best
 
 
-def kind_of(variant: Variant | BackwardVariant, heads: Heads, keys_per_row: float) -> str:
+def kind_of(variant: Variant | BackwardVariant, heads: PackedHeads, keys_per_row: float) -> str:
     """What one search is for. Steps of a longer attention take the tile of a whole one; lengths are of two classes."""
     flags = [name for name in ("dropout", "scores") if getattr(variant, name, False)]
     direction = "backward" if isinstance(variant, BackwardVariant) else "forward"

@@ -13,9 +13,9 @@ Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Wor
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.tiles import (
     CONTINUES,
     KEYS,
@@ -40,19 +40,19 @@ from hetu.backends.triton.tiles import (
 )
 
 
-@triton.jit
+@jit
 def is_seen(place, last_key, reach):
     """Which keys at ``place`` of a segment, before and past which there are others, rows with a last key see."""
     return ((place >= 0) & (place <= last_key))[:, None] & (place[:, None] <= reach[None, :])
 
 
-@triton.jit
+@jit
 def first_row(first, diagonal, TOKENS: tl.constexpr):
     """The first row of a span that sees a block of keys, rounded down to TOKENS. Row i sees key ``i + diagonal``."""
     return tl.maximum(tl.maximum(first, 0) - diagonal, 0) // TOKENS * TOKENS
 
 
-@triton.jit
+@jit
 def fold_queries(
     dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, head,
     scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
@@ -120,7 +120,7 @@ def fold_queries(
     return dk, dv
 
 
-@triton.jit
+@jit
 def key_gradients(
     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, kv_head,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
@@ -181,13 +181,15 @@ def key_gradients(
         dout_begin += first_row(load_again(record + 9), load_again(record + 11), TOKENS)
         for set in loop(first_set, GROUP // PACK):
             dk_tile, dv_tile = fold_queries(
-                dk_tile, dv_tile, k_tile, v_tile,
-                q + far_begin * STRIDE_QT, dout + dout_begin * STRIDE_DT,
-                lse + slot * stride_lb + slot_row + begin, delta + far_begin * HEADS,
-                begin, length, whole, first, last_key, diagonal, token, kv_head * GROUP + set * PACK + member,
-                scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
-                STRIDE_QT, STRIDE_QH, STRIDE_DT, STRIDE_DH, stride_lh, HEADS, PACK, PLANES,
-                BLOCK_M, BLOCK_N, HEAD_DIM, BLOCK_D, ROLE, STAGES, MASKS_ALL, DROPOUT, PRECISION,
+                dk=dk_tile, dv=dv_tile, k_tile=k_tile, v_tile=v_tile, q=q + far_begin * STRIDE_QT,
+                dout=dout + dout_begin * STRIDE_DT, lse=lse + slot * stride_lb + slot_row + begin,
+                delta=delta + far_begin * HEADS, begin=begin, length=length, whole=whole, first=first,
+                last_key=last_key, diagonal=diagonal, token=token, head=kv_head * GROUP + set * PACK + member,
+                scale=scale, position=position, step=step, key_positions=key_positions, document=document,
+                head_start=head_start, key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
+                STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, stride_lh=stride_lh,
+                HEADS=HEADS, PACK=PACK, PLANES=PLANES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
+                BLOCK_D=BLOCK_D, ROLE=ROLE, STAGES=STAGES, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -199,7 +201,7 @@ def key_gradients(
         store_rows(dv + k_row * STRIDE_DVT + far_head * STRIDE_DVH, offsets, dv_tile, live, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit
+@jit
 def fold_keys(
     dq, q, dout, k, v, kv_head, lse, delta, k_len, reach, token, rows, scale,
     key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
@@ -238,7 +240,7 @@ def fold_keys(
     return dq
 
 
-@triton.jit
+@jit
 def query_gradients(
     q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
@@ -293,11 +295,13 @@ def query_gradients(
         if DROPOUT:
             positions += k_start
         dq_tile = fold_keys(
-            dq_tile, q_tile, dout_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, first_head // GROUP,
-            lse_row, delta_row, k_len, reach, token, rows, scale,
-            positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
-            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, STAGES, MASKS_ALL, DROPOUT, PRECISION,
+            dq=dq_tile, q=q_tile, dout=dout_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
+            kv_head=first_head // GROUP, lse=lse_row, delta=delta_row, k_len=k_len, reach=reach, token=token, rows=rows,
+            scale=scale, key_position=positions, queries=queries, document=document, head=head_start + head,
+            key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
+            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, STAGES=STAGES, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT,
+            PRECISION=PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -316,7 +320,7 @@ def query_gradients(
     store_rows(dq, dq_offsets, dq_tile * scale, ends, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
+@jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dq_state, dk, dv, key_position, records,
     stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
@@ -360,29 +364,38 @@ def backward_kernel(
     KEY_ROLE: tl.constexpr = KEYS_ONLY if SPLIT else KEYS
     if (role & 3) == QUERIES:
         query_gradients(
-            q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
-            stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
-            STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-            STRIDE_DQT, STRIDE_DQH, STRIDE_DST, STRIDE_DSH, HEADS, GROUP, PACK, HEAD_DIM,
-            QUERY_M, QUERY_N, BLOCK_D, QUERY_STAGES, MASKS_ALL, RUNS_ON, MORE, DROPOUT, PRECISION,
+            q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, dq_state=dq_state, key_position=key_position,
+            records=records, record=record, set=set, role=role, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
+            key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, head_start=head_start,
+            STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT,
+            STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DQT=STRIDE_DQT, STRIDE_DQH=STRIDE_DQH,
+            STRIDE_DST=STRIDE_DST, STRIDE_DSH=STRIDE_DSH, HEADS=HEADS, GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM,
+            BLOCK_M=QUERY_M, BLOCK_N=QUERY_N, BLOCK_D=BLOCK_D, STAGES=QUERY_STAGES, MASKS_ALL=MASKS_ALL,
+            RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:
             if SPLIT:
                 key_gradients(
-                    q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
-                    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
-                    STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-                    STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                    VALUE_M, VALUE_N, BLOCK_D, VALUE_STAGES, THREADS // VALUE_M, VALUES_ONLY,
-                    MASKS_ALL, MORE, DROPOUT, PRECISION,
+                    q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, key_position=key_position,
+                    records=records, record=record, kv_head=set, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
+                    key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
+                    head_start=head_start, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT,
+                    STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT,
+                    STRIDE_DH=STRIDE_DH, STRIDE_DKT=STRIDE_DKT, STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT,
+                    STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=VALUE_M,
+                    BLOCK_N=VALUE_N, BLOCK_D=BLOCK_D, STAGES=VALUE_STAGES, PLANES=THREADS // VALUE_M, ROLE=VALUES_ONLY,
+                    MASKS_ALL=MASKS_ALL, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(
-                q, k, v, dout, lse, delta, dk, dv, key_position, records, record, set,
-                stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
-                STRIDE_QT, STRIDE_QH, STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, STRIDE_DT, STRIDE_DH,
-                STRIDE_DKT, STRIDE_DKH, STRIDE_DVT, STRIDE_DVH, HEADS, GROUP, PACK, HEAD_DIM,
-                KEY_M, KEY_N, BLOCK_D, KEY_STAGES, THREADS // KEY_M, KEY_ROLE,
-                MASKS_ALL, MORE, DROPOUT, PRECISION,
+                q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, key_position=key_position,
+                records=records, record=record, kv_head=set, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
+                key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, head_start=head_start,
+                STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT,
+                STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DKT=STRIDE_DKT,
+                STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP,
+                PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=KEY_M, BLOCK_N=KEY_N, BLOCK_D=BLOCK_D, STAGES=KEY_STAGES,
+                PLANES=THREADS // KEY_M, ROLE=KEY_ROLE, MASKS_ALL=MASKS_ALL, MORE=MORE, DROPOUT=DROPOUT,
+                PRECISION=PRECISION,
             )  # fmt: skip

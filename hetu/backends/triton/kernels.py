@@ -18,9 +18,9 @@ matching sum of value rows. A partial result of earlier steps enters as ``row_ma
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
@@ -42,7 +42,7 @@ from hetu.backends.triton.tiles import (
 )
 
 
-@triton.jit
+@jit
 def fold_segment(
     acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, token, rows, scale,
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
@@ -101,8 +101,8 @@ def fold_segment(
     return acc, row_sums, row_max
 
 
-@triton.jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
-                               "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
+@jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
+                        "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
 def forward_kernel(
     q, k, v, out, lse, acc_state, scores, key_position, records,
     stride_lb, stride_lh, stride_sb, stride_sh, stride_sm,
@@ -196,11 +196,13 @@ def forward_kernel(
         if DROPOUT or SCORES:
             positions += k_start
         acc, row_sums, row_max = fold_segment(
-            acc, row_sums, row_max, q_tile, k + k_start * STRIDE_KT, v + v_start * STRIDE_VT, first_head // GROUP,
-            k_len, reach, token, rows, scale,
-            score_rows, positions, queries, document, head_start + head, key_low, key_high, threshold, keep_scale,
-            STRIDE_KT, STRIDE_KH, STRIDE_VT, STRIDE_VH, HEADS // GROUP,
-            BLOCK_N, HEAD_DIM, BLOCK_D, MASKS_ALL, DROPOUT, SCORES, PRECISION, ELEMENTS,
+            acc=acc, row_sums=row_sums, row_max=row_max, q=q_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
+            kv_head=first_head // GROUP, k_len=k_len, reach=reach, token=token, rows=rows, scale=scale,
+            scores=score_rows, key_position=positions, queries=queries, document=document, head=head_start + head,
+            key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
+            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, SCORES=SCORES,
+            PRECISION=PRECISION, ELEMENTS=ELEMENTS,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
-from typing import Generic, TypeVar
+from functools import cache
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import AttentionState, with_positive_scale
+from hetu.backends.attention.contract import AttentionState
 from hetu.backends.attention.dropout import Dropout
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import WorkList
 from hetu.backends.attention.work import query_work
-from hetu.backends.memory import copied_to
+from hetu.backends.memory import copied_to, device_copies
 from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.kernels import forward_kernel
 from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.variants import (
     INTERPRETER,
-    Heads,
+    PackedHeads,
     Tile,
     Variant,
     compiler_options,
@@ -30,57 +31,46 @@ from hetu.backends.triton.variants import (
     tile,
 )
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 
 AnyVariant = TypeVar("AnyVariant", Variant, BackwardVariant)
 AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spans: QuerySpans,
-    table: SegmentTable,
-    state: AttentionState,
-    *,
-    softmax_scale: float,
-    turn: Turn | None = None,
-    dropout: Dropout | None = None,
-    key_position: np.ndarray | None = None,
-) -> None:
-    """One step of attention in Triton; see :class:`hetu.backends.attention.contract.Attend`.
+def attend(call: AttendCall, state: AttentionState) -> None:
+    """One step of attention in Triton; see :meth:`hetu.backends.attention.family.KernelFamily.attend`.
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
+    q, turn = call.q, call.turn
     _, num_q, head_dim = q.shape
-    call = (q.device, q.dtype, num_q, head_dim, k.shape[1], dropout is not None, state.scores is not None)
-    if softmax_scale <= 0:
-        q, softmax_scale = with_positive_scale(q, softmax_scale)
-    data = (q, k, v, table, state, softmax_scale, dropout, key_position)
-    memo = table.memo if turn is None else turn.memo
-    launch = memo.get(call)
-    if launch is None:
-        launch = memo[call] = _prepared(lambda launch: _run(launch, *data), spans, table, turn, *call)
-    _run(launch, *data)
+    key = (q.device, q.dtype, num_q, head_dim, call.k.shape[1], call.dropout is not None, state.scores is not None)
+    if call.softmax_scale <= 0:
+        call = call.with_positive_scale()
+    owner = call.table if turn is None else turn
+    work = owner.copies.get(key)
+    if work is None:
+        work = _prepared(call, state, *key)
+        device_copies.keep(owner, key, work, work.records.nbytes)
+    _run(work, call, state)
 
 
-_forward = Launcher(forward_kernel, running_max.check)
+_forward = Launcher(forward_kernel, "stride_lb", running_max.check)
 
 
 @dataclass(frozen=True, slots=True)
-class Kind(Generic[AnyVariant, AnyTile]):
+class LaunchKind(Generic[AnyVariant, AnyTile]):
     """What launches have in common that differ in their lengths alone: chosen once for all of them.
 
     Attributes:
-        heads: Of the calls.
+        heads: The heads of the calls.
         shape: The tile, or the tiles.
         variants: For a segment a block, and for several.
         others: What else the compiled kernel depends on.
         keys: A number for each variant, with all of the above.
     """
 
-    heads: Heads
+    heads: PackedHeads
     shape: AnyTile
     variants: tuple[AnyVariant, AnyVariant]
     others: Hashable
@@ -92,83 +82,97 @@ class Kind(Generic[AnyVariant, AnyTile]):
 
 
 @dataclass(slots=True)  # not frozen: each new set of lengths makes one
-class Launch(Generic[AnyVariant, AnyTile]):
-    """What a step's launches have in common, whoever's data they compute."""
+class DeviceWork(Generic[AnyVariant, AnyTile]):
+    """A step's work list on a device, and which compiled kernel does it, whatever the data.
 
-    kind: Kind[AnyVariant, AnyTile]
+    Attributes:
+        kind: What was chosen for it.
+        variant: The variant that fits the list.
+        key: The number of the variant.
+        records: int32, the list; see ``hetu/backends/attention/records.py``.
+        programs: Size of the grid.
+    """
+
+    kind: LaunchKind[AnyVariant, AnyTile]
     variant: AnyVariant
     key: int
     records: torch.Tensor
     programs: int
 
     @classmethod
-    def of(cls, kind: Kind[AnyVariant, AnyTile], work: WorkList, device: torch.device) -> Launch[AnyVariant, AnyTile]:
-        """A work list's; copies it to the device."""
+    def of(
+        cls, kind: LaunchKind[AnyVariant, AnyTile], work: WorkList, device: torch.device
+    ) -> DeviceWork[AnyVariant, AnyTile]:
+        """Copies a work list to a device."""
         more, programs = work.has_more, len(work.items) * kind.heads.num_q // kind.heads.pack
         return cls(kind, kind.variants[more], kind.keys[more], copied_to(work.records(), device), programs)
 
 
+ForwardKind = LaunchKind[Variant, Tile]
+ForwardWork = DeviceWork[Variant, Tile]
+
+
 def searched(
-    kind: Kind[AnyVariant, AnyTile],
+    kind: LaunchKind[AnyVariant, AnyTile],
     keys_per_row: float,
     candidates: Iterable[AnyTile],
-    made: Callable[[Kind[AnyVariant, AnyTile]], Launch[AnyVariant, AnyTile]],
-    run: Callable[[Launch[AnyVariant, AnyTile]], None],
+    made: Callable[[LaunchKind[AnyVariant, AnyTile]], DeviceWork[AnyVariant, AnyTile]],
+    run: Callable[[DeviceWork[AnyVariant, AnyTile]], None],
     device: torch.device,
-) -> Kind[AnyVariant, AnyTile]:
+) -> LaunchKind[AnyVariant, AnyTile]:
     """A kind with the fastest shape that is known or found on the device; see :func:`autotune.tuned`."""
 
     def trial(shape: AnyTile) -> float:
-        launch = made(replace(kind, shape=shape))
-        return autotune.milliseconds(lambda: run(launch))
+        work = made(replace(kind, shape=shape))
+        return autotune.milliseconds(lambda: run(work))
 
     variant = kind.variants[0]
     name = autotune.kind_of(variant, kind.heads, keys_per_row)
     return replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if variant.runs_on else trial, device))
 
 
-def _run(
-    launch: Launch[Variant, Tile],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: SegmentTable,
-    state: AttentionState,
-    softmax_scale: float,
-    dropout: Dropout | None,
-    key_position: np.ndarray | None,
-) -> None:
-    if launch.programs == 0:
+def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> None:
+    if work.programs == 0:
         return
-    variant = launch.variant
-    out, lse = state.out, state.lse
-    over_slots, over_heads, _ = lse.stride()
-    scores_strides = (0, 0, 0) if state.scores is None else state.scores.stride()[:3]
+    q, k, v, out, variant, scores = call.q, call.k, call.v, state.out, work.variant, state.scores
+    over_slots, over_heads, _ = state.lse.stride()
+    over_scores = (0, 0, 0) if scores is None else scores.stride()
+    drop = NO_DROPOUT if call.dropout is None else DropoutNumbers.of(call.dropout)
     _forward(
         q.device,
-        (launch.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
-        launch.programs,
-        (
-            q,
-            k,
-            v,
-            out,
-            lse,
-            state.acc if variant.runs_on else None,
-            state.scores,
-            key_position_on(key_position, table, q.device) if variant.dropout or variant.scores else None,
-            launch.records,
+        (work.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
+        work.programs,
+        _forward.arguments(
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            lse=state.lse,
+            acc_state=state.acc if variant.runs_on else None,
+            scores=scores,
+            key_position=key_position_on(call, q.device) if variant.dropout or variant.scores else None,
+            records=work.records,
+            stride_lb=over_slots,
+            stride_lh=over_heads,
+            stride_sb=over_scores[0],
+            stride_sh=over_scores[1],
+            stride_sm=over_scores[2],
+            scale=call.softmax_scale,
+            key_low=drop.key_low,
+            key_high=drop.key_high,
+            threshold=drop.threshold,
+            keep_scale=drop.keep_scale,
+            head_start=drop.head_start,
         ),
-        (over_slots, over_heads, *scores_strides, softmax_scale, *dropout_arguments(dropout)),
-        partial(_constants, launch, (q, k, v, out)),
+        _constants,
+        work,
+        (q, k, v, out),
     )
 
 
 def _prepared(
-    run: Callable[[Launch[Variant, Tile]], None],
-    spans: QuerySpans,
-    table: SegmentTable,
-    turn: Turn | None,
+    call: AttendCall,
+    state: AttentionState,
     device: torch.device,
     dtype: torch.dtype,
     num_q: int,
@@ -176,18 +180,21 @@ def _prepared(
     num_kv: int,
     dropout: bool,
     scores: bool,
-) -> Launch[Variant, Tile]:
+) -> ForwardWork:
     """Chooses the tile, and puts the work list on the device."""
+    spans, table, turn = call.spans, call.table, call.turn
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
-    call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, scores, device)
-    kind = _kind(*call, capability(device), rounded_keys(keys))
+    kind = _kind(
+        num_q, num_kv, head_dim, dtype, runs_on, dropout, scores, device, capability(device), rounded_keys(keys)
+    )
 
-    def made(kind: Kind[Variant, Tile]) -> Launch[Variant, Tile]:
-        return Launch.of(kind, query_work(spans, table, kind.shape.block_m // kind.heads.pack, turn), device)
+    def made(kind: ForwardKind) -> ForwardWork:
+        return DeviceWork.of(kind, query_work(spans, table, kind.shape.block_m // kind.heads.pack, turn), device)
 
     if autotune.is_wanted(device):
-        kind = searched(kind, keys, autotune.forward_candidates(kind.shape), made, run, device)
+        candidates = autotune.forward_candidates(kind.shape)
+        kind = searched(kind, keys, candidates, made, lambda work: _run(work, call, state), device)
     return made(kind)
 
 
@@ -203,18 +210,18 @@ def _kind(
     device: torch.device,
     capability: int,
     keys: int,
-) -> Kind[Variant, Tile]:
+) -> ForwardKind:
     variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
-    heads = Heads(num_q, num_kv)
+    heads = PackedHeads(num_q, num_kv)
     shape = tile(variant, capability, keys, heads.pack)
-    return Kind(heads, shape, (variant, replace(variant, more=True)), device)
+    return LaunchKind(heads, shape, (variant, replace(variant, more=True)), device)
 
 
-def _constants(launch: Launch[Variant, Tile], tensors: Sequence[torch.Tensor]) -> Constants:
+def _constants(work: ForwardWork, tensors: Sequence[torch.Tensor]) -> Constants:
     """What a launch's key has to decide: a single row's stride is not its own, see :func:`row_strides`."""
     named = named_strides("QKVO", map(row_strides, tensors))
-    heads, shape = launch.kind.heads, launch.kind.shape
-    return launch.variant.constants(heads, shape, named), compiler_options(shape)
+    heads, shape = work.kind.heads, work.kind.shape
+    return work.variant.constants(heads, shape, named), compiler_options(shape)
 
 
 _keys: dict[Hashable, int] = {}
@@ -227,34 +234,60 @@ def interned(key: Hashable) -> int:
 
 def keys_per_row(spans: QuerySpans, table: SegmentTable) -> float:
     """Keys that a row sees on average, over the rows of spans that see any: a step may attend for few of them."""
-    keys: float | None = table.memo.get("keys_per_row")
-    if keys is None:
+    if table.keys_per_row is None:
         if table.is_plain_over(spans):
             rows = spans.rows_with_lse  # all see keys, and have a place
         else:
             sees = np.zeros(len(spans), np.int64)
             sees[table.query] = 1
             rows = int(spans.length.dot(sees))
-        keys = table.memo["keys_per_row"] = table.pairs(spans) / max(rows, 1)
-    return keys
+        table.keys_per_row = table.pairs(spans) / max(rows, 1)
+    return table.keys_per_row
 
 
-def key_position_on(positions: np.ndarray | None, table: SegmentTable, device: torch.device) -> torch.Tensor:
+def key_position_on(call: AttendCall, device: torch.device) -> torch.Tensor:
     """Positions of a buffer's keys on a device, copied there once."""
+    positions, table = call.key_position, call.table
     assert positions is not None, "dropout and scores need the keys' positions"
-    key = ("triton.key_position", device)
-    kept = table.memo.get(key)
+    key = ("key_position", device)
+    kept: tuple[np.ndarray[Any, Any], torch.Tensor] | None = table.copies.get(key)
     if kept is None or kept[0] is not positions:
-        kept = table.memo[key] = (positions, copied_to(positions.astype(np.int32), device))
+        copy = copied_to(positions.astype(np.int32), device)
+        kept = device_copies.keep(table, key, (positions, copy), copy.nbytes)
     return kept[1]
 
 
-def dropout_arguments(dropout: Dropout | None) -> tuple[int, int, int, float, int]:
-    """What the kernels take of dropout: the key's words, the threshold, the scale of what is kept, the first head."""
-    if dropout is None:
-        return 0, 0, 0, 1.0, 0
-    low, high = dropout.key_words
-    return int32_bits(low), int32_bits(high), int32_bits(dropout.threshold), dropout.scale, dropout.first_head
+class DropoutNumbers(NamedTuple):
+    """What the kernels take of dropout.
+
+    Attributes:
+        key_low: The key's low word, as an int32.
+        key_high: The key's high word, as an int32.
+        threshold: The smallest random that keeps its entry, as an int32.
+        keep_scale: What kept entries are multiplied by.
+        head_start: The number of the first head.
+    """
+
+    key_low: int = 0
+    key_high: int = 0
+    threshold: int = 0
+    keep_scale: float = 1.0
+    head_start: int = 0
+
+    @classmethod
+    def of(cls, dropout: Dropout) -> DropoutNumbers:
+        """The numbers of a dropout."""
+        low, high = dropout.key_words
+        return cls(
+            key_low=int32_bits(low),
+            key_high=int32_bits(high),
+            threshold=int32_bits(dropout.threshold),
+            keep_scale=dropout.scale,
+            head_start=dropout.first_head,
+        )
+
+
+NO_DROPOUT = DropoutNumbers()
 
 
 def int32_bits(word: int) -> int:

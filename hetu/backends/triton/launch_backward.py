@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from functools import cache, partial
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import BackwardState, with_positive_scale
-from hetu.backends.attention.dropout import Dropout
+from hetu.backends.attention.contract import BackwardState
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.attention.work import key_work, query_work
-from hetu.backends.memory import empty
+from hetu.backends.memory import device_copies, empty
 from hetu.backends.triton import autotune
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.launch import (
-    Kind,
-    Launch,
+    NO_DROPOUT,
+    DeviceWork,
+    DropoutNumbers,
+    LaunchKind,
     capability,
-    dropout_arguments,
     key_position_on,
     keys_per_row,
     searched,
@@ -28,7 +30,7 @@ from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.row_dot import row_dot_kernel
 from hetu.backends.triton.variants import (
     INTERPRETER,
-    Heads,
+    PackedHeads,
     block_columns,
     named_strides,
     rounded_keys,
@@ -37,98 +39,83 @@ from hetu.backends.triton.variants import (
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant, backward_options, backward_tile
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
+BackwardKind = LaunchKind[BackwardVariant, BackwardTiles]
+BackwardWork = DeviceWork[BackwardVariant, BackwardTiles]
+
 
 def attend_backward(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spans: QuerySpans,
-    table: SegmentTable,
-    state: BackwardState,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    *,
-    softmax_scale: float,
-    turn: Turn | None = None,
-    dropout: Dropout | None = None,
-    key_position: np.ndarray | None = None,
-    keeps: bool = False,
+    call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor, keeps: bool = False
 ) -> None:
-    """Gradients of one step in Triton; see :class:`hetu.backends.attention.contract.AttendBackward`.
+    """Gradients of one step in Triton; see :meth:`hetu.backends.attention.family.KernelFamily.attend_backward`.
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    if softmax_scale <= 0:
-        _with_other_scale(
-            q, k, v, spans, table, state, dk, dv, softmax_scale, turn=turn, dropout=dropout, key_position=key_position,
-            keeps=keeps,
-        )  # fmt: skip
+    if call.softmax_scale <= 0:
+        _with_other_scale(call, state, dk, dv, keeps)
         return
+    q, k, turn = call.q, call.k, call.turn
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
-    call = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], dropout is not None, grads)
-
-    def run(launch: Launch[BackwardVariant, BackwardTiles]) -> None:
-        _run(launch, q, k, v, table, state, dk, dv, softmax_scale, dropout, key_position)
-
-    memo = table.memo if turn is None else turn.memo
-    launch = memo.get(call)
-    if launch is None:
-        launch = memo[call] = _prepared(run, spans, table, turn, *call[1:])
-    if not keeps and named_rows(table) < len(k):  # the other rows get no gradient
+    key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], call.dropout is not None, grads)
+    owner = call.table if turn is None else turn
+    work = owner.copies.get(key)
+    if work is None:
+        work = _prepared(call, state, dk, dv, *key[1:])
+        device_copies.keep(owner, key, work, work.records.nbytes)
+    if not keeps and named_rows(call.table) < len(k):  # the other rows get no gradient
         dk.zero_()
         dv.zero_()
-    run(launch)
+    _run(work, call, state, dk, dv)
 
 
-_backward = Launcher(backward_kernel)
-_row_dot = Launcher(row_dot_kernel)
+_backward = Launcher(backward_kernel, "stride_lb")
+_row_dot = Launcher(row_dot_kernel, "rows")
 
 
-def _run(
-    launch: Launch[BackwardVariant, BackwardTiles],
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: SegmentTable,
-    state: BackwardState,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    softmax_scale: float,
-    dropout: Dropout | None,
-    key_position: np.ndarray | None,
-) -> None:
-    if launch.programs == 0:
+def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor) -> None:
+    if work.programs == 0:
         return
-    acc = state.acc if launch.variant.runs_on else None
-    strided = (q, k, v, state.dout, state.dq, state.dq if acc is None else acc, dk, dv)
+    q, k, v, dq = call.q, call.k, call.v, state.dq
+    acc = state.acc if work.variant.runs_on else None
+    over_slots, over_heads, _ = state.lse.stride()
+    drop = NO_DROPOUT if call.dropout is None else DropoutNumbers.of(call.dropout)
+    strided = (q, k, v, state.dout, dq, dq if acc is None else acc, dk, dv)
     _backward(
         q.device,
-        (launch.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
-        launch.programs,
-        (
-            q,
-            k,
-            v,
-            state.dout,
-            state.lse,
-            state.delta,
-            state.dq,
-            acc,
-            dk,
-            dv,
-            key_position_on(key_position, table, q.device) if dropout else None,
-            launch.records,
+        (work.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
+        work.programs,
+        _backward.arguments(
+            q=q,
+            k=k,
+            v=v,
+            dout=state.dout,
+            lse=state.lse,
+            delta=state.delta,
+            dq=dq,
+            dq_state=acc,
+            dk=dk,
+            dv=dv,
+            key_position=key_position_on(call, q.device) if call.dropout else None,
+            records=work.records,
+            stride_lb=over_slots,
+            stride_lh=over_heads,
+            scale=call.softmax_scale,
+            key_low=drop.key_low,
+            key_high=drop.key_high,
+            threshold=drop.threshold,
+            keep_scale=drop.keep_scale,
+            head_start=drop.head_start,
         ),
-        (*state.lse.stride()[:2], softmax_scale, *dropout_arguments(dropout)),
-        partial(_constants, launch, strided),
+        _constants,
+        work,
+        strided,
     )
 
 
 def _prepared(
-    run: Callable[[Launch[BackwardVariant, BackwardTiles]], None],
-    spans: QuerySpans,
-    table: SegmentTable,
-    turn: Turn | None,
+    call: AttendCall,
+    state: BackwardState,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
     device: torch.device,
     dtype: torch.dtype,
     num_q: int,
@@ -136,18 +123,20 @@ def _prepared(
     num_kv: int,
     dropout: bool,
     grads: tuple[torch.dtype, ...],
-) -> Launch[BackwardVariant, BackwardTiles]:
+) -> BackwardWork:
     """Chooses the tiles, and puts the work list on the device."""
+    spans, table, turn = call.spans, call.table, call.turn
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
-    call = (num_q, num_kv, head_dim, dtype, runs_on, dropout, (device, grads))
-    kind = _kind(*call, capability(device), rounded_keys(keys))
+    others = (device, grads)
+    kind = _kind(num_q, num_kv, head_dim, dtype, runs_on, dropout, others, capability(device), rounded_keys(keys))
 
-    def made(kind: Kind[BackwardVariant, BackwardTiles]) -> Launch[BackwardVariant, BackwardTiles]:
-        return Launch.of(kind, backward_work(spans, table, kind.shape, kind.heads, turn), device)
+    def made(kind: BackwardKind) -> BackwardWork:
+        return DeviceWork.of(kind, backward_work(spans, table, kind.shape, kind.heads, turn), device)
 
     if autotune.is_wanted(device):
-        kind = searched(kind, keys, autotune.backward_candidates(kind.shape), made, run, device)
+        candidates = autotune.backward_candidates(kind.shape)
+        kind = searched(kind, keys, candidates, made, lambda work: _run(work, call, state, dk, dv), device)
     return made(kind)
 
 
@@ -162,48 +151,29 @@ def _kind(
     others: Hashable,
     capability: int,
     keys: int,
-) -> Kind[BackwardVariant, BackwardTiles]:
+) -> BackwardKind:
     variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
-    heads = Heads(num_q, num_kv)
+    heads = PackedHeads(num_q, num_kv)
     tiles = backward_tile(variant, capability, keys)
-    return Kind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)
+    return LaunchKind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)
 
 
-def _constants(launch: Launch[BackwardVariant, BackwardTiles], tensors: Sequence[torch.Tensor]) -> Constants:
+def _constants(work: BackwardWork, tensors: Sequence[torch.Tensor]) -> Constants:
     named = named_strides(("Q", "K", "V", "D", "DQ", "DS", "DK", "DV"), map(row_strides, tensors))
-    heads, tiles = launch.kind.heads, launch.kind.shape
-    return launch.variant.constants(heads, tiles, named), backward_options(tiles)
+    heads, tiles = work.kind.heads, work.kind.shape
+    return work.variant.constants(heads, tiles, named), backward_options(tiles)
 
 
-def _with_other_scale(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    spans: QuerySpans,
-    table: SegmentTable,
-    state: BackwardState,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    softmax_scale: float,
-    *,
-    turn: Turn | None,
-    dropout: Dropout | None,
-    key_position: np.ndarray | None,
-    keeps: bool,
-) -> None:
+def _with_other_scale(call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor, keeps: bool) -> None:
     """A scale that is not positive moves into q, and its sign back out of q's gradient."""
-    moved, positive = with_positive_scale(q, softmax_scale)
-    own = BackwardState(state.dout, state.lse, state.delta, torch.empty_like(q, dtype=torch.float32))
-    attend_backward(
-        moved, k, v, spans, table, own, dk, dv,
-        softmax_scale=positive, dropout=dropout, key_position=key_position, keeps=keeps,
-    )  # fmt: skip
-    own.dq *= -1.0 if softmax_scale < 0 else 0.0
-    state.add_queries(own.dq, spans, turn)
+    own = BackwardState(state.dout, state.lse, state.delta, torch.empty_like(call.q, dtype=torch.float32))
+    attend_backward(replace(call.with_positive_scale(), turn=None), own, dk, dv, keeps)
+    own.dq *= -1.0 if call.softmax_scale < 0 else 0.0
+    state.add_queries(own.dq, call.spans, call.turn)
 
 
 def backward_work(
-    spans: QuerySpans, table: SegmentTable, tiles: BackwardTiles, heads: Heads, turn: Turn | None
+    spans: QuerySpans, table: SegmentTable, tiles: BackwardTiles, heads: PackedHeads, turn: Turn | None
 ) -> WorkList:
     """The programs of a backward: of each document those for keys, which are longer, then those for queries."""
     keys = key_work(spans, table, tiles.keys.block_n)
@@ -217,14 +187,13 @@ def backward_work(
 
 def named_rows(table: SegmentTable) -> int:
     """How many rows of the buffer segments name."""
-    if "named_rows" not in table.memo:
+    if table.named_rows is None:
         if table.is_plain:  # no two segments share keys
-            table.memo["named_rows"] = int(np.add.reduce(table.k_len))
+            table.named_rows = int(np.add.reduce(table.k_len))
         else:
             begins, ends = table.stretches()
-            table.memo["named_rows"] = int((ends - begins).sum())
-    rows: int = table.memo["named_rows"]
-    return rows
+            table.named_rows = int((ends - begins).sum())
+    return table.named_rows
 
 
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -243,5 +212,5 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
     programs = -(-rows * heads // block_r)
     key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
-    _row_dot(a.device, key, programs, (a, b, result), (rows * heads,), constants)
+    _row_dot(a.device, key, programs, _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads), constants)
     return result

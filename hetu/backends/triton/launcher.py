@@ -8,8 +8,14 @@ from typing import Any
 import torch
 import triton
 
+from hetu.backends.torch_private import current_stream
+from hetu.backends.triton import interpreter
+
 Constants = tuple[dict[str, Any], dict[str, Any]]
 """A kernel's compile-time arguments and the compiler's options."""
+
+Arguments = tuple[tuple[torch.Tensor | None, ...], tuple[int | float, ...]]
+"""The other arguments of a launch, tensors and numbers, each in the order of the kernel's parameters."""
 
 _ALIGNED = 16
 _INT32 = 2**31
@@ -23,13 +29,22 @@ class Launcher:
     compiled for the first of them. Its own way is taken for a key's first call, in the interpreter, and where an
     argument is specialised otherwise than usual: a pointer that is no multiple of 16 bytes, an integer past int32.
 
-    The kernel's parameters are tensors, then numbers that are not specialised (``do_not_specialize``), then constants.
+    The kernel's parameters are tensors, then numbers that are not specialised (``do_not_specialize``), then constants,
+    which are written in capitals.
+
+    Attributes:
+        kernel: The kernel.
+        check: Is called with all that is compiled, and refuses by raising an error.
+        arguments: Puts tensors and numbers, which it takes by their names alone, into the kernel's order.
     """
 
-    def __init__(self, kernel: Any, check: Callable[[Any], None] | None = None) -> None:
-        """``check`` is called with all that is compiled, and refuses by raising an error."""
+    def __init__(self, kernel: Any, first_number: str, check: Callable[[Any], None] | None = None) -> None:
+        """``first_number`` is the first parameter that is no tensor."""
         self.kernel = kernel
         self.check = check
+        self._names = tuple(name for name in kernel.arg_names if not name.isupper())
+        self.arguments = _in_order(self._names, first_number)
+        self._constants = tuple(kernel.arg_names[len(self._names) :])
         self._checked: set[Any] = set()
         self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
@@ -38,9 +53,9 @@ class Launcher:
         device: torch.device,
         key: Hashable,
         programs: int,
-        tensors: Sequence[torch.Tensor | None],
-        numbers: Sequence[int | float],
-        constants: Callable[[], Constants],
+        arguments: Arguments,
+        constants: Callable[..., Constants],
+        *of: Any,
     ) -> None:
         """Launches ``programs`` programs on a device, on its current stream.
 
@@ -48,14 +63,15 @@ class Launcher:
             device: Of the tensors.
             key: Whatever decides the constants, the tensors' element types, and which of them are None; the device too.
             programs: Size of the grid.
-            tensors: The first arguments.
-            numbers: Those after them.
-            constants: Gives the rest, where a call is a key's first.
+            arguments: What ``self.arguments(...)`` gives.
+            constants: Gives the other arguments, where a call is a key's first.
+            *of: What ``constants`` is called with.
         """
         if device.type == "cuda" and torch.cuda.current_device() != device.index:  # where Triton launches
             with torch.cuda.device(device):
-                self(device, key, programs, tensors, numbers, constants)
+                self(device, key, programs, arguments, constants, *of)
             return
+        tensors, numbers = arguments
         pointers = 0
         for x in tensors:
             if x is not None:
@@ -66,16 +82,34 @@ class Launcher:
             compiled, rest = kept
             launch(compiled, device, programs, (*tensors, *numbers, *rest))
             return
-        values, options = constants()
-        compiled = self.kernel[(programs,)](*tensors, *numbers, **values, **options)
+        values, options = constants(*of)
+        named = dict(zip(self._names, (*tensors, *numbers), strict=True))
+        with interpreter.running():
+            compiled = self.kernel[(programs,)](**named, **values, **options)
         if compiled is None:  # by the interpreter
             return
         if self.check is not None and compiled not in self._checked:
             self.check(compiled)
             self._checked.add(compiled)
         if is_usual:
-            names = self.kernel.arg_names[len(tensors) + len(numbers) :]
-            self._compiled[key] = compiled, tuple(values[name] for name in names)
+            self._compiled[key] = compiled, tuple(values[name] for name in self._constants)
+
+
+def _in_order(names: Sequence[str], first_number: str) -> Callable[..., Arguments]:
+    """A function that takes arguments by these names alone, and gives those before ``first_number`` and the others.
+
+    It is written here rather than by hand, so that it has a kernel's own names in the kernel's own order: two numbers
+    that change places would be a wrong result, or a write to any address, and nobody would be told. Python itself
+    refuses a name that is missing or that the kernel doesn't have, and takes less time for it than a check would.
+
+    Example:
+        >>> _in_order(["x", "y", "n"], "n")(y=2, n=3, x=1)
+        ((1, 2), (3,))
+    """
+    at = names.index(first_number)
+    tensors, numbers = (f"({''.join(f'{name}, ' for name in part)})" for part in (names[:at], names[at:]))
+    found: Callable[..., Arguments] = eval(f"lambda *, {', '.join(names)}: ({tensors}, {numbers})")
+    return found
 
 
 def launch(compiled: Any, device: torch.device, programs: int, arguments: Sequence[Any]) -> None:
@@ -87,11 +121,8 @@ def launch(compiled: Any, device: torch.device, programs: int, arguments: Sequen
     if _has_hooks():
         compiled[(programs, 1, 1)](*arguments)
         return
-    stream = _current_stream(device.index)
+    stream = current_stream(device.index)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
-
-
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 
 
 def _has_hooks() -> bool:

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 
-@triton.jit(do_not_specialize=["rows"])
+
+@jit(do_not_specialize=["rows"])
 def row_dot_kernel(
     a, b, result, rows,
     STRIDE_AT: tl.constexpr, STRIDE_AH: tl.constexpr, STRIDE_BT: tl.constexpr, STRIDE_BH: tl.constexpr,

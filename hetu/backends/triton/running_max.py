@@ -22,6 +22,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.tiles import halves
 from hetu.errors import LoweringError, caller
 
@@ -33,7 +34,7 @@ _SLACK = "0f41000000"
 """By how much a maximum may lag behind, in base 2: 8, so that probabilities are 256 at most."""
 
 
-@triton.jit
+@jit
 def tops(s):
     """The largest of each eighth column: ``(rows, 8)`` of ``(rows, columns)``.
 
@@ -46,7 +47,7 @@ def tops(s):
     return s
 
 
-@triton.jit
+@jit
 def kept(row_max, PRECISION: tl.constexpr):
     """The maximum of rows that begin with ``row_max``, ``(rows,)``, as it is kept: finite, and in the shape for it."""
     row_max = tl.maximum(row_max, LOWEST)
@@ -55,7 +56,7 @@ def kept(row_max, PRECISION: tl.constexpr):
     return row_max
 
 
-@triton.jit
+@jit
 def by_row(row_max):
     """``(rows,)`` of what is kept."""
     if len(row_max.shape) == 2:
@@ -63,7 +64,7 @@ def by_row(row_max):
     return row_max
 
 
-@triton.jit
+@jit
 def spread(x, COLUMNS: tl.constexpr):
     """What is kept of rows for each of a tile's columns: ``(rows, COLUMNS)``, or ``(rows, 1)``."""
     if len(x.shape) == 1:
@@ -97,7 +98,7 @@ def _raise():
     )
 
 
-@triton.jit
+@jit
 def raised(row_max, s, factor, ELEMENTS: tl.constexpr):
     """The maximum with the scores ``s * factor``, and 2 to the power of what it was before less what it is.
 
@@ -143,7 +144,7 @@ def _rescale_operands(elements):
     return ",".join([*outputs, *map(str, range(elements)), *factors])
 
 
-@triton.jit
+@jit
 def rescaled(acc, fade, ELEMENTS: tl.constexpr):
     """Accumulators ``(rows, columns)`` times the fade of :func:`raised`.
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton
 import triton.language as tl
 
 from hetu.backends.attention import records
+from hetu.backends.triton import interpreter
+from hetu.backends.triton.interpreter import jit
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,11 +36,11 @@ def _interpreted_range(*bounds: Any, num_stages: Any = None) -> Iterator[int]:
     return iter(range(*(bound.handle.data.item() if isinstance(bound, tl.tensor) else bound for bound in bounds)))
 
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-loop = _interpreted_range if triton.knobs.runtime.interpret else tl.range
+INTERPRETED = tl.constexpr(interpreter.IS_USED)
+loop = _interpreted_range if interpreter.IS_USED else tl.range
 
 
-@triton.jit
+@jit
 def item_and_set(CHUNK: tl.constexpr, SETS: tl.constexpr):
     """Which item of the work list a program computes, and for which of the SETS of heads; the grid is ``items * SETS``.
 
@@ -58,7 +59,7 @@ def item_and_set(CHUNK: tl.constexpr, SETS: tl.constexpr):
     return item, set
 
 
-@triton.jit
+@jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``a @ b + acc`` with float32 accumulation. The interpreter's own dot misreads bfloat16, so it gets float32."""
     if INTERPRETED:
@@ -67,7 +68,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@jit
 def add_dot(a, b, acc, PRECISION: tl.constexpr):
     """``a @ b + acc``; float32 sums a product by itself first: one long chain of additions loses digits."""
     if PRECISION != "tf32":  # float32, then
@@ -78,7 +79,7 @@ def add_dot(a, b, acc, PRECISION: tl.constexpr):
     return result
 
 
-@triton.jit
+@jit
 def tile_offsets(
     token, member, STRIDE_T: tl.constexpr, STRIDE_H: tl.constexpr, BLOCK_D: tl.constexpr, MEMBERS: tl.constexpr = 512
 ):
@@ -93,7 +94,7 @@ def tile_offsets(
     return (token * STRIDE_T + member * STRIDE_H)[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
-@triton.jit
+@jit
 def load_again(pointer):
     """What was loaded before, without telling the compiler that it is the same.
 
@@ -104,7 +105,7 @@ def load_again(pointer):
     return tl.load(pointer, volatile=True)
 
 
-@triton.jit
+@jit
 def unknown_zero(rows):
     """0, of which the compiler doesn't know that it is, from a positive number.
 
@@ -116,13 +117,13 @@ def unknown_zero(rows):
     return tl.minimum(rows, 0)
 
 
-@triton.jit
+@jit
 def is_visible(j, token, reach, left):
     """Which of ``left`` keys j the row of a token sees, those up to ``reach + token``: ``(tokens, keys)``."""
     return j[None, :] <= tl.minimum(token + reach, left - 1)[:, None]
 
 
-@triton.jit
+@jit
 def load_rows(base, offsets, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Loads a tile; rows that are not ``live`` and columns past HEAD_DIM are 0."""
     if HEAD_DIM == BLOCK_D:
@@ -132,13 +133,13 @@ def load_rows(base, offsets, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
     return tile
 
 
-@triton.jit
+@jit
 def halves(tile):
     """The two halves of the columns of a tile of a power of two of them, without a move between threads."""
     return tl.split(tl.trans(tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2]), 0, 2, 1))
 
 
-@triton.jit
+@jit
 def first_columns(tile):
     """The first two columns of a tile of a power of two of them, 16 at most."""
     for _ in tl.static_range(3):
@@ -147,14 +148,14 @@ def first_columns(tile):
     return tl.split(tile)
 
 
-@triton.jit
+@jit
 def store_rows(base, offsets, tile, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Stores the live rows and first HEAD_DIM columns of a tile, in the target's dtype."""
     mask = live[:, None] & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
     tl.store(base + offsets, tile.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def dropout_keeps(key_low, key_high, threshold, document, head, i, j):
     """Which entries dropout keeps, of heads, queries i and keys j that broadcast; see ``attention/dropout.py``."""
     low = key_low.to(tl.uint32, bitcast=True).to(tl.uint64)

@@ -54,7 +54,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Heads:
+class PackedHeads:
     """The heads of a call.
 
     Attributes:
@@ -101,7 +101,7 @@ class Variant:
         """Columns of a tile."""
         return block_columns(self.head_dim)
 
-    def constants(self, heads: Heads, tile: Tile, strides: dict[str, int]) -> dict[str, Any]:
+    def constants(self, heads: PackedHeads, tile: Tile, strides: dict[str, int]) -> dict[str, Any]:
         """The kernel's compile-time arguments. ``strides``: of q, k, v and out, by :func:`named_strides`."""
         return {
             **strides,
@@ -122,7 +122,7 @@ class Variant:
             "PRECISION": tile.precision,
         }
 
-    def source(self, heads: Heads, tile: Tile) -> dict[str, Any]:
+    def source(self, heads: PackedHeads, tile: Tile) -> dict[str, Any]:
         """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU.
 
         Pointers and strides are taken to be multiples of 16, as they are for whole tensors.
@@ -212,8 +212,8 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
         capability: Compute capability, 80 for sm_80; :data:`INTERPRETER` for the interpreter.
         keys_per_row: Keys that a query row sees on average. Few want many small programs, so that some load while
             others compute; many want blocks of many keys.
-        pack: Heads that a block of rows holds, :attr:`Heads.pack`: where they are several its rows are fewer positions,
-            of which diagonals cut off less.
+        pack: Heads that a block of rows holds, :attr:`PackedHeads.pack`: where they are several its rows are fewer
+            positions, of which diagonals cut off less.
 
     Example:
         >>> tile(Variant(128, torch.bfloat16), 90, keys_per_row=200).block_n

@@ -14,7 +14,7 @@ from hetu.backends.triton.variants import (
     DTYPES,
     HEAD_DIMS,
     INTERPRETER,
-    Heads,
+    PackedHeads,
     Tile,
     block_columns,
     compiler_options,
@@ -74,7 +74,7 @@ class BackwardVariant:
         """
         return replace(self, more=has_more or (self.runs_on and self.dropout))
 
-    def constants(self, heads: Heads, tiles: BackwardTiles, strides: dict[str, int]) -> dict[str, Any]:
+    def constants(self, heads: PackedHeads, tiles: BackwardTiles, strides: dict[str, int]) -> dict[str, Any]:
         """The kernel's compile-time arguments. ``strides``: those of q, k, v, dout, dq, dq_state, dk and dv."""
         return {
             **strides,
@@ -102,7 +102,7 @@ class BackwardVariant:
             "PRECISION": tiles.keys.precision,
         }
 
-    def source(self, heads: Heads, tiles: BackwardTiles) -> dict[str, Any]:
+    def source(self, heads: PackedHeads, tiles: BackwardTiles) -> dict[str, Any]:
         """Arguments of ``triton.compiler.ASTSource`` that compile what a launch would, without a GPU."""
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "dout", "dq"), element)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +12,18 @@ from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.segments import IntArray
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class TokenTable:
     """The tokens of a layout.
 
     Attributes:
         pipelines: One array ``(3, rows)`` a pipeline: each row's position in its document, its document's number in
             the context group, and its own number among all tokens of all groups, document after document.
-        memo: Where a backend keeps what it derived from these arrays (device copies); not part of the value.
+        copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`. Not part of the value.
     """
 
     pipelines: tuple[IntArray, ...]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    copies: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, layout: Layout) -> TokenTable:

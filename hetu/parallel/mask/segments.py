@@ -8,7 +8,7 @@ all-gathered buffer or a layout that somebody invents tomorrow are other tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 IntArray = NDArray[np.int64]
 
 
-@dataclass(slots=True, eq=False)  # not frozen: making a frozen one takes three times as long, for all new lengths
+@dataclass(slots=True, eq=False, weakref_slot=True)  # not frozen: making a frozen one takes three times as long
 class QuerySpans:
     """The query rows of one call, cut into runs. Struct of arrays, one entry a span.
 
@@ -34,7 +34,9 @@ class QuerySpans:
         slot: First index of ``softmax_lse`` and ``p`` for these rows; -1 where they have none (mostly the tail).
         slot_row: Last index of ``softmax_lse``, third of ``p``, of the first row; neighbours follow at distance 1.
         column: Column of ``p`` of the document's position 0.
-        memo: Where a backend keeps what it derived from these arrays (device copies); not part of the value.
+        lse_rows: ``rows_with_lse``, once it is known. Not part of the value, like what follows.
+        records: int32 ``(spans, 16)``, what work lists say of each span; made by ``hetu/backends/attention/work.py``.
+        copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`.
     """
 
     start: IntArray
@@ -45,7 +47,9 @@ class QuerySpans:
     slot: IntArray
     slot_row: IntArray
     column: IntArray
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    lse_rows: int | None = field(default=None, repr=False)
+    records: NDArray[np.int32] | None = field(default=None, repr=False)
+    copies: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.start)
@@ -53,13 +57,32 @@ class QuerySpans:
     @property
     def rows_with_lse(self) -> int:
         """How many rows of q have a place in ``softmax_lse``."""
-        found: int | None = self.memo.get("rows_with_lse")
-        if found is None:
-            found = self.memo["rows_with_lse"] = int(self.length[self.slot >= 0].sum())
-        return found
+        if self.lse_rows is None:
+            self.lse_rows = int(self.length[self.slot >= 0].sum())
+        return self.lse_rows
 
 
-@dataclass(slots=True, eq=False)  # not frozen, like QuerySpans
+@dataclass(slots=True)
+class Ranking:
+    """The order in which query spans are computed by a table: the forward and the backward ask for it.
+
+    Documents with most keys come first, by the keys that their rows see, and in each the spans with most. Spans that
+    see nothing come last.
+
+    Attributes:
+        spans: The spans that are ranked.
+        order: Their indices.
+        ranks: In this order, the rank of each one's document.
+        has_each_once: Whether each has one segment, as in plain attention.
+    """
+
+    spans: QuerySpans
+    order: IntArray
+    ranks: IntArray
+    has_each_once: bool
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)  # not frozen, like QuerySpans
 class SegmentTable:
     """Segments of one attend step over one key buffer, ordered by ``query``.
 
@@ -74,14 +97,28 @@ class SegmentTable:
         k_start: First row of the keys in the buffer.
         k_len: Key rows.
         diagonal: See above.
-        memo: Where a backend keeps what it derived from these arrays (work lists); not part of the value.
+        plain_over: The spans over which this is known to be plain, see :meth:`is_plain_over`; None if there are none.
+            Not part of the value, like what follows.
+        order: The segments by falling ``k_len``, once somebody asked for it; of plain tables only.
+        ranking: How spans were ranked by this table last; see :class:`Ranking`.
+        keys_per_row: Keys that a row sees on average, once it is known.
+        named_rows: How many rows of the buffer segments name, once it is known.
+        key_position: int32 ``(rows of the buffer,)``, the position in its document of each key, as a step that
+            attends by this table last asked for it.
+        copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`.
     """
 
     query: IntArray
     k_start: IntArray
     k_len: IntArray
     diagonal: IntArray
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    plain_over: QuerySpans | None = field(default=None, repr=False)
+    order: IntArray | None = field(default=None, repr=False)
+    ranking: Ranking | None = field(default=None, repr=False)
+    keys_per_row: float | None = field(default=None, repr=False)
+    named_rows: int | None = field(default=None, repr=False)
+    key_position: NDArray[np.int32] | None = field(default=None, repr=False)
+    copies: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.query)
@@ -95,7 +132,7 @@ class SegmentTable:
     @property
     def is_plain(self) -> bool:
         """Whether this is known to be plain over the spans that it was made for; see :meth:`is_plain_over`."""
-        return "plain" in self.memo
+        return self.plain_over is not None
 
     def is_plain_over(self, spans: QuerySpans) -> bool:
         """Whether this is known to be the simplest of tables over these spans, by far the most common one.
@@ -104,7 +141,7 @@ class SegmentTable:
         segment i is its only one: of keys that no other segment names, of which its first row sees one at least and
         its last row all; between, each row sees one more than the row before, or each sees all.
         """
-        return self.memo.get("plain") is spans
+        return self.plain_over is spans
 
     def segment_pairs(self, spans: QuerySpans) -> IntArray:
         """Allowed (query, key) pairs of each segment."""
@@ -154,7 +191,7 @@ def unite(start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
     return start.take(first), stop.take(np.append(first, len(start))[1:] - 1)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Turn:
     """What a step that is one of several finds and leaves, by query span: each span has a first and a last step.
 
@@ -167,14 +204,15 @@ class Turn:
         attends: Whether the step attends for the span; if not, the others mean nothing.
         covers: Whether every row of the span has to be written, also where it sees no key in this step: in the
             span's first step, which begins the running result, and in its last one, which ends it.
-        memo: Where a backend keeps what it derived from this turn and its table; not part of the value.
+        copies: What backends copied to devices for this turn and its table; see
+            :class:`hetu.backends.memory.DeviceCopies`. Not part of the value.
     """
 
     merges: NDArray[np.bool_]
     continues: NDArray[np.bool_]
     attends: NDArray[np.bool_]
     covers: NDArray[np.bool_]
-    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    copies: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def runs_on(self) -> bool:

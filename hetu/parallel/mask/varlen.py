@@ -47,7 +47,7 @@ def varlen_tables(
         slot=zeros if packed_lse else document,
         slot_row=start if packed_lse else zeros,
         column=zeros,
-        memo={"rows_with_lse": rows if packed_lse else tokens},
+        lse_rows=rows if packed_lse else tokens,
     )
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
     diagonal = mask.diagonal(q_len, k_len)
@@ -55,11 +55,10 @@ def varlen_tables(
         live = k_len.nonzero()[0]
     if len(live) < len(k_len):
         k_start, k_len, diagonal = k_start[live], k_len[live], diagonal[live]
-        memo = {}
+        is_plain = False
     else:
         is_plain = is_same or not mask.hides_later or least(diagonal) >= 0
-        memo = {"plain": spans} if is_plain else {}
-    return spans, SegmentTable(query=live, k_start=k_start, k_len=k_len, diagonal=diagonal, memo=memo)
+    return spans, SegmentTable(live, k_start, k_len, diagonal, plain_over=spans if is_plain else None)
 
 
 @lru_cache(maxsize=64)

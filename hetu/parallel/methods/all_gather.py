@@ -18,7 +18,7 @@ def all_gather(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelineP
     taken, given, tables, landed, sent = exchange(group, who, spec.mask)
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, spec.num_pipelines)
+        part = PartBuilder(group, member, spec)
         sources = [c for c in range(R) if taken[i][c]]
         offsets = dict(zip(sources, np.cumsum([0] + [taken[i][c] for c in sources]).tolist(), strict=False))
         for c in sources:

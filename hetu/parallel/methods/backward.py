@@ -38,9 +38,12 @@ from operator import attrgetter
 from hetu.errors import PlanError
 from hetu.parallel.methods.hold_back import HeldBack, hold_back
 from hetu.parallel.methods.returns import Return, Returns, find_returns
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.buffers import Buffer, batches, shard
+from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Instruction, Receive, Send, Wait
-from hetu.parallel.plan.parts import PipelinePlan, PlanData, batches
+from hetu.parallel.plan.parts import PipelinePlan, PlanData
+
+_FOREIGN, _LANDING = (Payload.KV, Payload.KV_GRADS), (Payload.KV_GRADS,)
 
 Rounds = list[tuple[list[tuple[int, int]], list[int]]]
 """Each round's instructions as (pipeline, number), at most one attend a pipeline; and who may compute after them."""
@@ -50,7 +53,7 @@ def build_backward(plan: PlanData) -> tuple[PipelinePlan, ...]:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.backward`."""
     returns = find_returns(plan)
     rounds = _Order(plan, returns).rounds()
-    parts = [_Part(part) for part in plan.pipelines]
+    parts = [_Part(part, plan.heads) for part in plan.pipelines]
     _hold_back(plan, list(chain.from_iterable(returns.values())), rounds, parts)
     waves: dict[tuple[int, int], list[Return]] = {}
     for ret in sorted(chain.from_iterable(returns.values()), key=attrgetter("when", "distance", "transfer")):
@@ -83,7 +86,7 @@ class _Order:
 
     def __init__(self, plan: PlanData, returns: Returns) -> None:
         self.instructions = [part.instructions for part in plan.pipelines]
-        self.batches = [batches(part) for part in plan.pipelines]
+        self.packs = [{n for n, batch in batches(part).items() if batch.sends} for part in plan.pipelines]
         self.returns = returns
         self.next = [0] * len(self.instructions)
         self.ends: Counter[int] = Counter()  # of transfers: how many are posted
@@ -119,7 +122,7 @@ class _Order:
             if isinstance(item, Wait):
                 if self.ends[item.transfer] < 2:
                     return False
-            elif (isinstance(item, Attend) or step in self.batches[r]) and self.open[r]:
+            elif (isinstance(item, Attend) or step in self.packs[r]) and self.open[r]:
                 return False
             steps.append((r, step))
             self.next[r] += 1
@@ -178,8 +181,9 @@ class _Part:
 
     Attributes:
         forward: Its part of the forward.
+        heads: Widths of a token's row.
         instructions: What was collected.
-        landing: Rows of its landing buffers.
+        landing: Rows of its landing buffers, by number; they follow the forward's buffers.
         free: Those that nothing is on its way to, longest free first.
         coming: What will return to it, in the order in which it is added.
         added: How many of these are added.
@@ -190,8 +194,9 @@ class _Part:
     """
 
     forward: PipelinePlan
+    heads: Heads
     instructions: list[Instruction] = field(default_factory=list)
-    landing: list[int] = field(default_factory=list)
+    landing: dict[int, int] = field(default_factory=dict)
     free: deque[int] = field(default_factory=deque)
     coming: list[Return] = field(default_factory=list)
     added: int = 0
@@ -232,7 +237,9 @@ class _Part:
 
     def send(self, ret: Return) -> None:
         """Sends home what the last attend computed of one owner's rows."""
-        self.instructions.append(Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Kind.KV_GRADS))
+        self.instructions.append(
+            Send(ret.transfer, ret.owner, ret.buffer, ret.runs, Payload.KV_GRADS, self.forward.heads)
+        )
         self.sent.append(ret)
 
     def post_up_to(self, ret: Return) -> None:
@@ -247,17 +254,16 @@ class _Part:
         while self.added < len(self.coming) and self.coming[self.added].when < before:
             ret = self.coming[self.added]
             assert ret.landing is not None, "its receive was posted when it was sent"
-            self.instructions += [Wait(ret.transfer), Accumulate(ret.landing, 0, ret.home)]
+            self.instructions += [Wait(ret.transfer), Accumulate(ret.landing, 0, ret.home, self.forward.heads)]
             self.added += 1
             self.free.append(ret.landing)
 
     def _post(self, ret: Return) -> None:
         if not self.free:
-            self.free.append(len(self.landing))
-            self.landing.append(0)
-        ret.landing, rows = self.free.popleft(), ret.home.rows
-        self.landing[ret.landing] = max(self.landing[ret.landing], rows)
-        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Kind.KV_GRADS))
+            self.free.append(len(self.forward.buffers) + len(self.landing))
+        ret.landing, rows, heads = self.free.popleft(), ret.home.rows, self.forward.heads
+        self.landing[ret.landing] = max(self.landing.get(ret.landing, 0), rows)
+        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Payload.KV_GRADS, heads))
         self.unposted[ret.source].popleft()
 
     def _wait_for(self, sent: list[Return]) -> None:
@@ -268,4 +274,8 @@ class _Part:
     def finish(self) -> PipelinePlan:
         """The part, after waiting for all that is still being sent."""
         self._wait_for(list(self.sent))
-        return replace(self.forward, landing=tuple(self.landing), instructions=tuple(self.instructions))
+        own, *foreign = self.forward.buffers
+        buffers = [shard(own.rows, self.heads, is_backward=True)]
+        buffers += [replace(buffer, payloads=_FOREIGN) for buffer in foreign]
+        buffers += [Buffer(rows, own.heads, _LANDING) for rows in self.landing.values()]
+        return replace(self.forward, buffers=tuple(buffers), instructions=tuple(self.instructions))

@@ -15,7 +15,7 @@ def direct(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]
     taken, given, tables, landed, sent = exchange(group, who, spec.mask)
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, spec.num_pipelines)
+        part = PartBuilder(group, member, spec)
         sources = [c for c in around(R, member, -1) if taken[i][c]]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])

@@ -8,35 +8,41 @@ import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.mask.segments import IntArray, SegmentTable
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import transfer_number
+from hetu.parallel.plan.buffers import Buffer, shard
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Attend, Instruction, Receive, Runs, Send, Source, Wait
 from hetu.parallel.plan.parts import PipelinePlan
+
+_FOREIGN = (Payload.KV,)
 
 
 class PartBuilder:
     """Collects one member's instructions; knows transfers by their ends, and waits before a buffer is reused."""
 
-    def __init__(self, group: GroupLayout, member: int, num_pipelines: int) -> None:
-        self.group, self.member, self.num_pipelines = group, member, num_pipelines
-        self.pipeline = group.members[member]
-        self.buffers = [group.rows[member]]
+    def __init__(self, group: GroupLayout, member: int, spec: AttnSpec) -> None:
+        self.group, self.member, self.spec = group, member, spec
+        self.pipeline, self.heads = group.members[member], spec.heads.all
+        self.sizes: list[int] = []  # rows of the buffers behind the shard
         self.instructions: list[Instruction] = []
         self.sending: dict[int, list[int]] = {}  # buffer: transfers that may still read it
 
     def _transfer(self, hop: int, source: int, target: int) -> int:
-        return transfer_number(hop, source, target, self.num_pipelines)
+        return transfer_number(hop, source, target, self.spec.num_pipelines)
 
     def receive(self, owner: int, buffer: int, rows: int, offset: int = 0, hop: int = 0) -> None:
         self.instructions += [Wait(transfer) for transfer in self.sending.pop(buffer, ())]
         peer = self.group.members[owner]
-        self.instructions.append(Receive(self._transfer(hop, peer, self.pipeline), peer, buffer, offset, rows))
-        self.buffers += [0] * (buffer + 1 - len(self.buffers))
-        self.buffers[buffer] = max(self.buffers[buffer], offset + rows)
+        transfer = self._transfer(hop, peer, self.pipeline)
+        self.instructions.append(Receive(transfer, peer, buffer, offset, rows, Payload.KV, self.heads))
+        self.sizes += [0] * (buffer - len(self.sizes))
+        self.sizes[buffer - 1] = max(self.sizes[buffer - 1], offset + rows)
 
     def send(self, target: int, buffer: int, runs: Runs, hop: int = 0) -> None:
         peer = self.group.members[target]
         transfer = self._transfer(hop, self.pipeline, peer)
-        self.instructions.append(Send(transfer, peer, buffer, runs))
+        self.instructions.append(Send(transfer, peer, buffer, runs, Payload.KV, self.heads))
         self.sending.setdefault(buffer, []).append(transfer)
 
     def send_all(self, sends: list[tuple[int, Runs]]) -> None:
@@ -48,13 +54,15 @@ class PartBuilder:
 
     def attend(self, buffer: int, table: SegmentTable, held: list[tuple[int, Runs]]) -> None:
         sources = tuple([Source(self.group.members[owner], runs) for owner, runs in held])
-        self.instructions.append(Attend(buffer, table, sources))
+        self.instructions.append(Attend(buffer, table, sources, self.heads))
 
     def finish(self) -> PipelinePlan:
         """The part, after waiting for all that is still being sent."""
         self.instructions += [Wait(transfer) for transfers in self.sending.values() for transfer in transfers]
         spans = self.group.query_spans(self.member)
-        return PipelinePlan(self.pipeline, self.buffers[0], spans, tuple(self.buffers), tuple(self.instructions))
+        buffers = [shard(self.group.rows[self.member], self.spec.heads)]
+        buffers += [Buffer(rows, self.heads, _FOREIGN) for rows in self.sizes]
+        return PipelinePlan(self.pipeline, spans, tuple(buffers), tuple(self.instructions))
 
 
 def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:

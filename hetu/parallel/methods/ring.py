@@ -40,7 +40,7 @@ def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     parts = []
     for i, member in enumerate(range(who.start, who.stop)):
         before, after = (member - 1) % R, (member + 1) % R
-        part = PartBuilder(group, member, spec.num_pipelines)
+        part = PartBuilder(group, member, spec)
         for hop in range(R):  # hop 0 is the own shard; what came by a hop is passed on by the next
             c, coming = (member - hop) % R, (member - hop - 1) % R
             has_come = hop == 0 or rows[hop][c] > 0

@@ -36,20 +36,24 @@ from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import around, transfer_number, whole
 from hetu.parallel.methods.tables import see
-from hetu.parallel.plan.heads import HeadRange, Heads, Kind
+from hetu.parallel.plan.buffers import Buffer, shard
+from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send, Source, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 
-Kinds = tuple[Kind, ...]
+Payloads = tuple[Payload, ...]
+
+GATHERED = 1
+"""The buffer of all tokens of the group, for a member's heads."""
 
 
 def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """The parts of some members; see the module."""
     if len(group.members) == 1:
-        return [_alone(group, spec.mask)]
+        return [_alone(group, spec)]
     ranges = deal(spec.heads, len(group.members))
     places = [sequence_rows(group, member) for member in range(len(group.members))]
-    home = (Kind.OUT, Kind.LSE, *([Kind.P] if spec.heads.columns else []))
+    out, home = (Payload.QKV,), (Payload.OUT, Payload.LSE, *([Payload.P] if spec.heads.columns else []))
     spans, table = _sequence_tables(group, spec.mask)
     sources = tuple(
         [
@@ -60,20 +64,11 @@ def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan
     )
     parts = []
     for member in range(who.start, who.stop):
-        own, rows = ranges[member], group.rows[member]
-        is_attending = own.num_q > 0 and group.tokens > 0
-        attends = [Attend(1, table, sources, some) for some in alike(spec.heads, own)] if is_attending else []
-        instructions = _exchange(group, member, ranges, places, attends, (Kind.QKV,), home, spec.num_pipelines)
-        parts.append(
-            PipelinePlan(
-                group.members[member],
-                rows,
-                spans if is_attending else _NO_SPANS,
-                (rows, group.tokens) if is_attending else (rows,),
-                tuple(instructions),
-                heads=own,
-            )
-        )
+        own = ranges[member]
+        attends = [Attend(GATHERED, table, sources, some) for some in alike(spec.heads, own) if group.tokens]
+        instructions = _exchange(group, member, ranges, places, attends, out, home, spec.num_pipelines)
+        buffers = shard(group.rows[member], spec.heads), Buffer(group.tokens, own, (*out, *home))
+        parts.append(PipelinePlan(group.members[member], spans, buffers, tuple(instructions), queries=GATHERED))
     return parts
 
 
@@ -83,25 +78,28 @@ def build_backward(plan: PlanData) -> tuple[PipelinePlan, ...]:
     for part in plan.pipelines:
         group, member = plan.layout.place(part.pipeline)
         ranges = [plan.pipelines[r].heads for r in group.members]
-        if len(ranges) > 1:  # else nothing travels, and the gradients of its step are written where they belong
-            part = _turned(part, group, member, [own for own in ranges if own is not None], len(plan.pipelines))
-        parts.append(part)
+        if len(ranges) > 1:
+            parts.append(_turned(part, group, member, ranges, plan))
+        else:  # nothing travels, and the gradients of its step are written where they belong
+            parts.append(replace(part, buffers=(shard(part.rows, plan.heads, is_backward=True),)))
     return tuple(parts)
 
 
 def _turned(
-    part: PipelinePlan, group: GroupLayout, member: int, ranges: list[HeadRange], num_pipelines: int
+    part: PipelinePlan, group: GroupLayout, member: int, ranges: list[HeadRange], plan: PlanData
 ) -> PipelinePlan:
     """The backward of a member's part."""
     having = [own for own in ranges if own.num_q]
     is_shared = any(a.first_kv + a.num_kv > b.first_kv for a, b in pairwise(having))
-    home = (Kind.Q_GRADS, Kind.KV_GRADS) if is_shared else (Kind.QKV_GRADS,)
+    home = (Payload.Q_GRADS, Payload.KV_GRADS) if is_shared else (Payload.QKV_GRADS,)
     places = [sequence_rows(group, c) for c in range(len(ranges))]
     attends = [item for item in part.instructions if isinstance(item, Attend)]
-    out = (Kind.QKV_DOUT, Kind.LSE_DELTA)
-    instructions = _exchange(group, member, ranges, places, attends, out, home, num_pipelines)
-    landing = tuple([part.rows for item in instructions if isinstance(item, Accumulate)])
-    return replace(part, instructions=tuple(instructions), landing=landing)
+    out = (Payload.QKV_DOUT, Payload.LSE_DELTA)
+    instructions = _exchange(group, member, ranges, places, attends, out, home, len(plan.pipelines))
+    buffers = [shard(part.rows, plan.heads, is_backward=True), replace(part.buffers[GATHERED], payloads=(*out, *home))]
+    added = [item for item in instructions if isinstance(item, Accumulate)]  # each from a buffer of its own
+    buffers += [Buffer(part.rows, item.heads, (Payload.KV_GRADS,)) for item in added]
+    return replace(part, buffers=tuple(buffers), instructions=tuple(instructions))
 
 
 # Heads
@@ -135,8 +133,6 @@ def alike(heads: Heads, own: HeadRange) -> list[HeadRange]:
 
 # Tokens
 
-_NO_SPANS = QuerySpans(*np.empty((8, 0), np.int64))
-
 
 def sequence_rows(group: GroupLayout, member: int) -> Runs:
     """Where a member's rows stand among all rows of its group, which follow each other document after document."""
@@ -168,13 +164,13 @@ def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, Segmen
     return spans, SegmentTable(number, k_start=start, k_len=length, diagonal=mask.diagonal(length, length))
 
 
-def _alone(group: GroupLayout, mask: Mask) -> PipelinePlan:
+def _alone(group: GroupLayout, spec: AttnSpec) -> PipelinePlan:
     """The only member attends for all heads, where its rows lie."""
     me, rows = slice(0, 1), group.rows[0]
-    (table,) = see(group, me, me, mask).tables(group.piece_row[None])
+    (table,) = see(group, me, me, spec.mask).tables(group.piece_row[None])
     pipeline = group.members[0]
-    attend = Attend(0, table, (Source(pipeline, whole(rows)),))
-    return PipelinePlan(pipeline, rows, group.query_spans(0), (rows,), (attend,))
+    attend = Attend(0, table, (Source(pipeline, whole(rows)),), spec.heads.all)
+    return PipelinePlan(pipeline, group.query_spans(0), (shard(rows, spec.heads),), (attend,))
 
 
 # Instructions
@@ -186,8 +182,8 @@ def _exchange(
     ranges: list[HeadRange],
     places: list[Runs],
     attends: list[Attend],
-    out: Kinds,
-    home: Kinds,
+    out: Payloads,
+    home: Payloads,
     num_pipelines: int,
 ) -> list[Instruction]:
     """What a member does, forward and backward.
@@ -210,53 +206,55 @@ def _exchange(
     is_both = bool(own.num_q and rows.rows)
 
     items: list[Instruction] = []
-    items += [link.receive_rows(c, kind, own, places[c]) for c in owners for kind in out]
-    items += [Send(link.to(c, kind), link.peer(c), 0, rows, kind, ranges[c]) for c in helpers for kind in out]
-    items += [Copy(kind, own, 0, rows, 1, places[member]) for kind in out if is_both]
-    items += [Wait(link.come(c, kind)) for c in owners for kind in out]
+    items += [link.receive_rows(c, payload, own, places[c]) for c in owners for payload in out]
+    items += [Send(link.to(c, payload), link.peer(c), 0, rows, payload, ranges[c]) for c in helpers for payload in out]
+    items += [Copy(payload, own, 0, rows, GATHERED, places[member]) for payload in out if is_both]
+    items += [Wait(link.come(c, payload)) for c in owners for payload in out]
     items += attends
     # What was sent is waited for no sooner: a peer that is late holds up nobody who has all that it needs.
-    items += [Wait(link.to(c, kind)) for c in helpers for kind in out]
+    items += [Wait(link.to(c, payload)) for c in helpers for payload in out]
     # Copied first, since nobody may compute while what it sent home can't be received yet.
-    items += [Copy(kind, own, 1, places[member], 0, rows) for kind in home if is_both]
-    items += [Send(link.to(c, kind), link.peer(c), 1, places[c], kind, own) for c in owners for kind in home]
-    for landing, c in enumerate(helpers):
-        items += [link.receive_results(c, kind, ranges[c], rows, landing) for kind in home]
-    for landing, c in enumerate(helpers):
-        for kind in home:
-            items.append(Wait(link.come(c, kind)))
-            if kind is Kind.KV_GRADS:
+    items += [Copy(payload, own, GATHERED, places[member], 0, rows) for payload in home if is_both]
+    items += [
+        Send(link.to(c, payload), link.peer(c), GATHERED, places[c], payload, own) for c in owners for payload in home
+    ]
+    for landing, c in enumerate(helpers, GATHERED + 1):
+        items += [link.receive_results(c, payload, ranges[c], rows, landing) for payload in home]
+    for landing, c in enumerate(helpers, GATHERED + 1):
+        for payload in home:
+            items.append(Wait(link.come(c, payload)))
+            if payload is Payload.KV_GRADS:
                 items.append(Accumulate(landing, 0, rows, ranges[c]))
-    items += [Wait(link.to(c, kind)) for c in owners for kind in home]
+    items += [Wait(link.to(c, payload)) for c in owners for payload in home]
     return items
 
 
 class _Link:
-    """A member's transfers, by the other member and by kind."""
+    """A member's transfers, by the other member and by payload."""
 
-    def __init__(self, group: GroupLayout, member: int, kinds: Kinds, num_pipelines: int) -> None:
+    def __init__(self, group: GroupLayout, member: int, payloads: Payloads, num_pipelines: int) -> None:
         self.members, self.me, self.num_pipelines = group.members, group.members[member], num_pipelines
-        self.steps = {kind: step for step, kind in enumerate(kinds)}
+        self.steps = {payload: step for step, payload in enumerate(payloads)}
 
     def peer(self, c: int) -> int:
         return self.members[c]
 
-    def to(self, c: int, kind: Kind) -> int:
-        return transfer_number(self.steps[kind], self.me, self.peer(c), self.num_pipelines)
+    def to(self, c: int, payload: Payload) -> int:
+        return transfer_number(self.steps[payload], self.me, self.peer(c), self.num_pipelines)
 
-    def come(self, c: int, kind: Kind) -> int:
-        return transfer_number(self.steps[kind], self.peer(c), self.me, self.num_pipelines)
+    def come(self, c: int, payload: Payload) -> int:
+        return transfer_number(self.steps[payload], self.peer(c), self.me, self.num_pipelines)
 
-    def receive_rows(self, c: int, kind: Kind, own: HeadRange, place: Runs) -> Receive:
+    def receive_rows(self, c: int, payload: Payload, own: HeadRange, place: Runs) -> Receive:
         """What comes to be attended to; where it is one stretch it lands where it belongs."""
-        transfer, peer = self.come(c, kind), self.peer(c)
+        transfer, peer = self.come(c, payload), self.peer(c)
         if len(place.start) == 1 and place.step is None:
-            return Receive(transfer, peer, 1, int(place.start[0]), place.rows, kind, own)
-        return Receive(transfer, peer, 1, 0, place.rows, kind, own, place)
+            return Receive(transfer, peer, GATHERED, int(place.start[0]), place.rows, payload, own)
+        return Receive(transfer, peer, GATHERED, 0, place.rows, payload, own, place)
 
-    def receive_results(self, c: int, kind: Kind, theirs: HeadRange, rows: Runs, landing: int) -> Receive:
+    def receive_results(self, c: int, payload: Payload, theirs: HeadRange, rows: Runs, landing: int) -> Receive:
         """What comes home, of some of the heads that the own rows have."""
-        transfer, peer = self.come(c, kind), self.peer(c)
-        if kind is Kind.KV_GRADS:
-            return Receive(transfer, peer, landing, 0, rows.rows, kind, theirs)
-        return Receive(transfer, peer, 0, 0, rows.rows, kind, theirs, rows)
+        transfer, peer = self.come(c, payload), self.peer(c)
+        if payload is Payload.KV_GRADS:
+            return Receive(transfer, peer, landing, 0, rows.rows, payload, theirs)
+        return Receive(transfer, peer, 0, 0, rows.rows, payload, theirs, rows)

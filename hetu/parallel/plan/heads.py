@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
+from itertools import accumulate
 
 _OF_KEY_HEADS = ("k", "v", "dk", "dv")
 _ONE_A_HEAD = ("lse", "delta")
 
 
-class Kind(Enum):
+class Payload(Enum):
     """What the rows of a transfer are: the values of a token that travel together, one after the other in a row.
 
     ``delta`` is what the backward subtracts from every score's gradient, see
@@ -28,6 +30,8 @@ class Kind(Enum):
     Q_GRADS = ("dq",)
     QKV_GRADS = ("dq", "dk", "dv")
 
+    __hash__ = object.__hash__  # there is one of each, and Enum's own is called for every row that is packed
+
     @property
     def values(self) -> tuple[str, ...]:
         """Names of the values, in order."""
@@ -37,17 +41,17 @@ class Kind(Enum):
     @property
     def is_wide(self) -> bool:
         """Whether they are float32 whatever the inputs are (float64 for float64 inputs)."""
-        return self in (Kind.KV_GRADS, Kind.LSE, Kind.LSE_DELTA)
+        return self in (Payload.KV_GRADS, Payload.LSE, Payload.LSE_DELTA)
 
     @property
     def is_result(self) -> bool:
         """Whether an attend computes them, so that they travel to the owner of the rows and not from it."""
-        return self not in (Kind.KV, Kind.QKV, Kind.QKV_DOUT, Kind.LSE_DELTA)
+        return self not in (Payload.KV, Payload.QKV, Payload.QKV_DOUT, Payload.LSE_DELTA)
 
     @property
     def label(self) -> str:
         """The values, as printed plans and messages call them."""
-        labels = {Kind.KV: "keys and values", Kind.KV_GRADS: "gradients"}
+        labels = {Payload.KV: "keys and values", Payload.KV_GRADS: "gradients"}
         return labels.get(self, ", ".join(self.values))
 
 
@@ -67,8 +71,21 @@ class HeadRange:
     first_kv: int
     num_kv: int
 
+    def contains(self, other: HeadRange) -> bool:
+        """Whether all query heads and key heads of another range are of this one, too."""
+        return (
+            self.first_q <= other.first_q
+            and other.first_q + other.num_q <= self.first_q + self.num_q
+            and self.first_kv <= other.first_kv
+            and other.first_kv + other.num_kv <= self.first_kv + self.num_kv
+        )
+
+    def overlaps(self, other: HeadRange) -> bool:
+        """Whether some key head is of both, and so perhaps some query head."""
+        return self.first_kv < other.first_kv + other.num_kv and other.first_kv < self.first_kv + self.num_kv
+
     def of(self, value: str) -> slice:
-        """The heads of a value of a token, :attr:`Kind.values`."""
+        """The heads of a value of a token, :attr:`Payload.values`."""
         if value in _OF_KEY_HEADS:
             return slice(self.first_kv, self.first_kv + self.num_kv)
         return slice(self.first_q, self.first_q + self.num_q)
@@ -77,25 +94,29 @@ class HeadRange:
         """How many heads :meth:`of` gives."""
         return self.num_kv if value in _OF_KEY_HEADS else self.num_q
 
-    def width(self, kind: Kind) -> int:
-        """Heads that a row of a kind holds, those of all its values together."""
-        return sum(map(self.count, kind.values))
+    def width(self, payload: Payload) -> int:
+        """Heads that a row of a payload holds, those of all its values together."""
+        return sum(map(self.count, payload.values))
 
-    def columns(self, kind: Kind, value: str, row: HeadRange) -> slice:
-        """Which heads of a row of a kind are those of a value, if the row holds the heads of another range.
+    def cuts(self, payload: Payload) -> tuple[tuple[str, int, int], ...]:
+        """Name, first head and number of heads of each value of a payload, in a row that holds these heads.
 
         Example:
-            >>> row = HeadRange(first_q=4, num_q=4, first_kv=2, num_kv=2)
-            >>> HeadRange(first_q=6, num_q=2, first_kv=3, num_kv=1).columns(Kind.QKV, "v", row)
-            slice(7, 8, None)
+            >>> HeadRange(first_q=4, num_q=4, first_kv=2, num_kv=2).cuts(Payload.QKV)
+            (('q', 0, 4), ('k', 4, 2), ('v', 6, 2))
         """
-        before = sum(row.count(name) for name in kind.values[: kind.values.index(value)])
-        own, first = self.of(value), row.of(value).start
-        return slice(before + own.start - first, before + own.stop - first)
+        counts = [self.count(name) for name in payload.values]
+        return tuple(zip(payload.values, accumulate([0, *counts]), counts, strict=False))
 
     def __str__(self) -> str:
         last = self.first_q + self.num_q - 1
         return f"head {last}" if self.num_q == 1 else f"heads {self.first_q} to {last}" if self.num_q else "no heads"
+
+
+@lru_cache(maxsize=64)
+def _first_heads(num_q: int, num_kv: int) -> HeadRange:
+    """One object for equal numbers, so that most comparisons of ranges end with a look at the address."""
+    return HeadRange(0, num_q, 0, num_kv)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +140,7 @@ class Heads:
     @property
     def all(self) -> HeadRange:
         """All heads."""
-        return HeadRange(0, self.num_q, 0, self.num_kv)
+        return _first_heads(self.num_q, self.num_kv)
 
     def range(self, start: int, stop: int) -> HeadRange:
         """Query heads ``start .. stop``, and the key heads that they use.
@@ -137,24 +158,24 @@ class Heads:
     @property
     def kv_row_bytes(self) -> int:
         """Bytes of one token's keys and values."""
-        return self.row_bytes(Kind.KV)
+        return self.row_bytes(Payload.KV)
 
     @property
     def grad_row_bytes(self) -> int:
         """Bytes of the gradients of one token's keys and values: float32, or float64 for float64 inputs."""
-        return self.row_bytes(Kind.KV_GRADS)
+        return self.row_bytes(Payload.KV_GRADS)
 
-    def row_bytes(self, kind: Kind, heads: HeadRange | None = None) -> int:
+    def row_bytes(self, payload: Payload, heads: HeadRange | None = None) -> int:
         """Bytes of one row of a transfer, of all heads or of a range of them.
 
         Example:
             >>> heads = Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2)
-            >>> heads.row_bytes(Kind.KV), heads.row_bytes(Kind.QKV, heads.range(0, 3)), heads.row_bytes(Kind.LSE)
-            (64, 80, 24)
+            >>> heads.row_bytes(Payload.KV), heads.row_bytes(Payload.QKV, heads.range(0, 3))
+            (64, 80)
         """
-        width = (heads or self.all).width(kind) * self.numbers(kind)
-        return width * (max(self.itemsize, 4) if kind.is_wide else self.itemsize)
+        width = (heads or self.all).width(payload) * self.numbers(payload)
+        return width * (max(self.itemsize, 4) if payload.is_wide else self.itemsize)
 
-    def numbers(self, kind: Kind) -> int:
-        """How many numbers a head of a kind's values has."""
-        return self.columns if kind is Kind.P else 1 if kind.values[0] in _ONE_A_HEAD else self.head_dim
+    def numbers(self, payload: Payload) -> int:
+        """How many numbers a head of a payload's values has."""
+        return self.columns if payload is Payload.P else 1 if payload.values[0] in _ONE_A_HEAD else self.head_dim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray, SegmentTable
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +28,8 @@ class Runs:
     step: IntArray | None = None
 
     @cached_property
-    def memo(self) -> dict[Any, Any]:
-        """Where a backend keeps what it derived from these arrays (device copies); not part of the value."""
+    def copies(self) -> dict[Hashable, Any]:
+        """What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`. Not part of the value."""
         return {}
 
     @property
@@ -46,6 +47,8 @@ class Runs:
 
     def indices(self) -> IntArray:
         """Every row number, in packing order."""
+        if len(self.start) == 1 and self.step is None:
+            return np.arange(self.start[0], self.start[0] + self.length[0])
         number = np.arange(self.rows) - np.repeat(np.cumsum(self.length) - self.length, self.length)
         if self.step is not None:
             number *= self.step.repeat(self.length)
@@ -61,16 +64,16 @@ class Send:
         peer: Who receives.
         buffer: Whose rows these are.
         runs: Which.
-        kind: Which of their values are sent. Gradients are those that the last ``Attend`` to ``buffer`` computed.
-        heads: Of which heads; None for all.
+        payload: Which of their values are sent. Gradients are those that the last ``Attend`` to ``buffer`` computed.
+        heads: The heads of which they are sent.
     """
 
     transfer: int
     peer: int
     buffer: int
     runs: Runs
-    kind: Kind = Kind.KV
-    heads: HeadRange | None = None
+    payload: Payload
+    heads: HeadRange
 
     @property
     def rows(self) -> int:
@@ -80,7 +83,7 @@ class Send:
     @property
     def grads(self) -> bool:
         """Whether these are gradients of keys and values that the owner adds up."""
-        return self.kind is Kind.KV_GRADS
+        return self.payload is Payload.KV_GRADS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,11 +93,11 @@ class Receive:
     Attributes:
         transfer: Its number, the same at both ends.
         peer: Who sends.
-        buffer: Where the rows belong. With ``grads`` it counts in :attr:`PipelinePlan.landing`.
+        buffer: Where the rows belong.
         offset: First row.
         rows: How many.
-        kind: What they are.
-        heads: Of which heads; None for all.
+        payload: What they are.
+        heads: The heads of which they hold values.
         runs: The rows of the buffer, if they don't follow each other, or if they hold more heads than come: they land
             aside then, and are copied there when they are waited for.
     """
@@ -104,14 +107,14 @@ class Receive:
     buffer: int
     offset: int
     rows: int
-    kind: Kind = Kind.KV
-    heads: HeadRange | None = None
+    payload: Payload
+    heads: HeadRange
     runs: Runs | None = None
 
     @property
     def grads(self) -> bool:
         """Whether these are gradients of keys and values that are added up."""
-        return self.kind is Kind.KV_GRADS
+        return self.payload is Payload.KV_GRADS
 
     def indices(self) -> IntArray:
         """Every row of the buffer that is filled, in the order in which rows come."""
@@ -130,15 +133,15 @@ class Copy:
     """Copies rows from one of the pipeline's buffers to another: what a transfer from a pipeline to itself would do.
 
     Attributes:
-        kind: Which values of the rows; ``KV_GRADS`` are added to what the target holds.
-        heads: Of which heads.
-        buffer: From where.
-        runs: Which rows.
-        target: To which buffer.
-        place: To which rows of it.
+        payload: Which values of the rows; ``KV_GRADS`` are added to what the target holds.
+        heads: The heads of which they are copied.
+        buffer: The buffer that is read.
+        runs: The rows of it.
+        target: The buffer that is written.
+        place: The rows of it.
     """
 
-    kind: Kind
+    payload: Payload
     heads: HeadRange
     buffer: int
     runs: Runs
@@ -160,7 +163,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Attend:
-    """Attends the pipeline's queries to ``buffer`` by ``table`` and merges into the running (out, lse).
+    """Attends the rows of the queries' buffer to ``buffer`` by ``table`` and merges into the running (out, lse).
 
     In the backward: adds to the gradients of the queries, and computes those of the buffer's keys and values.
 
@@ -168,14 +171,13 @@ class Attend:
         buffer: Index of the buffer of keys and values; 0 is the pipeline's own shard.
         table: The segments; rows of ``k_start`` count in the buffer.
         sources: What the buffer holds, from its row 0 on.
-        heads: Which heads attend; None for all. The query heads are those of a whole number of key heads, or of one.
-            No other step attends for them: it is the first and the last one.
+        heads: The heads that attend. The query heads are those of a whole number of key heads, or of one.
     """
 
     buffer: int
     table: SegmentTable
     sources: tuple[Source, ...]
-    heads: HeadRange | None = None
+    heads: HeadRange
 
     @property
     def rows(self) -> int:
@@ -185,15 +187,12 @@ class Attend:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Accumulate:
-    """Adds rows ``offset .. offset + runs.rows`` of landing buffer ``buffer`` to the gradients of own rows ``runs``.
-
-    They are of ``heads``, or of all.
-    """
+    """Adds rows ``offset .. offset + runs.rows`` of ``buffer`` to the gradients of own rows ``runs``, of ``heads``."""
 
     buffer: int
     offset: int
     runs: Runs
-    heads: HeadRange | None = None
+    heads: HeadRange
 
 
 Instruction = Send | Receive | Wait | Copy | Attend | Accumulate

@@ -2,132 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
-from hetu.parallel.plan.heads import Heads, Kind
-from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
+from hetu.parallel.plan.buffers import Lifetime, batches, lifetimes
+from hetu.parallel.plan.heads import Heads, Payload
+from hetu.parallel.plan.instructions import Attend, Wait
 from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 
 
 def peak_bytes(plan: PlanData, part: PipelinePlan) -> int:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.peak_bytes`."""
-    return _peak_by_tokens(plan, part) if part.heads is None else _PeakByHeads(plan, part).walk()
+    heads, lives, starts = plan.heads, lifetimes(part), batches(part)
+    aside = own_gradients(part).aside if plan.is_backward else ()
+    packed: dict[int, int] = {}
+    held = most = part.rows * _given_row(plan, part)
 
+    def size(life: Lifetime) -> int:
+        return life.rows * heads.row_bytes(life.payload, life.heads)
 
-# Keys and values travel
-
-
-def _peak_by_tokens(plan: PlanData, part: PipelinePlan) -> int:
-    heads = plan.heads
-    width = heads.num_q * heads.head_dim
-    moved = sum(part.buffers) * heads.kv_row_bytes + bytes_in_flight(part, heads)
-    if not plan.is_backward:
-        query_bytes = 2 * width * heads.itemsize + 4 * heads.num_q + 4 * width * part.runs_on
-        return moved + part.rows * query_bytes
-    # q, out, dout, dq; lse and delta; dk and dv. What comes in several parts is summed up in float32.
-    row_bytes = 4 * width * heads.itemsize + 2 * 4 * heads.num_q + heads.kv_row_bytes
-    if heads.itemsize < 4:
-        row_bytes += 4 * width * part.runs_on + heads.grad_row_bytes * part.sums_gradients
-    aside = (sum(part.landing) + scratch_rows(part)) * heads.grad_row_bytes
-    return moved + aside + part.rows * row_bytes
-
-
-def bytes_in_flight(part: PipelinePlan, heads: Heads) -> int:
-    """Most bytes at a time that are packed and not yet known to be sent."""
-    flying: dict[int, int] = {}
-    most = 0
-    for item in part.instructions:
-        if isinstance(item, Send):
-            flying[item.transfer] = item.rows * heads.row_bytes(item.kind, item.heads)
-            most = max(most, sum(flying.values()))
-        elif isinstance(item, Wait):
-            flying.pop(item.transfer, None)
-    return most
-
-
-def scratch_rows(part: PipelinePlan) -> int:
-    """Most rows at a time whose gradients are computed aside: to be sent home, or added to those of own rows."""
-    last, held, most, aside = part.last_reads(), dict[int, int](), 0, own_gradients(part).aside
     for number, item in enumerate(part.instructions):
-        if isinstance(item, Attend) and (item.buffer or number in aside):
-            held[item.buffer] = item.rows if item.buffer else part.rows
-            most = max(most, sum(held.values()))
-        if number in last and isinstance(item, (Send, Attend)):
-            held.pop(item.buffer, None)
+        batch = starts.get(number)
+        if batch is not None:
+            for send in batch.sends:
+                packed[send.transfer] = send.rows * heads.row_bytes(send.payload, send.heads)
+                held += packed[send.transfer]
+            most = max(most, held)
+            held -= sum(map(size, lives.freed.get(number, ())))
+        held += sum(map(size, lives.made.get(number, ())))
+        if number == lives.results:
+            held += _results(plan, part)
+        most = max(most, held)
+        if isinstance(item, Attend) and plan.is_backward:
+            most = max(most, held + _for_an_attend(part, item, heads, is_aside=number in aside))
+        elif isinstance(item, Wait):
+            held -= packed.pop(item.transfer, 0)
+        if batch is None:
+            held -= sum(map(size, lives.freed.get(number, ())))
     return most
 
 
-# Heads are exchanged for tokens
+def _given_row(plan: PlanData, part: PipelinePlan) -> int:
+    """Bytes of an own row that are there from the beginning."""
+    row = plan.heads.row_bytes
+    if not plan.is_backward:
+        return row(Payload.QKV)
+    # If lse travels it is there twice: as the forward gave it, and row by row.
+    return row(Payload.QKV_DOUT) + row(Payload.OUT) + row(Payload.LSE_DELTA) + bool(part.queries) * row(Payload.LSE)
 
 
-class _PeakByHeads:
-    """Walks the instructions, and adds up what is held after each: by transfer, by landing buffer, or by kind."""
+def _results(plan: PlanData, part: PipelinePlan) -> int:
+    """Bytes of the results of own rows, and of what runs on between steps in float32."""
+    row, wide = plan.heads.row_bytes, max(plan.heads.itemsize, 4)
+    running = part.buffers[part.queries].rows * part.heads.num_q * plan.heads.head_dim * wide * part.runs_on
+    if not plan.is_backward:
+        return part.rows * (row(Payload.OUT) + row(Payload.LSE) + bool(part.queries) * row(Payload.LSE)) + running
+    if plan.heads.itemsize == wide:
+        return part.rows * row(Payload.QKV_GRADS)
+    return part.rows * (row(Payload.QKV_GRADS) + part.sums_gradients * row(Payload.KV_GRADS)) + running
 
-    def __init__(self, plan: PlanData, part: PipelinePlan) -> None:
-        self.heads, self.part, self.is_backward = plan.heads, part, plan.is_backward
-        self.held: dict[Hashable, int] = {"shard": part.rows * self._shard_row()}
-        self.most = sum(self.held.values())
-        items = part.instructions
-        self.computed = {item.kind for item in items if isinstance(item, (Send, Copy)) and item.buffer}
 
-    def _shard_row(self) -> int:
-        """Bytes of an own row that are there from the beginning."""
-        row = self.heads.row_bytes
-        if not self.is_backward:
-            return row(Kind.QKV)
-        return row(Kind.QKV_DOUT) + row(Kind.OUT) + row(Kind.LSE_DELTA) + row(Kind.LSE)  # lse as it came, and by rows
-
-    def _result_row(self) -> int:
-        """Bytes of an own row of results."""
-        row = self.heads.row_bytes
-        if not self.is_backward:
-            return row(Kind.OUT) + 2 * row(Kind.LSE)  # by rows, and as it is returned
-        sums = self.part.sums_gradients and self.heads.itemsize < 4
-        return row(Kind.QKV_GRADS) + sums * row(Kind.KV_GRADS)
-
-    def _gathered(self, kind: Kind) -> int:
-        return self.part.buffers[1] * self.heads.row_bytes(kind, self.part.heads)
-
-    def walk(self) -> int:
-        """Most bytes at a time."""
-        last = self.part.last_uses()
-        for number, item in enumerate(self.part.instructions):
-            match item:
-                case Send():
-                    self.held[item.transfer] = item.rows * self.heads.row_bytes(item.kind, item.heads)
-                case Receive():
-                    self._receive(item)
-                case Copy():
-                    self._fill(item.kind)
-                case Attend():
-                    self._attend(item)
-                case Wait():
-                    self.held.pop(item.transfer, None)
-                case Accumulate():
-                    self.held.pop(("landing", item.buffer), None)
-            self.most = max(self.most, sum(self.held.values()))
-            for kind in last.get(number, ()):
-                self.held.pop(kind, None)
-        return self.most
-
-    def _receive(self, item: Receive) -> None:
-        self._fill(item.kind)
-        size = item.rows * self.heads.row_bytes(item.kind, item.heads)
-        if item.grads:
-            self.held["landing", item.buffer] = size
-        elif item.runs is not None:
-            self.held[item.transfer] = size
-
-    def _fill(self, kind: Kind) -> None:
-        """Where rows end up is made when the first ones come."""
-        if kind.is_result:
-            self.held["results"] = self.part.rows * self._result_row()
-        else:
-            self.held[kind] = self._gathered(kind)
-
-    def _attend(self, item: Attend) -> None:
-        self.held |= {kind: self._gathered(kind) for kind in self.computed}
-        if self.is_backward:  # lse and delta of these heads, as kernels read them
-            own = item.rows * self.heads.row_bytes(Kind.LSE_DELTA, item.heads)
-            self.most = max(self.most, sum(self.held.values()) + own)
+def _for_an_attend(part: PipelinePlan, item: Attend, heads: Heads, is_aside: bool) -> int:
+    """Bytes that only an attend of a backward needs."""
+    rows = part.buffers[part.queries].rows
+    by_head = rows * heads.row_bytes(Payload.LSE_DELTA, item.heads) if part.queries else 0  # as kernels read them
+    return by_head + is_aside * rows * heads.row_bytes(Payload.KV_GRADS, item.heads)

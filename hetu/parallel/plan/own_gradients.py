@@ -1,7 +1,8 @@
-"""Where the gradients of a pipeline's own keys and values are written, when several steps compute some.
+"""Where the gradients of keys and values are written that an attend computes, when several steps compute some.
 
-Attends to disjoint ranges of own rows write theirs where they belong, one beside the other, and nothing has to be added
-or kept in float32. What would overwrite a gradient is computed aside, for the whole shard, and added.
+Those of the queries' own buffer stay there. Attends to disjoint ranges of its rows write theirs where they belong, one
+beside the other, and nothing has to be added or kept in float32. What would overwrite a gradient is computed aside, for
+the whole buffer, and added. Those of foreign rows are computed anew by each attend, and only of rows that it names.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray, unite
-from hetu.parallel.plan.instructions import Accumulate, Attend, Runs
+from hetu.parallel.plan.heads import HeadRange, Payload
+from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs
 
 if TYPE_CHECKING:
     from hetu.parallel.plan.parts import PipelinePlan
@@ -23,16 +25,17 @@ Stretches = tuple[IntArray, IntArray]
 
 @dataclass(frozen=True, slots=True)
 class OwnGradients:
-    """What happens to the gradients of own rows.
+    """What happens to the gradients of the keys and values of the shard, and of the queries' buffer.
 
     Attributes:
-        aside: Attends to the own shard, by number of the instruction, that name a row of which there is a gradient
-            already, of an earlier attend to the shard or one that was added. The others write in place.
-        has_gaps: Whether no attend that writes in place names some row, which has to be 0 from the beginning.
+        aside: Attends to the queries' buffer, by number of the instruction, that name a row of which there is a
+            gradient already, of an earlier attend or one that was added. The others write in place.
+        gaps: Those of the two buffers in which nothing writes the gradients of some row and head in place: they have to
+            be 0 from the beginning.
     """
 
     aside: frozenset[int]
-    has_gaps: bool
+    gaps: frozenset[int]
 
 
 def own_gradients(part: PipelinePlan) -> OwnGradients:
@@ -41,21 +44,33 @@ def own_gradients(part: PipelinePlan) -> OwnGradients:
 
 
 def _find(part: PipelinePlan) -> OwnGradients:
-    steps = [number for number, item in enumerate(part.instructions) if isinstance(item, Attend) and item.buffer == 0]
     aside: set[int] = set()
-    taken: Stretches = np.empty(0, np.int64), np.empty(0, np.int64)  # rows of which there is a gradient
-    in_place = 0
-    for number, item in enumerate(part.instructions[: steps[-1] + 1] if steps else ()):
-        if isinstance(item, Accumulate):
-            taken = _joined(taken, _rows_of(item.runs))
-        elif isinstance(item, Attend) and item.buffer == 0:
-            named, before = item.table.stretches(), taken
-            taken = _joined(taken, named)
-            if _count(taken) < _count(before) + _count(named):
-                aside.add(number)
-            else:
-                in_place += _count(named)
-    return OwnGradients(frozenset(aside), in_place < part.rows)
+    taken: dict[HeadRange, Stretches] = {}  # rows of the queries' buffer of which there is a gradient
+    written = dict.fromkeys((0, part.queries), 0)  # in place: rows times key heads
+    for number, item in enumerate(part.instructions):
+        match item:
+            case Attend(buffer=buffer) if buffer == part.queries:
+                named = item.table.stretches()
+                if any(_meet(rows, named) for heads, rows in taken.items() if heads.overlaps(item.heads)):
+                    aside.add(number)
+                else:
+                    written[buffer] += _count(named) * item.heads.num_kv
+                taken[item.heads] = _joined(taken.get(item.heads, _NONE), named)
+            case Accumulate() if part.queries == 0:
+                taken[item.heads] = _joined(taken.get(item.heads, _NONE), _rows_of(item.runs))
+            case Receive(buffer=0, payload=Payload.QKV_GRADS):
+                written[0] += item.rows * item.heads.num_kv
+            case Copy(target=0, payload=Payload.QKV_GRADS):
+                written[0] += item.place.rows * item.heads.num_kv
+    holds = {buffer: part.buffers[buffer].rows * part.buffers[buffer].heads.num_kv for buffer in written}
+    return OwnGradients(frozenset(aside), frozenset([buffer for buffer in written if written[buffer] < holds[buffer]]))
+
+
+_NONE: Stretches = (np.empty(0, np.int64), np.empty(0, np.int64))
+
+
+def _meet(one: Stretches, other: Stretches) -> bool:
+    return _count(_joined(one, other)) < _count(one) + _count(other)
 
 
 def _rows_of(runs: Runs) -> Stretches:

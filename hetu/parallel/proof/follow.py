@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.plan.buffers import batches
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
-from hetu.parallel.plan.parts import PlanData, batches
-from hetu.parallel.proof.structure import Transfer, instruction_name, refuse
+from hetu.parallel.plan.parts import PlanData
+from hetu.parallel.proof.transfers import Transfer, instruction_name, refuse
 
 
 class Follower(ABC):
@@ -28,24 +29,28 @@ class Follower(ABC):
 
     def __init__(self, r: int, plan: PlanData, transfers: dict[int, Transfer]) -> None:
         self.r, self.part, self.transfers = r, plan.pipelines[r], transfers
-        self.next, self.batches = 0, batches(self.part)
+        self.next, self.packs = 0, {number for number, batch in batches(self.part).items() if batch.sends}
         self.pending: dict[int, Send | Receive] = {}
 
     @abstractmethod
-    def pack(self, item: Send) -> IntArray:
-        """What a send carries."""
+    def pack(self, item: Send) -> dict[str, IntArray]:
+        """What a send carries: numbers by kind of value."""
 
     @abstractmethod
     def expect(self, item: Receive) -> None:
         """Gives what a receive fills to it."""
 
     @abstractmethod
-    def land(self, item: Receive, payload: IntArray) -> None:
+    def land(self, item: Receive, content: dict[str, IntArray]) -> None:
         """Puts what has come where a receive wants it."""
 
     @abstractmethod
     def compute(self, item: Attend | Accumulate | Copy) -> None:
         """Does what concerns no other pipeline."""
+
+    @abstractmethod
+    def followed(self, number: int) -> None:
+        """Lets go of what nobody needs after an instruction."""
 
     @property
     def is_done(self) -> bool:
@@ -55,6 +60,7 @@ class Follower(ABC):
         """Follows instructions until one has to wait; says whether any was followed."""
         begin = self.next
         while not self.is_done and self._step():
+            self.followed(self.next)
             self.next += 1
         return self.next > begin
 
@@ -63,9 +69,9 @@ class Follower(ABC):
         item = None if self.is_done else self.part.instructions[self.next]
         if isinstance(item, Wait):
             return self.transfers[item.transfer]
-        computes = isinstance(item, (Attend, Accumulate, Copy)) or self.next in self.batches
+        computes = isinstance(item, (Attend, Accumulate, Copy)) or self.next in self.packs
         transfers = [self.transfers[number] for number in self.pending] if computes else []
-        return next((t for t in transfers if not t.is_expected or t.payload is None), None)
+        return next((t for t in transfers if not t.is_expected or t.content is None), None)
 
     def _step(self) -> bool:
         if not isinstance(self.part.instructions[self.next], Wait) and self.waits_for():
@@ -74,7 +80,7 @@ class Follower(ABC):
             case Wait() as item:
                 return self._wait(item)
             case Send() as item:
-                self.transfers[item.transfer].payload = self.pack(item)
+                self.transfers[item.transfer].content = self.pack(item)
                 self.pending[item.transfer] = item
             case Receive() as item:
                 self.expect(item)
@@ -93,9 +99,9 @@ class Follower(ABC):
             if not transfer.is_expected:
                 return False
         else:
-            if transfer.payload is None:
+            if transfer.content is None:
                 return False
-            self.land(own, transfer.payload)
+            self.land(own, transfer.content)
         del self.pending[item.transfer]
         return True
 

@@ -1,69 +1,82 @@
-"""Proves that every gradient comes home: follows a backward plan's gradients of foreign rows from row to row.
+"""Proves that every gradient of keys and values comes home: gives each one a number, and notes where it went.
 
-Each row of a foreign buffer that some segment of an attend names is one gradient, with a number. Numbers stand in for
-the gradients in what an attend computed and in landing buffers. The plan is proven if each of them is sent once and
-added once, to the row of its owner's shard that holds its token.
+What an attend computes of one atom of heads of one row of a buffer other than the shard is one gradient. Of the
+queries' buffer an attend computes those of all rows, for rows that no segment names get 0; of other buffers those that
+segments name. Numbers stand in for them in buffers. The plan is proven if each is sent or copied once, and added once
+to the row of its owner's shard that holds its token, or put there if it is the only one.
 
-Gradients of own rows stay where they are computed. Of these it is proven that each attend to the own shard which writes
-them where they belong, see :mod:`hetu.parallel.plan.own_gradients`, overwrites nothing, and that nothing is added to a
-row that holds neither 0 nor a gradient.
+Gradients of own rows may also stay where they are computed. Of these it is proven that each attend to the own shard
+which writes them where they belong, see :mod:`hetu.parallel.plan.own_gradients`, overwrites nothing, and that nothing
+is added to a row that holds neither 0 nor a gradient.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from typing import NoReturn
 
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray
-from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send
+from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PlanData
-from hetu.parallel.proof.structure import LANDING, UNWRITTEN, Tokens, instruction_name, refuse
+from hetu.parallel.proof.contents import KEY_GRADS, Contents
+from hetu.parallel.proof.transfers import refuse
 
 NOT_COMPUTED = -3
 """A row of a foreign buffer that no segment of the last attend names."""
 
 
 class Contributions:
-    """All gradients of foreign rows that the pipelines of a backward plan compute.
+    """All gradients that the pipelines of a backward plan compute in buffers other than their shards.
 
     Attributes:
-        tokens: The plan's tokens.
-        rows: By pipeline and number of the attend: the rows of the buffer that segments name.
-        first: Likewise, the number of the first one's gradient; the others' follow.
-        token: Of which token each gradient is.
-        pipeline: Who computes it.
-        attend: By which of its attends, from 0.
+        rows: By pipeline and number of the attend: the rows of the buffer of which it computes gradients.
+        first: Likewise, the number of the first one's gradient; the others' follow, row after row and atom after atom.
+        home: The number of the key head's atom of the token that each gradient is of.
         is_sent: Whether it is on its way home.
         is_added: Whether it is home.
     """
 
-    def __init__(self, plan: PlanData, tokens: Tokens) -> None:
-        self.tokens = tokens
+    def __init__(self, plan: PlanData, contents: Contents) -> None:
+        self.contents = contents
         self.rows: dict[tuple[int, int], IntArray] = {}
         self.first: dict[tuple[int, int], int] = {}
-        token: list[IntArray] = [np.empty(0, np.int64)]
-        places: list[tuple[int, int]] = []
+        self._places: list[tuple[int, int]] = []
+        home: list[IntArray] = [np.empty(0, np.int64)]
+        total = 0
         for r, part in enumerate(plan.pipelines):
-            # Where heads are exchanged all gradients come home that way; see verify_heads.
-            attends = [item for item in part.instructions if isinstance(item, Attend) and part.heads is None]
+            attends = [item for item in part.instructions if isinstance(item, Attend)]
             for number, item in enumerate(attends):
                 if item.buffer == 0:
                     continue
-                rows = named_rows(item)
-                held = [tokens.shards[source.owner][source.runs.indices()] for source in item.sources]
-                self.rows[r, number], self.first[r, number] = rows, len(places)
-                token += [np.concatenate(held)[rows]] if held else []
-                places += [(r, number)] * len(rows)
-        self.token = np.concatenate(token)
-        self.pipeline, self.attend = np.array(places, np.int64).reshape(-1, 2).T
-        self.is_sent, self.is_added = np.zeros((2, len(places)), bool)
+                rows = np.arange(item.rows) if item.buffer == part.queries else named_rows(item)
+                atoms = contents.atoms(KEY_GRADS, item.heads)
+                home.append(contents.numbers(KEY_GRADS, contents.tokens.of_sources(item)[rows], atoms).reshape(-1))
+                self.rows[r, number], self.first[r, number] = rows, total
+                self._places.append((r, number))
+                total += len(home[-1])
+        self.home = np.concatenate(home)
+        self.is_sent, self.is_added = np.zeros((2, total), bool)
+
+    def numbers(self, r: int, number: int, atoms: int) -> IntArray:
+        """The gradients that an attend computes, ``(rows, atoms)``."""
+        rows = self.rows[r, number]
+        return self.first[r, number] + np.arange(len(rows) * atoms).reshape(len(rows), atoms)
 
     def name(self, gradient: int) -> str:
         """A gradient, as messages call it."""
-        token, by = self.tokens.name(int(self.token[gradient])), f"pipeline {self.pipeline[gradient]}"
-        return f"the gradient of {token} that {by} computes by attend {self.attend[gradient]}"
+        r, number = self._places[bisect_right([self.first[place] for place in self._places], gradient) - 1]
+        what = self.contents.name(KEY_GRADS, int(self.home[gradient]))
+        return f"the gradient of {what} that pipeline {r} computes by attend {number}"
+
+    def send(self, gradients: IntArray, what: str) -> None:
+        """Notes that gradients leave the pipeline that computed them."""
+        twice = self.is_sent[gradients] | (np.bincount(gradients)[gradients] > 1)
+        if twice.any():
+            refuse(f"{what} sends a second time {self.name(int(gradients[twice.argmax()]))}")
+        self.is_sent[gradients] = True
 
     def check_home(self) -> None:
         """That none is still away."""
@@ -74,108 +87,64 @@ class Contributions:
             refuse(f"{self.name(i)} {what}")
 
 
-class Gradients:
-    """The gradients that one pipeline holds while it follows its instructions.
+class OwnSums:
+    """The gradients of one pipeline's own keys and values, ``(rows, atoms)``.
 
     Attributes:
-        computed: By buffer, what the last attend to it computed; foreign buffers only.
-        landing: Its landing buffers.
-        holds: Whether each own row holds 0 or a gradient, and not what was in memory.
-        has_part: Whether it holds a gradient.
+        holds: Whether there is 0 or a gradient, and not what was in memory.
+        has_part: Whether there is a gradient.
     """
 
-    def __init__(self, r: int, plan: PlanData, all_of_them: Contributions) -> None:
-        self.r, self.part, self.all = r, plan.pipelines[r], all_of_them
-        self.computed: dict[int, IntArray] = {}
-        self.landing = [np.full(size, UNWRITTEN) for size in self.part.landing]
-        self.attends = 0
+    def __init__(self, r: int, plan: PlanData, contents: Contents, contributions: Contributions) -> None:
+        self.r, self.part, self.contents, self.all = r, plan.pipelines[r], contents, contributions
         own = own_gradients(self.part)
         steps = [n for n, item in enumerate(self.part.instructions) if isinstance(item, Attend)]
         self.aside = {number for number, step in enumerate(steps) if step in own.aside}
-        self.holds = np.full(self.part.rows, own.has_gaps)
-        self.has_part = np.zeros(self.part.rows, bool)
+        size = self.part.rows, contents.number_of_atoms(KEY_GRADS)
+        self.holds = np.full(size, 0 in own.gaps)
+        self.has_part = np.zeros(size, bool)
 
-    def attend(self, item: Attend, pending: list[Send | Receive]) -> None:
-        """Computes the gradients of a buffer, in place of what was computed of it before."""
-        number, buffer = self.attends, item.buffer
-        self.attends += 1
-        if buffer == 0:
-            self._attend_to_own(named_rows(item), number)
-            return
-        for other in pending:
-            if isinstance(other, Send) and other.grads and other.buffer == buffer:
-                self._refuse(f"attend {number} to buffer {buffer} while {instruction_name(other)} reads its gradients")
-        lost = self.computed.get(buffer, np.empty(0, np.int64))
-        lost = lost[lost >= 0]
-        lost = lost[~self.all.is_sent[lost]]
-        if len(lost):
-            self._refuse(f"{self.all.name(int(lost[0]))} is overwritten by attend {number} before it is sent home")
-        rows = self.all.rows[self.r, number]
-        self.computed[buffer] = np.full(self.part.buffers[buffer], NOT_COMPUTED)
-        self.computed[buffer][rows] = self.all.first[self.r, number] + np.arange(len(rows))
-
-    def _attend_to_own(self, rows: IntArray, number: int) -> None:
+    def attend(self, item: Attend, number: int) -> None:
+        """Computes gradients of own rows: where they belong, or aside to be added."""
+        rows, atoms = named_rows(item), self.contents.atoms(KEY_GRADS, item.heads)
         if number in self.aside:
-            self._check_holds(rows, f"attend {number} adds to")
-        elif self.has_part[rows].any():
-            row = int(rows[self.has_part[rows].argmax()])
-            self._refuse(f"attend {number} overwrites what there is of the gradient of own row {row}")
-        self.holds[rows] = self.has_part[rows] = True
+            self._check_holds(rows, atoms, f"attend {number} adds to")
+        elif self.has_part[rows, atoms].any():
+            self._refuse(
+                f"attend {number} overwrites what there is of the gradient of own row {self._taken(rows, atoms)}"
+            )
+        self.holds[rows, atoms] = self.has_part[rows, atoms] = True
 
-    def _check_holds(self, rows: IntArray, what: str) -> None:
-        if not self.holds[rows].all():
-            row = int(rows[self.holds[rows].argmin()])
+    def bring(self, rows: IntArray, atoms: slice, gradients: IntArray, what: str, is_finished: bool) -> None:
+        """Adds gradients to those of own rows, or puts finished ones there."""
+        flat = gradients.reshape(-1)
+        if self.all.is_added[flat].any():
+            self._refuse(f"{what} adds a second time {self.all.name(int(flat[self.all.is_added[flat].argmax()]))}")
+        wanted = self.contents.numbers(KEY_GRADS, self.contents.tokens.shards[self.r][rows], atoms)
+        wrong = wanted != self.all.home[gradients]
+        if wrong.any():
+            i, atom = np.argwhere(wrong)[0]
+            there = self.contents.name(KEY_GRADS, int(wanted[i, atom]))
+            self._refuse(f"{what} adds to own row {rows[i]}, {there}: {self.all.name(int(gradients[i, atom]))}")
+        self.all.is_added[flat] = True
+        if not is_finished:
+            self._check_holds(rows, atoms, f"{what} adds to")
+        elif self.has_part[rows, atoms].any():
+            self._refuse(f"{what} overwrites what there is of the gradient of own row {self._taken(rows, atoms)}")
+        self.holds[rows, atoms] = self.has_part[rows, atoms] = True
+
+    def _taken(self, rows: IntArray, atoms: slice) -> int:
+        return int(rows[self.has_part[rows, atoms].any(1).argmax()])
+
+    def _check_holds(self, rows: IntArray, atoms: slice, what: str) -> None:
+        held = self.holds[rows, atoms]
+        if not held.all():
+            row = int(rows[held.all(1).argmin()])
             self._refuse(f"{what} the gradient of own row {row}, to which nothing was written")
 
     def check_end(self) -> None:
         """That every own row got a gradient, if only 0."""
-        self._check_holds(np.arange(self.part.rows), "the plan leaves")
-
-    def send(self, item: Send) -> IntArray:
-        """What a send packs."""
-        rows = item.runs.indices()
-        if item.buffer not in self.computed:
-            self._refuse(f"{instruction_name(item)} comes before any attend to buffer {item.buffer}")
-        payload = self.computed[item.buffer][rows]
-        if (payload < 0).any():
-            row = rows[(payload < 0).argmax()]
-            self._refuse(f"{instruction_name(item)} sends row {row} of buffer {item.buffer}, which no segment names")
-        twice = self.all.is_sent[payload] | (np.bincount(payload)[payload] > 1)
-        if twice.any():
-            self._refuse(f"{instruction_name(item)} sends a second time {self.all.name(int(payload[twice.argmax()]))}")
-        self.all.is_sent[payload] = True
-        return payload
-
-    def receive(self, item: Receive) -> None:
-        """Gives rows of a landing buffer to what will land there."""
-        rows = self.landing[item.buffer][item.offset : item.offset + item.rows]
-        kept = rows[rows >= 0]
-        kept = kept[~self.all.is_added[kept]]
-        if len(kept):
-            what = f"{instruction_name(item)} fills landing buffer {item.buffer}"
-            self._refuse(f"{what} before it was added: {self.all.name(int(kept[0]))}")
-        rows[:] = LANDING
-
-    def add(self, item: Accumulate) -> None:
-        """Adds what has landed to the pipeline's own gradients."""
-        what = f"{instruction_name(item)} from landing buffer {item.buffer}"
-        landed = self.landing[item.buffer][item.offset : item.offset + item.runs.rows]
-        if (landed < 0).any():
-            row = int((landed < 0).argmax())
-            self._refuse(f"{what} adds row {item.offset + row}: {self.all.tokens.name(int(landed[row]))}")
-        if self.all.is_added[landed].any():
-            gradient = int(landed[self.all.is_added[landed].argmax()])
-            self._refuse(f"{what} adds a second time {self.all.name(gradient)}")
-        own = item.runs.indices()
-        tokens = self.all.tokens.shards[self.r][own]
-        wrong = tokens != self.all.token[landed]
-        if wrong.any():
-            i = int(wrong.argmax())
-            there = self.all.tokens.name(int(tokens[i]))
-            self._refuse(f"{what} adds to own row {own[i]}, {there}: {self.all.name(int(landed[i]))}")
-        self.all.is_added[landed] = True
-        self._check_holds(own, f"{what} adds to")
-        self.has_part[own] = True
+        self._check_holds(np.arange(self.part.rows), slice(None), "the plan leaves")
 
     def _refuse(self, what: str) -> NoReturn:
         refuse(f"pipeline {self.r}: {what}")

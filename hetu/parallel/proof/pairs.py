@@ -10,7 +10,7 @@ import numpy as np
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.parts import PlanData
-from hetu.parallel.proof.structure import Tokens, refuse
+from hetu.parallel.proof.transfers import Tokens, refuse
 
 Seen = tuple[IntArray, IntArray, IntArray]
 """For every key of every segment: the query span, the key's token, the first row of the span that sees it."""

@@ -1,135 +1,99 @@
-"""What a plan must be before it can be followed: its instructions name what exists, and transfers have two ends."""
+"""What a part must be before it can be followed: its buffers and instructions name what exists."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
-from hetu.errors import PlanError
 from hetu.parallel.mask.segments import IntArray, QuerySpans
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.buffers import Buffer, shard
+from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
+from hetu.parallel.proof.contents import read_of_queries, results_of
+from hetu.parallel.proof.transfers import Tokens, instruction_name, refuse
 
 BY_ROW = ("document", "position", "slot", "slot_row", "column")
 """What query spans say of every row."""
 
-UNWRITTEN, LANDING = -1, -2
-"""Rows of a buffer that hold no token: nothing was received there yet, or what is has not landed."""
 
-
-def refuse(what: str) -> NoReturn:
-    """Raises the error of a plan that is not proven."""
-    fix = "build plans by hetu.parallel.build_plan and AttnPlan.backward; if this one was, please report it"
-    raise PlanError(what, op="plan", fix=fix)
-
-
-# Tokens
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Tokens:
-    """All tokens of all groups, numbered group after group in the order of documents and positions."""
-
-    group: IntArray
-    document: IntArray
-    position: IntArray
-    shards: list[IntArray]
-
-    @classmethod
-    def of(cls, plan: PlanData) -> Tokens:
-        """The tokens of a plan's layout."""
-        groups = plan.layout.groups
-        sizes = [group.tokens for group in groups]
-        base = np.cumsum([0, *sizes])
-        document = [np.arange(len(group.lengths)).repeat(group.lengths) for group in groups]
-        position = [
-            np.arange(size) - group.offsets[owner] for size, group, owner in zip(sizes, groups, document, strict=True)
-        ]
-        shards = [base[plan.layout.group_index(r)] + plan.layout.columns(r) for r in range(plan.layout.num_pipelines)]
-        everyone = np.arange(len(groups)).repeat(sizes)
-        return cls(everyone, np.concatenate(document), np.concatenate(position), shards)
-
-    def name(self, token: int) -> str:
-        """A row's content, as messages call it."""
-        if token < 0:
-            return "nothing that has landed" if token == LANDING else "nothing that was ever received"
-        return f"position {self.position[token]} of document {self.document[token]} of group {self.group[token]}"
-
-
-# Parts and transfers
-
-
-def check_part(plan: PlanData, r: int, part: PipelinePlan) -> None:
+def check_part(plan: PlanData, r: int, part: PipelinePlan, tokens: Tokens) -> None:
     """That a part is of its pipeline, and that its instructions name what exists."""
-    check_shard(plan, r, part)
-    check_spans(by_row(plan.layout.query_spans(r), part.rows, r), part, part.rows)
-    if not any(isinstance(item, Attend) for item in part.instructions):
-        refuse(f"pipeline {r} never attends, so its output is never written")
+    _check_buffers(plan, r, part)
     for item in part.instructions:
         if not isinstance(item, Wait):
-            _check_instruction(plan, part, item)
+            _Check(plan, part, item).instruction()
+    attends = [item for item in part.instructions if isinstance(item, Attend)]
+    if part.queries == 0:
+        if not attends:
+            refuse(f"pipeline {r} never attends, so its output is never written")
+        _check_spans(_by_row(plan.layout.query_spans(r), part.rows, r), part)
+    elif attends:
+        held = query_tokens(part, tokens)
+        row, zeros = np.arange(len(held)), np.zeros(len(held), np.int64)
+        # Results by row have no other place than their row.
+        _check_spans([tokens.document[held], tokens.position[held], zeros, row, zeros], part)
 
 
-def check_shard(plan: PlanData, r: int, part: PipelinePlan) -> None:
-    """That a part is of its pipeline, and of its shard."""
-    if part.pipeline != r or part.rows != plan.layout.rows(r) or not part.buffers or part.buffers[0] != part.rows:
+def query_tokens(part: PipelinePlan, tokens: Tokens) -> IntArray:
+    """The token of each row of the queries' buffer: of the own shard, or what an attend to that buffer says."""
+    if part.queries == 0:
+        return tokens.shards[part.pipeline]
+    for item in part.instructions:
+        if isinstance(item, Attend) and item.buffer == part.queries:
+            return tokens.of_sources(item)
+    refuse(f"pipeline {part.pipeline} never attends to buffer {part.queries}, that of its queries")
+
+
+# Buffers and spans
+
+
+def _check_buffers(plan: PlanData, r: int, part: PipelinePlan) -> None:
+    buffers = part.buffers
+    if not plan.is_backward:
+        for number, buffer in enumerate(buffers):
+            if not set(buffer.values).isdisjoint(results_of(is_backward=True)):
+                refuse(f"pipeline {r}: buffer {number} holds gradients, but the plan is no backward")
+    own = shard(plan.layout.rows(r), plan.heads, plan.is_backward)
+    if part.pipeline != r or not buffers or buffers[0] != own:
+        says = _buffer_text(buffers[0]) if buffers else "no buffer"
         refuse(
-            f"the part of pipeline {r} says it is of pipeline {part.pipeline} with {part.rows} rows and buffers "
-            f"{part.buffers}, but its shard has {plan.layout.rows(r)} rows"
+            f"the part of pipeline {r} says it is of pipeline {part.pipeline} and its shard has {says}, but it has "
+            f"{_buffer_text(own)}"
         )
+    for number, buffer in enumerate(buffers):
+        _check_range(buffer.heads, plan, f"pipeline {r}: buffer {number}")
+    if not 0 <= part.queries < len(buffers):
+        refuse(f"pipeline {r} has no buffer {part.queries}, which is to hold its queries")
+    needed = {*read_of_queries(plan.is_backward), *results_of(plan.is_backward)} - (
+        set() if plan.heads.columns else {"p"}
+    )
+    if part.queries and not needed <= set(buffers[part.queries].values):
+        lacks = ", ".join(sorted(needed - set(buffers[part.queries].values)))
+        refuse(f"pipeline {r}: buffer {part.queries}, that of its queries, lacks {lacks}")
 
 
-def _check_instruction(plan: PlanData, part: PipelinePlan, item: Send | Receive | Attend | Accumulate | Copy) -> None:
-    what = f"pipeline {part.pipeline}: {instruction_name(item)}"
-    if isinstance(item, Copy) or item.heads is not None:
-        refuse(f"{what} is about some heads, but the pipeline attends for all")
-    if isinstance(item, (Send, Receive)) and item.kind not in (Kind.KV, Kind.KV_GRADS):
-        refuse(f"{what} is of {item.kind.label}, but only keys and values and their gradients travel")
-    if not plan.is_backward and (isinstance(item, Accumulate) or (not isinstance(item, Attend) and item.grads)):
-        refuse(f"{what} is about gradients, but the plan is no backward")
-    is_landing = isinstance(item, Accumulate) or (isinstance(item, Receive) and item.grads)
-    sizes, kind = (part.landing, "landing buffer") if is_landing else (part.buffers, "buffer")
-    if not 0 <= item.buffer < len(sizes):
-        refuse(f"pipeline {part.pipeline} has no {kind} {item.buffer}, which {instruction_name(item)} names")
-    size, place = sizes[item.buffer], f"{kind} {item.buffer}"
-    if isinstance(item, Send):
-        check_runs(item.runs, size, f"{what} sends", place)
-        if item.grads and item.buffer == 0:
-            refuse(f"{what} sends gradients of buffer 0, the pipeline's own shard")
-    elif isinstance(item, Receive):
-        if item.buffer == 0 and not item.grads:
-            refuse(f"{what} lands in buffer 0, the pipeline's own shard")
-        check_rows(item.offset, item.rows, size, f"{what} lands in", place)
-    elif isinstance(item, Accumulate):
-        check_rows(item.offset, item.runs.rows, size, f"{what} adds", place)
-        check_runs(item.runs, part.rows, f"{what} adds to", "the shard")
-        # Rows that are added to twice at once would be so in an order that nothing fixes.
-        row, times = np.unique(item.runs.indices(), return_counts=True)
-        if (times > 1).any():
-            refuse(f"{what} adds to row {row[(times > 1).argmax()]} of the shard twice")
-    else:
-        check_table(item, plan, part)
+def _buffer_text(buffer: Buffer) -> str:
+    return f"{buffer.rows} rows, {buffer.heads}, of {', '.join(buffer.values)}"
 
 
-def check_rows(offset: int, rows: int, size: int, what: str, place: str) -> None:
-    if rows <= 0 or offset < 0 or offset + rows > size:
-        refuse(f"{what} rows {offset} to {offset + rows} of {place}, which has {size}")
+def _check_range(some: HeadRange, plan: PlanData, what: str) -> None:
+    first, stop = some.first_q, some.first_q + some.num_q
+    if not 0 <= first <= stop <= plan.heads.num_q or some != plan.heads.range(first, stop):
+        refuse(f"{what}: {some} are none of {plan.heads.num_q} query heads with the key heads that these use")
 
 
-def check_spans(expected: Sequence[IntArray], part: PipelinePlan, rows: int) -> None:
+def _check_spans(expected: list[IntArray], part: PipelinePlan) -> None:
     """That the query spans say of every row what they should, see ``BY_ROW``, however they are cut."""
     r = part.pipeline
-    for name, mine, layouts in zip(BY_ROW, by_row(part.spans, rows, r), expected, strict=True):
-        if not np.array_equal(mine, layouts):
-            row = int((mine != layouts).argmax())
-            refuse(f"pipeline {r}: {name} of query row {row} is {mine[row]}, but {layouts[row]} in the layout")
+    for name, mine, wanted in zip(BY_ROW, _by_row(part.spans, len(expected[0]), r), expected, strict=True):
+        if not np.array_equal(mine, wanted):
+            row = int((mine != wanted).argmax())
+            refuse(f"pipeline {r}: {name} of query row {row} is {mine[row]}, but {wanted[row]} in the layout")
 
 
-def by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
+def _by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
     ends = spans.length.cumsum()
     if (spans.length <= 0).any() or not np.array_equal(spans.start, ends - spans.length) or spans.length.sum() != rows:
         refuse(f"pipeline {r}: its query spans don't cover its {rows} rows one after the other")
@@ -140,115 +104,152 @@ def by_row(spans: QuerySpans, rows: int, r: int) -> list[IntArray]:
     return [getattr(spans, name).repeat(spans.length) + i * slope for name, slope in zip(BY_ROW, slopes, strict=True)]
 
 
+# Instructions
+
+
+class _Check:
+    """Checks one instruction."""
+
+    def __init__(self, plan: PlanData, part: PipelinePlan, item: Send | Receive | Attend | Accumulate | Copy) -> None:
+        self.plan, self.part, self.item = plan, part, item
+        self.results = results_of(plan.is_backward)
+
+    def instruction(self) -> None:
+        _check_range(self.item.heads, self.plan, f"pipeline {self.part.pipeline}: {instruction_name(self.item)}")
+        match self.item:
+            case Send() as item:
+                self._takes(item.buffer, item.payload, item.runs, "sends")
+            case Receive() as item:
+                self._receive(item)
+            case Copy() as item:
+                self._takes(item.buffer, item.payload, item.runs, "reads")
+                self._puts(item.target, item.payload)
+                self._written(item.place, item.target, "fills")
+                if item.runs.rows != item.place.rows:
+                    self._refuse(f"reads {item.runs.rows} rows, but fills {item.place.rows}")
+            case Accumulate() as item:
+                self._takes(item.buffer, Payload.KV_GRADS, None, "adds")
+                self._neighbours(item.offset, item.runs.rows, item.buffer, "adds")
+                self._written(item.runs, 0, "adds to")
+            case Attend() as item:
+                self._attend(item)
+
+    def _receive(self, item: Receive) -> None:
+        self._puts(item.buffer, item.payload)
+        if item.runs is None:
+            if item.heads != self.part.buffers[item.buffer].heads:
+                self._refuse(f"lands in place, but brings {item.heads} to rows that have others too")
+            self._neighbours(item.offset, item.rows, item.buffer, "lands in")
+            return
+        self._written(item.runs, item.buffer, "lands in")
+        if item.runs.rows != item.rows:
+            self._refuse(f"brings {item.rows} rows, but fills {item.runs.rows}")
+
+    def _attend(self, item: Attend) -> None:
+        heads, own, group = item.heads, self.part.heads, self.plan.heads.num_q // self.plan.heads.num_kv
+        if heads.num_q == 0 or not own.contains(heads):
+            self._refuse(f"is for {heads}, but the pipeline has {own}")
+        if heads.num_kv > 1 and (heads.first_q % group or heads.num_q % group):
+            self._refuse(f"is for {heads}, of which not all key heads have as many")
+        self._holds(item.buffer, Payload.KV)
+        if self.plan.is_backward and item.buffer:
+            self._holds(item.buffer, Payload.KV_GRADS)
+        self._table(item)
+
+    def _table(self, item: Attend) -> None:
+        table, part, rows = item.table, self.part, self.part.buffers[item.buffer].rows
+        what = f"pipeline {part.pipeline}: attending to buffer {item.buffer}"
+        if not len(table.query) == len(table.k_start) == len(table.k_len) == len(table.diagonal):
+            refuse(f"{what}: the columns of the segment table differ in length")
+        if item.rows > rows:
+            refuse(f"{what}: its sources have {item.rows} rows, but the buffer only {rows}")
+        self._sources(item, what)
+        if len(table) == 0:
+            return
+        if table.query.min() < 0 or table.query.max() >= len(part.spans) or (np.diff(table.query) < 0).any():
+            refuse(f"{what}: its segments are not ordered by query span, or name one that does not exist")
+        check_runs(Runs(table.k_start, table.k_len), item.rows, f"{what}: a segment sees", f"buffer {item.buffer}")
+        unseen = table.k_len > part.spans.length[table.query] + table.diagonal
+        if unseen.any():
+            refuse(f"{what}: segment {int(unseen.argmax())} has keys that no row of its query span sees")
+
+    def _sources(self, item: Attend, what: str) -> None:
+        """They say of every row, once, which token it is: kernels are told the keys' positions by them."""
+        named: list[IntArray] = []
+        for source in item.sources:
+            if not 0 <= source.owner < len(self.plan.pipelines):
+                refuse(f"{what}: there is no pipeline {source.owner}, of which a source is")
+            shard_name = f"the shard of pipeline {source.owner}"
+            check_runs(source.runs, self.plan.layout.rows(source.owner), f"{what}: a source is", shard_name)
+            if source.place is not None:
+                check_runs(source.place, item.rows, f"{what}: a source lies in", f"buffer {item.buffer}")
+                if source.place.rows != source.runs.rows:
+                    refuse(f"{what}: a source of {source.runs.rows} rows lies in {source.place.rows}")
+                named.append(source.place.indices())
+        if named and not np.array_equal(np.sort(np.concatenate(named)), np.arange(item.rows)):
+            refuse(f"{what}: its sources don't name every row once")
+
+    # What buffers hold
+
+    def _holds(self, number: int, payload: Payload) -> None:
+        if not 0 <= number < len(self.part.buffers):
+            what = f"pipeline {self.part.pipeline} has no buffer {number}"
+            refuse(f"{what}, which {instruction_name(self.item)} names")
+        buffer = self.part.buffers[number]
+        if payload not in buffer.payloads and not set(payload.values) <= set(buffer.values):
+            self._refuse(f"is of {payload.label}, which buffer {number} lacks")
+        if buffer.heads != self.item.heads and not buffer.heads.contains(self.item.heads):
+            self._refuse(f"is of {self.item.heads}, but buffer {number} has {buffer.heads}")
+
+    def _takes(self, number: int, payload: Payload, runs: Runs | None, does: str) -> None:
+        self._holds(number, payload)
+        if number == 0 and not self.results.isdisjoint(payload.values):
+            self._refuse(f"{does} {payload.label} of buffer 0, the pipeline's own shard")
+        if runs is not None:
+            check_runs(runs, self.part.buffers[number].rows, f"{self._what()} {does}", self._place(number))
+
+    def _puts(self, number: int, payload: Payload) -> None:
+        """What is given to the shard is there from the beginning, and parts of gradients are added to what is."""
+        self._holds(number, payload)
+        is_part = payload is Payload.KV_GRADS and isinstance(self.item, Receive)
+        if number == 0 and (is_part or not self.results.issuperset(payload.values)):
+            self._refuse("lands in buffer 0, the pipeline's own shard")
+
+    def _written(self, runs: Runs, number: int, does: str) -> None:
+        """Rows exist, and none is named twice: what were written or added there would depend on an order."""
+        place = self._place(number)
+        check_runs(runs, self.part.buffers[number].rows, f"{self._what()} {does}", place)
+        row, times = np.unique(runs.indices(), return_counts=True)
+        if (times > 1).any():
+            self._refuse(f"{does} row {row[(times > 1).argmax()]} of {place} twice")
+
+    def _neighbours(self, offset: int, rows: int, number: int, does: str) -> None:
+        size = self.part.buffers[number].rows
+        if rows <= 0 or offset < 0 or offset + rows > size:
+            self._refuse(f"{does} rows {offset} to {offset + rows} of {self._place(number)}, which has {size}")
+
+    def _place(self, number: int) -> str:
+        return buffer_name(self.part, number) if number else "the shard"
+
+    def _what(self) -> str:
+        return f"pipeline {self.part.pipeline}: {instruction_name(self.item)}"
+
+    def _refuse(self, why: str) -> NoReturn:
+        refuse(f"{self._what()} {why}")
+
+
+def buffer_name(part: PipelinePlan, number: int) -> str:
+    """A buffer, as messages call it."""
+    return f"{'landing ' * (not part.buffers[number].holds_keys)}buffer {number}"
+
+
 def check_runs(runs: Runs, size: int, what: str, place: str) -> None:
-    bad = (runs.start < 0) | (runs.length <= 0) | (runs.start + runs.length > size)
+    """That rows exist."""
+    bad = (runs.start < 0) | (runs.length <= 0)
+    stop = runs.start + runs.length
+    if runs.step is not None:
+        bad |= runs.step < 1
+        stop = runs.start + (runs.length - 1) * runs.step + 1
+    bad |= stop > size
     if bad.any():
-        start, length = runs.start[bad][0], runs.length[bad][0]
-        refuse(f"{what} rows {start} to {start + length} of {place}, which has {size}")
-
-
-def check_table(item: Attend, plan: PlanData, part: PipelinePlan) -> None:
-    table, what = item.table, f"pipeline {part.pipeline}: attending to buffer {item.buffer}"
-    if not len(table.query) == len(table.k_start) == len(table.k_len) == len(table.diagonal):
-        refuse(f"{what}: the columns of the segment table differ in length")
-    for source in item.sources:
-        if not 0 <= source.owner < len(plan.pipelines):
-            refuse(f"{what}: there is no pipeline {source.owner}, of which a source is")
-        shard = f"the shard of pipeline {source.owner}"
-        check_runs(source.runs, plan.layout.rows(source.owner), f"{what}: a source is", shard)
-    if item.rows > part.buffers[item.buffer]:
-        refuse(f"{what}: its sources have {item.rows} rows, but the buffer only {part.buffers[item.buffer]}")
-    if len(table) == 0:
-        return
-    if table.query.min() < 0 or table.query.max() >= len(part.spans) or (np.diff(table.query) < 0).any():
-        refuse(f"{what}: its segments are not ordered by query span, or name one that does not exist")
-    check_runs(Runs(table.k_start, table.k_len), item.rows, f"{what}: a segment sees", f"buffer {item.buffer}")
-    unseen = table.k_len > part.spans.length[table.query] + table.diagonal
-    if unseen.any():
-        refuse(f"{what}: segment {int(unseen.argmax())} has keys that no row of its query span sees")
-
-
-def instruction_name(item: Send | Receive | Attend | Accumulate | Copy) -> str:
-    """An instruction, as messages call it."""
-    if isinstance(item, Copy):
-        return "a copy"
-    if isinstance(item, Attend):
-        return "an attend"
-    if isinstance(item, Accumulate):
-        return "an accumulate"
-    what = f"transfer {item.transfer}{' of gradients' if item.grads else ''}"
-    return f"{what} {'to' if isinstance(item, Send) else 'from'} pipeline {item.peer}"
-
-
-@dataclass(slots=True, eq=False)
-class Transfer:
-    """Both ends of a transfer, and what it carries once it is sent."""
-
-    source: int
-    send: Send
-    target: int
-    receive: Receive
-    payload: IntArray | None = None
-    is_expected: bool = False
-
-
-def pair_transfers(plan: PlanData) -> dict[int, Transfer]:
-    """Finds both ends of every transfer, and that they agree."""
-    sends: dict[int, tuple[int, Send]] = {}
-    receives: dict[int, tuple[int, Receive]] = {}
-    for r, part in enumerate(plan.pipelines):
-        for item in part.instructions:
-            if isinstance(item, Send):
-                if item.transfer in sends:
-                    refuse(f"transfer {item.transfer} is sent twice, by pipelines {sends[item.transfer][0]} and {r}")
-                sends[item.transfer] = r, item
-            elif isinstance(item, Receive):
-                if item.transfer in receives:
-                    first = receives[item.transfer][0]
-                    refuse(f"transfer {item.transfer} is received twice, by pipelines {first} and {r}")
-                receives[item.transfer] = r, item
-    for number in sends.keys() ^ receives.keys():
-        done, missing = ("sent by", "received") if number in sends else ("received by", "sent")
-        r = (sends if number in sends else receives)[number][0]
-        refuse(f"transfer {number} is {done} pipeline {r}, but never {missing}")
-    transfers = {}
-    for number, (source, send) in sends.items():
-        target, receive = receives[number]
-        if (send.peer, receive.peer) != (target, source):
-            refuse(
-                f"transfer {number} is sent by pipeline {source} to {send.peer}, "
-                f"but received by pipeline {target} from {receive.peer}"
-            )
-        if send.rows != receive.rows:
-            refuse(
-                f"transfer {number} from pipeline {source} to {target} sends {send.rows} rows, "
-                f"but {receive.rows} are received"
-            )
-        if (send.kind, send.heads) != (receive.kind, receive.heads):
-            refuse(
-                f"transfer {number} from pipeline {source} to {target} sends {_content(send)}, "
-                f"but {_content(receive)} are received"
-            )
-        transfers[number] = Transfer(source, send, target, receive)
-    _check_order(plan)
-    return transfers
-
-
-def _content(item: Send | Receive) -> str:
-    return f"{item.kind.label}{'' if item.heads is None else f' of {item.heads}'}"
-
-
-def _check_order(plan: PlanData) -> None:
-    """Process groups match the messages of two ranks by their order, so it must be the same at both ends."""
-    orders: dict[tuple[int, int, type], list[int]] = {}
-    for r, part in enumerate(plan.pipelines):
-        for item in part.instructions:
-            if isinstance(item, (Send, Receive)):
-                ends = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
-                orders.setdefault((*ends, type(item)), []).append(item.transfer)
-    for (source, target, kind), numbers in orders.items():
-        if kind is Send and numbers != orders[source, target, Receive]:
-            refuse(
-                f"pipeline {source} sends transfers {numbers} to pipeline {target}, which receives them in another "
-                f"order: {orders[source, target, Receive]}"
-            )
+        refuse(f"{what} rows {runs.start[bad][0]} to {stop[bad][0]} of {place}, which has {size}")

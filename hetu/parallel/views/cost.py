@@ -87,13 +87,12 @@ class Timeline:
 
 def attend_flops(plan: PlanData, part: PipelinePlan, item: Attend) -> int:
     """FLOPs of one step of a pipeline; see :attr:`Cost.flops`."""
-    num_q = (item.heads or plan.heads.all).num_q
-    return (10 if plan.is_backward else 4) * plan.heads.head_dim * num_q * item.table.pairs(part.spans)
+    return (10 if plan.is_backward else 4) * plan.heads.head_dim * item.heads.num_q * item.table.pairs(part.spans)
 
 
 def transfer_bytes(plan: PlanData, item: Send | Receive) -> int:
     """Bytes of the transfer that an instruction begins or ends."""
-    return item.rows * plan.heads.row_bytes(item.kind, item.heads)
+    return item.rows * plan.heads.row_bytes(item.payload, item.heads)
 
 
 def predict(plan: PlanData, hardware: Hardware) -> Cost:

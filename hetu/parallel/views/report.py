@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetu.parallel.layout.printing import count
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
@@ -32,14 +32,14 @@ def summary(plan: PlanData) -> str:
 
 def table(plan: PlanData) -> str:
     """See ``print(plan)``."""
-    has_heads = any(part.heads is not None for part in plan.pipelines)
+    has_heads = any(part.heads != plan.heads.all for part in plan.pipelines)
     moved = ("rows sent", "rows received", *(("gradients sent", "gradients received") if plan.is_backward else ()))
     lines: list[tuple[str, ...]] = [
         ("pipeline", "group", "tokens", *(["heads"] * has_heads), "pairs", "steps", *moved, "sent", "held at most")
     ]
     for r, part in enumerate(plan.pipelines):
         group, _ = plan.layout.place(r)
-        counts: tuple[int, ...] = (part.rows, *([(part.heads or plan.heads.all).num_q] * has_heads))
+        counts: tuple[int, ...] = (part.rows, *([part.heads.num_q] * has_heads))
         counts += (plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
         if plan.is_backward:
             counts += (plan.grad_rows_sent(r), plan.grad_rows_received(r))
@@ -55,9 +55,10 @@ def table(plan: PlanData) -> str:
 
 
 def _steps(part: PipelinePlan) -> list[str]:
-    sizes = ", ".join(f"{size:,}" for size in part.buffers)
-    landing = f", landing buffers of {', '.join(f'{size:,}' for size in part.landing)} rows" if part.landing else ""
-    lines = [f"pipeline {part.pipeline}: {count(len(part.spans), 'query span')}, buffers of {sizes} rows{landing}"]
+    sizes = ", ".join(f"{buffer.rows:,}" for buffer in part.buffers if buffer.holds_keys)
+    landing = ", ".join(f"{buffer.rows:,}" for buffer in part.buffers if not buffer.holds_keys)
+    lines = [f"pipeline {part.pipeline}: {count(len(part.spans), 'query span')}, buffers of {sizes} rows"]
+    lines[0] += f", landing buffers of {landing} rows" if landing else ""
     ends = _ends(part)
     lines += [f"  {_step(item, ends, part)}" for item in part.instructions[:MAX_STEPS]]
     hidden = len(part.instructions) - MAX_STEPS
@@ -78,31 +79,31 @@ def _ends(part: PipelinePlan) -> dict[int, Send | Receive]:
 def _step(item: Instruction, ends: dict[int, Send | Receive], part: PipelinePlan) -> str:
     if isinstance(item, Send):
         what = "send home gradients of" if item.grads else "send    "
-        return f"{what} {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} to {item.peer}"
+        return f"{what} {_rows(item.runs)}{_values(item, part)} of buffer {item.buffer} to {item.peer}"
     if isinstance(item, Receive):
-        what, place = ("receive gradients of", "landing buffer") if item.grads else ("receive ", "buffer")
-        into = f"{place} {item.buffer}" + (_offset(item) if item.runs is None else f", {_runs(item.runs)}")
-        return f"{what} {item.rows:,} rows{_values(item.kind, item.heads)} from {item.peer} into {into}"
+        what = "receive gradients of" if item.grads else "receive "
+        into = _buffer(part, item.buffer) + (_offset(item) if item.runs is None else f", {_runs(item.runs)}")
+        return f"{what} {item.rows:,} rows{_values(item, part)} from {item.peer} into {into}"
     if isinstance(item, Copy):
-        into = f"{'add to' if item.kind is Kind.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
-        return f"copy     {_rows(item.runs)}{_values(item.kind, item.heads)} of buffer {item.buffer} {into}"
+        into = f"{'add to' if item.payload is Payload.KV_GRADS else 'to'} buffer {item.target}, {_runs(item.place)}"
+        return f"copy     {_rows(item.runs)}{_values(item, part)} of buffer {item.buffer} {into}"
     if isinstance(item, Accumulate):
-        heads = f", {item.heads}," if item.heads else ""
-        return f"add      {_rows(item.runs)}{heads} of landing buffer {item.buffer}{_offset(item)} to the own"
+        heads = _heads(item, part)
+        place = f"{_buffer(part, item.buffer)}{_offset(item)}"
+        return f"add      {_rows(item.runs)}{heads}{',' * bool(heads)} of {place} to the own"
     if isinstance(item, Attend):
         owners = ", ".join(str(source.owner) for source in item.sources)
-        heads = f", {item.heads}" if item.heads else ""
         segments, pairs = count(len(item.table), "segment"), item.table.pairs(part.spans)
         part_of = f"{item.buffer}{_part_of_own(item)}"
-        return f"attend   buffer {part_of} (rows of {owners}){heads}: {segments}, {pairs:,} pairs"
+        return f"attend   buffer {part_of} (rows of {owners}){_heads(item, part)}: {segments}, {pairs:,} pairs"
     end = ends.get(item.transfer)
     if end is None:
         return f"wait     transfer {item.transfer}, which is none of this pipeline's"
-    values = end.kind.label
+    values = "" if end.payload is Payload.KV else end.payload.label
     if isinstance(end, Send):
-        what = "home gradients " if end.grads else f"{values} " if end.heads else ""
+        what = "home gradients " if end.grads else f"{values} " if values else ""
         return f"wait     to have sent {what}to {end.peer}"
-    return f"wait     for {'gradients' if end.grads else values if end.heads else 'what comes'} from {end.peer}"
+    return f"wait     for {values or 'what comes'} from {end.peer}"
 
 
 def _part_of_own(item: Attend) -> str:
@@ -121,11 +122,21 @@ def _runs(runs: Runs) -> str:
     return count(len(runs.start), "run")
 
 
-def _values(kind: Kind, heads: HeadRange | None) -> str:
-    """Which values of the rows, where that is not all that this kind of plan moves."""
-    if heads is None:
-        return ""
-    return f", {heads}," if kind is Kind.KV_GRADS else f", {kind.label} of {heads},"
+def _values(item: Send | Receive | Copy, part: PipelinePlan) -> str:
+    """Which values of the rows, if these are not keys and values, or their gradients, of all heads."""
+    heads = _heads(item, part)
+    if item.payload in (Payload.KV, Payload.KV_GRADS):
+        return f"{heads}," if heads else ""
+    return f", {item.payload.label} of {item.heads},"
+
+
+def _heads(item: Send | Receive | Copy | Attend | Accumulate, part: PipelinePlan) -> str:
+    """Of which heads, if not of all."""
+    return "" if item.heads == part.buffers[0].heads else f", {item.heads}"
+
+
+def _buffer(part: PipelinePlan, number: int) -> str:
+    return f"{'landing ' * (not part.buffers[number].holds_keys)}buffer {number}"
 
 
 def _offset(item: Receive | Accumulate) -> str:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 from hetu.parallel.views.cost import Hardware, Timeline, attend_flops, simulate, transfer_bytes
@@ -123,22 +125,30 @@ def _first_readers(part: PipelinePlan) -> Iterator[tuple[Receive, int]]:
     unread: list[Receive] = []
     for number, item in enumerate(part.instructions):
         if isinstance(item, Receive):
-            if part.heads is None:  # what others were only passed on is overwritten unread
-                unread = [old for old in unread if not _overlap(old, item.grads, item.buffer, item.offset, item.rows)]
-            if item.grads or not item.kind.is_result:  # finished results are where they belong, and nobody reads them
+            # What others were only passed on is overwritten unread.
+            unread = [old for old in unread if not _overwrites(item, old)]
+            if item.grads or not item.payload.is_result:  # nobody reads finished results
                 unread.append(item)
         elif isinstance(item, (Attend, Accumulate)):
-            lands = isinstance(item, Accumulate)
             offset, rows = (item.offset, item.runs.rows) if isinstance(item, Accumulate) else (0, item.rows)
-            read = [old for old in unread if _overlap(old, lands, item.buffer, offset, rows)]
+            read = [old for old in unread if old.buffer == item.buffer and _overlap(old, offset, rows)]
             unread = [old for old in unread if old not in read]
             yield from ((receive, number) for receive in read)
 
 
-def _overlap(receive: Receive, grads: bool, buffer: int, offset: int, rows: int) -> bool:
-    """Whether a transfer lands in some of a buffer's rows."""
-    is_same = (receive.grads, receive.buffer) == (grads, buffer)
-    return is_same and receive.offset < offset + rows and offset < receive.offset + receive.rows
+def _overwrites(later: Receive, earlier: Receive) -> bool:
+    """Whether a transfer lands where an earlier one landed."""
+    if (later.buffer, later.payload, later.heads) != (earlier.buffer, earlier.payload, earlier.heads):
+        return False
+    if later.runs is None and earlier.runs is None:
+        return _overlap(earlier, later.offset, later.rows)
+    return bool(np.isin(later.indices(), earlier.indices()).any())
+
+
+def _overlap(receive: Receive, offset: int, rows: int) -> bool:
+    """Whether a transfer lands in some neighbouring rows of its buffer."""
+    landed = receive.indices()
+    return bool(((landed >= offset) & (landed < offset + rows)).any())
 
 
 def _nanoseconds(seconds: float) -> int:

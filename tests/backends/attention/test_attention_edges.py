@@ -26,7 +26,6 @@ from support.table_checks import check_backward
 from support.tables_by_definition import buffers, dense, random_case, rows_of, run
 
 from hetu.backends.attention.contract import Dropout, dropout_key
-from hetu.backends.families import attention_kernel
 
 # Triton's interpreter computes by numpy, which tells of every NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -274,7 +273,7 @@ def check_steps(
     q, pairs = buffers(case, *heads, head_dim, dtype, seed)
     scale, dropout = head_dim**-0.5, options.get("dropout")
     there = [(k.to(device), v.to(device)) for k, v in pairs]
-    state = run(attention_kernel("triton"), case, q.to(device), there, scale=scale, dropout=dropout)
+    state = run("triton", case, q.to(device), there, scale=scale, dropout=dropout)
     want = dense(case, q, pairs, scale=scale, dropout=dropout)
     atol = GRADIENT_TOLERANCE[dtype] * max(1.0, float(want.out.abs().max()))
     torch.testing.assert_close(state.out.cpu().double(), want.out, atol=atol, rtol=0)

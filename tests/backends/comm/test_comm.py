@@ -7,21 +7,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.held import holding_keys
 from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
-from support.plans import KV_METHODS, broadcast, holding_back
+from support.plans import KV_METHODS, broadcast, holding_back, rows_aside
 
 import hetu
-from hetu.backends.comm import LocalComm, follow, follow_backward, run_lock_step
-from hetu.parallel import Layout, Mask, QuerySpans, SegmentTable, build_plan
+from hetu.backends.comm import LocalComm, Values, follow, run_lock_step
+from hetu.parallel import Heads, Layout, Mask, QuerySpans, SegmentTable, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.buffers import Buffer, shard
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Source, Wait
-from hetu.parallel.plan.memory import scratch_rows
 from hetu.parallel.plan.own_gradients import OwnGradients, own_gradients
 from hetu.parallel.plan.parts import PipelinePlan, turns
 
 SEEDS = st.integers(0, 2**32 - 1)
+WIDTHS = Heads(num_q=2, num_kv=1, head_dim=2, itemsize=4)
 
 
 class Step:
@@ -35,7 +37,8 @@ class Step:
 
     divisor = 1
 
-    def __call__(self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
+    def __call__(self, item: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+        buffer, grads = (torch.stack([keys[name] for name in pair], 1) for pair in (("k", "v"), ("dk", "dv")))
         assert buffer.shape == grads.shape and len(buffer) == (item.rows if item.buffer else self.part.rows)
         assert turn is list(turns(self.part).values())[self.steps]
         self.steps += 1
@@ -46,17 +49,18 @@ class Step:
             i, j = torch.arange(spans.length[query])[:, None], torch.arange(k_len)
             rows = slice(spans.start[query], spans.start[query] + spans.length[query])
             w = torch.where(i + diagonal >= j, self.weights[rows][:, None], 0.0).sum(0)[:, None, None]
-            keys = slice(k_start, k_start + k_len)
-            total[keys, 0] += w
-            total[keys, 1] += w * buffer[keys, 1]
-            named[keys] = True
+            seen = slice(k_start, k_start + k_len)
+            total[seen, 0] += w
+            total[seen, 1] += w * buffer[seen, 1]
+            named[seen] = True
         total /= self.divisor
         if item.buffer:
             assert keeps
             total[~named] = torch.nan
         if keeps and not item.buffer:
             total[~named] = grads[~named].double()
-        grads.copy_(total)
+        keys["dk"].copy_(total[:, 0])
+        keys["dv"].copy_(total[:, 1])
 
 
 class Rounding(Step):
@@ -72,16 +76,19 @@ def run(
 ) -> tuple[list[torch.Tensor], ...]:
     """Follows a backward plan on integers; gives each pipeline's (kv, weights of queries, gradients)."""
     random = torch.Generator().manual_seed(seed)
-    comm, kv, weights, grads, coroutines = LocalComm(), [], [], [], []
+    comm, kv, weights, grads, held, coroutines = LocalComm(), [], [], [], [], []
     for part in plan.pipelines:
         kv.append(torch.randint(0, 8, (part.rows, 2, 1, 2), generator=random).to(dtype))
         weights.append(torch.randint(1, 1000, (part.rows,), generator=random).double())
         high = torch.float64 if dtype == torch.float64 else torch.float32
         kind = high if part.sums_gradients else dtype
         grads.append(torch.full((part.rows, 3, 1, 2), torch.nan, dtype=kind)[:, 1:])  # a view, as in a lowering
-        coroutines.append(follow_backward(part, kv[-1], grads[-1], comm, step(part, weights[-1])))
+        held.append(holding_keys(part, WIDTHS, kv[-1], grads[-1]))
+        coroutines.append(follow(part, held[-1], comm, step(part, weights[-1])))
     turn %= len(coroutines)
     run_lock_step(coroutines[turn:] + coroutines[:turn])
+    for buffers in held:
+        buffers.finish()
     return kv, weights, grads
 
 
@@ -139,32 +146,41 @@ SPANS = QuerySpans(*(np.array([x]) for x in (0, 2, 0, 0, 1, 0, 0, 0)))
 NOTHING = SegmentTable(*np.empty((4, 0), np.int64))
 
 
-def alone(*instructions: Attend | Accumulate, buffers: tuple[int, ...] = (2, 3)) -> PipelinePlan:
-    return PipelinePlan(0, 2, SPANS, buffers, instructions, landing=(2,))
+LANDING = 2
+
+
+def alone(*instructions: Attend | Receive | Wait | Accumulate) -> PipelinePlan:
+    foreign = Buffer(3, WIDTHS.all, (Payload.KV, Payload.KV_GRADS))
+    buffers = shard(2, WIDTHS, is_backward=True), foreign, Buffer(2, WIDTHS.all, (Payload.KV_GRADS,))
+    return PipelinePlan(0, SPANS, buffers, instructions)
 
 
 def run_alone(plan: PipelinePlan, *values: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Gradients of a pipeline whose i-th attend computes ``values[i]`` for every row that its segments name."""
     given, dkv = iter(values), torch.full((2, 2, 1, 2), torch.nan)
 
-    def attend(item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool) -> None:
-        if not keeps:
-            grads.zero_()
-        for begin, end in zip(*item.table.stretches(), strict=True):
-            grads[begin:end] = next(given)
+    def attend(item: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+        value = {span: next(given) for span in zip(*item.table.stretches(), strict=True)}
+        for grads in (keys["dk"], keys["dv"]):
+            if not keeps:
+                grads.zero_()
+            for (begin, end), computed in value.items():
+                grads[begin:end] = computed
 
-    run_lock_step([follow_backward(plan, torch.zeros(2, 2, 1, 2, dtype=dtype), dkv, LocalComm(), attend)])
+    held = holding_keys(plan, WIDTHS, torch.zeros(2, 2, 1, 2, dtype=dtype), dkv)
+    run_lock_step([follow(plan, held, LocalComm(), attend)])
+    held.finish()
     return dkv
 
 
 def own(start: int, rows: int) -> Attend:
     """An attend to some of the own rows, all of which the last query sees."""
     table = SegmentTable(*(np.array([x]) for x in (0, start, rows, rows - 1)))
-    return Attend(0, table, (Source(0, Runs(np.array([0]), np.array([2]))),))
+    return Attend(0, table, (Source(0, Runs(np.array([0]), np.array([2]))),), WIDTHS.all)
 
 
 def added(row: int) -> Accumulate:
-    return Accumulate(0, 0, Runs(np.array([row]), np.array([1])))
+    return Accumulate(LANDING, 0, Runs(np.array([row]), np.array([1])), WIDTHS.all)
 
 
 def by_row(grads: torch.Tensor) -> list[float]:
@@ -173,7 +189,7 @@ def by_row(grads: torch.Tensor) -> list[float]:
 
 
 OWN = own(0, 2)
-FOREIGN = Attend(1, NOTHING, (Source(1, Runs(np.array([0]), np.array([3]))),))
+FOREIGN = Attend(1, NOTHING, (Source(1, Runs(np.array([0]), np.array([3]))),), WIDTHS.all)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -193,12 +209,12 @@ def test_attending_to_the_own_shard_again_adds() -> None:
 def test_attends_to_other_own_rows_write_in_place() -> None:
     plan = alone(own(1, 1), FOREIGN, own(0, 1))
     assert by_row(run_alone(plan, 5.0, 2.0)) == [2.0, 5.0]
-    assert own_gradients(plan) == OwnGradients(frozenset(), has_gaps=False)
-    assert not plan.sums_gradients and scratch_rows(plan) == 3  # those of the foreign rows
+    assert own_gradients(plan) == OwnGradients(frozenset(), gaps=frozenset())
+    assert not plan.sums_gradients and rows_aside(plan) == 3  # those of the foreign rows
     # What was added to a row, or computed of it aside, is kept; other rows are written in place all the same.
     assert own_gradients(alone(OWN, own(1, 1), own(0, 1))).aside == {1, 2}
-    assert own_gradients(alone(added(0), own(1, 1), own(0, 1))) == OwnGradients(frozenset({2}), has_gaps=True)
-    every_other = Accumulate(0, 0, Runs(np.array([0]), np.array([2]), step=np.array([2])))
+    assert own_gradients(alone(added(0), own(1, 1), own(0, 1))) == OwnGradients(frozenset({2}), gaps=frozenset({0}))
+    every_other = Accumulate(LANDING, 0, Runs(np.array([0]), np.array([2]), step=np.array([2])), WIDTHS.all)
     assert own_gradients(alone(every_other, own(1, 1), own(2, 1))).aside == {2}
 
 
@@ -221,21 +237,21 @@ def test_scratch_is_freed_once_it_is_sent() -> None:
     alive: list[int] = []
 
     class Counting(Step):
-        def __call__(
-            self, item: Attend, buffer: torch.Tensor, grads: torch.Tensor, turn: Turn | None, keeps: bool
-        ) -> None:
-            super().__call__(item, buffer, grads, turn, keeps)
+        def __call__(self, item: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+            super().__call__(item, queries, keys, turn, keeps)
             frame = coroutines[self.part.pipeline].gi_frame
-            alive.append(sum(map(len, frame.f_locals["grads"].scratch.values())))
+            buffers = zip(self.part.buffers, frame.f_locals["held"]._values, strict=True)
+            foreign = [values for buffer, values in buffers if buffer.holds_keys][1:]
+            alive.append(sum(len(values["dk"]) for values in foreign if "dk" in values))
 
     comm = LocalComm()
     coroutines = []
     for part in plan.pipelines:
         kv = torch.zeros(4, 2, 1, 2)
         step = Counting(part, torch.ones(4, dtype=torch.float64))
-        coroutines.append(follow_backward(part, kv, torch.empty(4, 2, 1, 2), comm, step))
+        coroutines.append(follow(part, holding_keys(part, WIDTHS, kv, torch.empty(4, 2, 1, 2)), comm, step))
     run_lock_step(coroutines)
-    assert max(alive) == 4 == max(scratch_rows(part) for part in plan.pipelines)
+    assert max(alive) == 4 == max(rows_aside(part) for part in plan.pipelines)
 
 
 # Taking turns
@@ -247,7 +263,8 @@ def test_who_waits_in_its_first_turn_may_have_sent_what_others_wait_for(turn: in
     comm, steps = LocalComm(), []
     kv = [torch.zeros(2, 2, 1, 2) for _ in range(4)]
     coroutines = [
-        follow(part, kv[r], comm, lambda item, *_: steps.append(item.buffer)) for r, part in enumerate(plan.pipelines)
+        follow(part, holding_keys(part, WIDTHS, kv[r]), comm, lambda item, *_: steps.append(item.buffer))
+        for r, part in enumerate(plan.pipelines)
     ]
     run_lock_step([*coroutines[turn:], *coroutines[:turn]][::-1])
     assert len(steps) == 16
@@ -258,8 +275,8 @@ def test_who_waits_in_its_first_turn_may_have_sent_what_others_wait_for(turn: in
 
 def mailed(rows: torch.Tensor, place: torch.Tensor) -> None:
     comm, runs = LocalComm(), Runs(np.array([0]), np.array([2]))
-    comm.receive(1, Receive(0, 0, 0, 0, 2, Kind.KV_GRADS), place)
-    comm.send(0, Send(0, 1, 1, runs, Kind.KV_GRADS), rows)
+    comm.receive(1, Receive(0, 0, 0, 0, 2, Payload.KV_GRADS, WIDTHS.all), place)
+    comm.send(0, Send(0, 1, 1, runs, Payload.KV_GRADS, WIDTHS.all), rows)
     assert comm.done(0, 0) and comm.done(1, 0)
 
 
@@ -273,7 +290,8 @@ def test_a_transfer_of_another_shape_or_dtype() -> None:
 
 
 def test_pipelines_that_wait_for_each_other() -> None:
-    plan = PipelinePlan(0, 2, SPANS, (2, 2), (Receive(0, 1, 1, 0, 2), Wait(0)))
+    buffers = shard(2, WIDTHS), Buffer(2, WIDTHS.all, (Payload.KV,))
+    plan = PipelinePlan(0, SPANS, buffers, (Receive(0, 1, 1, 0, 2, Payload.KV, WIDTHS.all), Wait(0)))
     kv = torch.zeros(2, 2, 1, 2)
     with pytest.raises(hetu.CommunicationError, match="pipelines 0 wait for each other"):
-        run_lock_step([follow(plan, kv, LocalComm(), lambda *_: None)])
+        run_lock_step([follow(plan, holding_keys(plan, WIDTHS, kv), LocalComm(), lambda *_: None)])

@@ -16,17 +16,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.devices import ON_CUDA
+from support.held import holding_zeros
 from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout
 from support.traces import check_events, lane_names, named_steps, steps, wanted_steps
 
 import hetu
-from hetu.backends.comm import Held, LocalComm, follow, follow_backward, follow_heads, recorder, run_lock_step
+from hetu.backends.comm import LocalComm, follow, recorder, run_lock_step
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
 from hetu.parallel import METHODS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
-from hetu.parallel.plan.heads import Kind
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
-from hetu.parallel.plan.parts import PipelinePlan
 from hetu.parallel.views.cost import transfer_bytes
 from hetu.parallel.views.trace import link_lane
 
@@ -38,22 +37,8 @@ def run(plan: AttnPlan, attend: Any = lambda *_: None, comm: Any = None) -> None
     """Follows a plan of float32 on zeros."""
     comm, coroutines = comm or LocalComm(), []
     for part in plan.pipelines:
-        if part.heads is not None:
-            coroutines.append(follow_heads(part, held(part), comm, attend))
-            continue
-        kv = torch.zeros(part.rows, 2, HEADS.num_kv, HEADS.head_dim)
-        if plan.is_backward:
-            coroutines.append(follow_backward(part, kv, torch.zeros_like(kv), comm, lambda *given: given[2].zero_()))
-        else:
-            coroutines.append(follow(part, kv, comm, attend))
+        coroutines.append(follow(part, holding_zeros(part, HEADS), comm, attend))
     run_lock_step(coroutines)
-
-
-def held(part: PipelinePlan) -> Held:
-    """Zeros of everything, results too."""
-    values = {name: kind for kind in Kind for name in kind.values}
-    shapes = {name: (part.rows, HEADS.all.count(name), HEADS.numbers(kind)) for name, kind in values.items()}
-    return Held(part, HEADS, {name: torch.zeros(shape) for name, shape in shapes.items()}, dict)
 
 
 def plan_of(lens: list[int], method: str = "direct", is_backward: bool = False) -> AttnPlan:

@@ -13,7 +13,7 @@ import torch
 from support.table_checks import check_backward, check_forward, whole_documents
 from triton.runtime.errors import OutOfResources
 
-from hetu.backends.triton import BackwardTiles, BackwardVariant, Heads, Tile, Variant, autotune, launch, tile
+from hetu.backends.triton import BackwardTiles, BackwardVariant, PackedHeads, Tile, Variant, autotune, launch, tile
 from hetu.backends.triton.variants import MAX_PACK
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_tiles_of_the_backward_come_back_as_they_were() -> None:
 
 
 def test_kinds() -> None:
-    heads, half = Heads(8, 2), torch.bfloat16
+    heads, half = PackedHeads(8, 2), torch.bfloat16
     plain = Variant(64, half)
     assert autotune.kind_of(plain, heads, 100) == "forward 8:2:64 bfloat16 few keys"
     step = replace(plain, runs_on=True, more=True)
@@ -91,7 +91,7 @@ def test_kinds() -> None:
         autotune.kind_of(replace(plain, scores=True), heads, 100),
         autotune.kind_of(replace(plain, dtype=torch.float16), heads, 100),
         autotune.kind_of(replace(plain, head_dim=72), heads, 100),
-        autotune.kind_of(plain, Heads(8, 8), 100),
+        autotune.kind_of(plain, PackedHeads(8, 8), 100),
         autotune.kind_of(BackwardVariant(64, half), heads, 100),
     }
     assert len(others) == 7 and autotune.kind_of(plain, heads, 100) not in others
@@ -120,7 +120,7 @@ def test_candidates_skip_rescaling_where_threads_have_two_rows() -> None:
     variant = Variant(128, torch.bfloat16)
     for default in (tile(variant, 90, 9999), tile(variant, 80, 9999)):
         every = list(autotune.forward_candidates(default))
-        found = {each: variant.constants(Heads(8, 2), each, {})["ELEMENTS"] for each in every}
+        found = {each: variant.constants(PackedHeads(8, 2), each, {})["ELEMENTS"] for each in every}
         assert {each for each in every if found[each]} == {
             each for each in every if default.skips_rescaling and each.block_m == 16 * each.num_warps
         }
@@ -159,10 +159,10 @@ def test_a_call_searches_and_is_right(is_backward: bool, monkeypatch: pytest.Mon
     if is_backward:
         check_backward(case, "triton", torch.float32, 16, 0.3, 0.0)
     else:
-        check_forward(launch.attend, case, (4, 2), 16, torch.float32)
+        check_forward("triton", case, (4, 2), 16, torch.float32)
     kept = json.loads(autotune.cache_file("cpu").read_text())
     direction = "backward" if is_backward else "forward"
     (found,) = (tile for kind, tile in kept.items() if kind.startswith(direction))
     assert (found["queries"] if is_backward else found)["block_m"] == 32
-    used = [item.kind.shape for item in case.steps[0].table.memo.values() if isinstance(item, launch.Launch)]
+    used = [item.kind.shape for item in case.steps[0].table.copies.values() if isinstance(item, launch.DeviceWork)]
     assert candidates[-1] in used and candidates[0] not in used, "what was found is what is launched"

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from hetu.backends.attention.contract import BackwardState, new_state
+from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.work import query_work
 from hetu.backends.triton import (
     BackwardVariant,
-    Heads,
+    PackedHeads,
     Tile,
     Variant,
     backward_tile,
@@ -23,6 +24,7 @@ from hetu.backends.triton import (
     tile,
     variants,
 )
+from hetu.backends.triton.launcher import Launcher
 from hetu.backends.triton.variants import (
     DTYPES,
     HEAD_DIMS,
@@ -54,11 +56,11 @@ def test_work_is_made_once(is_backward: bool, monkeypatch: pytest.MonkeyPatch) -
     for heads in (2, 2, 4):
         q, k = torch.randn(9, heads, 8), torch.randn(9, 2, 8)
         state = new_state(q, spans, 1, 9, runs_on=False)
-        launch.attend(q, k, k, spans, table, state, softmax_scale=1.0)
+        launch.attend(AttendCall(q, k, k, spans, table, 1.0), state)
         if is_backward:
             of = BackwardState(q, state.lse, torch.zeros(9, heads), torch.empty_like(q))
             grads = torch.empty_like(k), torch.empty_like(k)
-            launch_backward.attend_backward(q, k, k, spans, table, of, *grads, softmax_scale=1.0)
+            launch_backward.attend_backward(AttendCall(q, k, k, spans, table, 1.0), of, *grads)
     assert len(made) == 2, "one for the layers with two heads, one for that with four"
 
 
@@ -78,7 +80,7 @@ def test_strides_of_single_rows_and_heads_make_no_variant() -> None:
     ("num_q", "num_kv", "pack"), [(8, 8, 1), (8, 4, 2), (6, 1, 2), (7, 1, 1), (32, 8, 4), (16, 1, 4)]
 )
 def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None:
-    assert Heads(num_q, num_kv).pack == pack
+    assert PackedHeads(num_q, num_kv).pack == pack
 
 
 @pytest.mark.parametrize("num_q", [1, 4])
@@ -86,12 +88,10 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
     """Views of one row have the strides of views of many, and are compiled for others."""
     of_key: dict[Any, Any] = {}
 
-    def note(device: torch.device, key: Any, programs: int, tensors: Any, numbers: Any, constants: Any) -> None:
-        assert of_key.setdefault(key, constants()) == constants()
+    def note(_: Launcher, device: torch.device, key: Any, programs: int, given: Any, constants: Any, *of: Any) -> None:
+        assert of_key.setdefault(key, constants(*of)) == constants(*of)
 
-    monkeypatch.setattr(launch, "_forward", note)
-    monkeypatch.setattr(launch_backward, "_backward", note)
-    monkeypatch.setattr(launch_backward, "_row_dot", note)
+    monkeypatch.setattr(Launcher, "__call__", note)
     for is_wide, rows, keys in product([False, True], [1, 2, 300], [1, 2, 300]):
         tokens = max(rows, keys)
         qkv = torch.zeros(tokens, 3 * num_q, 16) if is_wide else torch.zeros(3, tokens, num_q, 16).transpose(0, 1)
@@ -99,10 +99,10 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
         q, k, v = heads[0][:rows], heads[1][:keys], heads[2][:keys]
         spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, Mask.full())
         state = new_state(q, spans, 1, rows, runs_on=False)
-        launch.attend(q, k, v, spans, table, state, softmax_scale=1.0)
+        launch.attend(AttendCall(q, k, v, spans, table, 1.0), state)
         of = BackwardState(state.out, state.lse, launch_backward.row_dot(state.out, q), torch.empty_like(q))
         grads = torch.empty_like(k), torch.empty_like(v)
-        launch_backward.attend_backward(q, k, v, spans, table, of, *grads, softmax_scale=1.0)
+        launch_backward.attend_backward(AttendCall(q, k, v, spans, table, 1.0), of, *grads)
     assert len(of_key) > 12
 
 

@@ -12,7 +12,9 @@ import torch
 import triton
 
 from hetu.backends.triton import launcher
-from hetu.backends.triton.launcher import Constants, Launcher
+from hetu.backends.triton.launch import _forward
+from hetu.backends.triton.launch_backward import _backward, _row_dot
+from hetu.backends.triton.launcher import Arguments, Constants, Launcher
 
 CUDA = torch.device("cuda", 1)
 
@@ -38,7 +40,7 @@ class Compiled:
 def second_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """What launches ask CUDA for."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index}")
+    monkeypatch.setattr(launcher, "current_stream", lambda index: f"stream of {index}")
 
 
 class Kernel:
@@ -47,13 +49,13 @@ class Kernel:
     arg_names = ("x", "y", "n", "scale", "WIDTH", "FLAG")
 
     def __init__(self, interpreted: bool = False) -> None:
-        self.launches: list[tuple[Any, ...]] = []
+        self.launches: list[tuple[tuple[int, ...], dict[str, Any]]] = []
         self.compiled: list[Compiled] = []
         self.interpreted = interpreted
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Compiled | None]:
-        def launch(*arguments: Any, **options: Any) -> Compiled | None:
-            self.launches.append((grid, arguments, options))
+        def launch(**given: Any) -> Compiled | None:
+            self.launches.append((grid, given))
             if self.interpreted:
                 return None
             self.compiled.append(Compiled())
@@ -66,30 +68,58 @@ def constants() -> Constants:
     return {"FLAG": True, "WIDTH": 64}, {"num_warps": 4}
 
 
+def named(x: Any, y: Any, n: int, scale: float) -> Arguments:
+    """The arguments by their names, in no order."""
+    return Launcher(Kernel(), "n").arguments(scale=scale, y=y, n=n, x=x)
+
+
+def test_arguments_are_named() -> None:
+    """Of a kernel's parameters none may be forgotten, mistaken, or passed by its place."""
+    arguments = Launcher(Kernel(), "n").arguments
+    assert arguments(n=3, y=2, scale=4, x=1) == ((1, 2), (3, 4))
+    for wrong in ({"n": 3, "y": 2, "x": 1}, {"n": 3, "y": 2, "scale": 4, "x": 1, "z": 5}):
+        with pytest.raises(TypeError):
+            arguments(**wrong)
+    with pytest.raises(TypeError):
+        arguments(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("launch", [_forward, _backward, _row_dot])
+def test_tensors_come_before_numbers(launch: Launcher) -> None:
+    """Constants are written in capitals, and numbers but for scales are not specialised."""
+    names = [name for name in launch.kernel.arg_names if not name.isupper()]
+    assert launch.kernel.arg_names[: len(names)] == names
+    tensors, numbers = launch.arguments(**{name: name for name in names})
+    assert [*tensors, *numbers] == names
+    options = launch.kernel.kwargs if launch.kernel.__class__.__name__ == "InterpretedFunction" else vars(launch.kernel)
+    assert set(numbers) - {"scale", "keep_scale"} == set(options["do_not_specialize"])
+
+
 def test_the_first_call_of_a_key_goes_through_triton() -> None:
     kernel, x = Kernel(), torch.zeros(8)
-    launch = Launcher(kernel)
-    launch(CUDA, "a", 3, (x, None), (7, 0.5), constants)
-    assert kernel.launches == [((3,), (x, None, 7, 0.5), {"FLAG": True, "WIDTH": 64, "num_warps": 4})]
-    launch(CUDA, "a", 5, (x, None), (8, 0.25), lambda: pytest.fail("the constants are known"))
+    launch = Launcher(kernel, "n")
+    launch(CUDA, "a", 3, named(x, None, 7, 0.5), constants)
+    given = {"x": x, "y": None, "n": 7, "scale": 0.5, "FLAG": True, "WIDTH": 64, "num_warps": 4}
+    assert kernel.launches == [((3,), given)], "Triton, too, is told by name"
+    launch(CUDA, "a", 5, named(x, None, 8, 0.25), lambda: pytest.fail("the constants are known"))
     assert len(kernel.launches) == 1
     # The constants stand in the order of the parameters, as Triton passes them.
     assert kernel.compiled[0].calls == [((5, 1, 1), x, None, 8, 0.25, 64, True)]
-    launch(CUDA, "b", 5, (x, None), (8, 0.25), constants)
+    launch(CUDA, "b", 5, named(x, None, 8, 0.25), constants)
     assert len(kernel.launches) == 2
 
 
 def test_unusual_arguments_go_through_triton_every_time() -> None:
     kernel, x = Kernel(), torch.zeros(64)
-    launch = Launcher(kernel)
+    launch = Launcher(kernel, "n")
     for _ in range(2):
-        launch(CUDA, "a", 1, (x[1:], x), (1, 1.0), constants)  # 4 bytes past a multiple of 16
-        launch(CUDA, "a", 1, (x, x), (2**31, 1.0), constants)
+        launch(CUDA, "a", 1, named(x[1:], x, 1, 1.0), constants)  # 4 bytes past a multiple of 16
+        launch(CUDA, "a", 1, named(x, x, 2**31, 1.0), constants)
     assert len(kernel.launches) == 4
-    launch(CUDA, "a", 1, (x, x), (2**31 - 1, 1.0), constants)
-    launch(CUDA, "a", 1, (x, x), (1, 1.0), constants)
+    launch(CUDA, "a", 1, named(x, x, 2**31 - 1, 1.0), constants)
+    launch(CUDA, "a", 1, named(x, x, 1, 1.0), constants)
     assert len(kernel.launches) == 5 and len(kernel.compiled[-1].calls) == 1, "what was compiled for those is not kept"
-    launch(CUDA, "a", 1, (x[1:], x), (1, 1.0), constants)
+    launch(CUDA, "a", 1, named(x[1:], x, 1, 1.0), constants)
     assert len(kernel.launches) == 6, "nor is what was compiled for whole tensors used for others"
 
 
@@ -101,11 +131,11 @@ def test_what_is_compiled_may_be_refused() -> None:
         if len(seen) == 1:
             raise RuntimeError("other layouts")
 
-    launch = Launcher(kernel, check)
+    launch = Launcher(kernel, "n", check)
     with pytest.raises(RuntimeError, match="other layouts"):
-        launch(CUDA, "a", 1, (x, None), (1, 1.0), constants)
+        launch(CUDA, "a", 1, named(x, None, 1, 1.0), constants)
     for _ in range(2):
-        launch(CUDA, "a", 1, (x, None), (1, 1.0), constants)
+        launch(CUDA, "a", 1, named(x, None, 1, 1.0), constants)
     assert seen == kernel.compiled and len(seen) == 2, "what was refused is not kept, what was not is asked about once"
 
 
@@ -121,13 +151,13 @@ def test_it_launches_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> N
             yield
 
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(launcher, "_current_stream", lambda index: f"stream of {index + 1}")  # what Compiled expects
+    monkeypatch.setattr(launcher, "current_stream", lambda index: f"stream of {index + 1}")  # what Compiled expects
     kernel, x, first = Kernel(), torch.zeros(8), torch.device("cuda", 0)
-    launch = Launcher(kernel)
+    launch = Launcher(kernel, "n")
     for _ in range(2):
-        launch(first, "a", 3, (x, None), (7, 0.5), constants)
+        launch(first, "a", 3, named(x, None, 7, 0.5), constants)
     assert len(kernel.launches) == len(kernel.compiled[0].calls) == 1 and entered == [first, first]
-    launch(torch.device("cpu"), "b", 3, (x, None), (7, 0.5), constants)
+    launch(torch.device("cpu"), "b", 3, named(x, None, 7, 0.5), constants)
     assert len(entered) == 2
 
 
@@ -145,7 +175,7 @@ def test_hooks_are_called(monkeypatch: pytest.MonkeyPatch, when: str, is_chain: 
 
 def test_the_interpreter_compiles_nothing() -> None:
     kernel = Kernel(interpreted=True)
-    launch = Launcher(kernel)
+    launch = Launcher(kernel, "n")
     for _ in range(2):
-        launch(CUDA, "a", 1, (torch.zeros(4), None), (1, 1.0), constants)
+        launch(CUDA, "a", 1, named(torch.zeros(4), None, 1, 1.0), constants)
     assert len(kernel.launches) == 2

@@ -14,7 +14,7 @@ import triton.language as tl
 from support.devices import DEVICES
 from support.packs import Pack, assert_right, by_kernels
 
-from hetu.backends.triton import BackwardVariant, Heads, Variant, backward_tile, launch, launch_backward, tile
+from hetu.backends.triton import BackwardVariant, PackedHeads, Variant, backward_tile, launch, launch_backward, tile
 from hetu.backends.triton.tiles import item_and_set
 
 
@@ -80,7 +80,7 @@ def test_results_in_this_order(device: str, heads: tuple[int, int], monkeypatch:
         for module in (launch, launch_backward):
             monkeypatch.setattr(module, "_kind", module._kind.__wrapped__)
     assert 8 * chunk < count, "items are many, and the backward's, of queries and of keys, twice as many"
-    assert Heads(*heads).num_q // Heads(*heads).pack > 1, "there are several sets"
+    assert PackedHeads(*heads).num_q // PackedHeads(*heads).pack > 1, "there are several sets"
     lens = [1 + i * i % 4 for i in range(count)]
     pack = Pack(lens, lens, heads, 16)
     data = pack.data()

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hetu
 import hetu.functional
 from hetu.backends.lower.lowering import FeedInput
-from hetu.backends.triton import launch
+from hetu.backends.triton.launcher import Launcher
 
 HEADS, HEAD_DIM = 2, 16
 
@@ -123,7 +123,7 @@ def test_nothing_waits_for_the_device(kind: type[Varlen] | type[Parallel], devic
 
 def test_a_run_of_seen_lengths_asks_torch_for_memory_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the output and its log-sum-exps: whatever else stood there would be another launch on a GPU."""
-    monkeypatch.setattr(launch, "_forward", lambda *_: None)
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
     rows = hetu.IntSymbol("rows")
     with hetu.graph("define_and_run", device="cpu") as g:
         qkv = [hetu.placeholder(hetu.float32, [rows, 2, 16], name=name) for name in "qkv"]
@@ -162,7 +162,7 @@ def test_new_lengths_are_read_and_checked_once(monkeypatch: pytest.MonkeyPatch) 
 def test_new_lengths_call_few_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than lengths seen before: each takes two microseconds where a GPU's driver has emptied the caches."""
     package = str(Path(hetu.__file__).parent)
-    monkeypatch.setattr(launch, "_forward", lambda *_: None)
+    monkeypatch.setattr(Launcher, "__call__", lambda *_: None)
     case = Varlen("cpu")
 
     def calls(lengths: list[int]) -> int:

@@ -23,7 +23,8 @@ from support.sampled import check_sampled, planted
 
 import hetu
 from hetu.backends.attention.contract import BackwardState, new_state
-from hetu.backends.families import attention_kernel, backward_kernel
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.families import family
 from hetu.parallel import Mask
 from hetu.parallel.mask.segments import take_turns
 from hetu.parallel.mask.varlen import varlen_tables
@@ -210,7 +211,7 @@ def test_far_keys(documents: int, length: int, heads: tuple[int, int], head_dim:
 def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, device: str) -> None:
     """What several steps add up in float32: the output, and the gradient of q. Only the last rows see any key."""
     seeing, keys = 40, 33
-    shape, attend = (rows, heads[0], head_dim), attention_kernel("triton")
+    shape, kernels = (rows, heads[0], head_dim), family("triton")
     generator = torch.Generator(device).manual_seed(0)
     q = torch.full(shape, torch.nan, dtype=HALF, device=device)
     q[-seeing:].normal_(generator=generator)
@@ -223,7 +224,7 @@ def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, devi
     assert state.acc is not None and (device == "cpu" or state.acc.numel() > 2**31)
     state.acc.fill_(torch.nan)
     for turn, (k, v) in zip(turns, pairs, strict=True):
-        attend(q, k, v, spans, table, state, softmax_scale=0.1, turn=turn)
+        kernels.attend(AttendCall(q, k, v, spans, table, 0.1, turn), state)
     assert not state.out[:-seeing].any() and (state.lse[0] == -torch.inf).all()
     leaves = [q[-seeing:], torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])]
     leaves = [x.double().requires_grad_() for x in leaves]
@@ -240,7 +241,7 @@ def test_far_accumulators(rows: int, heads: tuple[int, int], head_dim: int, devi
     backward = BackwardState(q, lse_of_forward, delta, dq, dq)  # dout is q: one such tensor is enough
     dkv = [[torch.full_like(x, torch.nan, dtype=torch.float32) for x in pair] for pair in pairs]
     for turn, (k, v), (dk, dv) in zip(turns, pairs, dkv, strict=True):
-        backward_kernel("triton")(q, k, v, spans, table, backward, dk, dv, softmax_scale=0.1, turn=turn)
+        kernels.attend_backward(AttendCall(q, k, v, spans, table, 0.1, turn), backward, dk, dv)
     wants = torch.autograd.grad((out * leaves[0].detach()).sum(), leaves)
     gots = [dq[-seeing:], torch.cat([dk for dk, _ in dkv]), torch.cat([dv for _, dv in dkv])]
     for name, got, want in zip(GRADIENTS, gots, wants, strict=True):

@@ -15,9 +15,7 @@ from support.devices import ON_CUDA
 from support.plans import holding_back
 
 import hetu
-from hetu.backends.lower import attention as lower_attention
-from hetu.backends.lower import attention_backward as lower_attention_backward
-from hetu.backends.lower import attention_heads as lower_heads
+from hetu.backends.families import family
 from hetu.parallel.methods import METHODS
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -57,7 +55,7 @@ def peak_on_gpu(call: Callable[[], Any]) -> int:
     return peak - before
 
 
-def zeros_forward(q: Any, k: Any, v: Any, spans: Any, table: Any, state: Any, **_: Any) -> None:
+def zeros_forward(_: Any, state: Any) -> None:
     """A kernel that needs no memory of its own."""
     for x in (state.out, state.acc):
         if x is not None:
@@ -65,7 +63,7 @@ def zeros_forward(q: Any, k: Any, v: Any, spans: Any, table: Any, state: Any, **
     state.lse.zero_()
 
 
-def zeros_backward(q: Any, k: Any, v: Any, spans: Any, table: Any, state: Any, dk: Any, dv: Any, **_: Any) -> None:
+def zeros_backward(_: Any, state: Any, dk: Any, dv: Any, keeps: bool = False) -> None:
     for x in (state.dq, dk, dv):
         x.zero_()
 
@@ -85,10 +83,8 @@ def check(peak: int, plan: Any, shards: list[torch.Tensor], slack: int) -> None:
 def test_the_figure_bounds_what_is_allocated(
     lens: str, method: str, is_backward: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for module in (lower_attention, lower_heads):
-        monkeypatch.setattr(module, "attention_kernel", lambda backend: zeros_forward)
-    for module in (lower_attention_backward, lower_heads):
-        monkeypatch.setattr(module, "backward_kernel", lambda backend: zeros_backward)
+    monkeypatch.setattr(family("torch"), "attend", zeros_forward)
+    monkeypatch.setattr(family("torch"), "attend_backward", zeros_backward)
     g, qkv, fetches, layout = build(LENS[lens], method, "cpu", hetu.float32)
     rows = np.random.default_rng(0).standard_normal((sum(LENS[lens]), WIDTH), np.float32)
     shards = [torch.from_numpy(shard) for shard in layout.scatter(rows)]

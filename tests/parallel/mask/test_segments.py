@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from hetu.parallel.methods.tables import extents, see
 
 def columns(spans: QuerySpans, table: SegmentTable) -> list[list[int]]:
     """All that both hold."""
-    return [getattr(x, name).tolist() for x in (spans, table) for name in x.__dataclass_fields__ if name != "memo"]
+    both = [(x, item.name) for x in (spans, table) for item in fields(x) if item.repr]
+    return [getattr(x, name).tolist() for x, name in both]
 
 
 def test_lengths_of_both_sides_in_one_array() -> None:
@@ -100,7 +102,7 @@ def test_tables_known_to_be_plain(mask: Mask, packed: bool) -> None:
         assert spans.rows_with_lse == spans.length[spans.slot >= 0].sum()
         other = SegmentTable(table.query, table.k_start, table.k_len, table.diagonal)
         assert table.pairs(spans) == other.pairs(spans)
-        others = QuerySpans(*(getattr(spans, name) for name in spans.__dataclass_fields__ if name != "memo"))
+        others = QuerySpans(*(getattr(spans, item.name) for item in fields(spans) if item.repr))
         assert others.rows_with_lse == spans.rows_with_lse
         assert not table.is_plain_over(others) and not other.is_plain_over(spans)
         if not table.is_plain_over(spans):

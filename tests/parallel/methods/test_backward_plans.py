@@ -10,13 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
-from support.plans import KV_METHODS, attends, broadcast, find, holding_back, in_orders, with_instructions
+from support.plans import (
+    KV_METHODS,
+    attends,
+    broadcast,
+    find,
+    foreign_buffers,
+    holding_back,
+    in_orders,
+    landing_buffers,
+    rows_aside,
+    with_instructions,
+)
 
 import hetu
 from hetu.parallel import METHODS, Hardware, Heads, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Send, Source, Wait
-from hetu.parallel.plan.memory import scratch_rows
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -108,7 +118,7 @@ def test_one_buffer_used_again_at_once() -> None:
     """Gradients have to leave before the next attend, and they go to a pipeline that is itself about to attend."""
     backward = in_orders(Layout.build([1] * 4, [0] * 4), Mask.causal(), around, num_buffers=1).backward()
     backward.verify()
-    assert [part.buffers for part in backward.pipelines] == [(1,), (1, 1), (1, 1), (1, 1)]
+    assert [foreign_buffers(part) for part in backward.pipelines] == [[], [1], [1], [1]]
 
 
 def test_sends_that_are_received_too_late() -> None:
@@ -192,8 +202,9 @@ def test_two_landing_buffers_in_turn_and_time_to_travel() -> None:
                     added.append((steps, ends[last.transfer].peer, item.buffer))
                 last = item
             # The neighbour attends to this shard in its second step, and is waited for after the third here.
-            assert added == [(min(i + 2, 5), (r + i) % 5, (i - 1) % 2) for i in range(1, 5)]
-            assert part.landing == (8, 8)
+            first = len(part.buffers) - 2
+            assert added == [(min(i + 2, 5), (r + i) % 5, first + (i - 1) % 2) for i in range(1, 5)]
+            assert landing_buffers(part) == [8, 8]
 
 
 def test_gathered_gradients_return_nearest_first() -> None:
@@ -202,7 +213,9 @@ def test_gathered_gradients_return_nearest_first() -> None:
         home = [item for item in part.instructions if isinstance(item, Send) and item.grads]
         assert [item.peer for item in home] == [(r - hop) % 4 for hop in (1, 2, 3)]
         receives = [item for item in part.instructions if isinstance(item, Receive) and item.grads]
-        assert [(item.peer, item.buffer) for item in receives] == [((r + hop) % 4, (hop - 1) % 2) for hop in (1, 2, 3)]
+        assert [(item.peer, item.buffer) for item in receives] == [
+            ((r + hop) % 4, 2 + (hop - 1) % 2) for hop in (1, 2, 3)
+        ]
 
 
 def test_messages_of_both_kinds_keep_one_order() -> None:
@@ -228,13 +241,13 @@ def test_bytes_and_cost_by_hand() -> None:
     # q, out, dout, dq in 2 bytes, lse and delta in 4, and dk and dv in 2 bytes.
     row = 4 * 16 * 2 + 2 * 2 * 4 + 32
     # Both sum up in 4 bytes: pipeline 0 dk and dv, which also come from the other, pipeline 1 dq, of two steps.
-    # Pipeline 0 sends four rows and four gradients land. Pipeline 1 has a buffer of four rows, computes their gradients
-    # aside, and packs them.
-    assert plan.peak_bytes(0) == (4 + 4) * 32 + 4 * 64 + 4 * (row + 64)
-    assert plan.peak_bytes(1) == (4 + 4) * 32 + (4 + 4) * 64 + 4 * (row + 16 * 4)
+    # Pipeline 0 sends four rows, and when these are sent four gradients land. Pipeline 1 has a buffer of four rows,
+    # computes their gradients aside, lets go of the buffer, and packs them.
+    assert plan.peak_bytes(0) == 4 * 32 + 4 * 64 + 4 * (row + 64)
+    assert plan.peak_bytes(1) == 4 * 32 + (4 + 4) * 64 + 4 * (row + 16 * 4)
     # float32 needs no second copy of what is summed up.
     single = build_plan(forward.layout, method="direct", heads=dataclasses.replace(heads, itemsize=4)).backward()
-    assert single.peak_bytes(0) == (4 + 4) * 64 + 4 * 64 + 4 * (4 * 16 * 4 + 2 * 2 * 4 + 64)
+    assert single.peak_bytes(0) == 4 * 64 + 4 * 64 + 4 * (4 * 16 * 4 + 2 * 2 * 4 + 64)
 
     pair = 10 * 8 * 2
     cost = plan.cost(Hardware(flops=pair, link_bytes=32, latency=3.0, memory_bytes=1e9))
@@ -247,18 +260,18 @@ def test_bytes_and_cost_by_hand() -> None:
 def test_one_step_is_written_as_it_is_returned() -> None:
     plan = build_plan(Layout.build([4], [0]), heads=Heads(num_q=2, num_kv=1, head_dim=8, itemsize=2)).backward()
     assert plan.peak_bytes(0) == 4 * 32 + 4 * (4 * 16 * 2 + 2 * 2 * 4 + 32)
-    assert scratch_rows(plan.pipelines[0]) == 0 and not plan.pipelines[0].landing
+    assert rows_aside(plan.pipelines[0]) == 0 and not landing_buffers(plan.pipelines[0])
 
 
 def test_gradients_held_aside() -> None:
     """One foreign buffer's at a time, for they are packed at once; and those of a second step to the own shard."""
     plan = build_plan(Layout.build([4, 3, 2], [0] * 3), method="ring", mask=Mask.full(), heads=HEADS).backward()
-    assert [scratch_rows(part) for part in plan.pipelines] == [3, 4, 4]
+    assert [rows_aside(part) for part in plan.pipelines] == [3, 4, 4]
     instructions, at = find(plan, Attend, 2)
     twice = with_instructions(plan, 2, [instructions[at], *instructions])
-    assert scratch_rows(twice.pipelines[2]) == 4
+    assert rows_aside(twice.pipelines[2]) == 4
     once = with_instructions(plan, 2, [instructions[at], instructions[at]])
-    assert scratch_rows(once.pipelines[2]) == 2
+    assert rows_aside(once.pipelines[2]) == 2
 
 
 # Printing
@@ -269,16 +282,16 @@ direct backward, causal: 6 tokens of 1 document on 2 pipelines in 1 group; 21 pa
 512 B sent
 
 pipeline  group  tokens  pairs  steps  rows sent  rows received  gradients sent  gradients received   sent  held at most
-       0      0       4     10      1          4              0               0                   4  256 B        2.1 kB
-       1      0       2     11      2          0              4               4                   0  256 B        1.6 kB
+       0      0       4     10      1          4              0               0                   4  256 B        1.9 kB
+       1      0       2     11      2          0              4               4                   0  256 B        1.3 kB
 
 pipeline 0: 1 query span, buffers of 4 rows, landing buffers of 4 rows
   send     4 rows (1 run) of buffer 0 to 1
   attend   buffer 0 (rows of 0): 1 segment, 10 pairs
   wait     to have sent to 1
-  receive gradients of 4 rows from 1 into landing buffer 0
+  receive gradients of 4 rows from 1 into landing buffer 1
   wait     for gradients from 1
-  add      4 rows (1 run) of landing buffer 0 to the own
+  add      4 rows (1 run) of landing buffer 1 to the own
 
 pipeline 1: 1 query span, buffers of 2, 4 rows
   receive  4 rows from 0 into buffer 1

@@ -28,7 +28,7 @@ def simulate(plan: AttnPlan) -> tuple[Counts, list[set[tuple[int, int]]]]:
     sizes = [sum(g.rows) for g in layout.groups]
     counts = [np.zeros((layout.rows(r), sizes[layout.group_index(r)]), int) for r in range(layout.num_pipelines)]
     buffers = [
-        [[(r, row) for row in range(p.rows)], *([None] * n for n in p.buffers[1:])]
+        [[(r, row) for row in range(p.rows)], *([None] * b.rows for b in p.buffers[1:])]
         for r, p in enumerate(plan.pipelines)
     ]
     left = [list(part.instructions) for part in plan.pipelines]

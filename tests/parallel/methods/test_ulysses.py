@@ -19,7 +19,7 @@ from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.mask import CAUSAL
 from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.methods.ulysses import alike, deal, sequence_rows
-from hetu.parallel.plan.heads import HeadRange, Kind
+from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -99,11 +99,11 @@ def test_what_is_sent_by_hand() -> None:
         home = (9 - own) * (2 * row + 2 * 4)
         assert plan.bytes_sent(r) == there + home
     # Two of the three attend for half of a key head: its gradients travel in float32.
-    sent = {item.kind for part in plan.backward().pipelines for item in part.instructions if isinstance(item, Send)}
-    assert sent == {Kind.QKV_DOUT, Kind.LSE_DELTA, Kind.Q_GRADS, Kind.KV_GRADS}
+    sent = {item.payload for part in plan.backward().pipelines for item in part.instructions if isinstance(item, Send)}
+    assert sent == {Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.Q_GRADS, Payload.KV_GRADS}
     whole = plan_of([4, 2], (4, 2)).backward()
-    sent = {item.kind for part in whole.pipelines for item in part.instructions if isinstance(item, Send)}
-    assert sent == {Kind.QKV_DOUT, Kind.LSE_DELTA, Kind.QKV_GRADS}
+    sent = {item.payload for part in whole.pipelines for item in part.instructions if isinstance(item, Send)}
+    assert sent == {Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.QKV_GRADS}
 
 
 def test_more_members_than_heads() -> None:
@@ -154,25 +154,26 @@ def test_a_transfer_of_other_heads(kind: type, is_backward: bool) -> None:
 
 @BOTH
 def test_a_transfer_of_another_kind(is_backward: bool) -> None:
-    other = Kind.LSE_DELTA if is_backward else Kind.OUT
-    plan = damaged(lambda item: dataclasses.replace(item, kind=other), Receive, 0, is_backward=is_backward)
-    with pytest.raises(hetu.PlanError, match=r"puts .* to buffer|lse, delta of .* are received"):
+    other = Payload.LSE_DELTA if is_backward else Payload.OUT
+    plan = damaged(lambda item: dataclasses.replace(item, payload=other), Receive, 0, is_backward=is_backward)
+    with pytest.raises(hetu.PlanError, match=r"(out|lse, delta) of .* are received"):
         plan.verify()
-    refused(damaged(lambda item: dataclasses.replace(item, kind=Kind.KV), Send, 0), "which a forward lacks")
+    refused(damaged(lambda item: dataclasses.replace(item, payload=Payload.KV), Send, 0), "but q, k, v of heads")
 
 
 @BOTH
 def test_a_copy_left_out(is_backward: bool) -> None:
     refused(
-        damaged(lambda item: [], Copy, 0, is_backward=is_backward), "attending for", "nothing that was ever received"
+        damaged(lambda item: [], Copy, 0, is_backward=is_backward), "attending to", "nothing that was ever received"
     )
-    refused(damaged(lambda item: [], Copy, -1, is_backward=is_backward), "never comes home")
+    home = "is never sent home" if is_backward else "never comes home"
+    refused(damaged(lambda item: [], Copy, -1, is_backward=is_backward), home)
 
 
 @BOTH
 def test_a_copy_made_twice(is_backward: bool) -> None:
-    refused(damaged(lambda item: [item, item], Copy, 0, is_backward=is_backward), "where others were written")
-    twice = "brings a second time" if is_backward else "where others were written"
+    refused(damaged(lambda item: [item, item], Copy, 0, is_backward=is_backward), "is overwritten by a copy")
+    twice = "sends a second time" if is_backward else "is overwritten by a copy"
     refused(damaged(lambda item: [item, item], Copy, -1, is_backward=is_backward), twice)
 
 
@@ -185,12 +186,14 @@ def test_rows_put_elsewhere() -> None:
     instructions = list(plan.pipelines[1].instructions)
     scattered = next(i for i in at if len(instructions[i].runs.start) > 1)
     instructions[scattered] = change(instructions[scattered])
-    refused(with_instructions(plan, 1, instructions), "attending for", "holds q of position")
+    refused(
+        with_instructions(plan, 1, instructions), "attending to buffer 1 for head 2", "holds k of head 0 of position"
+    )
 
 
 def test_an_attend_left_out_or_done_twice() -> None:
     refused(damaged(lambda item: [], Attend), "pipeline 1")
-    refused(damaged(lambda item: [item, item], Attend), "attended for 2 times, expected once")
+    refused(damaged(lambda item: [item, item], Attend), "are attended 2 times, expected once")
 
 
 def test_an_attend_for_heads_of_others() -> None:
@@ -222,18 +225,17 @@ def test_other_sources() -> None:
         swapped = dataclasses.replace(first, place=Runs(np.arange(first.runs.rows), np.ones(first.runs.rows, int)))
         return dataclasses.replace(item, sources=(swapped, *rest))
 
-    refused(damaged(change, Attend, pipeline=2), "its sources are not the tokens of the group in order")
+    refused(damaged(change, Attend, pipeline=2), "its sources don't name every row once")
 
 
 def test_gradients_left_out_or_added_twice() -> None:
     options = {"is_backward": True, "pipeline": 0}
-    refused(damaged(lambda item: [], Accumulate, **options), "never comes home")
-    refused(damaged(lambda item: [item, item], Accumulate, **options), "adds nothing that has landed")
+    refused(damaged(lambda item: [], Accumulate, **options), "is sent home, but never added to its owner's")
+    refused(damaged(lambda item: [item, item], Accumulate, **options), "adds a second time the gradient of")
 
 
 def test_gradients_added_to_other_heads() -> None:
     def change(item: Accumulate) -> Accumulate:
-        assert item.heads is not None
         return dataclasses.replace(item, heads=HeadRange(0, item.heads.num_q, 0, item.heads.num_kv))
 
     refused(damaged(change, Accumulate, is_backward=True, pipeline=0), "pipeline 0")
@@ -243,7 +245,7 @@ def test_waits_in_an_order_that_nobody_can_follow() -> None:
     plan = plan_of([5, 4, 6], (6, 2))
     for r in range(3):
         items = plan.pipelines[r].instructions
-        sends = [item for item in items if isinstance(item, Send) and item.kind is Kind.QKV]
+        sends = [item for item in items if isinstance(item, Send) and item.payload is Payload.QKV]
         rest = [item for item in items if item not in sends]
         first = next(i for i, item in enumerate(rest) if isinstance(item, Attend))
         plan = with_instructions(plan, r, [*rest[:first], *sends, *rest[first:]])

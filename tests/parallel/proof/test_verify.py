@@ -191,10 +191,11 @@ def test_memory_bound() -> None:
 
 def test_a_buffer_larger_than_the_group() -> None:
     plan = good()
-    part = dataclasses.replace(plan.pipelines[1], buffers=(8, 100))
+    own, *foreign = plan.pipelines[1].buffers
+    buffers = (own, dataclasses.replace(foreign[0], rows=100), *foreign[1:])
+    part = dataclasses.replace(plan.pipelines[1], buffers=buffers)
     damaged = dataclasses.replace(plan, pipelines=(plan.pipelines[0], part, plan.pipelines[2]))
-    with pytest.raises(hetu.PlanError):
-        damaged.verify()
+    refused(damaged, "pipeline 1 holds", "its group has 24")
 
 
 def test_a_step_below_one() -> None:

@@ -15,7 +15,8 @@ import hetu
 from hetu.parallel import Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.mask.mask import CAUSAL
-from hetu.parallel.plan.heads import Kind
+from hetu.parallel.plan.buffers import shard
+from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Receive, Runs, Send, Wait
 
 
@@ -59,7 +60,7 @@ def test_a_wait_dropped_or_doubled() -> None:
     def drop_the_wait(instructions: list[Any], at: int) -> None:
         assert isinstance(instructions.pop(at - 1), Wait)
 
-    nothing = "pipeline 0: an accumulate from landing buffer 0 adds row 0: nothing that has landed"
+    nothing = "pipeline 0: an accumulate adds row 0 of landing buffer 3: nothing that has landed"
     refused(damaged(drop_the_wait, Accumulate), nothing)
     refused(damaged(double, Wait), "pipeline 0 waits for transfer", "or twice")
     refused(damaged(drop, Wait), "of gradients to pipeline 2 is never waited for")
@@ -68,11 +69,9 @@ def test_a_wait_dropped_or_doubled() -> None:
 def test_an_accumulate_dropped_or_doubled() -> None:
     what = "the gradient of position 0 of document 2 of group 0 that pipeline 1 computes by attend 1"
     refused(damaged(drop, Accumulate), f"{what} is sent home, but never added to its owner's")
-    refused(damaged(double, Accumulate), f"pipeline 0: an accumulate from landing buffer 0 adds a second time {what}")
+    refused(damaged(double, Accumulate), f"pipeline 0: an accumulate from landing buffer 3 adds a second time {what}")
     again = damaged(drop, Accumulate, method="all_gather", count=4, mask=Mask.full())
-    refused(
-        again, "pipeline 0: transfer", "from pipeline 3 fills landing buffer 0 before it was added: the gradient of"
-    )
+    refused(again, "pipeline 0: the gradient of", "is overwritten by transfer", "from pipeline 3 before it is used")
 
 
 def test_a_transfer_dropped_with_both_its_ends() -> None:
@@ -102,9 +101,10 @@ def test_a_transfer_to_another_peer() -> None:
 
 def test_a_transfer_of_another_kind() -> None:
     def change(instructions: list[Any], at: int) -> None:
-        instructions[at] = dataclasses.replace(instructions[at], buffer=1, kind=Kind.KV)
+        instructions[at] = dataclasses.replace(instructions[at], buffer=1, payload=Payload.KV)
 
-    refused(damaged(change, Receive, mask=Mask.full()), "sends gradients, but keys and values are received")
+    plan = damaged(change, Receive, mask=Mask.full())
+    refused(plan, "sends gradients of heads 0 to 1, but keys and values of heads 0 to 1 are received")
 
 
 def test_added_to_other_rows() -> None:
@@ -115,13 +115,13 @@ def test_added_to_other_rows() -> None:
     plan = good()
     assert len(find(plan, Accumulate, 0)[0][find(plan, Accumulate, 0)[1]].runs.start) > 1
     refused(
-        damaged(shift, Accumulate), "an accumulate from landing buffer 0 adds to own row", "that pipeline 1 computes"
+        damaged(shift, Accumulate), "an accumulate from landing buffer 3 adds to own row", "that pipeline 1 computes"
     )
 
 
 def test_added_from_another_landing_buffer() -> None:
     def swap(instructions: list[Any], at: int) -> None:
-        instructions[at] = dataclasses.replace(instructions[at], buffer=1 - instructions[at].buffer)
+        instructions[at] = dataclasses.replace(instructions[at], buffer=7 - instructions[at].buffer)
 
     refused(damaged(swap, Accumulate), "pipeline 0: an accumulate")
 
@@ -158,7 +158,7 @@ def test_gradients_sent_before_they_are_computed() -> None:
         attend = max(i for i in range(at) if isinstance(instructions[i], Attend))
         instructions.insert(attend, instructions.pop(at))
 
-    refused(damaged(hurry, Send), "pipeline 0: transfer", "comes before any attend to buffer 1")
+    refused(damaged(hurry, Send), "pipeline 0: transfer", "sends row", "of buffer 1 before any attend computed dk")
     refused(damaged(hurry, Send, method="ring", count=4, mask=Mask.full(), number=2), "pipeline 0: transfer")
 
 
@@ -180,7 +180,7 @@ def test_gradients_overwritten_before_they_are_sent() -> None:
     wait = next(i for i in range(receive + 1, len(items)) if getattr(items[i], "transfer", None) == late[0].transfer)
     own = [items[receive], items[wait], items[wait + 1]]
     plan = with_instructions(plan, owner, [*(item for item in items if item not in own), *own])
-    refused(plan, "pipeline 0: the gradient of", "by attend 1 is overwritten by attend 3 before it is sent home")
+    refused(plan, "pipeline 0: the gradient of", "by attend 1 is never sent home")
 
 
 def test_gradients_overwritten_while_they_are_sent() -> None:
@@ -191,7 +191,7 @@ def test_gradients_overwritten_while_they_are_sent() -> None:
         instructions.append(instructions.pop(wait))
 
     plan = damaged(keep, Send, method="ring", count=4, mask=Mask.full())
-    refused(plan, "pipeline 0: attend 3 to buffer 1 while transfer", "reads its gradients")
+    refused(plan, "pipeline 0: attend 3 fills buffer 1 while transfer", "is still being sent")
 
 
 def test_a_landing_buffer_filled_while_it_is_in_use() -> None:
@@ -200,7 +200,7 @@ def test_a_landing_buffer_filled_while_it_is_in_use() -> None:
         instructions.insert(first + 1, instructions.pop(at))
 
     plan = damaged(hurry, Receive, number=2, method="all_gather", count=4, mask=Mask.full())
-    refused(plan, "pipeline 0: transfer", "fills landing buffer 0 while transfer", "is still landing")
+    refused(plan, "pipeline 0: transfer", "fills landing buffer 2 while transfer", "is still landing")
 
 
 def test_rows_out_of_a_landing_buffer() -> None:
@@ -210,16 +210,18 @@ def test_rows_out_of_a_landing_buffer() -> None:
     def rename(instructions: list[Any], at: int) -> None:
         instructions[at] = dataclasses.replace(instructions[at], buffer=9)
 
-    refused(damaged(shift, Receive, mask=Mask.full()), "lands in rows 1 to", "of landing buffer 0, which has")
-    refused(damaged(shift, Accumulate, mask=Mask.full()), "adds rows 1 to", "of landing buffer 0, which has")
-    refused(damaged(rename, Accumulate), "pipeline 0 has no landing buffer 9, which an accumulate names")
-    refused(damaged(rename, Receive), "pipeline 0 has no landing buffer 9, which transfer")
+    refused(damaged(shift, Receive, mask=Mask.full()), "lands in rows 1 to", "of landing buffer 3, which has")
+    refused(damaged(shift, Accumulate, mask=Mask.full()), "adds rows 1 to", "of landing buffer 3, which has")
+    refused(damaged(rename, Accumulate), "pipeline 0 has no buffer 9, which an accumulate names")
+    refused(damaged(rename, Receive), "pipeline 0 has no buffer 9, which transfer")
 
 
 def test_a_landing_buffer_larger_than_the_shard() -> None:
     plan = good()
-    part = dataclasses.replace(plan.pipelines[0], landing=(9, 8))
-    refused(dataclasses.replace(plan, pipelines=(part, *plan.pipelines[1:])), "landing buffers of (9, 8) rows")
+    *others, last = plan.pipelines[0].buffers
+    assert not last.holds_keys
+    part = dataclasses.replace(plan.pipelines[0], buffers=(*others, dataclasses.replace(last, rows=9)))
+    refused(dataclasses.replace(plan, pipelines=(part, *plan.pipelines[1:])), "landing buffers of [3, 9] rows")
 
 
 def test_one_row_added_to_twice_at_once() -> None:
@@ -241,12 +243,18 @@ def test_gradients_of_the_own_shard_sent() -> None:
 
 def test_gradients_in_a_forward() -> None:
     plan = good()
-    refused(dataclasses.replace(plan, is_backward=False), "is about gradients, but the plan is no backward")
+    refused(dataclasses.replace(plan, is_backward=False), "holds gradients, but the plan is no backward")
 
 
 def test_a_forward_called_a_backward() -> None:
     plan = build_plan(Layout.build([4, 4], [0, 0]), method="direct", heads=HEADS)
-    lie = dataclasses.replace(plan, is_backward=True)
+    refused(dataclasses.replace(plan, is_backward=True), "its shard has 4 rows, heads 0 to 1, of q, k, v, out, lse")
+    parts = []
+    for part in plan.pipelines:
+        own, *foreign = part.buffers
+        held = [dataclasses.replace(buffer, payloads=(Payload.KV, Payload.KV_GRADS)) for buffer in foreign]
+        parts.append(dataclasses.replace(part, buffers=(shard(own.rows, HEADS, is_backward=True), *held)))
+    lie = dataclasses.replace(plan, pipelines=tuple(parts), is_backward=True)
     refused(
         lie, "the gradient of position 0 of document 0 of group 0 that pipeline 1 computes by attend 1 is never sent"
     )

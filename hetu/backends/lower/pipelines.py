@@ -1,0 +1,267 @@
+"""One pipeline's share of a ``parallel_attn`` and of its gradient: what it holds, and how it computes a step.
+
+A pipeline attends for the rows of its plan's queries' buffer. Where these are its own rows, it writes its results where
+the op returns them. Else they come home row by row, and are put there at the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+from hetu.backends.attention.contract import (
+    AttentionState,
+    BackwardState,
+    Dropout,
+    attention_delta,
+    ceil_padded,
+    compute_dtype,
+    finish_softmax,
+    lse_places,
+    new_state,
+)
+from hetu.backends.attention.family import AttendCall
+from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
+from hetu.backends.comm import Buffers, Communicator, Owned, Values, follow
+from hetu.backends.families import family
+from hetu.parallel import AttnPlan
+from hetu.parallel.mask.segments import Turn
+from hetu.parallel.plan.heads import HeadRange, Payload
+from hetu.parallel.plan.instructions import Attend
+
+
+class _Call:
+    """What forward and backward have in common.
+
+    Attributes:
+        spans: The spans of the own rows, which are not always the queries.
+        held: What the pipeline holds while it follows its part.
+    """
+
+    held: Buffers
+
+    def __init__(self, qkv: torch.Tensor, plan: AttnPlan, pipeline: int, random: Random, options: Options) -> None:
+        self.options, self.layout, self.heads = options, plan.layout, plan.heads
+        self.plan = plan.pipelines[pipeline]
+        self.is_own = self.plan.queries == 0
+        self.spans = self.plan.spans if self.is_own else plan.layout.query_spans(pipeline)
+        self.qkv = with_rows(qkv)
+        self.all_dropout = options.dropout(random, plan.layout.group_index(pipeline))
+        # How often each range of heads is still attended for, of rows whose results travel.
+        self.left: Counter[HeadRange] = Counter()
+        if not self.is_own:
+            self.left.update(item.heads for item in self.plan.instructions if isinstance(item, Attend))
+
+    def given(self) -> Owned:
+        """Views of q, k and v of the shard."""
+        q, kv = self.options.cut(self.qkv)
+        k, v = kv.unbind(1)
+        return {"q": q, "k": k, "v": v}, {Payload.KV: kv.view(len(kv), 2 * self.options.num_kv, self.options.head_dim)}
+
+    def dropout(self, step: Attend) -> Dropout | None:
+        """The dropout of a step's heads."""
+        if self.all_dropout is None or step.heads.first_q == 0:
+            return self.all_dropout
+        return replace(self.all_dropout, first_head=step.heads.first_q)
+
+    def follow(self, comm: Communicator) -> Iterator[bool]:
+        """Follows its part of the plan."""
+        return follow(self.plan, self.held, comm, self.attend)
+
+    def attend(self, step: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+        """Computes a step; see :data:`hetu.backends.comm.buffers.AttendStep`."""
+        raise NotImplementedError
+
+    def is_last(self, step: Attend) -> bool:
+        """Counts a step; whether it is the last one for its heads."""
+        self.left[step.heads] -= 1
+        return self.left[step.heads] == 0
+
+
+class ForwardCall(_Call):
+    """One pipeline's share of a ``parallel_attn``: its queries, its running results, and how it attends."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        plan: AttnPlan,
+        pipeline: int,
+        random: Random,
+        shape: tuple[int, int, int],
+        options: Options,
+    ) -> None:
+        super().__init__(qkv, plan, pipeline, random, options)
+        self.shape = shape
+        self.state: AttentionState | None = None  # of the own rows
+        self.states: dict[HeadRange, AttentionState] = {}  # of rows whose results travel
+        given = self.given()
+        self.q = given[0]["q"]
+        self.held = Buffers(self.plan, self.heads, given, self._results)
+
+    def _results(self) -> Owned:
+        q = self.q
+        if self.is_own:
+            batch, seq_len, columns = self.shape
+            wanted = columns if self.options.return_softmax else None
+            self.state = new_state(q, self.spans, batch, seq_len, self.plan.runs_on, columns=wanted)
+            return {}, {}
+        made = {"out": torch.empty_like(q, memory_format=torch.contiguous_format)}
+        made["lse"] = q.new_empty((len(q), self.heads.num_q, 1), dtype=compute_dtype(q.dtype))
+        if self.options.return_softmax:
+            made["p"] = q.new_empty((len(q), self.heads.num_q, self.heads.columns))
+        return made, {}
+
+    def attend(self, step: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+        """Attends to one buffer of keys and values."""
+        state = self.state or self._state_by_row(step, queries)
+        dropout = self.dropout(step)
+        call = AttendCall(
+            queries["q"],
+            keys["k"],
+            keys["v"],
+            self.plan.spans,
+            step.table,
+            self.options.softmax_scale,
+            turn,
+            dropout,
+            key_positions(self.plan, step, self.layout) if self.options.needs_positions else None,
+        )
+        family(self.options.family).attend(call, state)
+        if not self.is_own and self.is_last(step):
+            del self.states[step.heads]
+            if self.options.return_softmax:
+                p, rows = finish_softmax(state, self.plan.spans, dropout, self.qkv.dtype), len(queries["q"])
+                queries["p"].copy_(p[0, :, :rows, : self.heads.columns].transpose(0, 1))
+
+    def _state_by_row(self, step: Attend, queries: Values) -> AttentionState:
+        """The running result of queries whose results travel home: they are written row by row, in one slot."""
+        if step.heads in self.states:
+            return self.states[step.heads]
+        q, scores = queries["q"], None
+        high = compute_dtype(q.dtype)
+        if self.options.return_softmax:
+            size = 1, q.shape[1], ceil_padded(len(q)), ceil_padded(self.heads.columns)
+            scores = q.new_full(size, -torch.inf, dtype=high)
+        acc = q.new_empty(q.shape, dtype=high) if self.plan.runs_on else None
+        lse = queries["lse"].squeeze(-1).T.unsqueeze(0)
+        state = self.states[step.heads] = AttentionState(queries["out"], lse, acc, scores)
+        return state
+
+    def outputs(self) -> tuple[torch.Tensor, ...]:
+        """Output, lse and, if asked for, p, once the plan is done."""
+        values = self.held.finish()
+        if self.state is not None:
+            outputs = self.state.out.flatten(1), self.state.lse
+            if not self.options.return_softmax:
+                return outputs
+            return *outputs, finish_softmax(self.state, self.spans, self.all_dropout, self.qkv.dtype)
+        batch, seq_len, columns = self.shape
+        lse = values["lse"].new_full((batch, self.heads.num_q, seq_len), -torch.inf)
+        rows, slot, slot_row = lse_places(self.spans, lse.device)
+        lse[slot, :, slot_row] = values["lse"][rows, :, 0]
+        outputs = values["out"].flatten(1), lse
+        if not self.options.return_softmax:
+            return outputs
+        return *outputs, self._probabilities(values["p"], batch, seq_len, columns)
+
+    def _probabilities(self, p: torch.Tensor, batch: int, seq_len: int, columns: int) -> torch.Tensor:
+        """Probabilities as the op returns them; see :func:`~hetu.backends.attention.contract.finish_softmax`."""
+        whole = p.new_zeros((batch, p.shape[1], ceil_padded(seq_len), ceil_padded(columns)))
+        spans, lengths = self.spans, self.layout.place(self.plan.pipeline)[0].lengths
+        for span in range(len(spans)):
+            start, row, column = int(spans.start[span]), int(spans.slot_row[span]), int(spans.column[span])
+            length, keys = int(spans.length[span]), int(lengths[spans.document[span]])
+            part = p[start : start + length, :, :keys].transpose(0, 1)
+            whole[int(spans.slot[span]), :, row : row + length, column : column + keys] = part
+        return whole
+
+
+class BackwardCall(_Call):
+    """One pipeline's share of the gradient of a ``parallel_attn``."""
+
+    def __init__(
+        self,
+        qkv: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        dout: torch.Tensor,
+        dlse: torch.Tensor | None,
+        plan: AttnPlan,
+        pipeline: int,
+        random: Random,
+        options: Options,
+    ) -> None:
+        super().__init__(qkv, plan, pipeline, random, options)
+        out, self.dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
+        self.lse = lse
+        self.delta = attention_delta(out, self.dout, dlse, self.spans, family(options.family).row_dot)
+        self.state: BackwardState | None = None  # of the own rows
+        self.states: dict[HeadRange, BackwardState] = {}  # of rows whose results travel
+        values, beside = self.given()
+        if not self.is_own:
+            values = {**values, **self._by_row()}
+        self.held = Buffers(self.plan, self.heads, (values, beside), self._results)
+
+    def _by_row(self) -> Values:
+        """What travels to who attends for the own rows."""
+        lse = torch.empty_like(self.delta)
+        rows, slot, slot_row = lse_places(self.spans, lse.device)
+        lse[rows] = self.lse[slot, :, slot_row]
+        return {"dout": self.dout, "lse": lse.unsqueeze(-1), "delta": self.delta.unsqueeze(-1)}
+
+    def _results(self) -> Owned:
+        # Sums of several parts are made in float32; what a single step computes is written as it is returned.
+        high = compute_dtype(self.qkv.dtype)
+        self.grad = self.qkv.new_empty(self.qkv.shape)
+        dq, self.dkv = self.options.cut(self.grad)
+        self.sums = self.dkv
+        if self.plan.sums_gradients and high != self.qkv.dtype:
+            self.sums = torch.empty_like(self.dkv, dtype=high, memory_format=torch.contiguous_format)
+        if self.is_own:
+            self.state = BackwardState(self.dout, self.lse, self.delta, dq, self._acc(dq))
+        values = {"dq": dq, "dk": self.sums[:, 0], "dv": self.sums[:, 1]}
+        return values, {Payload.KV_GRADS: self.sums.flatten(1, 2)}
+
+    def _acc(self, dq: torch.Tensor) -> torch.Tensor | None:
+        """Where gradients of queries are added up that several steps compute."""
+        if not self.plan.runs_on:
+            return None
+        high = compute_dtype(dq.dtype)
+        return dq if dq.dtype == high else dq.new_empty(dq.shape, dtype=high)
+
+    def attend(self, step: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
+        """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
+        state = self.state or self._state_by_row(step, queries)
+        dropout = self.dropout(step)
+        call = AttendCall(
+            queries["q"],
+            keys["k"],
+            keys["v"],
+            self.plan.spans,
+            step.table,
+            self.options.softmax_scale,
+            turn,
+            dropout,
+            key_positions(self.plan, step, self.layout) if dropout else None,
+        )
+        family(self.options.family).attend_backward(call, state, keys["dk"], keys["dv"], keeps)
+        if not self.is_own and self.is_last(step):
+            del self.states[step.heads]
+
+    def _state_by_row(self, step: Attend, queries: Values) -> BackwardState:
+        """What steps read of queries whose gradients travel home, and the gradients, row by row."""
+        if step.heads not in self.states:
+            by_head = queries["lse"].squeeze(-1).T.contiguous().unsqueeze(0)
+            delta, dq = queries["delta"].squeeze(-1).contiguous(), queries["dq"]
+            self.states[step.heads] = BackwardState(queries["dout"], by_head, delta, dq, self._acc(dq))
+        return self.states[step.heads]
+
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the shard, once the plan is done."""
+        self.held.finish()
+        if self.sums is not self.dkv:
+            self.dkv.copy_(self.sums)
+        return self.grad

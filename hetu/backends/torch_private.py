@@ -1,0 +1,150 @@
+"""Every private API of torch that hetu uses, each with a public one that does the same where this torch lacks it.
+
+They are here for speed: asking torch by its public ways takes longer than what is asked. ``PRIVATE`` lists them for the
+test that names one that a new torch no longer has; hetu then works on, more slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PRIVATE: dict[str, tuple[Any, Any]] = {}
+"""What is used, by its name in torch: what this torch has, or None, and what stands for it then."""
+
+ON_CUDA_ONLY = frozenset({"_C._cuda_getCurrentRawStream", "_C._dynamo.guards._empty_strided_cuda"})
+"""What a torch that is built without CUDA lacks."""
+
+
+def _find(name: str) -> Any:
+    """An attribute of torch by its dotted name; None if there is none."""
+    owner: Any = torch
+    for part in name.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
+def _private(name: str, fallback: Any) -> Any:
+    """What torch has under a name, else what stands for it."""
+    found = _find(name)
+    PRIVATE[name] = found, fallback
+    return fallback if found is None else found
+
+
+# Autocast
+
+
+def _any_autocast() -> bool:
+    return any(torch.is_autocast_enabled(device) for device in _AUTOCAST_DEVICES)
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for device in _AUTOCAST_DEVICES:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+
+is_any_autocast_enabled: Callable[[], bool] = _private("_C._is_any_autocast_enabled", _any_autocast)
+"""Whether autocast is on for any kind of device."""
+
+disable_autocast: Callable[[], AbstractContextManager[Any]] = _private("_C._DisableAutocast", _without_autocast)
+"""A context in which autocast is off for all kinds of devices."""
+
+
+# Who watches or transforms what is computed. Without an answer somebody does: that is slower, and never wrong.
+
+
+def _one_mode() -> int:
+    return 1
+
+
+def _some_transform() -> object:
+    return ()
+
+
+def _tracing_state() -> object | None:
+    return () if torch.jit.is_tracing() else None  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _always() -> bool:
+    return True
+
+
+dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", _one_mode)
+"""How many dispatch modes are on."""
+
+functorch_level: Callable[[], object | None] = _private("_C._functorch.peek_interpreter_stack", _some_transform)
+"""The innermost of ``torch.func``'s transforms, or None."""
+
+tracing_state: Callable[[], object | None] = _private("_C._get_tracing_state", _tracing_state)
+"""What ``torch.jit.trace`` holds while it traces, or None."""
+
+is_profiling: Callable[[], bool] = _private("_C._autograd._profiler_enabled", _always)
+"""Whether torch's profiler is on."""
+
+
+# Gradients
+
+
+def _set_grad_enabled(is_enabled: bool) -> None:
+    torch.set_grad_enabled(is_enabled)
+
+
+set_grad_enabled: Callable[[bool], None] = _private("_C._set_grad_enabled", _set_grad_enabled)
+"""Switches the recording of gradients on or off in this thread."""
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The ``apply`` of an autograd function, for calls without any of ``torch.func``'s transforms around them.
+
+    That in Python first asks for the transforms, which takes 3 µs. The one behind it, in C, doesn't.
+    """
+    base: Any = super(torch.autograd.Function, function)
+    apply: Callable[..., Any] = getattr(base, "apply", function.apply)
+    return apply
+
+
+PRIVATE["autograd.Function.__base__.apply"] = (
+    _find("autograd.Function.__base__.apply"),
+    _find("autograd.Function.apply"),
+)
+
+
+def version_of(x: torch.Tensor) -> int | None:
+    """How often torch has counted changes of a tensor; None if that can't be known."""
+    return getattr(x, "_version", None)
+
+
+PRIVATE["Tensor._version"] = _find("Tensor._version"), version_of
+
+
+# Devices
+
+
+def _stream(device: int) -> int:
+    stream: int = torch.cuda.current_stream(device).cuda_stream
+    return stream
+
+
+current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream", _stream)
+"""The address of the current stream of a CUDA device."""
+
+empty_strided_cuda: Callable[..., torch.Tensor] | None = _private("_C._dynamo.guards._empty_strided_cuda", None)
+"""How torch.compile's generated code allocates on the current CUDA device; None means ``torch.empty``."""
+
+flash_attention_cpu: Callable[..., Any] | None = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
+"""torch's flash attention on the CPU, which gives the log-sum-exps too; None means matrix products."""
+
+abort_process_group: Callable[[Any], None] = _private(
+    "distributed.distributed_c10d._abort_process_group", getattr(dist, "destroy_process_group", None)
+)
+"""Leaves a process group without waiting for what it does."""
