@@ -29,7 +29,8 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import Hardware, Layout
+from hetu.parallel import Hardware, Layout, Strategy
+from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
 from hetu.shards import Shards
@@ -154,6 +155,7 @@ def trace() -> Recorder:
 
 Graph.planner_factory = _planner
 Graph.executor_factory = _executor
+Graph.check_strategies = _check_strategies
 
 __all__ = [
     "Binding",
@@ -171,6 +173,7 @@ __all__ = [
     "PlanError",
     "ShapeError",
     "Shards",
+    "Strategy",
     "StrategyError",
     "Tensor",
     "UnboundSymbolError",

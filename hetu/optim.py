@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Role, Tensor, TensorSpec, gradients, register
+from hetu.graph.autodiff import reached_by_gradients
 from hetu.graph.passes import live_nodes, nodes_of
 from hetu.ops import all_reduce
 
@@ -56,8 +57,8 @@ class Optimizer:
         Args:
             loss: Floating, without dimensions.
             parameters: What to train: made by ``hetu.parameter``, or a list of dicts as ``torch.optim`` takes
-                them, ``{"params": [...], "weight_decay": 0.0}``. None: all parameters that the loss depends on and
-                that were made with ``requires_grad``.
+                them, ``{"params": [...], "weight_decay": 0.0}``. None: all parameters that a gradient of the loss
+                reaches, so none behind ``hetu.stop_gradient``, and that were made with ``requires_grad``.
             name: Of the node, under which a state dict keeps the optimiser's state; made up if None.
 
         Returns:
@@ -98,8 +99,9 @@ class Optimizer:
     def _groups(self, loss: Tensor, parameters: Groups | None) -> list[dict[str, Any]]:
         """Parameters in groups with options of their own."""
         if parameters is None:
-            nodes = nodes_of(live_nodes([loss]), Role.PARAMETER)
-            parameters = [node.outputs[0] for node in nodes if node.attrs["requires_grad"]]
+            reached = reached_by_gradients(loss)
+            nodes = [node for node in nodes_of(live_nodes([loss]), Role.PARAMETER) if node.attrs["requires_grad"]]
+            parameters = [node.outputs[0] for node in nodes if node.outputs[0] in reached]
         items = list(parameters)
         is_grouped = bool(items) and all(isinstance(item, Mapping) for item in items)
         groups: list[dict[str, Any]] = [dict(item) for item in items] if is_grouped else [{"params": items}]  # type: ignore[call-overload]

@@ -160,7 +160,7 @@ class Executor:
         sums = [torch.zeros((), dtype=torch.int64, device=request.device) for _ in nodes]
         for (main, feeds), (_, symbols), draws in zip(run.prepared, request.batches, random, strict=True):
             part, count = feeds.restricted(before), main.num_pipelines
-            prepared, read = self._planner.prepare_read(before, _always(part), symbols, main.strategy, count)
+            prepared, read = self._planner.prepare_read(before, _always(part), symbols, main.strategy)
             launcher = self._launcher(world, request, before, count)
             flat = self._launch(run, prepared, read, launcher, draws, {})
             for i, values in enumerate(flat):
@@ -206,4 +206,4 @@ class Executor:
 
 def _always(feeds: FeedSet) -> FeedReader:
     """Gives feeds that are spread over the pipelines already."""
-    return lambda _: feeds
+    return lambda *_: feeds

@@ -75,8 +75,7 @@ class Step:
             values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
         for item, *column in zip(self.fetched.plain, *self.results, strict=True):
             values[item] = column if len(column) > 1 else column[0]
-        found = [values[item] for item in self.fetched.fetches]
-        return found[0] if self.fetched.is_single else found
+        return self.fetched.give(values)
 
     def _apply(self, update: Node, loss: torch.Tensor) -> torch.Tensor:
         """Does what the run level says with the gradients; gives the norm of those that wait or were applied."""

@@ -58,6 +58,31 @@ def by_torch(make: Any, steps: int, max_norm: float | None = None, schedule: Any
     return losses, [w.detach(), b.detach()]
 
 
+UNREACHED = {
+    "a target behind stop_gradient": lambda w, other: w - hetu.stop_gradient(other),
+    "a threshold": lambda w, other: hetu.where(w > other, w, 2.0 * w),
+    "an index": lambda w, other: w * hetu.sum(hetu.gather(w, 0, hetu.cast(other * 0.0, "int64"))),
+    "a cast to an int": lambda w, other: w * hetu.cast(hetu.cast(other, "int32"), "float32"),
+}
+
+
+@pytest.mark.parametrize("use", UNREACHED)
+def test_what_no_gradient_reaches_is_left_alone(use: str) -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        w, other = (hetu.parameter(1.0, [2], name=name) for name in ("w", "other"))
+        loss = hetu.sum(UNREACHED[use](w, other))
+        train = hetu.optim.SGD(lr=0.5, weight_decay=0.1).minimize(loss)
+        alone = hetu.sum(hetu.stop_gradient(w))
+        with pytest.raises(hetu.HetuError, match="there is nothing to train"):
+            hetu.optim.SGD(lr=0.5).minimize(alone)
+        with pytest.raises(hetu.HetuError, match="depends on other"):  # asked for by name, and in vain
+            hetu.optim.SGD(lr=0.5).minimize(loss, [w, other])
+    g.run(train)
+    assert g.run(other).tolist() == [1.0, 1.0]
+    assert g.run(w).tolist() != [1.0, 1.0]
+    assert train.op.attrs["parameters"] == ("w",)
+
+
 def check(model: Regression, losses: list[float], values: list[torch.Tensor]) -> None:
     got = [float(model.run(model.train)) for _ in losses]
     np.testing.assert_allclose(got, losses, rtol=1e-5)
