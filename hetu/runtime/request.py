@@ -33,6 +33,7 @@ class Fetches:
         wanted: What the modules must compute.
         updates: The update nodes, which ``minimize`` made.
         plain: The tensors that are fetched besides.
+        changes_state: True if the run makes gradients wait or applies them.
         is_as_computed: True if a run gives just what the modules compute, in their order.
     """
 
@@ -45,6 +46,7 @@ class Fetches:
         self.run_level = run_level
         self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
+        self.changes_state = bool(self.updates) and run_level != "compute_only"
         needed = [item for node in self.updates for item in self.needs(node)]
         self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
         self.is_as_computed = self.fetches == self.wanted
