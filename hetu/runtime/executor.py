@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -38,6 +38,9 @@ _ANY_KERNELS = nullcontext()
 
 _NO_LOCK = nullcontext()
 """The context of a run that leaves the state as it is."""
+
+_NO_GUARD = nullcontext()
+"""The context of a run that nobody else has to be told of."""
 
 
 @dataclass(slots=True)
@@ -119,7 +122,7 @@ class Executor:
                 request = open_request()
                 readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
                 with self.state.lock if request.fetches.changes_state else _NO_LOCK:
-                    found = self._compute(self._prepare(world, request, readers))
+                    found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
         except BaseException:
             self.state.unsettle()
             raise
@@ -134,8 +137,7 @@ class Executor:
             run = agreement.confirm(
                 lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
             )
-            with world.hanging_up():
-                return self._compute(run)
+            return self._compute(run, world.hanging_up())
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
@@ -154,8 +156,12 @@ class Executor:
         pipelines = world.pipelines(num_pipelines)
         return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
 
-    def _compute(self, run: ReadyRun) -> Any:
+    def _compute(self, run: ReadyRun, guard: AbstractContextManager[None]) -> Any:
         """Draws random numbers, launches every micro-batch, and ends the step.
+
+        Args:
+            run: What is computed.
+            guard: Sees whatever raises, as it was raised.
 
         Raises:
             HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
@@ -167,7 +173,7 @@ class Executor:
             if draws:
                 seed, first = rng.take(draws * count)
             random = [(seed, first + i * draws) for i in range(count)]
-            with deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
+            with guard, deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
                 return self._compute_with(run, random)
         except BaseException as error:
             if not run.step.is_committed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,7 +175,9 @@ def _rehearse(bound: BoundOptimizer) -> None:
         return
     before = bound.before()
     try:
-        bound.step_schedule(torch.zeros(()))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it misses the optimiser's step before it
+            bound.step_schedule(torch.zeros((), device="cpu"))
     except ValueError:  # it may have come to its end, and be loaded to be looked at
         pass
     finally:
