@@ -29,7 +29,8 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import Hardware, Layout
+from hetu.parallel import Hardware, Layout, Strategy
+from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
 from hetu.shards import Shards
@@ -73,13 +74,17 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Writes a graph's state to a safetensors file: parameters, waiting gradients, optimisers, the generator.
 
     It is written beside and renamed, so that at any moment the file at ``path`` is whole: the old one or the new one.
+    A link is followed, and the file keeps its mode.
 
     Args:
-        what: A graph, or a state as ``g.state_dict()`` gives it.
+        what: A graph, or a state as ``g.state_dict()`` gives it. It may have more entries: tensors, numbers, strings,
+            None, and dicts, lists and tuples of them, which :func:`load` gives back as they were.
         path: The file; by convention it ends in ``.safetensors``.
 
     Raises:
-        HetuError: If the state holds something that no file can.
+        HetuError: If the state holds something that no file can, ``path`` is no file but a folder or a device, say,
+            or safetensors can't write it.
+        OSError: If it can't be written. The old file is whole then, and nothing is left beside it.
 
     Example:
         >>> import hetu, os, tempfile
@@ -92,9 +97,9 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ...     hetu.load(path)["parameters"]
         {'w': tensor([1.5000, 1.5000])}
     """
-    from hetu.runtime import checkpoint
+    from hetu.runtime import state_file
 
-    checkpoint.save(checkpoint.state_dict(what.executor.state) if isinstance(what, Graph) else what, path)
+    state_file.save(what, path)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -104,15 +109,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         path: The file.
 
     Returns:
-        The state, with its tensors on the CPU.
+        The state, with its tensors on the CPU, in memory of their own.
 
     Raises:
-        HetuError: If the file is cut short, damaged, or not one of hetu's.
+        HetuError: If the file is cut short, damaged in any bit, or not one of hetu's.
         FileNotFoundError: If there is none.
     """
-    from hetu.runtime import checkpoint
+    from hetu.runtime import state_file
 
-    return checkpoint.load(path)
+    return state_file.load(path)
 
 
 def trace() -> Recorder:
@@ -154,6 +159,7 @@ def trace() -> Recorder:
 
 Graph.planner_factory = _planner
 Graph.executor_factory = _executor
+Graph.check_strategies = _check_strategies
 
 __all__ = [
     "Binding",
@@ -171,6 +177,7 @@ __all__ = [
     "PlanError",
     "ShapeError",
     "Shards",
+    "Strategy",
     "StrategyError",
     "Tensor",
     "UnboundSymbolError",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from hetu.dtypes import float32
+from hetu.arguments import flag, is_torch, items, number_of, real, refuse, shown, text
+from hetu.dtypes import bfloat16, float16, float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Role, Tensor, TensorSpec, gradients, register
+from hetu.graph.autodiff import reached_by_gradients
 from hetu.graph.passes import live_nodes, nodes_of
-from hetu.ops import all_reduce
+from hetu.ops import all_reduce, cast
 
 Groups = Sequence[Tensor] | Sequence[Mapping[str, Any]]
+
+_COMMON = ("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused")
+_OF_ADAM = (*_COMMON, "betas", "eps", "amsgrad", "capturable")
 
 
 class Optimizer:
@@ -24,6 +30,7 @@ class Optimizer:
         kind: The name of the class in ``torch.optim``.
         is_elementwise: True if it updates each element of a parameter from that element's own gradient and state, so
             that any part of a parameter can be updated by itself. Others need whole parameters.
+        takes: The names of its options; None where only torch knows them.
         options: Its arguments.
         max_grad_norm: See :class:`SGD`.
         schedule: See :class:`SGD`.
@@ -32,6 +39,7 @@ class Optimizer:
 
     kind = "Optimizer"
     is_elementwise = False
+    takes: tuple[str, ...] | None = None
 
     def __init__(
         self,
@@ -41,10 +49,35 @@ class Optimizer:
         schedule: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> None:
-        self.options = {"lr": lr, **options}
+        self.options = self._checked({"lr": lr, **options}, {})
         self.max_grad_norm, self.schedule, self.where = max_grad_norm, schedule, caller()
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            self._refuse(HetuError, f"max_grad_norm is {max_grad_norm!r}", "give a positive number, or None")
+        if max_grad_norm is not None:
+            wanted = "a positive number, or None"
+            self.max_grad_norm = real(max_grad_norm, "max_grad_norm", wanted, lambda x: x > 0, op="minimize")
+        if schedule is not None and not callable(schedule):
+            self._refuse(
+                HetuError,
+                f"schedule is {shown(schedule)}, expected a function of the optimiser",
+                "write schedule=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)",
+            )
+
+    def _checked(self, options: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
+        """Options as copies, refused where torch would refuse them later or not at all.
+
+        Args:
+            options: Those of the optimiser, or of a group.
+            of_all: Those of the optimiser, which a group's take the place of.
+        """
+        for name in options:
+            if self.takes is not None and name not in self.takes:
+                known = ", ".join(sorted(self.takes))
+                self._refuse(HetuError, f"torch.optim.{self.kind} has no option {name!r}", f"it has {known}")
+        checked = checked_options(options)
+        together = {**of_all, **checked}
+        for rule, broken in _BROKEN.items():
+            if broken(together):
+                self._refuse(HetuError, f"torch.optim.{self.kind} refuses its options: {rule}", "change one of them")
+        return checked
 
     def minimize(self, loss: Tensor, parameters: Groups | None = None, name: str | None = None) -> Tensor:
         """Adds the gradients of a loss and the update of parameters to the loss's graph.
@@ -56,8 +89,8 @@ class Optimizer:
         Args:
             loss: Floating, without dimensions.
             parameters: What to train: made by ``hetu.parameter``, or a list of dicts as ``torch.optim`` takes
-                them, ``{"params": [...], "weight_decay": 0.0}``. None: all parameters that the loss depends on and
-                that were made with ``requires_grad``.
+                them, ``{"params": [...], "weight_decay": 0.0}``. None: all parameters that a gradient of the loss
+                reaches, so none behind ``hetu.stop_gradient``, and that were made with ``requires_grad``.
             name: Of the node, under which a state dict keeps the optimiser's state; made up if None.
 
         Returns:
@@ -79,15 +112,18 @@ class Optimizer:
             >>> g.run(train), g.run(w)
             (tensor(2.), tensor([0.5000, 0.5000]))
         """
+        if name is not None:
+            name = text(name, "name", op="minimize")
         if not isinstance(loss, Tensor) or not loss.dtype.is_floating:
-            self._refuse(DTypeError, f"expected loss to be a floating tensor, got {loss!r}")
+            self._refuse(DTypeError, f"expected loss to be a floating tensor, got {shown(loss)}")
         if loss.ndim:
             shape = f"[{', '.join(map(str, loss.shape))}]"
             self._refuse(ShapeError, f"the loss has shape {shape}, expected no dimension", "sum it: hetu.sum(loss)")
         groups = self._groups(loss, parameters)
         params = [item for group in groups for item in group["params"]]
         # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to say.
-        grads = [all_reduce(grad) for grad in gradients(loss, params)]
+        # The sums are in at least float32: small parts would be lost in bfloat16, and large ones overflow in float16.
+        grads = [all_reduce(_widened(grad)) for grad in gradients(loss, params)]
         attrs = {
             "optimizer": self,
             "parameters": tuple(item.op.name for item in params),
@@ -98,23 +134,36 @@ class Optimizer:
     def _groups(self, loss: Tensor, parameters: Groups | None) -> list[dict[str, Any]]:
         """Parameters in groups with options of their own."""
         if parameters is None:
-            nodes = nodes_of(live_nodes([loss]), Role.PARAMETER)
-            parameters = [node.outputs[0] for node in nodes if node.attrs["requires_grad"]]
-        items = list(parameters)
-        is_grouped = bool(items) and all(isinstance(item, Mapping) for item in items)
-        groups: list[dict[str, Any]] = [dict(item) for item in items] if is_grouped else [{"params": items}]  # type: ignore[call-overload]
+            reached = reached_by_gradients(loss)
+            nodes = [node for node in nodes_of(live_nodes([loss]), Role.PARAMETER) if node.attrs["requires_grad"]]
+            parameters = [node.outputs[0] for node in nodes if node.outputs[0] in reached]
+        given = self._listed(parameters, "parameters")
+        is_grouped = bool(given) and all(isinstance(item, Mapping) for item in given)
+        groups: list[dict[str, Any]] = []
+        for group in given if is_grouped else [{"params": given}]:
+            if "params" not in group:
+                self._refuse(
+                    HetuError, f"a group has no 'params': {shown(group)}", 'write {"params": [...], "lr": 0.1}'
+                )
+            params, options = group["params"], {key: value for key, value in group.items() if key != "params"}
+            listed = [params] if isinstance(params, Tensor) else self._listed(params, "params")
+            groups.append({"params": listed, **self._checked(options, self.options)})
         seen: set[Tensor] = set()
-        for group in groups:
-            group["params"] = list(group.get("params", ()))
-            for item in group["params"]:
-                if not isinstance(item, Tensor) or item.op.role is not Role.PARAMETER:
-                    self._refuse(HetuError, f"can't train {item!r}: it is no parameter", "make it with hetu.parameter")
-                if item in seen:
-                    self._refuse(HetuError, f"parameter {item.name} is named twice", "name it once")
-                seen.add(item)
+        for item in (item for group in groups for item in group["params"]):
+            if not isinstance(item, Tensor) or item.op.role is not Role.PARAMETER:
+                self._refuse(HetuError, f"can't train {shown(item)}: it is no parameter", "make it with hetu.parameter")
+            if item in seen:
+                self._refuse(HetuError, f"parameter {item.name} is named twice", "name it once")
+            seen.add(item)
         if not seen:
             self._refuse(HetuError, "there is nothing to train", "make the loss depend on a hetu.parameter(...)")
         return groups
+
+    def _listed(self, given: Any, name: str) -> list[Any]:
+        """What is read once, and may be an iterator: ``module.parameters()`` is one in torch."""
+        if isinstance(given, (Tensor, Mapping, str, bytes)) or not isinstance(given, Iterable):
+            self._refuse(HetuError, f"{name} is {shown(given)}, expected a list of parameters", "write [w] for one")
+        return list(given)
 
     @staticmethod
     def _refuse(error: type[HetuError], what: str, fix: str | None = None) -> NoReturn:
@@ -137,6 +186,7 @@ class SGD(Optimizer):
 
     kind = "SGD"
     is_elementwise = True
+    takes = (*_COMMON, "momentum", "dampening", "nesterov")
 
 
 class Adam(Optimizer):
@@ -144,6 +194,7 @@ class Adam(Optimizer):
 
     kind = "Adam"
     is_elementwise = True
+    takes = (*_OF_ADAM, "decoupled_weight_decay")
 
 
 class AdamW(Optimizer):
@@ -151,6 +202,86 @@ class AdamW(Optimizer):
 
     kind = "AdamW"
     is_elementwise = True
+    takes = _OF_ADAM
+
+
+def checked_options(options: Mapping[str, Any], op: str = "minimize") -> dict[str, Any]:
+    """Options of an optimiser or of a group: numbers as Python's own, tensors as copies.
+
+    Args:
+        options: Any of those of torch's optimisers. Others are left as they are.
+        op: Who asks, for the errors.
+
+    Raises:
+        HetuError: If a number is out of its range, or something else than what is wanted.
+
+    Example:
+        >>> checked_options({"lr": 0.5, "foreach": None})
+        {'lr': 0.5, 'foreach': None}
+    """
+    return {key: _CONVERTERS[key](value, key, op) if key in _CONVERTERS else value for key, value in options.items()}
+
+
+def _number(value: Any, name: str, op: str, most: float = math.inf) -> Any:
+    """A number from 0 up to, not including, ``most``; a tensor of one element stays one, as in torch."""
+    wanted = f"a number in [0, {most:g})" if most < math.inf else "a finite number that is not negative"
+    is_kept = (
+        is_torch(value) and name != "eps" and not value.is_meta and value.numel() == 1 and value.is_floating_point()
+    )
+    number = value.item() if is_kept else value
+    real(number, name, wanted, lambda x: 0 <= x < most, op=op)
+    return value.detach().clone() if is_kept else _plain(value)
+
+
+def _any_number(value: Any, name: str, op: str) -> Any:
+    real(value, name, op=op)
+    return _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own; torch takes no ints of more than 64 bits."""
+    number = number_of(value)
+    return float(value) if isinstance(number, int) and abs(number) >= 2**53 else number
+
+
+def _flag(value: Any, name: str, op: str) -> bool:
+    return flag(value, name, op=op)
+
+
+def _flag_or_none(value: Any, name: str, op: str) -> bool | None:
+    return None if value is None else flag(value, name, op=op)
+
+
+def _betas(value: Any, name: str, op: str) -> tuple[Any, ...]:
+    given = items(value, name, "a pair of numbers", op=op, fix="write betas=(0.9, 0.999)")
+    if len(given) != 2:
+        refuse(value, name, "a pair of numbers", op=op, fix="write betas=(0.9, 0.999)")
+    made = [_number(beta, f"betas[{i}]", op, most=1.0) for i, beta in enumerate(given)]
+    return tuple(float(beta) if isinstance(beta, int) else beta for beta in made)
+
+
+_CONVERTERS: Mapping[str, Callable[[Any, str, str], Any]] = {
+    **dict.fromkeys(("lr", "weight_decay", "eps", "momentum"), _number),
+    **dict.fromkeys(("maximize", "differentiable", "nesterov", "amsgrad", "capturable"), _flag),
+    **dict.fromkeys(("foreach", "fused"), _flag_or_none),
+    "decoupled_weight_decay": _flag,
+    "dampening": _any_number,
+    "betas": _betas,
+}
+"""What takes each option of torch's optimisers."""
+
+_BROKEN: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "nesterov needs a momentum, and no dampening": lambda o: (
+        o.get("nesterov", False) and not (o.get("momentum", 0) > 0 and o.get("dampening", 0) == 0)
+    ),
+    "fused and foreach exclude each other": lambda o: bool(o.get("fused") and o.get("foreach")),
+    "fused and differentiable exclude each other": lambda o: bool(o.get("fused") and o.get("differentiable")),
+}
+"""Options that torch refuses together, and in groups notices too late."""
+
+
+def _widened(grad: Tensor) -> Tensor:
+    return cast(grad, float32) if grad.dtype in (float16, bfloat16) else grad
 
 
 def grad_norm(train: Tensor) -> Tensor:

@@ -35,6 +35,24 @@ def take(count: int) -> tuple[int, int]:
         return _seed, first
 
 
+def give_back(seed: int, first: int, count: int) -> None:
+    """Takes back a draw of which nothing came, unless somebody has drawn or seeded since.
+
+    Args:
+        seed: The seed that :func:`take` gave.
+        first: The first offset that it gave.
+        count: How many offsets it gave.
+
+    Example:
+        >>> manual_seed(7); give_back(*take(3), 3); get_state()
+        (7, 0)
+    """
+    global _offset
+    with _lock:
+        if (_seed, _offset) == (seed, first + count):
+            _offset = first
+
+
 def get_state() -> tuple[int, int]:
     """The seed, and the next offset to be drawn.
 

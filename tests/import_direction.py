@@ -17,6 +17,7 @@ Floors = Sequence[Sequence[str]]
 
 FLOORS: Floors = (
     ("errors",),
+    ("arguments",),
     ("dtypes",),
     ("config", "cache", "rng", "shards"),
     ("symbols",),

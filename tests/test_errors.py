@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ import hetu
 from hetu.backends.comm import LocalComm, run_lock_step
 from hetu.backends.lower.lowering import find_lowering
 from hetu.errors import Where, caller
-from hetu.parallel.plan.heads import HeadRange, Payload
+from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.plan.instructions import Receive, Runs, Send
 from hetu.runtime.executor import Executor
 
-ONE_HEAD = HeadRange(0, 1, 0, 1)
+HEADS = Heads(num_q=1, num_kv=1, head_dim=8, itemsize=4).all
 
 FAMILY = (
     hetu.ShapeError,
@@ -140,7 +140,7 @@ def test_an_op_that_no_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def waiting(comm: LocalComm, transfer: int) -> Iterator[bool]:
-    comm.receive(0, Receive(transfer, 1, 1, 0, 2, Payload.KV, ONE_HEAD), torch.empty(2, 2, 1, 8))
+    comm.receive(0, Receive(transfer, 1, 1, 0, 2, Payload.KV, HEADS), torch.empty(2, 2, 8))
     while not comm.done(0, transfer):
         yield False
 
@@ -153,11 +153,11 @@ def test_pipelines_that_wait_for_each_other() -> None:
 
 def test_rows_that_do_not_fit() -> None:
     comm = LocalComm()
-    send = Send(1, 0, 0, Runs(np.array([0]), np.array([3])), Payload.KV, ONE_HEAD)
-    comm.send(1, send, torch.zeros(3, 2, 1, 8))
+    send = Send(1, 0, 0, Runs(np.array([0]), np.array([3])), Payload.KV, HEADS)
+    comm.send(1, send, torch.zeros(3, 2, 8))
     with pytest.raises(hetu.CommunicationError, match="brings 3 rows, expected 2"):
         run_lock_step([waiting(comm, 1)])
-    again = dataclasses.replace(send, transfer=2)
-    comm.send(1, again, torch.zeros(3, 2, 1, 8))
+    again = replace(send, transfer=2)
+    comm.send(1, again, torch.zeros(3, 2, 8))
     with pytest.raises(hetu.CommunicationError, match="was sent twice"):
-        comm.send(1, again, torch.zeros(3, 2, 1, 8))
+        comm.send(1, again, torch.zeros(3, 2, 8))

@@ -62,6 +62,21 @@ def _strides(inner: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+    """A host array as a tensor: its own memory where torch takes that, else a copy.
+
+    torch takes no read-only, unaligned, reversed or foreign-endian memory.
+
+    Example:
+        >>> as_tensor(np.arange(3)[::-1])
+        tensor([2, 1, 0])
+    """
+    flags = array.flags
+    if flags.writeable and flags.aligned and array.dtype.isnative and min(array.strides, default=0) >= 0:
+        return torch.from_numpy(array)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+
+
 def copied_to(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A copy of a host array on a device; on the CPU the array's own memory.
 

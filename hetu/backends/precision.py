@@ -16,6 +16,7 @@ def in_own_precision(function: Callable[Parameters, Result]) -> Callable[Paramet
     """A function that autocast is kept from.
 
     Example:
+        >>> import torch
         >>> x = torch.ones(2, 2)
         >>> with torch.autocast("cpu", dtype=torch.bfloat16):
         ...     in_own_precision(torch.mm)(x, x).dtype

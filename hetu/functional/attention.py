@@ -27,7 +27,7 @@ from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, innermo
 from hetu.ops.attention.common import FLOATS, cu_seqlens_fault, longest_of
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
-from hetu.planning.feeds import host_array
+from hetu.planning.arrays import host_array
 
 HostArray = np.ndarray[Any, Any]
 

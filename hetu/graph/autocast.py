@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any
 
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64
 from hetu.errors import DTypeError, caller
 
-_low: ContextVar[DType | None] = ContextVar("hetu_autocast", default=None)
+_entered: ContextVar[tuple[autocast, ...]] = ContextVar("hetu_autocast", default=())
+"""What is in force: the last of these."""
 
 
 class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a function, as torch.autocast is
@@ -41,14 +42,15 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
             raise DTypeError(
                 f"expected hetu.bfloat16 or hetu.float16, got {low}", op="autocast", where=caller(), fix="use bfloat16"
             )
-        self._dtype = low if enabled else None
-        self._tokens: list[Token[DType | None]] = []
+        self.dtype = low if enabled else None
 
     def __enter__(self) -> None:
-        self._tokens.append(_low.set(self._dtype))
+        _entered.set((*_entered.get(), self))
 
     def __exit__(self, *_: object) -> None:
-        _low.reset(self._tokens.pop())
+        entered = _entered.get()
+        last = max((i for i, item in enumerate(entered) if item is self), default=len(entered))
+        _entered.set(entered[:last] + entered[last + 1 :])  # this one goes, in whatever order blocks are left
 
 
 def no_autocast() -> autocast:
@@ -63,7 +65,8 @@ def wanted_dtype(precision: str, operands: Sequence[DType]) -> DType | None:
         precision: ``OpDef.precision``: ``"low"``, ``"high"`` or ``"any"``.
         operands: Their floating dtypes.
     """
-    low = _low.get()
+    entered = _entered.get()
+    low = entered[-1].dtype if entered else None
     if low is None or precision == "any" or float64 in operands:
         return None
     return low if precision == "low" else float32

@@ -120,6 +120,15 @@ def _reached(nodes: Iterable[Node], sources: Sequence[Tensor]) -> set[Tensor]:
     return found
 
 
+def reached_by_gradients(y: Tensor) -> set[Tensor]:
+    """The floating tensors that a gradient of y arrives at: what y depends on, but for what counts as a constant."""
+    found = {y}
+    for node in reversed(live_nodes([y])):
+        if not node.definition.stops_gradient and not found.isdisjoint(node.outputs):
+            found.update(item for item in node.tensors if item.dtype.is_floating)
+    return found
+
+
 def _differentiate(
     node: Node, grads: tuple[Tensor | None, ...], between: set[Tensor], terms: dict[Tensor, list[Tensor]]
 ) -> None:

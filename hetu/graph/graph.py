@@ -12,14 +12,14 @@ import numpy as np
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
-from hetu.graph.opdef import Call, OpDef, TensorSpec, find_op
+from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
 if TYPE_CHECKING:
     import networkx
 
-    from hetu.parallel import AttnPlan, Layout
+    from hetu.parallel import AttnPlan, Layout, Strategy
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
 
@@ -32,16 +32,21 @@ class Graph:
     Args:
         kind: ``"define_and_run"``, the only kind.
         num_strategy: How many parallel strategies its ``parallel_attn`` ops list.
+        strategies: The strategies themselves, instead of their number: ops then need no lists, and ``strategy=`` takes
+            their names too.
         device: Where it runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None for CUDA if there is one, else the CPU.
         name: For printing.
 
     Attributes:
         nodes: In an order in which they can be computed.
         constraints: Relations that ``hetu.require`` demands of every run. Those that ops demand stand in their nodes.
+        strategies: The strategies that it was given; empty where ops list them.
+        listing: The first node that lists strategies, and so says how many pipelines each has; None if there is none.
 
     Raises:
         HetuError: If there is no such kind of graph.
-        StrategyError: If ``num_strategy`` is not a positive int.
+        StrategyError: If ``num_strategy`` is not a positive int, ``strategies`` is no list of strategies of different
+            names, or both are given and don't agree.
 
     Example:
         >>> import hetu
@@ -57,11 +62,15 @@ class Graph:
     executor_factory: ClassVar[Callable[[Graph], Executor]]
     """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
 
+    check_strategies: ClassVar[Callable[[Any, int], tuple[Strategy, ...]]]
+    """What checks a list of strategies against their number; set by the package too."""
+
     def __init__(
         self,
         kind: str = "define_and_run",
         *,
         num_strategy: int = 1,
+        strategies: Sequence[Strategy] | None = None,
         device: str | None = None,
         name: str = "graph",
     ) -> None:
@@ -69,9 +78,12 @@ class Graph:
             raise HetuError(f"there is no graph of kind {kind!r}", where=caller(), fix='use "define_and_run"')
         if not isinstance(num_strategy, int) or num_strategy < 1:
             raise StrategyError(f"num_strategy is {num_strategy!r}", where=caller(), fix="give a positive int")
-        self.kind, self.num_strategy, self.device, self.name = kind, num_strategy, device, name
+        self.strategies = () if strategies is None else type(self).check_strategies(strategies, num_strategy)
+        self.kind, self.num_strategy = kind, len(self.strategies) or num_strategy
+        self.device, self.name = device, name
         self.nodes: list[Node] = []
         self.constraints: list[Constraint] = []
+        self.listing: Node | None = None
         self._names: set[str] = set()
         self._counts: dict[str, int] = {}
         self._planner: Planner | None = None
@@ -84,7 +96,16 @@ class Graph:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        _stack.set(_stack.get()[:-1])
+        stack = _stack.get()
+        last = max((i for i, item in enumerate(stack) if item is self), default=None)
+        if last is not None:  # with blocks of generators may be left in any order: this graph goes, and no other
+            _stack.set(stack[:last] + stack[last + 1 :])
+        elif error is None:
+            raise HetuError(
+                f"{self.name} is left where it was not entered",
+                where=caller(),
+                fix="leave a graph in the thread or task that entered it, once for each time",
+            )
 
     def apply(
         self, op: str, inputs: Sequence[Any], attrs: Mapping[str, Any] | None = None, name: str | None = None
@@ -114,6 +135,8 @@ class Graph:
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
         self._names.add(call.name)
         self.nodes.append(node)
+        if definition.lists_strategies and self.listing is None:
+            self.listing = node
         return node.outputs
 
     def _autocast(self, definition: OpDef, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
@@ -156,6 +179,14 @@ class Graph:
                 where=where,
                 fix="build all of a computation in one graph",
             )
+        if item.op.role is Role.UPDATE:
+            raise HetuError(
+                f"{item.name} is the result of minimize (made at {item.op.where.short}), which is there only after "
+                "everything is computed",
+                op=op,
+                where=where,
+                fix="compute with the loss that minimize was given",
+            )
         return item
 
     @staticmethod
@@ -167,6 +198,12 @@ class Graph:
         return Tensor(name, spec.dtype, shape, node, index, spec.on_cpu)
 
     # Looking
+
+    def num_pipelines(self, strategy: int) -> int | None:
+        """How many pipelines a strategy has, whatever is fetched; None if neither the graph nor an op of it says."""
+        if self.strategies:
+            return self.strategies[strategy].num_pipelines
+        return None if self.listing is None else len(self.listing.attrs["strategies"][strategy].lengths)
 
     @property
     def version(self) -> tuple[int, int]:
@@ -254,9 +291,12 @@ class Graph:
         Args:
             fetches: A tensor, or a list of them.
             feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array
-                per pipeline, or one array that all get. With micro-batches: a list with one value each.
+                per pipeline, a dict with one array per context group by the group's value, or one array that all
+                get, which is refused where each pipeline needs its own rows. With micro-batches: a list with one
+                value each.
             int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
-            strategy: An index, ``"auto"`` (the cheapest feasible one) or None (0 if there is one, else ``"auto"``).
+            strategy: An index, the name of one of the graph's ``strategies``, ``"auto"`` (the cheapest feasible one) or
+                None (0 if there is one, else ``"auto"``).
             num_micro_batches: How many micro-batches are run one after the other.
             device: Where to run, instead of the graph's device.
             run_level: What a run that fetches what ``minimize`` gave does with the gradients: ``"update"`` adds them
@@ -311,21 +351,24 @@ class Graph:
 
     def layout(
         self,
-        strategy: int = 0,
+        strategy: int | str = 0,
         *,
         int_symbol_dict: Mapping[IntSymbol, int] | None = None,
         cu_seqlens: Any = None,
-        batch: int | Sequence[int] = 1,
+        batch: int | Sequence[int] | Mapping[int, int] = 1,
         node: str | None = None,
     ) -> Layout:
         """Which token lies where under a strategy: ``layout.scatter(x)`` and ``layout.gather(shards)``.
 
         Args:
-            strategy: Index of the strategy.
+            strategy: Index or name of the strategy.
             int_symbol_dict: Values of the symbols in its lengths and groups.
-            cu_seqlens: With packing: the array of all groups, or a list with one array per group.
-            batch: Without packing: sequences in a batch; a list gives one number per group.
+            cu_seqlens: With packing: the array of all groups, or one array per group.
+            batch: Without packing: sequences in a batch, or one number per group.
             node: Which ``parallel_attn``, where the graph has several with different layouts.
+
+        What is given per group is a dict by the group's value, or a list in the order in which ``print(layout)`` lists
+        the groups, that of ascending values.
 
         Raises:
             StrategyError: If there is no such strategy, or no or several layouts to choose from.
@@ -334,11 +377,11 @@ class Graph:
 
     def plan(
         self,
-        strategy: int = 0,
+        strategy: int | str = 0,
         *,
         int_symbol_dict: Mapping[IntSymbol, int] | None = None,
         cu_seqlens: Any = None,
-        batch: int | Sequence[int] = 1,
+        batch: int | Sequence[int] | Mapping[int, int] = 1,
         node: str | None = None,
     ) -> AttnPlan:
         """The plan that a run would follow, as data: see ``print(plan)``, ``plan.verify()``, ``plan.cost(...)``.

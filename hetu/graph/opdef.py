@@ -122,6 +122,21 @@ class BadSample:
     message: str
 
 
+@dataclass(frozen=True, slots=True)
+class IndexRange:
+    """What the values of an op's input must be: from 0 to below ``size``, or ``ignored``.
+
+    Attributes:
+        name: The input's name.
+        size: How many there are to choose from.
+        ignored: A value that is no index, and may come; None if there is none.
+    """
+
+    name: str
+    size: Dim
+    ignored: int | None = None
+
+
 class Pipeline(Protocol):
     """What is known of one pipeline while a run is bound and planned."""
 
@@ -166,8 +181,10 @@ class OpDef:
         host_inputs: Inputs whose *values* planning reads (``cu_seqlens``).
         is_random: Whether each run draws an offset from the generator for it.
         role: What its nodes are to a run.
-        is_view: Whether the output may lie in its input's memory.
+        is_view: Whether the output may lie in its first input's memory.
+        repeats: Whether several elements of the output may be one in memory, as in a view that is stretched.
         spans_pipelines: Whether one call covers all pipelines of the strategy.
+        lists_strategies: Whether its attributes say which ``strategies`` there are, and so how many pipelines each has.
         has_plan: Whether ``plan`` makes integers for it anew for every length set.
         overlaps: Whether it takes its time while others are computed, and so is started as early as can be.
         plan_name: Ops of one name share plans, for equal keys; None for the op's own name.
@@ -186,7 +203,9 @@ class OpDef:
     is_random: ClassVar[bool] = False
     role: ClassVar[Role] = Role.COMPUTATION
     is_view: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
     spans_pipelines: ClassVar[bool] = False
+    lists_strategies: ClassVar[bool] = False
     has_plan: ClassVar[bool] = False
     overlaps: ClassVar[bool] = False
     plan_name: ClassVar[str | None] = None
@@ -200,9 +219,23 @@ class OpDef:
         """True if it has no inputs and is no computation: a placeholder, a constant or a parameter."""
         return self.role in _SOURCES
 
+    @property
+    def is_known_to_planning(self) -> bool:
+        """True if its outputs can be computed before a run is planned, from its operands alone."""
+        is_plain = self.role in (Role.COMPUTATION, Role.PLACEHOLDER, Role.CONSTANT)
+        return is_plain and not (self.is_random or self.spans_pipelines or self.has_plan or self.is_step_wide)
+
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         """Checks a call and gives the outputs' dtypes and shapes."""
         raise NotImplementedError
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        """The inputs by whose values it looks something up, with what these may be."""
+        return ()
+
+    def keeps_values(self, node: Node) -> bool:
+        """Whether the values of its output are those of its first input, each at least once and no others."""
+        return False
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         """Calls with a known answer, and calls that must be refused."""
@@ -220,10 +253,6 @@ class OpDef:
             For each input a function that adds the nodes of its gradient, of the input's dtype and shape; called
             only if it is needed. None for an input that there is no gradient for.
         """
-        raise NotImplementedError
-
-    def num_pipelines(self, node: Node, strategy: int) -> int | None:
-        """How many pipelines a strategy has, for ops that span them; None for those that work on any number."""
         raise NotImplementedError
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:

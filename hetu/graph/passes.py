@@ -32,6 +32,13 @@ def nodes_of(nodes: Iterable[Node], role: Role) -> list[Node]:
     return [node for node in nodes if node.definition.role is role]
 
 
+def source_of_values(tensor: Tensor) -> Tensor | None:
+    """The placeholder or constant that has just the values of a tensor, in whatever shape; None if it is computed."""
+    while tensor.op.definition.keeps_values(tensor.op):
+        tensor = tensor.op.tensors[0]
+    return tensor if tensor.op.role in (Role.PLACEHOLDER, Role.CONSTANT) else None
+
+
 def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     """Common-subexpression elimination: which tensor each duplicate can be replaced by.
 
@@ -48,10 +55,10 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     first: dict[Any, Node] = {}
     for node in nodes:
         definition = node.definition
-        if definition.is_source or definition.is_random or definition.has_plan or node.symbols:
+        if node.role is not Role.COMPUTATION or definition.is_random or definition.has_plan or node.symbols:
             continue
         operands = tuple(_operand_key(item, replaced) for item in node.inputs)
-        key = (definition.name, operands, tuple(sorted(node.attrs.items())))
+        key = (definition.name, operands, tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs)))
         original = first.setdefault(key, node)
         if original is not node:
             replaced.update(zip(node.outputs, original.outputs, strict=True))
@@ -61,8 +68,17 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
 def _operand_key(item: Any, replaced: dict[Tensor, Tensor]) -> Any:
     if isinstance(item, Tensor):
         return replaced.get(item, item)
-    # 1, 1.0 and True are equal and hash alike, but give other dtypes; so do 0.0 and -0.0 other values.
-    return (type(item), repr(item)) if isinstance(item, float) else (type(item), item)
+    return _value_key(item)
+
+
+def _value_key(value: Any) -> Any:
+    """What tells a value from all others, also from those that are equal to it and hash alike.
+
+    1, 1.0 and True are equal, but give other dtypes; so are 0.0 and -0.0, which give other results.
+    """
+    if isinstance(value, (tuple, list)):
+        return (type(value), tuple(map(_value_key, value)))
+    return (type(value), repr(value)) if isinstance(value, (float, complex)) else (type(value), value)
 
 
 def verify(graph: Graph) -> None:

@@ -23,7 +23,8 @@ def format_graph(graph: Graph) -> str:
     body = [f"{text:<{width}}  # {place}" for text, (_, _, place) in zip(left, lines, strict=True)]
     demands = [*graph.constraints, *(item for node in graph.nodes for item in node.constraints)]
     rules = [f"  require {text}" for text in dict.fromkeys(map(str, demands))]
-    return "\n".join([head, *body, *rules])
+    rows = [f"  strategy {i}: {strategy}" for i, strategy in enumerate(graph.strategies)]
+    return "\n".join([head, *rows, *body, *rules])
 
 
 def _outputs(node: Node) -> str:

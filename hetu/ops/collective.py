@@ -44,9 +44,6 @@ class AllReduce(OpDef):
         # comes back to each pipeline's x, so gradients are reduced just as values are.
         return [lambda: build("all_reduce", grads, node.attrs)]
 
-    def num_pipelines(self, node: Node, strategy: int) -> int | None:
-        return None
-
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         dims = node.outputs[0].symbolic_shape
         shapes = [tuple(pipeline.value(dim) for dim in dims) for pipeline in view.pipelines]

@@ -10,7 +10,7 @@ import numpy as np
 
 from hetu.dtypes import float32, int64
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.common.build import axis, build, output, plain, rank, show, size, tensor, whole
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths, whole_numbers
@@ -117,6 +117,9 @@ class Gather(OpDef):
                 call.check(wanted <= there, what)
         return [output(call, x.dtype, index.symbolic_shape)]
 
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("index", node.tensors[0].symbolic_shape[node.attrs["dim"]])]
+
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         x, index = node.tensors
         attrs = {"dim": node.attrs["dim"], "shape": x.shape}
@@ -162,6 +165,9 @@ class GatherGrad(GradientOp):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         return [output(call, tensor(call, 0, "grad").dtype, call.attrs["shape"])]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("index", node.attrs["shape"][node.attrs["dim"]])]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: build("gather", (grads[0], node.inputs[1]), {"dim": node.attrs["dim"]}), None]
@@ -234,8 +240,8 @@ def gather(x: Tensor, dim: int, index: Tensor, name: str | None = None) -> Tenso
     Args:
         x: Any dtype, at least one dimension.
         dim: The dimension; negative ones count from the end.
-        index: int32 or int64, with as many dimensions as x, and no larger than x in all but ``dim``. Only the kernel
-            looks at the values: on the CPU torch raises an error for one that is out of range.
+        index: int32 or int64, with as many dimensions as x, and no larger than x in all but ``dim``. Values from 0
+            to below x's size in ``dim``, which a run checks where it can without waiting for a device.
         name: The node's name, unique in the graph; None makes one up.
 
     Returns:
@@ -244,6 +250,7 @@ def gather(x: Tensor, dim: int, index: Tensor, name: str | None = None) -> Tenso
     Raises:
         ShapeError: If there is no such dimension, or the index does not fit x.
         DTypeError: If the index is no int32 or int64.
+        BindingError: If a value of the index is out of range, which a run checks.
 
     Example:
         >>> import hetu

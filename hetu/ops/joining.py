@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,11 @@ import numpy as np
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, current_graph, register
-from hetu.ops.common.build import Dim, axis, build, output, plain, rank, result_type, show, size, tensor
+from hetu.ops.common.build import Dim, axis, build, output, plain, rank, result_type, show, size, tensor, total
 from hetu.ops.common.gradients import single, to_dtype, zeros_like
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
-from hetu.symbols import IntSymbol, as_symbol, ceil_div
+from hetu.symbols import IntSymbol, ceil_div
 
 __all__ = ["concat", "split"]
 
@@ -42,17 +42,19 @@ class Concat(OpDef):
                     call.same(shape[place], item, what)
                     shape[place] = item if isinstance(item, int) else shape[place]
         call.attrs["dim"] = dim
-        shape[dim] = plain(sum((part.symbolic_shape[dim] for part in parts), start=as_symbol(0)))
+        shape[dim] = total([part.symbolic_shape[dim] for part in parts])
         return [output(call, result_type(parts), shape)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         grad, dim = single(grads), node.attrs["dim"]
 
+        @cache
+        def pieces() -> tuple[Tensor, ...]:
+            attrs = {"sizes": [item.shape[dim] for item in node.tensors], "dim": dim}
+            return node.graph.apply("split", (grad,), attrs)
+
         def part(index: int) -> Tensor:
-            before = plain(sum((item.symbolic_shape[dim] for item in node.tensors[:index]), start=as_symbol(0)))
-            own = node.tensors[index]
-            piece = build("slice", (grad, before, before + own.shape[dim]), {"dim": dim, "step": 1})
-            return to_dtype(piece, own.dtype)
+            return to_dtype(pieces()[index], node.tensors[index].dtype)
 
         return [partial(part, index) for index in range(len(node.inputs))]
 
@@ -97,10 +99,10 @@ class Split(OpDef):
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x, wanted = tensor(call, 0, "x"), call.attrs["sizes"]
         dim = axis(call, call.attrs["dim"], x.ndim)
-        total = x.shape[dim]
-        sizes = self._several(call, wanted) if isinstance(wanted, Sequence) else self._equal(call, wanted, total)
-        what = f"expected sizes that add up to {total}, that of dimension {dim}, got {show(sizes)}"
-        call.same(plain(sum(sizes, start=as_symbol(0))), total, what)
+        whole = x.shape[dim]
+        sizes = self._several(call, wanted) if isinstance(wanted, Sequence) else self._equal(call, wanted, whole)
+        what = f"expected sizes that add up to {whole}, that of dimension {dim}, got {show(sizes)}"
+        call.same(total(sizes), whole, what)
         call.attrs.update(sizes=tuple(sizes), dim=dim)
         shapes = [(*x.symbolic_shape[:dim], item, *x.symbolic_shape[dim + 1 :]) for item in sizes]
         return [output(call, x.dtype, shape) for shape in shapes]

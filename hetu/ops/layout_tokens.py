@@ -66,8 +66,8 @@ class LayoutTokens(LayoutOp):
 
 def layout_tokens(
     x: Tensor,
-    multi_seq_lens_symbol: Lists,
-    multi_cp_group_symbol: Lists,
+    multi_seq_lens_symbol: Lists | None = None,
+    multi_cp_group_symbol: Lists | None = None,
     packing: bool = False,
     cu_seqlens: Tensor | None = None,
     *,
@@ -80,8 +80,8 @@ def layout_tokens(
 
     Args:
         x: ``(rows, ...)``, any tensor with one row per token of this pipeline's shard; only its length is looked at.
-        multi_seq_lens_symbol: One row per strategy, with one length per pipeline.
-        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline.
+        multi_seq_lens_symbol: One row per strategy, with one length per pipeline. None takes the graph's strategies.
+        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline; None with None.
         packing: Whether the sequence is a concatenation of documents.
         cu_seqlens: Only with packing: the documents' cumulative lengths, as ``cu_seqlens_q`` of
             :func:`hetu.parallel_attn`.
@@ -95,7 +95,8 @@ def layout_tokens(
 
     Raises:
         StrategyError: If the lists don't fit the graph's strategies or each other.
-        HetuError: If cu_seqlens are given without packing, or missing with it.
+        HetuError: If cu_seqlens are given without packing, missing with it, or computed from more than what is fed,
+            constants and symbols.
         BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:

@@ -9,7 +9,7 @@ import numpy as np
 
 from hetu.dtypes import bfloat16, float32, float64, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.collective import step_sum
 from hetu.ops.common.build import build, floating, output, rank, tensor, whole
 from hetu.ops.common.layers import GradientOp, check_indices, same_shape
@@ -40,6 +40,9 @@ class CrossEntropy(OpDef):
             call.fail(HetuError, f'expected reduction to be "mean", "sum" or "none", got {reduction!r}')
         dtype = float64 if logits.dtype == float64 else float32
         return [output(call, dtype, labels.symbolic_shape if reduction == "none" else ())]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [_label_range(node)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: build("cross_entropy_grad", (grads[0], *node.inputs), node.attrs), None]
@@ -112,6 +115,13 @@ class CrossEntropyGrad(GradientOp):
         logits = tensor(call, 1, "logits")
         return [output(call, logits.dtype, logits.symbolic_shape)]
 
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [_label_range(node)]
+
+
+def _label_range(node: Node) -> IndexRange:
+    return IndexRange("labels", node.input("logits").symbolic_shape[-1], node.attrs["ignore_index"])
+
 
 def _float(*shape: int) -> Tensor:
     return placeholder(float32, shape)
@@ -127,8 +137,8 @@ def cross_entropy(
 
     Args:
         logits: Floating, ``(..., classes)``.
-        labels: int32 or int64, ``(...)``, values from 0 to below ``classes``. On the CPU torch raises an IndexError for
-            one that is out of range.
+        labels: int32 or int64, ``(...)``, values from 0 to below ``classes``, which a run checks where it can without
+            waiting for a device.
         ignore_index: Rows with this label count as 0 and get no gradient.
         reduction: ``"mean"`` over the rows that are not ignored, ``"sum"``, or ``"none"`` for one value per row.
         name: The node's name, unique in the graph; None makes one up.
@@ -141,6 +151,7 @@ def cross_entropy(
         ShapeError: If labels don't have the shape of logits without its last dimension.
         DTypeError: If logits are not floating, or labels not int32 or int64.
         HetuError: If reduction is none of these.
+        BindingError: If a label is out of range, which a run checks.
 
     Example:
         >>> import hetu
@@ -173,6 +184,7 @@ def token_mean_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
     Raises:
         ShapeError: If labels don't have the shape of logits without its last dimension.
         DTypeError: If logits are not floating, or labels not int32 or int64.
+        BindingError: If a label is out of range, which a run checks.
 
     Example:
         >>> import hetu

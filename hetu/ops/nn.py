@@ -9,7 +9,7 @@ import numpy as np
 
 from hetu.dtypes import DType, as_dtype, bfloat16, float32, int64
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.common.build import axis, build, floating, output, rank, tensor
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths, whole_numbers
@@ -30,6 +30,10 @@ class Cast(OpDef):
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
         return [output(call, call.attrs["dtype"], x.symbolic_shape)]
+
+    def keeps_values(self, node: Node) -> bool:
+        old, new = node.tensors[0].dtype, node.outputs[0].dtype
+        return old == new or (old.kind == new.kind == "int" and new.itemsize > old.itemsize)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: build("cast", grads, {"dtype": node.tensors[0].dtype})]
@@ -65,6 +69,9 @@ class Embedding(OpDef):
         floating(call, weight, "weight")
         rank(call, weight, "weight", 2, 2)
         return [output(call, weight.dtype, (*ids.symbolic_shape, weight.symbolic_shape[1]))]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("ids", node.tensors[1].symbolic_shape[0])]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         ids, weight = node.tensors
@@ -107,6 +114,12 @@ class EmbeddingGrad(GradientOp):
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         grad = tensor(call, 1, "grad")
         return [output(call, grad.dtype, (call.attrs["rows"], grad.symbolic_shape[-1]))]
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [None, lambda: build("embedding", (node.inputs[0], grads[0]))]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        return [IndexRange("ids", node.attrs["rows"])]
 
 
 @register
@@ -197,8 +210,8 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
     """Looks up rows of a table, as ``torch.nn.functional.embedding``.
 
     Args:
-        ids: int32 or int64, any shape, values from 0 to below the table's number of rows. Only the kernel looks at
-            the values: on the CPU torch raises an IndexError for one that is out of range.
+        ids: int32 or int64, any shape, values from 0 to below the table's number of rows, which a run checks where it
+            can without waiting for a device.
         weight: The table, floating, ``(rows, width)``.
         name: The node's name, unique in the graph; None makes one up.
 
@@ -208,6 +221,7 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
     Raises:
         DTypeError: If ids are not int32 or int64, or the table is not floating.
         ShapeError: If the table does not have two dimensions.
+        BindingError: If an id is out of range, which a run checks.
 
     Example:
         >>> import hetu

@@ -94,6 +94,9 @@ class DropoutGrad(GradientOp):
         grad = tensor(call, 0, "grad")
         return [TensorSpec(grad.dtype, grad.symbolic_shape, grad.on_cpu)]
 
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: build("dropout_grad", (grads[0], *node.inputs[1:]), node.attrs), None, None]
+
 
 def _float(*shape: int) -> Tensor:
     return placeholder(float32, shape)

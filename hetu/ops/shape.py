@@ -35,6 +35,9 @@ class Reshape(OpDef):
     is_view = True
     inputs = ("x",)
 
+    def keeps_values(self, node: Node) -> bool:
+        return True
+
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x, sizes = tensor(call, 0, "x"), _sizes(call)
         holes = [place for place, item in enumerate(sizes) if item == -1]
@@ -133,6 +136,9 @@ class Transpose(OpDef):
     is_view = True
     inputs = ("x",)
 
+    def keeps_values(self, node: Node) -> bool:
+        return True
+
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
         one, other = (call.attrs[key] for key in ("dim0", "dim1"))
@@ -164,7 +170,11 @@ class BroadcastTo(OpDef):
 
     name = "broadcast_to"
     is_view = True
+    repeats = True
     inputs = ("x",)
+
+    def keeps_values(self, node: Node) -> bool:
+        return True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x, sizes = tensor(call, 0, "x"), _sizes(call)
@@ -224,6 +234,9 @@ class StopGradient(OpDef):
     is_view = True
     stops_gradient = True
     inputs = ("x",)
+
+    def keeps_values(self, node: Node) -> bool:
+        return True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")

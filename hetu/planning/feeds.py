@@ -5,21 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
 from hetu.graph import Role, Tensor
+from hetu.parallel import groups_of
+from hetu.parallel.layout.strategy import by_group
+from hetu.planning.arrays import host_array, is_torch
+from hetu.planning.pipelines import Pipelines
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
-from hetu.symbols import IntSymbol
+from hetu.symbols import IntSymbol, as_symbol
 
 Feeds = Mapping[Tensor, Any]
 Symbols = Mapping[IntSymbol, Any]
-FeedReader = Callable[[int | None], "FeedSet"]
-"""Gives the feeds of a strategy of so many pipelines; None if no op says how many there are."""
+FeedReader = Callable[[Pipelines, Symbols], "FeedSet"]
+"""Gives the feeds of a strategy's pipelines, of which the groups may depend on symbols."""
 
 
 @dataclass(slots=True)
@@ -51,19 +55,10 @@ class FeedSet:
         return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
 
 
-def is_torch(value: Any) -> bool:
-    """Whether it is a torch tensor."""
-    return _is_torch_type(type(value))  # type: ignore[arg-type] # a class is hashable, whatever mypy thinks of it
-
-
-@cache  # every feed of every run is asked
-def _is_torch_type(kind: Any) -> bool:
-    return kind.__module__.startswith("torch") and hasattr(kind, "detach")
-
-
 @cache  # asked of every feed too, and isinstance takes longer with an abstract base class
-def _is_shards_type(kind: Any) -> bool:
-    return issubclass(kind, Shards)
+def _is_spread_type(kind: Any) -> bool:
+    """Whether a value of that type says by itself what each pipeline gets: shards do, and dicts by context group."""
+    return issubclass(kind, (Shards, Mapping))
 
 
 @cache
@@ -71,37 +66,31 @@ def _name_of(torch_dtype: Any) -> str:
     return str(torch_dtype)[6:]
 
 
-def host_array(value: Any) -> NDArray[Any]:
-    """The values on the host; copies from a device if they lie on one."""
-    if not is_torch(value):
-        return np.asarray(value)
-    if value.requires_grad or not value.is_cpu:
-        value = value.detach().cpu()
-    array: NDArray[Any] = value.numpy()
-    return array
-
-
-def read_feeds(subgraph: Subgraph, feed_dict: Feeds, declared: int | None) -> FeedSet:
+def read_feeds(subgraph: Subgraph, feed_dict: Feeds, pipelines: Pipelines, symbols: Symbols) -> FeedSet:
     """Checks what was fed, and gives every pipeline its arrays.
 
     Args:
         subgraph: What will be computed; only its placeholders are looked at.
         feed_dict: What the user fed.
-        declared: How many pipelines the strategy has; None if no op says, then the shards decide.
+        pipelines: The strategy's pipelines.
+        symbols: ``int_symbol_dict``, for groups that are symbols.
 
     Raises:
         BindingError: If a placeholder is not fed, or something else is.
         DTypeError: If an array's element type is not the placeholder's.
-        StrategyError: If there are not as many shards as pipelines.
+        StrategyError: If there are not as many shards as pipelines, or as many entries of a dict as context groups, or
+            one array is fed where each pipeline needs its own rows.
     """
     tensors = _fed(subgraph, feed_dict)
     values = [feed_dict[tensor] for tensor in tensors]
-    sharded = [len(value) for value in values if _is_shards_type(type(value))]  # type: ignore[arg-type]
-    count = declared or max(sharded, default=1)
-    if count == 1 and not sharded:
+    spread = [value for value in values if _is_spread_type(type(value))]  # type: ignore[arg-type]
+    count = pipelines.count or max([len(value) for value in spread if isinstance(value, Shards)], default=1)
+    if count == 1 and not spread:
         arrays: tuple[dict[Tensor, Any], ...] = (dict(zip(tensors, map(read_array, tensors, values), strict=True)),)
     else:
-        spread = [_spread(tensor, value, count) for tensor, value in zip(tensors, values, strict=True)]
+        spread = [
+            _spread(tensor, value, count, pipelines, symbols) for tensor, value in zip(tensors, values, strict=True)
+        ]
         arrays = tuple(dict(zip(tensors, row, strict=True)) for row in zip(*spread, strict=True)) or ({},) * count
     shapes = tuple([tuple([array.shape for array in row.values()]) for row in arrays])
     return FeedSet(tensors, arrays, shapes, tuple(_bytes(subgraph, arrays)))
@@ -143,15 +132,16 @@ def shard_count(feed_dict: Feeds) -> int | None:
 
 
 def read_own_feeds(
-    subgraph: Subgraph, feed_dict: Feeds, pipelines: Sequence[int], declared: int | None
+    subgraph: Subgraph, feed_dict: Feeds, own: Sequence[int], pipelines: Pipelines, symbols: Symbols
 ) -> tuple[tuple[Tensor, ...], dict[int, dict[Tensor, Any]]]:
     """What a process feeds the pipelines that it runs, where others run the rest.
 
     Args:
         subgraph: What will be computed.
         feed_dict: What the user fed: this process's own arrays, or shards of all pipelines.
-        pipelines: Those that run here.
-        declared: How many pipelines the strategy has; None if no op says.
+        own: The pipelines that run here.
+        pipelines: All of the strategy's.
+        symbols: ``int_symbol_dict``, for groups that are symbols.
 
     Returns:
         The placeholders, and each own pipeline's arrays.
@@ -159,18 +149,23 @@ def read_own_feeds(
     Raises:
         BindingError, DTypeError, StrategyError: As :func:`read_feeds`.
     """
-    if not pipelines:
+    if not own:
         check_keys(feed_dict)
         return (), {}
-    arrays: dict[int, dict[Tensor, Any]] = {r: {} for r in pipelines}
+    arrays: dict[int, dict[Tensor, Any]] = {r: {} for r in own}
     tensors = _fed(subgraph, feed_dict)
     for tensor in tensors:
         value = feed_dict[tensor]
         if isinstance(value, Shards):
-            _check_shards(tensor, value, declared or len(value))
-        common = None if isinstance(value, Shards) else read_array(tensor, value)
-        for r in pipelines:
-            arrays[r][tensor] = read_array(tensor, value[r]) if common is None else common
+            _check_shards(tensor, value, pipelines.count or len(value))
+        elif isinstance(value, Mapping):
+            value = _of_groups(tensor, value, pipelines, symbols)
+        else:  # this process's own array
+            if tensor in pipelines.own_rows and len(own) > 1:
+                _refuse_whole_rows(tensor, f"one array for the {len(own)} pipelines that run here")
+            value = dict.fromkeys(own, read_array(tensor, value))
+        for r in own:
+            arrays[r][tensor] = read_array(tensor, value[r])
     return tensors, arrays
 
 
@@ -192,11 +187,45 @@ def _bytes(subgraph: Subgraph, arrays: Sequence[Mapping[Tensor, Any]]) -> list[b
     return [seen[id(row[tensor])] for tensor in subgraph.host_feeds for row in arrays]
 
 
-def _spread(tensor: Tensor, value: Any, count: int) -> list[Any]:
-    if not isinstance(value, Shards):
-        return [read_array(tensor, value)] * count
-    _check_shards(tensor, value, count)
-    return [read_array(tensor, item) for item in value]
+def _spread(tensor: Tensor, value: Any, count: int, pipelines: Pipelines, symbols: Symbols) -> list[Any]:
+    """One array per pipeline; pipelines that get the same share one."""
+    if isinstance(value, Shards):
+        _check_shards(tensor, value, count)
+        return [read_array(tensor, item) for item in value]
+    if isinstance(value, Mapping):
+        return _of_groups(tensor, value, pipelines, symbols)
+    if tensor in pipelines.own_rows and count > 1:
+        _refuse_whole_rows(tensor, f"one array for the {count} pipelines of strategy {pipelines.strategy}")
+    return [read_array(tensor, value)] * count
+
+
+def _of_groups(tensor: Tensor, value: Mapping[Any, Any], pipelines: Pipelines, symbols: Symbols) -> list[Any]:
+    """One array per pipeline, of a dict with one per context group."""
+    if pipelines.groups is None:
+        raise StrategyError(
+            f"{tensor.name} was fed a dict by context groups, but it is not said which group each pipeline is in",
+            op="run",
+            where=caller(),
+            fix="give hetu.graph the strategies, and run the strategy by index or name; or feed hetu.Shards",
+        )
+    leaves = {leaf for expr in pipelines.groups for leaf in as_symbol(expr).leaves}
+    known = {**{leaf: leaf.default for leaf in leaves if leaf.default is not None}, **symbols}
+    groups = [as_symbol(expr).evaluate(known) for expr in pipelines.groups]
+    by_value = groups_of(groups)
+    given = by_group(value, tuple(by_value), f"arrays fed to {tensor.name}", op="run")
+    if tensor in pipelines.own_rows and len(by_value) < len(groups):
+        _refuse_whole_rows(tensor, "one array per context group, of which one has several pipelines")
+    arrays = {group: read_array(tensor, item) for group, item in zip(by_value, given, strict=True)}
+    return [arrays[group] for group in groups]
+
+
+def _refuse_whole_rows(tensor: Tensor, fed: str) -> NoReturn:
+    raise StrategyError(
+        f"{tensor.name} was fed {fed}, but each pipeline needs its own rows",
+        op="run",
+        where=caller(),
+        fix="feed hetu.Shards(layout.scatter(x)) with layout = g.layout(...) of the same strategy",
+    )
 
 
 def _check_shards(tensor: Tensor, value: Shards, count: int) -> None:
@@ -219,11 +248,15 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     if is_torch(value):
         if _name_of(value.dtype) != tensor.dtype.name:
             raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
+        if value.is_meta or value.is_nested or not _is_strided(value.layout):
+            _refuse_unreadable(tensor, value)
         return value
     literal = not isinstance(value, np.ndarray)
     array = value if not literal else _literal(tensor, value)
-    if array.dtype.name == tensor.dtype.name:
+    if _is_native(array.dtype, tensor.dtype.name):
         return array
+    if array.dtype.name == tensor.dtype.name:  # of the other byte order
+        return array.astype(array.dtype.newbyteorder("="))
     kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
     fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
     if not fits:
@@ -236,14 +269,34 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     return converted
 
 
+@cache  # every fed array is asked, and numpy takes a microsecond to name a type
+def _is_native(dtype: np.dtype[Any], name: str) -> bool:
+    return dtype.name == name and bool(dtype.isnative)
+
+
+@cache
+def _is_strided(layout: Any) -> bool:
+    return str(layout) == "torch.strided"
+
+
+def _refuse_unreadable(tensor: Tensor, value: Any) -> NoReturn:
+    if value.is_meta:
+        kind, fix = "meta tensor, which has no values", "feed a tensor that has some"
+    elif value.is_nested:
+        kind, fix = "nested tensor", "feed its rows one after the other: torch.cat(x.unbind())"
+    else:
+        kind, fix = f"tensor of layout {value.layout}", "make it dense first: x.to_dense()"
+    raise BindingError(f"{tensor.name} was fed a {kind}", op="run", where=tensor.op.where, fix=fix)
+
+
 def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
     """A list or a number as an array; tensors in a list might be anything, and shards have a type of their own."""
     try:
         if not (isinstance(value, (list, tuple)) and any(is_torch(item) for item in value)):
             return np.asarray(value)
         why = "it holds tensors"
-    except ValueError as failure:
-        why = str(failure).partition(".")[0]
+    except Exception as failure:  # numpy asks the value itself, which may raise anything
+        why = str(failure).partition(".")[0] or type(failure).__name__
     what = f"{tensor.name} was fed a {type(value).__name__} that is no array: {why}"
     fix = "feed one array, or hetu.Shards([...]) with one per pipeline"
     raise BindingError(what, op="run", where=caller(), fix=fix)

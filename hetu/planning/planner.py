@@ -17,8 +17,11 @@ from hetu.ops.attention.layout_key import LayoutKey
 from hetu.ops.attention.layout_op import LayoutOp
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
+from hetu.planning.arrays import host_array
 from hetu.planning.binder import Binder, BoundPipeline
-from hetu.planning.feeds import FeedReader, FeedSet, host_array, read_feeds
+from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
+from hetu.planning.indices import check_indices
+from hetu.planning.pipelines import Pipelines, placeholders_of_rows
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol
 
@@ -71,6 +74,7 @@ class Planner:
         self.subgraphs: LRU[Subgraph] = LRU(STRUCTURES)
         self.plans: LRU[Any] = LRU(LENGTH_SETS)
         self.prepared: LRU[Prepared] = LRU(LENGTH_SETS)
+        self._own_rows: tuple[Any, frozenset[Tensor]] = (None, frozenset())
 
     def subgraph(self, fetches: Tensor | Sequence[Tensor]) -> Subgraph:
         """What the fetches need.
@@ -108,7 +112,6 @@ class Planner:
         read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int | str | None,
-        num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects the strategy: by index, or the cheapest of those that can run at all; binds and plans it.
 
@@ -117,7 +120,6 @@ class Planner:
             read: Gives the feeds.
             symbols: ``int_symbol_dict``.
             strategy: What the user asked for.
-            num_pipelines: For a part of a graph in which no op says how many the strategy has.
 
         Raises:
             StrategyError: If there is no such strategy, or none that can run (with each one's reason).
@@ -127,7 +129,7 @@ class Planner:
         if strategy is None and count == 1:
             strategy = 0
         if strategy not in (None, "auto"):
-            return self._prepare(subgraph, read, symbols, self.index(strategy), num_pipelines)
+            return self._prepare(subgraph, read, symbols, self.index(strategy))
         feasible, reasons = [], []
         for index in range(count):
             try:
@@ -146,16 +148,32 @@ class Planner:
         return min(feasible, key=lambda item: item[0].predicted_time(hardware))
 
     def index(self, strategy: Any) -> int:
-        """An index of a strategy, checked."""
+        """The index of a strategy that is given by index or by name, checked."""
         count = self.graph.num_strategy
+        if isinstance(strategy, str):
+            named = next((i for i, item in enumerate(self.graph.strategies) if item.name == strategy), None)
+            if named is not None:
+                return named
         if isinstance(strategy, bool) or not isinstance(strategy, int) or not 0 <= strategy < count:
+            names = [f", {item.name!r}" for item in self.graph.strategies if item.name is not None]
             raise StrategyError(
                 f"there is no strategy {strategy!r} in a graph of {count}",
                 op="run",
                 where=caller(),
-                fix=f'give an index from 0 to {count - 1}, or "auto"',
+                fix=f'give an index from 0 to {count - 1}{"".join(names)}, or "auto"',
             )
         return strategy
+
+    def pipelines(self, subgraph: Subgraph, strategy: int) -> Pipelines:
+        """The pipelines of a strategy: the same ones whatever part of the graph is computed."""
+        found = subgraph.pipelines.get(strategy)
+        if found is None:
+            version, own_rows = self._own_rows
+            if version != self.graph.version:
+                own_rows = placeholders_of_rows(self.graph)
+                self._own_rows = self.graph.version, own_rows
+            found = subgraph.pipelines[strategy] = Pipelines.of(self.graph, strategy, own_rows)
+        return found
 
     def _prepare(
         self,
@@ -163,15 +181,26 @@ class Planner:
         read: FeedReader,
         symbols: Mapping[IntSymbol, int],
         strategy: int,
-        num_pipelines: int | None = None,
     ) -> tuple[Prepared, FeedSet]:
-        feeds = read(subgraph.num_pipelines(strategy) or num_pipelines)
+        feeds = read(self.pipelines(subgraph, strategy), symbols)
         shape = strategy, feeds.num_pipelines, feeds.tensors
         binder = subgraph.binders.get(shape)
         if binder is None:
             binder = subgraph.binders[shape] = Binder(subgraph, *shape)
-        key = (binder, tuple(symbols.items()), binder.defaults, feeds.shapes, feeds.host_bytes)
-        return self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds)), feeds
+        given: tuple[Any, ...] = tuple(symbols.items())
+        if given:  # 1, 1.0 and True are one key, and not one value
+            given = given, tuple(map(type, symbols.values()))
+        key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes)
+        prepared = self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds))
+        if subgraph.index_checks:
+            bindings = prepared.bindings
+            check_indices(
+                subgraph.index_checks,
+                dict(enumerate(feeds.arrays)),
+                lambda pipeline, size: bindings[pipeline].evaluate(size),
+                lambda pipeline, size: bindings[pipeline].describe(size),
+            )
+        return prepared, feeds
 
     def _bind_and_plan(
         self, subgraph: Subgraph, binder: Binder, symbols: Mapping[IntSymbol, int], feeds: FeedSet
@@ -196,7 +225,12 @@ class Planner:
         return _proven(op.derive(plan))
 
     def inspect(
-        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+        self,
+        strategy: int | str,
+        symbols: Mapping[IntSymbol, int] | None,
+        cu_seqlens: Any,
+        batch: Any,
+        name: str | None,
     ) -> tuple[Node, LayoutKey]:
         """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
         nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
@@ -211,13 +245,23 @@ class Planner:
         return nodes[0], keys[0]
 
     def layout(
-        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+        self,
+        strategy: int | str,
+        symbols: Mapping[IntSymbol, int] | None,
+        cu_seqlens: Any,
+        batch: Any,
+        name: str | None,
     ) -> Layout:
         """See :meth:`hetu.Graph.layout`."""
         return self.inspect(strategy, symbols, cu_seqlens, batch, name)[1].layout()
 
     def plan(
-        self, strategy: int, symbols: Mapping[IntSymbol, int] | None, cu_seqlens: Any, batch: Any, name: str | None
+        self,
+        strategy: int | str,
+        symbols: Mapping[IntSymbol, int] | None,
+        cu_seqlens: Any,
+        batch: Any,
+        name: str | None,
     ) -> AttnPlan:
         """See :meth:`hetu.Graph.plan`."""
         node, key = self.inspect(strategy, symbols, cu_seqlens, batch, name)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hetu.errors import StrategyError
 from hetu.graph import Graph, Node, Role, Tensor
 from hetu.graph.passes import live_nodes, merge_duplicates, nodes_of
+from hetu.planning.indices import IndexCheck, index_checks
 from hetu.symbols import Constraint, IntSymbol
 
 if TYPE_CHECKING:
     from hetu.planning.binder import Binder
+    from hetu.planning.pipelines import Pipelines
 
 BinderKey = tuple[int, int, tuple[Tensor, ...]]
 
@@ -30,14 +31,15 @@ class Subgraph:
             the gradient of a sum depends on the length of what is summed, and on nothing else of it.
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
-        spanning: Nodes that span the pipelines, and so know how many there are.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
+        index_checks: What is known of the values of feeds and constants by which ops look something up.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: a run advances the generator by so much.
         constraints: Relations that must hold in every run.
         binders: The binders of its runs, by strategy, number of pipelines and fed placeholders. The planner makes them.
         fed: For the placeholders that a user feeds, in the user's order, those of them that a run reads.
+        pipelines: What feeds know of each strategy's pipelines. The planner makes them.
     """
 
     fetches: tuple[Tensor, ...]
@@ -47,14 +49,14 @@ class Subgraph:
     witnesses: tuple[Tensor, ...]
     host_feeds: tuple[Tensor, ...]
     planned: tuple[Node, ...]
-    spanning: tuple[Node, ...]
     random: dict[Node, int]
     step_wide: tuple[Node, ...]
     draws: int
     constraints: tuple[Constraint, ...]
+    index_checks: tuple[IndexCheck, ...]
     binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
     fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
-    _pipeline_counts: dict[int, int | None] = field(default_factory=dict, init=False, repr=False)
+    pipelines: dict[int, Pipelines] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, graph: Graph, fetches: Sequence[Tensor]) -> Subgraph:
@@ -78,34 +80,12 @@ class Subgraph:
             witnesses=_witnesses(graph, kept),
             host_feeds=_placeholders(live_nodes(hosts)),
             planned=tuple(planned),
-            spanning=tuple(node for node in kept if node.definition.spans_pipelines),
             random={node: i for i, node in enumerate(places) if node in set(kept)},
             step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
+            index_checks=index_checks(kept),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
         )
-
-    def num_pipelines(self, strategy: int) -> int | None:
-        """How many pipelines the strategy has; None if no live op says.
-
-        Raises:
-            StrategyError: If two ops say different things.
-        """
-        counts = self._pipeline_counts
-        if strategy not in counts:
-            counts[strategy] = self._count_pipelines(strategy)
-        return counts[strategy]
-
-    def _count_pipelines(self, strategy: int) -> int | None:
-        said = {node: node.definition.num_pipelines(node, strategy) for node in self.spanning}
-        counts = {node: count for node, count in said.items() if count is not None}
-        if len(set(counts.values())) > 1:
-            text = ", ".join(f"{node.name} lists {count} ({node.where.short})" for node, count in counts.items())
-            raise StrategyError(
-                f"ops disagree on the number of pipelines of strategy {strategy}: {text}",
-                fix="give all of them rows of the same length for a strategy",
-            )
-        return next(iter(counts.values()), None)
 
     def leaves(self, strategy: int) -> tuple[IntSymbol, ...]:
         """Symbols that must have a value: those of all live shapes and of the strategy's own lists."""

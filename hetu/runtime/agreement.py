@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -26,7 +26,8 @@ from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import FeedReader, Feeds, is_torch, shard_count
+from hetu.planning.arrays import is_torch
+from hetu.planning.feeds import FeedReader, Feeds, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.rank_feeds import OwnFeeds, merge
 from hetu.runtime.request import RunRequest
@@ -224,11 +225,20 @@ def _plan_hash(prepared: Prepared) -> tuple[int, int, str]:
 
 def _digest(feeds: Feeds) -> str:
     digest = hashlib.blake2b(digest_size=8)
-    for tensor, value in sorted(feeds.items(), key=lambda item: item[0].name):
-        digest.update(f"{tensor.name} {tuple(np.shape(value))}".encode())
+    for name, value in _named(feeds):
+        digest.update(f"{name} {tuple(np.shape(value))}".encode())
         whole = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if is_torch(value) else value
         digest.update(np.ascontiguousarray(whole).tobytes())
     return digest.hexdigest()
+
+
+def _named(feeds: Feeds) -> Iterator[tuple[str, Any]]:
+    """Every array that is fed, with a name: of a dict by context groups each group's."""
+    for tensor, value in sorted(feeds.items(), key=lambda item: item[0].name):
+        if isinstance(value, Mapping):
+            yield from ((f"{tensor.name} of group {group}", value[group]) for group in sorted(value))
+        else:
+            yield tensor.name, value
 
 
 def _shown(value: Any, values: Sequence[Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -24,7 +25,8 @@ class Executables:
 
     def __init__(self) -> None:
         self.launchers: LRU[ModuleLauncher] = LRU(STRUCTURES)
-        self._constants: dict[tuple[Node, torch.device], torch.Tensor] = {}
+        # The modules hold their constants; this only lets one module find what another one has on the device.
+        self._constants: WeakValueDictionary[tuple[Node, torch.device], torch.Tensor] = WeakValueDictionary()
 
     def get(
         self,

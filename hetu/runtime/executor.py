@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.lower.lowering import Executable
-from hetu.backends.precision import in_own_precision
 from hetu.cache import CacheStats
 from hetu.config import settings
+from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
@@ -27,6 +27,7 @@ from hetu.runtime.agreement import Agreement
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
 from hetu.runtime.launch import ModuleLauncher, StepValues
+from hetu.runtime.modes import in_own_modes
 from hetu.runtime.request import RunOpener, RunRequest, device_of
 from hetu.runtime.state import GraphState
 from hetu.runtime.step import Step
@@ -34,6 +35,12 @@ from hetu.symbols import IntSymbol
 
 _ANY_KERNELS = nullcontext()
 """The context of a run that takes whichever kernels torch chooses."""
+
+_NO_LOCK = nullcontext()
+"""The context of a run that leaves the state as it is."""
+
+_NO_GUARD = nullcontext()
+"""The context of a run that nobody else has to be told of."""
 
 
 @dataclass(slots=True)
@@ -83,7 +90,7 @@ class Executor:
         """What was lowered so far; printed, each says which kernel family runs its attention, and why no other."""
         return [launcher.executable for launcher in self._executables.launchers.values()]
 
-    @in_own_precision  # torch's autocast, that is; the graph's own casts are ops
+    @in_own_modes
     def run(
         self,
         fetches: Tensor | Sequence[Tensor],
@@ -106,23 +113,31 @@ class Executor:
             run_level,
         )
         world = current_world()
-        if isinstance(world, DistributedWorld):
-            with world.lock:
-                world.control.check()
-                return self._run_with_others(world, open_request)
-        request = open_request()
-        readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
-        return self._compute(self._prepare(world, request, readers))
+        try:
+            if isinstance(world, DistributedWorld):
+                with world.lock:
+                    world.control.check()
+                    found = self._run_with_others(world, open_request)
+            else:
+                request = open_request()
+                readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
+                with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+                    found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
+        except BaseException:
+            self.state.unsettle()
+            raise
+        self.state.settle()
+        return found
 
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
         request, readers = agreement.hear(open_request)
-        run = agreement.confirm(
-            lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
-        )
-        with world.hanging_up():
-            return self._compute(run)
+        with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+            run = agreement.confirm(
+                lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
+            )
+            return self._compute(run, world.hanging_up())
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
@@ -141,17 +156,41 @@ class Executor:
         pipelines = world.pipelines(num_pipelines)
         return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
 
-    def _compute(self, run: ReadyRun) -> Any:
-        """Draws random numbers, launches every micro-batch, and ends the step."""
-        request, step = run.request, run.step
-        subgraph, device = request.subgraph, request.device
-        random = [rng.take(subgraph.draws) for _ in run.prepared]
-        with deterministic(device) if settings().deterministic else _ANY_KERNELS:
-            values = self._step_values(run, random) if subgraph.step_wide else {}
-            for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
-                flat = self._launch(run, prepared, feeds, launcher, draws, values)
-                step.collect(flat, prepared.num_pipelines, device)
-            return step.finish(device)
+    def _compute(self, run: ReadyRun, guard: AbstractContextManager[None]) -> Any:
+        """Draws random numbers, launches every micro-batch, and ends the step.
+
+        Args:
+            run: What is computed.
+            guard: Sees whatever raises, as it was raised.
+
+        Raises:
+            HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
+        """
+        request, count = run.request, len(run.prepared)
+        draws = run.request.subgraph.draws
+        seed, first = rng.get_state()
+        try:
+            if draws:
+                seed, first = rng.take(draws * count)
+            random = [(seed, first + i * draws) for i in range(count)]
+            with guard, deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
+                return self._compute_with(run, random)
+        except BaseException as error:
+            if not run.step.is_committed:
+                rng.give_back(seed, first, draws * count)
+            if isinstance(error, (HetuError, torch.OutOfMemoryError)) or not isinstance(error, Exception):
+                raise
+            what = f"the run failed, and changed nothing: {type(error).__name__}: {error}"
+            raise HetuError(what, op="run", where=caller()) from error
+
+    def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> Any:
+        """The same, with the random numbers of each micro-batch: the seed, and the first offset."""
+        subgraph, device, step = run.request.subgraph, run.request.device, run.step
+        values = self._step_values(run, random) if subgraph.step_wide else {}
+        for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
+            flat = self._launch(run, prepared, feeds, launcher, draws, values)
+            step.collect(flat, prepared.num_pipelines, device)
+        return step.finish(device)
 
     def _step_values(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> StepValues:
         """The values that are summed over all pipelines and micro-batches before any of them is computed in full."""
@@ -160,7 +199,7 @@ class Executor:
         sums = [torch.zeros((), dtype=torch.int64, device=request.device) for _ in nodes]
         for (main, feeds), (_, symbols), draws in zip(run.prepared, request.batches, random, strict=True):
             part, count = feeds.restricted(before), main.num_pipelines
-            prepared, read = self._planner.prepare_read(before, _always(part), symbols, main.strategy, count)
+            prepared, read = self._planner.prepare_read(before, _always(part), symbols, main.strategy)
             launcher = self._launcher(world, request, before, count)
             flat = self._launch(run, prepared, read, launcher, draws, {})
             for i, values in enumerate(flat):
@@ -185,10 +224,12 @@ class Executor:
         device, store = run.request.device, self.state.parameters
         return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values)
 
+    @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`hetu.Graph.state_dict`."""
-        return checkpoint.state_dict(self.state, copy=True)
+        return checkpoint.state_dict(self.state)
 
+    @in_own_modes
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`hetu.Graph.load_state_dict`."""
         checkpoint.load_state_dict(self.state, state)
@@ -206,4 +247,4 @@ class Executor:
 
 def _always(feeds: FeedSet) -> FeedReader:
     """Gives feeds that are spread over the pipelines already."""
-    return lambda _: feeds
+    return lambda *_: feeds

@@ -21,6 +21,7 @@ from hetu.backends.lower.lowering import (
     StepInput,
     WorldInput,
 )
+from hetu.backends.memory import as_tensor
 from hetu.backends.torch_private import set_grad_enabled
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
@@ -142,7 +143,5 @@ class ModuleLauncher:
 def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
     if not isinstance(value, torch.Tensor):
-        # torch takes no read-only, reversed or foreign-endian memory: such arrays are copied, others shared.
-        shareable = value.flags.writeable and min(value.strides, default=0) >= 0 and value.dtype.isnative
-        value = torch.from_numpy(value if shareable else value.astype(value.dtype.newbyteorder("=")))
+        value = as_tensor(value)
     return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import torch
 
-from hetu.errors import HetuError
+from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.optim import Optimizer
+from hetu.runtime.before import Before
+from hetu.runtime.copies import copied
 from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore
 from hetu.runtime.placement import Box
 
@@ -52,39 +57,94 @@ class BoundOptimizer:
         rest, groups, options = iter(parameters), [], []
         for count, own in update.attrs["groups"]:
             groups.append([next(rest) for _ in range(count)])
-            options.append({"params": list(store.storages(groups[-1]).values()), **own})
+            options.append({"params": list(store.storages(groups[-1]).values()), **copied(own)})
         params = store.storages(parameters)
         if not spec.is_elementwise:
             _refuse_parts(spec, params)
-        try:
-            optimizer = getattr(torch.optim, spec.kind)(options, **spec.options)
+        with _told("minimize", spec):
+            for _, own in update.attrs["groups"]:  # torch itself looks at those of the optimiser only
+                _try_options(spec, {**spec.options, **own}, store.device())
+            optimizer = _kind(spec)(options, **copied(spec.options))
             schedule = spec.schedule(optimizer) if spec.schedule is not None else None
-        except (TypeError, ValueError) as error:
-            what = f"torch.optim.{spec.kind} refuses its options: {error}"
-            raise HetuError(what, op="minimize", where=spec.where, fix="see torch's documentation of it") from error
+            for name in ("step", "state_dict", "load_state_dict") if schedule is not None else ():
+                if not callable(getattr(schedule, name, None)):
+                    raise TypeError(f"schedule gave a {type(schedule).__name__}, which has no {name}()")
         return cls(spec, groups, params, optimizer, schedule)
 
+    def check(self, options: Mapping[str, Any], device: torch.device) -> None:
+        """Refuses loaded options of a group that torch would refuse of an optimiser on the device."""
+        own = {key: value for key, value in options.items() if key in _arguments(self.spec)}
+        with _told("load", self.spec):
+            _try_options(self.spec, own, device)
+
+    def blank_state(
+        self, options: Sequence[Mapping[str, Any]], is_widest: bool = False
+    ) -> dict[str, dict[str, torch.Tensor]]:
+        """What a first step makes for each whole parameter, by name.
+
+        It is made on the meta device, so it costs no memory. What torch keeps on the host, such as a number of steps,
+        lies on the CPU.
+
+        Args:
+            options: The options of each group.
+            is_widest: True for all that the optimiser may keep, if options that decide it had other values earlier.
+        """
+        names, params, groups = [], [], []
+        takes = _arguments(self.spec)
+        plain = {"foreach": False, "fused": False, "capturable": False, "differentiable": False}
+        wide = {"momentum": 0.9, "amsgrad": True} if is_widest else {}
+        for nodes, own in zip(self.groups, options, strict=True):
+            like = [(tuple(node.attrs["shape"]), TORCH_DTYPES[node.attrs["dtype"]]) for node in nodes]
+            group = [torch.zeros(shape, dtype=dtype, device="meta") for shape, dtype in like]
+            names += [node.name for node in nodes]
+            params += group
+            chosen = {key: value for key, value in {**own, **plain, **wide}.items() if key in takes}
+            groups.append({**chosen, "params": group})
+        for param in params:
+            param.grad = torch.zeros_like(param)
+        with _told("load", self.spec), torch.no_grad():
+            optimizer = _kind(self.spec)(groups)
+            optimizer.step()
+        return {name: dict(optimizer.state.get(param, {})) for name, param in zip(names, params, strict=True)}
+
+    def before(self) -> Before:
+        """All that :meth:`step` may change, as it is now."""
+        return Before(self.optimizer, self.schedule)
+
     def step(self, grads: ByBox, loss: torch.Tensor) -> torch.Tensor:
-        """Clips and applies gradients; gives their norm before that. They are changed."""
+        """Clips and applies gradients.
+
+        They are in at least float32 and are narrowed to the parameters' dtypes only when nothing is left but to apply
+        them: squares of large ones have no place in float16.
+
+        Args:
+            grads: They are changed.
+            loss: What a schedule may look at.
+
+        Returns:
+            The norm of the gradients before they were clipped.
+        """
         params = list(self.params.values())
-        own = [grads[key].to(param) for key, param in self.params.items()]
+        own = [grads[key].to(param.device) for key, param in self.params.items()]
         norm = torch.nn.utils.get_total_norm(own)
-        if self.spec.max_grad_norm is not None:
-            for param, grad in zip(params, own, strict=True):
-                param.grad = grad
-            torch.nn.utils.clip_grads_with_norm_(params, self.spec.max_grad_norm, norm)
         try:
+            if self.spec.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(_holders(params, own), self.spec.max_grad_norm, norm)
             for param, grad in zip(params, own, strict=True):
-                param.grad = grad
+                param.grad = grad.to(param.dtype)
             self.optimizer.step()
         finally:
             for param in params:
                 param.grad = None
+        self.step_schedule(loss)
+        return norm
+
+    def step_schedule(self, loss: torch.Tensor) -> None:
+        """Steps the schedule, if there is one; it may look at the loss."""
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(float(loss))
         elif self.schedule is not None:
             self.schedule.step()
-        return norm
 
     def named_state(self, store: ParameterStore) -> dict[str, dict[str, Any]]:
         """The state of whole parameters, by names. Parameters that never were updated have none."""
@@ -124,6 +184,46 @@ class BoundOptimizer:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
+def _kind(spec: Optimizer) -> Any:
+    return getattr(torch.optim, spec.kind)
+
+
+def _arguments(spec: Optimizer) -> Mapping[str, Any]:
+    """What the optimiser of torch takes."""
+    return inspect.signature(_kind(spec)).parameters
+
+
+def _try_options(spec: Optimizer, options: Mapping[str, Any], device: torch.device) -> None:
+    _kind(spec)([torch.zeros(1, device="cpu")], **options)
+    if options.get("capturable") and device.type == "cpu":
+        raise ValueError("capturable is for parameters on a GPU, and these lie on the CPU")
+
+
+class _told:  # noqa: N801 - a block of its own; a generator would hide the user's line
+    """Tells what torch, or a user's schedule, refuses in a block as an error of the line that gave the options."""
+
+    def __init__(self, op: str, spec: Optimizer) -> None:
+        self._op, self._spec = op, spec
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, HetuError):
+            what = f"torch.optim.{self._spec.kind} refuses its options: {error}"
+            where = self._spec.where if self._op == "minimize" else caller()
+            raise HetuError(what, op=self._op, where=where, fix="see torch's documentation of it") from error
+
+
+def _holders(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors that have these gradients, which is what torch clips; a tensor can only have one of its own dtype."""
+    holders = []
+    for param, grad in zip(params, grads, strict=True):
+        holder = param if param.dtype == grad.dtype else grad.new_empty(()).expand_as(grad)  # of one element
+        holder.grad = grad
+        holders.append(holder)
+    return holders
+
+
 def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: ParameterStore) -> dict[str, Any]:
     """A parameter's state: what has an element for each of the parameter's is gathered, the rest is the same in all."""
     first = next(iter(boxes.values()))
@@ -136,7 +236,7 @@ def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: Paramet
 def _cut(node: Node, value: Any, store: ParameterStore) -> dict[ParameterBox, Any]:
     """The inverse of :func:`_gathered`, of one value."""
     if _is_elementwise(value):
-        return dict(store.cut(node, value.clone()))
+        return dict(store.cut(node, value.clone(memory_format=torch.contiguous_format)))
     # Each box counts its own steps, in place.
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key in store.storages([node])}
 

@@ -13,7 +13,7 @@ import torch
 from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.errors import DTypeError, ShapeError
+from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.runtime.placement import Box, Placements, replicated
@@ -50,16 +50,25 @@ class ParameterStore:
         graph: The graph.
         device: Gives the device of the graph, where the storages lie.
         rule: Says where a parameter lies.
+
+    Attributes:
+        fresh: Those whose first value was made, and may be forgotten if the run fails that asked for it.
     """
 
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
         self.graph, self.device, self.rule = graph, device, rule
         self._stored: dict[Node, _Stored] = {}
+        self.fresh: list[Node] = []
 
     @property
     def nodes(self) -> list[Node]:
         """All parameters of the graph."""
         return nodes_of(self.graph.nodes, Role.PARAMETER)
+
+    def forget_fresh(self) -> None:
+        """Forgets the first values that were made since they were last settled."""
+        while self.fresh:
+            self._stored.pop(self.fresh.pop(), None)
 
     def value(self, node: Node) -> torch.Tensor:
         """What computations on this rank read of a parameter. It is made if it was never needed before."""
@@ -80,7 +89,10 @@ class ParameterStore:
 
     def _find(self, node: Node) -> _Stored:
         stored = self._stored.get(node)
-        return self._make(node) if stored is None else stored
+        if stored is None:
+            stored = self._make(node)
+            self.fresh.append(node)
+        return stored
 
     def _make(self, node: Node, whole: torch.Tensor | None = None) -> _Stored:
         if whole is None:
@@ -127,13 +139,19 @@ class ParameterStore:
         Returns:
             The gradient of each box that this rank holds at home.
         """
-        like = [(tuple(node.attrs["shape"]), TORCH_DTYPES[node.attrs["dtype"]]) for node in nodes]
+        like = [(tuple(node.attrs["shape"]), sum_dtype(node)) for node in nodes]
         shared = world.share(grads, like, num_pipelines, device)
         found = ByBox()
         for node, grad in zip(nodes, shared, strict=True):
             for box in self._find(node).storages:
                 found[node, box] = cut(grad, box)
         return found
+
+
+def sum_dtype(node: Node) -> torch.dtype:
+    """The dtype in which gradients of a parameter are added up: its own, but at least float32."""
+    dtype = TORCH_DTYPES[node.attrs["dtype"]]
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def cut(whole: torch.Tensor, box: Box) -> torch.Tensor:
@@ -180,8 +198,13 @@ def initial_value(node: Node) -> torch.Tensor:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
         blank = torch.zeros(shape, dtype=torch.float32 if dtype.itemsize < 4 else dtype, device="cpu")
-        made = init(blank)
-    value = blank if made is None else torch.as_tensor(made, device="cpu")
+        try:
+            made = init(blank)
+            value = blank if made is None else torch.as_tensor(made, device="cpu")
+        except Exception as error:  # it is the user's
+            what = f"the initialiser of {node.name} raised {type(error).__name__}: {error}"
+            fix = "see that it can fill a tensor of the parameter's shape on the CPU"
+            raise HetuError(what, op="parameter", where=node.where, fix=fix) from error
     if tuple(value.shape) != tuple(shape):
         what = f"the initialiser of {node.name} gave shape {list(value.shape)}, expected {list(shape)}"
         raise ShapeError(what, op="parameter", where=node.where, fix="fill the tensor that it gets, and return it")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.errors import CommunicationError, StrategyError, caller
 from hetu.graph import Tensor
 from hetu.planning.feeds import Feeds, FeedSet, Symbols, host_values, read_own_feeds, shard_count
+from hetu.planning.indices import check_indices
+from hetu.planning.pipelines import UNKNOWN, Pipelines
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime.request import RunRequest
+from hetu.symbols import as_symbol
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +37,16 @@ class OwnFeeds:
         graph, subgraph = request.graph, request.subgraph
         is_chosen = graph.num_strategy == 1 or request.strategy not in (None, "auto")
         index = graph.planner.index(0 if request.strategy in (None, "auto") else request.strategy)
-        declared = subgraph.num_pipelines(index) if is_chosen else None
+        pipelines = graph.planner.pipelines(subgraph, index) if is_chosen else UNKNOWN
         sharded = shard_count(feeds)
-        count = declared or sharded
+        count = pipelines.count or sharded
         if count is not None:
-            pipelines: Sequence[int] = world.pipelines(count)
+            mine: Sequence[int] = world.pipelines(count)
         else:  # each rank is a pipeline, if it feeds anything
-            pipelines = () if subgraph.feeds and not feeds else (world.rank,)
-        tensors, arrays = read_own_feeds(subgraph, feeds, pipelines, count)
+            mine = () if subgraph.feeds and not feeds else (world.rank,)
+        tensors, arrays = read_own_feeds(subgraph, feeds, mine, replace(pipelines, count=count), symbols)
+        # Here and not when all is planned, so that all ranks hear of it before anything is sent.
+        check_indices(subgraph.index_checks, arrays, lambda _, size: as_symbol(size).constant)
         own = {}
         for r, row in arrays.items():
             own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
@@ -50,7 +55,12 @@ class OwnFeeds:
 
 
 def merge(
-    world: DistributedWorld, subgraph: Subgraph, mine: OwnFeeds, said: list[dict[str, Any]], declared: int | None
+    world: DistributedWorld,
+    subgraph: Subgraph,
+    mine: OwnFeeds,
+    said: list[dict[str, Any]],
+    pipelines: Pipelines,
+    symbols: Symbols,
 ) -> FeedSet:
     """The feeds of all pipelines: of those that run elsewhere only shapes and what planning reads.
 
@@ -59,7 +69,8 @@ def merge(
         subgraph: What is computed.
         mine: This rank's own feeds.
         said: What each rank said of its feeds.
-        declared: How many pipelines the strategy has; None if no op says.
+        pipelines: The strategy's pipelines.
+        symbols: ``int_symbol_dict``; each rank has read its own feeds by it already.
 
     Raises:
         StrategyError: If not all of the pipelines are fed.
@@ -67,7 +78,7 @@ def merge(
     """
     own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
     sharded = next((one["sharded"] for one in said if one["sharded"]), None)
-    count = declared or sharded or len(own)
+    count = pipelines.count or sharded or len(own)
     if sorted(own) != list(range(count)):
         feeding = ", ".join(map(str, sorted(own))) or "none"
         raise StrategyError(

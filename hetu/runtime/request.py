@@ -16,6 +16,7 @@ from hetu.graph import Graph, Node, Role, Tensor
 from hetu.planning.feeds import Feeds, Symbols, split_micro_batches
 from hetu.planning.planner import STRUCTURES, Planner
 from hetu.planning.subgraph import Subgraph
+from hetu.shards import Shards
 from hetu.symbols import IntSymbol
 
 RUN_LEVELS = ("update", "grad", "compute_only")
@@ -32,25 +33,47 @@ class Fetches:
         wanted: What the modules must compute.
         updates: The update nodes, which ``minimize`` made.
         plain: The tensors that are fetched besides.
+        changes_state: True if the run makes gradients wait or applies them.
         is_as_computed: True if a run gives just what the modules compute, in their order.
     """
 
-    def __init__(self, fetches: Tensor | Sequence[Tensor], run_level: str) -> None:
+    def __init__(self, fetches: Tensor | tuple[Tensor, ...], run_level: str) -> None:
         if run_level not in RUN_LEVELS:
             names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
             raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
         self.is_single = isinstance(fetches, Tensor)
-        self.fetches = [fetches] if isinstance(fetches, Tensor) else list(fetches)
+        self.fetches = (fetches,) if isinstance(fetches, Tensor) else fetches
         self.run_level = run_level
         self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
+        self.changes_state = bool(self.updates) and run_level != "compute_only"
         needed = [item for node in self.updates for item in self.needs(node)]
         self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
-        self.is_as_computed = self.fetches == list(self.wanted)
+        self.is_as_computed = self.fetches == self.wanted
+        self._is_repeated = len(set(self.fetches)) < len(self.fetches)
 
     def needs(self, update: Node) -> tuple[Tensor, ...]:
         """What an update takes: the loss, and unless nothing is done with them the gradients."""
         return update.tensors[:1] if self.run_level == "compute_only" else update.tensors
+
+    def give(self, values: Mapping[Tensor, Any]) -> Any:
+        """What the run returns: each fetched tensor's value, of which no two share memory."""
+        if self.is_single:
+            return values[self.fetches[0]]
+        found = [values[item] for item in self.fetches]
+        if self._is_repeated:
+            first = [self.fetches.index(item) for item in self.fetches]
+            found = [value if first[i] == i else _copy(value) for i, value in enumerate(found)]
+        return found
+
+
+def _copy(value: Any) -> Any:
+    """A result's copy: of a tensor, of one per pipeline, of one per micro-batch, or None where nothing ran here."""
+    if isinstance(value, Shards):
+        return Shards(map(_copy, value))
+    if isinstance(value, list):
+        return list(map(_copy, value))
+    return value if value is None else value.clone()
 
 
 def _is_update(tensor: Any) -> bool:
@@ -101,12 +124,15 @@ class RunOpener:
             HetuError: If something fetched is no tensor of the graph, there is no such run level, the micro-batches
                 don't fit, or this rank can't run on the device.
         """
+        if not isinstance(fetches, Tensor):
+            fetches = tuple(fetches)  # what can be read once is read once
+        wanted = fetches
 
         def find() -> tuple[Fetches, Subgraph]:
-            fetched = Fetches(fetches, run_level)
+            fetched = Fetches(wanted, run_level)
             return fetched, self._planner.subgraph(fetched.wanted)
 
-        key = (fetches if isinstance(fetches, Tensor) else tuple(fetches), run_level, self.graph.version)
+        key = (wanted, run_level, self.graph.version)
         fetched, subgraph = self._needs.get(key, find)
         batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
         return RunRequest(self.graph, fetched, subgraph, batches, strategy, device_of(self.graph, device))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +14,26 @@ from hetu.optim import parameters_of
 from hetu.runtime.optimizers import BoundOptimizer
 from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule
 from hetu.runtime.placement import replicated
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Gradients that wait to be applied.
+
+    Attributes:
+        grads: The sums over the runs that computed them.
+        loss: The sum of these runs' losses.
+    """
+
+    grads: ByBox
+    loss: torch.Tensor
+
+    def plus(self, other: Waiting | None) -> Waiting:
+        """The sum with what waited before, which stays as it is; the gradients of this one are changed."""
+        if other is None:
+            return self
+        own = {key: grad.to(other.grads[key].device) for key, grad in self.grads.items()}
+        return Waiting(add_gradients(own, other.grads), other.loss + self.loss.to(other.loss.device))
 
 
 class GraphState:
@@ -25,15 +47,18 @@ class GraphState:
     Attributes:
         graph: The graph.
         parameters: The store of parameters.
-        gradients: For each update node the sums that wait to be applied.
+        waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
+        lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
 
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
         self.graph = graph
         self.parameters = ParameterStore(graph, device, rule)
-        self.gradients: dict[Node, ByBox] = {}
+        self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
+        self.lock = threading.RLock()
+        self._new_optimizers: list[Node] = []
         self._parameters_of: dict[Node, list[Node]] = {}
 
     def blank(self) -> GraphState:
@@ -42,7 +67,26 @@ class GraphState:
 
     def become(self, other: GraphState) -> None:
         """Takes the place of another state of the graph."""
-        self.parameters, self.gradients, self.optimizers = other.parameters, other.gradients, other.optimizers
+        self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
+        self._new_optimizers = []
+
+    def settle(self) -> None:
+        """Ends a run: what it made of parameters and optimisers stays."""
+        if self._new_optimizers:
+            self._new_optimizers.clear()
+        if self.parameters.fresh:
+            self.parameters.fresh.clear()
+
+    def unsettle(self) -> None:
+        """Ends a run that failed: what it made is forgotten, for the seed may be another when it is made again.
+
+        Runs of several threads may forget, or keep, each other's first values. They never forget what was changed:
+        that only happens under the lock, and is settled before others have it.
+        """
+        with self.lock:
+            self.parameters.forget_fresh()
+            while self._new_optimizers:
+                self.optimizers.pop(self._new_optimizers.pop(), None)
 
     @property
     def updates(self) -> list[Node]:
@@ -64,29 +108,30 @@ class GraphState:
         """
         if update not in self.optimizers:
             self.optimizers[update] = BoundOptimizer.of(update, self.parameters_of(update), self.parameters)
+            self._new_optimizers.append(update)
         return self.optimizers[update]
 
-    def accumulate(self, update: Node, grads: ByBox) -> None:
-        """Adds gradients to those that wait."""
-        self.gradients[update] = add_gradients(self.gradients.get(update), grads)
+    def commit(self, waiting: dict[Node, Waiting]) -> None:
+        """Ends a step that changed parameters in place or made gradients wait.
 
-    def apply(self, update: Node, loss: torch.Tensor) -> torch.Tensor:
-        """Applies the gradients that wait, and forgets them; gives their norm."""
-        return self.optimizer(update).step(self.gradients.pop(update), loss)
+        Args:
+            waiting: The gradients that wait after it. Until this one assignment nothing of the step has happened.
+        """
+        self.waiting = waiting
 
 
 def add_gradients(total: ByBox | None, grads: ByBox) -> ByBox:
     """Adds to a running sum, in place and in at least float32; begins one with tensors that nobody else holds."""
     if total is None:
-        return {key: _as_sum(grad) for key, grad in grads.items()}
+        return {key: as_sum(grad) for key, grad in grads.items()}
     for key, grad in grads.items():
-        one = total[key]
-        one.add_(grad.to(one.device))
+        total[key].add_(grad.to(total[key].device))
     return total
 
 
-def _as_sum(grad: torch.Tensor) -> torch.Tensor:
-    return grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
+def as_sum(value: torch.Tensor) -> torch.Tensor:
+    """A value in the dtype in which such values are added up: at least float32."""
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
 def sole_owners(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,9 +11,10 @@ import torch
 from hetu.backends.comm.world import World
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.graph import Node, Tensor
+from hetu.runtime.before import Before
 from hetu.runtime.parameters import ByBox
 from hetu.runtime.request import Fetches
-from hetu.runtime.state import GraphState, add_gradients, sole_owners
+from hetu.runtime.state import GraphState, Waiting, add_gradients, as_sum, sole_owners
 from hetu.shards import Shards
 
 
@@ -30,6 +31,8 @@ class Step:
         self.counts: list[int] = []
         self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
         self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
+        self._after: dict[Node, Waiting] | None = dict(state.waiting) if fetched.changes_state else None
+        self._before: list[Before] = []
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
@@ -64,30 +67,50 @@ class Step:
                 self.grads[node] = add_gradients(self.grads[node], own)
 
     def finish(self, device: torch.device) -> Any:
-        """Keeps or applies the gradients; gives what the run returns."""
+        """Keeps or applies the gradients; gives what the run returns.
+
+        Whatever raises on the way, all that was applied is taken back, of all updates of the run: the state is that
+        of before until the one assignment that commits the step.
+        """
         if self.fetched.is_as_computed and len(self.results) == 1:
             (found,) = self.results
             return found[0] if self.fetched.is_single else found
-        values: dict[Tensor, Any] = {}
-        for node in self.fetched.updates:
-            dtype = TORCH_DTYPES[node.tensors[0].dtype]
-            loss = torch.stack(self.world.gather(self.losses[node], self.counts, dtype, device)).sum()
-            values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
-        for item, *column in zip(self.fetched.plain, *self.results, strict=True):
-            values[item] = column if len(column) > 1 else column[0]
-        found = [values[item] for item in self.fetched.fetches]
-        return found[0] if self.fetched.is_single else found
+        try:
+            values: dict[Tensor, Any] = {}
+            for node in self.fetched.updates:
+                dtype = TORCH_DTYPES[node.tensors[0].dtype]
+                loss = torch.stack(self.world.gather(self.losses[node], self.counts, dtype, device)).sum()
+                values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
+            for item, *column in zip(self.fetched.plain, *self.results, strict=True):
+                values[item] = column if len(column) > 1 else column[0]
+            given = self.fetched.give(values)
+            if self._after is not None:
+                self.state.commit(self._after)
+        except BaseException:
+            if not self.is_committed:  # a signal may come right after
+                for before in reversed(self._before):
+                    before.restore()
+            raise
+        return given
+
+    @property
+    def is_committed(self) -> bool:
+        """True once the state is that of after the run."""
+        return self.state.waiting is self._after
 
     def _apply(self, update: Node, loss: torch.Tensor) -> torch.Tensor:
         """Does what the run level says with the gradients; gives the norm of those that wait or were applied."""
         grads = self.grads[update]
-        if grads is None:
-            return torch.tensor(math.nan, device="cpu")
+        if grads is None or self._after is None:
+            return torch.tensor(math.nan, dtype=torch.float32, device="cpu")
         with torch.no_grad():
-            self.state.accumulate(update, grads)
+            total = Waiting(grads, as_sum(loss)).plus(self._after.pop(update, None))
             if self.fetched.run_level == "update":
-                return self.state.apply(update, loss).float()
-            return torch.nn.utils.get_total_norm(self.state.gradients[update].values()).float()
+                optimizer = self.state.optimizer(update)
+                self._before.append(optimizer.before())
+                return optimizer.step(total.grads, total.loss).float()
+            self._after[update] = total
+            return torch.nn.utils.get_total_norm(total.grads.values()).float()
 
 
 def _as_result(shards: Sequence[torch.Tensor]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -15,6 +16,7 @@ from hetu.symbols.expr import (
     Max,
     Mod,
     add,
+    difference_terms,
     divides,
     divisor_of,
     interval_of,
@@ -40,13 +42,25 @@ def difference_of(a: Any, b: Any) -> Any:
             plain[item] = subtract(parts[0], multiply(parts[1], FloorDiv(*parts)))
         else:
             plain[item] = item.func(*parts) if parts else item
-    return sympy.expand(plain[item])  # the whole comes last
+    return _expanded(plain[item])  # the whole comes last
 
 
 def bounds_of(expr: Any) -> Interval:
     """The values that an expression may take; finer than :func:`interval_of` where floors meet what they are of."""
-    negated = _least(sympy.expand(multiply(make_int(-1), expr)), _STEPS)
+    negated = _least(_expanded(multiply(make_int(-1), expr)), _STEPS)
     return Interval(_least(expr, _STEPS), None if negated is None else -negated)
+
+
+def interval_of_difference(a: Any, b: Any) -> Interval:
+    """The values that ``a - b`` may take, by what is left of their terms; it makes no expression."""
+    bounds = [Interval.point(number) * interval_of(item) for item, number in difference_terms(a, b)]
+    return reduce(Interval.__add__, bounds, Interval.point(0))
+
+
+def _expanded(expr: Any) -> Any:
+    """An expression multiplied out; sympy looks for long at sums in which there is nothing to multiply."""
+    is_plain = all(not item.is_Mul and not item.is_Pow and not item.is_Add for _, item in terms(expr))
+    return expr if is_plain else sympy.expand(expr)
 
 
 def never_zero(expr: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 
 from hetu.errors import UnboundSymbolError, Where, caller
-from hetu.symbols.analysis import bounds_of, difference_of, never_zero
+from hetu.symbols.analysis import bounds_of, difference_of, interval_of_difference, never_zero
 from hetu.symbols.int_symbol import IntSymbol, as_symbol
 from hetu.symbols.interval import Interval
 
@@ -54,6 +54,9 @@ class Constraint:
     def decided(self) -> bool | None:
         """Whether it holds for all values in range (True) or for none (False); None if that depends or is not known."""
         quick = _decide(self.op, self.lhs.interval - self.rhs.interval)
+        if quick is not None:
+            return quick
+        quick = _decide(self.op, interval_of_difference(self.lhs.expr, self.rhs.expr))
         if quick is not None:
             return quick
         difference = difference_of(self.lhs.expr, self.rhs.expr)

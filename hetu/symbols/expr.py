@@ -58,7 +58,18 @@ def multiply(*items: Any) -> Any:
 
 
 def subtract(a: Any, b: Any) -> Any:
+    if a.is_Add and b.is_Add:  # bounds of neighbours in a long sum: sympy would sort all that cancels
+        return sympy.Add(*(sympy.Mul(make_int(number), item) for item, number in difference_terms(a, b)))
     return sympy.Add(a, sympy.Mul(sympy.S.NegativeOne, b))
+
+
+def difference_terms(a: Any, b: Any) -> list[tuple[Any, int]]:
+    """The terms of ``a - b`` that don't cancel, each with its factor."""
+    counts: dict[Any, int] = {}
+    for sign, side in ((1, a), (-1, b)):
+        for coefficient, item in terms(side):
+            counts[item] = counts.get(item, 0) + sign * coefficient
+    return [(item, number) for item, number in counts.items() if number]
 
 
 class IntFunction(sympy.Expr):  # type: ignore[misc]

@@ -11,7 +11,7 @@ import torch
 import hetu
 from hetu.backends import memory
 from hetu.backends.attention import contract
-from hetu.backends.comm import interpreter
+from hetu.backends.comm import buffers
 from hetu.backends.memory import DeviceCopies
 from hetu.backends.torch import layout_tokens
 from hetu.backends.triton import launch, launch_backward
@@ -71,7 +71,7 @@ def test_a_copy_that_is_made_twice_counts_once() -> None:
 def home(monkeypatch: pytest.MonkeyPatch) -> DeviceCopies:
     """A small one in place of the process's."""
     small = DeviceCopies(6000)
-    for module in (memory, contract, interpreter, layout_tokens, launch, launch_backward):
+    for module in (memory, contract, buffers, layout_tokens, launch, launch_backward):
         monkeypatch.setattr(module, "device_copies", small)
     return small
 

@@ -158,7 +158,10 @@ def test_a_rank_that_fails_before_it_sends_anything(impatient: Pool, what: str, 
         assert_lost(outcomes[other], SAYS.get(what, GONE))
     if what in SAYS:
         assert (raised := outcomes[1].raised) is not None
-        assert raised.kinds[0] == ("ValueError" if what == "raises" else "KeyboardInterrupt")
+        if what == "raises":
+            assert raised.kinds[0] == "HetuError" and "ValueError: out of luck" in raised.text
+        else:
+            assert raised.kinds[0] == "KeyboardInterrupt"
     assert_stopped(impatient, [0, 2])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.jobs import REDUCED, chosen, gathered, reduced
+from support.jobs import REDUCED, by_strategy, chosen, gathered, reduced, shared_by_pipelines
 from support.pool import Pool
 from support.same import assert_own, assert_same
 
@@ -29,6 +29,23 @@ def test_gathered_shards_are_those_of_one_process_on_every_rank(world: World, si
     (alone,) = world(1).run(gathered, lens)
     for rank in world(size).run(gathered, lens):
         assert_same(rank, alone)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_strategy_says_how_many_pipelines_run(world: World, size: int) -> None:
+    """Not the number of ranks, and not what is fetched; documents are fed by the groups' values."""
+    for parts in (2, size, size + 1):
+        (alone,) = world(1).run(by_strategy, False, parts)
+        assert [len(values) for values in alone] == [parts] * 3
+        for own_shard in (False, True)[: 1 + (parts <= size)]:
+            for rank, values in enumerate(world(size).run(by_strategy, own_shard, parts)):
+                for mine, whole in zip(values, alone, strict=True):
+                    assert_own(mine, whole, rank, size)
+
+
+def test_a_rank_of_several_pipelines_is_fed_shards(world: World) -> None:
+    for text in world(2).run(shared_by_pipelines, 3):
+        assert "for the 2 pipelines that run here" in text
 
 
 @pytest.mark.parametrize("strategy", ["auto", None, 1])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import hetu
+from hetu.symbols import constraint
 
 VALUES = np.array([1.0, -2.0, 0.5])
 
@@ -108,6 +109,61 @@ def test_gradients_of_gradients() -> None:
     results = g.run([first, second, third], feed_dict={x: VALUES})
     for got, wanted in zip(results, (3 * VALUES**2, 6 * VALUES, np.full(3, 6.0)), strict=True):
         np.testing.assert_allclose(got, wanted)
+
+
+@pytest.mark.parametrize("op", ["embedding", "dropout"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_of_linear_ops_can_be_differentiated(op: str, dtype: str) -> None:
+    """For y = c x the first gradient of y^3 is 3 c^3 x^2, and that of its square 36 c^6 x^3."""
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(dtype, [2, 4], name="x")
+        ids = hetu.constant([1, 0, 1], dtype="int64")
+        y = hetu.embedding(ids, x) if op == "embedding" else hetu.dropout(x, 0.5)
+        first = hetu.gradients(hetu.sum(y * y * y), x)
+        second = hetu.gradients(hetu.sum(first * first), x)
+        third = hetu.gradients(hetu.sum(second), x)
+    data = np.arange(8.0).reshape(2, 4)
+    hetu.manual_seed(0)
+    once, twice, thrice = (value.double().numpy() for value in g.run([first, second, third], {x: data.astype(dtype)}))
+    uses = np.array([[1.0], [2.0]]) if op == "embedding" else np.where(once == 0, 0, 8.0)
+    np.testing.assert_allclose(once, 3 * uses * data**2)
+    np.testing.assert_allclose(twice, 36 * uses**2 * data**3)
+    np.testing.assert_allclose(thrice, 108 * uses**2 * data**2)
+
+
+def test_the_gradient_of_a_long_concat_is_one_node() -> None:
+    """So that building it takes time in proportion to the number of pieces, and their bounds make no long sums."""
+    with hetu.graph("define_and_run", device="cpu") as g:
+        xs = [hetu.placeholder("float32", [hetu.IntSymbol(f"s{i}"), 2]) for i in range(50)]
+        loss = hetu.sum(hetu.concat(xs, 0) * hetu.concat(xs, 0))
+        before = len(g.nodes)
+        grads = hetu.gradients(loss, xs)
+    assert names_since(g, before).count("split") == 2
+    assert "slice" not in names_since(g, before)
+    feeds = {x: np.full((i % 3, 2), float(i), np.float32) for i, x in enumerate(xs)}
+    for i, grad in enumerate(g.run(grads, feeds)):
+        assert grad.tolist() == [[2.0 * i] * 2] * (i % 3)
+
+
+def test_bounds_of_many_pieces_are_compared_by_what_does_not_cancel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sums of many symbols: multiplying out their differences took time that was quadratic in the pieces."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a difference was multiplied out")
+
+    monkeypatch.setattr(constraint, "difference_of", refuse)
+    with hetu.graph("define_and_run", device="cpu") as g:
+        sizes = [hetu.IntSymbol(f"s{i}") for i in range(20)]
+        x = hetu.placeholder("float32", [sum(sizes[1:], start=sizes[0])])
+        end, pieces = 0 * sizes[0], []
+        for size in sizes:
+            pieces.append(hetu.slice(x, 0, end, end + size))
+            end = end + size
+    data = np.arange(30, dtype=np.float32)
+    lengths = [i % 4 for i in range(20)]
+    found = g.run(pieces, {x: data}, int_symbol_dict=dict(zip(sizes[:-1], lengths[:-1], strict=True)))
+    assert [len(piece) for piece in found] == lengths
+    assert torch.cat(found).tolist() == data.tolist()
 
 
 def test_nodes_of_several_outputs() -> None:

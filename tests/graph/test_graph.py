@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -73,6 +74,76 @@ def test_graphs_nest() -> None:
         assert hetu.constant(1).graph is outer
         with outer:
             assert hetu.constant(1).graph is outer
+
+
+def within(context: Any) -> Any:
+    """A with block that ends when it is closed, as that of a fixture."""
+
+    def block() -> Any:
+        with context:
+            yield
+
+    entered = block()
+    next(entered)
+    return entered
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_graphs_are_left_in_any_order(order: tuple[int, ...]) -> None:
+    graphs = [hetu.graph("define_and_run", name=str(i)) for i in range(3)]
+    blocks = [within(g) for g in graphs]
+    left = list(graphs)
+    for i in order:
+        assert hetu.constant(1).graph is left[-1]
+        blocks[i].close()
+        left.remove(graphs[i])
+    with pytest.raises(hetu.HetuError, match="outside of a graph"):
+        hetu.constant(1)
+
+
+def test_a_graph_that_is_entered_twice_is_left_twice() -> None:
+    one, two = hetu.graph("define_and_run"), hetu.graph("define_and_run")
+    first, second, third = within(one), within(two), within(one)
+    first.close()
+    assert hetu.constant(1).graph in (one, two)
+    third.close()
+    assert hetu.constant(1).graph is two
+    second.close()
+    with pytest.raises(hetu.HetuError, match="is left where it was not entered"):
+        one.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_autocasts_are_left_in_any_order(order: tuple[int, int]) -> None:
+    dtypes = (hetu.bfloat16, hetu.float16)
+    with hetu.graph("define_and_run"):
+        x = hetu.placeholder("float32", [2, 2])
+        blocks = [within(hetu.autocast(dtype)) for dtype in dtypes]
+        blocks[order[0]].close()
+        assert (x @ x).dtype == dtypes[order[1]]
+        blocks[order[1]].close()
+        assert (x @ x).dtype == hetu.float32
+
+
+def test_what_minimize_gave_is_no_operand() -> None:
+    with hetu.graph("define_and_run") as g:
+        w = hetu.parameter(1.0, [], name="w")
+        train = hetu.optim.SGD(lr=0.1).minimize(w * w)
+        norm, before = hetu.optim.grad_norm(train), len(g.nodes)
+        for result in (train, norm):
+            for use in (
+                lambda x: hetu.exp(x),
+                lambda x: 1.0 - x,
+                lambda x: hetu.cast(x, "float64"),
+                lambda x: hetu.concat([hetu.reshape(w, [1]), x], 0),
+                lambda x: hetu.gradients(w * w, w, x),
+                lambda x: hetu.optim.SGD(lr=0.1).minimize(x),
+            ):
+                with pytest.raises(hetu.HetuError, match="minimize") as caught:
+                    use(result)
+                assert "where:  test_graph.py:" in str(caught.value)
+    assert {node.definition.name for node in g.nodes[before:]} <= {"reshape", "mul", "full"}
+    assert g.prepare(train).strategy == g.prepare([norm, w]).strategy == 0
 
 
 def test_a_failed_with_leaves_no_graph_behind() -> None:
@@ -265,6 +336,21 @@ def test_duplicates_are_merged_and_lookalikes_are_not() -> None:
         ]
     assert merged(*same) == [True] * len(same)
     assert merged(*other) == [False] * len(other)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_the_sign_of_zero_tells_values_apart(dtype: str) -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        zeros = [hetu.full([1], value, dtype=dtype) for value in (0.0, -0.0, 0.0)]
+        x = hetu.full([1], 1.0, dtype=dtype)
+        products = [x * 0.0, x * -0.0, x * np.float64(-0.0)]
+        chosen = [hetu.where(x > 0, value, 1.0) for value in (0.0, -0.0)]
+        results = g.run([1.0 / item for item in (*zeros, *products, *chosen)])
+    infinite = float("inf")
+    assert [item.item() for item in results[:3]] == [infinite, -infinite, infinite]
+    assert [item.item() for item in results[3:6]] == [infinite, -infinite, -infinite]
+    assert [item.item() for item in results[6:]] == [infinite, -infinite]
+    assert merged((zeros[0], zeros[2])) == [True]
 
 
 def test_merging_changes_no_result() -> None:

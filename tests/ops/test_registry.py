@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,28 @@ def test_good_sample(name: str, sample: GoodSample, device: str) -> None:
     assert "test_registry.py" in str(g)
 
 
+@pytest.mark.parametrize(("name", "sample"), GOOD)
+def test_results_are_the_callers_own(name: str, sample: GoodSample) -> None:
+    """Whatever an op's output shares with its input, what a run gives can be written to, and nothing else changes."""
+    with hetu.graph("define_and_run", device="cpu") as g, hetu.config(backend="torch"):
+        inputs = placeholders(sample)
+        outputs = as_list(sample.build(*inputs))
+        views = [hetu.reshape(item, [-1]) for item in outputs if not item.on_cpu]
+        floating = [item for item in outputs if item.dtype.is_floating]
+        sources = [item for item in inputs if item.dtype.is_floating]
+        grads = hetu.gradients(floating, sources) if floating and sources and has_rule(name) else []
+        feeds = [torch.from_numpy(np.array(feed)) for feed in sample.feeds]
+        fed = [feed.clone() for feed in feeds]
+        results = g.run([*outputs, *views, *inputs, *outputs, *grads], dict(zip(inputs, feeds, strict=True)))
+    expected = [result.clone() for result in results]
+    for i, result in enumerate(results):
+        result.copy_(torch.ones_like(result) if result.dtype == torch.bool else result + 1)  # fails on shared elements
+        for other, wanted in zip(results[i + 1 :], expected[i + 1 :], strict=True):
+            assert torch.equal(other.nan_to_num(), wanted.nan_to_num())
+    for feed, before in zip(feeds, fed, strict=True):
+        assert torch.equal(feed.nan_to_num(), before.nan_to_num())
+
+
 @pytest.mark.parametrize(("name", "sample"), BAD)
 def test_bad_sample(name: str, sample: BadSample) -> None:
     with hetu.graph("define_and_run") as g, pytest.raises(hetu.HetuError) as caught:
@@ -148,6 +171,31 @@ def test_what_has_no_gradient_is_listed() -> None:
             if any(item.dtype.is_floating and item.op.definition.name == name for item in outputs):
                 found |= set() if has_rule(name) else {name}
     assert found == WITHOUT_GRADIENT
+
+
+PAGE = Path(__file__, "../../../docs/training.md").resolve()
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if has_rule(name)])
+def test_gradients_can_be_differentiated_but_for_those_that_the_page_names(name: str) -> None:
+    said = " ".join(PAGE.read_text().split())
+    _, _, rest = said.partition("differentiate again: that works through all ops but ")
+    is_named = f"`{name}`" in rest.partition("whose gradients have no gradient")[0]
+    refusals = []
+    for sample in SAMPLES[name][0]:
+        with hetu.graph("define_and_run"):
+            inputs = placeholders(sample)
+            outputs = [item for item in as_list(sample.build(*inputs)) if item.dtype.is_floating]
+            sources = [item for item in inputs if item.dtype.is_floating]
+            if sources and outputs:
+                first = hetu.gradients([item * item for item in outputs], sources)
+                try:
+                    hetu.gradients([hetu.sum(item * item * item) for item in first], sources)
+                except hetu.HetuError as error:
+                    refusals.append(str(error))
+    refusals = [text for text in refusals if "no y depends on" not in text]  # the gradient of x ** 0 is a constant
+    assert bool(refusals) == is_named
+    assert all("is not differentiable there" in text for text in refusals)
 
 
 def in_float64(sample: GoodSample) -> list[GoodSample]:

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +48,26 @@ def test_executables_that_the_cache_forgot_are_freed(lowered: list[weakref.ref[t
     assert len(lowered) == count
     assert alive(lowered) == STRUCTURES
     assert torch.equal(g.run(results[0], {x: torch.ones(3, 2)}), torch.ones(3, 2))
+
+
+def test_constants_live_as_long_as_what_uses_them(lowered: list[weakref.ref[torch.nn.Module]]) -> None:
+    """They are shared among executables; those that the cache forgot must not keep them on a device."""
+    count = STRUCTURES + 16
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [2], name="x")
+        shared = hetu.constant(np.array([1.0, 2.0], np.float32))
+        results = [x + shared + hetu.constant(np.full(2, i, np.float32)) for i in range(count)]
+    values = []
+    for i, result in enumerate(results):
+        assert g.run(result, {x: [0.0, 0.0]}).tolist() == [1.0 + i, 2.0 + i]
+        module = lowered[-1]()
+        assert module is not None
+        values.append([weakref.ref(item) for item in module.buffers()])
+        del module
+    gc.collect()
+    alive_values = {id(ref()) for refs in values for ref in refs if ref() is not None}
+    assert len(alive_values) == STRUCTURES + 1
+    assert g.run(results[0], {x: [0.0, 0.0]}).tolist() == [1.0, 2.0]
 
 
 def test_values_that_lengths_decide_are_freed_with_their_lengths(

@@ -74,6 +74,8 @@ def test_half_precision_is_rounded_from_float32() -> None:
         (lambda x: torch.zeros(3), hetu.ShapeError, "gave shape [3], expected [2]"),
         (lambda x: x.fill_(torch.nan), hetu.DTypeError, "no finite numbers"),
         (lambda x: torch.zeros(2, dtype=torch.int64), hetu.DTypeError, "torch.int64"),
+        (lambda x: {}["fan"], hetu.HetuError, "the initialiser of w raised KeyError: 'fan'"),
+        (lambda x: "a string", hetu.HetuError, "the initialiser of w raised"),
     ],
 )
 def test_bad_initialisers_name_the_line(init: Any, error: type[hetu.HetuError], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.states import Trained
 
 import hetu
 
@@ -49,7 +51,39 @@ def steps(mode: Callable[[], AbstractContextManager[Any]], backend: str) -> list
         return results + g.run([weight, shift])
 
 
-MODES = {
+FIRST: dict[str, Callable[[Any], Any]] = {
+    "the loss": lambda model: model.step(run_level="compute_only"),
+    "a weight": lambda model: model.values(),
+    "the state": lambda model: model.state(),
+    "loading": lambda model: model.graph.load_state_dict(model.state()),
+    "a file": lambda model: model.graph.load_state_dict(there_and_back(model)),
+    "gradients": lambda model: model.step(run_level="grad"),
+    "a step": lambda model: model.step(),
+}
+
+
+def there_and_back(model: Trained) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        hetu.save(model.graph, f"{folder}/state")
+        return hetu.load(f"{folder}/state")
+
+
+@pytest.mark.parametrize("mode", ["a default device", "a default dtype", "inference"])
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_what_a_mode_saw_first_can_be_trained(kind: str, first: str, mode: str) -> None:
+    ends = []
+    for around in (MODES[mode], nullcontext):
+        hetu.manual_seed(0)
+        model = Trained(getattr(hetu.optim, kind)(lr=0.1, weight_decay=0.1, max_grad_norm=1.0))
+        with around():
+            FIRST[first](model)
+        hetu.manual_seed(1)
+        ends.append(([model.step() for _ in range(3)], model.values()))
+    assert ends[0] == ends[1]
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "autocast": functools.partial(torch.autocast, "cpu", dtype=torch.bfloat16),
     "a default device": functools.partial(torch.device, "meta"),
     "a default dtype": functools.partial(default_dtype, torch.float64),

@@ -248,6 +248,47 @@ def gathered(lens: list[int], device: str = "cpu") -> Any:
     return [(value.device.type, value.cpu()) for values in found for value in values]
 
 
+def by_strategy(own_shard: bool, parts: int = 2) -> list[Own]:
+    """Runs under a strategy of so many pipelines, in groups of their own, of what needs attention and of what doesn't.
+
+    Args:
+        own_shard: Whether each rank feeds its own rows alone, and ranks without a pipeline nothing.
+        parts: How many pipelines the strategy has.
+    """
+    groups = [7 - r for r in range(parts)]
+    strategies = [hetu.Strategy([6], [0]), hetu.Strategy([3] * parts, groups, name="parts")]
+    with hetu.graph("define_and_run", strategies=strategies, device="cpu") as g:
+        x = hetu.placeholder(hetu.float64, [hetu.IntSymbol("rows"), 24], name="x")
+        cu = hetu.placeholder(hetu.int32, [hetu.IntSymbol("documents") + 1], name="cu")
+        out = hetu.parallel_attn(x, 8, 1, packing=True, cu_seqlens_q=cu)[0]
+        total = hetu.all_reduce(hetu.sum(x))
+    data = {group: torch.full((3, 24), 1.0 + group, dtype=torch.float64) for group in groups}
+    lists = {group: np.array([0, group % 3, 3], np.int32) for group in groups}
+    shards: Any = hetu.Shards(g.layout("parts", cu_seqlens=lists).scatter(data))
+    if own_shard:
+        rank = hetu.init_distributed().rank
+        shards, lists = (shards[rank], lists) if rank < parts else (None, {})
+    fed = {} if shards is None else {x: shards, cu: lists}
+    alone = {} if shards is None else {x: shards}
+    return [
+        own(g.run(out, fed, strategy="parts")),
+        own(g.run(total, alone, strategy="parts")),
+        own(g.run(total, alone, strategy=1)),
+    ]
+
+
+def shared_by_pipelines(parts: int) -> str:
+    """What a run says that is fed one array for the rows of all pipelines that run here."""
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([3] * parts, [0] * parts)], device="cpu") as g:
+        x = hetu.placeholder(hetu.float64, [hetu.IntSymbol("rows"), 24], name="x")
+        out = hetu.parallel_attn(x, 8, 1)[0]
+    try:
+        g.run(out, {x: torch.ones(6, 24, dtype=torch.float64)})
+    except hetu.HetuError as error:
+        return str(error)
+    return ""
+
+
 def chosen(strategy: str | int | None, count: int) -> Any:
     """Which strategy a run takes that may choose, what it gives, and what prepare and plan say of it."""
     s, rows = hetu.IntSymbol("s"), hetu.IntSymbol("rows")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,7 +177,7 @@ class _Builder:
 
     device: torch.device
     backend: str
-    constants: dict[tuple[Node, torch.device], torch.Tensor]
+    constants: MutableMapping[tuple[Node, torch.device], torch.Tensor]
     readers: dict[Tensor, set[str]]
     root: torch.nn.Module = field(default_factory=torch.nn.Module)
     graph: fx.Graph = field(default_factory=fx.Graph)
@@ -301,7 +301,7 @@ def lower(
     pipelines: Sequence[int],
     device: torch.device,
     backend: str,
-    constants: dict[tuple[Node, torch.device], torch.Tensor],
+    constants: MutableMapping[tuple[Node, torch.device], torch.Tensor],
 ) -> Executable:
     """Lowers live nodes into one fx module over all pipelines that run in this process.
 
@@ -325,8 +325,7 @@ def lower(
         chosen = find_lowering(node, backend, device)
         _lower_node(node, builder, values, replaced, num_pipelines, tuple(pipelines), chosen)
     fetched = [replaced.get(tensor, tensor) for tensor in fetches]
-    flat = [value for tensor in fetched for value in _to_give(tensor, list(map(_read, values[tensor])), builder)]
-    builder.graph.output(tuple(flat))
+    builder.graph.output(tuple(_results(fetched, values, replaced, builder)))
     builder.graph.eliminate_dead_code()  # outputs that nobody reads, and what only the whole step's values need
     for item, placeholder in list(builder.inputs.items()):
         if not placeholder.users:  # lengths that are in a plan already: they need not go to the device
@@ -365,12 +364,39 @@ def _with_early_starts(nodes: Sequence[Node], replaced: Mapping[Tensor, Tensor])
     return sorted(nodes, key=place.__getitem__)
 
 
-def _to_give(tensor: Tensor, shards: Sequence[fx.Node], builder: _Builder) -> Sequence[fx.Node]:
-    """A fetched tensor's values as results: copies where they lie in the memory of a constant or of what was fed."""
-    node = tensor.op
-    while node.definition.is_view:
-        node = node.tensors[0].op
-    return [builder.graph.call_function(torch.clone, (x,)) for x in shards] if node.definition.is_source else shards
+def _results(
+    fetched: Sequence[Tensor],
+    values: Mapping[Tensor, Sequence[Any]],
+    replaced: Mapping[Tensor, Tensor],
+    builder: _Builder,
+) -> list[fx.Node]:
+    """The fetched tensors' values, each in memory of its own, which the caller may write to.
+
+    Those are copied that lie in the memory of a constant, of what was fed or of another result, and those of which
+    several elements are one.
+    """
+    taken: set[Any] = set()
+    results = []
+    for tensor in fetched:
+        root, is_repeated = _root(tensor, replaced)
+        is_foreign = root.op.definition.is_source or root.op.definition.is_step_wide
+        is_copied = is_repeated or is_foreign or root in taken
+        taken.add(root)
+        for value in map(_read, values[tensor]):
+            # Pipelines may share a value, and tensors that nothing else shows to be one.
+            own = is_copied or value in taken
+            results.append(builder.graph.call_function(torch.clone, (value,)) if own else value)
+            taken.add(value)
+    return results
+
+
+def _root(tensor: Tensor, replaced: Mapping[Tensor, Tensor]) -> tuple[Tensor, bool]:
+    """The tensor in whose memory another may lie, and whether elements are repeated on the way."""
+    is_repeated = False
+    while tensor.op.definition.is_view:
+        is_repeated |= tensor.op.definition.repeats
+        tensor = replaced.get(tensor.op.tensors[0], tensor.op.tensors[0])
+    return tensor, is_repeated
 
 
 def _lower_node(

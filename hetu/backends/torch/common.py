@@ -11,7 +11,10 @@ from torch import fx
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering
 from hetu.dtypes import DType
+from hetu.errors import Where
 from hetu.graph import Tensor
+from hetu.graph.passes import source_of_values
+from hetu.planning.indices import refuse_outside
 
 
 def unary(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., fx.Node]:
@@ -50,6 +53,31 @@ def operands(cx: NodeLowering, a: Any, b: Any, wanted: DType | None = None) -> t
 def number(item: Any, floating: bool) -> Any:
     """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway."""
     return float(item) if floating and isinstance(item, int) and not -(2**63) <= item < 2**63 else item
+
+
+def checked_indices(cx: NodeLowering, index: fx.Node, name: str) -> fx.Node:
+    """The indices that a node looks something up by, checked where planning can't see them and nothing waits.
+
+    Args:
+        cx: The node's lowering.
+        index: The values of its input ``name``.
+        name: The input.
+    """
+    node = cx.node
+    if cx.device.type != "cpu" or source_of_values(node.input(name)) is not None:
+        return index
+    (known,) = (item for item in node.definition.index_ranges(node) if item.name == name)
+    op, where = node.definition.name.removesuffix("_grad"), node.where
+    size = cx.size(known.size)
+    return cx.call(hetu_checked_indices, index, size, known.ignored, name, op, where.filename, where.lineno)
+
+
+def hetu_checked_indices(
+    index: torch.Tensor, size: int, ignored: int | None, name: str, op: str, filename: str, lineno: int
+) -> torch.Tensor:
+    """The same indices, none of them out of range."""
+    refuse_outside(index.numpy(), size, ignored, name, op, Where(filename, lineno))
+    return index
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import at_least_float32
+from hetu.backends.torch.common import at_least_float32, checked_indices
 
 
 def _places(dim: int, start: Any, stop: Any, step: int) -> tuple[slice, ...]:
@@ -55,5 +55,5 @@ def _gather_grad(cx: NodeLowering, grad: fx.Node, index: fx.Node) -> fx.Node:
 
 
 def _long(cx: NodeLowering, index: fx.Node) -> fx.Node:
-    """Indices as all releases of torch take them."""
-    return cx.call(torch.Tensor.long, index)
+    """Indices as all releases of torch take them, none out of range."""
+    return cx.call(torch.Tensor.long, checked_indices(cx, index, "index"))

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import at_least_float32, cast
+from hetu.backends.torch.common import at_least_float32, cast, checked_indices
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def _cast(cx: NodeLowering, x: fx.Node) -> fx.Node:
 
 @lowering("embedding", backend="torch")
 def _embedding(cx: NodeLowering, ids: fx.Node, weight: fx.Node) -> fx.Node:
-    return cx.call(functional.embedding, ids, weight)
+    return cx.call(functional.embedding, checked_indices(cx, ids, "ids"), weight)
 
 
 def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> tor
 
 @lowering("embedding_grad", backend="torch")
 def _embedding_grad(cx: NodeLowering, ids: fx.Node, grad: fx.Node) -> fx.Node:
-    return cx.call(hetu_embedding_grad, ids, grad, cx.shape()[0])
+    return cx.call(hetu_embedding_grad, checked_indices(cx, ids, "ids"), grad, cx.shape()[0])
 
 
 @lowering("softmax", backend="torch")

@@ -8,6 +8,7 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.memory import as_tensor
 
 
 @lowering("placeholder", backend="torch")
@@ -25,7 +26,8 @@ def _constant(cx: NodeLowering) -> fx.Node:
     value, dtype = cx.node.attrs["value"], TORCH_DTYPES[cx.node.outputs[0].dtype]
     if isinstance(value, np.ndarray) and value.dtype.name == "bfloat16":  # ml_dtypes', which torch does not read
         value = value.astype(np.float32)
-    return cx.constant(torch.as_tensor(value, device="cpu").to(dtype))
+    value = as_tensor(value) if isinstance(value, np.ndarray) else torch.as_tensor(value, device="cpu")
+    return cx.constant(value.to(dtype))
 
 
 @lowering("full", backend="torch")

@@ -283,6 +283,7 @@ def attn_varlen(
     Raises:
         ShapeError: If widths, head counts or ranks don't fit.
         DTypeError: If a dtype is not one of the above.
+        HetuError: If cu_seqlens are computed from more than what is fed, constants and symbols.
         BindingError: If cu_seqlens or max_seqlen don't fit the fed tensors, which a run checks.
 
     Example:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Call, Node, Pipeline, Tensor
+from hetu.graph.passes import live_nodes
 from hetu.parallel import Mask
 from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
@@ -49,6 +50,14 @@ def check_cu_seqlens(call: Call, name: str, value: Any, ranks: tuple[int, ...] =
     """Demands an int32 tensor of cumulative lengths with at least one entry."""
     cu = check_tensor(call, name, value, (int32,), ranks)
     call.check(cu.symbolic_shape[-1] >= 1, f"expected {name} to hold at least its first entry, 0")
+    for node in live_nodes([cu]):
+        if not node.definition.is_known_to_planning:
+            call.fail(
+                HetuError,
+                f"{name} is computed from {node.name}, made at {node.where.short}, which has no value yet "
+                "when lengths are planned",
+                f"compute {name} from what is fed, from constants and from symbols only",
+            )
     return cu
 
 

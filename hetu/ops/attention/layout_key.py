@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.errors import StrategyError, caller
 from hetu.graph import Node, RunView, Tensor
 from hetu.ops.attention.common import read_cu_seqlens, refuse
 from hetu.parallel import Heads, Layout, Mask, Strategy
@@ -136,16 +135,4 @@ def refuse_rows(node: Node, view: RunView, pipeline: int, rows: int, seq_len: in
 def listed_lengths(node: Node, view: RunView, members: Sequence[int]) -> list[IntSymbol | int]:
     """What the user's list says of the lengths of some pipelines."""
     strategy: Strategy = node.attrs["strategies"][view.strategy]
-    return [strategy.seq_lens[r] for r in members]
-
-
-def one_a_group(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
-    """Demands as many values as there are context groups."""
-    if len(values) != count:
-        raise StrategyError(
-            f"{name} has {len(values)} entries, but the strategy has {count} context groups",
-            op="layout",
-            where=caller(),
-            fix=f"give one {name} a group, or one for all",
-        )
-    return values
+    return [strategy.lengths[r] for r in members]

@@ -11,11 +11,15 @@ from numpy.typing import NDArray
 from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Call, Node, OpDef, Pipeline, RunView
 from hetu.ops.attention.common import check_cu_seqlens, check_longest, read_cu_seqlens
-from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, one_a_group, refuse_rows
+from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, refuse_rows
 from hetu.parallel import SPLITS, Strategy, groups_of
+from hetu.parallel.layout.documents import batch_lists, cu_seqlens_lists
 from hetu.symbols import IntSymbol, as_symbol
 
 Lists = Sequence[Sequence[IntSymbol | int]]
+
+_LISTS = {"multi_seq_lens_symbol": "seq_lens", "multi_cp_group_symbol": "cp_groups"}
+"""What users call the two lists, and the attributes that bring them."""
 
 
 class LayoutOp(OpDef):
@@ -28,34 +32,68 @@ class LayoutOp(OpDef):
     host_inputs: ClassVar[tuple[str, ...]] = ("cu_seqlens_q", "cu_seqlens_k")
     spans_pipelines = True
     has_plan = True
+    lists_strategies = True
     choices: ClassVar[Mapping[str, Sequence[str]]] = {"split": tuple(SPLITS)}
     """Attributes that are names, and the names that there are."""
 
     def check_lists(self, call: Call) -> None:
-        """Replaces both lists by one strategy a row, after checking that they fit each other and the graph."""
-        attrs, rows = call.attrs, {}
+        """Replaces both lists by the strategies, after checking that they fit each other and the graph."""
+        attrs = call.attrs
         if "strategies" in attrs:  # the graph's verification asks again, with the normal form
             return
-        for name, given in (("multi_seq_lens_symbol", "seq_lens"), ("multi_cp_group_symbol", "cp_groups")):
-            value = attrs.pop(given)
-            try:
-                rows[given] = [tuple(as_symbol(item) for item in row) for row in value]
-            except TypeError:
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
-            if len(rows[given]) != call.graph.num_strategy:
-                call.fail(
-                    StrategyError,
-                    f"{name} has {len(rows[given])} rows, but the graph has {call.graph.num_strategy} strategies",
-                    "give one row per strategy, or another num_strategy to hetu.graph",
-                )
-        strategies = tuple(Strategy(*row) for row in zip(rows["seq_lens"], rows["cp_groups"], strict=True))
+        lists = {name: attrs.pop(given) for name, given in _LISTS.items()}
+        strategies = call.graph.strategies
+        if any(value is not None for value in lists.values()) or not strategies:
+            strategies = self._listed(call, lists)
         for i, strategy in enumerate(strategies):
-            for r, length in enumerate(strategy.seq_lens):
+            for r, length in enumerate(strategy.lengths):
                 call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
             if attrs[name] not in known:
                 call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
+
+    def _listed(self, call: Call, lists: Mapping[str, Any]) -> tuple[Strategy, ...]:
+        """The strategies that two lists describe, which must be the graph's where it has some."""
+        graph, rows = call.graph, []
+        for name, value in lists.items():
+            if value is None:
+                fix = "give both lists, or give hetu.graph the strategies and leave both out"
+                call.fail(StrategyError, f"{name} is missing", fix)
+            if not _is_list(value) or not all(map(_is_list, value)):
+                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
+            if len(value) != graph.num_strategy:
+                call.fail(
+                    StrategyError,
+                    f"{name} has {len(value)} rows, but the graph has {graph.num_strategy} strategies",
+                    "give one row per strategy, or another num_strategy to hetu.graph",
+                )
+            rows.append(value)
+        listed = tuple(Strategy(*row) for row in zip(*rows, strict=True))
+        for i, (own, other) in enumerate(zip(listed, graph.strategies, strict=False)):
+            if not own.says_the_same_as(other):
+                call.fail(
+                    StrategyError,
+                    f"the lists make strategy {i} {own}, but the graph's is {other}",
+                    "leave the lists out: the op then takes the graph's strategies",
+                )
+        self._check_counts(call, listed)
+        return listed
+
+    @staticmethod
+    def _check_counts(call: Call, listed: Sequence[Strategy]) -> None:
+        """Demands that all ops of a graph have the same number of pipelines under a strategy."""
+        first = call.graph.listing
+        for i, own in enumerate(listed if first is not None else ()):
+            assert first is not None
+            count = strategy_of(first, i).num_pipelines
+            if own.num_pipelines != count:
+                call.fail(
+                    StrategyError,
+                    f"ops disagree on the number of pipelines of strategy {i}: {call.name} lists {own.num_pipelines}, "
+                    f"{first.name} lists {count} ({first.where.short})",
+                    "give all of them rows of the same length for a strategy",
+                )
 
     def check_packing(self, call: Call) -> None:
         """Demands cu_seqlens with packing, and only then."""
@@ -72,16 +110,13 @@ class LayoutOp(OpDef):
 
     # Binding
 
-    def num_pipelines(self, node: Node, strategy: int) -> int:
-        return strategy_of(node, strategy).num_pipelines
-
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
         chosen = strategy_of(node, strategy)
-        listed = (*chosen.seq_lens, *chosen.cp_groups)
+        listed = (*chosen.lengths, *chosen.groups)
         return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
 
     def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
-        own, listed = node.symbols, as_symbol(strategy_of(node, strategy).seq_lens[pipeline])
+        own, listed = node.symbols, as_symbol(strategy_of(node, strategy).lengths[pipeline])
         sizes = [(listed, f"rows of {self.inputs[0]} on pipeline {pipeline}")]
         sizes += [(own[name], f"the layout of {node.name}") for name in ("seq_len", "batch", "total") if name in own]
         group = "longest document of the pipeline's context group"
@@ -89,7 +124,7 @@ class LayoutOp(OpDef):
 
     def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
         chosen = strategy_of(node, view.strategy)
-        lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True)]
+        lens = [item.known(expr) for item, expr in zip(view.pipelines, chosen.lengths, strict=True)]
         rows = [item.known(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
         if node.attrs["packing"]:
             lens = [row if length is None else length for length, row in zip(lens, rows, strict=True)]
@@ -99,7 +134,7 @@ class LayoutOp(OpDef):
         self, node: Node, view: RunView, r: int, lens: list[int | None], rows: list[int | None]
     ) -> list[int | None]:
         attrs, pipeline = node.attrs, view.pipelines[r]
-        groups = [pipeline.known(group) for group in strategy_of(node, view.strategy).cp_groups]
+        groups = [pipeline.known(group) for group in strategy_of(node, view.strategy).groups]
         members = [i for i, group in enumerate(groups) if group == groups[r]]
         known = [lens[i] for i in members]
         total = None if None in groups or None in known else sum(length or 0 for length in known)
@@ -122,8 +157,8 @@ class LayoutOp(OpDef):
 
     def plan_keys(self, node: Node, view: RunView) -> Sequence[Any]:
         chosen = strategy_of(node, view.strategy)
-        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, chosen.seq_lens, strict=True))
-        groups = tuple(view.pipelines[0].value(expr) for expr in chosen.cp_groups)
+        lens = tuple(item.value(expr) for item, expr in zip(view.pipelines, chosen.lengths, strict=True))
+        groups = tuple(view.pipelines[0].value(expr) for expr in chosen.groups)
         rows = [item.value(node.tensors[0].symbolic_shape[0]) for item in view.pipelines]
         batches, cus = [], []
         for members in groups_of(groups).values():
@@ -158,10 +193,9 @@ class LayoutOp(OpDef):
             return expr.evaluate({**defaults, **values})
 
         lens, groups = strategy_of(node, strategy).evaluate(value)
-        count = len(groups_of(groups))
+        order = tuple(groups_of(groups))
         if not node.attrs["packing"]:
-            batches = one_a_group("batch", batch if isinstance(batch, (list, tuple)) else [batch] * count, count)
-            return LayoutKey.of(node, lens, groups, batches, ())
+            return LayoutKey.of(node, lens, groups, batch_lists(batch, order, is_packed=False), ())
         if cu_seqlens is None:
             raise BindingError(
                 "packing needs cu_seqlens",
@@ -169,9 +203,12 @@ class LayoutOp(OpDef):
                 where=caller(),
                 fix="pass cu_seqlens=..., as the run will feed it",
             )
-        several = isinstance(cu_seqlens, (list, tuple)) and np.ndim(cu_seqlens[0]) > 0
-        cus = one_a_group("cu_seqlens", cu_seqlens if several else [cu_seqlens] * count, count)
-        return LayoutKey.of(node, lens, groups, (), [np.asarray(cu, np.int64) for cu in cus])
+        return LayoutKey.of(node, lens, groups, (), cu_seqlens_lists(cu_seqlens, order) or ())
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list, tuple or array, and no text or iterator."""
+    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
 
 
 def strategy_of(node: Node, index: int) -> Strategy:

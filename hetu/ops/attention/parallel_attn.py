@@ -65,7 +65,7 @@ class ParallelAttn(_ParallelAttention):
         num_q, _ = _heads(call, qkv)
         head_dim, attrs = call.attrs["head_dim"], call.attrs
         rows = qkv.symbolic_shape[0]
-        lengths = {as_symbol(length) for strategy in attrs["strategies"] for length in strategy.seq_lens}
+        lengths = {as_symbol(length) for strategy in attrs["strategies"] for length in strategy.lengths}
         seq_len = lengths.pop() if len(lengths) == 1 else call.symbol("seq_len")
         batch = as_symbol(1) if attrs["packing"] else call.symbol("batch")
         for side in ("max_seqlen_q", "max_seqlen_k"):
@@ -153,8 +153,8 @@ def parallel_attn(
     qkv: Tensor,
     head_dim: int,
     group_query_ratio: int,
-    multi_seq_lens_symbol: Lists,
-    multi_cp_group_symbol: Lists,
+    multi_seq_lens_symbol: Lists | None = None,
+    multi_cp_group_symbol: Lists | None = None,
     packing: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
@@ -181,8 +181,9 @@ def parallel_attn(
             float16, bfloat16, float32 (float64 on the torch backend).
         head_dim: A multiple of 8, at most 256.
         group_query_ratio: ``H_q / H_kv``.
-        multi_seq_lens_symbol: One row per strategy, with one length per pipeline: any lengths, zero included.
-        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline.
+        multi_seq_lens_symbol: One row per strategy, with one length per pipeline: any lengths, zero included. None
+            takes the strategies of the graph (``hetu.graph(..., strategies=[...])``), with which lists must agree.
+        multi_cp_group_symbol: Rows of the same sizes, with the context group of each pipeline; None with None.
         packing: Whether the sequence is a concatenation of documents (batch 1).
         cu_seqlens_q: With packing, int32 ``(B + 1,)``, the documents of the whole group, or ``(R, B + 1)``, the
             piece of each document on each pipeline of the group.
@@ -210,7 +211,8 @@ def parallel_attn(
         ShapeError: If widths and heads don't fit.
         DTypeError: If a dtype is not one of the above.
         StrategyError: If the lists don't fit the graph's strategies or each other.
-        HetuError: If cu_seqlens are given without packing, or missing with it.
+        HetuError: If cu_seqlens are given without packing, missing with it, or computed from more than what is fed,
+            constants and symbols.
         BindingError: If the fed values don't fit the strategy, which a run checks.
 
     Example:

@@ -9,7 +9,8 @@ from typing import Any
 from hetu.dtypes import DType, bool_, float32, int64, promote
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import Call, Tensor, TensorSpec, current_graph
-from hetu.symbols import IntSymbol
+from hetu.symbols import IntSymbol, as_symbol
+from hetu.symbols.expr import add
 
 Dim = int | IntSymbol
 
@@ -71,6 +72,11 @@ def rank(call: Call, item: Tensor, what: str, least: int, most: int | None = Non
 def plain(size: Dim) -> Dim:
     """A size as an int where it is the same in every run."""
     return size if isinstance(size, int) or size.constant is None else size.constant
+
+
+def total(sizes: Sequence[Dim]) -> Dim:
+    """The sum of many sizes, made at once: sums of sums take time that is quadratic in their number."""
+    return plain(IntSymbol.from_expr(add(*(as_symbol(item).expr for item in sizes))))
 
 
 def show(shape: Sequence[Dim]) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError, caller
+from hetu.parallel.layout.strategy import by_group
 from hetu.parallel.mask.segments import IntArray
 
 MAX_TOKENS = 2**31 - 1
@@ -17,16 +18,21 @@ MAX_TOKENS = 2**31 - 1
 _PAD = "count padding as a document of its own"
 
 
-def batch_lists(batch: int | Sequence[int], groups: int, *, is_packed: bool) -> list[int]:
-    """One batch size a group.
+def batch_lists(batch: int | Sequence[int] | Mapping[int, int], groups: Sequence[int], *, is_packed: bool) -> list[int]:
+    """One batch size per group, for one number, a dict by the groups' values, or a list in their order.
+
+    Args:
+        batch: What was given.
+        groups: The groups' values, ascending.
+        is_packed: Whether each group's documents are one packed sequence.
 
     Raises:
-        StrategyError: If their number is wrong, one is below 1, or one is not 1 with packing.
+        StrategyError: If a group is left out or doesn't exist, a number is below 1, or not 1 with packing.
     """
-    batches = [batch] * groups if isinstance(batch, (int, np.integer)) else list(batch)
-    if len(batches) != groups:
-        _refuse(StrategyError, f"{len(batches)} batch sizes for {groups} context groups", "give one a group")
+    batches = [batch] * len(groups) if isinstance(batch, (int, np.integer)) else by_group(batch, groups, "batch sizes")
     for size in batches:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+            _refuse(StrategyError, f"batch is {size!r}, expected an int", "give a number of sequences")
         if size < 1 or (is_packed and size != 1):
             limit = "1 with packing" if is_packed else "at least 1"
             _refuse(StrategyError, f"batch is {size}, expected {limit}", "pack documents, or batch sequences, not both")
@@ -44,18 +50,26 @@ def check_total(group: int, tokens: int) -> None:
         _refuse(StrategyError, what, "use shorter sequences, smaller batches, or more groups")
 
 
-def cu_seqlens_lists(cu_seqlens: Any, groups: int) -> list[IntArray] | None:
-    """One int64 array a group; None without packing.
+def cu_seqlens_lists(cu_seqlens: Any, groups: Sequence[int]) -> list[IntArray] | None:
+    """One int64 array per group, for one array, a dict by the groups' values, or a list in their order.
+
+    Args:
+        cu_seqlens: What was given; None without packing.
+        groups: The groups' values, ascending.
+
+    Returns:
+        The arrays; None without packing.
 
     Raises:
-        ShapeError: If their number or number of dimensions is wrong.
+        ShapeError: If a group is left out or doesn't exist, or a number of dimensions is wrong.
     """
     if cu_seqlens is None:
         return None
     several = isinstance(cu_seqlens, (list, tuple)) and len(cu_seqlens) > 0 and np.ndim(cu_seqlens[0]) > 0
-    given = list(cu_seqlens) if several else [cu_seqlens] * groups
-    if len(given) != groups:
-        _refuse(ShapeError, f"{len(given)} cu_seqlens for {groups} context groups", "give one array a group")
+    if several or isinstance(cu_seqlens, Mapping):
+        given = by_group(cu_seqlens, groups, "cu_seqlens", ShapeError)
+    else:
+        given = [cu_seqlens] * len(groups)
     arrays = []
     for item in given:
         array = np.asarray(item)

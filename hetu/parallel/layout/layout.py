@@ -8,7 +8,7 @@ in order. All splits are such layouts, and so is whatever a planner invents (:me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
 from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Parts
-from hetu.parallel.layout.strategy import check_lengths, groups_of
+from hetu.parallel.layout.strategy import by_group, check_lengths, groups_of
 from hetu.parallel.mask.segments import IntArray, QuerySpans
 
 
@@ -204,6 +204,7 @@ class Layout:
         self.groups = tuple(groups)
         places = {r: (g.index, member) for g in self.groups for member, r in enumerate(g.members)}
         self._places = [places[r] for r in range(len(places))]
+        self._values = tuple(group.value for group in self.groups)
 
     @classmethod
     def build(
@@ -212,7 +213,7 @@ class Layout:
         cp_groups: Sequence[int],
         *,
         split: str = "normal",
-        batch: int | Sequence[int] = 1,
+        batch: int | Sequence[int] | Mapping[int, int] = 1,
         cu_seqlens: Any = None,
     ) -> Layout:
         """The layout of a split.
@@ -221,10 +222,12 @@ class Layout:
             seq_lens: Tokens of each sequence on each pipeline.
             cp_groups: Each pipeline's context group.
             split: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
-            batch: Sequences in each group's batch: one number, or one a group in the order of
-                :func:`~hetu.parallel.layout.strategy.groups_of`. 1 with packing.
+            batch: Sequences in each group's batch: one number, or one per group. 1 with packing.
             cu_seqlens: With packing, int ``(B + 1,)``, the cumulative lengths of the whole group's documents, or
-                ``(R, B + 1)``, those of the pieces on each pipeline of the group: one array, or a list of one a group.
+                ``(R, B + 1)``, those of the pieces on each pipeline of the group: one array, or one per group.
+
+        What is given per group is a dict by the group's value in ``cp_groups``, or a list in the order in which
+        ``print(layout)`` lists the groups, that of ascending values.
 
         Raises:
             StrategyError: If there is no such split, or the lists don't fit each other.
@@ -237,8 +240,8 @@ class Layout:
             raise StrategyError(f"there is no split {split!r}", op="layout", where=caller(), fix=f"use one of {names}")
         chosen = SPLITS[split]
         by_value = groups_of(cp_groups)
-        cus = cu_seqlens_lists(cu_seqlens, len(by_value))
-        batches = batch_lists(batch, len(by_value), is_packed=cu_seqlens is not None)
+        cus = cu_seqlens_lists(cu_seqlens, tuple(by_value))
+        batches = batch_lists(batch, tuple(by_value), is_packed=cu_seqlens is not None)
         groups = []
         for index, (value, members) in enumerate(by_value.items()):
             lens = np.array([seq_lens[r] for r in members], np.int64)
@@ -252,15 +255,22 @@ class Layout:
 
     @classmethod
     def from_spans(
-        cls, cp_groups: Sequence[int], lengths: Sequence[Any], spans: Sequence[Any], *, is_packed: bool = True
+        cls,
+        cp_groups: Sequence[int],
+        lengths: Sequence[Any] | Mapping[int, Any],
+        spans: Sequence[Any] | Mapping[int, Any],
+        *,
+        is_packed: bool = True,
     ) -> Layout:
         """A layout that is none of the splits.
 
         Args:
             cp_groups: Each pipeline's context group.
-            lengths: For each group its documents' lengths, ``(B,)``.
-            spans: For each group an int array ``(n, 5)`` of runs ``(pipeline, document, start, length, step)``, with
-                pipelines numbered as in the strategy. The runs of a pipeline are its local rows, in order.
+            lengths: For each group its documents' lengths, ``(B,)``: a dict by the groups' values, or a list in the
+                order of these.
+            spans: For each group, in the same way, an int array ``(n, 5)`` of runs ``(pipeline, document, start,
+                length, step)``, with pipelines numbered as in the strategy. The runs of a pipeline are its local rows,
+                in order.
             is_packed: Whether the documents are one packed sequence rather than a batch.
 
         Raises:
@@ -275,13 +285,8 @@ class Layout:
               pipeline 1: 4 tokens   0[1:5]
         """
         by_value, groups = groups_of(cp_groups), []
-        if not len(by_value) == len(lengths) == len(spans):
-            raise ShapeError(
-                f"lengths of {len(lengths)} and spans of {len(spans)} groups, but there are {len(by_value)} groups",
-                op="layout",
-                where=caller(),
-                fix="give one array of each a context group",
-            )
+        lengths = by_group(lengths, tuple(by_value), "lists of lengths", ShapeError)
+        spans = by_group(spans, tuple(by_value), "lists of spans", ShapeError)
         for index, (value, members) in enumerate(by_value.items()):
             table, pieces = check_spans(members, lengths[index], spans[index], is_packed=is_packed)
             lens = pieces.sum(1) if is_packed or not pieces.size else pieces[:, 0]
@@ -335,8 +340,9 @@ class Layout:
         """Cuts a whole group's rows into the pipelines' shards.
 
         Args:
-            x: ``(tokens, ...)``, document after document: a numpy array or a torch tensor; with several groups a list
-                of one a group.
+            x: ``(tokens, ...)``, document after document: a numpy array or a torch tensor. With several groups a dict
+                of one per group by the group's value, or a list in the order of ``layout.groups``, which
+                ``print(layout)`` shows: that of ascending values.
 
         Returns:
             One array of the same kind a pipeline: ``(rows(r), ...)``.
@@ -344,10 +350,10 @@ class Layout:
         Raises:
             ShapeError: If the numbers of arrays or rows don't fit.
         """
-        arrays = [x] if hasattr(x, "shape") else list(x)
-        if len(arrays) != len(self.groups):
-            _refuse(f"{len(arrays)} arrays for {len(self.groups)} context groups", "scatter one array a group")
+        arrays = by_group([x] if hasattr(x, "shape") else x, self._values, "arrays", ShapeError)
         for group, array in zip(self.groups, arrays, strict=True):
+            if not getattr(array, "shape", ()):
+                _refuse(f"context group {group.value} was given {array!r}, expected an array of rows", "pass an array")
             if len(array) != group.tokens:
                 _refuse(
                     f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came",
@@ -362,7 +368,7 @@ class Layout:
             shards: One array a pipeline, ``(rows(r), ...)``, numpy or torch.
 
         Returns:
-            One array, or with several groups a list of one a group.
+            One array, or with several groups a list of one per group, in the order of ``layout.groups``.
 
         Raises:
             ShapeError: If the numbers of shards or rows don't fit.

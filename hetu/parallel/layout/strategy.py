@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
-from hetu.errors import StrategyError, caller
-
-if TYPE_CHECKING:
-    from hetu.symbols import IntSymbol
+from hetu.errors import HetuError, StrategyError, caller
+from hetu.symbols import IntSymbol
+from hetu.symbols.int_symbol import as_int
 
 
 def groups_of(cp_groups: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -31,6 +30,56 @@ def groups_of(cp_groups: Sequence[int]) -> dict[int, tuple[int, ...]]:
     return {value: tuple(pipelines) for value, pipelines in members.items()}
 
 
+def by_group(
+    given: Mapping[Any, Any] | Sequence[Any],
+    values: Sequence[int],
+    what: str,
+    error: type[HetuError] = StrategyError,
+    op: str = "layout",
+) -> list[Any]:
+    """What is given a context group, in the order of the groups' ascending values.
+
+    Args:
+        given: A dict by the groups' values, or a list in that order.
+        values: The groups' values, ascending.
+        what: What is given, in the plural, for the error.
+        error: The class of the error.
+        op: Who is given it, for the error.
+
+    Raises:
+        HetuError: If a group is left out or does not exist, or neither a dict nor a list was given.
+
+    Example:
+        >>> by_group({7: "b", 0: "a"}, [0, 7], "x"), by_group(["a", "b"], [0, 7], "x")
+        (['a', 'b'], ['a', 'b'])
+    """
+    names = ", ".join(map(str, values))
+    if isinstance(given, Mapping):
+        keys = list(given)
+        if len(keys) != len(values) or any(isinstance(key, bool) or key not in values for key in keys):
+            raise error(
+                f"{what} for the context groups {_listed(keys)}, but the strategy's are {names}",
+                op=op,
+                where=caller(),
+                fix="give a dict with one entry per group, by the values that the strategy gives the groups",
+            )
+        return [given[value] for value in values]
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    if not is_list or len(given) != len(values):
+        got = f"{len(given)} {what}" if is_list else f"{what} are {given!r}"
+        raise error(
+            f"{got} for {len(values)} context groups: {names}",
+            op=op,
+            where=caller(),
+            fix="give a dict by the groups' values, or a list with one entry per group, in the order of their values",
+        )
+    return list(given)
+
+
+def _listed(keys: Sequence[Any]) -> str:
+    return ", ".join(map(repr, keys)) or "none"
+
+
 def check_lengths(seq_lens: Sequence[object], cp_groups: Sequence[object]) -> None:
     """Checks that both lists describe the same pipelines, at least one, and that no known length is negative.
 
@@ -49,34 +98,59 @@ def check_lengths(seq_lens: Sequence[object], cp_groups: Sequence[object]) -> No
             _refuse(f"pipeline {pipeline} holds {length} tokens, expected at least 0", "give lengths from 0")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Strategy:
-    """One row of ``multi_seq_lens_symbol`` and ``multi_cp_group_symbol``.
+    """A parallel strategy: how many tokens of each sequence each pipeline holds, and which pipelines attend together.
 
-    Attributes:
-        seq_lens: Tokens of each sequence on each pipeline.
-        cp_groups: Each pipeline's context group.
+    A *pipeline* is a holder of tokens, in practice a rank. Strategies are values: they print, compare and hash by what
+    they say. ``hetu.graph(..., strategies=[...])`` takes a list of them, and a run follows one of them.
+
+    Args:
+        lengths: Tokens of each sequence on each pipeline: ints or :class:`~hetu.IntSymbol`, zero included.
+        groups: The context group of each pipeline: ints or symbols. Pipelines with the same value form one group, in
+            index order.
+        name: What ``g.run(..., strategy=name)`` may call it; None for no name.
 
     Raises:
-        StrategyError: If the rows differ in length, are empty, or hold a negative length.
+        StrategyError: If the lists differ in length, are empty, or hold something else or a negative length, or the
+            name is no string, or "auto", which means another thing.
 
     Example:
-        >>> Strategy((3, 5, 4), (0, 0, 1)).evaluate(int)
-        ((3, 5, 4), (0, 0, 1))
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> print(hetu.Strategy([s // 2, s - s // 2], [0, 0], name="halves"))
+        halves: [s//2, s - s//2] in groups [0, 0]
     """
 
-    seq_lens: tuple[IntSymbol | int, ...]
-    cp_groups: tuple[IntSymbol | int, ...]
+    lengths: tuple[IntSymbol | int, ...]
+    groups: tuple[IntSymbol | int, ...]
+    name: str | None = None
 
-    def __post_init__(self) -> None:
-        check_lengths(self.seq_lens, self.cp_groups)
+    def __init__(
+        self, lengths: Sequence[IntSymbol | int], groups: Sequence[IntSymbol | int], name: str | None = None
+    ) -> None:
+        fields = {"lengths": _sizes("lengths", lengths), "groups": _sizes("groups", groups), "name": name}
+        for field, value in fields.items():
+            object.__setattr__(self, field, value)  # the class is frozen
+        check_lengths(self.lengths, self.groups)
+        if name is not None and (not isinstance(name, str) or name == "auto" or not name):
+            _refuse(
+                f"a strategy's name is {name!r}, expected a string other than 'auto'",
+                "give another, or none",
+            )
 
     @property
     def num_pipelines(self) -> int:
-        return len(self.seq_lens)
+        """How many pipelines it has."""
+        return len(self.lengths)
+
+    def says_the_same_as(self, other: Strategy) -> bool:
+        """True if both have the same lengths and groups, whatever they are called."""
+        return self.lengths == other.lengths and self.groups == other.groups
 
     def __str__(self) -> str:
-        return f"[{', '.join(map(str, self.seq_lens))}] in groups [{', '.join(map(str, self.cp_groups))}]"
+        text = f"[{', '.join(map(str, self.lengths))}] in groups [{', '.join(map(str, self.groups))}]"
+        return text if self.name is None else f"{self.name}: {text}"
 
     def evaluate(self, value: Callable[[IntSymbol], int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths and groups as ints.
@@ -86,11 +160,55 @@ class Strategy:
 
         Raises:
             StrategyError: If a length comes out negative.
+
+        Example:
+            >>> Strategy((3, 5, 4), (0, 0, 1)).evaluate(lambda symbol: 0)
+            ((3, 5, 4), (0, 0, 1))
         """
-        lens = tuple(item if isinstance(item, int) else value(item) for item in self.seq_lens)
-        groups = tuple(item if isinstance(item, int) else value(item) for item in self.cp_groups)
+        lens = tuple(item if isinstance(item, int) else value(item) for item in self.lengths)
+        groups = tuple(item if isinstance(item, int) else value(item) for item in self.groups)
         check_lengths(lens, groups)
         return lens, groups
+
+
+def check_strategies(given: Any, num_strategy: int) -> tuple[Strategy, ...]:
+    """The strategies of a graph.
+
+    Args:
+        given: What the user gave as a list of them.
+        num_strategy: How many the user said there are; 1 says nothing.
+
+    Raises:
+        StrategyError: If it is no list of strategies, at least one, or two have one name.
+    """
+    is_list = isinstance(given, (list, tuple)) and all(isinstance(item, Strategy) for item in given)
+    if not is_list or not given:
+        _refuse(f"strategies is {given!r}, expected a list of hetu.Strategy", "give at least one hetu.Strategy(...)")
+    names = [item.name for item in given if item.name is not None]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        _refuse(f"two strategies are named {twice!r}", "give each a name of its own")
+    if num_strategy not in (1, len(given)):
+        _refuse(f"num_strategy is {num_strategy}, but there are {len(given)} strategies", "leave num_strategy out")
+    return tuple(given)
+
+
+def _sizes(what: str, given: Any) -> tuple[IntSymbol | int, ...]:
+    """A list of ints and symbols as a tuple; constants become ints, so that equal strategies are equal."""
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray))
+    if not is_list and not (hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1):
+        _refuse(f"{what} is {given!r}, expected a list of ints or symbols", "give one entry per pipeline")
+    sizes: list[IntSymbol | int] = []
+    for item in given if is_list else given.tolist():
+        try:
+            sizes.append(item if isinstance(item, IntSymbol) and item.constant is None else _whole(item))
+        except TypeError:
+            _refuse(f"{what} holds {item!r}, expected ints or symbols", "give one int or symbol per pipeline")
+    return tuple(sizes)
+
+
+def _whole(item: Any) -> int:
+    return as_int(item.constant if isinstance(item, IntSymbol) else item)
 
 
 def _refuse(what: str, fix: str) -> NoReturn:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.layout_cases import Case, random_case, random_custom_layout
 
+import hetu
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError
 from hetu.parallel import Layout, Strategy, groups_of
 
@@ -177,7 +178,7 @@ def test_bad_layouts_are_refused(changed: dict[str, Any], error: type[HetuError]
     ("lengths", "spans", "error", "text"),
     [
         ([[3]], [[(0, 0, 0, 3)]], ShapeError, r"spans \(n, 5\)"),
-        ([[3], [3]], [[(0, 0, 0, 3, 1)]], ShapeError, "lengths of 2 and spans of 1 groups"),
+        ([[3], [3]], [[(0, 0, 0, 3, 1)]], ShapeError, "2 lists of lengths for 1 context groups"),
         ([[3]], [[(2, 0, 0, 3, 1)]], StrategyError, r"not of pipelines \[0, 1\]"),
         ([[3]], [[(0, 1, 0, 3, 1)]], StrategyError, "documents 0 to 0"),
         ([[3]], [[(0, 0, 0, 3, 0)]], StrategyError, "step below 1"),
@@ -222,16 +223,98 @@ def test_wrong_arrays_are_refused() -> None:
 
 def test_strategies() -> None:
     strategy = Strategy((1, 2, 3), (5, 0, 5))
-    assert strategy.num_pipelines == 3 and strategy.evaluate(int) == ((1, 2, 3), (5, 0, 5))
-    assert list(groups_of(strategy.cp_groups).items()) == [(0, (1,)), (5, (0, 2))]
+    assert strategy.num_pipelines == 3 and strategy.evaluate(lambda _: 0) == ((1, 2, 3), (5, 0, 5))
+    assert list(groups_of(strategy.groups).items()) == [(0, (1,)), (5, (0, 2))]
     for lens, groups in (((1,), (0, 0)), ((), ()), ((-1,), (0,))):
         with pytest.raises(StrategyError):
             Strategy(lens, groups)
-
-    class Symbol:
-        pass
-
-    symbols: Any = (Symbol(), 4)
-    assert Strategy(symbols, (0, 0)).evaluate(lambda symbol: 7) == ((7, 4), (0, 0))
+    s = hetu.IntSymbol("s", min=None)
+    assert Strategy((s, 4), (0, 0)).evaluate(lambda symbol: 7) == ((7, 4), (0, 0))
     with pytest.raises(StrategyError, match="pipeline 0 holds -7"):
-        Strategy(symbols, (0, 0)).evaluate(lambda symbol: -7)
+        Strategy((s, 4), (0, 0)).evaluate(lambda symbol: -7)
+
+
+def test_strategies_are_values() -> None:
+    s = hetu.IntSymbol("s")
+    one = Strategy([s, np.int64(4), hetu.IntSymbol.from_expr((s - s).expr)], np.array([0, 1, 0]), "mine")
+    assert (
+        one == Strategy((s, 4, 0), (0, 1, 0), name="mine") and len({one, Strategy((s, 4, 0), (0, 1, 0), "mine")}) == 1
+    )
+    assert one != Strategy((s, 4, 0), (0, 1, 0)) and one.says_the_same_as(Strategy((s, 4, 0), (0, 1, 0)))
+    assert str(one) == "mine: [s, 4, 0] in groups [0, 1, 0]"
+    assert isinstance(one.groups[1], int) and not isinstance(one.groups[1], np.integer)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "groups", "name", "text"),
+    [
+        (5, [0], None, "lengths is 5, expected a list"),
+        ("ab", [0, 0], None, "lengths is 'ab'"),
+        (iter([2, 3]), [0, 0], None, "expected a list of ints or symbols"),
+        ([2, None], [0, 0], None, "lengths holds None"),
+        ([2, 1.0], [0, 0], None, "lengths holds 1.0"),
+        ([2, True], [0, 0], None, "lengths holds True"),
+        ([2, 3], [0, "a"], None, "groups holds 'a'"),
+        ([2, 3], [0, False], None, "groups holds False"),
+        (np.array([2.0, 3.0]), [0, 0], None, "lengths holds"),
+        (torch.tensor([True, False]), [0, 0], None, "lengths holds True"),
+        ({2, 3}, [0, 0], None, "expected a list"),
+        ([2, 3], [0, 0], 5, "name is 5"),
+        ([2, 3], [0, 0], "auto", "name is 'auto'"),
+    ],
+)
+def test_what_is_no_strategy(lengths: Any, groups: Any, name: Any, text: str) -> None:
+    with pytest.raises(StrategyError, match=text) as caught:
+        hetu.Strategy(lengths, groups, name)
+    assert "where:  test_layout.py:" in str(caught.value)
+
+
+GROUPS = [7, 0, 7]
+PACKS = {0: np.array([0, 1, 3]), 7: np.array([0, 3])}
+
+
+@pytest.mark.parametrize(
+    "x", [5, None, "abc", [np.arange(3), None], {7: np.arange(3), 0: 5}, {7: np.arange(3), 0: [1]}]
+)
+def test_what_is_no_rows_is_not_scattered(x: Any) -> None:
+    with pytest.raises(ShapeError):
+        Layout.build([2, 3, 1], GROUPS).scatter(x)
+
+
+@pytest.mark.parametrize("batch", [1.5, None, "ab", {0: 1.5, 7: 2}, [1, True]])
+def test_a_batch_is_an_int(batch: Any) -> None:
+    with pytest.raises(StrategyError, match="batch"):
+        Layout.build([2, 3, 1], GROUPS, batch=batch)
+
+
+def test_what_is_given_a_group_may_be_named_by_it() -> None:
+    whole = {7: np.arange(3), 0: np.arange(10, 13)}
+    layout = Layout.build([2, 3, 1], GROUPS)
+    assert [group.value for group in layout.groups] == [0, 7]
+    for x in (whole, [whole[0], whole[7]]):
+        assert [shard.tolist() for shard in layout.scatter(x)] == [[0, 1], [10, 11, 12], [2]]
+    for cu in (PACKS, dict(reversed(PACKS.items())), [PACKS[0], PACKS[7]]):
+        packed = Layout.build([2, 3, 1], GROUPS, cu_seqlens=cu)
+        assert [group.lengths.tolist() for group in packed.groups] == [[1, 2], [3]]
+    assert (
+        Layout.build([2, 3, 1], GROUPS, batch={7: 2, 0: 5}).digest()
+        == Layout.build([2, 3, 1], GROUPS, batch=[5, 2]).digest()
+    )
+    custom = {0: [(1, 0, 0, 3, 1)], 7: [(0, 0, 0, 2, 1), (2, 0, 2, 1, 1)]}
+    assert Layout.from_spans(GROUPS, {7: [3], 0: [3]}, custom, is_packed=False).digest() == layout.digest()
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: Layout.build([2, 3, 1], GROUPS, batch=x(1)),
+        lambda x: Layout.build([2, 3, 1], GROUPS, cu_seqlens=x(np.array([0, 3]))),
+        lambda x: Layout.build([2, 3, 1], GROUPS).scatter(x(np.arange(3))),
+        lambda x: Layout.from_spans(GROUPS, x([3]), [[], []]),
+    ],
+    ids=["batch", "cu_seqlens", "scatter", "from_spans"],
+)
+@pytest.mark.parametrize("keys", [[0], [0, 1], [0, 7, 8], [0, "7"], [False, 7], []], ids=str)
+def test_a_dict_names_each_group_once(call: Any, keys: list[Any]) -> None:
+    with pytest.raises((StrategyError, ShapeError), match=r"for the context groups .* the strategy's are 0, 7"):
+        call(lambda value: dict.fromkeys(keys, value))
