@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,12 +52,76 @@ _DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards")
 """Functions of a module that brings torch."""
 
 
+_OTHER_HETU = {
+    "AdamOptimizer": "hetu.optim.Adam or hetu.optim.AdamW",
+    "ConstantInitializer": "a number as hetu.parameter's init",
+    "DataLoader": "torch.utils.data.DataLoader",
+    "NormalInitializer": "a function of the tensor as hetu.parameter's init",
+    "SGDOptimizer": "hetu.optim.SGD",
+    "TruncatedNormalInitializer": "a function of the tensor as hetu.parameter's init",
+    "UniformInitializer": "a function of the tensor as hetu.parameter's init",
+    "Variable": "hetu.parameter",
+    "XavierUniformInitializer": "a function of the tensor as hetu.parameter's init",
+    "arange": "hetu.constant(numpy.arange(...))",
+    "array_reshape": "hetu.reshape",
+    "array_set": "hetu.full",
+    "as_strided": "hetu.slice, hetu.transpose and hetu.reshape",
+    "attn": "hetu.attn_varlen",
+    "batch_matmul": "hetu.matmul",
+    "bmm": "hetu.matmul",
+    "broadcast": "hetu.broadcast_to",
+    "checkpoint": "hetu.save and hetu.load",
+    "comm": "the strategy's lists of hetu.parallel_attn, and hetu.all_reduce",
+    "contiguous": "nothing: tensors need no such call",
+    "cross_entropy_sparse": "hetu.cross_entropy",
+    "device": 'a string: hetu.graph(..., device="cuda")',
+    "embedding_lookup": "hetu.embedding",
+    "flash_attn": "hetu.attn_varlen or hetu.parallel_attn",
+    "from_numpy": "hetu.constant",
+    "from_numpy_parallel": "hetu.constant",
+    "fused_layernorm": "hetu.layer_norm",
+    "fused_rmsnorm": "hetu.rms_norm",
+    "global_device_group": "hetu.init_distributed, which returns the world",
+    "init_comm_group": "hetu.init_distributed",
+    "layernorm": "hetu.layer_norm",
+    "local_device": "hetu.init_distributed, which returns the world with its device",
+    "masked_fill": "hetu.where",
+    "nn": "functions such as hetu.linear, with weights made by hetu.parameter",
+    "nll_loss": "hetu.cross_entropy",
+    "ones": "hetu.full(shape, 1.0)",
+    "ones_like": "hetu.full(x.symbolic_shape, 1.0)",
+    "parallel_parameter": "hetu.parameter",
+    "parallel_placeholder": "hetu.placeholder",
+    "reduce": "hetu.sum, hetu.mean or hetu.max",
+    "reduce_mean": "hetu.mean",
+    "reduce_sum": "hetu.sum",
+    "rmsnorm": "hetu.rms_norm",
+    "run_level": 'a string: g.run(..., run_level="update")',
+    "set_seed": "hetu.manual_seed",
+    "softmax_cross_entropy": "hetu.cross_entropy",
+    "softmax_cross_entropy_sparse": "hetu.cross_entropy",
+    "variable": "hetu.parameter",
+    "vocab_parallel_cross_entropy": "hetu.cross_entropy",
+    "zeros": "hetu.full(shape, 0.0)",
+    "zeros_like": "hetu.full(x.symbolic_shape, 0.0)",
+}
+"""What names of the Hetu of PKU's DAIR lab are called here."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "functional":  # it brings torch
         return importlib.import_module("hetu.functional")
     if name in _DISTRIBUTED:
         return getattr(importlib.import_module("hetu.distributed"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    what = f"module {__name__!r} has no attribute {name!r}"
+    if name in _OTHER_HETU:  # Python's own "did you mean" would be far off
+        raise AttributeError(f"{what}; that name is of another Hetu: use {_OTHER_HETU[name]}")
+    raise AttributeError(what, name=name, obj=sys.modules[__name__])
+
+
+def __dir__() -> list[str]:
+    """The names that users call: also those that are imported when they are first used, and none that others own."""
+    return sorted({*__all__, "functional", *(name for name in globals() if name.startswith("__"))})
 
 
 def _planner(of: Graph) -> Planner:
@@ -97,9 +162,12 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
         ...     hetu.load(path)["parameters"]
         {'w': tensor([1.5000, 1.5000])}
     """
+    from hetu.arguments import mapping
+    from hetu.arguments import path as as_path
     from hetu.runtime import state_file
 
-    state_file.save(what, path)
+    given = what if isinstance(what, Graph) else mapping(what, "what", "a graph's state", op="save")
+    state_file.save(given, as_path(path, op="save"))
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -115,9 +183,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         HetuError: If the file is cut short, damaged in any bit, or not one of hetu's.
         FileNotFoundError: If there is none.
     """
+    from hetu.arguments import path as as_path
     from hetu.runtime import state_file
 
-    return state_file.load(path)
+    return state_file.load(as_path(path, op="load"))
 
 
 def trace() -> Recorder:

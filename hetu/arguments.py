@@ -33,6 +33,9 @@ MAX_COUNT = 2**16
 MAX_BYTES = 2**57
 """The most bytes of a tensor: no processor addresses more."""
 
+MOST_OF_FLOATS = 2**1023
+"""The greatest whole number that is taken for a float; in a narrow dtype it is infinite, as torch has it."""
+
 _DEVICE = re.compile(r"(cpu|cuda)(:(0|[1-9][0-9]{0,8}))?")
 _SHOWN = 120
 
@@ -42,7 +45,7 @@ def shown(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # a repr may fail in any way: an int of 5,000 digits has none
-        text = f"<{type(value).__name__}>"
+        text = f"an int of {value.bit_length()} bits" if type(value) is int else f"<{type(value).__name__}>"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
@@ -65,9 +68,8 @@ def refuse(
         error: The class of the error.
         fix: What to do.
     """
-    raise error(
-        f"expected {name} to be {wanted}, got {shown(value)}", op=op, where=caller(), fix=fix or f"give {wanted}"
-    )
+    got = shown(value) if value is None else f"{shown(value)} ({type(value).__name__})"
+    raise error(f"expected {name} to be {wanted}, got {got}", op=op, where=caller(), fix=fix or f"give {wanted}")
 
 
 def is_torch(value: Any) -> bool:
@@ -293,8 +295,17 @@ def integers(
         >>> integers(np.array([2, 3]), "seq_lens", least=0)
         (2, 3)
     """
+    if type(value) is tuple and _are_ints(value, least):
+        return value  # what the layouts of every new set of lengths are made of
     given = items(value, name, "a list of ints", op=op, error=error)
     return tuple(integer(item, f"{name}[{place}]", least=least, op=op, error=error) for place, item in enumerate(given))
+
+
+def _are_ints(values: tuple[Any, ...], least: int | None) -> bool:
+    for item in values:  # noqa: SIM110 - all(...) of a generator takes twice as long
+        if type(item) is not int or (least is not None and item < least):
+            return False
+    return True
 
 
 def array(value: Any, name: str, *, op: str | None = None) -> Any:
@@ -332,7 +343,12 @@ def array(value: Any, name: str, *, op: str | None = None) -> Any:
 
 def is_dense(tensor: Any) -> bool:
     """Whether a torch tensor has its data in memory, element by element."""
-    return not (tensor.is_meta or tensor.is_nested or tensor.is_quantized) and str(tensor.layout) == "torch.strided"
+    return _is_strided(tensor.layout) and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+
+
+@cache
+def _is_strided(layout: Any) -> bool:
+    return str(layout) == "torch.strided"
 
 
 def mapping(value: Any, name: str, of: str, *, op: str | None = None) -> Mapping[Any, Any]:
@@ -344,7 +360,7 @@ def mapping(value: Any, name: str, of: str, *, op: str | None = None) -> Mapping
         of: What its entries are, in words.
         op: Who asks, for the error.
     """
-    if not isinstance(value, Mapping):
+    if type(value) is not dict and not isinstance(value, Mapping):
         refuse(value, name, f"a dict of {of}", op=op, fix="write {key: value}")
     return value
 
@@ -359,7 +375,7 @@ def device(value: Any, name: str = "device", *, op: str | None = None) -> str | 
     if value is None:
         return None
     number = int_of(value)
-    named = f"cuda:{number}" if number is not None and number >= 0 else value
+    named = f"cuda:{number}" if number is not None and 0 <= number < 2**15 else value
     if type(value).__module__ == "torch":
         named = str(value)
     if not isinstance(named, str) or not _DEVICE.fullmatch(named):

@@ -10,6 +10,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
+from hetu.arguments import flag, shown
 from hetu.errors import HetuError, caller
 
 BACKENDS = ("triton", "torch")
@@ -45,8 +46,11 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
         if name not in known:
             raise HetuError(f"there is no setting {name!r}", where=caller(), fix=f"use one of {', '.join(known)}")
-        if name == "backend" and value not in (None, *BACKENDS):
-            raise HetuError(f"there is no backend {value!r}", where=caller(), fix=f"use one of {', '.join(BACKENDS)}")
+        if name != "backend":
+            changes[name] = flag(value, name, op="config")
+        elif value is not None and not (isinstance(value, str) and value in BACKENDS):
+            names = ", ".join(BACKENDS)
+            raise HetuError(f"there is no backend {shown(value)}", where=caller(), fix=f"use one of {names}")
     return dataclasses.replace(old, **changes)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from hetu.arguments import shown
 from hetu.errors import DTypeError, caller
 
 
@@ -59,11 +62,34 @@ def as_dtype(value: Any) -> DType:
     """
     if isinstance(value, DType):
         return value
-    name = value if isinstance(value, str) else getattr(value, "name", None) or getattr(value, "__name__", str(value))
-    found = _BY_NAME.get(str(name).removeprefix("torch."))
+    found = _BY_NAME.get(_name_of(value))
     if found is None:
-        raise DTypeError(f"no element type {value!r}", where=caller(), fix=f"use one of {', '.join(_BY_NAME)}")
+        names = ", ".join(_BY_NAME)
+        what = f"there is no element type {shown(value)} for dtype"
+        raise DTypeError(what, where=caller(), fix=f"use one of {names}")
     return found
+
+
+def _name_of(value: Any) -> str:
+    """The name of what may be an element type: of a class such as ``numpy.float32``, a dtype, or a name itself."""
+    if isinstance(value, str):
+        return value.removeprefix("torch.")
+    if isinstance(value, type):
+        return value.__name__
+    if isinstance(value, np.dtype):
+        return value.name
+    return str(value).removeprefix("torch.") if type(value).__module__.partition(".")[0] == "torch" else ""
+
+
+def int_range(dtype: DType) -> tuple[int, int]:
+    """The least and the greatest value of an int dtype.
+
+    Example:
+        >>> int_range(int8)
+        (-128, 127)
+    """
+    bits = 8 * dtype.itemsize
+    return (0, 2**bits - 1) if dtype.name.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def promote(a: DType, b: DType) -> DType:

@@ -11,6 +11,7 @@ for (``where``), which bound values led there (``bound``), and what to do (``fix
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import linecache
 import os
@@ -18,7 +19,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 
-_PACKAGE_DIR = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_NOT_USERS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__, "<eval_with_key>")
+"""Beginnings of the names of files whose lines are not the user's: ours, what runs our context managers, and lowered
+modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ def innermost(is_meant: Callable[[FrameType], bool]) -> Where:
 
 def _is_users(frame: FrameType) -> bool:
     name = frame.f_code.co_filename
-    # The methods that dataclasses write have no file; their globals say whose they are. A lowered module is ours.
-    return not name.startswith((_PACKAGE_DIR, "<eval_with_key>")) and not (
+    # The methods that dataclasses write have no file; their globals say whose they are.
+    return not name.startswith(_NOT_USERS) and not (
         name == "<string>" and frame.f_globals.get("__name__", "")[:5] == "hetu."
     )
 

@@ -287,6 +287,9 @@ def _widened(grad: Tensor) -> Tensor:
 def grad_norm(train: Tensor) -> Tensor:
     """The Euclidean norm of a step's gradients before they are clipped, as a tensor to fetch.
 
+    Fetching it is fetching what :meth:`Optimizer.minimize` gave: the run updates the parameters, unless its
+    ``run_level`` says otherwise.
+
     Args:
         train: The tensor that :meth:`Optimizer.minimize` gave.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import threading
 
+from hetu.arguments import integer
+
 _lock = threading.Lock()
 _seed = secrets.randbits(62)
 _offset = 0
@@ -16,14 +18,18 @@ def manual_seed(seed: int) -> None:
     Args:
         seed: Any int; its lower 63 bits count.
 
+    Raises:
+        HetuError: If it is no int.
+
     Example:
         >>> manual_seed(7); take(3); take(1)
         (7, 0)
         (7, 3)
     """
     global _seed, _offset
+    number = integer(seed, "seed", op="manual_seed")
     with _lock:
-        _seed, _offset = seed & (2**63 - 1), 0
+        _seed, _offset = number & (2**63 - 1), 0
 
 
 def take(count: int) -> tuple[int, int]:

@@ -89,7 +89,13 @@ def rows(count: int, dtype: Any = np.float32) -> Any:
         (rows(4), {"s": 4}, {"strategy": 2}, hetu.StrategyError, "there is no strategy 2 in a graph of 2"),
         (hetu.Shards([rows(4)] * 2), {"s": 4}, {}, hetu.StrategyError, "x was fed 2 shards"),
         ([rows(4)], {"s": 4}, {"num_micro_batches": 2}, hetu.HetuError, "a list of 1 for 2 micro-batches"),
-        (rows(4), {"s": 4}, {"num_micro_batches": 0}, hetu.HetuError, "num_micro_batches is 0"),
+        (
+            rows(4),
+            {"s": 4},
+            {"num_micro_batches": 0},
+            hetu.HetuError,
+            "num_micro_batches to be an int from 1",
+        ),
     ],
 )
 def test_bad_runs(feed: Any, symbols: dict[str, Any], options: Any, error: type[Exception], message: str) -> None:

@@ -216,6 +216,9 @@ def _plan(cu_q: HostArray, cu_k: HostArray, rows_q: int, rows_k: int, is_causal:
 # checks
 
 
+_PAD = "pad the heads with zeros, and give softmax_scale=1/sqrt(head_dim) of the unpadded ones"
+
+
 def check(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -234,9 +237,9 @@ def check(
     (_, heads_q, head_dim), (rows_k, heads_k, dim_k), (rows_v, heads_v, dim_v) = q.shape, k.shape, v.shape
     if not head_dim == dim_k == dim_v:
         sizes = f"{head_dim}, {dim_k} and {dim_v}"
-        refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", "pad the heads of the smaller")
+        refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", _PAD)
     if head_dim < 8 or head_dim > 256 or head_dim % 8:
-        refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", "pad the heads")
+        refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", _PAD)
     if rows_k != rows_v:
         refuse(ShapeError, f"k has {rows_k} rows and v has {rows_v} rows, expected as many", "give every key its value")
     if heads_k == 0 or heads_k != heads_v or heads_q == 0 or heads_q % heads_k:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hetu.arguments import flag, integer, real, shown
 from hetu.backends.torch_private import (
     apply_of,
     dispatch_modes,
@@ -22,6 +23,7 @@ __all__ = ["attn_varlen"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SEEDS = 2**63 - 1
+_OP = "attn_varlen"
 
 
 def attn_varlen(
@@ -97,6 +99,21 @@ def attn_varlen(
         and isinstance(cu_seqlens_k, tensor)
     ):
         _refuse_types(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    if not (
+        type(is_causal) is bool
+        and type(return_lse) is bool
+        and type(dropout_p) is float
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and (max_seqlen_q is None or type(max_seqlen_q) is int)
+        and (max_seqlen_k is None or type(max_seqlen_k) is int)
+        and (seed is None or type(seed) is int)
+    ):
+        is_causal, return_lse = flag(is_causal, "is_causal", op=_OP), flag(return_lse, "return_lse", op=_OP)
+        dropout_p = real(dropout_p, "dropout_p", "a probability in [0, 1)", lambda p: 0 <= p < 1, op=_OP)
+        if softmax_scale is not None:
+            softmax_scale = real(softmax_scale, "softmax_scale", op=_OP, fix="give None for 1/sqrt(head_dim)")
+        max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
+        seed = None if seed is None else integer(seed, "seed", op=_OP, fix="give an int, or None to draw one")
     is_compiling = torch.compiler.is_compiling()
     may_cast = is_compiling or is_any_autocast_enabled()  # asked first, because it takes the least
     if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
@@ -159,7 +176,11 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
 
 def _refuse_types(**given: Any) -> NoReturn:
     name, value = next((name, value) for name, value in given.items() if not isinstance(value, torch.Tensor))
-    attention.refuse(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a torch tensor as {name}")
+    attention.refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}")
+
+
+def _bound(name: str, given: Any) -> int | None:
+    return None if given is None else integer(given, name, op=_OP, error=DTypeError, fix=f"leave {name} out")
 
 
 def _as_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

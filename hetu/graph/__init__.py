@@ -5,13 +5,15 @@ The package is also the users' context: ``hetu.graph("define_and_run")`` makes a
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
 
 from hetu.graph.autocast import autocast
 from hetu.graph.autodiff import gradients
-from hetu.graph.graph import Graph, current_graph, require
+from hetu.graph.current import current_graph, require
+from hetu.graph.graph import Graph
 from hetu.graph.node import Node
 from hetu.graph.opdef import (
     BadSample,
@@ -53,6 +55,10 @@ __all__ = [
 
 
 class _CallableModule(ModuleType):
+    """This module is also the function that makes a graph."""
+
+    __signature__ = inspect.signature(Graph)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Graph:
         return Graph(*args, **kwargs)
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any
 
+from hetu.arguments import flag
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64
 from hetu.errors import DTypeError, caller
 
@@ -27,6 +28,7 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
 
     Raises:
         DTypeError: If it is another dtype.
+        HetuError: If ``enabled`` is no bool.
 
     Example:
         >>> import hetu
@@ -40,9 +42,12 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
         low = as_dtype(dtype)
         if low not in (bfloat16, float16):
             raise DTypeError(
-                f"expected hetu.bfloat16 or hetu.float16, got {low}", op="autocast", where=caller(), fix="use bfloat16"
+                f"expected dtype to be hetu.bfloat16 or hetu.float16, got {low}",
+                op="autocast",
+                where=caller(),
+                fix="use bfloat16",
             )
-        self.dtype = low if enabled else None
+        self.dtype = low if flag(enabled, "enabled", op="autocast") else None
 
     def __enter__(self) -> None:
         _entered.set((*_entered.get(), self))

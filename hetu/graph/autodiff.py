@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NoReturn
 
+from hetu.arguments import items, shown
 from hetu.dtypes import DType
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph.autocast import no_autocast
@@ -48,7 +49,7 @@ def gradients(
         tensor([3., 5., 7.])
     """
     targets, sources = _tensors(ys, "ys"), _tensors(xs, "xs")
-    weights = [None] * len(targets) if grad_ys is None else [grad_ys] if isinstance(grad_ys, Tensor) else list(grad_ys)
+    weights = [None] * len(targets) if grad_ys is None else _several(grad_ys, "grad_ys")
     if len(weights) != len(targets):
         _refuse(ShapeError, f"{len(weights)} grad_ys for {len(targets)} ys", "give one a y, or None for ones")
     with no_autocast():
@@ -57,11 +58,18 @@ def gradients(
     return found[0] if isinstance(xs, Tensor) else found
 
 
-def _tensors(items: Tensor | Sequence[Tensor], what: str) -> list[Tensor]:
-    tensors = [items] if isinstance(items, Tensor) else list(items)
+def _several(given: Any, what: str) -> list[Any]:
+    if isinstance(given, Tensor):
+        return [given]
+    fix = "pass a graph tensor, or a list of them"
+    return items(given, what, "a graph tensor or a list of them", op="gradients", error=DTypeError, fix=fix)
+
+
+def _tensors(given: Tensor | Sequence[Tensor], what: str) -> list[Tensor]:
+    tensors = _several(given, what)
     for item in tensors:
         if not isinstance(item, Tensor):
-            _refuse(DTypeError, f"expected {what} to be graph tensors, got {item!r}")
+            _refuse(DTypeError, f"expected {what} to be graph tensors, got {shown(item)}")
         if not item.dtype.is_floating:
             name = f"{item.name}, made by {item.op.name} at {item.op.where.short},"
             _refuse(DTypeError, f"{name} is {item.dtype.name}: only floating tensors have a gradient")
@@ -73,7 +81,10 @@ def _tensors(items: Tensor | Sequence[Tensor], what: str) -> list[Tensor]:
 def _seed(y: Tensor, weight: Tensor | None) -> Tensor:
     if weight is None:
         return y.graph.apply("full", (), {"shape": y.symbolic_shape, "value": 1.0, "dtype": y.dtype})[0]
-    _check_like(weight, y.dtype, y, f"the weight of {y.name}")
+    if not isinstance(weight, Tensor):
+        what = f"expected grad_ys to be graph tensors or None, got {shown(weight)} for {y.name}"
+        _refuse(DTypeError, what, "make it a tensor with hetu.constant(...) or hetu.full(...)")
+    _check_like(weight, y.dtype, y, f"grad_ys: the weight of {y.name}")
     return weight
 
 

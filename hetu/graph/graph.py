@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
 
-import numpy as np
-
+from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, shown, text
+from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
 
-_stack: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
+entered: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
 
 class Graph:
@@ -31,7 +31,7 @@ class Graph:
 
     Args:
         kind: ``"define_and_run"``, the only kind.
-        num_strategy: How many parallel strategies its ``parallel_attn`` ops list.
+        num_strategy: How many parallel strategies its ``parallel_attn`` ops list; at most 65,536.
         strategies: The strategies themselves, instead of their number: ops then need no lists, and ``strategy=`` takes
             their names too.
         device: Where it runs: ``"cpu"``, ``"cuda"``, ``"cuda:1"``; None for CUDA if there is one, else the CPU.
@@ -44,7 +44,7 @@ class Graph:
         listing: The first node that lists strategies, and so says how many pipelines each has; None if there is none.
 
     Raises:
-        HetuError: If there is no such kind of graph.
+        HetuError: If there is no such kind of graph, or the device is none that hetu knows.
         StrategyError: If ``num_strategy`` is not a positive int, ``strategies`` is no list of strategies of different
             names, or both are given and don't agree.
 
@@ -74,13 +74,11 @@ class Graph:
         device: str | None = None,
         name: str = "graph",
     ) -> None:
-        if kind != "define_and_run":
-            raise HetuError(f"there is no graph of kind {kind!r}", where=caller(), fix='use "define_and_run"')
-        if not isinstance(num_strategy, int) or num_strategy < 1:
-            raise StrategyError(f"num_strategy is {num_strategy!r}", where=caller(), fix="give a positive int")
-        self.strategies = () if strategies is None else type(self).check_strategies(strategies, num_strategy)
-        self.kind, self.num_strategy = kind, len(self.strategies) or num_strategy
-        self.device, self.name = device, name
+        self.kind = choice(kind, "kind", ("define_and_run",), op="graph")
+        count = integer(num_strategy, "num_strategy", least=1, most=MAX_COUNT, op="graph", error=StrategyError)
+        self.strategies = () if strategies is None else type(self).check_strategies(strategies, count)
+        self.num_strategy = len(self.strategies) or count
+        self.device, self.name = as_device(device, op="graph"), text(name, "name", op="graph")
         self.nodes: list[Node] = []
         self.constraints: list[Constraint] = []
         self.listing: Node | None = None
@@ -92,14 +90,14 @@ class Graph:
     # Building
 
     def __enter__(self) -> Graph:
-        _stack.set((*_stack.get(), self))
+        entered.set((*entered.get(), self))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        stack = _stack.get()
+        stack = entered.get()
         last = max((i for i, item in enumerate(stack) if item is self), default=None)
         if last is not None:  # with blocks of generators may be left in any order: this graph goes, and no other
-            _stack.set(stack[:last] + stack[last + 1 :])
+            entered.set(stack[:last] + stack[last + 1 :])
         elif error is None:
             raise HetuError(
                 f"{self.name} is left where it was not entered",
@@ -125,8 +123,10 @@ class Graph:
             HetuError: Whatever the op refuses, with the user's line. The graph is then unchanged.
         """
         definition, where = find_op(op), caller()
-        operands = self._autocast(definition, tuple(self._operand(item, op, where) for item in inputs))
-        call = Call(self, op, name or self._free_name(op), operands, dict(attrs or {}), where)
+        given = tuple([self._operand(item, place, definition, where) for place, item in enumerate(inputs)])
+        operands = self._autocast(definition, given)
+        chosen = (None if name is None else text(name, "name", op=op)) or self._free_name(op)
+        call = Call(self, op, chosen, operands, dict(attrs or {}), where)
         if call.name in self._names:
             call.fail(HetuError, f"the graph has a node named {name!r} already", "give another name")
         specs = definition.infer(call)
@@ -152,42 +152,60 @@ class Graph:
         )
 
     def require(self, constraint: Constraint, where: Where | None = None) -> None:
-        """Records what must hold in every run that binds the symbols in question."""
-        self.constraints.append(constraint.because("", op_name="require", where=where or caller()))
+        """Records what must hold in every run that binds the symbols in question.
+
+        Args:
+            constraint: See :func:`hetu.require`.
+            where: The user's line; the caller's if None.
+
+        Raises:
+            ShapeError: If it can't hold for any value in the symbols' ranges.
+            HetuError: If it is no constraint.
+        """
+        place = where or caller()
+        if not isinstance(constraint, Constraint):
+            _refuse_requirement(constraint, place)
+        if constraint.decided is False:
+            what = f"{constraint} never holds"
+            raise ShapeError(what, op="require", where=place, fix="change the ranges of the symbols")
+        self.constraints.append(constraint.because("", op_name="require", where=place))
 
     def _free_name(self, op: str) -> str:
         while (name := f"{op}_{self._counts.get(op, 0)}") in self._names:
             self._counts[op] = self._counts.get(op, 0) + 1
         return name
 
-    def _operand(self, item: Any, op: str, where: Where) -> Operand:
-        if isinstance(item, (np.bool_, np.integer, np.floating)):
-            item = item.item()
-        if item is None or isinstance(item, (IntSymbol, bool, int, float)):
+    def _operand(self, item: Any, place: int, definition: OpDef, where: Where) -> Operand:
+        if isinstance(item, Tensor) and item.graph is self and item.op.role is not Role.UPDATE:
             return item
+        op, what = definition.name, definition.input_name(place)
         if not isinstance(item, Tensor):
+            number = number_of(item)
+            if type(number) is int and abs(number) > MOST_OF_FLOATS:
+                refuse(item, what, "a number of at most 2**1023", op=op, error=DTypeError)
+            if number is not None or item is None or isinstance(item, IntSymbol):
+                return item if number is None else number
             raise DTypeError(
-                f"expected a graph tensor or a number, got {type(item).__name__}",
+                f"expected {what} to be a graph tensor or a number, got {type(item).__name__}",
                 op=op,
                 where=where,
                 fix="wrap arrays in hetu.constant(...), or feed them through hetu.placeholder(...)",
             )
         if item.graph is not self:
             raise HetuError(
-                f"tensor {item.name} belongs to another graph (made at {item.op.where.short})",
+                f"expected {what} to be of the same graph as the other tensors, but tensor {item.name} belongs to "
+                f"another graph (made at {item.op.where.short})",
                 op=op,
                 where=where,
                 fix="build all of a computation in one graph",
             )
-        if item.op.role is Role.UPDATE:
-            raise HetuError(
-                f"{item.name} is the result of minimize (made at {item.op.where.short}), which is there only after "
-                "everything is computed",
-                op=op,
-                where=where,
-                fix="compute with the loss that minimize was given",
-            )
-        return item
+        raise HetuError(
+            f"{item.name} is the result of minimize (made at {item.op.where.short}), which is there only after "
+            "everything is computed",
+            op=op,
+            where=where,
+            fix="compute with the loss that minimize was given",
+        )
 
     @staticmethod
     def _output(node: Node, spec: TensorSpec, index: int, count: int) -> Tensor:
@@ -347,7 +365,7 @@ class Graph:
             The :class:`~hetu.planning.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
         """
         subgraph = self.planner.subgraph(fetches)
-        return self.planner.prepare(subgraph, feed_dict or {}, int_symbol_dict or {}, strategy)[0]
+        return self.planner.prepare(subgraph, feed_dict, int_symbol_dict, strategy)[0]
 
     def layout(
         self,
@@ -391,44 +409,17 @@ class Graph:
         return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
 
 
-def current_graph(inputs: Iterable[Any] = (), op: str | None = None) -> Graph:
-    """The graph that an op adds to: its tensors', else that of the innermost ``with``.
-
-    Raises:
-        HetuError: Outside of any graph.
-    """
-    for item in inputs:
-        if isinstance(item, Tensor):
-            return item.graph
-    stack = _stack.get()
-    if not stack:
-        raise HetuError(
-            "called outside of a graph", op=op, where=caller(), fix='call it within "with hetu.graph(...) as g:"'
+def _refuse_requirement(given: Any, where: Where) -> NoReturn:
+    fix = "compare sizes: s >= 8, or hetu.equal(s, 8)"
+    if isinstance(given, bool):
+        what = f"expected constraint to be a comparison of symbols, got {given}, which is the same in every run"
+        fix = (
+            "write hetu.equal(a, b) for a == b, which compares how symbols are made; there is none for a != b; "
+            "and assert what is known of plain ints"
         )
-    return stack[-1]
-
-
-def require(constraint: Constraint | bool) -> None:
-    """Demands a relation between symbols in every run of the current graph.
-
-    Args:
-        constraint: A comparison such as ``s > 5`` or ``hetu.equal(a, b)``.
-
-    Raises:
-        ShapeError: At once if it can't hold for any value in the symbols' ranges.
-        HetuError: Outside of a graph.
-
-    Example:
-        >>> import hetu
-        >>> s = hetu.IntSymbol("s")
-        >>> with hetu.graph("define_and_run") as g:
-        ...     hetu.require(s <= 4096)
-    """
-    graph = current_graph(op="require")
-    decided = constraint if isinstance(constraint, bool) else constraint.decided
-    if decided is False:
-        raise ShapeError(
-            f"{constraint} never holds", op="require", where=caller(), fix="change the ranges of the symbols"
-        )
-    if isinstance(constraint, Constraint):
-        graph.require(constraint)
+    elif isinstance(given, Tensor):
+        what = f"expected constraint to be a comparison of symbols, got {given!r}, whose values only a run knows"
+        fix = "compare its sizes, which are in its symbolic_shape"
+    else:
+        what = f"expected constraint to be a comparison of symbols, got {shown(given)}"
+    raise HetuError(what, op="require", where=where, fix=fix)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
+from hetu.arguments import shown
 from hetu.dtypes import DType
-from hetu.errors import HetuError, ShapeError, Where
+from hetu.errors import HetuError, ShapeError, Where, caller
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol, equal
 
@@ -225,6 +226,12 @@ class OpDef:
         is_plain = self.role in (Role.COMPUTATION, Role.PLACEHOLDER, Role.CONSTANT)
         return is_plain and not (self.is_random or self.spans_pipelines or self.has_plan or self.is_step_wide)
 
+    def input_name(self, place: int) -> str:
+        """What the input at a place is called, for errors: ``tensors[1]`` where an op takes any number."""
+        last = len(self.inputs) - 1
+        is_one_of_many = place >= last and self.inputs[last].startswith("*")
+        return f"{self.inputs[last][1:]}[{place - last}]" if is_one_of_many else self.inputs[place]
+
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         """Checks a call and gives the outputs' dtypes and shapes."""
         raise NotImplementedError
@@ -300,8 +307,15 @@ def register(definition: _Definition) -> _Definition:
 
 
 def find_op(name: str) -> OpDef:
-    """The op of that name."""
-    return _registry[name]
+    """The op of that name.
+
+    Raises:
+        HetuError: If there is none.
+    """
+    found = _registry.get(name) if isinstance(name, str) else None
+    if found is None:
+        raise HetuError(f"there is no op {shown(name)}", where=caller(), fix="see hetu.graph.registry()")
+    return found
 
 
 def registry() -> Mapping[str, OpDef]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hetu.arguments import choice
 from hetu.dtypes import bfloat16, int64
 from hetu.errors import DTypeError, HetuError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, register
@@ -175,9 +176,7 @@ class Gelu(Pointwise):
     name = "gelu"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        kind = call.attrs["approximate"]
-        if kind not in ("none", "tanh"):
-            call.fail(HetuError, f'expected approximate to be "none" or "tanh", got {kind!r}')
+        choice(call.attrs["approximate"], "approximate", ("none", "tanh"), op=call.op)
         return super().infer(call)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:

@@ -49,7 +49,7 @@ class Add(Elementwise):
             BadSample(lambda: add(_float(2, 3), _float(2, 1, 4)), ShapeError, "3 and 4 differ"),
             BadSample(lambda: add(_float(IntSymbol("s", min=5)), _float(4)), ShapeError, "s and 4 differ"),
             BadSample(lambda: add(placeholder("int8", [1]), 300), DTypeError, "300 does not fit hetu.int8"),
-            BadSample(lambda: add(1, 2), DTypeError, "at least one tensor"),
+            BadSample(lambda: add(1, 2), DTypeError, "a or b to be a tensor, got two numbers"),
             BadSample(lambda: add(_float(1), None), DTypeError, "expected b"),  # type: ignore[arg-type]
             BadSample(lambda: add(_float(1), [1.0]), DTypeError, "got list"),  # type: ignore[arg-type]
         ]
@@ -63,9 +63,9 @@ class Sub(Elementwise):
     name = "sub"
 
     def dtype(self, call: Call) -> DType:
-        for item in call.inputs:
+        for what, item in zip(self.inputs, call.inputs, strict=True):
             if isinstance(item, bool) or (isinstance(item, Tensor) and item.dtype == bool_):
-                call.fail(DTypeError, "can't subtract with bools", "cast them to an int dtype")
+                call.fail(DTypeError, f"can't subtract with bools, as {what} is", "cast them to an int dtype")
         return super().dtype(call)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:

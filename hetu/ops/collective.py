@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from hetu.dtypes import bool_, float32, int32, int64
+from hetu.arguments import choice, integer
+from hetu.dtypes import bool_, float32, int32, int64, int_range
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, RunView, Tensor, TensorSpec, register
 from hetu.graph.passes import live_nodes
-from hetu.ops.common.build import build, floating, output, tensor, whole
+from hetu.ops.common.build import build, floating, output, tensor
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
@@ -30,9 +31,7 @@ class AllReduce(OpDef):
     overlaps = True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x, op = tensor(call, 0, "x"), call.attrs["op"]
-        if op not in ("sum", "mean"):
-            call.fail(HetuError, f'expected op to be "sum" or "mean", got {op!r}')
+        x, op = tensor(call, 0, "x"), choice(call.attrs["op"], "op", ("sum", "mean"), op=call.op)
         if op == "mean":
             floating(call, x, "x, for a mean,")
         if x.dtype == bool_:
@@ -103,7 +102,10 @@ class StepSum(OpDef):
                     "compute what is summed from each pipeline's own feeds",
                 )
         least = call.attrs["least"]
-        call.attrs["least"] = -(2**63) if least is None else whole(call, least, "least")
+        low, high = int_range(int64)
+        call.attrs["least"] = (
+            low if least is None else integer(least, "least", least=low, most=high, op=call.op, error=ShapeError)
+        )
         return [output(call, int64, ())]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:

@@ -49,7 +49,7 @@ class _Comparison(Elementwise):
         bad = [
             BadSample(lambda: compare(_float(2), _float(3)), ShapeError, "2 and 3 differ"),
             BadSample(lambda: compare(placeholder("int8", [2]), 300), DTypeError, "300 does not fit hetu.int8"),
-            BadSample(lambda: compare(1, 2), DTypeError, "at least one tensor"),
+            BadSample(lambda: compare(1, 2), DTypeError, "a or b to be a tensor, got two numbers"),
             BadSample(lambda: compare(_float(2), None), DTypeError, "expected b"),  # type: ignore[arg-type]
         ]
         return good, bad
@@ -119,7 +119,7 @@ class Where(OpDef):
         for what, item in zip(self.inputs[1:], call.inputs[1:], strict=True):
             if item is None:
                 call.fail(DTypeError, f"expected {what} to be a tensor or a number, got None")
-            check_fits(call, item, dtype)
+            check_fits(call, item, dtype, what)
             if isinstance(item, Tensor):
                 shape = broadcast(call, shape, item.shape)
         return [output(call, dtype, shape)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from hetu.arguments import int_of, integer
 from hetu.dtypes import float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import axis, build, output, plain, rank, show, size, tensor, whole
+from hetu.ops.common.build import axis, build, output, plain, rank, show, size, tensor
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
@@ -32,14 +32,10 @@ class Slice(OpDef):
         x = tensor(call, 0, "x")
         dim = axis(call, call.attrs["dim"], x.ndim)
         start, stop = size(call, call.inputs[1], "start"), size(call, call.inputs[2], "stop")
-        step = whole(call, call.attrs["step"], "step")
-        if step < 1:
-            call.fail(ShapeError, f"expected a step of at least 1, got {step}")
+        step = integer(call.attrs["step"], "step", least=1, most=2**40, op=call.op, error=ShapeError)
         call.attrs.update(dim=dim, step=step)
         shape = list(x.symbolic_shape)
-        what = (
-            f"expected 0 <= start <= stop <= {plain(shape[dim])} in dimension {dim}, got start {start} and stop {stop}"
-        )
+        what = f"expected 0 <= start <= stop <= {plain(shape[dim])} in dim {dim}, got start {start} and stop {stop}"
         for holds in (start >= 0, start <= stop, stop <= shape[dim]):
             call.check(holds, what, "slices are not cut to fit: hetu.minimum(...) and hetu.maximum(...) can do it")
         shape[dim] = as_symbol(stop - start if step == 1 else ceil_div(stop - start, step))
@@ -64,15 +60,13 @@ class Slice(OpDef):
             GoodSample(lambda x: slice(x, 0, 2, 2), [whole_numbers(3)], lambda x: x[2:2]),
         ]
         bad = [
-            BadSample(
-                lambda: slice(_float(5), 0, 0, 6), ShapeError, "stop <= 5 in dimension 0, got start 0 and stop 6"
-            ),
+            BadSample(lambda: slice(_float(5), 0, 0, 6), ShapeError, "stop <= 5 in dim 0, got start 0 and stop 6"),
             BadSample(lambda: slice(_float(5), 0, 3, 2), ShapeError, "got start 3 and stop 2"),
             BadSample(lambda: slice(_float(5), 0, -6), ShapeError, "got start -1"),
             BadSample(lambda: slice(_float(5), 0, s), ShapeError, "got start s and stop 5"),
-            BadSample(lambda: slice(_float(5), 0, 0, 5, 0), ShapeError, "a step of at least 1"),
+            BadSample(lambda: slice(_float(5), 0, 0, 5, 0), ShapeError, "step to be an int from 1 to"),
             BadSample(lambda: slice(_float(5), 1, 0, 5), ShapeError, "there is no dimension 1"),
-            BadSample(lambda: slice(_float(5), 0, 0.5), ShapeError, "start (an int or an IntSymbol)"),  # type: ignore[arg-type]
+            BadSample(lambda: slice(_float(5), 0, 0.5), ShapeError, "start to be an int or an IntSymbol"),  # type: ignore[arg-type]
         ]
         return good, bad
 
@@ -222,10 +216,11 @@ def slice(
 
 def _from_front(x: Any, dim: Any, bound: Any, default: int | None) -> Any:
     """A bound counted from the front. What is wrong with x or dim is left to the shape rule to say."""
-    try:
-        length = x.symbolic_shape[dim]
-        index = operator.index(bound) if bound is not None else default
-    except (AttributeError, IndexError, TypeError):
+    place = int_of(dim)
+    if not isinstance(x, Tensor) or place is None or not -x.ndim <= place < x.ndim:
+        return bound
+    length, index = x.symbolic_shape[place], default if bound is None else int_of(bound)
+    if bound is not None and index is None:
         return bound
     if index is None:
         return length

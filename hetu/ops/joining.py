@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hetu.arguments import MAX_COUNT, int_of, items
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, current_graph, register
@@ -29,13 +30,13 @@ class Concat(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         if not call.inputs:
-            call.fail(ShapeError, "expected at least one tensor, got none")
-        parts = [tensor(call, index, f"tensor {index}") for index in range(len(call.inputs))]
+            call.fail(ShapeError, "expected tensors to hold at least one, got none")
+        parts = [tensor(call, index, f"tensors[{index}]") for index in range(len(call.inputs))]
         first = parts[0]
         dim = axis(call, call.attrs["dim"], first.ndim)
         shape = [plain(item) for item in first.symbolic_shape]
         for index, part in enumerate(parts[1:], 1):
-            rank(call, part, f"tensor {index}", first.ndim, first.ndim)
+            rank(call, part, f"tensors[{index}]", first.ndim, first.ndim)
             what = f"expected shapes equal apart from dimension {dim}, got {show(first.shape)} and {show(part.shape)}"
             for place, item in enumerate(part.shape):
                 if place != dim:
@@ -71,10 +72,10 @@ class Concat(OpDef):
             GoodSample(lambda x: concat([x], 0), [whole_numbers(0, 2)], lambda x: x),
         ]
         bad = [
-            BadSample(lambda: concat([], 0), ShapeError, "at least one tensor"),
+            BadSample(lambda: concat([], 0), ShapeError, "tensors to hold at least one"),
             BadSample(lambda: concat([_float(2, 3), _float(2, 4)], 0), ShapeError, "equal apart from dimension 0"),
-            BadSample(lambda: concat([_float(2, 3), _float(2)], 0), ShapeError, "tensor 1 to have 2 dimension(s)"),
-            BadSample(lambda: concat([_float(2), 3], 0), DTypeError, "tensor 1 to be a tensor"),  # type: ignore[list-item]
+            BadSample(lambda: concat([_float(2, 3), _float(2)], 0), ShapeError, "tensors[1] to have 2 dimension(s)"),
+            BadSample(lambda: concat([_float(2), 3], 0), DTypeError, "tensors[1] to be a tensor"),  # type: ignore[list-item]
             BadSample(lambda: concat([_float()], 0), ShapeError, "no dimension 0 in a tensor of 0 dimension(s)"),
         ]
         return good, bad
@@ -100,8 +101,9 @@ class Split(OpDef):
         x, wanted = tensor(call, 0, "x"), call.attrs["sizes"]
         dim = axis(call, call.attrs["dim"], x.ndim)
         whole = x.shape[dim]
-        sizes = self._several(call, wanted) if isinstance(wanted, Sequence) else self._equal(call, wanted, whole)
-        what = f"expected sizes that add up to {whole}, that of dimension {dim}, got {show(sizes)}"
+        is_one = isinstance(wanted, IntSymbol) or int_of(wanted) is not None
+        sizes = self._equal(call, wanted, whole) if is_one else self._several(call, wanted)
+        what = f"expected sizes that add up to {whole}, that of dim {dim}, got {show(sizes)}"
         call.same(total(sizes), whole, what)
         call.attrs.update(sizes=tuple(sizes), dim=dim)
         shapes = [(*x.symbolic_shape[:dim], item, *x.symbolic_shape[dim + 1 :]) for item in sizes]
@@ -109,9 +111,11 @@ class Split(OpDef):
 
     @staticmethod
     def _several(call: Call, wanted: Sequence[Any]) -> list[Dim]:
-        sizes = [size(call, item, "a size") for item in wanted]
+        what = "an int, an IntSymbol or a list of them"
+        given = items(wanted, "sizes", what, op=call.op, error=ShapeError)
+        sizes = [size(call, item, f"sizes[{place}]") for place, item in enumerate(given)]
         if not sizes:
-            call.fail(ShapeError, "expected at least one size, got none")
+            call.fail(ShapeError, "expected sizes to hold at least one, got none")
         for item in sizes:
             call.check(item >= 0, f"expected sizes of at least 0, got {show(sizes)}")
         return sizes
@@ -119,12 +123,14 @@ class Split(OpDef):
     @staticmethod
     def _equal(call: Call, wanted: Any, total: Dim) -> list[Dim]:
         """Pieces of one size; the last one has what is left."""
-        each = size(call, wanted, "sizes (a list, or the size of each piece)")
-        call.check(each >= 1, f"expected pieces of at least 1, got {each}")
+        each = size(call, wanted, "sizes")
+        call.check(each >= 1, f"expected sizes of at least 1, got {each}")
         count = plain(ceil_div(total, each))
         if isinstance(count, IntSymbol):
             what = f"can't tell how many pieces of {each} there are in {total}, and each is an output"
             call.fail(ShapeError, what, "give the sizes as a list, which may hold symbols")
+        if count > MAX_COUNT:
+            call.fail(ShapeError, f"expected at most {MAX_COUNT} pieces, got {count} of {each}", "give larger sizes")
         count = max(count, 1)
         return [*[each] * (count - 1), plain(total - (count - 1) * each)]
 
@@ -153,13 +159,13 @@ class Split(OpDef):
             GoodSample(lambda x: split(x, 7), [eighths(0, 3, dtype="float16")], lambda x: [x]),
         ]
         bad = [
-            BadSample(lambda: split(_float(5), [2, 2]), ShapeError, "add up to 5, that of dimension 0, got [2, 2]"),
+            BadSample(lambda: split(_float(5), [2, 2]), ShapeError, "add up to 5, that of dim 0, got [2, 2]"),
             BadSample(lambda: split(_float(5), [6, -1]), ShapeError, "sizes of at least 0, got [6, -1]"),
-            BadSample(lambda: split(_float(5), []), ShapeError, "at least one size"),
-            BadSample(lambda: split(_float(5), 0), ShapeError, "pieces of at least 1, got 0"),
+            BadSample(lambda: split(_float(5), []), ShapeError, "sizes to hold at least one"),
+            BadSample(lambda: split(_float(5), 0), ShapeError, "sizes of at least 1, got 0"),
             BadSample(lambda: split(_float(s), 2), ShapeError, "how many pieces of 2 there are in s"),
             BadSample(lambda: split(_float(5), [2, 3], 1), ShapeError, "there is no dimension 1"),
-            BadSample(lambda: split(_float(5), 2.5), ShapeError, "to be an int, got 2.5"),  # type: ignore[arg-type]
+            BadSample(lambda: split(_float(5), 2.5), ShapeError, "an IntSymbol or a list of them, got 2.5"),  # type: ignore[arg-type]
         ]
         return good, bad
 
@@ -194,7 +200,9 @@ def concat(tensors: Sequence[Tensor], dim: int = 0, name: str | None = None) -> 
         >>> g.run(y, feed_dict={x: [1.0, 2.0]})
         tensor([1., 2., 1., 2.])
     """
-    return build("concat", tuple(tensors), {"dim": dim}, name)
+    fix = "write [x] for a list of one"
+    given = items(tensors, "tensors", "a list of tensors", op="concat", error=DTypeError, fix=fix)
+    return build("concat", given, {"dim": dim}, name)
 
 
 def split(
@@ -225,5 +233,4 @@ def split(
         >>> g.run([front, back], feed_dict={x: [1.0, 2.0, 3.0]})
         [tensor([1.]), tensor([2., 3.])]
     """
-    attrs = {"sizes": tuple(sizes) if isinstance(sizes, (list, tuple)) else sizes, "dim": dim}
-    return list(current_graph((x,), "split").apply("split", (x,), attrs, name))
+    return list(current_graph((x,), "split").apply("split", (x,), {"sizes": sizes, "dim": dim}, name))

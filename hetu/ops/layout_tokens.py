@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hetu.arguments import refuse
 from hetu.dtypes import int64
-from hetu.errors import HetuError, StrategyError
+from hetu.errors import DTypeError, HetuError, StrategyError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
 from hetu.ops.attention.layout_key import LayoutKey
 from hetu.ops.attention.layout_op import LayoutOp, Lists
@@ -113,8 +114,10 @@ def layout_tokens(
     attrs = {
         "seq_lens": multi_seq_lens_symbol,
         "cp_groups": multi_cp_group_symbol,
-        "packing": bool(packing),
+        "packing": packing,
         "split": split,
     }
+    if cu_seqlens is not None and not isinstance(cu_seqlens, Tensor):
+        refuse(cu_seqlens, "cu_seqlens", "a graph tensor", op="layout_tokens", error=DTypeError)
     inputs = (x, cu_seqlens)
     return list(current_graph(inputs, "layout_tokens").apply("layout_tokens", inputs, attrs, name))

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from hetu.dtypes import bfloat16, float32, float64, int32, int64
+from hetu.arguments import choice, integer
+from hetu.dtypes import bfloat16, float32, float64, int32, int64, int_range
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.collective import step_sum
-from hetu.ops.common.build import build, floating, output, rank, tensor, whole
+from hetu.ops.common.build import build, floating, output, rank, tensor
 from hetu.ops.common.layers import GradientOp, check_indices, same_shape
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.nn import cast
@@ -34,10 +35,12 @@ class CrossEntropy(OpDef):
         check_indices(call, labels, "labels")
         *rows, _ = logits.symbolic_shape
         same_shape(call, labels.symbolic_shape, rows, "labels to have the shape of logits but for its last dimension")
-        call.attrs["ignore_index"] = whole(call, call.attrs["ignore_index"], "ignore_index")
-        reduction = call.attrs["reduction"]
-        if reduction not in ("mean", "sum", "none"):
-            call.fail(HetuError, f'expected reduction to be "mean", "sum" or "none", got {reduction!r}')
+        low, high = int_range(int64)
+        ignored = integer(
+            call.attrs["ignore_index"], "ignore_index", least=low, most=high, op=call.op, error=ShapeError
+        )
+        reduction = choice(call.attrs["reduction"], "reduction", ("mean", "sum", "none"), op=call.op)
+        call.attrs["ignore_index"] = ignored
         dtype = float64 if logits.dtype == float64 else float32
         return [output(call, dtype, labels.symbolic_shape if reduction == "none" else ())]
 
@@ -98,7 +101,7 @@ class CrossEntropy(OpDef):
             BadSample(
                 lambda: cross_entropy(_float(2, 3), ids(int32, [2]), 0.5),  # type: ignore[arg-type]
                 ShapeError,
-                "ignore_index to be an int, got 0.5",
+                "expected ignore_index to be an int from",
             ),
         ]
         return good, bad
@@ -198,4 +201,5 @@ def token_mean_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
         ([tensor(1.0397), tensor(0.3466)], tensor(1.3863))
     """
     total = cross_entropy(logits, labels, ignore_index, "sum")
-    return build("div", (total, step_sum(build("ne", (labels, ignore_index)), least=1)))
+    ignored = total.op.attrs["ignore_index"]
+    return build("div", (total, step_sum(build("ne", (labels, ignored)), least=1)))

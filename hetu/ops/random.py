@@ -9,7 +9,7 @@ import numpy as np
 from hetu.dtypes import bfloat16, float32, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import build, floating, output, rank, tensor
+from hetu.ops.common.build import build, floating, output, probability, rank, tensor
 from hetu.ops.common.layers import GradientOp
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.nn import cast
@@ -30,11 +30,9 @@ class Dropout(OpDef):
     is_view = True  # without anything to drop it is x itself
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x, p = tensor(call, 0, "x"), call.attrs["p"]
+        x = tensor(call, 0, "x")
         floating(call, x, "x")
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
-            call.fail(HetuError, f"expected p to be a probability in [0, 1), got {p!r}", "give 0 for no dropout")
-        call.attrs["p"] = float(p)
+        call.attrs["p"] = probability(call, "p")
         if call.inputs[1] is not None:
             self._check_tokens(call, x)
         return [output(call, x.dtype, x.symbolic_shape), TensorSpec(int64, (2,), on_cpu=True)]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
+from hetu.arguments import flag
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
@@ -31,7 +31,7 @@ class _Reduction(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
-        dims, keepdim = axes(call, call.attrs["dim"], x.ndim), bool(call.attrs["keepdim"])
+        dims, keepdim = axes(call, call.attrs["dim"], x.ndim), flag(call.attrs["keepdim"], "keepdim", op=call.op)
         call.attrs.update(dim=dims, keepdim=keepdim)
         sizes = enumerate(x.symbolic_shape)
         shape = [1 if place in dims else size for place, size in sizes if keepdim or place not in dims]
@@ -79,7 +79,7 @@ class Sum(_Reduction):
             BadSample(lambda: sum(_float(2, 3), (0, -2)), ShapeError, "names a dimension twice"),
             BadSample(lambda: sum(_float(2, 3), ()), ShapeError, "names no dimension"),
             BadSample(lambda: sum(_float(), 0), ShapeError, "there is no dimension 0"),
-            BadSample(lambda: sum(_float(2), "rows"), ShapeError, "dim to be an int, got 'rows'"),  # type: ignore[arg-type]
+            BadSample(lambda: sum(_float(2), "rows"), ShapeError, "dim to be an int or a list of ints, got 'rows'"),  # type: ignore[arg-type]
             BadSample(lambda: sum(1), DTypeError, "x to be a tensor, got 1"),  # type: ignore[arg-type]
         ]
         return good, bad
@@ -199,7 +199,7 @@ def sum(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
         >>> g.run(y, feed_dict={x: [[1.0, 2.0], [3.0, 4.0]]})
         tensor([4., 6.])
     """
-    return build("sum", (x,), {"dim": _tuple(dim), "keepdim": keepdim}, name)
+    return build("sum", (x,), {"dim": dim, "keepdim": keepdim}, name)
 
 
 def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
@@ -226,7 +226,7 @@ def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = Fals
         >>> g.run(y, feed_dict={x: [[1.0, 2.0], [3.0, 4.0]]})
         tensor(2.5000)
     """
-    return build("mean", (x,), {"dim": _tuple(dim), "keepdim": keepdim}, name)
+    return build("mean", (x,), {"dim": dim, "keepdim": keepdim}, name)
 
 
 def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
@@ -256,8 +256,4 @@ def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
         >>> g.run(y, feed_dict={x: [[1.0, 4.0], [3.0, 2.0]]})
         tensor([3., 4.])
     """
-    return build("max", (x,), {"dim": _tuple(dim), "keepdim": keepdim}, name)
-
-
-def _tuple(dim: Any) -> Any:
-    return tuple(dim) if isinstance(dim, list) else dim
+    return build("max", (x,), {"dim": dim, "keepdim": keepdim}, name)

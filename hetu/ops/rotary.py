@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from hetu.arguments import flag, integer, real
 from hetu.dtypes import bfloat16, float32, float64, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import build, floating, output, rank, tensor, whole
+from hetu.ops.common.build import build, floating, output, rank, tensor
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths
 from hetu.ops.nn import cast
@@ -32,11 +33,11 @@ class RotaryTable(GradientOp):
         positions, head_dim, base = tensor(call, 0, "positions"), call.attrs["head_dim"], call.attrs["base"]
         check_indices(call, positions, "positions")
         rank(call, positions, "positions", 1, 1)
-        if whole(call, head_dim, "head_dim") < 2 or head_dim % 2:
-            call.fail(ShapeError, f"expected head_dim to be even and at least 2, got {head_dim}")
-        if isinstance(base, bool) or not isinstance(base, (int, float)) or not 0 < base < math.inf:
-            call.fail(HetuError, f"expected base to be a positive number, got {base!r}")
-        call.attrs["base"] = float(base)
+        head_dim = integer(head_dim, "head_dim", least=2, most=2**31, op=call.op, error=ShapeError)
+        if head_dim % 2:
+            call.fail(ShapeError, f"expected head_dim to be even, got {head_dim}", "turn an even number of entries")
+        base = real(base, "base", "a positive number", lambda value: 0 < value < math.inf, op=call.op)
+        call.attrs.update(head_dim=head_dim, base=base)
         return [output(call, call.attrs["dtype"], (positions.symbolic_shape[0], 2, head_dim // 2))]
 
 
@@ -55,10 +56,11 @@ class Rotary(OpDef):
         call.same(table.symbolic_shape[0], x.symbolic_shape[0], rows)
         heads = self._heads(call, x)
         wanted = call.attrs["num_heads"]
-        turned = heads if wanted is None else whole(call, wanted, "num_heads")
-        if not 0 <= turned <= heads:
-            call.fail(ShapeError, f"expected num_heads to be from 0 to x's {heads} head(s), got {turned}")
-        call.attrs["num_heads"] = turned
+        if wanted is not None:
+            fix = f"x has {heads} head(s)"
+            wanted = integer(wanted, "num_heads", least=0, most=heads, op=call.op, error=ShapeError, fix=fix)
+        call.attrs["num_heads"] = heads if wanted is None else wanted
+        call.attrs["interleaved"] = flag(call.attrs["interleaved"], "interleaved", op=call.op)
         return [output(call, x.dtype, x.symbolic_shape)]
 
     @staticmethod
@@ -116,12 +118,12 @@ class Rotary(OpDef):
         ]
         bad = [
             BadSample(lambda: rotary(_float(3, 8), _float(3), 4), DTypeError, "positions to be int32 or int64"),
-            BadSample(lambda: rotary(_float(3, 8), _at(), 3), ShapeError, "head_dim to be even and at least"),
+            BadSample(lambda: rotary(_float(3, 8), _at(), 3), ShapeError, "head_dim to be even"),
             BadSample(lambda: rotary(_float(3, 8), _at(), 4, base=0), HetuError, "base to be a positive"),
             BadSample(lambda: rotary(_float(3, 10), _at(), 4), ShapeError, "multiple of head_dim 4, got 10"),
             BadSample(lambda: rotary(_float(3, 2, 8), _at(), 4), ShapeError, "to be head_dim 4, got 8"),
             BadSample(lambda: rotary(_float(4, 8), _at(), 4), ShapeError, "got 3 for 4 rows"),
-            BadSample(lambda: rotary(_float(3, 8), _at(), 4, 3), ShapeError, "to x's 2 head(s), got 3"),
+            BadSample(lambda: rotary(_float(3, 8), _at(), 4, 3), ShapeError, "to be an int from 0 to 2, got 3"),
             BadSample(lambda: rotary(_float(3), _at(), 4), ShapeError, "x to have 2 to 3 dimension(s)"),
             BadSample(lambda: rotary(placeholder(int32, [3, 8]), _at(), 4), DTypeError, "expected x to be floating"),
         ]
@@ -184,5 +186,6 @@ def rotary(
     """
     dtype = float64 if isinstance(x, Tensor) and x.dtype == float64 else float32
     table = build("rotary_table", (positions,), {"head_dim": head_dim, "base": base, "dtype": dtype})
-    attrs = {"head_dim": head_dim, "num_heads": num_heads, "interleaved": bool(interleaved), "inverse": False}
+    own = table.op.attrs["head_dim"]  # as an int
+    attrs = {"head_dim": own, "num_heads": num_heads, "interleaved": interleaved, "inverse": False}
     return build("rotary", (x, table), attrs, name)

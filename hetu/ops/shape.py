@@ -10,21 +10,13 @@ import numpy as np
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import Dim, axis, build, output, plain, show, size, tensor
+from hetu.ops.common.build import Dim, axis, build, output, plain, shape_of, show, sizes, tensor
 from hetu.ops.common.gradients import single, sum_to, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, as_symbol, equal
 
 __all__ = ["broadcast_to", "reshape", "stop_gradient", "transpose"]
-
-
-def _sizes(call: Call) -> list[Dim]:
-    """The argument ``shape``, whose sizes' signs are not looked at."""
-    wanted = call.attrs["shape"]
-    if isinstance(wanted, str) or not isinstance(wanted, Sequence):
-        call.fail(ShapeError, f"expected shape to be a list of sizes, got {wanted!r}", "write [n] for one dimension")
-    return [size(call, item, "a size") for item in wanted]
 
 
 @register
@@ -39,21 +31,21 @@ class Reshape(OpDef):
         return True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x, sizes = tensor(call, 0, "x"), _sizes(call)
-        holes = [place for place, item in enumerate(sizes) if item == -1]
-        given = [item for item in sizes if item != -1]
-        text = f"{show(x.shape)} to {show(sizes)}"
+        x, wanted = tensor(call, 0, "x"), list(sizes(call, call.attrs["shape"], "shape"))
+        holes = [place for place, item in enumerate(wanted) if item == -1]
+        given = [item for item in wanted if item != -1]
+        text = f"{show(x.shape)} to {show(wanted)}"
         for item in given:
-            call.check(item >= 0, f"expected sizes of at least 0, or one -1, got {show(sizes)}")
+            call.check(item >= 0, f"expected sizes of at least 0, or one -1, got {show(wanted)}")
         left, right = _cancel(x.symbolic_shape, given)
         if len(holes) > 1:
             call.fail(ShapeError, f"-1 is ambiguous in a reshape from {text}", "give the size instead of -1")
         if holes:
-            sizes[holes[0]] = self._hole(call, left, right, text)
+            wanted[holes[0]] = self._hole(call, left, right, text)
         else:
-            call.same(left, right, f"expected as many elements before as after a reshape, got {text}")
-        call.attrs["shape"] = tuple(sizes)
-        return [output(call, x.dtype, sizes)]
+            call.same(left, right, f"expected shape to have as many elements as x, got a reshape from {text}")
+        call.attrs["shape"] = tuple(wanted)
+        return [output(call, x.dtype, wanted)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: to_shape(single(grads), node.tensors[0].shape)]
@@ -98,13 +90,13 @@ class Reshape(OpDef):
             ),
         ]
         bad = [
-            BadSample(lambda: reshape(_float(2, 3), [4]), ShapeError, "as many elements before as after"),
+            BadSample(lambda: reshape(_float(2, 3), [4]), ShapeError, "as many elements as x"),
             BadSample(lambda: reshape(_float(2, 3), [-1, 4]), ShapeError, "a whole number in the place of -1"),
             BadSample(lambda: reshape(_float(2, 3), [-1, -1]), ShapeError, "-1 is ambiguous"),
             BadSample(lambda: reshape(_float(0, 3), [-1, 0]), ShapeError, "-1 is ambiguous"),
             BadSample(lambda: reshape(_float(2, 3), [-2, -3]), ShapeError, "sizes of at least 0"),
             BadSample(lambda: reshape(_float(2, 3), 6), ShapeError, "a list of sizes, got 6"),  # type: ignore[arg-type]
-            BadSample(lambda: reshape(_float(s, 3), [s, 4]), ShapeError, "got [s, 3] to [s, 4]"),
+            BadSample(lambda: reshape(_float(s, 3), [s, 4]), ShapeError, "from [s, 3] to [s, 4]"),
             BadSample(lambda: reshape(2, [1]), DTypeError, "x to be a tensor, got 2"),  # type: ignore[arg-type]
         ]
         return good, bad
@@ -141,8 +133,7 @@ class Transpose(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x = tensor(call, 0, "x")
-        one, other = (call.attrs[key] for key in ("dim0", "dim1"))
-        one, other = axis(call, one, x.ndim), axis(call, other, x.ndim)
+        one, other = (axis(call, call.attrs[key], x.ndim, key) for key in ("dim0", "dim1"))
         call.attrs.update(dim0=one, dim1=other)
         shape = list(x.symbolic_shape)
         shape[one], shape[other] = shape[other], shape[one]
@@ -177,20 +168,15 @@ class BroadcastTo(OpDef):
         return True
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        x, sizes = tensor(call, 0, "x"), _sizes(call)
-        extra, what = (
-            len(sizes) - x.ndim,
-            f"expected a shape that {show(x.shape)} can be stretched to, got {show(sizes)}",
-        )
-        for item in sizes:
-            call.check(item >= 0, f"expected sizes of at least 0, got {show(sizes)}")
+        x, wanted = tensor(call, 0, "x"), shape_of(call)
+        extra = len(wanted) - x.ndim
+        what = f"expected a shape that {show(x.shape)} can be stretched to, got {show(wanted)}"
         if extra < 0:
             call.fail(ShapeError, what, "a shape of at least as many dimensions")
-        for one, wanted in zip(x.shape, sizes[extra:], strict=True):
+        for one, other in zip(x.shape, wanted[extra:], strict=True):
             if one != 1:
-                call.same(one, wanted, what, "only a size known to be 1 when the graph is built is stretched")
-        call.attrs["shape"] = tuple(sizes)
-        return [output(call, x.dtype, sizes)]
+                call.same(one, other, what, "only a size known to be 1 when the graph is built is stretched")
+        return [output(call, x.dtype, wanted)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         return [lambda: sum_to(single(grads), node.tensors[0].shape)]
@@ -278,7 +264,7 @@ def reshape(x: Tensor, shape: Sequence[int | IntSymbol], name: str | None = None
         ...     hetu.reshape(x, [s, 3, -1], name="y")
         hetu.Tensor(y: float32[s, 3, 4])
     """
-    return build("reshape", (x,), {"shape": tuple(shape) if isinstance(shape, (list, tuple)) else shape}, name)
+    return build("reshape", (x,), {"shape": shape}, name)
 
 
 def transpose(x: Tensor, dim0: int, dim1: int, name: str | None = None) -> Tensor:
@@ -333,7 +319,7 @@ def broadcast_to(x: Tensor, shape: Sequence[int | IntSymbol], name: str | None =
         tensor([[1., 2.],
                 [1., 2.]])
     """
-    return build("broadcast_to", (x,), {"shape": tuple(shape) if isinstance(shape, (list, tuple)) else shape}, name)
+    return build("broadcast_to", (x,), {"shape": shape}, name)
 
 
 def stop_gradient(x: Tensor, name: str | None = None) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from hetu.dtypes import DType, as_dtype, float32
-from hetu.errors import DTypeError, ShapeError, caller
+from hetu.arguments import MAX_BYTES, Number, array, flag, number_of, refuse, shown
+from hetu.dtypes import ALL, DType, as_dtype, float32, int_range
+from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, OpDef, Role, Tensor, TensorSpec, register
-from hetu.ops.common.build import build, show, size
+from hetu.ops.common.build import build, representable, shape_of, show, sizes
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.symbols import IntSymbol
 
@@ -25,14 +27,7 @@ class Placeholder(OpDef):
     role = Role.PLACEHOLDER
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        given = call.attrs["shape"]
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
-        shape = tuple(size(call, item, "a size") for item in given)
-        for item in shape:
-            call.check(item >= 0, f"expected sizes of at least 0, got {show(shape)}")
-        call.attrs["shape"] = shape
-        return [TensorSpec(call.attrs["dtype"], shape)]
+        return [TensorSpec(call.attrs["dtype"], shape_of(call))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -43,7 +38,7 @@ class Placeholder(OpDef):
         bad = [
             BadSample(lambda: placeholder("float32", [-1]), ShapeError, "sizes of at least 0, got [-1]"),
             BadSample(lambda: placeholder("float32", 3), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
-            BadSample(lambda: placeholder("float32", [2.0]), ShapeError, "to be an int, got 2.0"),  # type: ignore[list-item]
+            BadSample(lambda: placeholder("float32", [2.0]), ShapeError, "an int or an IntSymbol, got 2.0"),  # type: ignore[list-item]
             BadSample(lambda: placeholder("float32", [IntSymbol("s") * -1 - 1]), ShapeError, "sizes of at least 0"),
             BadSample(lambda: placeholder("float8", [1]), DTypeError, "no element type 'float8'"),
         ]
@@ -58,7 +53,10 @@ class Constant(OpDef):
     role = Role.CONSTANT
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        return [TensorSpec(call.attrs["dtype"], tuple(int(item) for item in call.attrs["value"].shape))]
+        value, dtype = call.attrs["value"], call.attrs["dtype"]
+        representable(call, value, dtype, "value")
+        call.attrs["value"] = _native(value, dtype)
+        return [TensorSpec(dtype, tuple(int(item) for item in value.shape))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         table = eighths(2, 3)
@@ -71,9 +69,11 @@ class Constant(OpDef):
             GoodSample(lambda: constant([True, False]), [], lambda: np.array([True, False])),
         ]
         bad = [
-            BadSample(lambda: constant("seven"), DTypeError, "expected numbers, got 'seven'"),
+            BadSample(lambda: constant("seven"), DTypeError, "none of them masked, got 'seven'"),
             BadSample(lambda: constant([[1], [2, 3]]), ShapeError, "rows of equal length"),
-            BadSample(lambda: constant([1 + 2j]), DTypeError, "no element type"),
+            BadSample(lambda: constant([1 + 2j]), DTypeError, "an array of real numbers"),
+            BadSample(lambda: constant([300, -1], dtype="uint8"), DTypeError, "value to fit hetu.uint8, got 300"),
+            BadSample(lambda: constant([1.0, math.nan], dtype="int64"), DTypeError, "to fit hetu.int64, got nan"),
         ]
         return good, bad
 
@@ -85,16 +85,9 @@ class Full(OpDef):
     name = "full"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        given, value = call.attrs["shape"], call.attrs["value"]
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
-        if not isinstance(value, (bool, int, float)):
-            call.fail(DTypeError, f"expected value to be a number, got {value!r}")
-        shape = tuple(size(call, item, "a size") for item in given)
-        for item in shape:
-            call.check(item >= 0, f"expected sizes of at least 0, got {show(shape)}")
-        call.attrs["shape"] = shape
-        return [TensorSpec(call.attrs["dtype"], shape)]
+        shape, dtype = shape_of(call), call.attrs["dtype"]
+        call.attrs["value"] = _number(call, call.attrs["value"], dtype, "value")
+        return [TensorSpec(dtype, shape)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         good = [
@@ -106,6 +99,8 @@ class Full(OpDef):
             BadSample(lambda: full([-1], 0.0), ShapeError, "sizes of at least 0, got [-1]"),
             BadSample(lambda: full(3, 0.0), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
             BadSample(lambda: full([1], "one"), DTypeError, "value to be a number, got 'one'"),  # type: ignore[arg-type]
+            BadSample(lambda: full([1], 1.5, "int32"), DTypeError, "expected value to fit hetu.int32, got 1.5"),
+            BadSample(lambda: full([1], 1e300), DTypeError, "expected value to fit hetu.float32, got 1e+300"),
         ]
         return good, bad
 
@@ -119,15 +114,16 @@ class Parameter(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         attrs = call.attrs
-        given, dtype = attrs["shape"], attrs["dtype"]
-        if isinstance(given, str) or not isinstance(given, Sequence):
-            call.fail(ShapeError, f"expected shape to be a list of sizes, got {given!r}", "write [n] for one dimension")
-        shape = tuple(size(call, item, "a size") for item in given)
-        if not all(isinstance(item, int) and item >= 0 for item in shape):
+        dtype, shape = attrs["dtype"], sizes(call, attrs["shape"], "shape")
+        counts = [item for item in shape if isinstance(item, int) and item >= 0]
+        if len(counts) < len(shape):
             what = f"expected plain sizes of at least 0, got {show(shape)}"
             call.fail(ShapeError, what, "a parameter's shape is the same in every run")
+        if math.prod(counts) * dtype.itemsize > MAX_BYTES:
+            call.fail(ShapeError, f"a parameter of shape {show(shape)} is too large for any machine", "check its sizes")
         if not dtype.is_floating:
             call.fail(DTypeError, f"expected a floating dtype, got {dtype}", "make integers with hetu.constant(...)")
+        attrs["requires_grad"] = flag(attrs["requires_grad"], "requires_grad", op=call.op)
         attrs["shape"], attrs["init"] = shape, self._init(call, attrs["init"], shape)
         return [TensorSpec(dtype, shape)]
 
@@ -136,10 +132,12 @@ class Parameter(OpDef):
         """A number, an array of the parameter's shape, or a function."""
         if callable(init):
             return init
-        kept = init if isinstance(init, (bool, int, float)) else _copy(init)
-        if not isinstance(kept, (bool, int, float)) and tuple(kept.shape) != tuple(shape):
+        if number_of(init) is not None and not getattr(init, "shape", ()):
+            return _number(call, init, call.attrs["dtype"], "init")
+        kept = array(init, "init", op=call.op)
+        if tuple(kept.shape) != tuple(shape):
             call.fail(ShapeError, f"expected init to have shape {show(shape)}, got {list(kept.shape)}")
-        return kept
+        return _native(kept, call.attrs["dtype"])
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         table = eighths(2, 3)
@@ -154,7 +152,11 @@ class Parameter(OpDef):
             BadSample(lambda: parameter(0.0, 3), ShapeError, "a list of sizes, got 3"),  # type: ignore[arg-type]
             BadSample(lambda: parameter(0, [2], "int64"), DTypeError, "a floating dtype, got hetu.int64"),
             BadSample(lambda: parameter(table, [3, 2]), ShapeError, "init to have shape [3, 2], got [2, 3]"),
-            BadSample(lambda: parameter("xavier", [3, 2]), DTypeError, "expected numbers, got 'xavier'"),
+            BadSample(
+                lambda: parameter("xavier", [3, 2]),
+                DTypeError,
+                "none of them masked, got 'xavier'",
+            ),
         ]
         return good, bad
 
@@ -197,8 +199,7 @@ def parameter(
         tensor([[0.5000, 0.5000],
                 [0.5000, 0.5000]])
     """
-    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else shape
-    attrs = {"init": init, "shape": sizes, "dtype": as_dtype(dtype), "requires_grad": bool(requires_grad)}
+    attrs = {"init": init, "shape": shape, "dtype": as_dtype(dtype), "requires_grad": requires_grad}
     return build("parameter", (), attrs, name)
 
 
@@ -226,8 +227,7 @@ def placeholder(dtype: DType | Any, shape: Sequence[int | IntSymbol], name: str 
         ...     hetu.placeholder(hetu.bfloat16, [s, 64], name="x")
         hetu.Tensor(x: bfloat16[s, 64])
     """
-    attrs = {"dtype": as_dtype(dtype), "shape": tuple(shape) if isinstance(shape, (list, tuple)) else shape}
-    return build("placeholder", (), attrs, name)
+    return build("placeholder", (), {"dtype": as_dtype(dtype), "shape": shape}, name)
 
 
 def full(
@@ -256,8 +256,7 @@ def full(
         >>> g.run(half)
         tensor([0.5000, 0.5000])
     """
-    sizes = tuple(shape) if isinstance(shape, (list, tuple)) else shape
-    return build("full", (), {"shape": sizes, "value": value, "dtype": as_dtype(dtype)}, name)
+    return build("full", (), {"shape": shape, "value": value, "dtype": as_dtype(dtype)}, name)
 
 
 def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> Tensor:
@@ -286,22 +285,36 @@ def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> 
         >>> g.run(two + two)
         tensor([[2., 4.]])
     """
-    kept = _copy(value)
+    kept = array(value, "value", op="constant")
+    if dtype is None and isinstance(kept, np.ndarray) and kept.dtype == np.float64 and not hasattr(value, "dtype"):
+        kept = kept.astype(float32.name)  # Python's floats are float32, as they are for torch; numpy made them float64
     wanted = as_dtype(kept.dtype if dtype is None else dtype)
     return build("constant", (), {"value": kept, "dtype": wanted}, name)
 
 
-def _copy(value: Any) -> Any:
-    """The caller's array as our own; a torch tensor is known by its methods, as torch is not imported here."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        return np.array(value)
-    if hasattr(value, "detach") and hasattr(value, "clone"):
-        return value.detach().clone()
+def _number(call: Call, value: Any, dtype: DType, what: str) -> Number:
+    """A number that all elements of a tensor are to be."""
+    number = number_of(value)
+    if number is None:
+        refuse(value, what, "a number", op=call.op, error=DTypeError)
     try:
-        array = np.array(value)
-    except ValueError as error:
-        raise ShapeError("expected rows of equal length", op="constant", where=caller()) from error
-    if array.dtype.kind not in "bifc" or array.dtype.hasobject:
-        raise DTypeError(f"expected numbers, got {value!r}", op="constant", where=caller())
-    # Python floats are float32, as they are for torch; numpy made them float64.
-    return array.astype(float32.name) if array.dtype == np.float64 else array
+        fits = not dtype.is_floating or not math.isfinite(number) or abs(float(number)) <= _MOST.get(dtype, math.inf)
+    except OverflowError:
+        fits = False
+    if not dtype.is_floating:
+        low, high = int_range(dtype) if dtype.kind == "int" else (0, 1)
+        fits = math.isfinite(number) and number == int(number) and low <= number <= high
+    if not fits:
+        call.fail(DTypeError, f"expected {what} to fit {dtype}, got {shown(number)}", "choose another dtype or value")
+    return float(number) if dtype.is_floating and abs(number) >= 2**63 else number  # torch has no longer ints
+
+
+def _native(values: Any, dtype: DType) -> Any:
+    """An array as torch reads it: numpy has element types that torch lacks."""
+    if not isinstance(values, np.ndarray) or values.dtype.name in _KNOWN:
+        return values
+    return values.astype("float64" if dtype.is_floating else dtype.name)
+
+
+_KNOWN = {dtype.name for dtype in ALL}
+_MOST = {float32: float(np.finfo(np.float32).max)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from hetu.arguments import integer, refuse, shown
 from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import CAUSAL, Mask
@@ -54,7 +55,9 @@ class AttnPlan(PlanData):
             the mean; 1.5 kB sent
         """
         if self.is_backward:
-            raise PlanError("this plan is a backward already", op="plan", fix="turn the plan of the forward round")
+            raise PlanError(
+                "this plan is a backward already", op="plan", fix="call .backward() of the forward's plan, once"
+            )
         if "backward" not in self.memo:
             parts = METHODS[self.method].backward(self)
             self.memo["backward"] = replace(self, pipelines=parts, is_backward=True, memo={})
@@ -69,7 +72,7 @@ class AttnPlan(PlanData):
         queries, keys and values in the user's dtype, those that are summed up in float32, those computed of foreign
         rows, and those that land.
         """
-        return peak_bytes(self, self.pipelines[pipeline])
+        return peak_bytes(self, self.part(pipeline))
 
     def verify(self, max_bytes: int | None = None) -> None:
         """Proves, without running it, that the plan computes the attention and can be followed.
@@ -85,11 +88,11 @@ class AttnPlan(PlanData):
         Raises:
             PlanError: Saying which pair, which transfer, which buffer or which gradient is wrong.
         """
-        verify(self, max_bytes)
+        verify(self, None if max_bytes is None else integer(max_bytes, "max_bytes", least=0, op="plan"))
 
     def cost(self, hardware: Hardware) -> Cost:
         """FLOPs, bytes a link, peak memory and predicted time on given hardware."""
-        return predict(self, hardware)
+        return predict(self, _checked(hardware))
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
         """The timeline that :meth:`cost` predicts, as a trace for https://ui.perfetto.dev or chrome://tracing.
@@ -120,7 +123,7 @@ class AttnPlan(PlanData):
             1 0 3.0 6.0 wait for what comes from 0
             1 0 9.0 8.0 attend buffer 1 (rows of 0): 1 segment, 8 pairs
         """
-        return predicted_trace(self, hardware)
+        return predicted_trace(self, None if hardware is None else _checked(hardware))
 
     def summary(self) -> str:
         """One line: the method, the size of the problem, its balance, and what is moved."""
@@ -131,6 +134,14 @@ class AttnPlan(PlanData):
 
     def __repr__(self) -> str:
         return f"<AttnPlan {self.summary()}>"
+
+
+def _checked(hardware: Hardware) -> Hardware:
+    if not isinstance(hardware, Hardware):
+        refuse(
+            hardware, "hardware", "a hetu.Hardware", op="plan", fix="pass hetu.Hardware(...) or hetu.Hardware.h100()"
+        )
+    return hardware
 
 
 def build_plan(
@@ -197,8 +208,9 @@ def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -
 
 
 def _find(method: str) -> tuple[str, Method]:
-    name = AUTO if method == "auto" else method
-    if name not in METHODS:
+    known = isinstance(method, str)
+    name = AUTO if known and method == "auto" else method
+    if not known or name not in METHODS:
         names = ", ".join(("auto", *METHODS))
-        raise StrategyError(f"there is no method {method!r}", op="plan", where=caller(), fix=f"use one of {names}")
+        raise StrategyError(f"there is no method {shown(method)}", op="plan", where=caller(), fix=f"use one of {names}")
     return name, METHODS[name]

@@ -15,13 +15,17 @@ from numpy.typing import NDArray
 
 from hetu.errors import BindingError, HetuError, ShapeError, UnboundSymbolError
 from hetu.graph import Node, Tensor
+from hetu.planning.limits import SizeLimits
 from hetu.planning.subgraph import Subgraph
-from hetu.symbols import Binding, Equation, IntSymbol, Solver, as_symbol, check_leaf
+from hetu.symbols import Binding, Constraint, Equation, IntSymbol, Solver, as_symbol, check_leaf
 
 HostValue = Callable[[Tensor, int, "BoundPipeline"], NDArray[Any]]
 """Gives the values of a host input on a pipeline, as far as that pipeline is bound."""
 
 Derived = TypeVar("Derived")
+
+GIVEN = "int_symbol_dict"
+"""The source of what a run is told."""
 
 
 @dataclass(slots=True)
@@ -73,8 +77,7 @@ class BoundPipeline:
         return found
 
     def describe(self, *exprs: int | IntSymbol) -> list[str]:
-        binding = self.binding()
-        return list(dict.fromkeys(line for expr in exprs for line in binding.describe(as_symbol(expr))))
+        return self.binding().describe(*exprs)
 
     def binding(self) -> Binding:
         """What is bound so far, as a value."""
@@ -124,6 +127,7 @@ class Binder:
             [*self.leaves, *self._shared, *(leaf for dim in dims for leaf in dim.expr.leaves), *inferred]
         )
         self._defaults = [leaf for leaf in relevant if leaf.is_leaf]
+        self._limits = SizeLimits(nodes)
 
     @property
     def defaults(self) -> tuple[int | None, ...]:
@@ -146,8 +150,8 @@ class Binder:
             UnboundSymbolError: Where a needed symbol got no value.
         """
         if given:
-            given = {leaf: check_leaf(leaf, value, "int_symbol_dict") for leaf, value in given.items()}
-        named = dict.fromkeys(given, "int_symbol_dict")
+            given = {leaf: check_leaf(leaf, value, GIVEN) for leaf, value in given.items()}
+        named = dict.fromkeys(given, GIVEN)
         pipelines = [BoundPipeline(r, dict(given), dict(named), host_value) for r in range(self.num_pipelines)]
         run = BoundRun(self.strategy, pipelines)
         dims = [self._dims(row) for row in shapes]
@@ -163,7 +167,9 @@ class Binder:
                 self._check_complete(pipeline)
         if self.subgraph.constraints:
             for pipeline in pipelines:
-                self._check_constraints(pipeline)
+                check_constraints(self.subgraph.constraints, pipeline)
+        for pipeline in pipelines:
+            self._limits.check(pipeline)
         return run
 
     def _is_bound(self, run: BoundRun, given: Mapping[IntSymbol, int]) -> bool:
@@ -260,19 +266,26 @@ class Binder:
         shapes = {leaf for tensor in node.outputs for dim in tensor.symbolic_shape for leaf in dim.leaves}
         return not shapes.union(node.definition.shared_symbols(node, self.strategy)).isdisjoint(missing)
 
-    def _check_constraints(self, pipeline: BoundPipeline) -> None:
-        for constraint in self.subgraph.constraints:
-            sides = (constraint.lhs, constraint.rhs)
-            if all(pipeline.known(side) is not None for side in sides) and not constraint.holds(pipeline.values):
-                error: type[HetuError] = BindingError if constraint.op_name == "require" else ShapeError
-                got = f"{constraint} does not hold: {pipeline.known(sides[0])} against {pipeline.known(sides[1])}"
-                raise error(
-                    f"{constraint.reason}: {got}" if constraint.reason else got,
-                    op=constraint.op_name,
-                    where=constraint.where,
-                    bound=pipeline.describe(*sides),
-                    fix="feed arrays, or bind symbols, for which it holds",
-                )
+
+def check_constraints(constraints: Iterable[Constraint], pipeline: BoundPipeline) -> None:
+    """Demands what must hold, as far as its symbols are bound.
+
+    Raises:
+        BindingError: Where what the user required does not hold.
+        ShapeError: Where what an op expects does not.
+    """
+    for constraint in constraints:
+        sides = (constraint.lhs, constraint.rhs)
+        if all(pipeline.known(side) is not None for side in sides) and not constraint.holds(pipeline.values):
+            error: type[HetuError] = BindingError if constraint.op_name == "require" else ShapeError
+            got = f"{constraint} does not hold: {pipeline.known(sides[0])} against {pipeline.known(sides[1])}"
+            raise error(
+                f"{constraint.reason}: {got}" if constraint.reason else got,
+                op=constraint.op_name,
+                where=constraint.where,
+                bound=pipeline.describe(*sides),
+                fix="feed arrays, or bind symbols, for which it holds",
+            )
 
 
 def _check_agree(leaf: IntSymbol, one: BoundPipeline, other: BoundPipeline) -> None:

@@ -10,15 +10,17 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import MAX_COUNT, integer, is_dense, is_torch, items, mapping, refuse, shown
 from hetu.errors import BindingError, DTypeError, HetuError, StrategyError, caller
 from hetu.graph import Role, Tensor
 from hetu.parallel import groups_of
 from hetu.parallel.layout.strategy import by_group
-from hetu.planning.arrays import host_array, is_torch
+from hetu.planning.arrays import host_array
+from hetu.planning.binder import GIVEN
 from hetu.planning.pipelines import Pipelines
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
-from hetu.symbols import IntSymbol, as_symbol
+from hetu.symbols import IntSymbol, as_symbol, check_leaf
 
 Feeds = Mapping[Tensor, Any]
 Symbols = Mapping[IntSymbol, Any]
@@ -122,7 +124,9 @@ def check_keys(feed_dict: Feeds) -> None:
     """Refuses what is no placeholder."""
     for key in feed_dict:
         if not isinstance(key, Tensor) or key.op.role is not Role.PLACEHOLDER:
-            raise BindingError(f"can't feed {key!r}: it is no placeholder", op="run", where=caller())
+            what = f"can't feed {shown(key)} in feed_dict: it is no placeholder"
+            fix = "pass the tensor that hetu.placeholder(...) gave"
+            raise BindingError(what, op="run", where=caller(), fix=fix)
 
 
 def shard_count(feed_dict: Feeds) -> int | None:
@@ -241,16 +245,16 @@ def _check_shards(tensor: Tensor, value: Shards, count: int) -> None:
 def read_array(tensor: Tensor, value: Any) -> Any:
     """One fed array, of the placeholder's element type.
 
-    Torch tensors must have it. Floating numpy arrays are rounded to it and integer ones converted where
-    all values fit, since numpy makes float64 and int64 by itself and has no bfloat16; lists and numbers are
-    literals and take it as they are.
+    Ints are converted where all values fit, since numpy and torch make int64 by themselves. Floating torch tensors must
+    have it. Floating numpy arrays are rounded to it, since numpy makes float64 by itself and has no bfloat16; lists and
+    numbers are literals and take it as they are.
     """
     if is_torch(value):
-        if _name_of(value.dtype) != tensor.dtype.name:
-            raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
-        if value.is_meta or value.is_nested or not _is_strided(value.layout):
+        if not is_dense(value):
             _refuse_unreadable(tensor, value)
-        return value
+        return value if _name_of(value.dtype) == tensor.dtype.name else _other_ints(tensor, value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise _unreadable(tensor, "a masked array, whose mask would be lost")
     literal = not isinstance(value, np.ndarray)
     array = value if not literal else _literal(tensor, value)
     if _is_native(array.dtype, tensor.dtype.name):
@@ -258,7 +262,7 @@ def read_array(tensor: Tensor, value: Any) -> Any:
     if array.dtype.name == tensor.dtype.name:  # of the other byte order
         return array.astype(array.dtype.newbyteorder("="))
     kind = {"f": "float", "i": "int", "u": "int", "b": "bool"}.get(array.dtype.kind)
-    fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or array.size == 0
+    fits = kind == tensor.dtype.kind or (literal and kind == "int" and tensor.dtype.is_floating) or _is_empty(array)
     if not fits:
         raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but {array.dtype} values were fed")
     if tensor.dtype.name == "bfloat16":
@@ -302,22 +306,68 @@ def _literal(tensor: Tensor, value: Any) -> NDArray[Any]:
     raise BindingError(what, op="run", where=caller(), fix=fix)
 
 
+_TORCH_CASTS = {"uint8": "byte", "int8": "char", "int16": "short", "int32": "int", "int64": "long"}
+"""The methods of torch tensors that convert them."""
+
+
+def _other_ints(tensor: Tensor, value: Any) -> Any:
+    """A torch tensor of ints as the placeholder has them, where all values fit."""
+    if _name_of(value.dtype) not in _TORCH_CASTS or tensor.dtype.kind != "int":
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but a {value.dtype} tensor was fed")
+    converted = getattr(value, _TORCH_CASTS[tensor.dtype.name])()
+    if not bool((converted == value).all()):
+        raise _wrong_dtype(tensor, f"{tensor.name} is {tensor.dtype.name}, but values that don't fit were fed")
+    return converted
+
+
+def _is_empty(array: NDArray[Any]) -> bool:
+    """Whether an array of plain elements has none: a list without items has no type of its own."""
+    return array.size == 0 and array.dtype.kind in "fiubO"
+
+
+def _unreadable(tensor: Tensor, fed: str) -> BindingError:
+    what = f"{tensor.name} was fed {fed}"
+    return BindingError(what, op="run", where=tensor.op.where, fix="feed a dense array: to_dense() or filled(...)")
+
+
 def _wrong_dtype(tensor: Tensor, what: str) -> DTypeError:
     name = tensor.dtype.name
     return DTypeError(what, op="run", where=tensor.op.where, fix=f"convert it first: .to(torch.{name}) or .astype(...)")
 
 
-def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[tuple[Feeds, Symbols]]:
-    """One (feeds, symbols) per micro-batch: a list gives each one item, everything else goes to all.
+def tensors_of(fetches: Any) -> tuple[Tensor, ...]:
+    """What a run is asked for, as a tuple: a graph tensor, or a list of them."""
+    given = (fetches,) if isinstance(fetches, Tensor) else fetches
+    if not isinstance(given, (list, tuple)):
+        given = items(given, "fetches", _FETCHES, op="run", fix=f"pass {_FETCHES}")
+    for item in given:
+        if not isinstance(item, Tensor):
+            refuse(item, "each of fetches", "a graph tensor", op="run", fix=f"pass {_FETCHES}")
+    return tuple(given)
+
+
+_FETCHES = "a graph tensor, or a flat list of them"
+
+
+def split_micro_batches(
+    feed_dict: Feeds | None, symbols: Symbols | None, count: int
+) -> list[tuple[Feeds, Mapping[IntSymbol, int]]]:
+    """What each micro-batch is fed, and its ``int_symbol_dict``: an item of every list, and everything else as it is.
 
     Raises:
-        HetuError: If ``count`` is no positive int, or a list has another length.
+        HetuError: If a list has another length than there are micro-batches, or there are none.
+        BindingError: If a symbol is bound to what it can't be.
     """
-    if not isinstance(count, int) or count < 1:
-        raise HetuError(f"num_micro_batches is {count!r}", op="run", where=caller(), fix="give a positive int")
+    feeds, given = {} if feed_dict is None else feed_dict, {} if symbols is None else symbols
+    if type(feeds) is not dict:  # nearly always they are
+        feeds = mapping(feeds, "feed_dict", "placeholders and arrays", op="run")
+    if type(given) is not dict:
+        given = mapping(given, "int_symbol_dict", "symbols and ints", op="run")
+    if type(count) is not int or count != 1:
+        count = integer(count, "num_micro_batches", least=1, most=MAX_COUNT, op="run")
     if count == 1:
-        return [(feed_dict, symbols)]
-    for key, value in (*feed_dict.items(), *symbols.items()):
+        return [(feeds, _read_symbols(given))]
+    for key, value in (*feeds.items(), *given.items()):
         if isinstance(value, list) and len(value) != count:
             raise HetuError(
                 f"{getattr(key, 'name', key)} was given a list of {len(value)} for {count} micro-batches",
@@ -329,4 +379,15 @@ def split_micro_batches(feed_dict: Feeds, symbols: Symbols, count: int) -> list[
     def part(values: Mapping[Any, Any], i: int) -> dict[Any, Any]:
         return {key: value[i] if isinstance(value, list) else value for key, value in values.items()}
 
-    return [(part(feed_dict, i), part(symbols, i)) for i in range(count)]
+    return [(part(feeds, i), _read_symbols(part(given, i))) for i in range(count)]
+
+
+def _read_symbols(symbols: Symbols) -> Mapping[IntSymbol, int]:
+    """The values of symbols as Python's ints: 1.0 and True would be found under the key of 1.
+
+    What are Python's ints already is checked where it is bound, and not by every run.
+    """
+    for value in symbols.values():
+        if type(value) is not int:
+            return {leaf: check_leaf(leaf, value, GIVEN) for leaf, value in symbols.items()}
+    return symbols

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
+from hetu.arguments import int_of, shown, text
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import HetuError, StrategyError, caller
@@ -18,12 +19,12 @@ from hetu.ops.attention.layout_op import LayoutOp
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.planning.arrays import host_array
-from hetu.planning.binder import Binder, BoundPipeline
-from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
+from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
+from hetu.planning.feeds import FeedReader, FeedSet, read_feeds, split_micro_batches, tensors_of
 from hetu.planning.indices import check_indices
 from hetu.planning.pipelines import Pipelines, placeholders_of_rows
 from hetu.planning.subgraph import Subgraph
-from hetu.symbols import Binding, IntSymbol
+from hetu.symbols import Binding, IntSymbol, check_leaf
 
 STRUCTURES, LENGTH_SETS = 64, 512
 """How many structures (sets of fetches and strategies) and how many sets of lengths are remembered."""
@@ -82,14 +83,14 @@ class Planner:
         Raises:
             HetuError: If something fetched is no tensor of the graph.
         """
-        tensors = (fetches,) if isinstance(fetches, Tensor) else tuple(fetches)
+        tensors = tensors_of(fetches)
         return self.subgraphs.get((tensors, self.graph.version), lambda: self._cut(tensors))
 
     def _cut(self, tensors: tuple[Any, ...]) -> Subgraph:
         for tensor in tensors:
-            if not isinstance(tensor, Tensor) or tensor.graph is not self.graph:
+            if tensor.graph is not self.graph:
                 raise HetuError(
-                    f"can't fetch {tensor!r}: it is no tensor of this graph",
+                    f"can't fetch {tensor!r} in fetches: it is no tensor of this graph",
                     op="run",
                     where=caller(),
                     fix="fetch tensors that were built in the graph that runs",
@@ -99,12 +100,13 @@ class Planner:
     def prepare(
         self,
         subgraph: Subgraph,
-        feed_dict: Mapping[Tensor, Any],
-        symbols: Mapping[IntSymbol, int],
+        feed_dict: Mapping[Tensor, Any] | None,
+        symbols: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects, binds and plans a run that is fed in this process; see :meth:`prepare_read`."""
-        return self.prepare_read(subgraph, partial(read_feeds, subgraph, feed_dict), symbols, strategy)
+        ((feeds, given),) = split_micro_batches(feed_dict, symbols, 1)
+        return self.prepare_read(subgraph, partial(read_feeds, subgraph, feeds), given, strategy)
 
     def prepare_read(
         self,
@@ -128,7 +130,7 @@ class Planner:
         count = self.graph.num_strategy
         if strategy is None and count == 1:
             strategy = 0
-        if strategy not in (None, "auto"):
+        if strategy is not None and not (isinstance(strategy, str) and strategy == "auto"):
             return self._prepare(subgraph, read, symbols, self.index(strategy))
         feasible, reasons = [], []
         for index in range(count):
@@ -154,15 +156,16 @@ class Planner:
             named = next((i for i, item in enumerate(self.graph.strategies) if item.name == strategy), None)
             if named is not None:
                 return named
-        if isinstance(strategy, bool) or not isinstance(strategy, int) or not 0 <= strategy < count:
+        index = strategy if type(strategy) is int else int_of(strategy)
+        if index is None or not 0 <= index < count:
             names = [f", {item.name!r}" for item in self.graph.strategies if item.name is not None]
             raise StrategyError(
-                f"there is no strategy {strategy!r} in a graph of {count}",
+                f"there is no strategy {shown(strategy)} in a graph of {count}",
                 op="run",
                 where=caller(),
                 fix=f'give an index from 0 to {count - 1}{"".join(names)}, or "auto"',
             )
-        return strategy
+        return index
 
     def pipelines(self, subgraph: Subgraph, strategy: int) -> Pipelines:
         """The pipelines of a strategy: the same ones whatever part of the graph is computed."""
@@ -234,10 +237,15 @@ class Planner:
     ) -> tuple[Node, LayoutKey]:
         """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
         nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
-        nodes = [node for node in nodes if name in (None, node.name)]
+        wanted = None if name is None else text(name, "node", op="layout")
+        nodes = [node for node in nodes if wanted in (None, node.name)]
         if not nodes:
-            _no_layout(f"the graph has no parallel_attn{f' named {name}' if name else ''}", "name one that it has")
-        index, values = self.index(strategy), dict(symbols or {})
+            named = "" if wanted is None else f" that is the node {shown(wanted)}"
+            _no_layout(f"the graph has no parallel_attn{named}", "name one that it has")
+        ((_, values),) = split_micro_batches(None, symbols, 1)
+        values = {leaf: check_leaf(leaf, value, GIVEN) for leaf, value in values.items()}
+        index, bound = self.index(strategy), BoundPipeline(0, dict(values), dict.fromkeys(values, GIVEN), _no_arrays)
+        check_constraints([*self.graph.constraints, *(item for node in nodes for item in node.constraints)], bound)
         keys = [_layout_op(node).inspect(node, index, values, cu_seqlens, batch) for node in nodes]
         if len(set(keys)) > 1:
             names = ", ".join(node.name for node in nodes)
@@ -267,6 +275,10 @@ class Planner:
         node, key = self.inspect(strategy, symbols, cu_seqlens, batch, name)
         plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key))
         return plan
+
+
+def _no_arrays(tensor: Tensor, pipeline: int, bound: BoundPipeline) -> NoReturn:
+    raise AssertionError(f"{tensor.name} is fed by runs only")
 
 
 def _layout_op(node: Node) -> LayoutOp:

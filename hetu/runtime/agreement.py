@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from hetu import rng
+from hetu.arguments import is_torch
 from hetu.backends import default_backend
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.config import settings
 from hetu.errors import CommunicationError, HetuError, StrategyError, caller
 from hetu.graph import Graph
 from hetu.parallel import AttnPlan
-from hetu.planning.arrays import is_torch
 from hetu.planning.feeds import FeedReader, Feeds, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.rank_feeds import OwnFeeds, merge

@@ -19,7 +19,7 @@ def refuse_special(path: str, op: str) -> None:
     """Refuses a folder, a device, a pipe or a socket: reading or writing one would do something else, or never end."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(os.stat(path).st_mode):
-            refuse(f"{path} is no file, but a folder, a device, a pipe or a socket", "name a file", op=op)
+            refuse(f"the path {path} is no file, but a folder, a device, a pipe or a socket", "name a file", op=op)
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -35,3 +36,16 @@ def in_own_modes(function: Callable[Parameters, Result]) -> Callable[Parameters,
             return precise(*args, **kwargs)
 
     return call
+
+
+def on_cpu_by_default() -> AbstractContextManager[Any]:
+    """A context in which torch's own code makes tensors on the CPU where it names no device.
+
+    Some versions of torch count an optimiser's steps on the default device, which may be a user's for something else.
+
+    Example:
+        >>> with torch.device("meta"), on_cpu_by_default():
+        ...     torch.ones(2).device
+        device(type='cpu')
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")

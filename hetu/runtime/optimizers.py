@@ -16,6 +16,7 @@ from hetu.graph import Node
 from hetu.optim import Optimizer
 from hetu.runtime.before import Before
 from hetu.runtime.copies import copied
+from hetu.runtime.modes import on_cpu_by_default
 from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore
 from hetu.runtime.placement import Box
 
@@ -104,7 +105,8 @@ class BoundOptimizer:
             param.grad = torch.zeros_like(param)
         with _told("load", self.spec), torch.no_grad():
             optimizer = _kind(self.spec)(groups)
-            optimizer.step()
+            with on_cpu_by_default():
+                optimizer.step()
         return {name: dict(optimizer.state.get(param, {})) for name, param in zip(names, params, strict=True)}
 
     def before(self) -> Before:
@@ -132,7 +134,8 @@ class BoundOptimizer:
                 torch.nn.utils.clip_grads_with_norm_(_holders(params, own), self.spec.max_grad_norm, norm)
             for param, grad in zip(params, own, strict=True):
                 param.grad = grad.to(param.dtype)
-            self.optimizer.step()
+            with on_cpu_by_default():
+                self.optimizer.step()
         finally:
             for param in params:
                 param.grad = None

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from hetu.arguments import device as as_device
+from hetu.arguments import shown
 from hetu.backends.comm import current_world
 from hetu.cache import LRU
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Node, Role, Tensor
-from hetu.planning.feeds import Feeds, Symbols, split_micro_batches
+from hetu.planning.feeds import Feeds, Symbols, split_micro_batches, tensors_of
 from hetu.planning.planner import STRUCTURES, Planner
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
@@ -38,12 +40,9 @@ class Fetches:
     """
 
     def __init__(self, fetches: Tensor | tuple[Tensor, ...], run_level: str) -> None:
-        if run_level not in RUN_LEVELS:
-            names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
-            raise HetuError(f"there is no run_level {run_level!r}", op="run", where=caller(), fix=f"use one of {names}")
+        self.run_level = _checked_level(run_level)
         self.is_single = isinstance(fetches, Tensor)
-        self.fetches = (fetches,) if isinstance(fetches, Tensor) else fetches
-        self.run_level = run_level
+        self.fetches = tuple(tensors_of(fetches))
         self.updates = list(dict.fromkeys(item.op for item in self.fetches if _is_update(item)))
         self.plain = tuple(dict.fromkeys(item for item in self.fetches if not _is_update(item)))
         self.changes_state = bool(self.updates) and run_level != "compute_only"
@@ -74,6 +73,15 @@ def _copy(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_copy, value))
     return value if value is None else value.clone()
+
+
+def _checked_level(run_level: Any) -> str:
+    if not isinstance(run_level, str) or run_level not in RUN_LEVELS:
+        names = ", ".join(f'"{name}"' for name in RUN_LEVELS)
+        raise HetuError(
+            f"there is no run_level {shown(run_level)}", op="run", where=caller(), fix=f"use one of {names}"
+        )
+    return run_level
 
 
 def _is_update(tensor: Any) -> bool:
@@ -124,8 +132,8 @@ class RunOpener:
             HetuError: If something fetched is no tensor of the graph, there is no such run level, the micro-batches
                 don't fit, or this rank can't run on the device.
         """
-        if not isinstance(fetches, Tensor):
-            fetches = tuple(fetches)  # what can be read once is read once
+        if not isinstance(fetches, Tensor):  # what can be read once is read once
+            fetches = tuple(fetches if isinstance(fetches, (list, tuple)) else tensors_of(fetches))
         wanted = fetches
 
         def find() -> tuple[Fetches, Subgraph]:
@@ -133,8 +141,11 @@ class RunOpener:
             return fetched, self._planner.subgraph(fetched.wanted)
 
         key = (wanted, run_level, self.graph.version)
-        fetched, subgraph = self._needs.get(key, find)
-        batches = split_micro_batches(feed_dict or {}, int_symbol_dict or {}, num_micro_batches)
+        try:
+            fetched, subgraph = self._needs.get(key, find)
+        except TypeError:  # the key has no hash: something in it is refused where it is read
+            fetched, subgraph = find()
+        batches = split_micro_batches(feed_dict, int_symbol_dict, num_micro_batches)
         return RunRequest(self.graph, fetched, subgraph, batches, strategy, device_of(self.graph, device))
 
 
@@ -148,10 +159,14 @@ def device_of(graph: Graph, wanted: str | None = None) -> torch.device:
     Raises:
         HetuError: If this rank reaches the other ranks from another device only.
     """
-    wanted, own = wanted or graph.device, current_world().device
+    if wanted is None:
+        wanted = graph.device
+    elif type(wanted) is not str:
+        wanted = as_device(wanted, op="run")
+    own = current_world().device
     if wanted is None and own is not None:
         return own
-    found = _device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    found = _device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if found.type == "cuda" and found.index is None:
         if own is not None and own.type == "cuda":
             return own  # torch's current device is that of a thread
@@ -166,5 +181,15 @@ def device_of(graph: Graph, wanted: str | None = None) -> torch.device:
     return found
 
 
-_device = cache(torch.device)
-"""Devices by what names them: every run asks for one, and torch takes a while to make it."""
+@cache  # every run asks for one, and torch takes a while to make it
+def _device(name: str, index: int | None = None) -> torch.device:
+    """The device of a name, which must be there."""
+    checked = as_device(name, op="run")
+    found = torch.device(checked or "cpu") if index is None else torch.device(name, index)
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if found.type == "cuda" and not (found.index or 0) < count:
+        there = f"{count} CUDA device{'s' * (count != 1)}" if count else "no CUDA device"
+        raise HetuError(
+            f"device is {name!r}, but this machine has {there}", op="run", where=caller(), fix="name one that is there"
+        )
+    return found

@@ -81,7 +81,7 @@ class GraphState:
         """Ends a run that failed: what it made is forgotten, for the seed may be another when it is made again.
 
         Runs of several threads may forget, or keep, each other's first values. They never forget what was changed:
-        that only happens under the lock, and is settled before others have it.
+        that only happens under the lock, and is settled there.
         """
         with self.lock:
             self.parameters.forget_fresh()
@@ -117,6 +117,7 @@ class GraphState:
         Args:
             waiting: The gradients that wait after it. Until this one assignment nothing of the step has happened.
         """
+        self.settle()  # first: a signal right after the assignment must not find anything to forget
         self.waiting = waiting
 
 

@@ -12,6 +12,7 @@ import sympy
 from hetu.symbols.expr import (
     Extremum,
     FloorDiv,
+    IntFunction,
     Leaf,
     Max,
     Mod,
@@ -38,6 +39,8 @@ def difference_of(a: Any, b: Any) -> Any:
     plain: dict[Any, Any] = {}
     for item in parts_of(subtract(a, b)):
         parts = [plain[part] for part in item.args]
+        if isinstance(item, IntFunction):  # sympy's expand doesn't look into it
+            parts = [sympy.expand(part) for part in parts]
         if isinstance(item, Mod):
             plain[item] = subtract(parts[0], multiply(parts[1], FloorDiv(*parts)))
         else:
@@ -120,6 +123,35 @@ def _floor_bound(coefficient: int, floor: FloorDiv) -> Any:
 
 def _exchange(expr: Any, coefficient: int, item: Any, operand: Any) -> Any:
     return sympy.expand(add(expr, multiply(make_int(-coefficient), item), multiply(make_int(coefficient), operand)))
+
+
+def magnitude_of(expr: Any, most: int) -> int:
+    """What the absolute value of an expression can't exceed where none of its leaves' absolute values exceeds ``most``.
+
+    Example:
+        >>> import hetu
+        >>> s, t = hetu.IntSymbol("s"), hetu.IntSymbol("t")
+        >>> magnitude_of((s * t - s // 2).expr, 10)
+        111
+    """
+    found: dict[Any, int] = {}
+    for item in parts_of(expr):
+        parts = [found[part] for part in item.args]
+        if item.is_Integer:
+            found[item] = abs(int(item.p))
+        elif isinstance(item, Leaf):
+            found[item] = most
+        elif isinstance(item, FloorDiv):
+            found[item] = parts[0] + 1  # a divisor is 1 at least, and a floor is below
+        elif isinstance(item, Mod):
+            found[item] = parts[1]
+        elif isinstance(item, Extremum):
+            found[item] = max(parts)
+        elif item.is_Pow:
+            found[item] = parts[0] ** int(item.exp.p)
+        else:
+            found[item] = sum(parts) if item.is_Add else math.prod(parts)
+    return found[expr]
 
 
 def linear_in(expr: Any, leaf: Leaf) -> tuple[Any, Any] | None:

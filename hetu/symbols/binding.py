@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from hetu.arguments import shown
 from hetu.errors import BindingError, Where, caller
 from hetu.symbols.analysis import linear_in
 from hetu.symbols.compile import compile_exprs, compile_sympy
-from hetu.symbols.expr import leaves_of
+from hetu.symbols.expr import leaves_of, names_of
 from hetu.symbols.int_symbol import IntSymbol, as_int
 
 Values = MutableMapping[IntSymbol, int]
@@ -57,15 +58,16 @@ class Binding(Mapping[IntSymbol, int]):
         """
         return expr.evaluate(self._values) if isinstance(expr, IntSymbol) else as_int(expr)
 
-    def describe(self, expr: IntSymbol | int) -> list[str]:
-        """A line for each bound leaf of an expression: ``max_q = 512   from int_symbol_dict``."""
-        return _describe(expr.leaves, self._values, self._sources) if isinstance(expr, IntSymbol) else []
+    def describe(self, *exprs: IntSymbol | int) -> list[str]:
+        """A line for each bound leaf of some expressions: ``max_q = 512   from int_symbol_dict``."""
+        leaves = dict.fromkeys(leaf for expr in exprs if isinstance(expr, IntSymbol) for leaf in expr.leaves)
+        return _describe(tuple(leaves), self._values, self._sources)
 
     def __repr__(self) -> str:
         return f"Binding({', '.join(f'{leaf}={value}' for leaf, value in self._values.items())})"
 
     def __str__(self) -> str:
-        return "\n".join(line for leaf in self for line in self.describe(leaf)) or "(nothing bound)"
+        return "\n".join(self.describe(*self)) or "(nothing bound)"
 
 
 def check_leaf(leaf: IntSymbol, value: Any, source: str, where: Where | None = None) -> int:
@@ -86,7 +88,7 @@ def check_leaf(leaf: IntSymbol, value: Any, source: str, where: Where | None = N
     """
     if not isinstance(leaf, IntSymbol):
         kind = type(leaf).__name__
-        _refuse(f"{leaf!r} ({kind}) is no symbol, so {source} can't bind it", where, "use the IntSymbol itself")
+        _refuse(f"{shown(leaf)} ({kind}) is no symbol, so {source} can't bind it", where, "use the IntSymbol itself")
     if not leaf.is_leaf:
         names = ", ".join(map(str, leaf.leaves))
         fix = f"bind {names} instead" if names else "leave it out"
@@ -94,9 +96,13 @@ def check_leaf(leaf: IntSymbol, value: Any, source: str, where: Where | None = N
     try:
         number = as_int(value)
     except TypeError:
-        _refuse(f"{leaf} is {value!r} ({type(value).__name__}) from {source}, expected an int", where, "give an int")
+        _refuse(
+            f"{leaf} is {shown(value)} ({type(value).__name__}) from {source}, expected an int", where, "give an int"
+        )
     if not _fits(leaf, number):
-        _refuse(f"{leaf} is {number} from {source}, expected {_wanted(leaf)}", where, f"give {leaf} such a value")
+        _refuse(
+            f"{leaf} is {shown(number)} from {source}, expected {_wanted(leaf)}", where, f"give {leaf} such a value"
+        )
     return number
 
 
@@ -106,10 +112,11 @@ def _fits(leaf: IntSymbol, value: int) -> bool:
 
 def _wanted(leaf: IntSymbol) -> str:
     """What a leaf may be, in words."""
-    kind = "an int" if leaf.multiple_of == 1 else f"a multiple of {leaf.multiple_of}"
+    kind = "an int" if leaf.multiple_of == 1 else f"a multiple of {shown(leaf.multiple_of)}"
+    least, most = shown(leaf.min), shown(leaf.max)
     if leaf.max is None:
-        return kind if leaf.min is None else f"{kind}, at least {leaf.min}"
-    return f"{kind}, at most {leaf.max}" if leaf.min is None else f"{kind} from {leaf.min} to {leaf.max}"
+        return kind if leaf.min is None else f"{kind}, at least {least}"
+    return f"{kind}, at most {most}" if leaf.min is None else f"{kind} from {least} to {most}"
 
 
 def _refuse(what: str, where: Where | None, fix: str, bound: Sequence[str] = ()) -> NoReturn:
@@ -272,7 +279,8 @@ def _no_solution(
 def _describe(
     leaves: Sequence[IntSymbol], known: Mapping[IntSymbol, int], sources: Mapping[IntSymbol, str]
 ) -> list[str]:
-    return [f"{leaf} = {known[leaf]}   from {sources[leaf]}" for leaf in leaves if leaf in known]
+    names = names_of(leaf.expr for leaf in leaves)
+    return [f"{names[leaf.expr]} = {shown(known[leaf])}   from {sources[leaf]}" for leaf in leaves if leaf in known]
 
 
 def _conflict(one: _Prepared, value: int, got: int, known: Values, sources: Sources) -> NoReturn:
@@ -281,7 +289,7 @@ def _conflict(one: _Prepared, value: int, got: int, known: Values, sources: Sour
     if expr.constant is not None:
         what, fix = f"{source} is {value}, expected {one.text}", f"feed a size of {one.text}"
     elif expr.is_leaf:
-        what = f"{one.text} is {got} from {sources[expr]}, but {value} from {source}"
+        what = f"{one.text} is {shown(got)} from {sources[expr]}, but {value} from {source}"
     else:
         what = f"{one.text} is {got}, but {source} is {value}"
     _refuse(what, one.equation.where, fix, _describe(one.leaves, known, sources))

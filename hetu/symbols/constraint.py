@@ -9,6 +9,7 @@ from functools import cached_property
 
 from hetu.errors import UnboundSymbolError, Where, caller
 from hetu.symbols.analysis import bounds_of, difference_of, interval_of_difference, never_zero
+from hetu.symbols.expr import Leaf, names_of, text_of
 from hetu.symbols.int_symbol import IntSymbol, as_symbol
 from hetu.symbols.interval import Interval
 
@@ -70,7 +71,7 @@ class Constraint:
 
     def __bool__(self) -> bool:
         if self.decided is None:
-            names = ", ".join(map(str, dict.fromkeys((*self.lhs.leaves, *self.rhs.leaves))))
+            names = ", ".join(self._names().values())
             raise UnboundSymbolError(
                 f"whether {self} is known only when the graph runs: it depends on {names}",
                 where=caller(),
@@ -78,8 +79,12 @@ class Constraint:
             )
         return self.decided
 
+    def _names(self) -> dict[Leaf, str]:
+        return names_of(leaf.expr for leaf in (*self.lhs.leaves, *self.rhs.leaves))
+
     def __str__(self) -> str:
-        return f"{self.lhs} {self.op} {self.rhs}"
+        names = self._names()
+        return f"{text_of(self.lhs.expr, names)} {self.op} {text_of(self.rhs.expr, names)}"
 
 
 def equal(a: IntSymbol | int, b: IntSymbol | int) -> Constraint:
@@ -90,7 +95,7 @@ def equal(a: IntSymbol | int, b: IntSymbol | int) -> Constraint:
         >>> bool(equal(s + s, 2 * s))
         True
     """
-    return Constraint("==", as_symbol(a), as_symbol(b))
+    return Constraint("==", as_symbol(a, "a"), as_symbol(b, "b"))
 
 
 def _decide(op: str, difference: Interval) -> bool | None:

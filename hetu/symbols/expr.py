@@ -10,13 +10,19 @@ from the nearest functions in it, not from the leaves up.
 
 from __future__ import annotations
 
+import itertools
 import math
+import threading
+from collections.abc import Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
 
+from hetu.arguments import shown
+from hetu.errors import HetuError, caller
 from hetu.symbols.interval import ANY, Interval
 
 
@@ -35,6 +41,12 @@ class Leaf(sympy.Dummy):  # type: ignore[misc]  # sympy has no types
 
     def _sympystr(self, printer: Any) -> str:
         return str(self.name)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle(str(self.name))
+
+    def __deepcopy__(self, memo: Any) -> Leaf:
+        return self
 
 
 def make_leaf(name: str, interval: Interval, multiple_of: int, owner: Any) -> Leaf:
@@ -75,6 +87,9 @@ def difference_terms(a: Any, b: Any) -> list[tuple[Any, int]]:
 class IntFunction(sympy.Expr):  # type: ignore[misc]
     """A function of ints with an int value, simplified when it is made and never after.
 
+    There is one object per function and operands, and to sympy it has no parts. So what sympy does by recursion
+    (comparing, hashing, sorting, expanding) ends at the nearest functions, however deep an expression is.
+
     Attributes:
         interval: The values that it may take.
         divisor: An int that divides them all.
@@ -82,11 +97,73 @@ class IntFunction(sympy.Expr):  # type: ignore[misc]
 
     is_integer = True
     is_commutative = True
+    is_number = False  # all have a leaf in them
+    is_Atom = True  # noqa: N815 - sympy's name
+    is_Dummy = True  # noqa: N815 - sympy then sorts a multiple of it by its sort_key, and not by its text
     interval: Interval
     divisor: int
+    _age: int
+
+    @classmethod
+    def _of(cls, *operands: Any) -> tuple[Any, bool]:
+        """The object for some operands, and whether it is new: its range and divisor are then still to be set."""
+        with _lock:
+            found = _functions.get((cls, operands))
+            if found is not None:
+                return found, False
+            made = sympy.Expr.__new__(cls, *operands)
+            made._age = next(_ages)
+            made._mhash = hash((cls.__name__, operands))
+            return made, True
+
+    @classmethod
+    def _keep(cls, made: Any, interval: Interval, divisor: int) -> Any:
+        """A new object with its range and divisor, for all who ask for the same operands from now on."""
+        made.interval, made.divisor = interval, divisor
+        with _lock:  # of two threads that made it the first has the word
+            return _functions.setdefault((cls, made.args), made)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __ne__(self, other: object) -> bool:
+        return self is not other
+
+    def __hash__(self) -> int:
+        return int(self._mhash)
+
+    def compare(self, other: Any) -> int:
+        """Sympy's order within sums and products: of two functions the older one comes first."""
+        if isinstance(other, IntFunction):
+            return (self._age > other._age) - (self._age < other._age)
+        return int(super().compare(other))
+
+    def sort_key(self, order: Any = None) -> Any:
+        """Sympy's order of anything."""
+        return self.class_key(), (2, (self._age,)), sympy.S.One.sort_key(), sympy.S.One
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle(text_of(self))
+
+    def __deepcopy__(self, memo: Any) -> IntFunction:
+        return self
 
     def _sympystr(self, printer: Any) -> str:
         return text_of(self)
+
+
+_functions: WeakValueDictionary[Any, Any] = WeakValueDictionary()
+_ages = itertools.count()
+_lock = threading.Lock()
+
+
+def refuse_pickle(text: str) -> NoReturn:
+    """Raises the error of a symbol that is to be pickled."""
+    raise HetuError(
+        f"the symbol {text} can't be pickled: in another process it would be another unknown",
+        where=caller(),
+        fix="pass ints, or make the symbols and the graph in each process",
+    )
 
 
 class FloorDiv(IntFunction):
@@ -99,10 +176,12 @@ class FloorDiv(IntFunction):
 
 
 def _new_floor(a: Any, b: Any) -> FloorDiv:
-    floor = sympy.Expr.__new__(FloorDiv, a, b)
-    floor.interval = interval_of(a) // interval_of(b)
-    floor.divisor = divisor_of(a) // abs(int(b.p)) if divides(b, a) else 1
-    return floor
+    floor, is_new = FloorDiv._of(a, b)
+    if not is_new:
+        return floor
+    return FloorDiv._keep(
+        floor, interval_of(a) // interval_of(b), divisor_of(a) // abs(int(b.p)) if divides(b, a) else 1
+    )
 
 
 def _floor_by_int(a: Any, b: int) -> Any:
@@ -134,10 +213,10 @@ class Mod(IntFunction):
             quotient = interval_of(a) // Interval.point(int(b.p))
             if quotient.lo == quotient.hi == 0:
                 return a
-        mod = sympy.Expr.__new__(cls, a, b)
-        mod.interval = interval_of(a) % interval_of(b)
-        mod.divisor = math.gcd(divisor_of(a), divisor_of(b))
-        return mod
+        mod, is_new = cls._of(a, b)
+        if not is_new:
+            return mod
+        return cls._keep(mod, interval_of(a) % interval_of(b), math.gcd(divisor_of(a), divisor_of(b)))
 
 
 class Extremum(IntFunction):
@@ -157,10 +236,11 @@ class Extremum(IntFunction):
             rest.append(make_int(constant))
         if len(rest) == 1:
             return rest[0]
-        extremum = sympy.Expr.__new__(cls, *rest)
-        extremum.interval = reduce(Interval.maximum if cls is Max else Interval.minimum, map(interval_of, rest))
-        extremum.divisor = math.gcd(*map(divisor_of, rest))
-        return extremum
+        extremum, is_new = cls._of(*rest)
+        if not is_new:
+            return extremum
+        interval = reduce(Interval.maximum if cls is Max else Interval.minimum, map(interval_of, rest))
+        return cls._keep(extremum, interval, math.gcd(*map(divisor_of, rest)))
 
     @classmethod
     def _beats(cls, a: Interval, b: Interval) -> bool:
@@ -260,11 +340,30 @@ def divides(b: Any, a: Any) -> bool:
 _SUM, _FLOOR, _PRODUCT, _ATOM = range(4)
 
 
-def text_of(expr: Any) -> str:
-    """How an expression reads: as the Python that would make it again."""
+def names_of(leaves: Iterable[Leaf]) -> dict[Leaf, str]:
+    """What a text calls unknowns: by their names, with a number behind where several of them have the same."""
+    named: dict[str, list[Leaf]] = {}
+    for leaf in sorted(set(leaves), key=lambda leaf: leaf.dummy_index):
+        named.setdefault(str(leaf.name), []).append(leaf)
+    return {
+        leaf: name if len(same) == 1 else f"{name}#{number}"
+        for name, same in named.items()
+        for number, leaf in enumerate(same, 1)
+    }
+
+
+def text_of(expr: Any, names: Mapping[Leaf, str] | None = None) -> str:
+    """How an expression reads: as the Python that would make it again.
+
+    Args:
+        expr: The expression.
+        names: What its unknowns are called; by default what :func:`names_of` says of them.
+    """
     texts: dict[Any, tuple[str, int]] = {}
-    for item in parts_of(expr):
-        texts[item] = _text(item, texts)
+    parts = parts_of(expr)
+    called = names_of(item for item in parts if isinstance(item, Leaf)) if names is None else names
+    for item in parts:
+        texts[item] = (called[item], _ATOM) if isinstance(item, Leaf) else _text(item, texts)
     return texts[expr][0]
 
 
@@ -274,9 +373,7 @@ def _text(item: Any, texts: dict[Any, tuple[str, int]]) -> tuple[str, int]:
         return text if holds >= least else f"({text})"
 
     if item.is_Integer:
-        return str(int(item.p)), _ATOM if item.p >= 0 else _SUM
-    if isinstance(item, Leaf):
-        return str(item.name), _ATOM
+        return shown(int(item.p)), _ATOM if item.p >= 0 else _SUM
     if isinstance(item, (FloorDiv, Mod)):
         return ("//" if isinstance(item, FloorDiv) else "%").join(of(part, _ATOM) for part in item.args), _FLOOR
     if isinstance(item, Extremum):

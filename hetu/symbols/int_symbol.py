@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from numbers import Integral, Number
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from hetu.errors import BindingError, UnboundSymbolError, caller
+from hetu.arguments import MOST_OF_FLOATS, int_of, integer, number_of, refuse
+from hetu.errors import BindingError, DTypeError, HetuError, UnboundSymbolError, caller
 from hetu.symbols.compile import compile_sympy
 from hetu.symbols.expr import (
     FloorDiv,
@@ -23,10 +23,12 @@ from hetu.symbols.expr import (
     make_int,
     make_leaf,
     multiply,
+    names_of,
+    refuse_pickle,
     subtract,
     text_of,
 )
-from hetu.symbols.interval import Interval
+from hetu.symbols.interval import Interval, leaf_range
 
 if TYPE_CHECKING:
     from hetu.symbols.constraint import Constraint
@@ -51,7 +53,7 @@ class IntSymbol:
 
     Raises:
         BindingError: If the range is empty, or the default value lies outside of it.
-        TypeError: If an argument is no int.
+        DTypeError: If an argument is no int; it is a TypeError too.
 
     Example:
         >>> s = IntSymbol("s", max=4096)
@@ -66,12 +68,15 @@ class IntSymbol:
     def __init__(
         self, value: str | int | None = None, *, min: int | None = 0, max: int | None = None, multiple_of: int = 1
     ) -> None:
-        interval, multiple = _range(min, max, multiple_of)
-        self._name: str | None = value if isinstance(value, str) else f"_{next(_unnamed)}"
+        interval, multiple = leaf_range(min, max, multiple_of)
+        if value is not None and not isinstance(value, str) and int_of(value) is None:
+            wanted, fix = "a name or an int", 'write IntSymbol("seq_len"), or IntSymbol(4096) for a default value'
+            refuse(value, "value", wanted, op="IntSymbol", error=DTypeError, fix=fix)
+        self._name: str | None = str(value) if isinstance(value, str) else f"_{next(_unnamed)}"
         self._default: int | None = None
         self.expr: Any = make_leaf(str(self._name), interval, multiple, self)
         if value is not None and not isinstance(value, str):
-            self.set_data(value)
+            self._default = self._checked(value)
 
     @classmethod
     def from_expr(cls, expr: Any) -> IntSymbol:
@@ -153,11 +158,14 @@ class IntSymbol:
 
         Raises:
             BindingError: If this is no leaf, or the value lies outside of its range.
-            TypeError: If the value is no int.
+            DTypeError: If the value is no int; it is a TypeError too.
         """
+        self._default = self._checked(value)
+
+    def _checked(self, value: Any) -> int:
         from hetu.symbols.binding import check_leaf
 
-        self._default = check_leaf(self, as_int(value), "set_data")
+        return check_leaf(self, integer(value, "value", op="set_data", error=DTypeError), "set_data")
 
     def evaluate(self, values: Mapping[IntSymbol, int]) -> int:
         """The value for given values of the leaves, each within its range.
@@ -168,14 +176,14 @@ class IntSymbol:
         """
         missing = [leaf for leaf in self.leaves if leaf not in values]
         if missing:
-            names = ", ".join(map(str, missing))
+            names = ", ".join(names_of(leaf.expr for leaf in missing).values())
             raise UnboundSymbolError(
                 f"no value for {names}" + ("" if self.is_leaf else f" in {self}"),
                 where=caller(),
                 fix=f"give {names} in int_symbol_dict, or set_data(...) a default",
             )
         # numpy's ints would overflow
-        return self._function(*(operator.index(values[leaf]) for leaf in self.leaves))[0]
+        return self._function(*(as_int(values[leaf]) for leaf in self.leaves))[0]
 
     @cached_property
     def _function(self) -> Any:
@@ -266,8 +274,22 @@ class IntSymbol:
             fix=f"demand it with hetu.require({self} > 0), or give {self} a range (min=1)",
         )
 
+    # A copy would be another unknown of the same name, which nothing binds.
+
+    def __copy__(self) -> IntSymbol:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> IntSymbol:
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        refuse_pickle(str(self))
+
     def __str__(self) -> str:
         return self._text
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
 
     @cached_property
     def _text(self) -> str:
@@ -277,28 +299,59 @@ class IntSymbol:
         return f"IntSymbol({self})"
 
 
-def as_int(value: Any) -> int:
+def as_int(value: Any, name: str = "a size") -> int:
     """An int, numpy's included, and no bool.
 
+    Args:
+        value: What came.
+        name: What it is, for the error.
+
     Raises:
-        TypeError: For anything else; floats never enter.
+        DTypeError: For anything else; floats never enter.
     """
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"expected an int or an IntSymbol, got {value!r} ({type(value).__name__}); sizes are exact ints")
+    number = value if type(value) is int else int_of(value)
+    if number is None:
+        refuse(value, name, "an int or an IntSymbol", error=DTypeError, fix=_INTS)
+    return number
 
 
-def as_symbol(value: IntSymbol | int) -> IntSymbol:
+_INTS = "give an int or an IntSymbol; sizes are exact ints"
+
+
+def as_size(value: Any, name: str, *, op: str | None = None, error: type[HetuError] = DTypeError) -> IntSymbol | int:
+    """A size: an IntSymbol, or an int of any kind as Python's.
+
+    Args:
+        value: What came.
+        name: The argument's name.
+        op: Who asks, for the error.
+        error: The class of the error.
+
+    Example:
+        >>> as_size(IntSymbol("s"), "seq_len"), as_size(5, "seq_len")
+        (IntSymbol(s), 5)
+    """
+    number = value if isinstance(value, IntSymbol) else int_of(value)
+    if number is None or (isinstance(number, int) and abs(number) > MOST_OF_FLOATS):
+        refuse(value, name, "an int or an IntSymbol", op=op, error=error, fix=_INTS)
+    return number
+
+
+def as_symbol(value: IntSymbol | int, name: str = "a size") -> IntSymbol:
     """The symbol itself, or an int as a constant.
+
+    Args:
+        value: What came.
+        name: What it is, for the error.
+
+    Raises:
+        DTypeError: If it is neither.
 
     Example:
         >>> as_symbol(5).constant
         5
     """
-    return value if isinstance(value, IntSymbol) else IntSymbol.from_expr(make_int(as_int(value)))
+    return value if isinstance(value, IntSymbol) else IntSymbol.from_expr(make_int(as_int(value, name)))
 
 
 def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
@@ -308,7 +361,9 @@ def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
         >>> ceil_div(IntSymbol("s"), 128), ceil_div(129, 128).constant
         (IntSymbol((s + 127)//128), 2)
     """
-    a, b = as_symbol(a), as_symbol(b)
+    a, b = as_symbol(a, "a"), as_symbol(b, "b")
+    if b == 0:
+        refuse(0, "b", "an int other than 0", op="ceil_div", error=BindingError)
     if b.constant is not None and b.constant > 0:
         return (a + (b - 1)) // b  # as people write it, so that both are equal
     return -((-a) // b)
@@ -336,32 +391,8 @@ def minimum(*values: IntSymbol | int) -> IntSymbol:
 
 def _extremum(kind: Any, values: tuple[IntSymbol | int, ...]) -> IntSymbol:
     if not values:
-        raise TypeError("expected at least one value")
-    return IntSymbol.from_expr(kind(*(as_symbol(item).expr for item in values)))
-
-
-def _range(low: int | None, high: int | None, multiple_of: int) -> tuple[Interval, int]:
-    """A leaf's range, narrowed to multiples, and the multiple."""
-    low, high = None if low is None else as_int(low), None if high is None else as_int(high)
-    multiple = as_int(multiple_of)
-    if multiple < 1:
-        raise BindingError(
-            f"multiple_of is {multiple}, expected an int of at least 1",
-            op="IntSymbol",
-            where=caller(),
-            fix="leave multiple_of out, or give what every value is a multiple of",
-        )
-    least = None if low is None else -(-low // multiple) * multiple
-    most = None if high is None else high // multiple * multiple
-    if least is not None and most is not None and least > most:
-        what = "int" if multiple == 1 else f"multiple of {multiple}"
-        raise BindingError(
-            f"there is no {what} from min={low} to max={high}",
-            op="IntSymbol",
-            where=caller(),
-            fix="give a range that holds a value",
-        )
-    return Interval(least, most), multiple
+        raise TypeError("expected at least one value")  # as Python says it of its own max
+    return IntSymbol.from_expr(kind(*(as_symbol(item, f"values[{i}]").expr for i, item in enumerate(values))))
 
 
 def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
@@ -372,13 +403,12 @@ def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
     """
     if isinstance(value, IntSymbol):
         return value
-    try:
-        return as_symbol(value)
-    except TypeError:
-        if isinstance(value, Number):
-            kind = type(value).__name__
-            raise TypeError(f"{text()}: symbols are exact ints, got a {kind}; write an int") from None
-        return None
+    number = int_of(value)
+    if number is not None:
+        return IntSymbol.from_expr(make_int(number))
+    if isinstance(value, Number) or number_of(value) is not None:
+        raise TypeError(f"{text()}: symbols are exact ints, got a {type(value).__name__}; write an int")
+    return None
 
 
 def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hetu.arguments import integer, shown
+from hetu.errors import BindingError, DTypeError, caller
+
 Bound = int | None
 
 
@@ -103,6 +106,43 @@ class Interval:
 
 
 ANY = Interval(None, None)
+
+
+def leaf_range(low: int | None, high: int | None, multiple_of: int) -> tuple[Interval, int]:
+    """A leaf's range, narrowed to multiples, and the multiple.
+
+    Args:
+        low: Least value; None for no bound.
+        high: Greatest value; None for no bound.
+        multiple_of: What the value is a multiple of.
+
+    Raises:
+        BindingError: If no value is left.
+        DTypeError: If an argument is no int.
+    """
+    low, high = (
+        None if bound is None else integer(bound, name, op="IntSymbol", error=DTypeError)
+        for name, bound in (("min", low), ("max", high))
+    )
+    multiple = integer(multiple_of, "multiple_of", op="IntSymbol", error=DTypeError)
+    if multiple < 1:
+        raise BindingError(
+            f"multiple_of is {shown(multiple)}, expected an int of at least 1",
+            op="IntSymbol",
+            where=caller(),
+            fix="leave multiple_of out, or give what every value is a multiple of",
+        )
+    least = None if low is None else -(-low // multiple) * multiple
+    most = None if high is None else high // multiple * multiple
+    if least is not None and most is not None and least > most:
+        what = "int" if multiple == 1 else f"multiple of {shown(multiple)}"
+        raise BindingError(
+            f"there is no {what} from min={shown(low)} to max={shown(high)}",
+            op="IntSymbol",
+            where=caller(),
+            fix="give a range that holds a value",
+        )
+    return Interval(least, most), multiple
 
 
 def _add(a: Bound, b: Bound) -> Bound:

@@ -66,13 +66,13 @@ BAD: list[tuple[dict[str, Any], type[hetu.HetuError], str]] = [
     ({"cu_seqlens_k": cumulative([3, 4, 9])}, hetu.BindingError, "cu_seqlens_k ends at 16, but k has 12 rows"),
     ({"max_seqlen_q": 4}, hetu.BindingError, "max_seqlen_q is 4, but sequence 2 of cu_seqlens_q has 5 tokens"),
     ({"max_seqlen_k": 5}, hetu.BindingError, "max_seqlen_k is 5, but sequence 0 of cu_seqlens_k has 6 tokens"),
-    ({"max_seqlen_q": 5.0}, hetu.DTypeError, "max_seqlen_q is 5.0, expected an int"),
-    ({"max_seqlen_k": torch.tensor(9)}, hetu.DTypeError, "max_seqlen_k is tensor(9), expected an int"),
+    ({"max_seqlen_q": 5.0}, hetu.DTypeError, "expected max_seqlen_q to be an int, got 5.0 (float)"),
+    ({"max_seqlen_k": torch.tensor([9])}, hetu.DTypeError, "expected max_seqlen_k to be an int, got tensor([9])"),
     ({"dropout_p": 1.0}, hetu.HetuError, "dropout_p is 1.0, expected a probability in [0, 1)"),
     ({"dropout_p": -0.1}, hetu.HetuError, "dropout_p is -0.1, expected a probability in [0, 1)"),
-    ({"dropout_p": "0.1"}, hetu.HetuError, "dropout_p is '0.1', expected a probability in [0, 1)"),
+    ({"dropout_p": "0.1"}, hetu.HetuError, "expected dropout_p to be a probability in [0, 1), got '0.1'"),
     ({"softmax_scale": float("nan")}, hetu.HetuError, "softmax_scale is nan, expected a finite number"),
-    ({"softmax_scale": "1"}, hetu.HetuError, "softmax_scale is '1', expected a finite number"),
+    ({"softmax_scale": "1"}, hetu.HetuError, "expected softmax_scale to be a finite number, got '1' (str)"),
 ]
 
 
@@ -121,3 +121,30 @@ def test_import_hetu_finds_it() -> None:
     assert hetu.functional is functional
     with pytest.raises(AttributeError, match="functionals"):
         _ = hetu.functionals
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_seqlen_q": torch.tensor(5), "max_seqlen_k": np.int64(7)},
+        {"softmax_scale": np.float32(0.25), "dropout_p": 0},
+        {"softmax_scale": torch.tensor(0.25), "dropout_p": np.float16(0.5), "seed": np.int64(3)},
+        {"is_causal": np.True_, "seed": torch.tensor(3), "dropout_p": torch.tensor(0.5, dtype=torch.float64)},
+        {"return_lse": np.False_, "softmax_scale": 2},
+    ],
+    ids=str,
+)
+def test_scalars_of_numpy_and_torch_are_numbers(options: dict[str, Any]) -> None:
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in options.items()}
+    assert torch.equal(call(**options), call(**plain))
+
+
+@pytest.mark.parametrize("name", ["is_causal", "return_lse", "max_seqlen_q", "max_seqlen_k", "seed"])
+@pytest.mark.parametrize("value", ["no", [], 1.5, np.float32(2), torch.ones(1), 2j], ids=repr)
+def test_flags_and_ints_are_nothing_else(name: str, value: Any) -> None:
+    for _ in range(2):
+        with pytest.raises(hetu.HetuError, match=f"expected {name} to be an? (bool|int), got"):
+            call(**{"dropout_p": 0.5, name: value})
+        call(is_causal=True)  # equal to 1, under which a checked call would be found again
+        with pytest.raises(hetu.HetuError, match="expected is_causal to be a bool"):
+            call(is_causal=1)

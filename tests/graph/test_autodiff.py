@@ -345,10 +345,20 @@ def test_numpy_scalars_are_numbers() -> None:
         results = [x * np.float64(2.0), np.float32(0.5) + x, x * np.int8(3), x ** np.int64(2), x - np.float16(0.5)]
         assert {item.dtype for item in results} == {hetu.float32}
         assert all(type(node.inputs[1]) in (int, float) for node in g.nodes[1:] if node.definition.name != "add")
-        for other in (np.array(2.0), np.complex64(1), np.str_("a"), np.datetime64("2020-01-01")):
-            with pytest.raises(hetu.DTypeError, match="expected a graph tensor or a number, got"):
+        results += [np.array(2.0) * x, torch.tensor(2) * x, x + torch.tensor(0.5)]
+        for other in (
+            np.ones(2),
+            torch.ones(2),
+            np.complex64(1),
+            np.timedelta64(1, "ns"),
+            np.ma.masked,
+            np.str_("a"),
+            np.datetime64("2020-01-01"),
+        ):
+            with pytest.raises(hetu.DTypeError, match=r"expected (a|b) to be a graph tensor or a number, got"):
                 x * other
     wanted = [[2.0, 4.0], [1.5, 2.5], [3.0, 6.0], [1.0, 4.0], [0.5, 1.5]]
+    wanted += [[2.0, 4.0], [2.0, 4.0], [1.5, 2.5]]
     for result, expected in zip(g.run(results, feed_dict={x: [1.0, 2.0]}), wanted, strict=True):
         assert result.tolist() == expected
 

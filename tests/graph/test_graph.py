@@ -171,7 +171,10 @@ def test_threads_do_not_see_each_others_graphs() -> None:
 def test_foreign_tensors_are_refused() -> None:
     g, x, _ = small_graph()
     _, foreign, _ = small_graph()
-    with pytest.raises(hetu.HetuError, match=r"tensor x belongs to another graph \(made at test_graph.py:"):
+    with pytest.raises(
+        hetu.HetuError,
+        match=r"expected b to be of the same graph .*, but tensor x belongs to another graph \(made at test_graph.py:",
+    ):
         x + foreign
     assert len(g.nodes) == 3
 
@@ -207,7 +210,10 @@ def test_a_refused_op_leaves_the_graph_as_it_was() -> None:
 
 @pytest.mark.parametrize(("kind", "options"), [("eager", {}), ("define_and_run", {"num_strategy": 0})])
 def test_graphs_of_no_kind(kind: str, options: dict[str, int]) -> None:
-    with pytest.raises(hetu.HetuError, match=r"no graph of kind 'eager'|num_strategy is 0"):
+    with pytest.raises(
+        hetu.HetuError,
+        match=r"kind to be .*, got 'eager'|num_strategy to be an int from 1 to \d+, got 0",
+    ):
         hetu.graph(kind, **options)
 
 

@@ -48,7 +48,7 @@ def test_split_sizes_that_do_not_add_up_are_refused_by_the_run() -> None:
         front, _ = hetu.split(x, [t, 3])
     feeds = {x: np.zeros(5)}
     assert g.run(front, feed_dict=feeds, int_symbol_dict={t: 2}).shape == (2,)
-    with pytest.raises(hetu.ShapeError, match=r"sizes that add up to s, that of dimension 0, got \[t, 3\]") as caught:
+    with pytest.raises(hetu.ShapeError, match=r"sizes that add up to s, that of dim 0, got \[t, 3\]") as caught:
         g.run(front, feed_dict=feeds, int_symbol_dict={t: 1})
     assert "front, _ = hetu.split(x, [t, 3])" in str(caught.value)
 

@@ -53,7 +53,7 @@ def test_slice_bounds_are_symbols_of_the_run() -> None:
     feeds = {x: np.arange(5)}
     np.testing.assert_array_equal(g.run(window, feed_dict=feeds, int_symbol_dict={t: 3}), [3, 4])
     np.testing.assert_array_equal(g.run(tail, feed_dict=feeds, int_symbol_dict={t: 1}), [1, 2, 3, 4])
-    with pytest.raises(hetu.ShapeError, match=r"stop <= s in dimension 0") as caught:
+    with pytest.raises(hetu.ShapeError, match=r"stop <= s in dim 0") as caught:
         g.run(window, feed_dict=feeds, int_symbol_dict={t: 4})
     assert "window = hetu.slice(x, 0, t, t + 2)" in str(caught.value)
     with pytest.raises(hetu.UnboundSymbolError, match="no value for t"):
@@ -100,7 +100,7 @@ def test_reshape_asks_the_run_what_symbols_leave_open() -> None:
         g.run(pairs, feed_dict={x: np.zeros(5, "float32")})
     with pytest.raises(hetu.ShapeError, match="with a size of 0"):
         g.run(rows, feed_dict=six, int_symbol_dict={t: 0})
-    with pytest.raises(hetu.ShapeError, match="as many elements before as after"):
+    with pytest.raises(hetu.ShapeError, match="as many elements as x"):
         g.run(square, feed_dict=six, int_symbol_dict={t: 2})
 
 

@@ -227,8 +227,8 @@ def test_graphs_of_no_strategies(options: dict[str, Any], text: str) -> None:
             r"strategy 1 \[s//2, s//2\] .* but the graph's is \[s//2, s - s//2\]",
         ),
         (([[S], [S // 2, S - S // 2]], [[0], [0, 1]]), r"in groups \[0, 1\], but the graph's is"),
-        ((5, [[0], [0, 0]]), "multi_seq_lens_symbol is 5, expected a list of lists"),
-        (([S, S], [[0], [0, 0]]), "expected a list of lists"),
+        ((5, [[0], [0, 0]]), "expected multi_seq_lens_symbol to be a list of lists, got 5"),
+        (([S, S], [[0], [0, 0]]), r"expected multi_seq_lens_symbol\[0\] to be a list of ints and symbols"),
     ],
 )
 @pytest.mark.parametrize("op", ["parallel_attn", "layout_tokens"])

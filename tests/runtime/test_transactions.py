@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.devices import DEVICES
 from support.states import Trained, is_same
 from torch.optim import lr_scheduler
 
@@ -149,6 +150,22 @@ def test_what_fails_changes_nothing_and_the_next_run_is_as_without_it(kind: str,
                 hetu.manual_seed(2)
                 ends.append(([model.step(), model.step()], model.state()))
             assert is_same(*ends), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_whatever_torch_computes_it_with(kind: str, options: dict[str, Any], device: str) -> None:
+    lr = {"lr": 0.01}  # no tensor: torch refuses one with foreach
+    model = Trained(OPTIMIZERS[kind](**lr, **options, schedule=Schedule), device=device)
+    model.step()
+    before = model.state()
+    with attribute(Schedule, "raises", True), pytest.raises(hetu.HetuError):
+        model.step()
+    assert is_same(before, model.state())
+    model.step()
+    model.graph.load_state_dict(before)
+    assert is_same(before, model.state())
 
 
 def test_of_two_updates_neither_stays() -> None:

@@ -18,15 +18,16 @@ class Trained:
         optimizer: Minimises it.
         order: That in which the parameters are made.
         groups: Gives the groups from the parameters by name; None for one group of all.
+        device: Where it runs.
     """
 
-    def __init__(self, optimizer: Any, order: str = "ab", groups: Any = None, dtype: str = "float32") -> None:
-        with hetu.graph("define_and_run", device="cpu") as self.graph:
-            self.x = hetu.placeholder(dtype, [2], name="x")
-            self.p = {name: hetu.parameter(1.0, [2], dtype, name=name) for name in order}
+    def __init__(self, optimizer: Any, order: str = "ab", groups: Any = None, device: str = "cpu") -> None:
+        with hetu.graph("define_and_run", device=device) as self.graph:
+            self.x = hetu.placeholder("float32", [2], name="x")
+            self.p = {name: hetu.parameter(1.0, [2], name=name) for name in order}
             loss = hetu.sum(hetu.dropout(self.p["a"] * self.x, 0.5)) * 100.0 + hetu.sum(self.p["b"] * self.x)
             self.train = optimizer.minimize(loss, None if groups is None else groups(self.p), name="train")
-        self.feeds = {self.x: torch.tensor([1.0, 2.0]).to(getattr(torch, dtype))}
+        self.feeds = {self.x: torch.tensor([1.0, 2.0])}
 
     def step(self, **options: Any) -> float:
         return float(self.graph.run(self.train, self.feeds, **options))

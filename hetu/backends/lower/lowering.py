@@ -193,7 +193,7 @@ class _Builder:
             place = self.graph.inserting_after(last) if last else self.graph.inserting_before(None)
             with place:
                 # Users' names may be any text; the number keeps keywords, and names that look alike then, apart.
-                plain = re.sub(r"\W", "_", name)
+                plain = re.sub(r"\W", "_", name, flags=re.ASCII)
                 self.inputs[key] = self.graph.placeholder(f"in{len(self.inputs)}_{plain}")
         return self.inputs[key]
 

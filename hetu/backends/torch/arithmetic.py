@@ -10,7 +10,7 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import cast, operands
+from hetu.backends.torch.common import as_range, cast, operands
 from hetu.graph import Tensor
 
 
@@ -40,5 +40,6 @@ def _div(cx: NodeLowering, a: Any, b: Any) -> fx.Node:
     # torch has number / tensor only as reciprocal and product, which rounds twice (1/49 * 49 is not 1).
     dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
     wide = torch.float32 if dtype.itemsize == 2 else dtype
+    a = as_range(a, cx.node.outputs[0].dtype)
     quotient = cx.call(torch.div, cx.call(torch.scalar_tensor, a, dtype=wide, device="cpu"), cast(cx, b, wide))
     return quotient if wide == dtype else cast(cx, quotient, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,36 @@ def operands(cx: NodeLowering, a: Any, b: Any, wanted: DType | None = None) -> t
             a = cast(cx, a, TORCH_DTYPES[wanted])
         else:
             b = cast(cx, b, TORCH_DTYPES[wanted])
-    return number(a, wanted.is_floating), number(b, wanted.is_floating)
+    pairs = zip(cx.node.inputs, (a, b), strict=True)
+    first, second = (number(cx, item, value, wanted.is_floating) for item, value in pairs)
+    return first, second
 
 
-def number(item: Any, floating: bool) -> Any:
-    """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway."""
-    return float(item) if floating and isinstance(item, int) and not -(2**63) <= item < 2**63 else item
+def number(cx: NodeLowering, item: Any, value: Any, floating: bool) -> Any:
+    """A number as torch takes it: ints have 64 bits, and to a floating result a larger one is a float anyway.
+
+    Args:
+        cx: The node's lowering.
+        item: The operand: a tensor, a number or a symbol.
+        value: What stands for it in the module.
+        floating: Whether the result is floating.
+    """
+    if not floating or isinstance(item, (Tensor, bool)) or not isinstance(value, (int, fx.Node)):
+        return value
+    return hetu_scalar(value) if isinstance(value, int) else cx.call(hetu_scalar, value)
+
+
+def hetu_scalar(size: int) -> int | float:
+    """A size as torch takes it as a number in a floating computation."""
+    return size if -(2**63) <= size < 2**63 else float(size)
+
+
+def as_range(value: Any, dtype: DType) -> Any:
+    """A float beyond a dtype's range as infinity, which torch.scalar_tensor refuses to make of it."""
+    if not isinstance(value, float) or not math.isfinite(value) or not dtype.is_floating:
+        return value
+    most = torch.finfo(torch.float64 if dtype.itemsize == 8 else torch.float32).max
+    return value if abs(value) <= most else math.copysign(math.inf, value)
 
 
 def checked_indices(cx: NodeLowering, index: fx.Node, name: str) -> fx.Node:

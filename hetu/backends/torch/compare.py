@@ -10,7 +10,7 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import number, operands
+from hetu.backends.torch.common import as_range, number, operands
 from hetu.graph import Tensor
 from hetu.ops.common.build import result_type
 
@@ -41,7 +41,7 @@ def _where(cx: NodeLowering, condition: fx.Node, a: Any, b: Any) -> fx.Node:
         # A plain number's dtype would be torch's global default where no tensor says otherwise.
         if isinstance(item, Tensor):
             return value
-        value = number(value, wanted.is_floating)
+        value = as_range(number(cx, item, value, wanted.is_floating), wanted)
         return cx.call(torch.scalar_tensor, value, dtype=TORCH_DTYPES[wanted], device=device)
 
     _, item_a, item_b = cx.node.inputs

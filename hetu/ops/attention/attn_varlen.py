@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import flag
 from hetu.dtypes import float32, int32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import (
@@ -210,7 +211,7 @@ class AttnVarlen(_VarlenAttention):
             BadSample(lambda: bad(head_dim=12), ShapeError, "head_dim is 12"),
             BadSample(lambda: bad(width=20), ShapeError, "the width of q is 20"),
             BadSample(lambda: bad(dtype=int32), DTypeError, "q is int32"),
-            BadSample(lambda: bad(max_seqlen_q=1.5), DTypeError, "max_seqlen_q is 1.5"),
+            BadSample(lambda: bad(max_seqlen_q=1.5), DTypeError, "max_seqlen_q to be an int or an IntSymbol, got 1.5"),
         ]
 
 
@@ -302,9 +303,9 @@ def attn_varlen(
         "max_seqlen_k": max_seqlen_k,
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
-        "zero_tensors": bool(zero_tensors),
-        "mask": Mask.of(is_causal),
-        "return_softmax": bool(return_softmax),
+        "zero_tensors": zero_tensors,
+        "mask": Mask.of(flag(is_causal, "is_causal", op="attn_varlen")),
+        "return_softmax": return_softmax,
     }
     inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
     return list(current_graph(inputs, "attn_varlen").apply("attn_varlen", inputs, attrs, name))

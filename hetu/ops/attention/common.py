@@ -9,12 +9,14 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import flag, int_of, real, shown
 from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Call, Node, Pipeline, Tensor
 from hetu.graph.passes import live_nodes
+from hetu.ops.common.build import probability
 from hetu.parallel import Mask
-from hetu.symbols import IntSymbol, as_symbol, ceil_div
+from hetu.symbols import IntSymbol, as_size, as_symbol, ceil_div
 
 FLOATS = (float16, bfloat16, float32, float64)
 
@@ -32,7 +34,7 @@ def lse_dtype(value: Tensor) -> DType:
 def check_tensor(call: Call, name: str, value: Any, dtypes: tuple[DType, ...], ranks: tuple[int, ...]) -> Tensor:
     """Demands a tensor of one of the dtypes and ranks."""
     if not isinstance(value, Tensor):
-        call.fail(DTypeError, f"{name} must be a tensor, got {value!r}", f"pass a graph tensor as {name}")
+        call.fail(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a graph tensor as {name}")
     if value.dtype not in dtypes:
         names = " or ".join(dtype.name for dtype in dtypes)
         call.fail(
@@ -79,23 +81,22 @@ def check_width(call: Call, name: str, width: IntSymbol, head_dim: int) -> int:
 def check_options(call: Call) -> None:
     """Checks head_dim, p_dropout and softmax_scale, and replaces a scale of -1 by its value."""
     attrs = call.attrs
-    head_dim, p, scale = attrs["head_dim"], attrs["p_dropout"], attrs["softmax_scale"]
-    if isinstance(head_dim, bool) or not isinstance(head_dim, int) or not 8 <= head_dim <= 256 or head_dim % 8:
-        call.fail(ShapeError, f"head_dim is {head_dim!r}, expected a multiple of 8 from 8 to 256", "pad the heads")
-    if not isinstance(p, (int, float)) or not 0 <= p < 1:
-        call.fail(HetuError, f"p_dropout is {p!r}, expected a probability in [0, 1)", "give 0 for no dropout")
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        call.fail(HetuError, f"softmax_scale is {scale!r}, expected a finite number", "give -1 for 1/sqrt(head_dim)")
-    attrs["p_dropout"] = float(p)
-    attrs["softmax_scale"] = 1 / math.sqrt(head_dim) if scale == -1 else float(scale)
+    head_dim = attrs["head_dim"] = int_of(attrs["head_dim"]) or attrs["head_dim"]
+    if type(head_dim) is not int or not 8 <= head_dim <= 256 or head_dim % 8:
+        fix = "pad the heads with zeros, and give the softmax_scale of the unpadded: 1/sqrt(head_dim)"
+        call.fail(ShapeError, f"head_dim is {shown(head_dim)}, expected a multiple of 8 from 8 to 256", fix)
+    attrs["p_dropout"] = probability(call, "p_dropout")
+    scale = real(attrs["softmax_scale"], "softmax_scale", op=call.op, fix="give -1 for 1/sqrt(head_dim)")
+    attrs["softmax_scale"] = 1 / math.sqrt(head_dim) if scale == -1 else scale
+    for name in ("zero_tensors", "return_softmax"):
+        if name in attrs:
+            attrs[name] = flag(attrs[name], name, op=call.op)
 
 
 def max_seqlen(call: Call, name: str) -> IntSymbol:
     """The bound on lengths that the user gave, or a symbol of the op's own that the lengths will tell."""
     given = call.attrs[name]
-    if given is not None and not isinstance(given, (int, IntSymbol)):
-        call.fail(DTypeError, f"{name} is {given!r}, expected an IntSymbol or an int", f"give {name} as a symbol")
-    symbol = call.symbol(name) if given is None else as_symbol(given)
+    symbol = call.symbol(name) if given is None else as_symbol(as_size(given, name, op=call.op))
     call.check(symbol >= 0, f"expected {name} to be at least 0")
     call.attrs[name] = symbol
     return symbol
@@ -156,9 +157,18 @@ def check_longest(node: Node, bound: str, lengths: NDArray[np.int64], of: str, p
         refuse(
             node,
             f"{bound} is {limit}, but sequence {longest} of {of} has {lengths[longest]} tokens",
-            f"bind {symbol} to at least {lengths.max()}, or leave it unbound",
+            raise_bound(symbol, bound, int(lengths.max())),
             pipeline.describe(symbol),
         )
+
+
+def raise_bound(symbol: IntSymbol, name: str, least: int) -> str:
+    """How to make an upper bound large enough: bind the symbol that it is, or those that it is made of."""
+    if symbol.is_leaf:
+        return f"bind {symbol} to at least {least}, or leave it unbound"
+    if symbol.constant is not None:
+        return f"give {name} as at least {least}, or leave it out"
+    return f"bind {', '.join(map(str, symbol.leaves))} so that {symbol} is at least {least}, or leave {name} out"
 
 
 def attention_gradient(

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import flag, items, shown
 from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Call, Node, OpDef, Pipeline, RunView
 from hetu.ops.attention.common import check_cu_seqlens, check_longest, read_cu_seqlens
 from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, refuse_rows
 from hetu.parallel import SPLITS, Strategy, groups_of
 from hetu.parallel.layout.documents import batch_lists, cu_seqlens_lists
-from hetu.symbols import IntSymbol, as_symbol
+from hetu.symbols import IntSymbol, as_size, as_symbol
 
 Lists = Sequence[Sequence[IntSymbol | int]]
 
@@ -50,8 +51,21 @@ class LayoutOp(OpDef):
                 call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
-            if attrs[name] not in known:
-                call.fail(StrategyError, f"there is no {name} {attrs[name]!r}", f"use one of {', '.join(known)}")
+            if not isinstance(attrs[name], str) or attrs[name] not in known:
+                what = f"there is no {name} {shown(attrs[name])}"
+                call.fail(StrategyError, what, f"use one of {', '.join(known)}")
+
+    @staticmethod
+    def _rows(call: Call, name: str, value: Any) -> list[tuple[IntSymbol, ...]]:
+        """One of the lists as symbols, a row per strategy."""
+        fix = "give one list per strategy"
+        rows = []
+        for i, row in enumerate(items(value, name, "a list of lists", op=call.op, error=StrategyError, fix=fix)):
+            what = f"{name}[{i}]"
+            given = items(row, what, "a list of ints and symbols", op=call.op, error=StrategyError, fix=fix)
+            sizes = [as_size(item, f"{what}[{r}]", op=call.op, error=StrategyError) for r, item in enumerate(given)]
+            rows.append(tuple(map(as_symbol, sizes)))
+        return rows
 
     def _listed(self, call: Call, lists: Mapping[str, Any]) -> tuple[Strategy, ...]:
         """The strategies that two lists describe, which must be the graph's where it has some."""
@@ -60,15 +74,13 @@ class LayoutOp(OpDef):
             if value is None:
                 fix = "give both lists, or give hetu.graph the strategies and leave both out"
                 call.fail(StrategyError, f"{name} is missing", fix)
-            if not _is_list(value) or not all(map(_is_list, value)):
-                call.fail(StrategyError, f"{name} is {value!r}, expected a list of lists", "give one list per strategy")
-            if len(value) != graph.num_strategy:
+            rows.append(self._rows(call, name, value))
+            if len(rows[-1]) != graph.num_strategy:
                 call.fail(
                     StrategyError,
-                    f"{name} has {len(value)} rows, but the graph has {graph.num_strategy} strategies",
+                    f"{name} has {len(rows[-1])} rows, but the graph has {graph.num_strategy} strategies",
                     "give one row per strategy, or another num_strategy to hetu.graph",
                 )
-            rows.append(value)
         listed = tuple(Strategy(*row) for row in zip(*rows, strict=True))
         for i, (own, other) in enumerate(zip(listed, graph.strategies, strict=False)):
             if not own.says_the_same_as(other):
@@ -98,12 +110,14 @@ class LayoutOp(OpDef):
     def check_packing(self, call: Call) -> None:
         """Demands cu_seqlens with packing, and only then."""
         given = [call.inputs[self.inputs.index(name)] for name in self.host_inputs]
+        call.attrs["packing"] = flag(call.attrs["packing"], "packing", op=call.op)
         if not call.attrs["packing"]:
             if any(item is not None for item in given):
                 call.fail(HetuError, "cu_seqlens were given without packing", "pass packing=True, or leave them out")
             return
         if given[0] is None:
-            call.fail(HetuError, "packing needs cu_seqlens_q", "pass the documents' cumulative lengths")
+            name = self.host_inputs[0] if len(self.host_inputs) > 1 else "cu_seqlens"
+            call.fail(HetuError, f"packing needs {name}", "pass the documents' cumulative lengths")
         for name, item in zip(self.host_inputs, given, strict=True):
             if item is not None:
                 check_cu_seqlens(call, name, item, ranks=(1, 2))
@@ -204,11 +218,6 @@ class LayoutOp(OpDef):
                 fix="pass cu_seqlens=..., as the run will feed it",
             )
         return LayoutKey.of(node, lens, groups, (), cu_seqlens_lists(cu_seqlens, order) or ())
-
-
-def _is_list(value: Any) -> bool:
-    """Whether it is a list, tuple or array, and no text or iterator."""
-    return isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes))
 
 
 def strategy_of(node: Node, index: int) -> Strategy:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from hetu.arguments import flag, integer
 from hetu.dtypes import float32, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
@@ -102,7 +103,7 @@ class ParallelAttn(_ParallelAttention):
         return [GoodSample(lambda x: parallel_attn(x, 8, 2, [[3]], [[0]])[0], (qkv,), reference)], [
             BadSample(lambda: bad(width=32), ShapeError, "4 heads"),
             BadSample(lambda: bad(lens=((2,), (2,))), StrategyError, "has 2 rows"),
-            BadSample(lambda: bad(groups=((0, 0),)), StrategyError, "has 1 entries and cp_groups 2"),
+            BadSample(lambda: bad(groups=((0, 0),)), StrategyError, "has 1 entries and groups 2"),
             BadSample(lambda: bad(split="zigzag"), StrategyError, "there is no split 'zigzag'"),
             BadSample(lambda: bad(packing=True), HetuError, "packing needs cu_seqlens_q"),
             BadSample(lambda: bad(cu_seqlens_q=constant(cu)), HetuError, "without packing"),
@@ -135,9 +136,9 @@ class ParallelAttnGrad(_ParallelAttention):
 
 
 def _heads(call: Call, qkv: Tensor) -> tuple[int, int]:
-    head_dim, ratio = call.attrs["head_dim"], call.attrs["group_query_ratio"]
-    if isinstance(ratio, bool) or not isinstance(ratio, int) or ratio < 1:
-        call.fail(ShapeError, f"group_query_ratio is {ratio!r}, expected a positive int", "give H_q / H_kv")
+    head_dim, name = call.attrs["head_dim"], "group_query_ratio"
+    ratio = integer(call.attrs[name], name, least=1, most=2**31, op=call.op, error=ShapeError, fix="give H_q / H_kv")
+    call.attrs[name] = ratio
     heads = check_width(call, "qkv", qkv.symbolic_shape[1], head_dim)
     if heads % (ratio + 2):
         call.fail(
@@ -234,13 +235,13 @@ def parallel_attn(
         "group_query_ratio": group_query_ratio,
         "seq_lens": multi_seq_lens_symbol,
         "cp_groups": multi_cp_group_symbol,
-        "packing": bool(packing),
+        "packing": packing,
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
-        "mask": Mask.of(is_causal),
-        "return_softmax": bool(return_softmax),
+        "mask": Mask.of(flag(is_causal, "is_causal", op="parallel_attn")),
+        "return_softmax": return_softmax,
         "split": split,
         "method": method,
     }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hetu.dtypes import DType, bool_, float32, int64, promote
+import numpy as np
+
+from hetu.arguments import int_of, integer, is_torch, items, real, shown
+from hetu.dtypes import DType, bool_, float32, int64, int_range, promote
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import Call, Tensor, TensorSpec, current_graph
-from hetu.symbols import IntSymbol, as_symbol
+from hetu.symbols import IntSymbol, as_size, as_symbol
 from hetu.symbols.expr import add
 
 Dim = int | IntSymbol
@@ -37,7 +39,7 @@ def tensor(call: Call, index: int, what: str) -> Tensor:
     item = call.inputs[index]
     if not isinstance(item, Tensor):
         call.fail(
-            DTypeError, f"expected {what} to be a tensor, got {item!r}", "make it a tensor with hetu.constant(...)"
+            DTypeError, f"expected {what} to be a tensor, got {shown(item)}", "make it a tensor with hetu.constant(...)"
         )
     return item
 
@@ -84,27 +86,66 @@ def show(shape: Sequence[Dim]) -> str:
     return f"[{', '.join(str(plain(size)) for size in shape)}]"
 
 
-def whole(call: Call, value: Any, what: str) -> int:
-    """An argument that must be an int (numpy's are fine, bools are not)."""
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    call.fail(ShapeError, f"expected {what} to be an int, got {value!r}")
-
-
 def size(call: Call, value: Any, what: str) -> Dim:
     """An argument that must be an int or an IntSymbol; its sign is not looked at."""
-    return plain(value) if isinstance(value, IntSymbol) else whole(call, value, f"{what} (an int or an IntSymbol)")
+    return plain(as_size(value, what, op=call.op, error=ShapeError))
 
 
-def axis(call: Call, dim: Any, ndim: int) -> int:
+def sizes(call: Call, value: Any, what: str) -> tuple[Dim, ...]:
+    """An argument that must be a list of ints and IntSymbols."""
+    fix = "write [n] for one dimension"
+    given = items(value, what, "a list of sizes", op=call.op, error=ShapeError, fix=fix)
+    return tuple(size(call, item, f"{what}[{place}]") for place, item in enumerate(given))
+
+
+def shape_of(call: Call) -> tuple[Dim, ...]:
+    """The attribute ``shape``, in its normal form: sizes of at least 0."""
+    shape = call.attrs["shape"] = sizes(call, call.attrs["shape"], "shape")
+    for item in shape:
+        call.check(item >= 0, f"expected sizes of at least 0, got {show(shape)}")
+    return shape
+
+
+def probability(call: Call, what: str) -> float:
+    """The attribute ``what``: how likely it is that an entry is dropped."""
+    wanted, fix = "a probability in [0, 1)", "give 0 for no dropout"
+    return real(call.attrs[what], what, wanted, lambda p: 0 <= p < 1, op=call.op, fix=fix)
+
+
+def representable(call: Call, values: Any, dtype: DType, what: str) -> None:
+    """Refuses numbers that would wrap, be cut or lose a NaN in an int dtype or bool.
+
+    Args:
+        call: The call to check.
+        values: A numpy array or a torch tensor.
+        dtype: What the numbers are converted to. Floats may round.
+        what: The argument's name.
+    """
+    if dtype.is_floating:
+        return
+    if is_torch(values):
+        values = (values.double() if values.is_floating_point() else values).cpu().numpy()
+    low, high = int_range(dtype) if dtype.kind == "int" else (0, 1)
+    if values.dtype.kind not in "biu":
+        wide = values.astype(np.longdouble if values.dtype.itemsize > 8 else np.float64)
+        fits = (wide >= low) & (wide < high + 1) & (wide == np.floor(wide))  # a NaN is none of these
+    else:
+        fits = (values >= low) & (values <= high)
+    wrong = np.atleast_1d(np.logical_not(fits))
+    if wrong.any():
+        first = np.atleast_1d(values)[wrong][0]
+        fix = "choose another dtype, or round and clip the values first"
+        call.fail(DTypeError, f"expected {what} to fit {dtype}, got {first}", fix)
+
+
+def axis(call: Call, dim: Any, ndim: int, what: str = "dim") -> int:
     """A dimension's index, counted from the front."""
-    index = whole(call, dim, "dim")
+    index = integer(dim, what, op=call.op, error=ShapeError)
     if not -ndim <= index < ndim:
         fix = f"use -{ndim} to {ndim - 1}" if ndim else "a tensor without dimensions has none to name"
-        call.fail(ShapeError, f"there is no dimension {index} in a tensor of {ndim} dimension(s)", fix)
+        call.fail(
+            ShapeError, f"there is no dimension {shown(index)} in a tensor of {ndim} dimension(s), as {what} says", fix
+        )
     return index % ndim
 
 
@@ -112,7 +153,9 @@ def axes(call: Call, dim: Any, ndim: int) -> tuple[int, ...]:
     """Indices of one dimension, of several, or (None) of all, in order."""
     if dim is None:
         return tuple(range(ndim))
-    wanted = tuple(axis(call, item, ndim) for item in (dim if isinstance(dim, (tuple, list)) else (dim,)))
+    is_one = int_of(dim) is not None
+    given = [dim] if is_one else items(dim, "dim", "an int or a list of ints", op=call.op, error=ShapeError)
+    wanted = tuple(axis(call, item, ndim) for item in given)
     if len(set(wanted)) < len(wanted):
         call.fail(ShapeError, f"dim names a dimension twice: {dim}")
     if not wanted and ndim:

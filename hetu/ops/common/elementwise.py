@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hetu.dtypes import DType
+from hetu.arguments import MOST_OF_FLOATS, shown
+from hetu.dtypes import DType, int_range
 from hetu.errors import DTypeError
 from hetu.graph import Call, OpDef, Tensor, TensorSpec
 from hetu.ops.common.build import broadcast, floating, output, result_type, tensor
@@ -32,21 +33,41 @@ class Elementwise(OpDef):
             if item is None:
                 call.fail(DTypeError, f"expected {what} to be a tensor or a number, got None")
         if not any(isinstance(item, Tensor) for item in call.inputs):
-            call.fail(DTypeError, "expected at least one tensor, got two numbers", "calculate with them in Python")
+            what = f"expected {' or '.join(self.inputs)} to be a tensor, got two numbers"
+            call.fail(DTypeError, what, "calculate with them in Python")
         dtype = self.dtype(call)
-        for item in call.inputs:
-            check_fits(call, item, dtype)
+        for what, item in zip(self.inputs, call.inputs, strict=True):
+            check_fits(call, item, dtype, what)
         shapes = [item.symbolic_shape if isinstance(item, Tensor) else () for item in call.inputs]
         return [output(call, self.output_dtype(dtype), broadcast(call, *shapes))]
 
 
-def check_fits(call: Call, item: Any, dtype: DType) -> None:
-    """Refuses a number that the int dtype of a computation can't hold; torch would let it wrap around."""
-    if isinstance(item, int) and dtype.kind == "int":
-        bits = 8 * dtype.itemsize
-        low, high = (0, 2**bits - 1) if dtype.name.startswith("u") else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-        if not low <= item <= high:
-            call.fail(DTypeError, f"{item} does not fit {dtype} ({low} to {high})", "cast the tensor to a wider dtype")
+def check_fits(call: Call, item: Any, dtype: DType, name: str) -> None:
+    """Refuses a whole number that the dtype of a computation can't hold; torch would let an int wrap around.
+
+    A symbol's value is known only when the graph runs: every run checks it for a narrow dtype here, and for a wide one
+    where it binds.
+
+    Args:
+        call: The call to check.
+        item: The operand; only numbers and symbols are looked at.
+        dtype: The dtype of the computation.
+        name: The operand's name.
+    """
+    if isinstance(item, bool) or not isinstance(item, (int, IntSymbol)):
+        return
+    if dtype.kind == "int":
+        low, high = int_range(dtype)
+        limits, fix = f"{low} to {high}", "cast the tensor to a wider dtype"
+    else:
+        low, high = -MOST_OF_FLOATS, MOST_OF_FLOATS
+        limits, fix = "at most 2**1023", "use a smaller number"
+    if isinstance(item, int) and not low <= item <= high:
+        call.fail(DTypeError, f"{name} of {shown(item)} does not fit {dtype} ({limits})", fix)
+    if isinstance(item, IntSymbol) and dtype.kind == "int" and dtype.itemsize < 8:
+        what = f"expected {item} to fit {dtype} ({limits})"
+        call.check(item >= low, what, fix)
+        call.check(item <= high, what, fix)
 
 
 class Pointwise(OpDef):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from hetu.arguments import real
 from hetu.dtypes import int32, int64
-from hetu.errors import DTypeError, HetuError, ShapeError
+from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, OpDef, Tensor
 from hetu.ops.common.build import Dim, show
 
@@ -38,10 +39,8 @@ def same_shape(call: Call, wanted: Sequence[Dim], other: Sequence[Dim], what: st
 
 def check_eps(call: Call) -> None:
     """Demands a finite ``eps`` of at least 0, and makes a float of it."""
-    eps = call.attrs["eps"]
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
-        call.fail(HetuError, f"expected eps to be a number of at least 0, got {eps!r}")
-    call.attrs["eps"] = float(eps)
+    wanted = "a number of at least 0"
+    call.attrs["eps"] = real(call.attrs["eps"], "eps", wanted, lambda eps: 0 <= eps < math.inf, op=call.op)
 
 
 def check_indices(call: Call, item: Tensor, what: str, fix: str | None = None) -> None:

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
+from hetu.arguments import array as array_of
+from hetu.arguments import int_of, integers, is_torch, refuse, shown
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError, caller
 from hetu.parallel.layout.strategy import by_group
 from hetu.parallel.mask.segments import IntArray
 
 MAX_TOKENS = 2**31 - 1
 """Kernels count rows in int32; products of two such numbers fit int64 exactly."""
+
+MAX_BATCH = 2**24
+"""The most sequences in a batch: layouts have a table of them."""
 
 _PAD = "count padding as a document of its own"
 
@@ -29,25 +35,32 @@ def batch_lists(batch: int | Sequence[int] | Mapping[int, int], groups: Sequence
     Raises:
         StrategyError: If a group is left out or doesn't exist, a number is below 1, or not 1 with packing.
     """
-    batches = [batch] * len(groups) if isinstance(batch, (int, np.integer)) else by_group(batch, groups, "batch sizes")
+    one = int_of(batch)
+    given: Any = [one] * len(groups) if one is not None else by_group(batch, groups, "batch sizes")  # type: ignore[arg-type]
+    batches = list(integers(given, "batch", op="layout", error=StrategyError))
     for size in batches:
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-            _refuse(StrategyError, f"batch is {size!r}, expected an int", "give a number of sequences")
         if size < 1 or (is_packed and size != 1):
             limit = "1 with packing" if is_packed else "at least 1"
-            _refuse(StrategyError, f"batch is {size}, expected {limit}", "pack documents, or batch sequences, not both")
+            _refuse(
+                StrategyError,
+                f"batch is {shown(size)}, expected {limit}",
+                "pack documents, or batch sequences, not both",
+            )
     return batches
 
 
-def check_total(group: int, tokens: int) -> None:
+def check_total(group: int, tokens: int, batch: int = 1) -> None:
     """Refuses a group of more tokens than rows can be counted.
 
     Raises:
         StrategyError: If there are more than :data:`MAX_TOKENS`.
     """
     if tokens > MAX_TOKENS:
-        what = f"context group {group} holds {tokens} tokens, expected at most {MAX_TOKENS}"
+        of_batch = f", for batch {shown(batch)}" if batch > 1 else ""
+        what = f"context group {group} holds {shown(tokens)} tokens, expected at most {MAX_TOKENS}{of_batch}"
         _refuse(StrategyError, what, "use shorter sequences, smaller batches, or more groups")
+    if batch > MAX_BATCH:
+        _refuse(StrategyError, f"batch is {batch}, expected at most {MAX_BATCH}", "use a smaller batch")
 
 
 def cu_seqlens_lists(cu_seqlens: Any, groups: Sequence[int]) -> list[IntArray] | None:
@@ -65,19 +78,32 @@ def cu_seqlens_lists(cu_seqlens: Any, groups: Sequence[int]) -> list[IntArray] |
     """
     if cu_seqlens is None:
         return None
-    several = isinstance(cu_seqlens, (list, tuple)) and len(cu_seqlens) > 0 and np.ndim(cu_seqlens[0]) > 0
+    several = isinstance(cu_seqlens, (list, tuple)) and len(cu_seqlens) > 0 and _has_items(cu_seqlens[0])
     if several or isinstance(cu_seqlens, Mapping):
         given = by_group(cu_seqlens, groups, "cu_seqlens", ShapeError)
     else:
         given = [cu_seqlens] * len(groups)
     arrays = []
     for item in given:
-        array = np.asarray(item)
+        array = _ints(item, "cu_seqlens")
         if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.shape[-1] == 0:
             shape = "(B + 1,) or (R, B + 1)"
             _refuse(ShapeError, f"cu_seqlens is {array.dtype}{list(array.shape)}, expected ints of shape {shape}", _PAD)
         arrays.append(array.astype(np.int64))
     return arrays
+
+
+def _has_items(item: Any) -> bool:
+    return isinstance(item, (list, tuple)) or getattr(item, "ndim", 0) > 0
+
+
+def _ints(item: Any, name: str) -> NDArray[Any]:
+    """An array of ints, which an empty list is too."""
+    if type(item) is np.ndarray and item.dtype == np.int64:
+        return item
+    found = array_of(item, name, op="layout")
+    numbers: NDArray[Any] = np.asarray(found.cpu()) if is_torch(found) else found
+    return numbers if numbers.size else numbers.astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,7 +182,11 @@ def check_spans(members: tuple[int, ...], lengths: Any, spans: Any, *, is_packed
         ShapeError: If an array has another shape.
         StrategyError: If the runs are no layout.
     """
-    counts, table = np.array(lengths, np.int64), np.array(spans, np.int64)
+    counts, table = _ints(lengths, "lengths"), _ints(spans, "spans")
+    for name, given in (("lengths", counts), ("spans", table)):
+        if given.dtype.kind not in "iu":
+            refuse(given, name, "an array of ints", op="layout", error=ShapeError)
+    counts, table = counts.astype(np.int64), table.astype(np.int64)  # our own: the table is changed below
     table = table.reshape(len(table), -1) if table.size else table.reshape(0, 5)
     if counts.ndim != 1 or (counts < 0).any() or table.shape[1] != 5:
         _refuse(ShapeError, "lengths must be (B,) from 0 and spans (n, 5)", "see Layout.from_spans")

@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from hetu.arguments import flag, integers, is_torch, shown
+from hetu.arguments import index as index_of
 from hetu.errors import ShapeError, StrategyError, caller
+from hetu.parallel.layout.arrays import arrays_of, check_alike, check_array
 from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
 from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Parts
@@ -147,6 +150,8 @@ class GroupLayout:
 
     def query_spans(self, member: int) -> QuerySpans:
         """A member's rows as the query spans of its plan."""
+        if type(member) is not int or not 0 <= member < len(self.members):
+            member = _index(member, "member", len(self.members))
         own, spans = slice(self.bounds[member], self.bounds[member + 1]), self.spans
         slot, slot_row, column = self._slots
         return QuerySpans(
@@ -167,6 +172,8 @@ class GroupLayout:
 
     def rows_of(self, member: int) -> tuple[IntArray, IntArray]:
         """Document and position of every local row of a member."""
+        if type(member) is not int or not 0 <= member < len(self.members):
+            member = _index(member, "member", len(self.members))
         end = sum(self.rows[: member + 1])
         own = slice(end - self.rows[member], end)
         return self._by_row[0][own], self._by_row[1][own]
@@ -234,19 +241,22 @@ class Layout:
             ShapeError: If cu_seqlens has another shape.
             BindingError: If its numbers don't fit the lengths.
         """
+        seq_lens = integers(seq_lens, "seq_lens", op="layout", error=StrategyError)
+        cp_groups = integers(cp_groups, "cp_groups", op="layout", error=StrategyError)
         check_lengths(seq_lens, cp_groups)
-        if split not in SPLITS:
-            names = ", ".join(SPLITS)
-            raise StrategyError(f"there is no split {split!r}", op="layout", where=caller(), fix=f"use one of {names}")
+        if not isinstance(split, str) or split not in SPLITS:
+            names, what = ", ".join(SPLITS), f"there is no split {shown(split)}"
+            raise StrategyError(what, op="layout", where=caller(), fix=f"use one of {names}")
         chosen = SPLITS[split]
         by_value = groups_of(cp_groups)
         cus = cu_seqlens_lists(cu_seqlens, tuple(by_value))
         batches = batch_lists(batch, tuple(by_value), is_packed=cu_seqlens is not None)
         groups = []
         for index, (value, members) in enumerate(by_value.items()):
-            lens = np.array([seq_lens[r] for r in members], np.int64)
+            own = [seq_lens[r] for r in members]
+            check_total(value, sum(own) * batches[index], batches[index])  # as Python's ints, which don't overflow
+            lens = np.array(own, np.int64)
             if cus is None:
-                check_total(value, int(lens.sum()) * batches[index])
                 pieces = lens[:, None].repeat(batches[index], axis=1)
             else:
                 pieces = PackedDocuments(value, members, lens, cus[index]).pieces(chosen.pieces)
@@ -284,6 +294,8 @@ class Layout:
               pipeline 0: 2 tokens   0[0:6:5]
               pipeline 1: 4 tokens   0[1:5]
         """
+        cp_groups = integers(cp_groups, "cp_groups", op="layout", error=StrategyError)
+        is_packed = flag(is_packed, "is_packed", op="layout")
         by_value, groups = groups_of(cp_groups), []
         lengths = by_group(lengths, tuple(by_value), "lists of lengths", ShapeError)
         spans = by_group(spans, tuple(by_value), "lists of spans", ShapeError)
@@ -303,10 +315,12 @@ class Layout:
 
     def group_index(self, pipeline: int) -> int:
         """The number of a pipeline's group, in the order of :func:`~hetu.parallel.layout.strategy.groups_of`."""
-        return self._places[pipeline][0]
+        return self.place(pipeline)[0].index
 
     def place(self, pipeline: int) -> tuple[GroupLayout, int]:
         """A pipeline's group, and which member of it the pipeline is."""
+        if type(pipeline) is not int or not 0 <= pipeline < len(self._places):  # asked here, because it is asked often
+            pipeline = _index(pipeline, "pipeline", len(self._places))
         index, member = self._places[pipeline]
         return self.groups[index], member
 
@@ -350,15 +364,14 @@ class Layout:
         Raises:
             ShapeError: If the numbers of arrays or rows don't fit.
         """
-        arrays = by_group([x] if hasattr(x, "shape") else x, self._values, "arrays", ShapeError)
+        arrays = by_group([x] if is_torch(x) or hasattr(x, "shape") else x, self._values, "arrays in x", ShapeError)
         for group, array in zip(self.groups, arrays, strict=True):
-            if not getattr(array, "shape", ()):
-                _refuse(f"context group {group.value} was given {array!r}, expected an array of rows", "pass an array")
+            check_array(array, f"x of context group {group.value}")
             if len(array) != group.tokens:
-                _refuse(
-                    f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came",
-                    "scatter the rows of all documents of the group, one after the other",
-                )
+                fix = "scatter the rows of all documents of the group, one after the other"
+                if not group.is_packed and group.tokens and len(array) % group.tokens == 0:
+                    fix += f"; for {len(array) // group.tokens} times as many sequences make the layout with batch=..."
+                _refuse(f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came in x", fix)
         return [arrays[self.group_index(r)][self.columns(r)] for r in range(self.num_pipelines)]
 
     def gather(self, shards: Sequence[Any]) -> Any:
@@ -373,13 +386,17 @@ class Layout:
         Raises:
             ShapeError: If the numbers of shards or rows don't fit.
         """
+        shards = arrays_of(shards, "shards")
         if len(shards) != self.num_pipelines:
             _refuse(f"{len(shards)} shards for {self.num_pipelines} pipelines", "gather one shard a pipeline")
         for r, shard in enumerate(shards):
+            check_array(shard, f"shards[{r}]")
             if len(shard) != self.rows(r):
                 _refuse(
                     f"pipeline {r} holds {self.rows(r)} rows, but its shard has {len(shard)}", "gather whole shards"
                 )
+        for group in self.groups:
+            check_alike(shards, group.members)
         whole = []
         for group in self.groups:
             first = shards[group.members[0]]
@@ -406,6 +423,11 @@ class Layout:
 
     def __repr__(self) -> str:
         return f"<Layout of {self.num_pipelines} pipelines in {len(self.groups)} groups>"
+
+
+def _index(value: int, name: str, count: int) -> int:
+    """The number of a pipeline, or of a member of a group, which must be there."""
+    return index_of(value, name, count, op="layout", error=StrategyError)
 
 
 def _refuse(what: str, fix: str) -> None:

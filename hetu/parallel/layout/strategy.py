@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from hetu.arguments import items, shown
 from hetu.errors import HetuError, StrategyError, caller
-from hetu.symbols import IntSymbol
-from hetu.symbols.int_symbol import as_int
+from hetu.symbols import IntSymbol, as_size
 
 
 def groups_of(cp_groups: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -64,23 +64,24 @@ def by_group(
                 fix="give a dict with one entry per group, by the values that the strategy gives the groups",
             )
         return [given[value] for value in values]
-    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
-    if not is_list or len(given) != len(values):
-        got = f"{len(given)} {what}" if is_list else f"{what} are {given!r}"
+    listed = items(given, what, "a dict by the groups' values, or a list", op=op, error=error)
+    if len(listed) != len(values):
         raise error(
-            f"{got} for {len(values)} context groups: {names}",
+            f"{len(listed)} {what} for {len(values)} context groups: {names}",
             op=op,
             where=caller(),
             fix="give a dict by the groups' values, or a list with one entry per group, in the order of their values",
         )
-    return list(given)
+    return list(listed)
 
 
 def _listed(keys: Sequence[Any]) -> str:
     return ", ".join(map(repr, keys)) or "none"
 
 
-def check_lengths(seq_lens: Sequence[object], cp_groups: Sequence[object]) -> None:
+def check_lengths(
+    seq_lens: Sequence[object], cp_groups: Sequence[object], names: tuple[str, str] = ("seq_lens", "cp_groups")
+) -> None:
     """Checks that both lists describe the same pipelines, at least one, and that no known length is negative.
 
     Raises:
@@ -88,7 +89,7 @@ def check_lengths(seq_lens: Sequence[object], cp_groups: Sequence[object]) -> No
     """
     if len(seq_lens) != len(cp_groups):
         _refuse(
-            f"seq_lens has {len(seq_lens)} entries and cp_groups {len(cp_groups)}, expected as many",
+            f"{names[0]} has {len(seq_lens)} entries and {names[1]} {len(cp_groups)}, expected as many",
             "give each pipeline one length and one context group",
         )
     if not seq_lens:
@@ -132,10 +133,10 @@ class Strategy:
         fields = {"lengths": _sizes("lengths", lengths), "groups": _sizes("groups", groups), "name": name}
         for field, value in fields.items():
             object.__setattr__(self, field, value)  # the class is frozen
-        check_lengths(self.lengths, self.groups)
+        check_lengths(self.lengths, self.groups, ("lengths", "groups"))
         if name is not None and (not isinstance(name, str) or name == "auto" or not name):
             _refuse(
-                f"a strategy's name is {name!r}, expected a string other than 'auto'",
+                f"a strategy's name is {shown(name)}, expected a string other than 'auto'",
                 "give another, or none",
             )
 
@@ -183,7 +184,9 @@ def check_strategies(given: Any, num_strategy: int) -> tuple[Strategy, ...]:
     """
     is_list = isinstance(given, (list, tuple)) and all(isinstance(item, Strategy) for item in given)
     if not is_list or not given:
-        _refuse(f"strategies is {given!r}, expected a list of hetu.Strategy", "give at least one hetu.Strategy(...)")
+        _refuse(
+            f"strategies is {shown(given)}, expected a list of hetu.Strategy", "give at least one hetu.Strategy(...)"
+        )
     names = [item.name for item in given if item.name is not None]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -195,20 +198,9 @@ def check_strategies(given: Any, num_strategy: int) -> tuple[Strategy, ...]:
 
 def _sizes(what: str, given: Any) -> tuple[IntSymbol | int, ...]:
     """A list of ints and symbols as a tuple; constants become ints, so that equal strategies are equal."""
-    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes, bytearray))
-    if not is_list and not (hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1):
-        _refuse(f"{what} is {given!r}, expected a list of ints or symbols", "give one entry per pipeline")
-    sizes: list[IntSymbol | int] = []
-    for item in given if is_list else given.tolist():
-        try:
-            sizes.append(item if isinstance(item, IntSymbol) and item.constant is None else _whole(item))
-        except TypeError:
-            _refuse(f"{what} holds {item!r}, expected ints or symbols", "give one int or symbol per pipeline")
-    return tuple(sizes)
-
-
-def _whole(item: Any) -> int:
-    return as_int(item.constant if isinstance(item, IntSymbol) else item)
+    listed = items(given, what, "a list of ints or symbols", op="strategy", error=StrategyError)
+    sizes = [as_size(item, f"{what}[{i}]", op="strategy", error=StrategyError) for i, item in enumerate(listed)]
+    return tuple(size if not isinstance(size, IntSymbol) or size.constant is None else size.constant for size in sizes)
 
 
 def _refuse(what: str, fix: str) -> NoReturn:

@@ -26,6 +26,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from hetu.arguments import index
+from hetu.errors import StrategyError
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn, take_turns
@@ -47,8 +49,8 @@ class PipelinePlan:
         buffers: What it holds; buffer 0 is the shard itself. Keys are never received into it.
         instructions: What it does, in order. If the queries are its own there is always at least one ``Attend`` (its
             table may be empty), so that every output row is written.
-        queries: The number of the buffer whose rows it attends for: 0, its shard, or one that holds more rows of some
-            heads, maybe of none. There it computes results by row, which travel home.
+        queries: The number of the buffer whose rows it attends for: 0, its shard, for all heads at once; or one that
+            holds more rows of some heads, maybe of none, where it computes results by row, which travel home.
         memo: What was found out of the others, see :meth:`known`; not part of the value.
     """
 
@@ -143,9 +145,17 @@ class PlanData:
     is_backward: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
+    def part(self, pipeline: int) -> PipelinePlan:
+        """What one pipeline does.
+
+        Raises:
+            StrategyError: If there is no such pipeline.
+        """
+        return self.pipelines[index(pipeline, "pipeline", len(self.pipelines), op="plan", error=StrategyError)]
+
     def pairs(self, pipeline: int) -> int:
         """(query, key) pairs that a pipeline computes, for all heads or for some."""
-        part = self.pipelines[pipeline]
+        part = self.part(pipeline)
         pairs: dict[HeadRange, int] = {}
         for item in part.instructions:
             if isinstance(item, Attend):
@@ -154,7 +164,7 @@ class PlanData:
 
     def head_pairs(self, pipeline: int) -> int:
         """The same, those of each query head counted for themselves: what the work is proportional to."""
-        part = self.pipelines[pipeline]
+        part = self.part(pipeline)
         attends = [item for item in part.instructions if isinstance(item, Attend)]
         return sum(item.table.pairs(part.spans) * item.heads.num_q for item in attends)
 
@@ -175,12 +185,12 @@ class PlanData:
         return self._rows(pipeline, Receive, "dk")
 
     def _rows(self, pipeline: int, end: type[Send | Receive], value: str) -> int:
-        items = self.pipelines[pipeline].instructions
+        items = self.part(pipeline).instructions
         return sum(item.rows for item in items if isinstance(item, end) and value in item.payload.values)
 
     def bytes_sent(self, pipeline: int) -> int:
         """Bytes of all that a pipeline sends."""
-        sends = [item for item in self.pipelines[pipeline].instructions if isinstance(item, Send)]
+        sends = [item for item in self.part(pipeline).instructions if isinstance(item, Send)]
         return sum(item.rows * self.heads.row_bytes(item.payload, item.heads) for item in sends)
 
     def hash(self) -> str:

@@ -89,7 +89,7 @@ def _check_memory(plan: PlanData, max_bytes: int | None) -> None:
         if max(landing, default=0) > part.rows:
             refuse(f"pipeline {r} has landing buffers of {landing} rows, but its shard only {part.rows}")
         if max_bytes is not None and peak_bytes(plan, part) > max_bytes:
-            refuse(f"pipeline {r} needs {peak_bytes(plan, part):,} bytes, but may take {max_bytes:,}")
+            refuse(f"pipeline {r} needs {peak_bytes(plan, part):,} bytes, but may take {max_bytes:,} (max_bytes)")
 
 
 def _copied(part: PipelinePlan) -> int:

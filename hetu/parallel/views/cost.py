@@ -6,8 +6,11 @@ There is one simulation, :func:`simulate`: :func:`predict` sums it up, and ``het
 from __future__ import annotations
 
 import heapq
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from hetu.arguments import number_of, real
 from hetu.errors import PlanError
 from hetu.parallel.plan.instructions import Attend, Receive, Send, Wait
 from hetu.parallel.plan.memory import peak_bytes
@@ -23,12 +26,25 @@ class Hardware:
         link_bytes: Bytes a second that a device can send, and as many that it can receive at the same time.
         latency: Seconds from the start of a transfer to its first byte.
         memory_bytes: Bytes that an attention may take.
+
+    Raises:
+        HetuError: If one of them is no positive number; the latency may be 0.
     """
 
     flops: float
     link_bytes: float
     latency: float
     memory_bytes: float
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "link_bytes", "memory_bytes"):
+            self._check(name, "a positive number", lambda x: x > 0)
+        self._check("latency", "a number of seconds from 0", lambda x: 0 <= x < math.inf)
+
+    def _check(self, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        real(value, name, wanted, holds, op="Hardware")
+        object.__setattr__(self, name, number_of(value))  # numpy's numbers become Python's
 
     @classmethod
     def h100(cls) -> Hardware:

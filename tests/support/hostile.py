@@ -1,0 +1,338 @@
+"""Calls of everything that users call, and values that nobody should pass."""
+
+from __future__ import annotations
+
+import decimal
+import fractions
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+
+import hetu
+
+
+class Broken:
+    """Fails at whatever is asked of it."""
+
+    def _fail(self, *_: Any) -> NoReturn:
+        raise RuntimeError("broken")
+
+    __index__ = __float__ = __bool__ = __iter__ = __len__ = __repr__ = __fspath__ = __getitem__ = _fail
+
+
+def hostile_values() -> dict[str, Any]:
+    """Values by what they are; made anew, because some can be read only once, and symbols belong to no other call."""
+    with hetu.graph("define_and_run", device="cpu"):
+        foreign = hetu.placeholder("float32", [2], name="foreign")
+    return {
+        "None": None,
+        "object": object(),
+        "broken": Broken(),
+        "class": dict,
+        "function": lambda *_: None,
+        "text": "no such thing",
+        "empty text": "",
+        "digits": "3",
+        "bytes": b"ab",
+        "empty list": [],
+        "list": [1, 2],
+        "nested list": [[1], [2, 3]],
+        "list of None": [None],
+        "list of texts": ["a", "b"],
+        "dict": {"a": 1},
+        "set": {1, 2},
+        "iterator": iter([1, 2]),
+        "generator": (i for i in (1, 2)),
+        "range": range(2),
+        "True": True,
+        "zero": 0,
+        "minus one": -1,
+        "seven": 7,
+        "2**31": 2**31,
+        "2**63": 2**63,
+        "2**70": 2**70,
+        "-2**70": -(2**70),
+        "10**400": 10**400,
+        "10**5000": 10**5000,
+        "half": 0.5,
+        "nan": float("nan"),
+        "inf": float("inf"),
+        "1e300": 1e300,
+        "complex": 1j,
+        "fraction": fractions.Fraction(1, 3),
+        "decimal": decimal.Decimal("1.5"),
+        "numpy bool": np.False_,
+        "numpy int": np.int64(3),
+        "numpy float": np.float32(1.5),
+        "numpy text": np.str_("a"),
+        "numpy time": np.datetime64("2020-01-01"),
+        "masked": np.ma.masked,
+        "masked array": np.ma.masked_array([1.0, 2.0], [0, 1]),
+        "array": np.array([1, 2]),
+        "bool array": np.array([True, False]),
+        "array of objects": np.array([None, "a"], dtype=object),
+        "matrix": np.ones((2, 2)),
+        "empty array": np.zeros((0,)),
+        "scalar array": np.array(1.5),
+        "tensor": torch.ones(2),
+        "scalar tensor": torch.tensor(2),
+        "bool tensor": torch.tensor(True),
+        "meta tensor": torch.ones(2, device="meta"),
+        "sparse tensor": torch.ones(2).to_sparse(),
+        "nested tensor": torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        "dtype": np.dtype("float64"),
+        "symbol": hetu.IntSymbol("stranger"),
+        "expression": hetu.IntSymbol("stranger") // 2,
+        "constraint": hetu.IntSymbol("stranger") > 2,
+        "graph tensor": foreign,
+        "shards": hetu.Shards([np.ones(2), np.ones(3)]),
+        "path": Path("nowhere"),
+        "device": torch.device("cpu"),
+        "error": ValueError("not raised"),
+    }
+
+
+@dataclass
+class Case:
+    """A graph to call ops in.
+
+    Attributes:
+        graph: The graph.
+        feeds: What its placeholders are fed.
+        symbols: What its symbols are bound to.
+        tensors: Its placeholders by name.
+    """
+
+    graph: hetu.Graph
+    feeds: dict[hetu.Tensor, Any]
+    symbols: dict[hetu.IntSymbol, int]
+    tensors: dict[str, hetu.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls) -> Case:
+        rows = hetu.IntSymbol("rows")
+        rng = np.random.default_rng(0)
+        arrays = {
+            "x": rng.standard_normal((4, 24), np.float32),
+            "y": rng.standard_normal((4, 24), np.float32),
+            "weight": rng.standard_normal((24, 24), np.float32),
+            "vector": rng.standard_normal(24).astype(np.float32),
+            "ids": np.array([0, 1, 2, 3]),
+            "index": np.array([[0], [1], [0], [1]]),
+            "cu": np.array([0, 3, 4], np.int32),
+            "condition": np.ones((4, 24), bool),
+        }
+        with hetu.graph("define_and_run", device="cpu") as g:
+            shapes = {name: list(array.shape) for name, array in arrays.items()}
+            shapes["x"] = [rows, 24]
+            tensors = {
+                name: hetu.placeholder(array.dtype.name, shapes[name], name=name) for name, array in arrays.items()
+            }
+        return cls(g, {tensors[name]: array for name, array in arrays.items()}, {rows: 4}, tensors)
+
+
+Call = tuple[Callable[..., Any], dict[str, Any]]
+
+
+def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
+    """A good call of every op, by name, with a value for every parameter but the name."""
+    t = case.tensors
+    x, y, weight, vector, ids, cu = (t[name] for name in ("x", "y", "weight", "vector", "ids", "cu"))
+    for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"):
+        yield name, (getattr(hetu, name), {"a": x, "b": y})
+    for name in ("relu", "sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "stop_gradient"):
+        yield name, (getattr(hetu, name), {"x": x})
+    for name in ("sum", "mean", "max"):
+        yield name, (getattr(hetu, name), {"x": x, "dim": 1, "keepdim": False})
+    attention = {"p_dropout": 0.0, "softmax_scale": -1.0, "return_softmax": False}
+    lists = {"multi_seq_lens_symbol": [[4]], "multi_cp_group_symbol": [[0]]}
+    calls: dict[str, dict[str, Any]] = {
+        "all_reduce": {"x": x, "op": "sum"},
+        "attn_varlen": {
+            "q": x,
+            "k": y,
+            "v": y,
+            "head_dim": 8,
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu,
+            "max_seqlen_q": 3,
+            "max_seqlen_k": 3,
+            "zero_tensors": False,
+            "is_causal": True,
+            **attention,
+        },
+        "broadcast_to": {"x": vector, "shape": [4, 24]},
+        "cast": {"x": x, "dtype": "float64"},
+        "concat": {"tensors": [x, y], "dim": 0},
+        "constant": {"value": [1.0, 2.0], "dtype": "float32"},
+        "cross_entropy": {"logits": x, "labels": ids, "ignore_index": -100, "reduction": "mean"},
+        "dropout": {"x": x, "p": 0.5, "tokens": ids},
+        "embedding": {"ids": ids, "weight": weight},
+        "full": {"shape": [2, 3], "value": 1.0, "dtype": "float32"},
+        "gather": {"x": y, "dim": 1, "index": t["index"]},
+        "gelu": {"x": x, "approximate": "none"},
+        "layer_norm": {"x": x, "weight": vector, "bias": vector, "eps": 1e-5},
+        "layout_tokens": {"x": x, **lists, "packing": True, "cu_seqlens": cu, "split": "normal"},
+        "linear": {"x": x, "weight": weight, "bias": vector},
+        "matmul": {"a": x, "b": weight},
+        "parallel_attn": {
+            "qkv": x,
+            "head_dim": 8,
+            "group_query_ratio": 1,
+            **lists,
+            "packing": True,
+            "cu_seqlens_q": cu,
+            "cu_seqlens_k": cu,
+            "max_seqlen_q": 3,
+            "max_seqlen_k": 3,
+            **attention,
+            "is_causal": True,
+            "split": "normal",
+            "method": "auto",
+        },
+        "parameter": {"init": 0.5, "shape": [2], "dtype": "float32", "requires_grad": True},
+        "placeholder": {"dtype": "float32", "shape": [2, 3]},
+        "pow": {"base": y, "exponent": 2},
+        "reshape": {"x": y, "shape": [24, 4]},
+        "rms_norm": {"x": x, "weight": vector, "eps": 1e-6},
+        "rotary": {"x": x, "positions": ids, "head_dim": 8, "num_heads": 2, "base": 1e4, "interleaved": False},
+        "slice": {"x": y, "dim": 0, "start": 1, "stop": 3, "step": 1},
+        "softmax": {"x": x, "dim": -1},
+        "split": {"x": y, "sizes": [1, 3], "dim": 0},
+        "step_sum": {"x": ids, "least": 0},
+        "swiglu": {"gate": x, "up": y},
+        "token_mean_loss": {"logits": x, "labels": ids, "ignore_index": -100},
+        "transpose": {"x": y, "dim0": 0, "dim1": 1},
+        "where": {"condition": t["condition"], "a": x, "b": y},
+    }
+    for name, given in calls.items():
+        yield name, (getattr(hetu, name), given)
+
+
+def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
+    """A good call of everything else that users call while a graph is built or before it is."""
+    s = hetu.IntSymbol("s")
+    x = case.tensors["x"]
+    layout = hetu.Layout.build([2, 3], [0, 0])
+    with hetu.graph("define_and_run", device="cpu") as g:
+        rows = hetu.placeholder("float32", [hetu.IntSymbol("rows"), 24])
+        hetu.parallel_attn(rows, 8, 1, [[s, s]], [[0, 0]])
+    plan = g.plan(0, int_symbol_dict={s: 3})
+    q, cu = torch.ones(5, 2, 8), torch.tensor([0, 2, 5])
+    yield "IntSymbol", (hetu.IntSymbol, {"value": "n", "min": 0, "max": 8, "multiple_of": 2})
+    yield "IntSymbol.set_data", (hetu.IntSymbol("n", max=8).set_data, {"value": 3})
+    yield "maximum", (lambda values: hetu.maximum(values, s), {"values": 3})
+    yield "minimum", (lambda values: hetu.minimum(s, values), {"values": 3})
+    yield "ceil_div", (hetu.ceil_div, {"a": s, "b": 3})
+    yield "equal", (hetu.equal, {"a": s, "b": 3})
+    yield "require", (hetu.require, {"constraint": s < 9})
+    yield "Graph.require", (case.graph.require, {"constraint": s < 9})
+    yield "graph", (hetu.graph, {"kind": "define_and_run", "num_strategy": 1, "device": "cpu", "name": "g"})
+    yield "graph of strategies", (hetu.graph, {"strategies": [hetu.Strategy([3], [0])], "device": "cpu"})
+    yield "Strategy", (hetu.Strategy, {"lengths": [s, 3], "groups": [0, 0], "name": "two"})
+    yield "autocast", (hetu.autocast, {"dtype": "bfloat16", "enabled": True})
+    yield "config", (_configured, {"backend": None, "verify_plans": False, "deterministic": False})
+    yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
+    yield "manual_seed", (_seeded, {"seed": 3})
+    yield "gradients", (hetu.gradients, {"ys": x * 2, "xs": x, "grad_ys": x})
+    yield "Shards", (hetu.Shards, {"arrays": [np.ones(2)]})
+    yield "Hardware", (hetu.Hardware, {"flops": 1e12, "link_bytes": 1e9, "latency": 1e-6, "memory_bytes": 1e9})
+    yield (
+        "Layout.build",
+        (
+            hetu.Layout.build,
+            {"seq_lens": [4, 4], "cp_groups": [0, 0], "split": "sym", "batch": 1, "cu_seqlens": [0, 3, 8]},
+        ),
+    )
+    yield (
+        "Layout.from_spans",
+        (
+            hetu.Layout.from_spans,
+            {"cp_groups": [0], "lengths": [[2]], "spans": [[(0, 0, 0, 2, 1)]], "is_packed": True},
+        ),
+    )
+    for name in ("rows", "documents", "positions", "columns", "place", "group_index", "query_spans"):
+        yield f"Layout.{name}", (getattr(layout, name), {"pipeline": 1})
+    for name in ("query_spans", "rows_of"):
+        yield f"GroupLayout.{name}", (getattr(layout.groups[0], name), {"member": 1})
+    yield "Layout.scatter", (layout.scatter, {"x": np.ones((5, 2))})
+    yield "Layout.gather", (layout.gather, {"shards": [np.ones((2, 2)), np.ones((3, 2))]})
+    for name in ("pairs", "head_pairs", "rows_sent", "rows_received", "peak_bytes"):
+        yield f"AttnPlan.{name}", (getattr(plan, name), {"pipeline": 1})
+    yield "AttnPlan.cost", (plan.cost, {"hardware": hetu.Hardware.h100()})
+    yield "AttnPlan.trace", (plan.trace, {"hardware": hetu.Hardware.h100()})
+    yield "AttnPlan.verify", (plan.verify, {"max_bytes": 10**9})
+    for name in ("layout", "plan"):
+        yield (
+            f"Graph.{name}",
+            (
+                getattr(g, name),
+                {"strategy": 0, "int_symbol_dict": {s: 3}, "cu_seqlens": None, "batch": 1, "node": None},
+            ),
+        )
+    yield "save", (hetu.save, {"what": case.graph, "path": os.devnull + "/nowhere"})
+    yield "load", (hetu.load, {"path": os.devnull + "/nowhere"})
+    yield (
+        "functional.attn_varlen",
+        (
+            hetu.functional.attn_varlen,
+            {
+                "q": q,
+                "k": q,
+                "v": q,
+                "cu_seqlens_q": cu,
+                "cu_seqlens_k": cu,
+                "max_seqlen_q": 3,
+                "max_seqlen_k": 3,
+                "is_causal": True,
+                "dropout_p": 0.5,
+                "softmax_scale": 0.5,
+                "return_lse": True,
+                "seed": 3,
+            },
+        ),
+    )
+
+
+def run_calls(case: Case) -> Iterator[tuple[str, Call]]:
+    """Good runs."""
+    y = case.tensors["x"] + 1
+    prepared: dict[str, Any] = {
+        "fetches": [y],
+        "feed_dict": case.feeds,
+        "int_symbol_dict": case.symbols,
+        "strategy": 0,
+    }
+    yield "Graph.prepare", (case.graph.prepare, prepared)
+    more = {"num_micro_batches": 1, "device": "cpu", "run_level": "update"}
+    yield "Graph.run", (case.graph.run, {**prepared, **more})
+    (rows,) = case.symbols
+    yield "a value", (lambda rows_: case.graph.run(y, case.feeds, int_symbol_dict={rows: rows_}), {"rows_": 4})
+    x = case.tensors["x"]
+    yield "a feed", (lambda x_: case.graph.run(y, {**case.feeds, x: x_}), {"x_": case.feeds[x]})
+    yield "a key", (lambda key: case.graph.run(y, {**case.feeds, **_keyed(key)}), {"key": x})
+
+
+def _keyed(key: Any) -> Mapping[Any, Any]:
+    return {key: 1} if isinstance(key, hetu.Tensor) or key.__hash__ is not None else {}
+
+
+def _configured(**changes: Any) -> None:
+    with hetu.config(**changes):
+        pass
+
+
+def _seeded(seed: Any) -> None:
+    try:
+        hetu.manual_seed(seed)
+    finally:
+        hetu.manual_seed(0)
+
+
+LONGER = int(os.environ.get("HETU_FUZZ", "1"))
+"""How many times as many random calls are made: 1 in CI, more by hand."""

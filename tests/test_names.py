@@ -1,0 +1,42 @@
+"""Names that can be found: those that hetu has, and those of the other Hetu."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import hetu
+
+
+def test_dir_has_every_public_name_and_no_other() -> None:
+    text = "import hetu; print(*(n for n in dir(hetu) if n[0] != '_'))"  # in a process in which nothing was used yet
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
+    assert set(done.stdout.split()) == {*hetu.__all__, "functional"}
+    assert all(hasattr(hetu, name) for name in dir(hetu))
+    assert {"__version__", "__doc__"} <= set(dir(hetu))
+
+
+def test_help_of_graph_shows_what_it_takes() -> None:
+    assert inspect.signature(hetu.graph) == inspect.signature(hetu.Graph)
+    assert {"num_strategy", "device"} <= set(inspect.signature(hetu.graph).parameters)
+
+
+@pytest.mark.parametrize("name", sorted(hetu._OTHER_HETU))
+def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None:
+    assert name not in dir(hetu)
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'; that name is of another Hetu: use ") as caught:
+        getattr(hetu, name)
+    for word in str(caught.value).split("use ", 1)[1].replace("'s", "").replace("(", " ").replace(",", " ").split():
+        if word.startswith("hetu."):  # what is advised is there
+            found: object = hetu
+            for part in word.split(".")[1:]:
+                found = getattr(found, part)
+
+
+def test_a_name_of_nobody_is_an_ordinary_error() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
+        _ = hetu.nonsense
+    assert getattr(hetu, "nonsense", None) is None
