@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hetu.parallel.mask.segments import IntArray
-
-
-class _Kind(Enum):
-    CAUSAL = "causal"
-    FULL = "full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +16,18 @@ class Mask:
 
     The rest of the house asks a mask what it needs to know and never which kind it is, so a new kind is written here.
 
+    Attributes:
+        name: What it is called in print.
+        hides_later: Whether a query sees no key behind its own position, and all keys before it. If not, it sees all
+            keys of its document.
+
     Example:
         >>> Mask.causal() == Mask.of(is_causal=True), str(Mask.full())
         (True, 'full')
     """
 
-    _kind: _Kind
+    name: str
+    hides_later: bool
 
     @classmethod
     def causal(cls) -> Mask:
@@ -43,14 +43,6 @@ class Mask:
     def of(cls, is_causal: bool) -> Mask:
         """The mask that the short form ``is_causal`` stands for."""
         return CAUSAL if is_causal else FULL
-
-    @property
-    def hides_later(self) -> bool:
-        """Whether a query sees no key behind its own position, and all keys before it.
-
-        If not, it sees all keys of its document.
-        """
-        return self._kind is _Kind.CAUSAL
 
     def allows(self, query: IntArray, key: IntArray) -> NDArray[np.bool_]:
         """Whether queries at some positions see keys at some positions of the same document: the definition.
@@ -88,11 +80,11 @@ class Mask:
         return k_len - q_len if self.hides_later else k_len - 1
 
     def __str__(self) -> str:
-        return self._kind.value
+        return self.name
 
     def __repr__(self) -> str:
-        return f"Mask.{self._kind.value}()"
+        return f"Mask.{self.name}()"
 
 
-CAUSAL, FULL = (Mask(kind) for kind in _Kind)
+CAUSAL, FULL = Mask("causal", hides_later=True), Mask("full", hides_later=False)
 """One object per mask: comparing an object with itself costs nothing."""
