@@ -31,7 +31,7 @@ class AttnPlan(PlanData):
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
-        pipelines: One part a pipeline, in order.
+        pipelines: One part per pipeline, in order.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
     """
 
@@ -91,7 +91,7 @@ class AttnPlan(PlanData):
         verify(self, None if max_bytes is None else integer(max_bytes, "max_bytes", least=0, op="plan"))
 
     def cost(self, hardware: Hardware) -> Cost:
-        """FLOPs, bytes a link, peak memory and predicted time on given hardware."""
+        """FLOPs, bytes per link, peak memory and predicted time on given hardware."""
         return predict(self, _checked(hardware))
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Makes the work lists of the attention kernels from segment tables: a record a program; see ``records.py``.
+"""Makes the work lists of the attention kernels from segment tables: a record per program; see ``records.py``.
 
 Items of one document stand together, so that programs that run at the same time find the document's keys in the
 cache; documents with most keys come first, and in each the blocks with most, so that what is left at the end is short.
@@ -42,7 +42,7 @@ _ALL = slice(None)
 
 Item = IntArray | slice
 Tail = tuple[int | slice, NDArray[Any]]
-"""A column of the records, or several, and its values, one a segment."""
+"""A column of the records, or several, and its values, one per segment."""
 
 
 def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn | None = None) -> WorkList:
@@ -122,7 +122,7 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
     query = table.query[segment]
     hidden = np.maximum(k_row[item] - table.k_start[segment], 0) - table.diagonal[segment]
     weight = np.maximum(spans.length[query] - np.maximum(hidden, 0), 0)
-    if isinstance(item, slice):  # a segment a block
+    if isinstance(item, slice):  # a segment per block
         rank = ranks[query]
         order = np.lexsort((-weight, rank))
         segment, query = segment[order], query[order]
@@ -155,7 +155,7 @@ def _plain_work(
     size: int,
     moves: tuple[tuple[int, ...], bool],
 ) -> WorkList:
-    """The work of a table that is plain, by a third of the numpy calls that others need: a record a segment is cut.
+    """The work of a table that is plain, by a third of the numpy calls that others need: a record per segment is cut.
 
     Args:
         fields: The columns of records of whole segments, but for the last ones, which are 0.
@@ -293,7 +293,7 @@ def _key_blocks(table: SegmentTable, block_n: int) -> tuple[IntArray, IntArray, 
     k_row = begin[region] + place
     rows = np.minimum(end[region] - k_row, block_n)
     if len(begin) == len(table):
-        return k_row, rows, _ALL, order[region]  # segments share no keys, as in plain attention: one a block
+        return k_row, rows, _ALL, order[region]  # segments share no keys, as in plain attention: one per block
 
     region_of = np.empty(len(table), np.int64)
     region_of[order] = opens.cumsum() - 1

@@ -52,7 +52,7 @@ class Reducer:
     """Collects what is to be reduced in buckets, and launches them without waiting.
 
     Args:
-        reduce: Reduces a flat tensor, ``(own, op, count) -> sum``, with one row of ``own`` a pipeline that runs here;
+        reduce: Reduces a flat tensor, ``(own, op, count) -> sum``, with one row of ``own`` per pipeline that runs here;
             all processes that run pipelines call it in the same order.
     """
 

@@ -129,7 +129,7 @@ class LocalWorld:
 
 
 def reduce_in_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:
-    """The sum or the mean of one tensor a pipeline, added in their order, half precision in float32.
+    """The sum or the mean of one tensor per pipeline, added in their order, half precision in float32.
 
     Example:
         >>> reduce_in_order([torch.tensor([1.0, 2.0]), torch.tensor([10.0, 20.0])], "sum")

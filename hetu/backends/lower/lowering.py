@@ -1,7 +1,7 @@
 """From nodes to a ``torch.fx`` module: the registry of lowerings, and the walk that applies them.
 
 A backend registers for an op a function that emits calls into an fx graph. All pipelines of a strategy
-are lowered into one module: a node becomes one call a pipeline, a node that spans the pipelines one
+are lowered into one module: a node becomes one call per pipeline, a node that spans the pipelines one
 call over all of them. Where other processes run the other pipelines, a module holds those that run here,
 and such a call reaches the rest through the world, which is an input too. Sizes are plain int inputs of
 the module, so lengths never cause a new one.
@@ -64,7 +64,7 @@ def lowering(op: str, *, backend: str, declines: Declines | None = None) -> Call
     """Decorator: registers ``fn(cx, *operands)`` as a backend's lowering of an op.
 
     The function gets a :class:`NodeLowering` and the operands: fx nodes for tensors (for an op that spans the
-    pipelines: a list of them, one a pipeline), numbers, and sizes. It returns an fx node, a tuple of them for
+    pipelines: a list of them, one per pipeline), numbers, and sizes. It returns an fx node, a tuple of them for
     several outputs, or, where the op spans the pipelines, such a tuple a pipeline. A :class:`Deferred` stands for a
     value that takes its time while other nodes are computed.
     """
@@ -198,7 +198,7 @@ class _Builder:
         return self.inputs[key]
 
     def constant(self, node: Node, value: torch.Tensor) -> fx.Node:
-        """The module's own tensor of ``node``: one for all pipelines, and one a device for all modules."""
+        """The module's own tensor of ``node``: one for all pipelines, and one per device for all modules."""
         if node not in self.attributes:
             name = f"constant_{len(self.attributes)}"
             self.root.register_buffer(name, self.constants.setdefault((node, self.device), value.to(self.device)))

@@ -69,7 +69,7 @@ def fold_queries(
     A thread has eight columns of the scores, and so needs the log-sum-exps and dot products of eight rows. Loaded as
     two rows, each thread would copy all of its own, by four bytes, each with an address and a mask. They are the first
     two of PLANES columns of a tile instead that has an element for each thread, of which the others load nothing: a
-    copy a thread, through shared memory.
+    copy per thread, through shared memory.
     """
     TOKENS: tl.constexpr = BLOCK_M // PACK
     COLUMNS: tl.constexpr = 1 if ROLE == VALUES_ONLY else 2

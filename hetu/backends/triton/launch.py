@@ -65,7 +65,7 @@ class LaunchKind(Generic[AnyVariant, AnyTile]):
     Attributes:
         heads: The heads of the calls.
         shape: The tile, or the tiles.
-        variants: For a segment a block, and for several.
+        variants: For a segment per block, and for several.
         others: What else the compiled kernel depends on.
         keys: A number for each variant, with all of the above.
     """

@@ -378,7 +378,7 @@ class Layout:
         """Puts shards together again: the inverse of :meth:`scatter`.
 
         Args:
-            shards: One array a pipeline, ``(rows(r), ...)``, numpy or torch.
+            shards: One array per pipeline, ``(rows(r), ...)``, numpy or torch.
 
         Returns:
             One array, or with several groups a list of one per group, in the order of ``layout.groups``.

@@ -1,6 +1,6 @@
 """How a document lies over the members of a group: ``normal``, ``sym``, ``stripe`` and ``balanced``.
 
-First each document is cut into *pieces*, one a member: ``pieces[r, d]`` tokens of document d lie on member r. Then
+First each document is cut into *pieces*, one per member: ``pieces[r, d]`` tokens of document d lie on member r. Then
 a split says which tokens these are, as a table of *parts*. All in closed form: nothing here loops over tokens or
 documents. How many they are, :mod:`hetu.parallel.layout.pieces` says.
 """
@@ -69,7 +69,7 @@ def stripe(pieces: IntArray) -> Parts:
     """Tokens dealt one at a time, in the order of the members, to those that still have room.
 
     The deal of one document goes through stages, each ended by members whose piece is complete. In the stage from
-    ``low`` to ``high`` tokens a member, all members with at least ``high`` tokens take part, and the t-th round of
+    ``low`` to ``high`` tokens per member, all members with at least ``high`` tokens take part, and the t-th round of
     the deal gives token ``dealt + t * active + rank`` to the member that is rank-th among the active ones.
     """
     levels = np.sort(pieces, axis=0).T  # (B, R): what the members hold, ascending, for each document

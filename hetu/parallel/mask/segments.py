@@ -2,7 +2,7 @@
 
 A *query span* is a run of consecutive local rows whose tokens are evenly spaced in one document.
 A *segment* lets the rows of one query span see a run of consecutive key rows of a buffer up to a
-diagonal. Plain varlen attention is the table with one segment a sequence; a ring step, an
+diagonal. Plain varlen attention is the table with one segment per sequence; a ring step, an
 all-gathered buffer or a layout that somebody invents tomorrow are other tables.
 """
 
@@ -20,7 +20,7 @@ IntArray = NDArray[np.int64]
 
 @dataclass(slots=True, eq=False, weakref_slot=True)  # not frozen: making a frozen one takes three times as long
 class QuerySpans:
-    """The query rows of one call, cut into runs. Struct of arrays, one entry a span.
+    """The query rows of one call, cut into runs. Struct of arrays, one entry per span.
 
     The spans are disjoint, ordered by ``start``, none is empty, and together they cover every row of
     q: rows that attend to nothing (the tail past ``cu_seqlens[-1]``) are spans of document -1.

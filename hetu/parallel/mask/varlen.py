@@ -13,7 +13,7 @@ from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, leas
 def varlen_tables(
     cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, rows: int, mask: Mask, packed_lse: bool = False
 ) -> tuple[QuerySpans, SegmentTable]:
-    """The table of plain variable-length attention: one segment a sequence.
+    """The table of plain variable-length attention: one segment per sequence.
 
     Args:
         cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing. What is made may be a view of it.
@@ -21,7 +21,7 @@ def varlen_tables(
         rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
         mask: Which keys a query sees, aligned to the bottom right: see :meth:`Mask.diagonal`.
         packed_lse: Whether lse is ``(1, H_q, rows)``, every row of q at its own index, the tail too, instead of
-            ``(B, H_q, longest)``, a slot a sequence.
+            ``(B, H_q, longest)``, a slot per sequence.
     """
     is_same = cu_seqlens_k is cu_seqlens_q
     q_cu = np.asarray(cu_seqlens_q, np.int64)

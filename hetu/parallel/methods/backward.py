@@ -53,7 +53,7 @@ def build_backward(plan: PlanData) -> tuple[PipelinePlan, ...]:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.backward`."""
     returns = find_returns(plan)
     rounds = _Order(plan, returns).rounds()
-    parts = [_Part(part, plan.heads) for part in plan.pipelines]
+    parts = [_BackwardPart(part, plan.heads) for part in plan.pipelines]
     _hold_back(plan, list(chain.from_iterable(returns.values())), rounds, parts)
     waves: dict[tuple[int, int], list[Return]] = {}
     for ret in sorted(chain.from_iterable(returns.values()), key=attrgetter("when", "distance", "transfer")):
@@ -144,7 +144,7 @@ class _Order:
             self.sent[r, item.peer] += 1
 
 
-def _hold_back(plan: PlanData, returns: list[Return], rounds: Rounds, parts: list[_Part]) -> None:
+def _hold_back(plan: PlanData, returns: list[Return], rounds: Rounds, parts: list[_BackwardPart]) -> None:
     """Lets pipelines hold back a part of their own rows, until the round after all else that they do.
 
     Only where all that returns to a pipeline is sent in one wave. Then it is added after what was held back, whose
@@ -176,7 +176,7 @@ def _hold_back(plan: PlanData, returns: list[Return], rounds: Rounds, parts: lis
 
 
 @dataclass(slots=True, eq=False)
-class _Part:
+class _BackwardPart:
     """Collects one pipeline's instructions.
 
     Attributes:

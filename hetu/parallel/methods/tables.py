@@ -82,7 +82,7 @@ def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> Reac
 def extents(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> IntArray:
     """``(n, m, B)``: how many keys of the owner's piece the receiver uses; arguments as of :func:`see`.
 
-    Keys that a member uses of a document are those that its last query sees, so this looks at one part a document.
+    Keys that a member uses of a document are those that its last query sees, so this looks at one part per document.
     """
     parts = group.parts
     if parts is None:

@@ -147,7 +147,7 @@ def sequence_rows(group: GroupLayout, member: int) -> Runs:
 
 
 def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, SegmentTable]:
-    """All tokens of a group as queries and as keys: one span and one segment a document."""
+    """All tokens of a group as queries and as keys: one span and one segment per document."""
     document = np.flatnonzero(group.lengths)
     start, length = group.offsets.take(document), group.lengths.take(document)
     number, zeros = np.arange(len(document)), np.zeros(len(document), np.int64)

@@ -133,7 +133,7 @@ class PlanData:
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
-        pipelines: One part a pipeline, in order.
+        pipelines: One part per pipeline, in order.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
     """
 

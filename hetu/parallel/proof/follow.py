@@ -115,7 +115,7 @@ class Follower(ABC):
             self.refuse(f"{instruction_name(item)} is never waited for")
 
 
-def follow(runs: Sequence[Follower]) -> None:
+def follow_all(runs: Sequence[Follower]) -> None:
     """Follows all pipelines until they are done, or none can go on."""
     while not all(run.is_done for run in runs):
         if max([run.advance() for run in runs]):  # every one of them, not only the first that can

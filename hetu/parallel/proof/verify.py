@@ -25,7 +25,7 @@ from hetu.parallel.plan.instructions import Attend, Copy
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 from hetu.parallel.proof.contents import Contents
-from hetu.parallel.proof.follow import follow
+from hetu.parallel.proof.follow import follow_all
 from hetu.parallel.proof.gradients import Contributions
 from hetu.parallel.proof.held import Run
 from hetu.parallel.proof.pairs import prove_pairs, seen_by
@@ -43,7 +43,7 @@ def verify(plan: PlanData, max_bytes: int | None = None) -> None:
     transfers, contents = pair_transfers(plan), Contents.of(plan, tokens)
     contributions = Contributions(plan, contents) if plan.is_backward else None
     runs = [Run(r, plan, contents, transfers, contributions) for r in range(len(plan.pipelines))]
-    follow(runs)
+    follow_all(runs)
     for run in runs:
         run.check_end()
     _prove_attends(plan, runs, contents)

@@ -1,4 +1,4 @@
-"""What a plan costs: FLOPs, bytes a link, memory, and the time that a simulation of its steps predicts.
+"""What a plan costs: FLOPs, bytes per link, memory, and the time that a simulation of its steps predicts.
 
 There is one simulation, :func:`simulate`: :func:`predict` sums it up, and ``hetu/parallel/views/trace.py`` draws it.
 """
@@ -22,8 +22,8 @@ class Hardware:
     """What a device can do.
 
     Attributes:
-        flops: Floating point operations a second that attention reaches.
-        link_bytes: Bytes a second that a device can send, and as many that it can receive at the same time.
+        flops: Floating point operations per second that attention reaches.
+        link_bytes: Bytes per second that a device can send, and as many that it can receive at the same time.
         latency: Seconds from the start of a transfer to its first byte.
         memory_bytes: Bytes that an attention may take.
 
@@ -60,7 +60,7 @@ class Cost:
     """What a plan costs on some hardware.
 
     Attributes:
-        flops: Of each pipeline: ``4 * head_dim`` a pair and query head, for the scores and the weighted sum. In the
+        flops: Of each pipeline: ``4 * head_dim`` per pair and query head, for the scores and the weighted sum. In the
             backward ``10 * head_dim``, for the scores once more and four gradients; adding up and copying are not
             counted.
         link_bytes: Bytes from one pipeline to another, ``{(source, target): bytes}``.
