@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-def is_torch(value: Any) -> bool:
-    """Whether it is a torch tensor."""
-    return _is_torch_type(type(value))  # type: ignore[arg-type] # a class is hashable, whatever mypy thinks of it
-
-
-@cache  # every feed of every run is asked
-def _is_torch_type(kind: Any) -> bool:
-    return kind.__module__.startswith("torch") and hasattr(kind, "detach")
+from hetu.arguments import is_torch
 
 
 def is_on_host(value: Any) -> bool:

@@ -278,11 +278,6 @@ def _is_native(dtype: np.dtype[Any], name: str) -> bool:
     return dtype.name == name and bool(dtype.isnative)
 
 
-@cache
-def _is_strided(layout: Any) -> bool:
-    return str(layout) == "torch.strided"
-
-
 def _refuse_unreadable(tensor: Tensor, value: Any) -> NoReturn:
     if value.is_meta:
         kind, fix = "meta tensor, which has no values", "feed a tensor that has some"

@@ -67,6 +67,28 @@ class _Call:
             return self.all_dropout
         return replace(self.all_dropout, first_head=step.heads.first_q)
 
+    def call(
+        self,
+        step: Attend,
+        queries: Values,
+        keys: Values,
+        turn: Turn | None,
+        dropout: Dropout | None,
+        needs_positions: bool,
+    ) -> AttendCall:
+        """What a kernel family takes of a step, forward and backward."""
+        return AttendCall(
+            queries["q"],
+            keys["k"],
+            keys["v"],
+            self.plan.spans,
+            step.table,
+            self.options.softmax_scale,
+            turn,
+            dropout,
+            key_positions(self.plan, step, self.layout) if needs_positions else None,
+        )
+
     def follow(self, comm: Communicator) -> Iterator[bool]:
         """Follows its part of the plan."""
         return follow(self.plan, self.held, comm, self.attend)
@@ -118,17 +140,7 @@ class ForwardCall(_Call):
         """Attends to one buffer of keys and values."""
         state = self.state or self._state_by_row(step, queries)
         dropout = self.dropout(step)
-        call = AttendCall(
-            queries["q"],
-            keys["k"],
-            keys["v"],
-            self.plan.spans,
-            step.table,
-            self.options.softmax_scale,
-            turn,
-            dropout,
-            key_positions(self.plan, step, self.layout) if self.options.needs_positions else None,
-        )
+        call = self.call(step, queries, keys, turn, dropout, self.options.needs_positions)
         family(self.options.family).attend(call, state)
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
@@ -236,17 +248,7 @@ class BackwardCall(_Call):
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
         state = self.state or self._state_by_row(step, queries)
         dropout = self.dropout(step)
-        call = AttendCall(
-            queries["q"],
-            keys["k"],
-            keys["v"],
-            self.plan.spans,
-            step.table,
-            self.options.softmax_scale,
-            turn,
-            dropout,
-            key_positions(self.plan, step, self.layout) if dropout else None,
-        )
+        call = self.call(step, queries, keys, turn, dropout, dropout is not None)
         family(self.options.family).attend_backward(call, state, keys["dk"], keys["dv"], keeps)
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
