@@ -39,6 +39,7 @@ INSIDE: Mapping[str, Floors] = {
         ("attention",),
         ("comm", "triton", "eager", "gluon"),  # gluon is to come
         ("families",),
+        ("pipelines",),
         ("lower",),
         ("torch",),
         ("__init__",),

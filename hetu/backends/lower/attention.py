@@ -14,7 +14,7 @@ from hetu.backends.attention.options import Options, Random, as_heads, signature
 from hetu.backends.comm import World, run_lock_step
 from hetu.backends.families import choose, family
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.pipelines import ForwardCall
+from hetu.backends.pipelines import ForwardCall, Rows
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan.varlen import VarlenPlan
 
@@ -111,9 +111,10 @@ def hetu_parallel_attn(
     """
     comm = world.communicator(len(plan.pipelines))
     own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
-    calls = [ForwardCall(shard, plan, r, random, shape, options) for r, shard, shape in own]
+    calls = [ForwardCall(Rows.packed(shard, options), plan, r, random, shape, options) for r, shard, shape in own]
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
-    return [call.outputs() for call in calls]
+    results = [call.outputs() for call in calls]
+    return [(out.flatten(1), *rest) for out, *rest in results]
 
 
 def _lower_parallel(cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:

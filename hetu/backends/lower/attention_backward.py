@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from hetu.backends.comm import World, run_lock_step
 from hetu.backends.families import family
 from hetu.backends.lower.attention import options_of
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.pipelines import BackwardCall
+from hetu.backends.pipelines import BackwardCall, Rows
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan.varlen import VarlenPlan
 
@@ -80,7 +81,7 @@ def hetu_parallel_attn_grad(
     plan: AttnPlan,
     options: Options,
     world: World,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     """The gradients of qkv on all pipelines that run here, in lock step.
 
     Args:
@@ -97,10 +98,15 @@ def hetu_parallel_attn_grad(
     comm, random = world.communicator(len(plan.pipelines)), _random(rng_state[0])
     calls = []
     for i, r in enumerate(world.pipelines(len(plan.pipelines))):
-        own_dlse = None if dlse is None else dlse[i]
-        calls.append(BackwardCall(qkv[i], out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
+        own, own_dlse = Rows.packed(qkv[i], options), None if dlse is None else dlse[i]
+        new_grads = partial(_packed_like, qkv[i], options)
+        calls.append(BackwardCall(own, new_grads, out[i], lse[i], dout[i], own_dlse, plan, r, random, options))
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
-    return [call.gradient() for call in calls]
+    return [call.finish().qkv for call in calls]
+
+
+def _packed_like(qkv: torch.Tensor, options: Options) -> Rows:
+    return Rows.packed(qkv.new_empty(qkv.shape), options)
 
 
 def _lower_parallel(cx: NodeLowering, *operands: Any) -> list[tuple[fx.Node, ...]]:

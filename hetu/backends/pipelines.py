@@ -7,8 +7,8 @@ the op returns them. Else they come home row by row, and are put there at the en
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -27,28 +27,64 @@ from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
 from hetu.backends.comm import Buffers, Communicator, Owned, Values, follow
 from hetu.backends.families import family
+from hetu.backends.memory import empty
 from hetu.parallel import AttnPlan
 from hetu.parallel.mask.segments import Turn
 from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Attend
 
 
+@dataclass(slots=True)  # not frozen: every attention makes some
+class Rows:
+    """The queries, keys and values of a pipeline's own tokens, or their gradients.
+
+    Attributes:
+        q: ``(rows, H_q, head_dim)`` in any strides, the last dim contiguous.
+        k: ``(rows, H_kv, head_dim)``, also so.
+        v: As k.
+        kv: k and v beside each other, ``(rows, 2 * H_kv, head_dim)``; None if they lie apart.
+        qkv: All three of them in one tensor ``(rows, (H_q + 2 * H_kv) * head_dim)``; None if they lie apart.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    kv: torch.Tensor | None
+    qkv: torch.Tensor | None = None
+
+    @classmethod
+    def packed(cls, qkv: torch.Tensor, options: Options) -> Rows:
+        """Views of what lies in one tensor, copied only if its rows are no stretches."""
+        q, kv = options.cut(with_rows(qkv))
+        k, v = kv.unbind(1)
+        return cls(q, k, v, kv.flatten(1, 2), qkv)
+
+    @classmethod
+    def new(cls, like: torch.Tensor, num_kv: int) -> Rows:
+        """New memory for as many rows as ``like`` has, ``(rows, H_q, head_dim)``."""
+        rows, _, head_dim = like.shape
+        kv = empty((rows, 2, num_kv, head_dim), like.dtype, like.device)
+        k, v = kv.unbind(1)
+        return cls(empty(like.shape, like.dtype, like.device), k, v, kv.flatten(1, 2))
+
+
 class _Call:
     """What forward and backward have in common.
 
     Attributes:
+        own: The pipeline's own queries, keys and values.
         spans: The spans of the own rows, which are not always the queries.
         held: What the pipeline holds while it follows its part.
     """
 
     held: Buffers
 
-    def __init__(self, qkv: torch.Tensor, plan: AttnPlan, pipeline: int, random: Random, options: Options) -> None:
+    def __init__(self, own: Rows, plan: AttnPlan, pipeline: int, random: Random, options: Options) -> None:
+        self.own, self.dtype = own, own.q.dtype
         self.options, self.layout, self.heads = options, plan.layout, plan.heads
         self.plan = plan.pipelines[pipeline]
         self.is_own = self.plan.queries == 0
         self.spans = self.plan.spans if self.is_own else plan.layout.query_spans(pipeline)
-        self.qkv = with_rows(qkv)
         self.all_dropout = options.dropout(random, plan.layout.group_index(pipeline))
         # How often each range of heads is still attended for, of rows whose results travel.
         self.left: Counter[HeadRange] = Counter()
@@ -56,10 +92,9 @@ class _Call:
             self.left.update(item.heads for item in self.plan.instructions if isinstance(item, Attend))
 
     def given(self) -> Owned:
-        """Views of q, k and v of the shard."""
-        q, kv = self.options.cut(self.qkv)
-        k, v = kv.unbind(1)
-        return {"q": q, "k": k, "v": v}, {Payload.KV: kv.view(len(kv), 2 * self.options.num_kv, self.options.head_dim)}
+        """The values that are there from the beginning."""
+        own = self.own
+        return {"q": own.q, "k": own.k, "v": own.v}, {} if own.kv is None else {Payload.KV: own.kv}
 
     def dropout(self, step: Attend) -> Dropout | None:
         """The dropout of a step's heads."""
@@ -108,23 +143,21 @@ class ForwardCall(_Call):
 
     def __init__(
         self,
-        qkv: torch.Tensor,
+        own: Rows,
         plan: AttnPlan,
         pipeline: int,
         random: Random,
         shape: tuple[int, int, int],
         options: Options,
     ) -> None:
-        super().__init__(qkv, plan, pipeline, random, options)
+        super().__init__(own, plan, pipeline, random, options)
         self.shape = shape
         self.state: AttentionState | None = None  # of the own rows
         self.states: dict[HeadRange, AttentionState] = {}  # of rows whose results travel
-        given = self.given()
-        self.q = given[0]["q"]
-        self.held = Buffers(self.plan, self.heads, given, self._results)
+        self.held = Buffers(self.plan, self.heads, self.given(), self._results)
 
     def _results(self) -> Owned:
-        q = self.q
+        q = self.own.q
         if self.is_own:
             batch, seq_len, columns = self.shape
             wanted = columns if self.options.return_softmax else None
@@ -145,7 +178,7 @@ class ForwardCall(_Call):
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
             if self.options.return_softmax:
-                p, rows = finish_softmax(state, self.plan.spans, dropout, self.qkv.dtype), len(queries["q"])
+                p, rows = finish_softmax(state, self.plan.spans, dropout, self.dtype), len(queries["q"])
                 queries["p"].copy_(p[0, :, :rows, : self.heads.columns].transpose(0, 1))
 
     def _state_by_row(self, step: Attend, queries: Values) -> AttentionState:
@@ -163,18 +196,18 @@ class ForwardCall(_Call):
         return state
 
     def outputs(self) -> tuple[torch.Tensor, ...]:
-        """Output, lse and, if asked for, p, once the plan is done."""
+        """Output ``(rows, H_q, head_dim)``, lse and, if asked for, p, once the plan is done."""
         values = self.held.finish()
         if self.state is not None:
-            outputs = self.state.out.flatten(1), self.state.lse
+            outputs = self.state.out, self.state.lse
             if not self.options.return_softmax:
                 return outputs
-            return *outputs, finish_softmax(self.state, self.spans, self.all_dropout, self.qkv.dtype)
+            return *outputs, finish_softmax(self.state, self.spans, self.all_dropout, self.dtype)
         batch, seq_len, columns = self.shape
         lse = values["lse"].new_full((batch, self.heads.num_q, seq_len), -torch.inf)
         rows, slot, slot_row = lse_places(self.spans, lse.device)
         lse[slot, :, slot_row] = values["lse"][rows, :, 0]
-        outputs = values["out"].flatten(1), lse
+        outputs = values["out"], lse
         if not self.options.return_softmax:
             return outputs
         return *outputs, self._probabilities(values["p"], batch, seq_len, columns)
@@ -192,11 +225,16 @@ class ForwardCall(_Call):
 
 
 class BackwardCall(_Call):
-    """One pipeline's share of the gradient of a ``parallel_attn``."""
+    """One pipeline's share of the gradient of a ``parallel_attn``.
+
+    Attributes:
+        grads: The gradients of its own rows, once the plan is done.
+    """
 
     def __init__(
         self,
-        qkv: torch.Tensor,
+        own: Rows,
+        grads: Callable[[], Rows],
         out: torch.Tensor,
         lse: torch.Tensor,
         dout: torch.Tensor,
@@ -206,7 +244,8 @@ class BackwardCall(_Call):
         random: Random,
         options: Options,
     ) -> None:
-        super().__init__(qkv, plan, pipeline, random, options)
+        super().__init__(own, plan, pipeline, random, options)
+        self._new_grads = grads
         out, self.dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
         self.lse = lse
         self.delta = attention_delta(out, self.dout, dlse, self.spans, family(options.family).row_dot)
@@ -226,16 +265,16 @@ class BackwardCall(_Call):
 
     def _results(self) -> Owned:
         # Sums of several parts are made in float32; what a single step computes is written as it is returned.
-        high = compute_dtype(self.qkv.dtype)
-        self.grad = self.qkv.new_empty(self.qkv.shape)
-        dq, self.dkv = self.options.cut(self.grad)
-        self.sums = self.dkv
-        if self.plan.sums_gradients and high != self.qkv.dtype:
-            self.sums = torch.empty_like(self.dkv, dtype=high, memory_format=torch.contiguous_format)
+        high = compute_dtype(self.dtype)
+        grads = self.grads = self._new_grads()
+        assert grads.kv is not None
+        self.sums = grads.kv
+        if self.plan.sums_gradients and high != self.dtype:
+            self.sums = torch.empty_like(grads.kv, dtype=high, memory_format=torch.contiguous_format)
         if self.is_own:
-            self.state = BackwardState(self.dout, self.lse, self.delta, dq, self._acc(dq))
-        values = {"dq": dq, "dk": self.sums[:, 0], "dv": self.sums[:, 1]}
-        return values, {Payload.KV_GRADS: self.sums.flatten(1, 2)}
+            self.state = BackwardState(self.dout, self.lse, self.delta, grads.q, self._acc(grads.q))
+        dk, dv = self.sums.chunk(2, 1)
+        return {"dq": grads.q, "dk": dk, "dv": dv}, {Payload.KV_GRADS: self.sums}
 
     def _acc(self, dq: torch.Tensor) -> torch.Tensor | None:
         """Where gradients of queries are added up that several steps compute."""
@@ -261,9 +300,10 @@ class BackwardCall(_Call):
             self.states[step.heads] = BackwardState(queries["dout"], by_head, delta, dq, self._acc(dq))
         return self.states[step.heads]
 
-    def gradient(self) -> torch.Tensor:
-        """The gradient of the shard, once the plan is done."""
+    def finish(self) -> Rows:
+        """The gradients of its own rows, once the plan is done."""
         self.held.finish()
-        if self.sums is not self.dkv:
-            self.dkv.copy_(self.sums)
-        return self.grad
+        grads = self.grads
+        if grads.kv is not None and self.sums is not grads.kv:
+            grads.kv.copy_(self.sums)
+        return grads
