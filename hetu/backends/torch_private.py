@@ -148,3 +148,11 @@ abort_process_group: Callable[[Any], None] = _private(
     "distributed.distributed_c10d._abort_process_group", getattr(dist, "destroy_process_group", None)
 )
 """Leaves a process group without waiting for what it does."""
+
+
+def _no_store() -> Any:
+    raise RuntimeError("this torch does not tell the store of its default process group")
+
+
+default_store: Callable[[], Any] = _private("distributed.distributed_c10d._get_default_store", _no_store)
+"""The store that all processes of torch's default process group reach."""

@@ -133,7 +133,7 @@ def _make(
     lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout is not None
-    forward_of, backward_of = _families(default_backend(q.device), *kind)
+    forward_of, backward_of = families(default_backend(q.device), *kind)
     return Attention(lengths, forward_of, backward_of, scale, dropout, lengths.plan.key_position if dropout else None)
 
 
@@ -191,7 +191,7 @@ def _attend_call(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 @cache
-def _families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
+def families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
     """The families of the forward and the backward, chosen as a graph chooses them; ``kind`` begins a signature."""
     forward = AttendSignature(*kind)
     return choose(backend, forward).family, choose(backend, forward._replace(is_backward=True)).family
@@ -230,28 +230,7 @@ def check(
     softmax_scale: float | None,
 ) -> None:
     """Refuses what no values are needed to refuse; runs on fake tensors too, where sizes are symbols."""
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
-        _refuse_dtypes(q, k, v)
-    if not q.ndim == k.ndim == v.ndim == 3:
-        _refuse_ranks(q, k, v)
-    (_, heads_q, head_dim), (rows_k, heads_k, dim_k), (rows_v, heads_v, dim_v) = q.shape, k.shape, v.shape
-    if not head_dim == dim_k == dim_v:
-        sizes = f"{head_dim}, {dim_k} and {dim_v}"
-        refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", _PAD)
-    if head_dim < 8 or head_dim > 256 or head_dim % 8:
-        refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", _PAD)
-    if rows_k != rows_v:
-        refuse(ShapeError, f"k has {rows_k} rows and v has {rows_v} rows, expected as many", "give every key its value")
-    if heads_k == 0 or heads_k != heads_v or heads_q == 0 or heads_q % heads_k:
-        refuse(
-            ShapeError,
-            f"q, k and v have {heads_q}, {heads_k} and {heads_v} heads, "
-            "expected as many for k and v and a multiple of them for q",
-            "check the projections",
-        )
-    if not q.device == k.device == v.device:
-        devices = f"{q.device}, {k.device} and {v.device}"
-        refuse(HetuError, f"q, k and v are on {devices}, expected one device", "move them to one device")
+    check_heads(q, k, v)
     _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
     _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
     if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
@@ -261,14 +240,48 @@ def check(
             f"cu_seqlens_q and cu_seqlens_k have {sizes} entries, expected as many",
             "give both batch_size + 1 entries",
         )
-    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p < 1):
-        refuse(HetuError, f"dropout_p is {dropout_p!r}, expected a probability in [0, 1)", "give 0 for no dropout")
-    if dropout_p and (rng_state is None or rng_state.shape != (2,)):
-        refuse(HetuError, "dropout has no rng_state, expected (seed, offset)", "call hetu.functional.attn_varlen")
-    if softmax_scale is not None and not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
+    check_options(rng_state, dropout_p, softmax_scale)
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, op: str = "attn_varlen") -> None:
+    """Refuses q, k and v that no kernel takes."""
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
+        _refuse_dtypes(q, k, v, op=op)
+    if not q.ndim == k.ndim == v.ndim == 3:
+        _refuse_ranks(q, k, v, op=op)
+    (_, heads_q, head_dim), (rows_k, heads_k, dim_k), (rows_v, heads_v, dim_v) = q.shape, k.shape, v.shape
+    if not head_dim == dim_k == dim_v:
+        sizes = f"{head_dim}, {dim_k} and {dim_v}"
+        refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", _PAD, op)
+    if head_dim < 8 or head_dim > 256 or head_dim % 8:
+        refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", _PAD, op)
+    if rows_k != rows_v:
+        what = f"k has {rows_k} rows and v has {rows_v} rows, expected as many"
+        refuse(ShapeError, what, "give every key its value", op)
+    if heads_k == 0 or heads_k != heads_v or heads_q == 0 or heads_q % heads_k:
         refuse(
-            HetuError, f"softmax_scale is {softmax_scale!r}, expected a finite number", "give None for 1/sqrt(head_dim)"
+            ShapeError,
+            f"q, k and v have {heads_q}, {heads_k} and {heads_v} heads, "
+            "expected as many for k and v and a multiple of them for q",
+            "check the projections",
+            op,
         )
+    if not q.device == k.device == v.device:
+        devices = f"{q.device}, {k.device} and {v.device}"
+        refuse(HetuError, f"q, k and v are on {devices}, expected one device", "move them to one device", op)
+
+
+def check_options(
+    rng_state: torch.Tensor | None, dropout_p: float, softmax_scale: float | None, op: str = "attn_varlen"
+) -> None:
+    """Refuses options that mean nothing."""
+    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p < 1):
+        refuse(HetuError, f"dropout_p is {dropout_p!r}, expected a probability in [0, 1)", "give 0 for no dropout", op)
+    if dropout_p and (rng_state is None or rng_state.shape != (2,)):
+        refuse(HetuError, "dropout has no rng_state, expected (seed, offset)", f"call hetu.functional.{op}", op)
+    if softmax_scale is not None and not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
+        what, fix = f"softmax_scale is {softmax_scale!r}, expected a finite number", "give None for 1/sqrt(head_dim)"
+        refuse(HetuError, what, fix, op)
 
 
 def _check_cu_seqlens(name: str, cu: torch.Tensor) -> None:
@@ -280,19 +293,19 @@ def _check_cu_seqlens(name: str, cu: torch.Tensor) -> None:
         refuse(ShapeError, f"{name} is empty, expected at least its first entry, 0", "give batch_size + 1 entries")
 
 
-def _refuse_dtypes(*tensors: torch.Tensor) -> NoReturn:
+def _refuse_dtypes(*tensors: torch.Tensor, op: str) -> NoReturn:
     for name, x in zip("qkv", tensors, strict=True):
         if x.dtype not in _DTYPES:
             wanted = ", ".join(dtype.name for dtype in FLOATS)
-            refuse(DTypeError, f"{name} is {_name(x.dtype)}, expected {wanted}", f"{name}.to(...) one of them")
+            refuse(DTypeError, f"{name} is {_name(x.dtype)}, expected {wanted}", f"{name}.to(...) one of them", op)
     q, k, v = (_name(x.dtype) for x in tensors)
-    refuse(DTypeError, f"q, k and v are {q}, {k} and {v}, expected one dtype", "cast them to one dtype")
+    refuse(DTypeError, f"q, k and v are {q}, {k} and {v}, expected one dtype", "cast them to one dtype", op)
 
 
-def _refuse_ranks(*tensors: torch.Tensor) -> NoReturn:
+def _refuse_ranks(*tensors: torch.Tensor, op: str) -> NoReturn:
     name, x = next((name, x) for name, x in zip("qkv", tensors, strict=True) if x.ndim != 3)
     fix = "give (tokens, heads, head_dim): no batch dimension, heads apart from their entries"
-    refuse(ShapeError, f"{name} has {x.ndim} dimensions {list(x.shape)}, expected 3", fix)
+    refuse(ShapeError, f"{name} has {x.ndim} dimensions {list(x.shape)}, expected 3", fix, op)
 
 
 def _check_longest(side: str, limit: int, longest: int, cu_seqlens: torch.Tensor) -> None:
@@ -313,9 +326,9 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refuse(kind: type[HetuError], what: str, fix: str) -> NoReturn:
+def refuse(kind: type[HetuError], what: str, fix: str, op: str = "attn_varlen") -> NoReturn:
     """Raises the error of a call; where it was made is the innermost line that is neither hetu's nor torch's."""
-    raise kind(what, op="attn_varlen", where=innermost(_is_foreign), fix=fix)
+    raise kind(what, op=op, where=innermost(_is_foreign), fix=fix)
 
 
 def _is_foreign(frame: FrameType) -> bool:

@@ -118,18 +118,18 @@ def attn_varlen(
     may_cast = is_compiling or is_any_autocast_enabled()  # asked first, because it takes the least
     if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = _as_autocast(q, dtype), _as_autocast(k, dtype), _as_autocast(v, dtype)
+        q, k, v = as_autocast(q, dtype), as_autocast(k, dtype), as_autocast(v, dtype)
     call = (
         cu_seqlens_q if cu_seqlens_q.is_cpu else _on_host(cu_seqlens_q),
         cu_seqlens_k if cu_seqlens_k.is_cpu else _on_host(cu_seqlens_k),
-        _rng_state(seed) if dropout_p else None,
+        rng_state_of(seed) if dropout_p else None,
         max_seqlen_q,
         max_seqlen_k,
         is_causal,
         dropout_p,
         softmax_scale,
     )
-    if is_compiling or q.is_meta or not _is_plain(q, k, v):
+    if is_compiling or q.is_meta or not is_plain(q, k, v):
         out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
     elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if _is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
             results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
         else:  # the op knows what to do, also if these gradients are to be differentiated
             results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)
@@ -162,7 +162,7 @@ class _Attention(torch.autograd.Function):
 _apply_attention = apply_of(_Attention)
 
 
-def _is_plain(*tensors: torch.Tensor | None) -> bool:
+def is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing watches or transforms what is done to the tensors, of which the first one has data.
 
     Then the op may be computed without torch's dispatcher. What needs it: fake and other subclasses, dispatch modes
@@ -183,12 +183,12 @@ def _bound(name: str, given: Any) -> int | None:
     return None if given is None else integer(given, name, op=_OP, error=DTypeError, fix=f"leave {name} out")
 
 
-def _as_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What autocast makes of an input of an op that runs in low precision."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _rng_state(seed: int | None) -> torch.Tensor:
+def rng_state_of(seed: int | None) -> torch.Tensor:
     """Seed and offset of a call's dropout."""
     if seed is None:
         return torch.randint(_SEEDS, (2,), dtype=torch.int64, device="cpu")
@@ -205,7 +205,7 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """
     if cu_seqlens.is_meta:
         return cu_seqlens
-    if torch.compiler.is_compiling() or not _is_plain(cu_seqlens) or cu_seqlens.is_inference():
+    if torch.compiler.is_compiling() or not is_plain(cu_seqlens) or cu_seqlens.is_inference():
         return cu_seqlens.cpu()
     counted = version_of(cu_seqlens)
     if counted is None:

@@ -15,7 +15,7 @@ from hetu.backends.comm.local import LocalComm
 from hetu.parallel.plan.instructions import Receive, Send
 
 if TYPE_CHECKING:
-    from hetu.backends.comm.distributed import DistributedWorld
+    from hetu.backends.comm.peers import Peers
 
 _TAGS = 2**31
 
@@ -61,7 +61,7 @@ class DistributedComm:
         count: How many pipelines the strategy has.
     """
 
-    def __init__(self, world: DistributedWorld, count: int) -> None:
+    def __init__(self, world: Peers, count: int) -> None:
         self.world, self.base = world, world.launches * 4096 + world.calls
         self.pipelines = len(world.pipelines(count))
         self.over_gloo = world.backend == "gloo" or count > world.size

@@ -1,0 +1,279 @@
+"""The members of a user's process group as a world: each runs the pipeline of its number in the group.
+
+A group may be any: the default one, one dimension of a mesh, several at once. hetu makes connections of its own between
+its members, once for each group, and leaves the group itself alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+from hetu.backends.comm.control import Control, seconds
+from hetu.backends.comm.local import LocalComm
+from hetu.backends.comm.peers import Connection, Peers
+from hetu.backends.torch_private import default_store
+from hetu.errors import CommunicationError, HetuError, caller
+
+DIGEST = 32
+"""Bytes of what is compared."""
+
+TIMEOUT = 300.0
+"""Seconds that a rank waits for another, where the group doesn't say."""
+
+
+class GroupWorld(Peers):
+    """The members of a process group.
+
+    Attributes:
+        name: The group's name in torch.
+        ranks: The members' ranks in the default group.
+        agreements: How often the members agreed on what is new.
+        history: A number that tells what was called so far; the same on all members if they did the same.
+        has_compared_seeds: Whether the seeds of dropout were compared since the last comparison.
+    """
+
+    def __init__(self, group: Any, control: Control, device: torch.device, backend: str) -> None:
+        super().__init__(control, device, backend)
+        self.name: str = group.group_name
+        self.ranks: list[int] = dist.get_process_group_ranks(group)
+        self._group = weakref.ref(group)
+        self.collectives = self.up if backend == "gloo" else self._connect_all("all", backend)
+        self.agreements = self.history = 0
+        self.has_compared_seeds = False
+        self._comparisons: list[tuple[Any, torch.Tensor, Mapping[str, Any], str]] = []
+
+    @property
+    def group(self) -> Any:
+        """The process group; None once it is gone."""
+        return self._group()
+
+    # Agreement
+
+    def agree(self, facts: Mapping[str, Any], what: str) -> int:
+        """Demands that all members say the same; gives how often they did so before.
+
+        Args:
+            facts: Plain values by the names that an error gives them.
+            what: What they are about to call.
+
+        Raises:
+            CommunicationError: If they differ, on all members, showing all sides.
+        """
+        said = [json.loads(body) for body in self.control.exchange(json.dumps(facts).encode(), what)]
+        for name in facts:
+            values = [one.get(name) for one in said]
+            if any(value != values[0] for value in values):
+                raise CommunicationError(
+                    f"{name} must be the same on all ranks of the group, but the ranks differ",
+                    op=what,
+                    where=caller(),
+                    bound=[f"rank {self.ranks[r]}: {value}" for r, value in enumerate(values)],
+                    fix=f"call {what} with the same arguments on all ranks of the group",
+                )
+        self.agreements += 1
+        return self.agreements
+
+    def called(self, *numbers: int) -> None:
+        """Notes a call, by numbers that are the same on all members."""
+        self.history = hash((self.history, *numbers))
+
+    def compare(self, facts: Mapping[str, Any], what: str) -> None:
+        """Starts to compare what all members say, and waits for nothing: :meth:`settle` does before rows travel.
+
+        A digest of the facts and of all calls so far is on its way meanwhile.
+        """
+        self.control.check()
+        known = {**facts, "what was called so far": self.history}
+        digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=DIGEST).digest()
+        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        said = torch.empty(self.size * DIGEST, dtype=torch.uint8, device="cpu")
+        connection: Connection = self.control.group
+        work = connection._allgather_base(said, own)
+        self._comparisons.append((work, said, known, what))
+        self.has_compared_seeds = False
+
+    def settle(self) -> None:
+        """Ends the comparisons that are under way.
+
+        Raises:
+            CommunicationError: If something differs, on all members, showing all sides.
+        """
+        while self._comparisons:
+            work, said, known, what = self._comparisons.pop(0)
+            try:
+                work.wait(seconds(self.control.patience))
+            except RuntimeError as error:
+                self.control.lost(f"waiting for all ranks to come to {what}", error)
+            if len({bytes(row.numpy()) for row in said.view(self.size, DIGEST)}) > 1:
+                self.agree(known, what)
+
+    # Rows
+
+    def gather_rows(self, own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The rows of all members, one member after the other.
+
+        Args:
+            own: ``(counts[rank], ...)``, contiguous.
+            counts: Rows of each member.
+        """
+        most = max(counts)
+        place = own.new_empty((self.size, most, *own.shape[1:]))
+        sent = own if len(own) == most else torch.cat([own, own.new_zeros((most - len(own), *own.shape[1:]))])
+        if place.numel():
+            self._gather_bytes(place, sent)
+        return (
+            place.flatten(0, 1)
+            if min(counts) == most
+            else torch.cat([x[:n] for x, n in zip(place, counts, strict=True)])
+        )
+
+    def _gather_bytes(self, place: torch.Tensor, sent: torch.Tensor) -> None:
+        """As bytes, for gloo doesn't know all types; through the host where gloo carries what lies on a device."""
+        device = torch.device("cpu") if self.backend == "gloo" else self.device
+        there = place if place.device == device else torch.empty_like(place, device=device)
+        try:
+            flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
+            self.collectives._allgather_base(flat, own).wait()  # over NCCL the stream waits, not the host
+            self.expect([there], "gathering rows")
+        except RuntimeError as error:
+            self.control.lost("gathering rows", error)
+        if there is not place:
+            place.copy_(there)
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """The sums of a few numbers over all members, on every one of them."""
+        return self.gather_rows(values[None].contiguous(), [1] * self.size).sum(0)
+
+
+_ALONE: AbstractContextManager[None] = nullcontext()
+
+
+class OneProcess:
+    """The world of a process that is in no group: it runs the only pipeline itself."""
+
+    name, rank, size, backend = "", 0, 1, "gloo"
+    is_distributed = False
+    ranks: Sequence[int] = (0,)
+
+    def pipelines(self, count: int) -> Sequence[int]:
+        """All of them."""
+        return range(count)
+
+    def begin(self) -> None:
+        """Nobody else has to know."""
+
+    def settle(self) -> None:
+        """There is nobody to differ from."""
+
+    def hanging_up(self) -> AbstractContextManager[None]:
+        """There is nobody to be told of an error."""
+        return _ALONE
+
+    def communicator(self, count: int) -> LocalComm:
+        """A mailbox."""
+        return LocalComm()
+
+    def gather_rows(self, own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """They are all here."""
+        return own
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        """There is nothing to add."""
+        return values
+
+
+AnyWorld = GroupWorld | OneProcess
+
+ONE_PROCESS = OneProcess()
+
+_worlds: dict[str, GroupWorld] = {}
+_made: Counter[tuple[int, ...]] = Counter()
+"""How many worlds this process made with each list of ranks: the same number on all of these."""
+
+
+def world_of(group: Any) -> AnyWorld:
+    """The world of a process group, made when it is first asked for: all members have to ask.
+
+    Args:
+        group: A process group of torch with this process among its members; None for a process alone.
+
+    Raises:
+        CommunicationError: If not all members come in time; it names those that didn't.
+        HetuError: If there is no way to carry rows between them.
+    """
+    if group is None or group.size() == 1:
+        return ONE_PROCESS
+    known = _worlds.get(group.group_name)
+    if known is not None and (known.group is not group or known.control.broken is not None):
+        known.close()  # a name may come again once a group is destroyed; and after a failure all begin anew
+        known = None
+    if known is None:
+        known = _worlds[group.group_name] = _make(group)
+    return known
+
+
+def world_named(name: str) -> AnyWorld:
+    """The world of a group by its name, which :func:`world_of` has made; begun anew after a failure."""
+    if not name:
+        return ONE_PROCESS
+    known = _worlds[name]
+    if known.control.broken is None:
+        return known
+    if known.group is None:
+        what = f"the process group {name} was destroyed"
+        raise HetuError(what, op="ContextParallel", where=caller(), fix="make a ContextParallel of another group")
+    return world_of(known.group)
+
+
+def _make(group: Any) -> GroupWorld:
+    ranks = tuple(dist.get_process_group_ranks(group))
+    _made[ranks] += 1
+    store = PrefixStore(f"hetu/{'-'.join(map(str, ranks))}/{_made[ranks]}", default_store())
+    backend, device = _carrier(group)
+    control = Control(store, group.rank(), group.size(), _timeout(group, device))
+    control.meet("ContextParallel")
+    return GroupWorld(group, control, device, backend)
+
+
+def _carrier(group: Any) -> tuple[str, torch.device]:
+    """What carries rows between the members, and where they lie."""
+    backends = {device.type for device in group._device_types}
+    is_nccl = "cuda" in backends and group._get_backend(torch.device("cuda")).name() == "nccl"
+    if is_nccl and torch.cuda.is_available():
+        return "nccl", torch.device("cuda", torch.cuda.current_device())
+    if "cpu" in backends or "cuda" in backends:
+        return "gloo", torch.device("cpu")
+    raise HetuError(
+        f"the process group {group.group_name} has no backend for the CPU or CUDA",
+        op="ContextParallel",
+        where=caller(),
+        fix="make it with backend='nccl', 'gloo', or 'cpu:gloo,cuda:nccl'",
+    )
+
+
+def _timeout(group: Any, device: torch.device) -> float:
+    """Seconds that the group's own messages may take."""
+    try:
+        found = group._get_backend(device).options._timeout.total_seconds()
+    except (AttributeError, RuntimeError):
+        return TIMEOUT
+    return float(found)
+
+
+@atexit.register
+def _leave() -> None:
+    """Before torch is taken apart: its backends wait for each other then."""
+    for world in _worlds.values():
+        world.close()
+    _worlds.clear()

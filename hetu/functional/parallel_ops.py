@@ -1,0 +1,261 @@
+"""``parallel_attn``, and what cuts and joins rows, as PyTorch ops that torch.compile and checkpointing know.
+
+As in :mod:`hetu.functional.attention`, a call has two parts: it is planned, which seen calls skip, and it is computed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NoReturn
+
+import torch
+
+from hetu.backends.attention.contract import compute_dtype
+from hetu.backends.attention.options import with_rows
+from hetu.backends.comm import run_lock_step
+from hetu.backends.comm.groups import GroupWorld
+from hetu.backends.pipelines import BackwardCall, ForwardCall, Rows
+from hetu.errors import HetuError, ShapeError
+from hetu.functional.attention import check_heads, check_options, refuse
+from hetu.functional.sharding import PlannedCall, Sharding, sharding_of
+
+OP = "parallel_attn"
+
+
+def prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sharding: Sharding,
+    rng_state: torch.Tensor | None,
+    method: str,
+    is_causal: bool,
+    dropout_p: float,
+    softmax_scale: float | None,
+) -> PlannedCall:
+    """Checks a call and finds its plan, on which all ranks of the group agreed.
+
+    Raises:
+        HetuError: Whatever :func:`hetu.functional.parallel_attn` refuses.
+        CommunicationError: If the ranks call different things, or one is gone.
+    """
+
+    def check() -> None:
+        check_heads(q, k, v, OP)
+        check_options(rng_state, dropout_p, softmax_scale, OP)
+        for name, x in (("q", q), ("k", k)):
+            if len(x) != sharding.rows:
+                refuse(
+                    ShapeError,
+                    f"{name} has {len(x)} rows, but rank {sharding.rank} of the group holds {sharding.rows}",
+                    "give the rows that cp.dispatch gives this rank",
+                    OP,
+                )
+
+    call = sharding.call(q, k, v, method, is_causal, dropout_p, softmax_scale, check)
+    world = call.world
+    if isinstance(world, GroupWorld):
+        seeds = () if rng_state is None else rng_state.tolist()
+        if seeds and not world.has_compared_seeds:
+            world.agree({"the seed of dropout": seeds}, OP)
+            world.has_compared_seeds = True
+        world.called(call.number, *seeds)
+    return call
+
+
+def forward(
+    call: PlannedCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rng_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output, like q, and lse ``(H_q, rows)``, both contiguous."""
+    world, shape = call.world, (1, len(q), 0)
+    with world.hanging_up():
+        step = ForwardCall(_rows(call, q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options)
+        _follow(call, step)
+        out, lse = step.outputs()
+    return out, lse[0]
+
+
+def backward(
+    call: PlannedCall,
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    rng_state: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of q, and those of k and v beside each other: ``(rows, 2, H_kv, head_dim)``; contiguous."""
+    own, new_grads = _rows(call, q, k, v), partial(Rows.new, q, k.shape[1])
+    dout = torch.zeros_like(out) if dout is None else dout
+    dlse = None if dlse is None else dlse[None]
+    plan, rank, random = call.plan.backward(), call.world.rank, _random(rng_state)
+    with call.world.hanging_up():
+        step = BackwardCall(own, new_grads, out, lse[None], dout, dlse, plan, rank, random, call.backward_options)
+        _follow(call, step)
+        grads = step.finish()
+    assert grads.kv is not None
+    return grads.q, grads.kv.unflatten(1, (2, -1))
+
+
+def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
+    """Follows this rank's part of a plan, while the others follow theirs."""
+    call.world.begin()
+    comm = call.world.communicator(call.world.size)
+    run_lock_step([step.follow(comm)], comm.stuck)
+
+
+def _rows(call: PlannedCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
+    """A rank's own rows; keys and values that travel are put beside each other, so that each send packs them once."""
+    q, k, v = with_rows(q), with_rows(k), with_rows(v)
+    return Rows(q, k, v, torch.cat([k, v], 1) if call.world.is_distributed else None)
+
+
+def _random(rng_state: torch.Tensor | None) -> tuple[int, int]:
+    seed, offset = (0, 0) if rng_state is None else rng_state.tolist()
+    return seed, offset
+
+
+# The ops
+
+_library = torch.library.Library("hetu", "FRAGMENT")
+_TENSORS = "Tensor q, Tensor k, Tensor v"
+_CALL = (
+    "Tensor table, Tensor? rng_state, str split, str group, str method, bool is_causal, float dropout_p, "
+    "float? softmax_scale"
+)
+# CUDA graphs can't hold what travels between ranks: torch.compile leaves the op out of them.
+_TAGS = tuple(
+    tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
+)
+_library.define(f"parallel_attn({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(
+    f"parallel_attn_backward(Tensor? dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
+    "-> (Tensor dq, Tensor dkv)",
+    tags=_TAGS,
+)
+_library.define("dispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=_TAGS)
+_library.define("undispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=_TAGS)
+
+
+def _planned(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    table: torch.Tensor,
+    rng_state: torch.Tensor | None,
+    split: str,
+    group: str,
+    *options: Any,
+) -> PlannedCall:
+    return prepare(q, k, v, sharding_of(table, split, group), rng_state, *options)
+
+
+@torch.library.impl("hetu::parallel_attn", "CompositeExplicitAutograd", lib=_library)
+def _forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return forward(_planned(q, k, v, *call), q, k, v, call[1])
+
+
+@torch.library.register_fake("hetu::parallel_attn", lib=_library)
+def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    _, rng_state, _, _, _, _, dropout_p, softmax_scale = call
+    check_heads(q, k, v, OP)
+    check_options(rng_state, dropout_p, softmax_scale, OP)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
+
+
+@torch.library.impl("hetu::parallel_attn_backward", "CompositeExplicitAutograd", lib=_library)
+def _backward_op(
+    dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *call = rest
+    return backward(_planned(q, k, v, *call), dout, dlse, q, k, v, out, lse, call[1])
+
+
+@torch.library.register_fake("hetu::parallel_attn_backward", lib=_library)
+def _backward_fake(
+    dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, head_dim = k.shape
+    return q.new_empty(q.shape), k.new_empty((rows, 2, heads, head_dim))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, table, rng_state, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, table, rng_state)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    dq, dkv = torch.ops.hetu.parallel_attn_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    return dq, *dkv.unbind(1), *(None,) * (len(ctx.options) + 2)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    refuse(
+        HetuError,
+        "the gradients of parallel_attn have no derivative: it can't be differentiated twice",
+        "use torch.nn.functional.scaled_dot_product_attention where second derivatives are needed",
+        OP,
+    )
+
+
+torch.library.register_autograd("hetu::parallel_attn", _differentiate, setup_context=_save, lib=_library)
+torch.library.register_autograd("hetu::parallel_attn_backward", _no_second_derivative, lib=_library)
+
+
+# Cutting and joining. A whole tensor is one value that all ranks hold: each op is the other's gradient.
+
+
+@torch.library.impl("hetu::dispatch", "CompositeExplicitAutograd", lib=_library)
+def _dispatch_op(
+    x: torch.Tensor, like: torch.Tensor, table: torch.Tensor, split: str, group: str, dim: int
+) -> torch.Tensor:
+    return x.index_select(dim, sharding_of(table, split, group).own_rows(x.device))
+
+
+@torch.library.register_fake("hetu::dispatch", lib=_library)
+@torch.library.register_fake("hetu::undispatch", lib=_library)
+def _moved_fake(
+    x: torch.Tensor, like: torch.Tensor, table: torch.Tensor, split: str, group: str, dim: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:dim], like.shape[0], *x.shape[dim + 1 :]))
+
+
+@torch.library.impl("hetu::undispatch", "CompositeExplicitAutograd", lib=_library)
+def _undispatch_op(
+    x: torch.Tensor, like: torch.Tensor, table: torch.Tensor, split: str, group: str, dim: int
+) -> torch.Tensor:
+    sharding = sharding_of(table, split, group)
+    sharding.world.settle()
+    everything = sharding.world.gather_rows(x.movedim(dim, 0).contiguous(), sharding.counts)
+    whole = everything.index_select(0, sharding.places(x.device))
+    return whole.movedim(0, dim).contiguous()
+
+
+def _save_move(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    x, _, table, ctx.split, ctx.group, ctx.dim = inputs
+    ctx.save_for_backward(table, _counted(x, ctx.dim))
+
+
+def _counted(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A tensor without memory of its own that has as many entries as x along a dim: what compiled sizes come from."""
+    return torch.empty(1, dtype=torch.int8, device="cpu").expand(x.shape[dim])
+
+
+def _undo(op: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    table, like = ctx.saved_tensors
+    return op(grad, like, table, ctx.split, ctx.group, ctx.dim), *(None,) * 5
+
+
+def _undo_dispatch(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _undo(torch.ops.hetu.undispatch, ctx, grad)
+
+
+def _undo_undispatch(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return _undo(torch.ops.hetu.dispatch, ctx, grad)
+
+
+torch.library.register_autograd("hetu::dispatch", _undo_dispatch, setup_context=_save_move, lib=_library)
+torch.library.register_autograd("hetu::undispatch", _undo_undispatch, setup_context=_save_move, lib=_library)

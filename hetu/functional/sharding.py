@@ -1,0 +1,225 @@
+"""What all :class:`~hetu.functional.ContextParallel` of the same lengths over one group share: layout and plans.
+
+A compiled model knows a context parallelism by a *table*, an int64 tensor on the host that says everything of its
+lengths, and by the group's name. So other lengths are other values, and recompile nothing; and a backward finds its
+plan even if nobody else has kept it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hetu.backends.attention.family import AttendSignature
+from hetu.backends.attention.options import Options
+from hetu.backends.comm.groups import AnyWorld, GroupWorld, world_named
+from hetu.backends.families import choose, default_backend
+from hetu.backends.memory import copied_to
+from hetu.cache import LRU
+from hetu.config import settings
+from hetu.parallel import AttnPlan, Heads, Layout, Mask, build_plan
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedCall:
+    """A ``parallel_attn`` that is checked, planned, and agreed on by all ranks of the group.
+
+    Attributes:
+        world: The members of the group.
+        plan: What they do.
+        options: What of the call's arguments its computation depends on.
+        backward_options: The same for the gradient, perhaps with another kernel family.
+        number: How many calls the group had agreed on before.
+    """
+
+    world: AnyWorld
+    plan: AttnPlan
+    options: Options
+    backward_options: Options
+    number: int = 0
+
+
+class Sharding:
+    """Which rows each member of a group holds, and the plans of the attention over them.
+
+    Attributes:
+        layout: Which token of which document lies on which member.
+        rank: This process's number among them.
+        rows: Its rows.
+        counts: The rows of each member.
+        tokens: Rows of all of them.
+    """
+
+    def __init__(self, layout: Layout, group_name: str, rank: int) -> None:
+        self.layout, self.rank, self._group = layout, rank, group_name
+        self.rows, self.tokens = layout.rows(rank), layout.groups[0].tokens
+        self.counts = [layout.rows(r) for r in range(layout.num_pipelines)]
+        self._calls: dict[Any, PlannedCall] = {}
+        self._on_device: dict[Any, torch.Tensor] = {}
+
+    @property
+    def world(self) -> AnyWorld:
+        """The members of the group."""
+        return world_named(self._group)
+
+    # Plans
+
+    def call(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        method: str,
+        is_causal: bool,
+        dropout_p: float,
+        softmax_scale: float | None,
+        check: Callable[[], None],
+    ) -> PlannedCall:
+        """The plan of a call; seen again, it is neither checked nor agreed on again.
+
+        Args:
+            q: ``(rows, H_q, head_dim)``
+            k: ``(rows, H_kv, head_dim)``
+            v: As k.
+            method: How members reach each other's keys and values.
+            is_causal: Which mask.
+            dropout_p: See :func:`hetu.functional.parallel_attn`.
+            softmax_scale: Factor of the scores; None for ``1 / sqrt(head_dim)``.
+            check: Refuses what can't be computed.
+        """
+        key = (
+            *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
+            *(method, is_causal, dropout_p, softmax_scale, settings().backend, settings().verify_plans),
+        )
+        found, world = self._calls.get(key), self.world
+        world.settle()
+        if found is None or found.world is not world:
+            with world.hanging_up():
+                check()
+                made = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale)
+            found = self._calls[key] = self._agree(made, q)
+        return found
+
+    def _plan(
+        self,
+        world: AnyWorld,
+        q: torch.Tensor,
+        num_kv: int,
+        method: str,
+        is_causal: bool,
+        dropout_p: float,
+        softmax_scale: float | None,
+    ) -> PlannedCall:
+        _, num_q, head_dim = q.shape
+        plan = self.plan(method, Heads(num_q, num_kv, head_dim, q.element_size()), Mask.of(is_causal))
+        signature = AttendSignature(q.dtype, q.device, head_dim, num_q, num_kv, dropout_p > 0)
+        backend = default_backend(q.device)
+        families = [choose(backend, signature._replace(is_backward=side)).family.name for side in (False, True)]
+        scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        options = [Options(name, num_q, num_kv, head_dim, dropout_p, scale, False) for name in families]
+        return PlannedCall(world, plan, options[0], options[1])
+
+    def _agree(self, call: PlannedCall, q: torch.Tensor) -> PlannedCall:
+        """Demands that all members are about to do the same."""
+        world, plan, options = call.world, call.plan, call.options
+        if not isinstance(world, GroupWorld):
+            return call
+        facts = {
+            "the layout": self.layout.digest(),
+            "method": plan.method,
+            "the mask": str(plan.mask),
+            "the heads of q": plan.heads.num_q,
+            "the heads of k and v": plan.heads.num_kv,
+            "head_dim": plan.heads.head_dim,
+            "the dtype": str(q.dtype),
+            "the kind of device": q.device.type,
+            "dropout_p": options.p_dropout,
+            "softmax_scale": options.softmax_scale,
+        }
+        number = world.agree(facts, "parallel_attn")
+        world.open_links(self.layout.num_pipelines, [plan, plan.backward()])
+        return replace(call, number=number)
+
+    def plan(self, method: str, heads: Heads, mask: Mask) -> AttnPlan:
+        """The plan for given heads and mask; proven if ``hetu.config(verify_plans=True)`` says so."""
+
+        def build() -> AttnPlan:
+            return build_plan(self.layout, method=method, mask=mask, heads=heads)
+
+        plan = _plans.get((self, method, heads, mask), build)
+        if settings().verify_plans and "proven" not in plan.memo:
+            for item in (plan, plan.backward()):
+                item.verify()
+            plan.memo["proven"] = True
+        return plan
+
+    # Rows
+
+    def own_rows(self, device: torch.device) -> torch.Tensor:
+        """Where this member's rows stand among all tokens: int64 ``(rows,)``."""
+        return self._kept("own_rows", device, lambda: self.layout.columns(self.rank))
+
+    def places(self, device: torch.device) -> torch.Tensor:
+        """Where each token stands among the rows of all members, one after the other: int64 ``(tokens,)``."""
+
+        def find() -> IntArray:
+            columns = np.concatenate([self.layout.columns(r) for r in range(self.layout.num_pipelines)])
+            places = np.empty_like(columns)
+            places[columns] = np.arange(len(columns))
+            return places
+
+        return self._kept("places", device, find)
+
+    def positions(self, device: torch.device) -> torch.Tensor:
+        """The position in its document of each of this member's rows: int64 ``(rows,)``."""
+        return self._kept("positions", device, lambda: self.layout.positions(self.rank))
+
+    def last_rows(self, device: torch.device) -> torch.Tensor:
+        """Where the last token of each document stands among all tokens: int64, one per document that has any."""
+
+        def find() -> IntArray:
+            lengths = self.layout.groups[0].lengths
+            return np.asarray(lengths.cumsum()[lengths > 0] - 1)
+
+        return self._kept("last_rows", device, find)
+
+    def _kept(self, name: str, device: torch.device, find: Callable[[], IntArray]) -> torch.Tensor:
+        key = name, device
+        if key not in self._on_device:
+            with torch.inference_mode(False):  # a tensor of that mode could never be used in training
+                self._on_device[key] = copied_to(find().astype(np.int64), device)
+        return self._on_device[key]
+
+
+_plans: LRU[AttnPlan] = LRU(512)
+_shardings: LRU[Sharding] = LRU(64)
+
+
+# The table: rows of each member, and the cumulative lengths. Its first number says how many members there are, its
+# second whether lengths are given by pieces.
+
+
+def table_of(tokens: Sequence[int], cu_seqlens: IntArray) -> torch.Tensor:
+    """The table of a split of documents."""
+    head = [len(tokens), cu_seqlens.ndim, *tokens]
+    return torch.from_numpy(np.concatenate([np.array(head, np.int64), cu_seqlens.reshape(-1)]))
+
+
+def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
+    """What a table stands for; seen tables are not read again."""
+    values, rank = table.numpy(), world_named(group_name).rank
+    key = values.tobytes(), split, group_name, rank
+    return _shardings.get(key, lambda: _read(values, split, group_name, rank))
+
+
+def _read(values: IntArray, split: str, group_name: str, rank: int) -> Sharding:
+    size, ndim = values[:2].tolist()
+    tokens, cu = values[2 : 2 + size].tolist(), np.array(values[2 + size :])
+    layout = Layout.build(tokens, [0] * size, split=split, cu_seqlens=cu.reshape(size, -1) if ndim == 2 else cu)
+    return Sharding(layout, group_name, rank)
