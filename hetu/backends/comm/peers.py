@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -168,9 +167,15 @@ class Peers:
             # Whoever still held one would hold its sockets open.
             self.control.group = self.up = self.down = self.host = None
             # Ending one of NCCL's frees memory, for which CUDA waits for the kernels of all others.
-            with ThreadPoolExecutor(max(len(leaving), 1), thread_name_prefix="hetu-leave") as threads:
-                while leaving:
-                    threads.submit(_leave, leaving.pop())
+            threads = [threading.Thread(target=_leave, args=(leaving.pop(),)) for _ in range(len(leaving))]
+            for thread in threads:
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter ends: nothing is under way any more
+                    thread.run()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
 
 
 def connect(store: Any, rank: int, size: int, backend: str, timeout: float) -> Connection:
