@@ -83,9 +83,8 @@ class ContextParallel:
         self.table = table_of(_tokens(tokens, own, world.size), own)
         self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
         if isinstance(world, GroupWorld):
-            layout = self.sharding.layout
-            facts = {"the layout": f"{layout.digest()}, {layout.groups[0].describe()[0]}", "split": self.split}
-            world.compare({**facts, "method": self.method}, _OP)
+            facts = {"tokens": self.sharding.tokens, "the rows of all ranks": self.sharding.counts}
+            world.compare({**facts, "the layout": self.sharding.digest, "method": self.method}, _OP)
         where = _device(device, cu_seqlens, world)
         # The layout's own may not be changed by a user; and no mode may make what training can't use.
         with torch.inference_mode(False):

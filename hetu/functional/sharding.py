@@ -52,12 +52,14 @@ class Sharding:
         layout: Which token of which document lies on which member.
         rank: This process's number among them.
         rows: Its rows.
+        digest: Of the layout, to be compared.
         counts: The rows of each member.
         tokens: Rows of all of them.
     """
 
     def __init__(self, layout: Layout, group_name: str, rank: int) -> None:
         self.layout, self.rank, self._group = layout, rank, group_name
+        self.digest = layout.digest()
         self.rows, self.tokens = layout.rows(rank), layout.groups[0].tokens
         self.counts = [layout.rows(r) for r in range(layout.num_pipelines)]
         self._calls: dict[Any, PlannedCall] = {}
@@ -131,7 +133,7 @@ class Sharding:
         if not isinstance(world, GroupWorld):
             return call
         facts = {
-            "the layout": self.layout.digest(),
+            "the layout": self.digest,
             "method": plan.method,
             "the mask": str(plan.mask),
             "the heads of q": plan.heads.num_q,

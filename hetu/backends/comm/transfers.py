@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from hetu.backends.comm.control import seconds
 from hetu.backends.comm.local import LocalComm
@@ -97,9 +96,9 @@ class DistributedComm:
         group = world.host if self.over_gloo else world.up if is_up else world.down
         try:
             if place is None:
-                work = dist.isend(memory, group=group, tag=tag, group_dst=peer)
+                work = group.send([memory], peer, tag)
             else:
-                work = dist.irecv(memory, group=group, tag=tag, group_src=peer)
+                work = group.recv([memory], peer, tag)
         except RuntimeError as error:
             control.lost("sending rows to" if place is None else "receiving rows from", error, [peer])
         end = self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))

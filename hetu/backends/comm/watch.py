@@ -19,6 +19,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hetu.backends.torch_private import current_stream
+
 PERIOD = 0.05
 """Seconds between two looks."""
 
@@ -38,6 +40,9 @@ class Device(Protocol):
     def mark(self) -> Any:
         """Something whose ``query()`` says whether the current stream got to where it is now."""
 
+    def reached(self, mark: Any) -> None:
+        """A mark was reached, and is not asked any more."""
+
     def fill(self, places: Sequence[tuple[int, int]]) -> None:
         """Fills memory, given by address and bytes, with ones: NaN in every floating point type."""
 
@@ -51,6 +56,8 @@ class Gpu:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
+        self._streams: dict[int, torch.cuda.Stream] = {}  # by handle: torch takes long to make one
+        self._spare: deque[torch.cuda.Event] = deque()
         self.ones = torch.full((2**20,), 255, dtype=torch.uint8, device="cpu").pin_memory()
 
     def enter(self) -> None:
@@ -59,13 +66,21 @@ class Gpu:
 
     def queue(self) -> int:
         """Its handle."""
-        return torch.cuda.current_stream(self.device).cuda_stream
+        return current_stream(self.device.index)
 
     def mark(self) -> torch.cuda.Event:
-        """An event."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        """An event, perhaps one that was used before: a new one takes CUDA three times as long."""
+        handle = current_stream(self.device.index)
+        stream = self._streams.get(handle)
+        if stream is None:
+            stream = self._streams[handle] = torch.cuda.current_stream(self.device)
+        event = self._spare.popleft() if self._spare else torch.cuda.Event()
+        event.record(stream)
         return event
+
+    def reached(self, mark: torch.cuda.Event) -> None:
+        """Keeps the event for another mark."""
+        self._spare.append(mark)
 
     def fill(self, places: Sequence[tuple[int, int]]) -> None:
         """On a stream of its own."""
@@ -166,7 +181,8 @@ class Watch:
         self._wake()
 
     def _wake(self) -> None:
-        self._some.set()
+        if not self._some.is_set():
+            self._some.set()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="hetu-watch", daemon=True)
             self._thread.start()
@@ -198,8 +214,9 @@ class Watch:
     def _oldest(self) -> Awaited | None:
         """What is waited for longest, after dropping what has come."""
         for items in list(self._awaited.values()):
-            while items and items[0].mark.query():
-                items.popleft()
+            # Once it ends, marks stay: what fills memory asks them at the same time.
+            while items and not self._end.is_set() and items[0].mark.query():
+                self.device.reached(items.popleft().mark)
         first = [items[0] for items in list(self._awaited.values()) if items]
         return min([*first, *list(self._started.values())], key=lambda x: x.since, default=None)
 

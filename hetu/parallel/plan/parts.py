@@ -84,6 +84,9 @@ class PipelinePlan:
     @property
     def sums_gradients(self) -> bool:
         """Whether gradients of an own row's key and value come in several parts: they are summed up in float32."""
+        return self.known("sums_gradients", self._sums_gradients)
+
+    def _sums_gradients(self) -> bool:
         return bool(own_gradients(self).aside) or any(
             isinstance(item, Accumulate) or (isinstance(item, Copy) and item.payload is Payload.KV_GRADS)
             for item in self.instructions

@@ -45,6 +45,9 @@ class Host:
         self.marks.append(Mark())
         return self.marks[-1]
 
+    def reached(self, mark: Mark) -> None:
+        pass
+
     def fill(self, places: Sequence[tuple[int, int]]) -> None:
         for address, size in places:
             ctypes.memset(address, 255, size)
