@@ -110,7 +110,7 @@ def parallel_attn(
     if is_compiling or q.is_meta or not is_plain(q, k, v):
         out, lse = torch.ops.hetu.parallel_attn(q, k, v, cp.table, rng_state, cp.split, cp.group_name, *options)
     else:
-        call = ops.prepare(q, k, v, cp.sharding, rng_state, *options)
+        call = ops.prepare(q, k, v, cp.table, cp.sharding, rng_state, *options)
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             out, lse = _apply(q, k, v, call, (cp.table, rng_state, cp.split, cp.group_name, *options))
         else:

@@ -13,7 +13,6 @@ import torch
 from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.attention.options import with_rows
 from hetu.backends.comm import run_lock_step
-from hetu.backends.comm.groups import GroupWorld
 from hetu.backends.pipelines import BackwardCall, ForwardCall, Rows
 from hetu.errors import HetuError, ShapeError
 from hetu.functional.attention import check_heads, check_options, refuse
@@ -26,6 +25,7 @@ def prepare(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    table: torch.Tensor,
     sharding: Sharding,
     rng_state: torch.Tensor | None,
     method: str,
@@ -53,13 +53,8 @@ def prepare(
                 )
 
     call = sharding.call(q, k, v, method, is_causal, dropout_p, softmax_scale, check)
-    world = call.world
-    if isinstance(world, GroupWorld):
-        seeds = () if rng_state is None else rng_state.tolist()
-        if seeds and not world.has_compared_seeds:
-            world.agree({"the seed of dropout": seeds}, OP)
-            world.has_compared_seeds = True
-        world.called(call.number, *seeds)
+    if call.world.is_distributed:
+        sharding.agree(int(table[0]), call, () if rng_state is None else rng_state.tolist())
     return call
 
 
@@ -149,7 +144,7 @@ def _planned(
     group: str,
     *options: Any,
 ) -> PlannedCall:
-    return prepare(q, k, v, sharding_of(table, split, group), rng_state, *options)
+    return prepare(q, k, v, table, sharding_of(table, split, group), rng_state, *options)
 
 
 @torch.library.impl("hetu::parallel_attn", "CompositeExplicitAutograd", lib=_library)
@@ -228,7 +223,7 @@ def _undispatch_op(
     x: torch.Tensor, like: torch.Tensor, table: torch.Tensor, split: str, group: str, dim: int
 ) -> torch.Tensor:
     sharding = sharding_of(table, split, group)
-    sharding.world.settle()
+    sharding.agree_on_rows(int(table[0]))
     everything = sharding.world.gather_rows(x.movedim(dim, 0).contiguous(), sharding.counts)
     whole = everything.index_select(0, sharding.places(x.device))
     return whole.movedim(0, dim).contiguous()

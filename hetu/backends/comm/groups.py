@@ -7,7 +7,6 @@ its members, once for each group, and leaves the group itself alone.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import weakref
 from collections import Counter
@@ -19,14 +18,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from hetu.backends.comm.control import Control, seconds
+from hetu.backends.comm.control import Control
 from hetu.backends.comm.local import LocalComm
-from hetu.backends.comm.peers import Connection, Peers
+from hetu.backends.comm.peers import Peers
 from hetu.backends.torch_private import default_store
 from hetu.errors import CommunicationError, HetuError, caller
-
-DIGEST = 32
-"""Bytes of what is compared."""
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another, where the group doesn't say."""
@@ -38,9 +34,6 @@ class GroupWorld(Peers):
     Attributes:
         name: The group's name in torch.
         ranks: The members' ranks in the default group.
-        agreements: How often the members agreed on what is new.
-        history: A number that tells what was called so far; the same on all members if they did the same.
-        has_compared_seeds: Whether the seeds of dropout were compared since the last comparison.
     """
 
     def __init__(self, group: Any, control: Control, device: torch.device, backend: str) -> None:
@@ -48,10 +41,6 @@ class GroupWorld(Peers):
         self.name: str = group.group_name
         self.ranks: list[int] = dist.get_process_group_ranks(group)
         self._group = weakref.ref(group)
-        self.collectives = self.up if backend == "gloo" else self._connect_all("all", backend)
-        self.agreements = self.history = 0
-        self.has_compared_seeds = False
-        self._comparisons: list[tuple[Any, torch.Tensor, Mapping[str, Any], str]] = []
 
     @property
     def group(self) -> Any:
@@ -60,8 +49,8 @@ class GroupWorld(Peers):
 
     # Agreement
 
-    def agree(self, facts: Mapping[str, Any], what: str) -> int:
-        """Demands that all members say the same; gives how often they did so before.
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
+        """Demands that all members say the same.
 
         Args:
             facts: Plain values by the names that an error gives them.
@@ -81,42 +70,6 @@ class GroupWorld(Peers):
                     bound=[f"rank {self.ranks[r]}: {value}" for r, value in enumerate(values)],
                     fix=f"call {what} with the same arguments on all ranks of the group",
                 )
-        self.agreements += 1
-        return self.agreements
-
-    def called(self, *numbers: int) -> None:
-        """Notes a call, by numbers that are the same on all members."""
-        self.history = hash((self.history, *numbers))
-
-    def compare(self, facts: Mapping[str, Any], what: str) -> None:
-        """Starts to compare what all members say, and waits for nothing: :meth:`settle` does before rows travel.
-
-        A digest of the facts and of all calls so far is on its way meanwhile.
-        """
-        self.control.check()
-        known = {**facts, "what was called so far": self.history}
-        digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=DIGEST).digest()
-        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        said = torch.empty(self.size * DIGEST, dtype=torch.uint8, device="cpu")
-        connection: Connection = self.control.group
-        work = connection._allgather_base(said, own)
-        self._comparisons.append((work, said, known, what))
-        self.has_compared_seeds = False
-
-    def settle(self) -> None:
-        """Ends the comparisons that are under way.
-
-        Raises:
-            CommunicationError: If something differs, on all members, showing all sides.
-        """
-        while self._comparisons:
-            work, said, known, what = self._comparisons.pop(0)
-            try:
-                work.wait(seconds(self.control.patience))
-            except RuntimeError as error:
-                self.control.lost(f"waiting for all ranks to come to {what}", error)
-            if len({bytes(row.numpy()) for row in said.view(self.size, DIGEST)}) > 1:
-                self.agree(known, what)
 
     # Rows
 
@@ -144,7 +97,7 @@ class GroupWorld(Peers):
         there = place if place.device == device else torch.empty_like(place, device=device)
         try:
             flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
-            self.collectives._allgather_base(flat, own).wait()  # over NCCL the stream waits, not the host
+            self.everyone._allgather_base(flat, own).wait()  # over NCCL the stream waits, not the host
             self.expect([there], "gathering rows")
         except RuntimeError as error:
             self.control.lost("gathering rows", error)
@@ -173,7 +126,7 @@ class OneProcess:
     def begin(self) -> None:
         """Nobody else has to know."""
 
-    def settle(self) -> None:
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
         """There is nobody to differ from."""
 
     def hanging_up(self) -> AbstractContextManager[None]:

@@ -51,6 +51,7 @@ class Peers:
         control: The control plane.
         up: Carries messages to higher ranks, and ``down`` those to lower ones. NCCL keeps the order of the messages
             between two ranks whichever way they go, and a plan only proves it for each way by itself.
+        everyone: Carries what all of them say to all.
         host: Carries what lies on the host.
         watch: Watches what streams wait for; None over gloo, where the host waits.
     """
@@ -69,6 +70,7 @@ class Peers:
         control.group = self._connect_all("control", "gloo")
         self.up: Connection = self._connect_all("up", backend)
         self.down: Connection = self.up if backend == "gloo" else self._connect_all("down", backend)
+        self.everyone: Connection = self.up if backend == "gloo" else self._connect_all("everyone", backend)
         self.host: Connection = self.up if backend == "gloo" else self._connect_all("host", "gloo")
         if backend == "nccl":
             self.watch = Watch(Gpu(device), control.patience, control.has_stopped, self._lose)
@@ -165,7 +167,7 @@ class Peers:
                 filling.join(FILLING)
             leaving, self._connections = self._connections, []
             # Whoever still held one would hold its sockets open.
-            self.control.group = self.up = self.down = self.host = None
+            self.control.group = self.up = self.down = self.everyone = self.host = None
             # Ending one of NCCL's frees memory, for which CUDA waits for the kernels of all others.
             threads = [threading.Thread(target=_leave, args=(leaving.pop(),)) for _ in range(len(leaving))]
             for thread in threads:
