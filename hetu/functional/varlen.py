@@ -11,13 +11,17 @@ from hetu.arguments import flag, integer, real, shown
 from hetu.backends.torch_private import (
     apply_of,
     dispatch_modes,
+    dual_level,
     functorch_level,
     is_any_autocast_enabled,
+    is_legacy_batched,
     tracing_state,
     version_of,
 )
 from hetu.errors import DTypeError
 from hetu.functional import attention
+from hetu.functional.checks import check, check_storage, refuse
+from hetu.functional.ops import for_backward
 
 __all__ = ["attn_varlen"]
 
@@ -130,11 +134,18 @@ def attn_varlen(
         softmax_scale,
     )
     if is_compiling or q.is_meta or not _is_plain(q, k, v):
+        if not is_compiling:
+            check_storage(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
-    else:
-        out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+        return (out, lse) if return_lse else out
+    try:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
+        else:
+            out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+    except (RuntimeError, TypeError):  # torch's, of tensors that have no strides or no values: what is checked says it
+        check(q, k, v, *call[:3], dropout_p, softmax_scale)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -144,7 +155,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, planned: attention.Attention, call: tuple[Any, ...]) -> Any:
         out, lse = attention.forward(planned, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, *call[:3])
+        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2])
         ctx.planned, ctx.options = planned, call[3:]
         ctx.set_materialize_grads(False)
         return out, lse
@@ -152,7 +163,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if _is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (
+            not torch.compiler.is_compiling()  # asked first: compiled autograd can't follow the others
+            and not torch.is_grad_enabled()
+            and _is_plain(dout, dlse)
+            and not any(is_legacy_batched(x) for x in (dout, dlse) if x is not None)
+        ):
             results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
         else:  # the op knows what to do, also if these gradients are to be differentiated
             results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)
@@ -166,17 +182,17 @@ def _is_plain(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing watches or transforms what is done to the tensors, of which the first one has data.
 
     Then the op may be computed without torch's dispatcher. What needs it: fake and other subclasses, dispatch modes
-    (such as FLOP counters), ``torch.func``, ``torch.jit.trace``.
+    (such as FLOP counters), ``torch.func``, forward mode, ``torch.jit.trace``.
     """
     for x in tensors:
         if x is not None and type(x) not in _PLAIN:
             return False
-    return dispatch_modes() == 0 and functorch_level() is None and tracing_state() is None
+    return dispatch_modes() == 0 and functorch_level() is None and tracing_state() is None and dual_level() < 0
 
 
 def _refuse_types(**given: Any) -> NoReturn:
     name, value = next((name, value) for name, value in given.items() if not isinstance(value, torch.Tensor))
-    attention.refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}")
+    refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}")
 
 
 def _bound(name: str, given: Any) -> int | None:
@@ -213,5 +229,6 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
     version = (counted, cu_seqlens.data_ptr())
     kept = _host_copies.get(cu_seqlens)
     if kept is None or kept[0] != version:
-        kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
+        with torch.inference_mode(False):  # what is kept may be trained with later
+            kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
     return kept[1]
