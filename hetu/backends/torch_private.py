@@ -7,11 +7,12 @@ test that names one that a new torch no longer has; hetu then works on, more slo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import forward_ad
 
 PRIVATE: dict[str, tuple[Any, Any]] = {}
 """What is used, by its name in torch: what this torch has, or None, and what stands for it then."""
@@ -79,6 +80,10 @@ def _always() -> bool:
     return True
 
 
+def _is_anything(x: object) -> bool:
+    return True
+
+
 dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", _one_mode)
 """How many dispatch modes are on."""
 
@@ -87,6 +92,9 @@ functorch_level: Callable[[], object | None] = _private("_C._functorch.peek_inte
 
 tracing_state: Callable[[], object | None] = _private("_C._get_tracing_state", _tracing_state)
 """What ``torch.jit.trace`` holds while it traces, or None."""
+
+is_legacy_batched: Callable[[object], bool] = _private("_C._functorch.is_legacy_batchedtensor", _is_anything)
+"""Whether a tensor is a batch of the older vmap, by which ``torch.autograd.grad(is_grads_batched=True)`` works."""
 
 is_profiling: Callable[[], bool] = _private("_C._autograd._profiler_enabled", _always)
 """Whether torch's profiler is on."""
@@ -117,6 +125,48 @@ PRIVATE["autograd.Function.__base__.apply"] = (
     _find("autograd.Function.__base__.apply"),
     _find("autograd.Function.apply"),
 )
+
+
+# Forward mode, and derivatives of ops at each level of torch.func
+
+
+def dual_level() -> int:
+    """The level of forward mode that was entered last; negative if there is none."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
+PRIVATE["autograd.forward_ad._current_level"] = _find("autograd.forward_ad._current_level"), dual_level
+
+is_forward_mode_enabled: Callable[[], bool] = _private("_C._is_fwd_grad_enabled", _always)
+"""Whether ops propagate tangents: not within the forward of an autograd function, say."""
+
+set_forward_mode_enabled: Callable[[bool], AbstractContextManager[Any]] = _private(
+    "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
+)
+"""A context in which ops propagate tangents, or don't."""
+
+level_functions: Callable[[], AbstractContextManager[Any]] = _private(
+    "_functorch.utils.enable_single_level_autograd_function", nullcontext
+)
+"""A context in which an autograd function works for one level of ``torch.func`` alone, as the kernel of an op does.
+
+Without it ``torch.func``'s derivatives are refused by torch.
+"""
+
+_below_autograd: Callable[[], AbstractContextManager[Any]] | None = _private("_C._AutoDispatchBelowAutograd", None)
+_keys_after_autograd: Any = _private("_C._after_autograd_keyset", None)
+
+
+def _redispatch(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    assert _below_autograd is not None, "else redispatch_below_autograd is None"
+    with _below_autograd():
+        return op.redispatch(keyset & _keys_after_autograd, *arguments)
+
+
+redispatch_below_autograd: Callable[[Any, Any, tuple[Any, ...]], Any] | None = (
+    _redispatch if _below_autograd and _keys_after_autograd else None
+)
+"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel."""
 
 
 def version_of(x: torch.Tensor) -> int | None:
