@@ -148,3 +148,18 @@ abort_process_group: Callable[[Any], None] = _private(
     "distributed.distributed_c10d._abort_process_group", getattr(dist, "destroy_process_group", None)
 )
 """Leaves a process group without waiting for what it does."""
+
+
+def _no_store() -> Any:
+    raise RuntimeError("this version of torch doesn't tell in which store the processes of its world met")
+
+
+default_store: Callable[[], Any] = _private("distributed.distributed_c10d._get_default_store", _no_store)
+"""The store in which the processes of torch's world met."""
+
+_world: Any = _private("distributed.distributed_c10d._world", None)
+
+
+def count_process_groups() -> int | None:
+    """How many process groups torch has, its world included; None if that can't be known."""
+    return None if _world is None else len(_world.pg_map)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -14,14 +14,19 @@ import torch.distributed as dist
 
 from hetu.backends.comm.control import Control, seconds
 from hetu.backends.comm.interpreter import Communicator
+from hetu.backends.comm.lifeline import Lifeline, hang_up
+from hetu.backends.comm.notes import ranks_in_words
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
 from hetu.backends.torch_private import abort_process_group
-from hetu.errors import CommunicationError
+from hetu.errors import CommunicationError, caller, in_words
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Send
+
+_PERIOD = 0.05
+"""Seconds between two looks for a failure."""
 
 FILLING = 1.0
 """Seconds in which what never came is filled with NaN; a host that hangs in CUDA may hold that up."""
@@ -63,17 +68,43 @@ class DistributedWorld:
         self._leaving = threading.Lock()
         self.watch: Watch | None = None
         if backend == "nccl":
-            self.watch = Watch(Gpu(device), control.patience, control.has_stopped, self._lose)
+            self.watch = Watch(Gpu(device), control.patience, control.notes.any, self._lose)
+        self.up: dist.ProcessGroup | None = None
+        self.down: dist.ProcessGroup | None = None
+        self.host: dist.ProcessGroup | None = None
+        self.lifeline: Lifeline | None = None
+        control.hang_up = self._hang_up
         everyone = range(self.size)
-        control.group = dist.new_group(backend="gloo", timeout=seconds(control.patience))
+        self.lifeline = Lifeline(self._on_hosts(), control.notes, control.hear)
+        control.group = self._on_hosts()
         # One queue for messages to higher ranks and one for messages to lower ones. NCCL keeps the order of the
         # messages between two ranks whichever way they go, and a plan only proves it for each way by itself.
-        self.up: dist.ProcessGroup | None = self._new_group(everyone)
-        self.down: dist.ProcessGroup | None = self.up if backend == "gloo" else self._new_group(everyone)
-        self.host: dist.ProcessGroup | None = self.up
+        self.up = self.host = self._new_group(everyone)
+        self.down = self.up if backend == "gloo" else self._new_group(everyone)
         if backend == "nccl":
-            self.host = dist.new_group(backend="gloo", timeout=seconds(control.patience))
+            self.host = self._on_hosts()
         self._groups[tuple(everyone)] = self._new_group(everyone)
+
+    def _on_hosts(self) -> dist.ProcessGroup:
+        return self._made(lambda: dist.new_group(backend="gloo", timeout=seconds(self.control.patience)))
+
+    def _made(self, make: Callable[[], dist.ProcessGroup]) -> dist.ProcessGroup:
+        """Makes a process group in a thread, for it waits for ranks that may have died, and nothing ends that wait."""
+        found: Future[dist.ProcessGroup] = Future()
+
+        def work() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                found.set_result(make())
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=work, name="hetu-connect", daemon=True).start()
+        while not found.done():
+            wait([found], _PERIOD)
+            self.control.check()
+        return found.result()
 
     def _new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         options, timeout = None, seconds(self.control.patience)
@@ -81,7 +112,9 @@ class DistributedWorld:
             options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
             timeout += seconds(self.control.timeout)  # our own watch is to be first
             options._timeout = timeout  # else torch warns that it has another one
-        return dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
+        return self._made(
+            lambda: dist.new_group(list(ranks), backend=self.backend, timeout=timeout, pg_options=options)
+        )
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         self.control.check()  # the watch may have left them
@@ -245,9 +278,9 @@ class DistributedWorld:
             return
         try:
             dist.broadcast(x.view(-1).view(torch.uint8), source, group=group)
-            self.expect([] if source == self.rank else [x], "getting tensors from", [source])
+            self.expect([] if source == self.rank else [x], "getting tensors", [source])
         except RuntimeError as error:
-            self.control.lost("getting tensors from", error, [source])
+            self.control.lost("getting tensors", error, [source])
 
     @contextmanager
     def hanging_up(self) -> Iterator[None]:
@@ -255,15 +288,45 @@ class DistributedWorld:
         try:
             yield
         except BaseException as error:
-            if self.control.broken is None:
-                self.control.stop(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            self.control.fail(error)
             self._reducer.forget()
             self.close()
             raise
 
+    def _hang_up(self) -> None:
+        """In any thread: what is under way over gloo fails at once, here and elsewhere. The watch ends NCCL's."""
+        groups = [self.control.group, self.host]
+        groups += [self.up, *self._groups.copy().values()] if self.backend == "gloo" else []
+        for group in {id(group): group for group in groups}.values():
+            if isinstance(group, dist.ProcessGroup):  # one that this rank is in
+                hang_up(group)
+        if self.lifeline is not None:
+            self.lifeline.hang_up()
+
+    def confirm(self, failure: BaseException | None) -> None:
+        """A message of a few bytes over the hosts; no rank waits for its device."""
+        if failure is not None and not isinstance(failure, Exception):
+            return self.control.fail(failure)  # Ctrl-C, say: this rank won't go on
+        text = "" if failure is None else in_words(failure)
+        said = self.control.exchange(text.encode(), f"the end of run {self.runs}")
+        failed = {rank: text.decode() for rank, text in enumerate(said) if text}
+        if failed and failure is None:
+            raise CommunicationError(
+                f"run {self.runs} failed on {ranks_in_words(failed)}, so no rank has changed anything",
+                op="run",
+                where=caller(),
+                bound=[f"rank {rank}: {text}" for rank, text in failed.items()],
+                fix="mend what these ranks say; all ranks are ready to run again",
+            )
+
+    def leave(self) -> None:
+        """Tells the others that this rank leaves in good order."""
+        if self.lifeline is not None:
+            self.lifeline.leave()
+
     def finish(self) -> None:
         """Waits until all that is under way has come, here and at the others; NCCL's messages outlast the run."""
-        if self.backend == "nccl" and self.control.broken is None:
+        if self.backend == "nccl" and not self.control.is_broken:
             torch.cuda.synchronize(self.device)
             with suppress(CommunicationError):  # whoever left without a word needs nothing any more
                 self.control.exchange(b"", "shutdown_distributed")
@@ -284,9 +347,10 @@ class DistributedWorld:
             # Destroying one of NCCL's waits for its kernels, which may wait for a rank that is gone.
             leave = abort_process_group if self.backend == "nccl" else dist.destroy_process_group
             groups = {id(group): (leave, group) for group in (self.up, self.down, *self._groups.values())}
-            groups |= {id(group): (dist.destroy_process_group, group) for group in (self.control.group, self.host)}
+            lines = None if self.lifeline is None else self.lifeline.group
+            groups |= {id(g): (dist.destroy_process_group, g) for g in (self.control.group, self.host, lines)}
             # Whoever still held a group would hold its connections open.
-            self.control.group = self.up = self.down = self.host = None
+            self.control.group = self.up = self.down = self.host = self.lifeline = None
             self._groups.clear()
             if self.backend == "nccl":  # ending one frees memory, for which CUDA waits for the kernels of all others
                 with ThreadPoolExecutor(len(groups), thread_name_prefix="hetu-leave") as threads:

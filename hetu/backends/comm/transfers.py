@@ -46,7 +46,7 @@ class _End:
     @property
     def doing(self) -> str:
         """For errors."""
-        return "sending rows to" if self.place is None else "receiving rows from"
+        return "sending rows" if self.place is None else "receiving rows"
 
 
 class DistributedComm:
@@ -101,7 +101,7 @@ class DistributedComm:
             else:
                 work = dist.irecv(memory, group=group, tag=tag, group_src=peer)
         except RuntimeError as error:
-            control.lost("sending rows to" if place is None else "receiving rows from", error, [peer])
+            control.lost("sending rows" if place is None else "receiving rows", error, [peer])
         end = self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))
         if world.watch is not None and not self.over_gloo:
             world.watch.started((id(self), pipeline, item.transfer), end.landing, end.doing, [peer])
