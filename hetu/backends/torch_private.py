@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd import forward_ad
 
 PRIVATE: dict[str, tuple[Any, Any]] = {}
@@ -194,15 +193,17 @@ empty_strided_cuda: Callable[..., torch.Tensor] | None = _private("_C._dynamo.gu
 flash_attention_cpu: Callable[..., Any] | None = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
 """torch's flash attention on the CPU, which gives the log-sum-exps too; None means matrix products."""
 
-abort_process_group: Callable[[Any], None] = _private(
-    "distributed.distributed_c10d._abort_process_group", getattr(dist, "destroy_process_group", None)
-)
-"""Leaves a process group without waiting for what it does."""
-
 
 def _no_store() -> Any:
-    raise RuntimeError("this torch does not tell the store of its default process group")
+    raise RuntimeError("this version of torch doesn't tell in which store the processes of its world met")
 
 
 default_store: Callable[[], Any] = _private("distributed.distributed_c10d._get_default_store", _no_store)
-"""The store that all processes of torch's default process group reach."""
+"""The store in which the processes of torch's world met."""
+
+_world: Any = _private("distributed.distributed_c10d._world", None)
+
+
+def count_process_groups() -> int | None:
+    """How many process groups torch has, its world included; None if that can't be known."""
+    return None if _world is None else len(_world.pg_map)

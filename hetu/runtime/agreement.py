@@ -24,7 +24,7 @@ from hetu.arguments import is_torch
 from hetu.backends import default_backend
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.config import settings
-from hetu.errors import CommunicationError, HetuError, StrategyError, caller
+from hetu.errors import CommunicationError, HetuError, StrategyError, caller, in_words
 from hetu.graph import Graph
 from hetu.parallel import AttnPlan
 from hetu.planning.feeds import FeedReader, Feeds, shard_count
@@ -67,7 +67,7 @@ class Agreement:
             own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
             said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
         except Exception as error:  # whatever it is, the others must not wait for this rank
-            failure, said = error, {"error": _in_words(error)}
+            failure, said = error, {"error": in_words(error)}
         stable = pickle.dumps(said)
         heard = [
             pickle.loads(body)
@@ -109,7 +109,7 @@ class Agreement:
         except Exception as error:
             if isinstance(error, HetuError):  # it tells of pipelines; whose feeds were they?
                 error.add_bound(f"pipeline r is fed by rank r % {self.world.size}")
-            failure, said = error, {"error": _in_words(error)}
+            failure, said = error, {"error": in_words(error)}
         everything = [pickle.loads(body) for body in self.world.control.exchange(pickle.dumps(said), self.name)]
         if failure is not None:
             raise failure
@@ -247,7 +247,3 @@ def _shown(value: Any, values: Sequence[Any]) -> str:
         common = [item for item in value if all(item in other for other in values)]
         value = [item for item in value if item not in common]
     return repr(value)
-
-
-def _in_words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error.what if isinstance(error, HetuError) else error}"

@@ -132,12 +132,19 @@ class Executor:
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
-        request, readers = agreement.hear(open_request)
-        with self.state.lock if request.fetches.changes_state else _NO_LOCK:
-            run = agreement.confirm(
-                lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
-            )
-            return self._compute(run, world.hanging_up())
+        try:
+            request, readers = agreement.hear(open_request)
+            with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+                run = agreement.confirm(
+                    lambda: self._prepare(world, request, readers),
+                    lambda run: [prepared for prepared, _ in run.prepared],
+                )
+                return self._compute(run, world.hanging_up())
+        except Exception:  # the others know of it
+            raise
+        except BaseException as error:  # Ctrl-C, say, wherever it came
+            world.control.fail(error)
+            raise
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch."""
@@ -161,7 +168,7 @@ class Executor:
 
         Args:
             run: What is computed.
-            guard: Sees whatever raises, as it was raised.
+            guard: Sees what raises while messages are under way, as it was raised.
 
         Raises:
             HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
@@ -173,8 +180,10 @@ class Executor:
             if draws:
                 seed, first = rng.take(draws * count)
             random = [(seed, first + i * draws) for i in range(count)]
-            with guard, deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
-                return self._compute_with(run, random)
+            with deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
+                with guard:
+                    self._compute_with(run, random)
+                return run.step.finish()
         except BaseException as error:
             if not run.step.is_committed:
                 rng.give_back(seed, first, draws * count)
@@ -183,14 +192,14 @@ class Executor:
             what = f"the run failed, and changed nothing: {type(error).__name__}: {error}"
             raise HetuError(what, op="run", where=caller()) from error
 
-    def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> Any:
-        """The same, with the random numbers of each micro-batch: the seed, and the first offset."""
+    def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> None:
+        """Computes all that takes messages, with each micro-batch's random numbers: the seed, and the first offset."""
         subgraph, device, step = run.request.subgraph, run.request.device, run.step
         values = self._step_values(run, random) if subgraph.step_wide else {}
         for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
             flat = self._launch(run, prepared, feeds, launcher, draws, values)
             step.collect(flat, prepared.num_pipelines, device)
-        return step.finish(device)
+        step.gather_losses(device)
 
     def _step_values(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> StepValues:
         """The values that are summed over all pipelines and micro-batches before any of them is computed in full."""

@@ -229,7 +229,7 @@ def test_what_is_refused_is_refused_on_all_ranks(world: World, size: int) -> Non
             assert_own(values, alone, rank, size)
 
 
-DIED = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
+DIED, LATE = "^rank 1 died; this rank was ", f"^rank 1 did not come within {TIMEOUT:g} s; this rank was "
 
 
 @TWO
@@ -237,11 +237,13 @@ DIED = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
     ("change", "pattern"),
     [
         pytest.param(faults.dies, DIED, id="dies before a run"),
-        pytest.param(faults.sleeps, DIED, id="sleeps before a run"),
+        pytest.param(faults.sleeps, LATE, id="sleeps before a run"),
         pytest.param(faults.at_the_transfer("dies", 1), DIED, id="dies at a message"),
         # Its watch is awake, and says that it has waited in vain as well.
         pytest.param(
-            faults.at_the_transfer("sleeps", 1), "failed receiving rows from rank 1", id="sleeps at a message"
+            faults.at_the_transfer("sleeps", 1),
+            "rank 0: was receiving rows, and waited for rank 1",
+            id="sleeps at a message",
         ),
         pytest.param(faults.at_the_transfer("raises", 1), "rank 1: ValueError: out of luck", id="raises at a message"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,12 +35,14 @@ class GroupWorld(Peers):
     Attributes:
         name: The group's name in torch.
         ranks: The members' ranks in the default group.
+        process: The number of the process that joined it.
     """
 
     def __init__(self, group: Any, control: Control, device: torch.device, backend: str) -> None:
         super().__init__(control, device, backend)
         self.name: str = group.group_name
         self.ranks: list[int] = dist.get_process_group_ranks(group)
+        self.process = os.getpid()
         self._group = weakref.ref(group)
 
     @property
@@ -95,12 +98,8 @@ class GroupWorld(Peers):
         """As bytes, for gloo doesn't know all types; through the host where gloo carries what lies on a device."""
         device = torch.device("cpu") if self.backend == "gloo" else self.device
         there = place if place.device == device else torch.empty_like(place, device=device)
-        try:
-            flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
-            self.everyone._allgather_base(flat, own).wait()  # over NCCL the stream waits, not the host
-            self.expect([there], "gathering rows")
-        except RuntimeError as error:
-            self.control.lost("gathering rows", error)
+        flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
+        self.say("gathering rows", lambda: self.everyone._allgather_base(flat, own).wait(), [there])
         if there is not place:
             place.copy_(there)
 
@@ -168,7 +167,7 @@ def world_of(group: Any) -> AnyWorld:
     if group is None or group.size() == 1:
         return ONE_PROCESS
     known = _worlds.get(group.group_name)
-    if known is not None and (known.group is not group or known.control.broken is not None):
+    if known is not None and (known.group is not group or known.control.is_broken):
         known.close()  # a name may come again once a group is destroyed; and after a failure all begin anew
         known = None
     if known is None:
@@ -181,7 +180,7 @@ def world_named(name: str) -> AnyWorld:
     if not name:
         return ONE_PROCESS
     known = _worlds[name]
-    if known.control.broken is None:
+    if not known.control.is_broken:
         return known
     if known.group is None:
         what = f"the process group {name} was destroyed"
@@ -192,10 +191,11 @@ def world_named(name: str) -> AnyWorld:
 def _make(group: Any) -> GroupWorld:
     ranks = tuple(dist.get_process_group_ranks(group))
     _made[ranks] += 1
-    store = PrefixStore(f"hetu/{'-'.join(map(str, ranks))}/{_made[ranks]}", default_store())
+    store: Any = PrefixStore(f"hetu/{'-'.join(map(str, ranks))}/{_made[ranks]}", default_store())
     backend, device = _carrier(group)
-    control = Control(store, group.rank(), group.size(), _timeout(group, device))
-    control.meet("ContextParallel")
+    # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
+    control = Control(store.clone(), group.rank(), group.size(), _timeout(group, device), holder=None)
+    control.meet("ContextParallel", {})
     return GroupWorld(group, control, device, backend)
 
 
@@ -226,7 +226,9 @@ def _timeout(group: Any, device: torch.device) -> float:
 
 @atexit.register
 def _leave() -> None:
-    """Before torch is taken apart: its backends wait for each other then."""
-    for world in _worlds.values():
-        world.close()
-    _worlds.clear()
+    """The others shall not take the end of this script for the death of its process."""
+    while _worlds:
+        _, world = _worlds.popitem()
+        if world.process == os.getpid():  # and not that of a fork of it
+            world.leave()
+            world.close()
