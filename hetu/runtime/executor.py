@@ -147,11 +147,14 @@ class Executor:
             raise
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
-        """Binds, selects, plans and lowers every micro-batch."""
+        """Binds, selects, plans and lowers every micro-batch, and makes all that may fail when it is made."""
         subgraph, ready = request.subgraph, []
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
             ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
+        if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
+            for launcher in filter(None, launchers):
+                self.state.parameters.make(launcher.parameters)
         step = Step(request.fetches, self.state, world)
         step.prepare()
         return ReadyRun(request, world, step, ready, launchers)

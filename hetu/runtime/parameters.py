@@ -75,6 +75,12 @@ class ParameterStore:
         stored = self._find(node)
         return stored.value if stored.value is not None else assemble(stored.read, stored.storages)
 
+    def make(self, nodes: Sequence[Node]) -> None:
+        """Makes the values that were never needed before, so that an initialiser that fails does so now."""
+        for node in nodes:
+            if node not in self._stored:
+                self._find(node)
+
     def storages(self, nodes: Sequence[Node]) -> ByBox:
         """The storages of parameters on this rank: what an optimiser updates."""
         return {(node, box): own for node in nodes for box, own in self._find(node).storages.items()}

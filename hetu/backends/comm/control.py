@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 
 from hetu.backends.comm.connect import Connection
 from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict, ranks_in_words
@@ -153,15 +154,33 @@ class Control:
 
     def _gather(self, own: torch.Tensor, what: str) -> list[torch.Tensor]:
         places = [torch.empty_like(own) for _ in range(self.size)]
+        self._reach(lambda connection: connection.allgather([places], [own]), what)
+        return places
+
+    def is_any(self, is_so: bool, what: str) -> bool:
+        """Whether something is so on any rank; all ranks have to call it. It takes a third of an exchange's time.
+
+        Args:
+            is_so: Whether it is so here.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: If a rank doesn't come in time, or has died.
+        """
+        self.check()
+        flag = torch.tensor((is_so,), dtype=torch.int32, device="cpu")
+        self._reach(lambda connection: connection.allreduce([flag], dist.ReduceOp.MAX), what)
+        return bool(flag.item())
+
+    def _reach(self, call: Callable[[Connection], Any], what: str) -> None:
         try:
             self.check()  # it may be left already
-            self.group.allgather([places], [own]).wait()
+            call(self.group).wait()
         except (RuntimeError, ValueError) as error:
             self.lost(f"waiting for all ranks to come to {what}", error)
         except BaseException as error:  # Ctrl-C, say: the others wait for what will not come
             self.fail(error)
             raise
-        return places
 
     def fail(self, error: BaseException) -> None:
         """Breaks this world for an error of this rank alone, of which the others are told."""

@@ -162,9 +162,11 @@ class DistributedWorld(Peers):
                 raise
 
     def confirm(self, failure: BaseException | None) -> None:
-        """A message of a few bytes over the hosts; no rank waits for its device."""
+        """A message of a bit over the hosts, which no device is waited for; what failed follows if anything did."""
         if failure is not None and not isinstance(failure, Exception):
             return self.control.fail(failure)  # Ctrl-C, say: this rank won't go on
+        if not self.control.is_any(failure is not None, f"the end of run {self.runs}"):
+            return None
         text = "" if failure is None else in_words(failure)
         said = self.control.exchange(text.encode(), f"the end of run {self.runs}")
         failed = {rank: text.decode() for rank, text in enumerate(said) if text}
