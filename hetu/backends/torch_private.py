@@ -137,9 +137,6 @@ def dual_level() -> int:
 
 PRIVATE["autograd.forward_ad._current_level"] = _find("autograd.forward_ad._current_level"), dual_level
 
-is_forward_mode_enabled: Callable[[], bool] = _private("_C._is_fwd_grad_enabled", _always)
-"""Whether ops propagate tangents: not within the forward of an autograd function, say."""
-
 set_forward_mode_enabled: Callable[[bool], AbstractContextManager[Any]] = _private(
     "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
 )

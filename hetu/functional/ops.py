@@ -17,7 +17,6 @@ from hetu.backends.torch_private import (
     apply_of,
     dual_level,
     functorch_level,
-    is_forward_mode_enabled,
     level_functions,
     redispatch_below_autograd,
     set_forward_mode_enabled,
@@ -191,7 +190,7 @@ def _register_derivative(name: str, save: Callable[..., None], differentiate: Ca
 
 
 def _refuse_forward_mode(tensors: Mapping[str, torch.Tensor]) -> None:
-    if dual_level() < 0 or not is_forward_mode_enabled():
+    if dual_level() < 0:
         return
     for name, x in tensors.items():
         if forward_ad.unpack_dual(x).tangent is not None:
