@@ -163,7 +163,10 @@ def _redispatch(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
 redispatch_below_autograd: Callable[[Any, Any, tuple[Any, ...]], Any] | None = (
     _redispatch if _below_autograd and _keys_after_autograd else None
 )
-"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel."""
+"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel.
+
+The kernel that it makes drops the tangents of forward mode, and is refused by ``torch.func``.
+"""
 
 
 def version_of(x: torch.Tensor) -> int | None:
