@@ -136,9 +136,6 @@ def dual_level() -> int:
 
 PRIVATE["autograd.forward_ad._current_level"] = _find("autograd.forward_ad._current_level"), dual_level
 
-is_forward_mode_enabled: Callable[[], bool] = _private("_C._is_fwd_grad_enabled", _always)
-"""Whether ops propagate tangents: not within the forward of an autograd function, say."""
-
 set_forward_mode_enabled: Callable[[bool], AbstractContextManager[Any]] = _private(
     "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
 )
@@ -165,7 +162,10 @@ def _redispatch(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
 redispatch_below_autograd: Callable[[Any, Any, tuple[Any, ...]], Any] | None = (
     _redispatch if _below_autograd and _keys_after_autograd else None
 )
-"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel."""
+"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel.
+
+The kernel that it makes drops the tangents of forward mode, and is refused by ``torch.func``.
+"""
 
 
 def version_of(x: torch.Tensor) -> int | None:

@@ -52,7 +52,8 @@ def attn_varlen(
     CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
 
     Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths recompile nothing, and under
-    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once.
+    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once,
+    by reverse mode; under ``torch.vmap`` a batch is computed sample by sample.
 
     Args:
         q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
@@ -80,7 +81,7 @@ def attn_varlen(
         ShapeError: If ranks, head counts or numbers of rows don't fit.
         DTypeError: If an element type is not one of the above, or an argument is no tensor.
         BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
-        HetuError: If devices differ, or an option is out of its range.
+        HetuError: If devices differ, an option is out of its range, a tensor is nested or sparse, or has a tangent.
 
     Example:
         >>> import torch, hetu

@@ -29,6 +29,8 @@ def by_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float = 0.0) -> 
 
 Attend = Callable[..., tuple[torch.Tensor, ...]]
 BOTH = pytest.mark.parametrize("attend", [by_function, by_op])
+NO_FALLBACK = pytest.mark.filterwarnings("error:.*performance drop")
+"""There is a batching rule; torch's own loop warns."""
 ON_EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -145,6 +147,7 @@ def test_batched_gradients(batch: int, p: float, backend: str, attend: Attend) -
     assert all(x.shape == y.shape for x, y in zip(only_lse, want, strict=True))
 
 
+@NO_FALLBACK
 @BOTH
 @ON_EACH_BACKEND
 def test_jacobians(backend: str, attend: Attend) -> None:
@@ -176,6 +179,7 @@ def test_gradcheck_with_batched_gradients(p: float, attend: Attend) -> None:
     assert torch.autograd.gradcheck(f, given, check_batched_grad=True)
 
 
+@NO_FALLBACK
 @BOTH
 @ON_EACH_BACKEND
 def test_vmap_of_the_forward_and_of_gradients(backend: str, attend: Attend) -> None:
