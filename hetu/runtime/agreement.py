@@ -44,14 +44,17 @@ class Agreement:
     def __init__(self, world: DistributedWorld) -> None:
         world.runs += 1
         self.world, self.name = world, f"run {world.runs}"
-        self.key = b""
+        self.key, self.is_new = b"", True
         self.request: RunRequest | None = None
 
-    def hear(self, open_request: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
+    def hear(
+        self, open_request: Callable[[], RunRequest], is_new: Callable[[RunRequest], bool]
+    ) -> tuple[RunRequest, list[FeedReader]]:
         """Tells the others what this rank is asked for, and hears what they are.
 
         Args:
             open_request: Gives this rank's request; may raise.
+            is_new: Whether this rank has to make something for it that lasts, which may fail.
 
         Returns:
             The request, and for each micro-batch what gives the feeds of all pipelines.
@@ -62,25 +65,31 @@ class Agreement:
         """
         failure: BaseException | None = None
         own: list[OwnFeeds] = []
+        new = True
         try:
             request = open_request()
             own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
             said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
+            new = is_new(request)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             failure, said = error, {"error": in_words(error)}
         stable = pickle.dumps(said)
         heard = [
             pickle.loads(body)
-            for body in self.world.control.exchange(pickle.dumps((stable, rng.get_state())), self.name)
+            for body in self.world.control.exchange(pickle.dumps((stable, rng.get_state(), new)), self.name)
         ]
-        everything = [pickle.loads(body) for body, _ in heard]
+        everything = [pickle.loads(body) for body, *_ in heard]
         if failure is not None:
             raise failure
         self._refuse_errors(everything)
         self._compare(
-            [{**one["same"], "the generator's state": state} for one, (_, state) in zip(everything, heard, strict=True)]
+            [
+                {**one["same"], "the generator's state": state}
+                for one, (_, state, _) in zip(everything, heard, strict=True)
+            ]
         )
-        self.request, self.key = request, hashlib.blake2b(b"".join(body for body, _ in heard), digest_size=16).digest()
+        self.request, self.key = request, hashlib.blake2b(b"".join(body for body, *_ in heard), digest_size=16).digest()
+        self.is_new = any(new for *_, new in heard)
         batches = zip(*(one["batches"] for one in everything), strict=True)
         return request, [
             partial(merge, self.world, request.subgraph, mine, list(said))
@@ -88,7 +97,7 @@ class Agreement:
         ]
 
     def confirm(self, make: Callable[[], _Made], prepared: Callable[[_Made], Sequence[Prepared]]) -> _Made:
-        """Binds, plans and lowers; for the first time also compares the outcome with the others'.
+        """Binds, plans and lowers; for the first time, or if a rank makes something new, compares the outcome too.
 
         Args:
             make: Does it; may raise.
@@ -98,7 +107,7 @@ class Agreement:
             CommunicationError: If the outcome differs, or another rank couldn't.
             HetuError: What ``make`` raised here.
         """
-        if self.key in self.world.agreed:
+        if self.key in self.world.agreed and not self.is_new:
             with self.world.hanging_up():
                 return make()
         failure, made, said = None, None, dict[str, Any]()

@@ -133,13 +133,15 @@ class Executor:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
         agreement = Agreement(world)
         try:
-            request, readers = agreement.hear(open_request)
+            request, readers = agreement.hear(open_request, lambda request: self.state.lacks(request.fetches))
             with self.state.lock if request.fetches.changes_state else _NO_LOCK:
                 run = agreement.confirm(
                     lambda: self._prepare(world, request, readers),
                     lambda run: [prepared for prepared, _ in run.prepared],
                 )
-                return self._compute(run, world.hanging_up())
+                found = self._compute(run, world.hanging_up())
+            self.state.complete_for.add(request.fetches)
+            return found
         except Exception:  # the others know of it
             raise
         except BaseException as error:  # Ctrl-C, say, wherever it came

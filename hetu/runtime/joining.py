@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
+from hetu.arguments import shown
 from hetu.backends.torch_private import default_store
 from hetu.errors import CommunicationError, HetuError, caller
 
@@ -29,6 +30,9 @@ NCCL_ENVIRONMENT = {
     "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
 }
 """Set where the user set nothing."""
+
+MOST = 1_000_000
+"""No run has as many processes."""
 
 _stores: dict[tuple[str, int], Any] = {}
 """Connections by address and port, kept: the store of rank 0 lives in it, and others may look into it later."""
@@ -64,7 +68,7 @@ class Others:
         if len(given) < len(LAUNCHED):
             missing = ", ".join(name for name in LAUNCHED if name not in given)
             refuse(f"the environment has {', '.join(given)}, but not {missing}", "start the script with torchrun")
-        size = _number("WORLD_SIZE", 1)
+        size = _number("WORLD_SIZE", 1, MOST)
         rank = _number("RANK", 0, size - 1)
         _number("MASTER_PORT", 0, 65535)
         return cls(rank, size, False) if size > 1 else None
@@ -123,7 +127,7 @@ class Others:
         if bound is not None and bound.index is not None:
             return int(bound.index)
         if "LOCAL_RANK" in os.environ:
-            return _number("LOCAL_RANK", 0)
+            return _number("LOCAL_RANK", 0, MOST)
         return self.rank if not self.is_torchs or not count else torch.cuda.current_device()
 
 
@@ -131,13 +135,13 @@ def _has_agent() -> bool:
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
-def _number(name: str, least: int, most: int | None = None) -> int:
+def _number(name: str, least: int, most: int) -> int:
     """A number of the environment."""
     text = os.environ[name]
     number = int(text) if text.strip().isdecimal() and len(text) < 10 else -1
-    if number < least or (most is not None and number > most):
-        upto = "" if most is None else f" to {most}"
-        refuse(f"the environment's {name} is {text!r}, expected a number from {least}{upto}", "start with torchrun")
+    if not least <= number <= most:
+        what = f"the environment's {name} is {shown(text)}, expected a number from {least} to {most}"
+        refuse(what, "start the script with torchrun")
     return number
 
 
