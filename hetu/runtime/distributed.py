@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from hetu import rng
+from hetu.arguments import is_dense, refuse
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
@@ -90,9 +92,8 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
             timeout=timedelta(seconds=timeout),
         )
     world = DistributedWorld(control, device, chosen)
-    seed, offset = rng.get_state()
-    said = control.exchange(f"{seed} {offset}".encode(), "init_distributed")
-    rng.set_state(*map(int, said[0].split()))  # what nobody fixed is that of rank 0
+    said = control.tell({"generator": rng.get_state()}, "init_distributed")
+    rng.set_state(*said[0]["generator"])  # what nobody fixed is that of rank 0
     set_world(world)
     return world
 
@@ -119,7 +120,8 @@ def gather_shards(value: Any) -> Shards:
         One tensor per pipeline, in order. In one process that is what was fetched.
 
     Raises:
-        CommunicationError: If a rank doesn't come.
+        HetuError: If it is something else, on this rank; on the others a CommunicationError.
+        CommunicationError: If a rank doesn't come, or the ranks give values of different things.
 
     Example:
         >>> import hetu, torch
@@ -127,8 +129,23 @@ def gather_shards(value: Any) -> Shards:
         1
     """
     world = current_world()
+    read = partial(_values_of, value)
+    return Shards(world.gather_values(read) if isinstance(world, DistributedWorld) else read())
+
+
+def _values_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of the pipelines that run here."""
     own = list(value) if isinstance(value, Shards) else [] if value is None else [value]
-    return Shards(world.gather_values(own) if isinstance(world, DistributedWorld) else own)
+    for item in own:
+        if not isinstance(item, torch.Tensor) or not is_dense(item) or item.is_complex():
+            refuse(
+                item,
+                "value",
+                "what a run gave of one tensor: a tensor, hetu.Shards of them, or None",
+                op="gather_shards",
+                fix="fetch it by g.run(...); of several tensors, or several micro-batches, gather each by itself",
+            )
+    return own
 
 
 def _own_device(backend: str) -> torch.device:

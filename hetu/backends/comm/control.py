@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
+from hetu.backends.comm.compare import named as _ranks
+from hetu.backends.comm.wire import decode, encode
 from hetu.errors import CommunicationError, caller
 
 Store = Any
@@ -123,6 +125,19 @@ class Control:
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
         return bodies
 
+    def tell(self, message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """The same for messages of plain values; see :mod:`hetu.backends.comm.wire`.
+
+        Args:
+            message: What this rank says; every rank says the same keys, or ``{"error": text}``.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: As :meth:`exchange`, or if a rank says what can't be read.
+        """
+        keys = () if "error" in message else message.keys()
+        return [decode(body, rank, keys) for rank, body in enumerate(self.exchange(encode(message), what))]
+
     def _refuse_places(self, places: Sequence[str]) -> NoReturn:
         what = "the ranks are at different places of the script"
         self.stop(what)
@@ -213,16 +228,6 @@ class Control:
 def seconds(timeout: float) -> timedelta:
     """A timeout as torch takes it."""
     return timedelta(seconds=timeout)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """``rank 2`` or ``ranks 2, 5``.
-
-    Example:
-        >>> _ranks([2]), _ranks([2, 5])
-        ('rank 2', 'ranks 2, 5')
-    """
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
 
 
 def _first_line(error: BaseException) -> str:
