@@ -35,7 +35,9 @@ def test_arrays_come_as_they_were_packed(array: np.ndarray[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [float("nan"), float("inf"), np.int64(1), np.ones(2), {1, 2}, b"x", 1j, object(), {(1, 2): 3}], ids=str
+    "value",
+    [float("nan"), float("inf"), np.int64(1), np.ones(2), {1, 2}, b"x", 1j, object(), {(1, 2): 3}],
+    ids=lambda value: type(value).__name__,
 )
 def test_only_plain_values_are_said(value: object) -> None:
     with pytest.raises((TypeError, ValueError)):
@@ -44,7 +46,7 @@ def test_only_plain_values_are_said(value: object) -> None:
 
 @given(st.binary() | st.builds(lambda body: b"hetu/1 " + body, st.binary()))
 def test_bytes_that_are_no_message_name_the_rank(data: bytes) -> None:
-    if data.startswith(b"hetu/1 {"):  # it may be one
+    if data.startswith(b"hetu/1 ") and data[len("hetu/1 ") :].lstrip().startswith(b"{"):  # it may be one
         return
     with pytest.raises(CommunicationError, match=r"rank 7 [^$]*fix:"):
         wire.decode(data, 7)
