@@ -34,7 +34,7 @@ class AgreedState:
     def __init__(self, world: World, state: GraphState) -> None:
         self.world, self.state = world, state
         self.digests: LRU[str] = LRU(STRUCTURES)
-        self._compared: dict[Node, tuple[int | None, ...]] = {}
+        self._compared: dict[Node, int | None] = {}
         self._known: WeakKeyDictionary[Fetches, tuple[int, ...]] = WeakKeyDictionary()  # spares most runs a loop
 
     def knows(self, request: RunRequest) -> bool:
@@ -46,7 +46,7 @@ class AgreedState:
         is_updating = request.fetches.run_level == "update"
         is_made = all(self.state.parameters.number(node) is not None for node in nodes)
         is_made &= not is_updating or all(update in self.state.optimizers for update in updates)
-        if not is_made or any(self._compared.get(node) != self._numbers(node) for node in (*nodes, *updates)):
+        if not is_made or any(self._compared.get(node, 0) != self._number(node) for node in (*nodes, *updates)):
             return False
         self._known[request.fetches] = version
         return True
@@ -78,14 +78,18 @@ class AgreedState:
     def note(self, request: RunRequest) -> None:
         """Notes that the ranks have told each other the same."""
         nodes, updates = _needed(self.state, request)
-        self._compared.update((node, self._numbers(node)) for node in (*nodes, *updates))
+        self._compared.update((node, self._number(node)) for node in (*nodes, *updates))
         self._known[request.fetches] = self.state.version
 
-    def _numbers(self, node: Node) -> tuple[int | None, ...]:
+    def _number(self, node: Node) -> int | None:
+        """The number of a parameter, or of an update's optimiser if it has one.
+
+        Gradients that wait need none: whatever loads them loads the parameters, too.
+        """
         if node.role is Role.PARAMETER:
-            return (self.state.parameters.number(node),)
+            return self.state.parameters.number(node)
         bound = self.state.optimizers.get(node)
-        return self.state.origin, None if bound is None else bound.number
+        return None if bound is None else bound.number
 
 
 def _needed(state: GraphState, request: RunRequest) -> tuple[list[Node], list[Node]]:

@@ -12,7 +12,7 @@ from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.optim import parameters_of
 from hetu.runtime.optimizers import BoundOptimizer
-from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule, new_number
+from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule
 from hetu.runtime.placement import replicated
 
 
@@ -49,7 +49,6 @@ class GraphState:
         parameters: The store of parameters.
         waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
-        origin: The number of what was loaded last; see :func:`~hetu.runtime.parameters.new_number`.
         version: Changes whenever something is made, loaded or forgotten, and never for a step.
         lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
@@ -60,7 +59,6 @@ class GraphState:
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
         self.lock = threading.RLock()
-        self.origin = new_number()
         self._new_optimizers: list[Node] = []
         self._parameters_of: dict[Node, list[Node]] = {}
 
@@ -72,11 +70,10 @@ class GraphState:
         """Takes the place of another state of the graph."""
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
         self._new_optimizers = []
-        self.origin = new_number()
 
     @property
     def version(self) -> tuple[int, ...]:
-        return self.parameters.version, self.origin, *[bound.number for bound in self.optimizers.values()]
+        return self.parameters.version, *[bound.number for bound in self.optimizers.values()]
 
     def settle(self) -> None:
         """Ends a run: what it made of parameters and optimisers stays."""
