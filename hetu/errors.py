@@ -61,6 +61,17 @@ def in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """``rank 2`` or ``ranks 2, 5``.
+
+    Example:
+        >>> ranks_in_words([2]), ranks_in_words([2, 5])
+        ('rank 2', 'ranks 2, 5')
+    """
+    names = [str(rank) for rank in ranks]
+    return f"rank{'s' * (len(names) != 1)} {', '.join(names)}"
+
+
 def caller() -> Where:
     """Finds the innermost line outside the hetu package: the user's line that led here."""
     return innermost(_is_users)

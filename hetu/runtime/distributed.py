@@ -6,14 +6,16 @@ import atexit
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu import rng
-from hetu.arguments import choice, real
+from hetu.arguments import choice, is_dense, real, refuse
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.comm.notes import Verdict
@@ -143,7 +145,8 @@ def gather_shards(value: Any) -> Shards:
         One tensor per pipeline, in order. In one process that is what was fetched.
 
     Raises:
-        CommunicationError: If a rank doesn't come.
+        HetuError: If it is something else, on this rank; on the others a CommunicationError.
+        CommunicationError: If a rank doesn't come, or the ranks give values of different things.
 
     Example:
         >>> import hetu, torch
@@ -151,5 +154,20 @@ def gather_shards(value: Any) -> Shards:
         1
     """
     world = current_world()
+    read = partial(_values_of, value)
+    return Shards(world.gather_values(read) if isinstance(world, DistributedWorld) else read())
+
+
+def _values_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of the pipelines that run here."""
     own = list(value) if isinstance(value, Shards) else [] if value is None else [value]
-    return Shards(world.gather_values(own) if isinstance(world, DistributedWorld) else own)
+    for item in own:
+        if not isinstance(item, torch.Tensor) or not is_dense(item) or item.is_complex():
+            refuse(
+                item,
+                "value",
+                "what a run gave of one tensor: a tensor, hetu.Shards of them, or None",
+                op="gather_shards",
+                fix="fetch it by g.run(...); of several tensors, or several micro-batches, gather each by itself",
+            )
+    return own

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from hetu.backends.comm.connect import Connection
-from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict, ranks_in_words
-from hetu.errors import CommunicationError, caller, in_words
+from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict
+from hetu.backends.comm.wire import decode, encode
+from hetu.errors import CommunicationError, caller, in_words, ranks_in_words
 
 FIRST_BYTES = 2048
 """What a rank says is sent in one message up to this size, in two beyond it."""
@@ -139,6 +140,19 @@ class Control:
             more = [bytes(row.numpy()) for row in self._gather(rest, what)]
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
         return bodies
+
+    def tell(self, message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """The same for messages of plain values; see :mod:`hetu.backends.comm.wire`.
+
+        Args:
+            message: What this rank says; every rank says the same keys, or ``{"error": text}``.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: As :meth:`exchange`, or if a rank says what can't be read.
+        """
+        keys = () if "error" in message else message.keys()
+        return [decode(body, rank, keys) for rank, body in enumerate(self.exchange(encode(message), what))]
 
     def _refuse_places(self, places: Sequence[str]) -> NoReturn:
         what = "the ranks are at different places of the script"

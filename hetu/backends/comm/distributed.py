@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from hetu.backends.comm.compare import refuse_errors
 from hetu.backends.comm.connect import Connection
 from hetu.backends.comm.control import Control
-from hetu.backends.comm.notes import ranks_in_words
 from hetu.backends.comm.peers import Peers
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.world import Spec
-from hetu.errors import CommunicationError, caller, in_words
+from hetu.errors import CommunicationError, caller, in_words, ranks_in_words
 from hetu.parallel.attn_plan import AttnPlan
 
 
@@ -127,20 +127,45 @@ class DistributedWorld(Peers):
         self.say(doing, lambda: self.everyone.allreduce([summed]).wait(), [summed])
         return list(summed)
 
-    def gather_values(self, own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of any shapes, those of all pipelines in order, on every rank."""
-        with self.lock, self.hanging_up():
-            kinds = [(tuple(x.shape), x.dtype, x.device.type) for x in own]
-            said = [pickle.loads(body) for body in self.control.exchange(pickle.dumps(kinds), "gather_shards")]
-            found: dict[int, torch.Tensor] = {}
-            for rank, theirs in enumerate(said):
-                for i, (shape, dtype, kind) in enumerate(theirs):
-                    is_own = rank == self.rank
-                    place = own[i].contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
-                    there = place.to(self.device)  # rng_state lies on the CPU, there and here
-                    self._broadcast(there, rank, range(self.size))
-                    found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
-            return [found[r] for r in sorted(found)]
+    def gather_values(self, read: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Tensors of any shapes, those of all pipelines in order, on every rank.
+
+        Args:
+            read: Gives those of the pipelines that run here; may raise, of which all ranks are told.
+
+        Raises:
+            CommunicationError: If another rank refuses, or the ranks don't hold the values of a strategy's pipelines.
+        """
+        what, failure, own = "gather_shards", None, list[torch.Tensor]()
+        with self.lock:
+            try:
+                own = list(read())
+                message: dict[str, Any] = {"values": [[list(x.shape), str(x.dtype), x.device.type] for x in own]}
+            except Exception as error:
+                failure, message = error, {"error": in_words(error)}
+            with self.hanging_up():
+                said = self.control.tell(message, what)
+            if failure is not None:
+                raise failure
+            refuse_errors(said, what, what, "nothing was gathered")
+            kinds = [one["values"] for one in said]
+            total = sum(map(len, kinds))
+            if any(len(theirs) != len(range(rank, total, self.size)) for rank, theirs in enumerate(kinds)):
+                _refuse_counts(list(map(len, kinds)))
+            with self.hanging_up():
+                return self._gather_values(own, kinds)
+
+    def _gather_values(self, own: Sequence[torch.Tensor], kinds: Sequence[Any]) -> list[torch.Tensor]:
+        """The same, once the shape, the dtype and the kind of device of each rank's values are known."""
+        found: dict[int, torch.Tensor] = {}
+        for rank, theirs in enumerate(kinds):
+            for i, (shape, dtype, kind) in enumerate(theirs):
+                is_own, dtype = rank == self.rank, getattr(torch, dtype.removeprefix("torch."))
+                place = own[i].detach().contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
+                there = place.to(self.device)  # rng_state lies on the CPU, there and here
+                self._broadcast(there, rank, range(self.size))
+                found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
+        return [found[r] for r in sorted(found)]
 
     def _broadcast(self, x: torch.Tensor, source: int, ranks: Sequence[int]) -> None:
         if x.numel() == 0:
@@ -185,3 +210,13 @@ class DistributedWorld(Peers):
             torch.cuda.synchronize(self.device)
             with suppress(CommunicationError):  # whoever left without a word needs nothing any more
                 self.control.exchange(b"", "shutdown_distributed")
+
+
+def _refuse_counts(counts: Sequence[int]) -> NoReturn:
+    raise CommunicationError(
+        "the ranks hold values of different things: pipeline r runs on the rank of its number modulo their count",
+        op="gather_shards",
+        where=caller(),
+        bound=[f"rank {rank}: {count} value{'s' * (count != 1)}" for rank, count in enumerate(counts)],
+        fix="give what one run gave of one tensor, on all ranks; None where it gave None",
+    )

@@ -7,7 +7,6 @@ its members, once for each group, and leaves the group itself alone.
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import weakref
 from collections import Counter
@@ -19,11 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.peers import Peers
 from hetu.backends.torch_private import default_store
-from hetu.errors import CommunicationError, HetuError, caller
+from hetu.errors import HetuError, caller
+
+_FIX = "call it with the same arguments on all ranks of the group"
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another, where the group doesn't say."""
@@ -62,17 +64,7 @@ class GroupWorld(Peers):
         Raises:
             CommunicationError: If they differ, on all members, showing all sides.
         """
-        said = [json.loads(body) for body in self.control.exchange(json.dumps(facts).encode(), what)]
-        for name in facts:
-            values = [one.get(name) for one in said]
-            if any(value != values[0] for value in values):
-                raise CommunicationError(
-                    f"{name} must be the same on all ranks of the group, but the ranks differ",
-                    op=what,
-                    where=caller(),
-                    bound=[f"rank {self.ranks[r]}: {value}" for r, value in enumerate(values)],
-                    fix=f"call {what} with the same arguments on all ranks of the group",
-                )
+        refuse_differences(self.control.tell(facts, what), f"a call of {what}", what, dict.fromkeys(facts, _FIX))
 
     # Rows
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from hetu.errors import ranks_in_words
 
 Store = Any
 """``torch.distributed.Store``, which torch's types don't know."""
@@ -169,14 +171,3 @@ class Notes:
         heard = {rank for rank, note in said.items() if note.kind is Kind.HEARD}
         reasons = tuple(f"rank {rank}: {note.why}" for rank, note in sorted(said.items()) if rank not in heard)
         return Verdict(", ".join(causes), reasons)
-
-
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """``rank 2`` or ``ranks 2, 5``.
-
-    Example:
-        >>> ranks_in_words([2]), ranks_in_words([2, 5])
-        ('rank 2', 'ranks 2, 5')
-    """
-    names = [str(rank) for rank in ranks]
-    return f"rank{'s' * (len(names) != 1)} {', '.join(names)}"
