@@ -31,6 +31,7 @@ from hetu.planning.feeds import FeedReader, Feeds, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.rank_feeds import OwnFeeds, merge
 from hetu.runtime.request import RunRequest
+from hetu.runtime.whole_rows import refuse_whole_rows, tell_rows
 
 _Made = TypeVar("_Made")
 
@@ -101,11 +102,13 @@ class Agreement:
         if self.key in self.world.agreed:
             with self.world.hanging_up():
                 return make()
+        assert self.request is not None
         failure, made, said = None, None, dict[str, Any]()
         try:
             made = make()
             said = {"same": {"the plans": [_plan_hash(item) for item in prepared(made)]}}
             said["feeds"] = self._common_feeds(prepared(made))
+            said["rows"] = tell_rows(self.world, self.request, prepared(made), _digest)
         except Exception as error:
             if isinstance(error, HetuError):  # it tells of pipelines; whose feeds were they?
                 error.add_bound(f"pipeline r is fed by rank r % {self.world.size}")
@@ -117,6 +120,7 @@ class Agreement:
         self._compare([one["same"] for one in everything])
         self._refuse_lost_feeds([one["feeds"] for one in everything])
         assert made is not None
+        refuse_whole_rows([one["rows"] for one in everything], prepared(made))
         for item in prepared(made):
             plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
             self.world.prepare(item.num_pipelines, plans)

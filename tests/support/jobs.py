@@ -15,7 +15,7 @@ from support.attention_cases import Case, cu_seqlens
 from support.plans import holding_back
 
 import hetu
-from hetu.backends.comm import reduce
+from hetu.backends.comm import current_world, reduce
 
 Own = list[torch.Tensor]
 """The values of the pipelines that run in this process."""
@@ -287,6 +287,31 @@ def shared_by_pipelines(parts: int) -> str:
     except hetu.HetuError as error:
         return str(error)
     return ""
+
+
+def whole_rows(kind: str, size: int, batch: int = 1) -> list[Any]:
+    """What runs give, or say, where each rank of several is fed the same rows, and then where each has its own."""
+    s, tokens = hetu.IntSymbol("s"), 3
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([s] * size, [0] * size)], device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="x")
+        scale = hetu.placeholder(hetu.float32, [24], name="scale")
+        out = hetu.parallel_attn(x * scale, 8, 1)[0]
+    whole = torch.randn(size * tokens * batch, 24, generator=torch.Generator().manual_seed(0))
+    fed: dict[str, Any] = {
+        "numpy": whole.numpy(),
+        "equal rows": torch.ones_like(whole),
+        "shards": hetu.Shards([whole] * size),
+        "own rows": whole + current_world().rank,
+    }
+    feeds, symbols = {x: fed.get(kind, whole), scale: torch.ones(24)}, {s: tokens}
+    given: list[Any] = []
+    for _ in range(2):  # a refused run leaves nothing behind
+        try:
+            given.append(own(g.run(out, feeds, int_symbol_dict=symbols)))
+        except hetu.HetuError as error:
+            given.append(str(error))
+    right = hetu.Shards(g.layout(0, int_symbol_dict=symbols, batch=batch).scatter(whole))
+    return [*given, own(g.run(out, {**feeds, x: right}, int_symbol_dict=symbols))]
 
 
 def chosen(strategy: str | int | None, count: int) -> Any:
