@@ -109,8 +109,8 @@ class ModuleLauncher:
                 case WorldInput():
                     values[position] = world
         is_recording = torch.is_grad_enabled()
-        set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
-        try:
+        try:  # a signal may come before the next line as well as after it
+            set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
             flat = self.executable.module.forward(*values)
         finally:
             set_grad_enabled(is_recording)

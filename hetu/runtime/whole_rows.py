@@ -60,12 +60,11 @@ def refuse_whole_rows(told: Sequence[Sequence[Told]], prepared: Sequence[Prepare
     """
     for number, item in enumerate(prepared):
         for group in _groups(item):
-            rows = [told[r][number] for r in group.members if r < len(told)]
+            rows, ranks = [told[r][number] for r in group.members if r < len(told)], ", ".join(map(str, group.members))
             for name, first in rows[0].items() if len(rows) > 1 else ():
                 if all(row.get(name) == first for row in rows):
                     raise StrategyError(
-                        f"{name} was fed the same rows on ranks {', '.join(map(str, group.members))}, but each pipeline "
-                        "needs its own rows",
+                        f"{name} was fed the same rows on ranks {ranks}, but each pipeline needs its own rows",
                         op="run",
                         where=caller(),
                         fix="feed layout.scatter(x)[rank] with layout = g.layout(...) of the same strategy; shards "
