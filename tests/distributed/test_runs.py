@@ -8,6 +8,7 @@ import pytest
 from support.jobs import REDUCED, by_strategy, chosen, gathered, reduced, shared_by_pipelines, whole_rows
 from support.pool import Pool
 from support.same import assert_own, assert_same
+from support.unseen import check_unseen_ids
 
 World = Callable[..., Pool]
 
@@ -65,6 +66,11 @@ def test_the_same_rows_on_each_rank_are_not_taken_for_a_batch(world: World, kind
 def test_batches_of_shards_are_taken(world: World, kind: str) -> None:
     for values in world(2).run(whole_rows, kind, 2):
         assert [len(value[0]) for value in values] == [6, 6, 3]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_an_id_that_one_ranks_device_knows_is_refused_on_all(world: World, wrong: int) -> None:
+    check_unseen_ids(world, wrong, 2)
 
 
 @pytest.mark.parametrize("strategy", ["auto", None, 1])
