@@ -46,12 +46,19 @@ def fed(ids: list[int], way: str, dtype: str = "int64") -> torch.Tensor:
     return torch.tensor(ids, dtype=getattr(torch, dtype), device=way)
 
 
-def waiting(lookup: Lookup, monkeypatch: pytest.MonkeyPatch) -> None:
+def caught_up(way: str) -> None:
+    """The device has come to the end of all runs."""
+    if way == "cuda":
+        torch.cuda.synchronize()
+
+
+def waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device has not come to any run yet."""
     monkeypatch.setattr(UnseenRun, "is_told", lambda run: False)
 
 
 def refused(lookup: Lookup, act: Any, number: int, runs: int = 0) -> None:
+    caught_up(lookup.graph.device or "cpu")
     with pytest.raises(hetu.BindingError) as caught:
         act()
     text = str(caught.value)
@@ -106,7 +113,7 @@ def test_later_runs_do_not_train_on(name: str, levels: list[str], way: str, monk
     lookup.run(lookup.train, fed([2, 1], way), run_level="grad")
     before, drawn = lookup.graph.state_dict(), rng.get_state()
     with monkeypatch.context() as patch:
-        waiting(lookup, patch)
+        waiting(patch)
         lookup.run(lookup.train, fed([0, 9], way), run_level=levels[0])
         for level in levels[1:] * 2:
             lookup.run(lookup.train, fed([0, 1], way), run_level=level)
@@ -122,7 +129,7 @@ def test_a_wrong_inference_takes_no_update_back(way: str, monkeypatch: pytest.Mo
         hetu.manual_seed(4)
         one.run(one.train, fed([0, 1], way))
         with monkeypatch.context() as patch:
-            waiting(one, patch)
+            waiting(patch)
             one.run(one.dx, fed([0, 9 if one is lookup else 1], way))
             assert one.run(one.train, fed([3, 1], way))
     refused(lookup, lookup.graph.state_dict, 9)
@@ -154,6 +161,7 @@ def test_micro_batches_and_pipelines(way: str) -> None:
         batches = [good, good]
         batches[batch] = hetu.Shards([fed([0, 1], way), fed([7, 1], way)])
         g.run(train, {ids: batches}, num_micro_batches=2)
+        caught_up(way)
         with pytest.raises(hetu.BindingError, match=r"ids of an earlier run holds 7 at \[0\]"):
             g.run(train, {ids: [good, good]}, num_micro_batches=2)
         assert_same(g.state_dict(), before)
@@ -182,6 +190,7 @@ def test_rows_that_were_looked_up_wrongly_are_nan(way: str) -> None:
         assert not torch.isnan(found).any()
     feeds[ids] = fed([0, 5, 1, 0], way).view(2, 2)
     for found in g.run([rows, picked, losses], feeds):
+        caught_up(way)
         wrong = torch.isnan(found).flatten(2).any(2) if found.ndim == 3 else torch.isnan(found)
         assert wrong.tolist() == [[False, True], [False, False]]
     with pytest.raises(hetu.BindingError, match=r"ids of an earlier run holds 5 at \[0, 1\]"):
@@ -194,6 +203,7 @@ def test_ids_that_were_overwritten_since(way: str) -> None:
     lookup.run(lookup.y, fed([0, 1], way))
     lookup.run(lookup.y, ids)
     ids.zero_()
+    caught_up(way)
     with pytest.raises(hetu.BindingError, match="ids of an earlier run held a number out of range"):
         lookup.run(lookup.y, ids)
     lookup.run(lookup.y, ids)
@@ -204,7 +214,7 @@ def test_loading_a_state_ends_what_was_to_be_judged(way: str, monkeypatch: pytes
     lookup = Lookup("embedding", device=way)
     lookup.run(lookup.train, fed([0, 1], way))
     saved = lookup.graph.state_dict()
-    waiting(lookup, monkeypatch)
+    waiting(monkeypatch)
     lookup.run(lookup.train, fed([0, 9], way))
     lookup.graph.load_state_dict(saved)
     assert_same(lookup.graph.state_dict(), saved)

@@ -136,7 +136,10 @@ class Program:
     def _layer(self, h: Any) -> Any:
         """One of many ops on rows, which leaves their shape as it is."""
         draw, t = self.draw, hetu.tanh
-        weight, bias = (lambda: self._parameter("vector", [WIDTH])), None
+
+        def weight() -> Any:
+            return self._parameter("vector", [WIDTH])
+
         layers: list[Callable[[], Any]] = [
             lambda: hetu.relu(h),
             lambda: hetu.sigmoid(h),
@@ -154,7 +157,7 @@ class Program:
             lambda: hetu.softmax(h),
             lambda: h + hetu.rms_norm(h, weight()),
             lambda: h + hetu.layer_norm(h, weight(), self._parameter("bias", [WIDTH])),
-            lambda: h + hetu.linear(h, self._parameter("square", [WIDTH, WIDTH]), bias),
+            lambda: h + hetu.linear(h, self._parameter("square", [WIDTH, WIDTH])),
             lambda: h + hetu.matmul(h, self._parameter("square", [WIDTH, WIDTH])),
             lambda: hetu.swiglu(t(h), h),
             lambda: hetu.dropout(h, 0.3),
@@ -169,12 +172,12 @@ class Program:
             lambda: h + hetu.broadcast_to(weight(), [self.rows, WIDTH]),
             lambda: hetu.rotary(h, self.labels * 0 + self.ids, 8, 3),
             lambda: h * hetu.cast(hetu.all_reduce(hetu.mean(t(hetu.cast(h, "float32")))), self.dtype),
-            lambda: h + hetu.cast(self.s, self.dtype) if False else h + self.s,
+            lambda: h + self.s,
         ]
         return draw.choice(layers)()
 
     def state(self) -> dict[str, Any]:
-        """The whole state, taken apart from whatever raises."""
+        """The whole state."""
         return self.graph.state_dict()
 
 
@@ -355,7 +358,6 @@ class Request:
     def break_optimizer(self) -> None:
         """A step that raises when it has changed a part of the parameters."""
         kind = self.draw.choice([torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
-        real = kind.step
 
         def step(optimizer: Any, *_: Any) -> None:
             parameters = optimizer.param_groups[0]["params"]
@@ -364,7 +366,6 @@ class Request:
                 optimizer.state[parameters[0]]["extra"] = torch.ones(())
             raise BrokenError("optimizer")
 
-        del real
         self.raising = lambda stack: stack.enter_context(mock.patch.object(kind, "step", step))
 
     def break_an_op(self) -> None:
