@@ -22,7 +22,7 @@ from hetu.backends.comm.notes import Verdict
 from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
 from hetu.backends.torch_private import count_process_groups
 from hetu.errors import CommunicationError, caller
-from hetu.runtime.joining import Others
+from hetu.runtime.ranks.joining import Others
 from hetu.shards import Shards
 
 BACKENDS = ("gloo", "nccl")

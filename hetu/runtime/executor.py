@@ -14,6 +14,7 @@ from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.lower.lowering import Executable
+from hetu.backends.torch.index_flags import IndexFlags, is_deferred
 from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
@@ -23,15 +24,16 @@ from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
-from hetu.runtime.agreed_state import AgreedState
-from hetu.runtime.agreement import Agreement
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
 from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.modes import in_own_modes
+from hetu.runtime.ranks.agreed_state import AgreedState
+from hetu.runtime.ranks.agreement import Agreement
 from hetu.runtime.request import RunOpener, RunRequest, device_of
 from hetu.runtime.state import GraphState
 from hetu.runtime.step import Step
+from hetu.runtime.unseen import UnseenRun
 from hetu.symbols import IntSymbol
 
 _ANY_KERNELS = nullcontext()
@@ -54,6 +56,7 @@ class ReadyRun:
         step: What takes its losses and gradients.
         prepared: Each micro-batch's plans and feeds.
         launchers: What computes each micro-batch here; None where no pipeline of it runs here.
+        flags: Note indices out of range; None if nothing looks anything up, or the host sees all indices.
     """
 
     request: RunRequest
@@ -61,6 +64,7 @@ class ReadyRun:
     step: Step
     prepared: Sequence[tuple[Prepared, FeedSet]]
     launchers: Sequence[ModuleLauncher | None]
+    flags: IndexFlags | None
 
 
 class Executor:
@@ -105,7 +109,7 @@ class Executor:
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
         open_request = partial(
-            self._opener.open,
+            self._open,
             fetches,
             feed_dict,
             int_symbol_dict,
@@ -127,9 +131,18 @@ class Executor:
                     found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
         except BaseException:
             self.state.unsettle()
+            if self.state.unseen and world.is_distributed:  # perhaps another rank has seen its own index
+                with self.state.lock:
+                    self.state.unseen.settle(waits=True)
             raise
         self.state.settle()
         return found
+
+    def _open(self, *arguments: Any) -> RunRequest:
+        """The request that the arguments make, once earlier runs are settled as far as their devices have come."""
+        if self.state.unseen:
+            self.state.look()
+        return self._opener.open(*arguments)
 
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
@@ -154,14 +167,18 @@ class Executor:
         """Binds, selects, plans and lowers every micro-batch, and makes all that may fail when it is made."""
         subgraph, ready = request.subgraph, []
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
-            ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
+            prepared, feeds = self._planner.prepare_read(subgraph, read, symbols, request.strategy)
+            if feeds.unseen and not is_deferred(request.device):  # they are copied to the host in any case
+                self._planner.check_indices(prepared, feeds, waits=True)
+            ready.append((prepared, feeds))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
         if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
             for launcher in filter(None, launchers):
                 self.state.parameters.make(launcher.parameters)
         step = Step(request.fetches, self.state, world)
         step.prepare()
-        return ReadyRun(request, world, step, ready, launchers)
+        flags = IndexFlags() if subgraph.looks_up and is_deferred(request.device) else None
+        return ReadyRun(request, world, step, ready, launchers, flags)
 
     def _launcher(
         self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int
@@ -207,6 +224,18 @@ class Executor:
             flat = self._launch(run, prepared, feeds, launcher, draws, values)
             step.collect(flat, prepared.num_pipelines, device)
         step.gather_losses(device)
+        if run.flags is not None:
+            self._judge_later(run, run.flags, random[0])
+
+    def _judge_later(self, run: ReadyRun, flags: IndexFlags, first_draw: tuple[int, int]) -> None:
+        """Leaves it to the device to say whether the indices were in range, and to the next run to look."""
+        step, draws = run.step, run.request.subgraph.draws * len(run.prepared)
+        flag = flags.any(run.request.device)
+        if not step.fetched.changes_state:
+            self.state.unseen.add(UnseenRun(flags, flag, (*first_draw, draws)))
+            return
+        (flag,) = run.world.total([flag])
+        step.unseen = UnseenRun(flags, flag, (*first_draw, draws))
 
     def _step_values(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> StepValues:
         """The values that are summed over all pipelines and micro-batches before any of them is computed in full."""
@@ -237,12 +266,15 @@ class Executor:
         run.world.begin()
         if launcher is None:
             return [() for _ in prepared.subgraph.fetches]
+        if run.flags is not None:
+            run.flags.unseen = feeds.unseen
         device, store = run.request.device, self.state.parameters
-        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values)
+        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
 
     @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`hetu.Graph.state_dict`."""
+        self.state.look(waits=True)
         return checkpoint.state_dict(self.state)
 
     @in_own_modes

@@ -15,6 +15,7 @@ from hetu.runtime.before import Before
 from hetu.runtime.parameters import ByBox
 from hetu.runtime.request import Fetches
 from hetu.runtime.state import GraphState, Waiting, add_gradients, as_sum, sole_owners
+from hetu.runtime.unseen import UnseenRun
 from hetu.shards import Shards
 
 
@@ -34,6 +35,7 @@ class Step:
         self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
         self._after: dict[Node, Waiting] | None = dict(state.waiting) if fetched.changes_state else None
         self._before: list[Before] = []
+        self.unseen: UnseenRun | None = None
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
@@ -87,6 +89,8 @@ class Step:
         try:
             try:
                 given = self._given()
+                if self.unseen is not None:
+                    self.state.protect(self.unseen, self._before)
             except BaseException as error:
                 self.world.confirm(error)
                 raise
@@ -94,6 +98,8 @@ class Step:
             self.state.commit(self._after)
         except BaseException:
             if not self.is_committed:  # a signal may come right after
+                if self.unseen is not None:
+                    self.state.unseen.discard(self.unseen)
                 for before in reversed(self._before):
                     before.restore()
             raise

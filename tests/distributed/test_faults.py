@@ -15,7 +15,7 @@ from support.pool import Outcome, Pool, assert_lost, join
 from support.same import assert_own
 
 import hetu
-from hetu.runtime.joining import NCCL_ENVIRONMENT, Others
+from hetu.runtime.ranks.joining import NCCL_ENVIRONMENT, Others
 
 World = Callable[..., Pool]
 TIMEOUT = 3.0

@@ -24,6 +24,7 @@ from support.plans import KV_METHODS
 from support.pool import Pool, assert_lost
 from support.same import assert_own, assert_same
 from support.training import SMALL, steps
+from support.unseen import check_unseen_ids
 
 from hetu.parallel import METHODS, SPLITS
 
@@ -267,3 +268,9 @@ def test_a_rank_that_is_lost(world: World, size: int, change: Change, pattern: s
         assert pool.outcomes(faults.here, [0])[0].is_value
         (again,) = pool.outcomes(job, [0], limit=SLACK)
         assert_lost(again, "(?s)the ranks can't go on after an earlier failure: .*rank 1")
+
+
+@TWO
+def test_an_id_that_one_ranks_gpu_knows_is_refused_on_all(world: World, size: int) -> None:
+    for wrong in range(size + 1):
+        check_unseen_ids(world, wrong, size, BACKEND, DEVICE)

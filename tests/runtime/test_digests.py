@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as of_numpy
 
 import hetu
-from hetu.runtime import digests
-from hetu.runtime.digests import array_text, graph_digest, graph_lines, state_parts, value_text
+from hetu.runtime.ranks import digests
+from hetu.runtime.ranks.digests import array_text, graph_digest, graph_lines, state_parts, value_text
 
 DTYPES = of_numpy.integer_dtypes() | of_numpy.floating_dtypes(sizes=[16, 32, 64]) | of_numpy.boolean_dtypes()
 ARRAYS = of_numpy.arrays(DTYPES, of_numpy.array_shapes(min_dims=0, min_side=0, max_side=3))
@@ -129,7 +129,7 @@ def test_every_node_has_a_line() -> None:
 
 SCRIPT = """
 import hetu, functools
-from hetu.runtime.digests import graph_digest, value_text
+from hetu.runtime.ranks.digests import graph_digest, value_text
 with hetu.graph("define_and_run") as g:
     hetu.parameter(functools.partial(print, {"a", "b", "c"}, object, lambda t: t), [hetu.IntSymbol(4).data])
 print(graph_digest(g).whole, value_text({"x", "y", "z"}))

@@ -14,7 +14,7 @@ from support.jobs import own
 
 import hetu
 from hetu.backends.comm import wire
-from hetu.runtime import agreed_state
+from hetu.runtime.ranks import agreed_state
 
 S = hetu.IntSymbol("s")
 

@@ -117,7 +117,7 @@ def rank() -> int:
 
 def with_backends(backends: list[str]) -> tuple[str, float]:
     """Each rank asks for a backend of its own, as if all were there."""
-    from hetu.runtime.joining import Others
+    from hetu.runtime.ranks.joining import Others
 
     Others.device = lambda self, backend: torch.device("cpu")  # type: ignore[method-assign]
     return refused(lambda: hetu.init_distributed(backends[rank()], timeout=30))

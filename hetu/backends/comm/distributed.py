@@ -24,7 +24,7 @@ class DistributedWorld(Peers):
     """This process and the others of ``hetu.init_distributed``, which run graphs together.
 
     Attributes:
-        agreed: What the ranks agreed on so far; see :mod:`hetu.runtime.agreement`.
+        agreed: What the ranks agreed on so far; see :mod:`hetu.runtime.ranks.agreement`.
         runs: How many runs were asked for.
         lock: Held while a run takes place: runs of several threads would mix up their messages.
     """

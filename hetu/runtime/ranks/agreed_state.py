@@ -12,7 +12,7 @@ from hetu.graph import Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.planning.planner import STRUCTURES
 from hetu.runtime.checkpoint import parts_of
-from hetu.runtime.digests import state_parts
+from hetu.runtime.ranks.digests import state_parts
 from hetu.runtime.request import Fetches, RunRequest
 from hetu.runtime.state import GraphState
 
@@ -28,7 +28,8 @@ class AgreedState:
         state: This rank's state.
 
     Attributes:
-        digests: Of what runs are asked for, whatever their lengths; see :class:`~hetu.runtime.agreement.Agreement`.
+        digests: Of what runs are asked for, whatever their lengths; :class:`~hetu.runtime.ranks.agreement.Agreement`
+            uses them.
     """
 
     def __init__(self, world: World, state: GraphState) -> None:

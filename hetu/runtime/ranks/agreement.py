@@ -29,9 +29,10 @@ from hetu.parallel import AttnPlan
 from hetu.planning.binder import DEFAULT
 from hetu.planning.feeds import FeedReader, Feeds, shard_count
 from hetu.planning.planner import Prepared
-from hetu.runtime.agreed_state import AgreedState
-from hetu.runtime.digests import array_text, digest_of, graph_digest, graph_lines
-from hetu.runtime.rank_feeds import OwnFeeds, is_chosen, merge
+from hetu.runtime.ranks.agreed_state import AgreedState
+from hetu.runtime.ranks.digests import array_text, digest_of, graph_digest, graph_lines
+from hetu.runtime.ranks.feeds import OwnFeeds, is_chosen, merge
+from hetu.runtime.ranks.whole_rows import refuse_whole_rows, tell_rows
 from hetu.runtime.request import RunRequest
 from hetu.symbols import as_symbol
 
@@ -159,6 +160,7 @@ class Agreement:
         try:
             made = make()
             said = {"same": self._outcome(prepared(made)), "feeds": self._common_feeds(prepared(made))}
+            said["rows"] = tell_rows(self.world, self.request, prepared(made), _digest)
             if not self._is_state_known:
                 said["same"][STATE] = self.state.tell(self.request)
         except Exception as error:
@@ -172,6 +174,7 @@ class Agreement:
         refuse_differences([one["same"] for one in heard], self.name, "run", _FIXES)
         self._refuse_lost_feeds([one["feeds"] for one in heard])
         assert made is not None
+        refuse_whole_rows([one["rows"] for one in heard], prepared(made))
         for item in prepared(made):
             plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
             self.world.prepare(item.num_pipelines, plans)
