@@ -64,7 +64,7 @@ def test_what_is_alike_runs_whoever_made_it_first(world: World) -> None:
 
 
 def test_defaults_may_differ_where_no_run_uses_them(world: World) -> None:
-    assert [len(values) for values in world(2).run(differences.defaults_that_differ_unused)] == [1, 1]
+    assert [len(values) for values in world(2).run(differences.defaults_that_differ_unused)] == [2, 2]
 
 
 @pytest.mark.parametrize("job", [differences.a_default_set_between_runs, differences.a_group_set_between_runs])

@@ -236,7 +236,7 @@ def a_state_that_one_rank_made_early() -> list[list[torch.Tensor]]:
 
 
 def defaults_that_differ_unused() -> list[torch.Tensor]:
-    """A run in which defaults differ of a symbol that shapes bind, and of one that the run doesn't need."""
+    """A run in which defaults differ of symbols that shapes and the run bind, and of one that it doesn't need."""
     rank = hetu.init_distributed().rank
     k = hetu.IntSymbol("k")
     script = Script()
@@ -245,7 +245,12 @@ def defaults_that_differ_unused() -> list[torch.Tensor]:
         hetu.full([k], 1.0)
     k.set_data(7 + rank)
     hetu.manual_seed(0)
-    return script.run("out")
+    b = hetu.IntSymbol("b")
+    b.set_data(rank)
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="x")
+        out = hetu.parallel_attn(x, 8, 1, [[3, 3]], [[0, b]])[0]
+    return [*script.run("out"), *own(g.run(out, {x: torch.ones(3, 24)}, int_symbol_dict={b: 1}))]
 
 
 def a_default_set_between_runs() -> list[str]:

@@ -27,7 +27,7 @@ from hetu.config import settings
 from hetu.errors import HetuError, StrategyError, caller, in_words, ranks_in_words
 from hetu.parallel import AttnPlan
 from hetu.planning.binder import DEFAULT
-from hetu.planning.feeds import FeedReader, Feeds, shard_count
+from hetu.planning.feeds import FeedReader, Feeds, Symbols, shard_count
 from hetu.planning.planner import Prepared
 from hetu.runtime.ranks.agreed_state import AgreedState
 from hetu.runtime.ranks.digests import array_text, digest_of, graph_digest, graph_lines
@@ -188,18 +188,19 @@ class Agreement:
         """What binding and planning came to, where it may differ although all ranks were told the same."""
         assert self.request is not None
         has_any = any(leaf.default is not None for leaf in graph_digest(self.request.graph).leaves)
-        used = {text for item in prepared for text in self._defaults(item)} if has_any else ()
+        pairs = zip(prepared, (symbols for _, symbols in self.request.batches), strict=True)
+        used = {text for item, symbols in pairs for text in self._defaults(item, symbols)} if has_any else ()
         return {"the plans": [_plan_text(item) for item in prepared], DEFAULTS: sorted(used)}
 
-    def _defaults(self, prepared: Prepared) -> Iterator[str]:
-        """The default values that a run uses, in words."""
+    def _defaults(self, prepared: Prepared, symbols: Symbols) -> Iterator[str]:
+        """The default values that a micro-batch uses, in words; ``symbols`` is its ``int_symbol_dict``."""
         assert self.request is not None
         for binding in prepared.bindings:
             used = [leaf for leaf in binding if binding.source(leaf).startswith(DEFAULT)]
             yield from (f"{leaf} = {binding[leaf]}" for leaf in used)
         planner = self.request.graph.planner
         groups = planner.pipelines(prepared.subgraph, prepared.strategy).groups or ()  # feeds are chosen by them
-        leaves = {leaf for expr in groups for leaf in as_symbol(expr).leaves}
+        leaves = {leaf for expr in groups for leaf in as_symbol(expr).leaves} - symbols.keys()
         yield from (f"{leaf} = {leaf.default}" for leaf in leaves if leaf.default is not None)
 
     def _common_feeds(self, prepared: Sequence[Prepared]) -> list[str | None]:
