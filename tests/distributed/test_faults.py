@@ -192,6 +192,13 @@ def test_nobody_waits_the_whole_timeout_for_a_rank_that_is_gone(what: str) -> No
             assert_lost(outcomes[other], SAYS[what])
 
 
+def test_a_rank_that_is_interrupted_while_it_plans() -> None:
+    with Pool(3, timeout=90.0) as pool:
+        outcomes = pool.outcomes(partial(faults.run, {1: faults.is_interrupted_while_planning}), limit=45.0)
+        for other in (0, 2):
+            assert_lost(outcomes[other], SAYS["is interrupted"])
+
+
 def test_a_rank_that_does_something_else(impatient: Pool) -> None:
     for outcome in fail(impatient, faults.gathers_instead):
         assert_lost(outcome, r"(?s)at different places of the script.*rank 0: at run 2 .*rank 1: at gather_shards ")

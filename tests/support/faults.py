@@ -251,6 +251,13 @@ def raises_while_planning(made: Run) -> None:
     _patch_builder(fail)
 
 
+def is_interrupted_while_planning(made: Run) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    _patch_builder(interrupt)
+
+
 def plans_something_else(made: Run) -> None:
     _patch_builder(lambda *a, **k: build_plan(*a, **{**k, "method": "ring"}))
 
