@@ -109,7 +109,7 @@ class Executor:
     ) -> Any:
         """See :meth:`hetu.Graph.run`. Every micro-batch is bound, planned and lowered before the first is computed."""
         open_request = partial(
-            self._open,
+            self._opener.open,
             fetches,
             feed_dict,
             int_symbol_dict,
@@ -123,26 +123,27 @@ class Executor:
             if isinstance(world, DistributedWorld):
                 with world.lock:
                     world.control.check()
-                    found = self._run_with_others(world, open_request)
+                    found = self._run_with_others(world, partial(self._after_a_look, open_request))
             else:
+                if self.state.unseen.runs:
+                    self.state.look()
                 request = open_request()
                 readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
                 with self.state.lock if request.fetches.changes_state else _NO_LOCK:
                     found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
         except BaseException:
             self.state.unsettle()
-            if self.state.unseen and world.is_distributed:  # perhaps another rank has seen its own index
+            if self.state.unseen.runs and world.is_distributed:  # perhaps another rank has seen its own index
                 with self.state.lock:
                     self.state.unseen.settle(waits=True)
             raise
         self.state.settle()
         return found
 
-    def _open(self, *arguments: Any) -> RunRequest:
-        """The request that the arguments make, once earlier runs are settled as far as their devices have come."""
-        if self.state.unseen:
-            self.state.look()
-        return self._opener.open(*arguments)
+    def _after_a_look(self, open_request: Callable[[], RunRequest]) -> RunRequest:
+        """A request, once earlier runs are settled as far as their devices have come: the others hear what raises."""
+        self.state.look()
+        return open_request()
 
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""

@@ -85,7 +85,7 @@ class GraphState:
         Raises:
             HetuError: If one was out of range: that run and those after it have changed nothing.
         """
-        if not self.unseen:
+        if not self.unseen.runs:
             return
         with self.lock:
             found = self.unseen.settle(waits)

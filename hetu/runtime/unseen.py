@@ -80,32 +80,33 @@ class UnseenRun:
 
 
 class UnseenRuns:
-    """The runs of one graph that the device has yet to judge, in their order."""
+    """The runs of one graph that the device has yet to judge.
+
+    Attributes:
+        runs: The runs in their order.
+    """
 
     def __init__(self) -> None:
-        self._runs: deque[UnseenRun] = deque()
-
-    def __bool__(self) -> bool:
-        return bool(self._runs)
+        self.runs: deque[UnseenRun] = deque()
 
     @property
     def last(self) -> UnseenRun | None:
         """The last run that changed the state."""
-        return next((run for run in reversed(self._runs) if run.changes_state), None)
+        return next((run for run in reversed(self.runs) if run.changes_state), None)
 
     def add(self, run: UnseenRun) -> None:
         """Adds a run, before what it changed is committed."""
         run.start_telling()
-        self._runs.append(run)
+        self.runs.append(run)
 
     def discard(self, run: UnseenRun) -> None:
         """Forgets a run that failed otherwise."""
-        if run in self._runs:
-            self._runs.remove(run)
+        if run in self.runs:
+            self.runs.remove(run)
 
     def forget(self) -> None:
         """Forgets all runs: the state that they belong to is gone."""
-        self._runs.clear()
+        self.runs.clear()
 
     def settle(self, waits: bool) -> tuple[IndexFlags, int] | None:
         """Drops the runs that were right, and takes back what a flagged one and those after it changed on the host.
@@ -117,14 +118,14 @@ class UnseenRuns:
             What says which index was out of range, and how many later runs were taken back; None if none is known to
             have been.
         """
-        while self._runs and (waits or self._runs[0].is_told()):
-            first, is_flagged = self._runs[0], self._runs[0].is_flagged()
+        while self.runs and (waits or self.runs[0].is_told()):
+            first, is_flagged = self.runs[0], self.runs[0].is_flagged()
             if is_flagged and first.changes_state:  # what came after it goes on from it
-                later = len(self._runs) - 1
-                while self._runs:
-                    self._runs.pop().undo()
+                later = len(self.runs) - 1
+                while self.runs:
+                    self.runs.pop().undo()
                 return first.flags, later
-            self._runs.popleft()
+            self.runs.popleft()
             if is_flagged:
                 first.undo()
                 return first.flags, 0

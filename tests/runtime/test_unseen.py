@@ -232,7 +232,7 @@ def test_a_failure_of_another_kind_leaves_nothing_to_judge(way: str, monkeypatch
         patch.setattr(type(lookup.graph.executor.state), "commit", fails)
         with pytest.raises(hetu.HetuError, match="no such step"):
             lookup.run(lookup.train, fed([0, 9], way))
-    assert not lookup.graph.executor.state.unseen
+    assert not lookup.graph.executor.state.unseen.runs
     assert_same(lookup.graph.state_dict(), before)
 
 
@@ -246,9 +246,9 @@ def test_a_run_does_not_wait_for_the_device(way: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(UnseenRun, "is_flagged", lambda run: bool(waits.append(run)))
     for _ in range(3):
         lookup.run(lookup.train, fed([0, 1], way))
-    assert not waits and lookup.graph.executor.state.unseen
+    assert not waits and lookup.graph.executor.state.unseen.runs
     lookup.graph.state_dict()
-    assert len(waits) == 3 and not lookup.graph.executor.state.unseen
+    assert len(waits) == 3 and not lookup.graph.executor.state.unseen.runs
 
 
 @pytest.mark.gpu
