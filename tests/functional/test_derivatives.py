@@ -86,7 +86,8 @@ TRANSFORMS: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], Any]] = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_by_forward_mode_are_refused(name: str, output: int, attend: Attend) -> None:
     q, k, v = operands(torch.float64)
-    with pytest.raises(hetu.HetuError, match=REFUSED):
+    # Before 2.13 torch's checkpoint refuses forward mode itself.
+    with pytest.raises((hetu.HetuError, NotImplementedError), match=f"{REFUSED}|jvp function"):
         TRANSFORMS[name](lambda q: attend(q, k, v)[output], q, like(q))
 
 

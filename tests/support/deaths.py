@@ -15,12 +15,10 @@ import torch.distributed as dist
 from support import faults
 
 import hetu
+from hetu.backends.comm import peers
 
-MESSAGES = (
-    *("isend", "irecv", "all_gather", "all_to_all_single", "all_gather_into_tensor", "broadcast", "all_reduce"),
-    *("all_gather_single", "new_group"),
-)
-"""All by which hetu reaches other ranks, and the making of process groups."""
+MESSAGES = ("send", "recv", "allgather", "alltoall_base", "_allgather_base", "broadcast", "allreduce")
+"""All by which hetu reaches other ranks over a connection."""
 
 
 def _interrupt() -> NoReturn:
@@ -50,9 +48,12 @@ def end_at(number: int, how: str) -> None:
             ENDS[how]()
         return plain(*arguments, **options)
 
+    def counted(plain: Any) -> Any:
+        return lambda *arguments, **options: before(plain, *arguments, **options)
+
     for name in MESSAGES:
-        if hasattr(dist, name):
-            setattr(dist, name, partial(before, getattr(dist, name)))
+        setattr(dist.ProcessGroupGloo, name, counted(getattr(dist.ProcessGroupGloo, name)))
+    peers.connect = partial(before, peers.connect)  # type: ignore[attr-defined]
 
 
 def work(ending: Collection[int], number: int, how: str, elsewhere: Collection[int] = (), warm: bool = False) -> None:

@@ -20,6 +20,7 @@ def poison(replace: Callable[[Any, str, Any], None]) -> None:
 def _filled(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def fresh(*args: Any, **kwargs: Any) -> torch.Tensor:
         made = plain(*args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
+        with torch.no_grad():  # it may be a leaf
+            return made.fill_(torch.nan) if made.is_floating_point() else made
 
     return fresh

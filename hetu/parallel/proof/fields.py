@@ -46,9 +46,10 @@ def check_fields(plan: PlanData) -> None:
 @cache
 def _check_of(hint: Any) -> Check:
     """The check of what a field is declared to be."""
+    hint = _plain(hint)
     if hint in (int, bool, str):
         return _exactly(hint)
-    if hint == _INTS:
+    if hint is np.ndarray:
         return _check_array
     if hint is Layout:
         return _check_layout
@@ -63,6 +64,11 @@ def _check_of(hint: Any) -> Check:
     raise NotImplementedError(f"fields of plans of type {hint} are not checked: say here how")
 
 
+def _plain(hint: Any) -> Any:
+    """A type hint, or the class of arrays: in some versions of numpy a hint of arrays does not lead to it."""
+    return np.ndarray if hint == _INTS else hint
+
+
 def _exactly(kind: type) -> Check:
     def check(value: Any, place: str, _: set[int]) -> None:
         if type(value) is not kind:
@@ -72,7 +78,8 @@ def _exactly(kind: type) -> Check:
 
 
 def _any_of(hints: tuple[Any, ...]) -> Check:
-    by_type = {get_origin(hint) or hint: _check_of(hint) for hint in hints if hint is not type(None)}
+    plain = [_plain(hint) for hint in hints if hint is not type(None)]
+    by_type = {get_origin(hint) or hint: _check_of(hint) for hint in plain}
     takes_none = type(None) in hints
 
     def check(value: Any, place: str, seen: set[int]) -> None:

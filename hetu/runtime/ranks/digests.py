@@ -64,22 +64,22 @@ class GraphDigest:
         self.whole = ""
         self.leaves: list[IntSymbol] = []
         self._numbers: dict[IntSymbol, int] = {}
-        self._version: tuple[int, int] | None = None
+        self._seen: tuple[int, int] | None = None
         self._running = hashlib.blake2b(digest_size=_DIGITS)
         self._done = 0
 
     def grow(self, graph: Graph) -> list[str]:
         """Takes in what was added to the graph since the last time; gives a line for each part of that."""
-        if self._version == graph.version:
+        if self._seen == graph.version:
             return []
         lines = []
-        if self._version is None:
+        if self._seen is None:
             own = [graph.name, graph.kind, graph.num_strategy, graph.strategies]
             lines.append(f"the graph itself: {self._text(own)}")
         for node in graph.nodes[self._done :]:
             what = [node.inputs, node.attrs, node.symbols]
             lines.append(f"{node.name}: {node.definition.name} {self._text(what)}")
-        self._done, self._version = len(graph.nodes), graph.version
+        self._done, self._seen = len(graph.nodes), graph.version
         for line in lines:
             self._running.update(digest_of(line).encode())
         numbers, leaves = dict(self._numbers), list(self.leaves)
