@@ -152,6 +152,27 @@ def test_token_mean_loss_of_no_labels_is_0() -> None:
 # cross_entropy
 
 
+@pytest.mark.parametrize(
+    "bad", [[-math.inf] * 5, [math.nan, 0.0, 0.0, 0.0, 0.0], [math.inf, 0.0, 1.0, 0.0, 0.0]], ids=str
+)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "token_mean"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_ignored_rows_have_no_gradient_whatever_their_logits(dtype: str, reduction: str, bad: list[float]) -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        logits, labels = hetu.placeholder(dtype, [3, 5]), hetu.placeholder("int64", [3])
+        if reduction == "token_mean":
+            loss = hetu.token_mean_loss(logits, labels)
+        else:
+            loss = hetu.cross_entropy(logits, labels, reduction=reduction)
+        fetches = [loss, hetu.gradients(loss, logits)]
+    rows = random(3, 5)
+    _, want = g.run(fetches, {logits: rows, labels: [4, -100, 0]})
+    rows[1] = bad
+    value, grad = g.run(fetches, {logits: rows, labels: [4, -100, 0]})
+    assert value.isfinite().all() and not grad[1].any()
+    assert torch.equal(grad, want)
+
+
 @pytest.mark.parametrize("label", [5, -1, 2**40])
 def test_a_label_out_of_range_is_refused(label: int) -> None:
     with hetu.graph("define_and_run", device="cpu") as g:

@@ -75,13 +75,13 @@ class AttendCall:
     def with_positive_scale(self) -> AttendCall:
         """A call with the same scores and a positive scale, for kernels that mask with -inf before they scale.
 
-        A negative sign moves into q, and a scale of 0 makes q zeros.
+        A negative sign moves into q, and a scale of 0 makes q zeros, but of NaN and infinity NaN.
         """
         if self.softmax_scale > 0:
             return self
         if self.softmax_scale < 0:
             return replace(self, q=-self.q, softmax_scale=-self.softmax_scale)
-        return replace(self, q=torch.zeros_like(self.q), softmax_scale=1.0)
+        return replace(self, q=self.q * 0.0, softmax_scale=1.0)
 
 
 class KernelFamily(ABC):

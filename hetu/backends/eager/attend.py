@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -43,13 +44,16 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     lse = state.lse.unflatten(1, heads)
     has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
     plain = dropout is not None or state.scores is not None or not has_flash
+    is_ordinary = plain or _has_finite_scores(queries, keys, call.softmax_scale)
 
     def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
         seen = slice(k_start, k_start + k_len)
-        if not plain:
-            return _flash(own, keys[:, :, seen], values[:, :, seen], diagonal, call.softmax_scale)
-        extras = _Extras(call, span, state.scores, k_start)
-        return _plain(own, keys[:, :, seen], values[:, :, seen], diagonal, call.softmax_scale, extras)
+        operands = own, keys[:, :, seen], values[:, :, seen]
+        if plain:
+            return _plain(*operands, diagonal, call.softmax_scale, _Extras(call, span, state.scores, k_start))
+        if is_ordinary or _has_finite_scores(*operands[:2], call.softmax_scale):
+            return _flash(*operands, diagonal, call.softmax_scale)
+        return _mended(*operands, diagonal, call.softmax_scale)
 
     segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), strict=True))
     bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
@@ -91,16 +95,39 @@ def _clear(out: torch.Tensor, lse: torch.Tensor | None) -> None:
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
-    """Merges the attention over other keys into ``out (..., n, D)`` and ``lse (..., n)``, in place."""
+    """Merges the attention over other keys into ``out (..., n, D)`` and ``lse (..., n)``, in place.
+
+    What has a lse of -inf weighs nothing: of no keys its out is 0, of keys with scores of -inf it is NaN, which stays
+    only where there is nothing else.
+    """
     total = torch.logaddexp(lse, part_lse)
+    for own_out, own_lse in ((out, lse), (part_out, part_lse)):
+        weightless = own_lse == -torch.inf
+        if out.is_cuda or weightless.any():  # asking a GPU would wait for it
+            own_out.masked_fill_((weightless & (total != -torch.inf)).unsqueeze(-1), 0.0)
     shift = torch.where(total == -torch.inf, 0.0, total)  # -inf - -inf would be NaN
     out.mul_((lse - shift).exp_().unsqueeze(-1))
     out.addcmul_(part_out, (part_lse - shift).exp_().unsqueeze(-1))
     lse.copy_(total)
 
 
-def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float) -> Iterator[Part]:
-    """One segment by torch's CPU flash attention, whose causal mask is aligned to the top left.
+def _has_finite_scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> bool:
+    """Whether no score, and no sum on the way to one, can be NaN or infinite, by the largest entries of q and k."""
+    largest = softmax_scale if softmax_scale > 1.0 else 1.0
+    for x in (q, k):
+        if x.numel() == 0:
+            return True
+        low, high = torch.aminmax(x)  # NaN if an entry is
+        largest *= max(-float(low), float(high)) if low <= high else math.nan
+    return largest * q.shape[-1] < torch.finfo(q.dtype).max / 2
+
+
+_Cut = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, bool]
+"""Rows of a segment from some row on, keys and values, and whether the mask is causal, aligned to the top left."""
+
+
+def _cuts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int) -> Iterator[_Cut]:
+    """Cuts a segment into what torch's CPU flash attention computes, whose causal mask is aligned to the top left.
 
     A segment is a rectangle of keys that all rows see, and a triangle whose first row sees one key::
 
@@ -108,17 +135,40 @@ def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, sof
                          x x x x .                           x . .
                          x x x x x                           x x .
     """
-    flash = flash_attention_cpu
-    assert flash is not None
     rows, keys = q.shape[2], k.shape[2]
     if diagonal >= keys - 1:
-        yield 0, *flash(q, k, v, 0.0, False, scale=softmax_scale)
+        yield 0, q, k, v, False
         return
     if diagonal > 0:
-        yield 0, *flash(q, k[:, :, :diagonal], v[:, :, :diagonal], 0.0, False, scale=softmax_scale)
+        yield 0, q, k[:, :, :diagonal], v[:, :, :diagonal], False
         k, v, diagonal = k[:, :, diagonal:], v[:, :, diagonal:], 0
     if -diagonal < rows:
-        yield -diagonal, *flash(q[:, :, -diagonal:], k, v, 0.0, True, scale=softmax_scale)
+        yield -diagonal, q[:, :, -diagonal:], k, v, True
+
+
+def _flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float) -> Iterator[Part]:
+    """One segment by torch's CPU flash attention."""
+    assert flash_attention_cpu is not None
+    for row, *operands, is_causal in _cuts(q, k, v, diagonal):
+        yield row, *flash_attention_cpu(*operands, 0.0, is_causal, scale=softmax_scale)
+
+
+def _mended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float) -> Iterator[Part]:
+    """One segment by torch's CPU flash attention, and by matrix products the rows that see NaN or only infinities.
+
+    The flash attention leaves out blocks of keys without a score above -inf, of NaN too; a row of which nothing is left
+    gets out 0 and lse 0.
+    """
+    assert flash_attention_cpu is not None
+    for row, own_q, own_k, own_v, is_causal in _cuts(q, k, v, diagonal):
+        out, lse = flash_attention_cpu(own_q, own_k, own_v, 0.0, is_causal, scale=softmax_scale)
+        own_diagonal = 0 if is_causal else own_k.shape[2] - 1
+        for begin, other_out, other_lse in _plain(own_q, own_k, own_v, own_diagonal, softmax_scale):
+            rows = slice(begin, begin + other_lse.shape[-1])
+            is_right = other_lse.isfinite() & lse[:, :, rows].isfinite()
+            out[:, :, rows] = torch.where(is_right.unsqueeze(-1), out[:, :, rows], other_out)
+            lse[:, :, rows] = torch.where(is_right, lse[:, :, rows], other_lse)
+        yield row, out, lse
 
 
 class _Extras:
@@ -159,9 +209,14 @@ class _Extras:
 
 
 def _plain(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, diagonal: int, softmax_scale: float, extras: _Extras
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    diagonal: int,
+    softmax_scale: float,
+    extras: _Extras | None = None,
 ) -> Iterator[Part]:
-    """One segment by matrix products, a block of rows after the other."""
+    """One segment by matrix products, a block of rows after the other; ``extras`` for dropout and scores."""
     (num_kv, group, rows, _), keys = q.shape, k.shape[2]
     block = max(16, _BLOCK_ENTRIES // (num_kv * group * keys))
     j = torch.arange(keys, device=q.device)
@@ -176,8 +231,13 @@ def _plain(
         if begin + diagonal < seen - 1:
             i = torch.arange(begin, end, device=q.device).unsqueeze(1)
             s.masked_fill_(i + diagonal < j[:seen], -torch.inf)
-        extras.write_scores(s.flatten(0, 1), begin)
         lse = s.logsumexp(-1)
-        shift = torch.where(lse == -torch.inf, 0.0, lse)  # -inf - -inf would be NaN
-        weights = extras.drop((s - shift.unsqueeze(-1)).exp_().flatten(0, 1), begin)
+        shift = lse  # of scores of -inf alone the weights are NaN, as -inf - -inf is
+        if begin + diagonal < 0:  # but of no keys 0
+            shift = lse.clone()
+            shift[..., : -diagonal - begin] = 0.0
+        weights = (s - shift.unsqueeze(-1)).exp_().flatten(0, 1)
+        if extras is not None:
+            extras.write_scores(s.flatten(0, 1), begin)
+            weights = extras.drop(weights, begin)
         yield begin, (weights.view(num_kv, -1, seen) @ v[:, 0, :seen]).unflatten(1, (group, -1)), lse

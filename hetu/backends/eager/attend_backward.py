@@ -21,6 +21,11 @@ from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 """Queries and keys of a block: what a core's cache holds, and what keeps a GPU busy."""
 
+LARGE = {dtype: 2.0**-7 / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
+"""From this size on a log-sum-exp is rounded so much that e to the power of a score less it may be far from the
+probability. The scores of such rows are rounded as the forward rounds them: then the largest is the log-sum-exp itself,
+where its digits hold no more than that. What is above it by another order of a sum counts as it."""
+
 
 @in_own_precision
 def attend_backward(
@@ -41,13 +46,20 @@ def attend_backward(
     for block in _blocks(spans, table, size_q):
         rows, own_keys = block.rows, block.keys
         own_q, own_dout = (block.by_key_head(x[rows].to(dtype), num_kv) for x in (q, state.dout))
-        own_q = own_q * call.softmax_scale
         lse = state.lse[block.slot, :, block.lse_rows].reshape(num_kv, -1, 1)
+        raw_q = own_q
+        own_q = own_q * call.softmax_scale
+        is_large = (lse.abs() >= LARGE[dtype]) & lse.isfinite()
+        exact = None if not q.is_cuda and not is_large.any() else is_large  # a GPU isn't asked: it would be waited for
         delta = state.delta[rows].T.reshape(num_kv, -1, 1)
         own_dq = torch.zeros_like(own_q)
         for begin in range(own_keys.start, own_keys.stop, size_k):
             part = slice(begin, min(begin + size_k, own_keys.stop))
-            p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1).exp_()
+            p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1)
+            if exact is not None:
+                rounded = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).sub_(lse).clamp_(max=0.0)
+                p = torch.where(exact, rounded, p)
+            p.exp_()
             block.hide(p, part, group)
             dp = own_dout @ values[:, part].mT
             kept = p

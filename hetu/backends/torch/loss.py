@@ -47,12 +47,14 @@ def hetu_cross_entropy_grad(
     targets, dtype = labels.reshape(-1).long(), _compute_dtype(logits)
     counted = targets != ignore_index
     scale = grad.reshape(-1) / counted.sum() if reduction == "mean" else grad.reshape(-1)
-    # Ignored rows get a factor of 0, and a label that exists.
+    # Ignored rows get a factor of 0, a label that exists, and no gradient even where their softmax is NaN.
+    ignored = (~counted).unsqueeze(1)
     scale = torch.where(counted, scale, 0).unsqueeze(1)
     targets = torch.where(counted, targets, 0).unsqueeze(1)
     for block in _blocks(rows):
         part = torch.softmax(rows[block], -1, dtype=dtype, out=outs[block] if dtype == out.dtype else None)
         part.mul_(scale[block]).scatter_add_(1, targets[block], -scale[block])
+        part.masked_fill_(ignored[block], 0.0)
         if dtype != out.dtype:
             outs[block] = part
     return out

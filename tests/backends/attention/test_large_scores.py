@@ -1,0 +1,260 @@
+"""NaN, infinity, and scores so large that float32 rounds them by more than they differ: on every backend."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from support.dense import dense, dense_backward
+from support.devices import DEVICES, ON_CUDA
+
+import hetu
+from hetu import functional
+
+# Triton's interpreter computes by numpy, which tells of every infinity and every NaN.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+BACKENDS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+"""Of an output; of the half types one digit, because Triton's interpreter cuts off where a GPU rounds."""
+NAN, INF = math.nan, math.inf
+WIDE = [64, 128, 256]
+
+
+def attend(
+    backend: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int], is_causal: bool, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out and lse of documents that attend to themselves."""
+    cu_seqlens = torch.tensor([0, *lens]).cumsum(0)
+    with hetu.config(backend=backend):
+        return functional.attn_varlen(q, k, v, cu_seqlens, cu_seqlens, is_causal=is_causal, return_lse=True, **options)
+
+
+def gradients(
+    backend: str, data: list[torch.Tensor], dout: torch.Tensor, lens: list[int], is_causal: bool, **options: Any
+) -> tuple[torch.Tensor, ...]:
+    """Out, lse, dq, dk and dv."""
+    leaves = [x.clone().requires_grad_() for x in data]
+    out, lse = attend(backend, *leaves, lens, is_causal, **options)
+    return out, lse, *torch.autograd.grad(out, leaves, dout)
+
+
+def random(rows: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int, size: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, heads, head_dim, generator=generator) * size).to(dtype)
+
+
+def skip_float64(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("float64 is computed in torch")
+
+
+# NaN and infinity
+
+
+PLACES = {"short": (2, slice(4, 5)), "long": (3, slice(80, 81)), "block": (3, slice(512, 515))}
+"""Rows of q or k in a document, and which. The last ones are a block of keys of their own for most kernels."""
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_is_not_finite_is_seen_where_it_is_seen(
+    device: str, backend: str, dtype: torch.dtype, is_causal: bool, place: str, where: str, value: float
+) -> None:
+    """A whole row of q or k: infinite entries too make NaN of a dot product, with both signs among the other's."""
+    skip_float64(backend, dtype)
+    document, rows = PLACES[place]
+    if backend == "triton" and device == "cpu":
+        if place == "block" or value == -INF:
+            pytest.skip("the interpreter takes long")
+        lens = [3, 1, 7, 100]
+    else:
+        lens = [3, 1, 7, 515]
+    begin, end = sum(lens[:document]), sum(lens[: document + 1])
+    data = [random(sum(lens), 1, 16, dtype, seed).to(device) for seed in range(3)]
+    clean, clean_lse = attend(backend, *data, lens, is_causal)
+    index = "qk".index(where)
+    data[index] = data[index].clone()
+    data[index][begin + rows.start : begin + rows.stop] = value
+    out, lse = attend(backend, *data, lens, is_causal)
+    ill = torch.zeros(len(out), dtype=torch.bool, device=device)
+    if where == "q":
+        ill[begin + rows.start : begin + rows.stop] = True
+    else:
+        ill[begin + (rows.start if is_causal else 0) : end] = True
+    assert out[ill].isnan().all() and lse[:, ill].isnan().all()
+    assert out[~ill].isfinite().all()
+    if value != value:
+        assert torch.equal(out[~ill], clean[~ill]) and torch.equal(lse[:, ~ill], clean_lse[:, ~ill])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_nan_are_nan(device: str, backend: str, dtype: torch.dtype) -> None:
+    """Those of what sees it, and those of other documents are finite."""
+    skip_float64(backend, dtype)
+    data = [random(9, 2, 16, dtype, seed).to(device) for seed in range(4)]
+    data[1][4] = NAN
+    _, _, *grads = gradients(backend, data[:3], data[3], [3, 6], True)
+    for name, grad in zip("qkv", grads, strict=True):
+        assert grad[:3].isfinite().all(), name
+        assert grad[4:].isnan().all() if name == "q" else grad[4].isnan().all(), name
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 2.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_scale_hides_nan(backend: str, scale: float) -> None:
+    data = [random(5, 1, 16, torch.float32, seed) for seed in range(3)]
+    data[0][1], data[1][3] = NAN, NAN
+    out, lse = attend(backend, *data, [5], True, softmax_scale=scale)
+    assert out.isnan().any(-1)[:, 0].tolist() == lse.isnan()[0].tolist() == [False, True, False, True, True]
+
+
+# Scores of -inf
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_of_minus_infinity_weigh_nothing(device: str, backend: str) -> None:
+    """In any place among those that are finite; a row that sees nothing else has no softmax, nor a silent 0."""
+    q = torch.ones(200, 1, 8, device=device)
+    v = torch.arange(200.0, device=device)[:, None, None].expand(200, 1, 8)
+    for hidden in (slice(0, 1), slice(0, 150), slice(100, 200), slice(10, 190)):
+        k = torch.zeros(200, 1, 8, device=device)
+        k[hidden] = -3e38
+        out, lse = attend(backend, q, k, v, [200], True, softmax_scale=1.0)
+        weighs = torch.ones(200, device=device)
+        weighs[hidden] = 0
+        count = weighs.cumsum(0)
+        want = (weighs * v[:, 0, 0]).cumsum(0) / count  # NaN where there is nothing
+        torch.testing.assert_close(out[:, 0, 0], want, equal_nan=True)
+        torch.testing.assert_close(lse[0], count.log())
+
+
+@pytest.mark.parametrize("method", ["ring", "all_gather", "direct", "ulysses"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("low", ["first", "second", "both"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_of_minus_infinity_weigh_nothing(backend: str, low: str, is_causal: bool, method: str) -> None:
+    """One pipeline, or both, hold keys whose scores are -inf: it comes out as with all keys on one."""
+    n = [hetu.IntSymbol("n0"), hetu.IntSymbol("n1")]
+    lens, groups = [[n[0], n[1]], [n[0] + n[1]]], [[0, 0], [0]]
+    with hetu.config(backend=backend), hetu.graph("define_and_run", num_strategy=2, device="cpu") as g:
+        x = hetu.placeholder("float32", [hetu.IntSymbol("rows"), 48], name="x")
+        out, lse = hetu.parallel_attn(
+            x, 8, 1, lens, groups, is_causal=is_causal, softmax_scale=1.0, method=method
+        )[:2]  # fmt: skip
+        rows = random(40, 6, 8, torch.float32, 1)
+        rows[:, :2] = rows[:, :2].abs() + 1.0
+        rows[slice(0, 20) if low == "first" else slice(20, 40) if low == "second" else slice(0, 40), 2:4] = -3e38
+        data = rows.flatten(1)
+        sizes = dict(zip(n, (20, 20), strict=True))
+        two, two_lse = g.run([out, lse], {x: hetu.Shards([data[:20], data[20:]])}, int_symbol_dict=sizes, strategy=0)
+        one, one_lse = g.run([out, lse], {x: data}, int_symbol_dict=sizes, strategy=1)
+    torch.testing.assert_close(torch.cat(list(two)), one, equal_nan=True)
+    torch.testing.assert_close(torch.cat(list(two_lse), -1), one_lse)
+    blind = 40 if low == "both" else 20 if low == "first" and is_causal else 0
+    assert one[:blind].isnan().all() and one[blind:].isfinite().all()
+
+
+# Large scores
+
+
+@pytest.mark.parametrize("value", [133120.0, 30000.0, 1000.0])
+@pytest.mark.parametrize(
+    ("lens", "is_causal"), [([1], True), ([1], False), ([2, 1, 70], True), ([70, 1], False)], ids=str
+)
+@pytest.mark.parametrize(("device", "head_dim"), [("cpu", 64), *(pytest.param("cuda", d, marks=ON_CUDA) for d in WIDE)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_large_value_everywhere(
+    device: str, backend: str, dtype: torch.dtype, head_dim: int, is_causal: bool, lens: list[int], value: float
+) -> None:
+    """All weights of a row are equal, whatever the scores: the output is the value itself."""
+    skip_float64(backend, dtype)
+    if dtype == torch.float16 and value > 65504:
+        pytest.skip("float16 ends before")
+    if device == "cuda":
+        lens = [*lens, 1, 700, 1]
+    x = torch.full((sum(lens), 1, head_dim), value, dtype=dtype, device=device)
+    dout = random(sum(lens), 1, head_dim, dtype, 4).to(device)
+    out, lse, dq, dk, dv = gradients(backend, [x, x, x], dout, lens, is_causal)
+    torch.testing.assert_close(out, x, rtol=ROUNDING[dtype], atol=0.0)
+    begin = 0
+    for length in lens:
+        rows = slice(begin, begin := begin + length)
+        want = dense(*[x[rows]] * 3, is_causal=is_causal)[1]
+        torch.testing.assert_close(lse[:, rows].double(), want, rtol=1e-6, atol=0.0)
+        if length == 1:  # one key has all the weight: nothing depends on q and k
+            assert torch.equal(dv[rows], dout[rows])
+            noise = float(x[0, 0, 0].double() ** 2) * head_dim**0.5 * {torch.float64: 2**-50}.get(dtype, 2**-20)
+            assert max(g[rows].abs().max().item() for g in (dq, dk)) <= noise * dout[rows].abs().max().item() * 8
+        assert (dv[rows].abs() <= 1.02 * dout[rows].abs().sum(0) + 1e-3).all(), "a probability above 1"
+    assert dq.isfinite().all() and dk.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [30.0, 1e3, 1e5, 1e8])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_scores_that_differ(device: str, backend: str, is_causal: bool, size: float) -> None:
+    """float64's softmax, where scores differ by more than float32 rounds them: the largest has all the weight."""
+    lens = [150, 1, 40]
+    q, k = (random(191, 2, 16, torch.float32, seed, size).to(device) for seed in (1, 2))
+    v, dout = (random(191, 2, 16, torch.float32, seed).to(device) for seed in (3, 4))
+    out, lse, *grads = gradients(backend, [q, k, v], dout, lens, is_causal)
+    begin = 0
+    for length in lens:
+        rows = slice(begin, begin := begin + length)
+        want, want_lse, _ = dense(q[rows], k[rows], v[rows], is_causal=is_causal)
+        torch.testing.assert_close(lse[:, rows].double(), want_lse, rtol=2e-6, atol=2e-4)
+        far = (out[rows].double() - want).abs().amax(-1) > 0.05
+        assert far.sum() <= 0.02 * far.numel(), "rounding decides between two keys here and there"
+        bound = dout[rows].abs().sum(0)
+        assert (grads[2][rows].abs() <= 1.05 * bound + 1e-3).all(), "a probability above 1"
+        if size <= 30.0:
+            for mine, right in zip(
+                grads, dense_backward(q[rows], k[rows], v[rows], dout[rows], None, is_causal=is_causal), strict=True
+            ):
+                torch.testing.assert_close(
+                    mine[rows].double(), right, atol=2e-3 * max(1.0, float(right.abs().max())), rtol=0
+                )
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("score", [-3e38, -2.4e38, -1e30, -1e10, -65537.0, -65536.0, -65530.0, 65537.0, 1e10, 3e38])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_score_of_any_size(device: str, backend: str, score: float) -> None:
+    q, v = torch.ones(1, 1, 16, device=device), random(1, 1, 16, torch.float32, 0).to(device)
+    k = torch.full((1, 1, 16), score / 16, device=device)
+    out, lse, *_, dv = gradients(backend, [q, k, v], v, [1], True, softmax_scale=1.0)
+    assert torch.equal(out, v)
+    assert lse.item() == pytest.approx(score, rel=1e-6)
+    assert torch.equal(dv, v)
+
+
+@pytest.mark.parametrize("before", [0.0, -1e10, 1e10, -3e38])
+@pytest.mark.parametrize("after", [0.0, -1e10, 1e10, -3e38])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_far_apart_one_block_after_the_other(device: str, backend: str, before: float, after: float) -> None:
+    """Whichever block of keys comes first, the larger scores have all the weight, or both the same."""
+    q, k = torch.ones(300, 1, 16, device=device), torch.empty(300, 1, 16, device=device)
+    k[:150], k[150:] = before / 16, after / 16
+    v = random(300, 1, 16, torch.float32, 0).to(device)
+    out, lse = attend(backend, q, k, v, [300], False, softmax_scale=1.0)
+    means = v[:150].mean(0), v[150:].mean(0)
+    want = (means[0] + means[1]) / 2 if before == after else means[after > before]
+    torch.testing.assert_close(out, want.expand(300, 1, 16), atol=1e-5, rtol=1e-4)
+    largest = max(before, after) + math.log(300 if before == after else 150)
+    torch.testing.assert_close(lse, torch.full_like(lse, largest), rtol=1e-6, atol=1e-4)
