@@ -76,7 +76,8 @@ class Peers:
 
         It is made in a thread, for it waits for ranks that may have died, and nothing ends that wait.
         """
-        store, patience = PrefixStore(name, self.control.store), self.control.patience
+        # With a store of its own: torch blocks all threads that use one while one of them waits.
+        store, patience = PrefixStore(name, self.control.store.clone()), self.control.patience
         if backend == "nccl":
             patience += self.control.timeout  # our own watch is to be the first to say that a message is lost
         members = range(self.size) if ranks is None else ranks
