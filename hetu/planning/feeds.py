@@ -38,6 +38,7 @@ class FeedSet:
         shapes: For each pipeline the shapes, in the order of ``tensors``.
         host_bytes: The contents of the arrays that planning reads: with the shapes, all that a plan depends on.
         unseen: The names of placeholders and constants that lie on a device, and whose values have to be indices.
+        is_unseen_elsewhere: True if another rank feeds such ones.
     """
 
     tensors: tuple[Tensor, ...]
@@ -45,6 +46,7 @@ class FeedSet:
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
     host_bytes: tuple[bytes, ...]
     unseen: frozenset[str] = frozenset()
+    is_unseen_elsewhere: bool = False
 
     @property
     def num_pipelines(self) -> int:

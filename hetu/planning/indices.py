@@ -98,6 +98,12 @@ def index_checks(nodes: Sequence[Node]) -> tuple[IndexCheck, ...]:
     return tuple(found.values())
 
 
+def computes_indices(nodes: Sequence[Node]) -> bool:
+    """Whether live nodes look something up by values that are neither fed nor constants."""
+    ranges = ((node, item) for node in nodes for item in node.definition.index_ranges(node))
+    return any(source_of_values(node.input(item.name)) is None for node, item in ranges)
+
+
 def _extent(source: Tensor) -> tuple[int, int] | None:
     """The least and the greatest value of a constant on the host; None of anything else."""
     if source.op.role is not Role.CONSTANT or not is_on_host(source.op.attrs["value"]):
@@ -133,11 +139,13 @@ def check_indices(
         is_constant = check.source.op.role is Role.CONSTANT
         for pipeline, own in arrays.items():
             values = check.source.op.attrs["value"] if is_constant else own.get(check.source)
-            size = size_of(pipeline, check.size)
-            if values is None or size is None or (id(values), size, check.ignored) in seen:
+            if values is None:
                 continue
             if not waits and not is_on_host(values):
                 unseen = {check.source.name} if unseen is None else {*unseen, check.source.name}
+                continue
+            size = size_of(pipeline, check.size)
+            if size is None or (id(values), size, check.ignored) in seen:
                 continue
             if check.extent is not None and check.extent[0] >= 0 and check.extent[1] < size:
                 continue

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hetu.graph import Graph, Node, Role, Tensor
 from hetu.graph.passes import live_nodes, merge_duplicates, nodes_of
-from hetu.planning.indices import IndexCheck, index_checks
+from hetu.planning.indices import IndexCheck, computes_indices, index_checks
 from hetu.symbols import Constraint, IntSymbol
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Subgraph:
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
         index_checks: What is known of the values of feeds and constants by which ops look something up.
-        looks_up: True if an op looks something up by values, whoever knows them.
+        computes_indices: True if an op looks something up by what the graph computes.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: a run advances the generator by so much.
         constraints: Relations that must hold in every run.
@@ -55,7 +55,7 @@ class Subgraph:
     draws: int
     constraints: tuple[Constraint, ...]
     index_checks: tuple[IndexCheck, ...]
-    looks_up: bool
+    computes_indices: bool
     binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
     fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
     pipelines: dict[int, Pipelines] = field(default_factory=dict, init=False, repr=False)
@@ -86,7 +86,7 @@ class Subgraph:
             step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
             index_checks=index_checks(kept),
-            looks_up=any(node.definition.index_ranges(node) for node in kept),
+            computes_indices=computes_indices(kept),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
         )
 

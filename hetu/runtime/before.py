@@ -78,7 +78,7 @@ class Before:
                     left.append((group, joined))
                     continue
                 for tensor, old_value in zip(group, joined.split([t.numel() for t in group]), strict=True):
-                    tensor.copy_(torch.where(flag, old_value.view(tensor.shape), tensor))
+                    torch.where(flag, old_value.view(tensor.shape), tensor, out=tensor)
         self._values = left
 
     def _follow(self, left: list[Any], to_objects: bool = True) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -16,12 +15,11 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu import rng
 from hetu.arguments import choice, is_dense, real, refuse
+from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
-from hetu.backends.comm.notes import Verdict
 from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
 from hetu.backends.torch_private import count_process_groups
-from hetu.errors import CommunicationError, caller
 from hetu.runtime.ranks.joining import Others
 from hetu.shards import Shards
 
@@ -85,7 +83,8 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
     # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
     control = Control(store.clone(), others.rank, others.size, timeout, others.holder)
     met = control.meet("init_distributed", {"backend": chosen, "generator": rng.get_state()})
-    _compare(control, "backend", met)
+    fix = {"the backend": "give init_distributed the same backend on all ranks"}
+    refuse_differences([{"the backend": one["backend"]} for one in met], "init_distributed", "init_distributed", fix)
     try:
         if not others.is_torchs:
             options: dict[str, Any] = {"rank": others.rank, "world_size": others.size}
@@ -99,16 +98,6 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
     set_world(world)
     atexit.register(_leave_at_exit, world, os.getpid())
     return world
-
-
-def _compare(control: Control, name: str, met: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses what must be the same on all ranks and isn't."""
-    if any(said[name] != met[0][name] for said in met):
-        what = f"the {name} must be the same on all ranks, but the ranks differ"
-        sides = tuple(f"rank {rank}: {said[name]}" for rank, said in enumerate(met))
-        control.end(Verdict(what, sides))
-        fix = f"give init_distributed the same {name} on all ranks"
-        raise CommunicationError(what, op="init_distributed", where=caller(), bound=sides, fix=fix)
 
 
 def _leave_at_exit(world: DistributedWorld, process: int) -> None:

@@ -56,7 +56,7 @@ class ReadyRun:
         step: What takes its losses and gradients.
         prepared: Each micro-batch's plans and feeds.
         launchers: What computes each micro-batch here; None where no pipeline of it runs here.
-        flags: Note indices out of range; None if nothing looks anything up, or the host sees all indices.
+        flags: Note indices out of range; None if the hosts see all indices.
     """
 
     request: RunRequest
@@ -166,11 +166,14 @@ class Executor:
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
         """Binds, selects, plans and lowers every micro-batch, and makes all that may fail when it is made."""
-        subgraph, ready = request.subgraph, []
+        subgraph, ready, waits = request.subgraph, [], not is_deferred(request.device)
+        is_unseen = subgraph.computes_indices
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
             prepared, feeds = self._planner.prepare_read(subgraph, read, symbols, request.strategy)
-            if feeds.unseen and not is_deferred(request.device):  # they are copied to the host in any case
-                self._planner.check_indices(prepared, feeds, waits=True)
+            if feeds.unseen or feeds.is_unseen_elsewhere:
+                is_unseen = True
+                if waits:  # they are copied to the host in any case
+                    self._planner.check_indices(prepared, feeds, waits=True)
             ready.append((prepared, feeds))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
         if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
@@ -178,7 +181,7 @@ class Executor:
                 self.state.parameters.make(launcher.parameters)
         step = Step(request.fetches, self.state, world)
         step.prepare()
-        flags = IndexFlags() if subgraph.looks_up and is_deferred(request.device) else None
+        flags = IndexFlags() if is_unseen and not waits else None
         return ReadyRun(request, world, step, ready, launchers, flags)
 
     def _launcher(

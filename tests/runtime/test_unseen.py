@@ -237,6 +237,15 @@ def test_a_failure_of_another_kind_leaves_nothing_to_judge(way: str, monkeypatch
 
 
 @pytest.mark.parametrize("way", WAYS, indirect=True)
+@pytest.mark.parametrize("how", HOW)
+def test_nothing_is_noted_where_the_host_sees_all_indices(how: str, way: str) -> None:
+    lookup = Lookup("token_mean_loss", how, device=way)
+    for _ in range(2):
+        lookup.run(lookup.train, np.array([0, 1]))
+        assert bool(lookup.graph.executor.state.unseen.runs) == (how in ("computed", "cut"))
+
+
+@pytest.mark.parametrize("way", WAYS, indirect=True)
 def test_a_run_does_not_wait_for_the_device(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lookup = Lookup("token_mean_loss", device=way)
     lookup.run(lookup.train, fed([0, 1], way))

@@ -8,7 +8,7 @@ NaN, and a flag on the device remembers it: no update is applied while the flag 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
@@ -90,8 +90,10 @@ class IndexFlags:
         )
 
     def any(self, device: torch.device) -> torch.Tensor:
-        """Whether any index was out of range: an int64 without dimensions, on the device."""
-        flags = [lookup.is_bad for lookup in self._lookups.values()]
+        """Whether any index was out of range: an int64 without dimensions, on the device. Nothing is noted after it."""
+        for key, found in self._lookups.items():  # what was looked up is let go of
+            self._lookups[key] = replace(found, safe=found.index, outside=found.is_bad)
+        flags = [found.is_bad for found in self._lookups.values()]
         if not flags:
             return torch.zeros((), dtype=torch.int64, device=device)
         return (flags[0] if len(flags) == 1 else torch.stack(flags).any()).long()
@@ -133,7 +135,7 @@ def hetu_guarded_indices(
     """Indices that can be looked up, whatever came; see :meth:`IndexFlags.guarded`.
 
     Args:
-        flags: The run's; None where the host computes for planning.
+        flags: The run's; None if the hosts see all indices, or where the host computes for planning.
         index: The indices.
         size: How many there are to choose from.
         ignored: A value that may come; None if there is none.
@@ -143,10 +145,10 @@ def hetu_guarded_indices(
         filename: The user's file.
         lineno: The user's line.
     """
+    if (source is not None and (flags is None or source not in flags.unseen)) or not index.numel():
+        return index
     if flags is None:
         refuse_outside(index.cpu().numpy(), size, ignored, name, op, Where(filename, lineno))
-        return index
-    if (source is not None and source not in flags.unseen) or not index.numel():
         return index
     return flags.guarded(index, size, ignored, name, op, Where(filename, lineno))
 

@@ -52,13 +52,13 @@ class OwnFeeds:
             mine = () if subgraph.feeds and not feeds else (world.rank,)
         tensors, arrays = read_own_feeds(subgraph, feeds, mine, replace(pipelines, count=count), symbols)
         # Here and not when all is planned, so that all ranks hear of it before anything is sent.
-        check_indices(subgraph.index_checks, arrays, lambda _, size: as_symbol(size).constant)
+        unseen = check_indices(subgraph.index_checks, arrays, lambda _, size: as_symbol(size).constant)
         own = []
         for r, row in arrays.items():
             hosts = [pack_array(array) for array in host_values(subgraph, row).values()]
             own.append([r, [tuple(row[tensor].shape) for tensor in tensors], hosts])
         names = [tensor.name for tensor in tensors]
-        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
+        return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own, "unseen": bool(unseen)})
 
 
 def merge(
@@ -109,5 +109,6 @@ def merge(
     hosts = [dict(zip(subgraph.host_feeds, map(unpack_array, own[r][3]), strict=True)) for r in range(count)]
     arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
     contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
+    is_unseen = any(one["unseen"] for one in said)
     shapes = tuple(tuple(map(tuple, own[r][2])) for r in range(count))
-    return FeedSet(tensors, arrays, shapes, contents)
+    return FeedSet(tensors, arrays, shapes, contents, is_unseen_elsewhere=is_unseen)
