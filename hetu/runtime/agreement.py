@@ -3,58 +3,74 @@
 Each rank says what it was asked for, and the shapes of its feeds with the contents of those that planning reads.
 What must be equal is compared. The rest makes the feeds of all pipelines, so that every rank binds and plans the whole
 run as one process would: it comes to the same plan, or to the same error, as all others. What is agreed on for the
-first time is confirmed once more after planning, by the hash of the plans; a rank that can't go on says so instead.
+first time is confirmed once more after planning, by the hash of the plans and the values that symbols have by default;
+a rank that can't go on says so instead. So is what a run needs of the graph's state, where a rank made or loaded it
+since it was last compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from hetu import rng
-from hetu.arguments import is_torch
+from hetu.arguments import is_torch, shown
 from hetu.backends import default_backend
+from hetu.backends.comm.compare import in_words, named, refuse_differences, refuse_errors
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.backends.comm.wire import from_text, to_text
 from hetu.config import settings
-from hetu.errors import CommunicationError, HetuError, StrategyError, caller, in_words
-from hetu.graph import Graph
+from hetu.errors import HetuError, StrategyError, caller
 from hetu.parallel import AttnPlan
-from hetu.planning.feeds import FeedReader, Feeds, shard_count
+from hetu.planning.binder import DEFAULT
+from hetu.planning.feeds import FeedReader, Feeds, Symbols, shard_count
 from hetu.planning.planner import Prepared
-from hetu.runtime.rank_feeds import OwnFeeds, merge
+from hetu.runtime.agreed_state import AgreedState
+from hetu.runtime.digests import array_text, digest_of, graph_digest, graph_lines
+from hetu.runtime.rank_feeds import OwnFeeds, is_chosen, merge
 from hetu.runtime.request import RunRequest
+from hetu.symbols import as_symbol
 
 _Made = TypeVar("_Made")
 
 MOST_AGREED = 100_000
 """Agreements that are remembered; all ranks forget them at the same time."""
 
+_COMPARED = ("same", "symbols", "generator", "options")
+DEFAULTS = "the symbols' default values"
+STATE = "what the graph keeps from run to run"
+OPTIONS = "the optimisers' options"
+_FIXES = {
+    OPTIONS: "set the same on all ranks, and write schedules that give the same on all of them",
+    STATE: "start from the same values on all ranks: hetu.manual_seed(n) before the first run, initialisers that draw "
+    "from torch's generator alone, or g.load_state_dict(hetu.load(path)) of one file on all of them",
+}
+
 
 class Agreement:
-    """One run's agreement between all ranks."""
+    """One run's agreement between all ranks.
 
-    def __init__(self, world: DistributedWorld) -> None:
+    Args:
+        world: The ranks.
+        state: Which parts of the graph's state they have compared.
+    """
+
+    def __init__(self, world: DistributedWorld, state: AgreedState) -> None:
         world.runs += 1
-        self.world, self.name = world, f"run {world.runs}"
-        self.key, self.is_new = b"", True
+        self.world, self.state, self.name = world, state, f"run {world.runs}"
+        self.key = b""
         self.request: RunRequest | None = None
+        self._is_state_known = False
 
-    def hear(
-        self, open_request: Callable[[], RunRequest], is_new: Callable[[RunRequest], bool]
-    ) -> tuple[RunRequest, list[FeedReader]]:
+    def hear(self, open_request: Callable[[], RunRequest]) -> tuple[RunRequest, list[FeedReader]]:
         """Tells the others what this rank is asked for, and hears what they are.
 
         Args:
             open_request: Gives this rank's request; may raise.
-            is_new: Whether this rank has to make something for it that lasts, which may fail.
 
         Returns:
             The request, and for each micro-batch what gives the feeds of all pipelines.
@@ -65,39 +81,67 @@ class Agreement:
         """
         failure: BaseException | None = None
         own: list[OwnFeeds] = []
-        new = True
+        said: dict[str, Any]
         try:
             request = open_request()
             own = [OwnFeeds.read(self.world, request, *batch) for batch in request.batches]
-            said = {"same": _what_is_same(request), "batches": [batch.said for batch in own]}
-            new = is_new(request)
+            said = self._said(request, own)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             failure, said = error, {"error": in_words(error)}
-        stable = pickle.dumps(said)
-        heard = [
-            pickle.loads(body)
-            for body in self.world.control.exchange(pickle.dumps((stable, rng.get_state(), new)), self.name)
-        ]
-        everything = [pickle.loads(body) for body, *_ in heard]
+        heard = self.world.control.tell(said, self.name)
         if failure is not None:
             raise failure
-        self._refuse_errors(everything)
-        self._compare(
-            [
-                {**one["same"], "the generator's state": state}
-                for one, (_, state, _) in zip(everything, heard, strict=True)
-            ]
-        )
-        self.request, self.key = request, hashlib.blake2b(b"".join(body for body, *_ in heard), digest_size=16).digest()
-        self.is_new = any(new for *_, new in heard)
-        batches = zip(*(one["batches"] for one in everything), strict=True)
+        refuse_errors(heard, self.name, "run")
+        first = heard[0]
+        if any(one[part] != first[part] for one in heard for part in _COMPARED):
+            self._refuse_difference(request, heard)
+        self._is_state_known = all(one["knows"] for one in heard)
+        everything = "\n".join([first["same"], to_text(first["symbols"]), *(one["own"] for one in heard)])
+        self.request, self.key = request, hashlib.blake2b(everything.encode(), digest_size=16).digest()
+        batches = zip(*(from_text(one["own"])["batches"] for one in heard), strict=True)
         return request, [
             partial(merge, self.world, request.subgraph, mine, list(said))
             for mine, said in zip(own, batches, strict=True)
         ]
 
+    def _said(self, request: RunRequest, own: Sequence[OwnFeeds]) -> dict[str, Any]:
+        """What this rank says of a run.
+
+        What the feeds of all pipelines are made of is a text within, for it is looked up among what was agreed on.
+        """
+        defaults = [
+            [i, leaf.default] for i, leaf in enumerate(graph_digest(request.graph).leaves) if leaf.default is not None
+        ]
+        return {
+            "same": self._same(request),
+            "symbols": _symbols(request),
+            "own": to_text({"batches": [batch.said for batch in own], "defaults": defaults}),
+            "generator": "seed {}, offset {}".format(*rng.get_state()),
+            "options": self.state.options(request),
+            "knows": self.state.knows(request),
+        }
+
+    def _same(self, request: RunRequest) -> str:
+        """A digest of what must be the same and has no lengths in it, so that most runs find it made."""
+        asked = request.fetches, request.graph.version, request.strategy, len(request.batches)
+        key = (*asked, request.device.type, default_backend(request.device), settings().deterministic)
+        return self.state.digests.get(key, lambda: digest_of(to_text(_what_is_same(request))))
+
+    def _refuse_difference(self, request: RunRequest, heard: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses a run of which something differs; all ranks come here, and tell what their digests are made of."""
+        control = self.world.control
+        if len({one["same"] for one in heard}) > 1:
+            same = control.tell(_what_is_same(request), self.name)
+            if len({one["the graph"] for one in same}) > 1:
+                refuse_differences(control.tell({"the graph": graph_lines(request.graph)}, self.name), self.name, "run")
+            refuse_differences(same, self.name, "run")
+        plain = [{**one["symbols"], "the generator's state": one["generator"]} for one in heard]
+        refuse_differences(plain, self.name, "run")
+        options = [{OPTIONS: one["options"]} for one in heard if one["options"] is not None]
+        refuse_differences(options, self.name, "run", _FIXES)
+
     def confirm(self, make: Callable[[], _Made], prepared: Callable[[_Made], Sequence[Prepared]]) -> _Made:
-        """Binds, plans and lowers; for the first time, or if a rank makes something new, compares the outcome too.
+        """Binds, plans and lowers; for the first time also compares the outcome with the others'.
 
         Args:
             make: Does it; may raise.
@@ -107,60 +151,54 @@ class Agreement:
             CommunicationError: If the outcome differs, or another rank couldn't.
             HetuError: What ``make`` raised here.
         """
-        if self.key in self.world.agreed and not self.is_new:
+        if self._is_state_known and self.key in self.world.agreed:
             with self.world.hanging_up():
                 return make()
+        assert self.request is not None
         failure, made, said = None, None, dict[str, Any]()
         try:
             made = make()
-            said = {"same": {"the plans": [_plan_hash(item) for item in prepared(made)]}}
-            said["feeds"] = self._common_feeds(prepared(made))
+            said = {"same": self._outcome(prepared(made)), "feeds": self._common_feeds(prepared(made))}
+            if not self._is_state_known:
+                said["same"][STATE] = self.state.tell(self.request)
         except Exception as error:
             if isinstance(error, HetuError):  # it tells of pipelines; whose feeds were they?
                 error.add_bound(f"pipeline r is fed by rank r % {self.world.size}")
             failure, said = error, {"error": in_words(error)}
-        everything = [pickle.loads(body) for body in self.world.control.exchange(pickle.dumps(said), self.name)]
+        heard = self.world.control.tell(said, self.name)
         if failure is not None:
             raise failure
-        self._refuse_errors(everything)
-        self._compare([one["same"] for one in everything])
-        self._refuse_lost_feeds([one["feeds"] for one in everything])
+        refuse_errors(heard, self.name, "run")
+        refuse_differences([one["same"] for one in heard], self.name, "run", _FIXES)
+        self._refuse_lost_feeds([one["feeds"] for one in heard])
         assert made is not None
         for item in prepared(made):
             plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
             self.world.prepare(item.num_pipelines, plans)
+        self.state.note(self.request)
         if len(self.world.agreed) >= MOST_AGREED:
             self.world.agreed.clear()
         self.world.agreed.add(self.key)
         return made
 
-    def _refuse_errors(self, said: Sequence[Mapping[str, Any]]) -> None:
-        errors = {rank: one["error"] for rank, one in enumerate(said) if "error" in one}
-        if errors:
-            names = ", ".join(map(str, errors))
-            raise CommunicationError(
-                f"{self.name} was refused by rank{'s' * (len(errors) > 1)} {names}, so nothing was computed",
-                op="run",
-                where=caller(),
-                bound=[f"rank {rank}: {text}" for rank, text in errors.items()],
-                fix="mend what these ranks say; the others are ready to run again",
-            )
+    def _outcome(self, prepared: Sequence[Prepared]) -> dict[str, Any]:
+        """What binding and planning came to, where it may differ although all ranks were told the same."""
+        assert self.request is not None
+        has_any = any(leaf.default is not None for leaf in graph_digest(self.request.graph).leaves)
+        pairs = zip(prepared, (symbols for _, symbols in self.request.batches), strict=True)
+        used = {text for item, symbols in pairs for text in self._defaults(item, symbols)} if has_any else ()
+        return {"the plans": [_plan_text(item) for item in prepared], DEFAULTS: sorted(used)}
 
-    def _compare(self, said: Sequence[Mapping[str, Any]]) -> None:
-        """Refuses what is not the same on all ranks, showing all sides."""
-        for name in said[0]:
-            values = [one.get(name) for one in said]
-            if any(value != values[0] for value in values):
-                sides: dict[str, list[int]] = {}
-                for rank, value in enumerate(values):
-                    sides.setdefault(_shown(value, values), []).append(rank)
-                raise CommunicationError(
-                    f"{name} must be the same on all ranks, but the ranks differ in {self.name}",
-                    op="run",
-                    where=caller(),
-                    bound=[f"rank{'s' * (len(r) > 1)} {', '.join(map(str, r))}: {text}" for text, r in sides.items()],
-                    fix="run the same script with the same arguments and hetu.manual_seed(n) on all ranks",
-                )
+    def _defaults(self, prepared: Prepared, symbols: Symbols) -> Iterator[str]:
+        """The default values that a micro-batch uses, in words; ``symbols`` is its ``int_symbol_dict``."""
+        assert self.request is not None
+        for binding in prepared.bindings:
+            used = [leaf for leaf in binding if binding.source(leaf).startswith(DEFAULT)]
+            yield from (f"{leaf} = {binding[leaf]}" for leaf in used)
+        planner = self.request.graph.planner
+        groups = planner.pipelines(prepared.subgraph, prepared.strategy).groups or ()  # feeds are chosen by them
+        leaves = {leaf for expr in groups for leaf in as_symbol(expr).leaves} - symbols.keys()
+        yield from (f"{leaf} = {leaf.default}" for leaf in leaves if leaf.default is not None)
 
     def _common_feeds(self, prepared: Sequence[Prepared]) -> list[str | None]:
         """A digest of the plain arrays of each micro-batch, where ranks without pipelines may have been fed as well."""
@@ -179,9 +217,8 @@ class Agreement:
             if any(d and d != first for d, first in zip(own, digests[0], strict=True))
         ]
         if lost:
-            names = f"rank{'s' * (len(lost) > 1)} {', '.join(map(str, lost))}"
             raise StrategyError(
-                f"what was fed on {names} would be lost: the strategy has no pipeline for it",
+                f"what was fed on {named(lost)} would be lost: the strategy has no pipeline for it",
                 op="run",
                 where=caller(),
                 fix="feed hetu.Shards of the strategy's pipelines, or nothing on ranks past the last",
@@ -194,51 +231,39 @@ def _idle(world: DistributedWorld, prepared: Prepared) -> range:
 
 def _what_is_same(request: RunRequest) -> dict[str, Any]:
     """By the names that an error gives them."""
-    same: dict[str, Any] = {
-        "the graph": graph_digest(request.graph),
-        "the strategy": request.strategy,
-        "what is fetched": tuple(tensor.name for tensor in request.subgraph.fetches),
+    graph, strategy = request.graph, request.strategy
+    return {
+        "the graph": graph_digest(graph).whole,
+        "the strategy": graph.planner.index(strategy) if is_chosen(strategy) else strategy,
+        "what is fetched": ", ".join(tensor.name for tensor in request.subgraph.fetches),
         "run_level": request.fetches.run_level,
         "the kind of device": request.device.type,
         "the backend": default_backend(request.device),
         "hetu.config(deterministic=...)": settings().deterministic,
         "the number of micro-batches": len(request.batches),
     }
+
+
+def _symbols(request: RunRequest) -> dict[str, list[str]]:
+    """The ``int_symbol_dict`` of each micro-batch, by the name that an error gives it."""
+    found = {}
     for i, (_, symbols) in enumerate(request.batches):
         of = f" of micro-batch {i}" if len(request.batches) > 1 else ""
-        same[f"int_symbol_dict{of}"] = sorted((str(symbol), repr(value)) for symbol, value in symbols.items())
-    return same
+        found[f"int_symbol_dict{of}"] = sorted([f"{symbol} = {shown(value)}" for symbol, value in symbols.items()])
+    return found
 
 
-_digests: WeakKeyDictionary[Graph, tuple[tuple[int, int], str]] = WeakKeyDictionary()
-"""The digest of each graph, and the version of the graph that it is of."""
-
-
-def graph_digest(graph: Graph) -> str:
-    """A short name of all that a graph says; equal for graphs that the same script built."""
-    version, digest = _digests.get(graph, (None, ""))
-    if version != graph.version:
-        text = re.sub(r" at 0x[0-9a-f]+", "", str(graph))  # of initialisers and schedules, say: not the same anywhere
-        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-        _digests[graph] = graph.version, digest
-    return digest
-
-
-def _plan_hash(prepared: Prepared) -> tuple[int, int, str]:
+def _plan_text(prepared: Prepared) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for plans in prepared.plans.values():
         for plan in plans:
             digest.update(plan.hash().encode() if hasattr(plan, "hash") else b"-")
-    return prepared.strategy, prepared.num_pipelines, digest.hexdigest()
+    return f"strategy {prepared.strategy}, {prepared.num_pipelines} pipelines, {digest.hexdigest()}"
 
 
 def _digest(feeds: Feeds) -> str:
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in _named(feeds):
-        digest.update(f"{name} {tuple(np.shape(value))}".encode())
-        whole = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() if is_torch(value) else value
-        digest.update(np.ascontiguousarray(whole).tobytes())
-    return digest.hexdigest()
+    arrays = [(name, value if is_torch(value) else np.asarray(value)) for name, value in _named(feeds)]
+    return digest_of("\n".join(f"{name} {array_text(array)}" for name, array in arrays))
 
 
 def _named(feeds: Feeds) -> Iterator[tuple[str, Any]]:
@@ -248,11 +273,3 @@ def _named(feeds: Feeds) -> Iterator[tuple[str, Any]]:
             yield from ((f"{tensor.name} of group {group}", value[group]) for group in sorted(value))
         else:
             yield tensor.name, value
-
-
-def _shown(value: Any, values: Sequence[Any]) -> str:
-    """A side of a difference; of lists only what is not the same in all."""
-    if all(isinstance(item, list) for item in values):
-        common = [item for item in value if all(item in other for other in values)]
-        value = [item for item in value if item not in common]
-    return repr(value)

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import count
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu import rng
-from hetu.arguments import choice, real
+from hetu.arguments import choice, is_dense, real, refuse
+from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
-from hetu.backends.comm.notes import Verdict
 from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
 from hetu.backends.torch_private import count_process_groups
-from hetu.errors import CommunicationError, caller
 from hetu.runtime.joining import Others
 from hetu.shards import Shards
 
@@ -36,26 +36,30 @@ _made: list[Any] = []
 
 
 def init_distributed(backend: str | None = None, timeout: float = 300.0) -> World:
-    """Joins the other processes that ``torchrun`` started; every process calls it, before its first run.
+    """Joins the other processes; every process calls it, before its first run.
+
+    They are those of torch's world if ``torch.distributed`` has one, however it was started, else those that
+    ``torchrun`` started.
 
     Afterwards each process runs the pipeline of its rank: it feeds its own shard, or ``hetu.Shards`` of all pipelines,
     and gets its own result. Under a strategy with fewer pipelines than processes the ranks past the last take no part,
     but their parameters follow; with more pipelines than processes, process k runs pipelines k, k + size, and so on.
 
-    Not started by torchrun, it changes nothing: all pipelines run in this process, so a script can always call it.
+    Where there are no others, it changes nothing: all pipelines run in this process, so a script can always call it.
 
     Args:
         backend: ``"nccl"`` or ``"gloo"``; None for nccl where there is CUDA, else gloo. With nccl a process uses the
             GPU of its ``LOCAL_RANK``; several may share one, to try things out, where the environment says
             ``NCCL_MULTI_RANK_GPU_ENABLE=1`` and NCCL is 2.30 or later.
-        timeout: Seconds that a rank waits for another before it gives up.
+        timeout: Seconds that a rank waits for another before it gives up, from 0.1 to 300,000,000.
 
     Returns:
         The world: its ``rank``, ``size`` and ``device``, and whether it ``is_distributed``.
 
     Raises:
-        HetuError: If there is no such backend, the environment is not whole, or there are fewer GPUs than processes.
-        CommunicationError: If not all processes come in time; it names those that didn't.
+        HetuError: If there is no such backend, the timeout is no such number, the environment is not whole, or there
+            are fewer GPUs than processes.
+        CommunicationError: If not all processes come in time, naming those that didn't, or they name several backends.
 
     Example:
         >>> import hetu
@@ -83,7 +87,8 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
     # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
     control = Control(store.clone(), others.rank, others.size, timeout, others.holder)
     met = control.meet("init_distributed", {"backend": chosen, "generator": rng.get_state()})
-    _compare(control, "backend", met)
+    fix = {"the backend": "give init_distributed the same backend on all ranks"}
+    refuse_differences([{"the backend": one["backend"]} for one in met], "init_distributed", "init_distributed", fix)
     try:
         if not others.is_torchs:
             options: dict[str, Any] = {"rank": others.rank, "world_size": others.size}
@@ -97,16 +102,6 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
     set_world(world)
     atexit.register(_leave_at_exit, world, os.getpid())
     return world
-
-
-def _compare(control: Control, name: str, met: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses what must be the same on all ranks and isn't."""
-    if any(said[name] != met[0][name] for said in met):
-        what = f"the {name} must be the same on all ranks, but the ranks differ"
-        sides = tuple(f"rank {rank}: {said[name]}" for rank, said in enumerate(met))
-        control.end(Verdict(what, sides))
-        fix = f"give init_distributed the same {name} on all ranks"
-        raise CommunicationError(what, op="init_distributed", where=caller(), bound=sides, fix=fix)
 
 
 def _leave_at_exit(world: DistributedWorld, process: int) -> None:
@@ -143,7 +138,8 @@ def gather_shards(value: Any) -> Shards:
         One tensor per pipeline, in order. In one process that is what was fetched.
 
     Raises:
-        CommunicationError: If a rank doesn't come.
+        HetuError: If it is something else, on this rank; on the others a CommunicationError.
+        CommunicationError: If a rank doesn't come, or the ranks give values of different things.
 
     Example:
         >>> import hetu, torch
@@ -151,5 +147,20 @@ def gather_shards(value: Any) -> Shards:
         1
     """
     world = current_world()
+    read = partial(_values_of, value)
+    return Shards(world.gather_values(read) if isinstance(world, DistributedWorld) else read())
+
+
+def _values_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of the pipelines that run here."""
     own = list(value) if isinstance(value, Shards) else [] if value is None else [value]
-    return Shards(world.gather_values(own) if isinstance(world, DistributedWorld) else own)
+    for item in own:
+        if not isinstance(item, torch.Tensor) or not is_dense(item) or item.is_complex():
+            refuse(
+                item,
+                "value",
+                "what a run gave of one tensor: a tensor, hetu.Shards of them, or None",
+                op="gather_shards",
+                fix="fetch it by g.run(...); of several tensors, or several micro-batches, gather each by itself",
+            )
+    return own

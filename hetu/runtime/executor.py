@@ -23,6 +23,7 @@ from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
+from hetu.runtime.agreed_state import AgreedState
 from hetu.runtime.agreement import Agreement
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
@@ -79,6 +80,7 @@ class Executor:
         self.state = GraphState(graph, lambda: device_of(graph))
         self._opener = RunOpener(graph, planner)
         self._executables = Executables()
+        self._agreed: AgreedState | None = None
 
     def stats(self) -> dict[str, CacheStats]:
         """Counters of the caches: ``executables`` by structure, ``plans`` and ``bindings`` by lengths."""
@@ -131,17 +133,17 @@ class Executor:
 
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
-        agreement = Agreement(world)
+        if self._agreed is None or self._agreed.world is not world:
+            self._agreed = AgreedState(world, self.state)
+        agreement = Agreement(world, self._agreed)
         try:
-            request, readers = agreement.hear(open_request, lambda request: self.state.lacks(request.fetches))
+            request, readers = agreement.hear(open_request)
             with self.state.lock if request.fetches.changes_state else _NO_LOCK:
                 run = agreement.confirm(
                     lambda: self._prepare(world, request, readers),
                     lambda run: [prepared for prepared, _ in run.prepared],
                 )
-                found = self._compute(run, world.hanging_up())
-            self.state.complete_for.add(request.fetches)
-            return found
+                return self._compute(run, world.hanging_up())
         except Exception:  # the others know of it
             raise
         except BaseException as error:  # Ctrl-C, say, wherever it came
@@ -149,14 +151,11 @@ class Executor:
             raise
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
-        """Binds, selects, plans and lowers every micro-batch, and makes all that may fail when it is made."""
+        """Binds, selects, plans and lowers every micro-batch."""
         subgraph, ready = request.subgraph, []
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
             ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
-        if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
-            for launcher in filter(None, launchers):
-                self.state.parameters.make(launcher.parameters)
         step = Step(request.fetches, self.state, world)
         step.prepare()
         return ReadyRun(request, world, step, ready, launchers)

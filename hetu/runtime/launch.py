@@ -38,12 +38,10 @@ class ModuleLauncher:
 
     Attributes:
         executable: The executable.
-        parameters: The parameters that it reads.
     """
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
-        self.parameters = [item.node for item in executable.inputs if isinstance(item, ParameterInput)]
         # Each with its position among all inputs.
         self._sizes: list[tuple[int, int, int]] = []
         self._plans: list[tuple[int, Node, int]] = []

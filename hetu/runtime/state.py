@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-from weakref import WeakSet
 
 import torch
 
@@ -51,7 +49,7 @@ class GraphState:
         parameters: The store of parameters.
         waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
-        complete_for: The fetches of runs that went well, for which all is made.
+        version: Changes whenever something is made, loaded or forgotten, and never for a step.
         lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
 
@@ -61,7 +59,6 @@ class GraphState:
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
         self.lock = threading.RLock()
-        self.complete_for: WeakSet[Any] = WeakSet()
         self._new_optimizers: list[Node] = []
         self._parameters_of: dict[Node, list[Node]] = {}
 
@@ -73,11 +70,10 @@ class GraphState:
         """Takes the place of another state of the graph."""
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
         self._new_optimizers = []
-        self.complete_for.clear()
 
-    def lacks(self, fetches: Any) -> bool:
-        """Whether a run that fetches this may have to make a parameter or an optimiser, which may fail."""
-        return fetches not in self.complete_for
+    @property
+    def version(self) -> tuple[int, ...]:
+        return self.parameters.version, *[bound.number for bound in self.optimizers.values()]
 
     def settle(self) -> None:
         """Ends a run: what it made of parameters and optimisers stays."""
@@ -94,7 +90,6 @@ class GraphState:
         """
         with self.lock:
             self.parameters.forget_fresh()
-            self.complete_for.clear()
             while self._new_optimizers:
                 self.optimizers.pop(self._new_optimizers.pop(), None)
 

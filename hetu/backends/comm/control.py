@@ -20,8 +20,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict, ranks_in_words
-from hetu.errors import CommunicationError, caller, in_words
+from hetu.backends.comm.compare import in_words, named
+from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict
+from hetu.backends.comm.wire import decode, encode
+from hetu.errors import CommunicationError, caller
 
 FIRST_BYTES = 2048
 """What a rank says is sent in one message up to this size, in two beyond it."""
@@ -103,7 +105,7 @@ class Control:
                     self._refuse(self.store.get(verdict).decode(), LATE)
                 if time.monotonic() > until:
                     missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                    words = f"{ranks_in_words(missing)} did not come to {what} within {self.timeout:g} s"
+                    words = f"{named(missing)} did not come to {what} within {self.timeout:g} s"
                     self.store.set(verdict, words)
                     time.sleep(self.grace)  # the store ends with this process, if it is the one that holds it
                     self._refuse(words, LATE)
@@ -140,6 +142,19 @@ class Control:
             more = [bytes(row.numpy()) for row in self._gather(rest, what)]
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
         return bodies
+
+    def tell(self, message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """The same for messages of plain values; see :mod:`hetu.backends.comm.wire`.
+
+        Args:
+            message: What this rank says; every rank says the same keys, or ``{"error": text}``.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: As :meth:`exchange`, or if a rank says what can't be read.
+        """
+        keys = () if "error" in message else message.keys()
+        return [decode(body, rank, keys) for rank, body in enumerate(self.exchange(encode(message), what))]
 
     def _refuse_places(self, places: Sequence[str]) -> NoReturn:
         what = "the ranks are at different places of the script"
@@ -185,9 +200,9 @@ class Control:
     def fail(self, error: BaseException) -> None:
         """Breaks this world for an error of this rank alone, of which the others are told."""
         if not self.is_broken:
-            why = in_words(error)
+            why = in_words(error).splitlines()[0]
             self._stop(Note(Kind.RAISED, why))
-            self.end(Verdict(f"{ranks_in_words([self.rank])} stopped", (f"rank {self.rank}: {why}",)))
+            self.end(Verdict(f"{named([self.rank])} stopped", (f"rank {self.rank}: {why}",)))
 
     def hear(self) -> None:
         """Breaks this world, for another rank died or stopped while this one may have been somewhere else."""
@@ -205,7 +220,7 @@ class Control:
         waited_for = tuple(peers) or tuple(rank for rank in range(self.size) if rank != self.rank)
         self._stop(Note(Kind.LOST, f"was {doing}", waited_for))
         verdict = self.verdict()
-        of = f", and waited for {ranks_in_words(peers)}" if peers else ""
+        of = f", and waited for {named(peers)}" if peers else ""
         raise CommunicationError(
             f"{verdict.cause}; this rank was {doing}",
             where=caller(),

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
+from hetu.backends.comm.compare import in_words, named, refuse_errors
 from hetu.backends.comm.control import Control, seconds
 from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.lifeline import Lifeline, hang_up
-from hetu.backends.comm.notes import ranks_in_words
 from hetu.backends.comm.reduce import Reducer, Started, reduce_over
 from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.backends.comm.world import Spec
 from hetu.backends.torch_private import abort_process_group
-from hetu.errors import CommunicationError, caller, in_words
+from hetu.errors import CommunicationError, caller
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Send
 
@@ -177,7 +176,10 @@ class DistributedWorld:
 
     def pipelines(self, count: int) -> Sequence[int]:
         """Those whose number is this rank's, modulo the number of processes."""
-        return range(self.rank, count, self.size)
+        return self._pipelines_of(self.rank, count)
+
+    def _pipelines_of(self, rank: int, count: int) -> range:
+        return range(rank, count, self.size)
 
     def begin(self) -> None:
         """Messages of a launch are told from those of others, also by ranks that took no part in some."""
@@ -258,20 +260,45 @@ class DistributedWorld:
             self.control.lost("adding up what the step's batches count", error)
         return list(summed)
 
-    def gather_values(self, own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors of any shapes, those of all pipelines in order, on every rank."""
-        with self.lock, self.hanging_up():
-            kinds = [(tuple(x.shape), x.dtype, x.device.type) for x in own]
-            said = [pickle.loads(body) for body in self.control.exchange(pickle.dumps(kinds), "gather_shards")]
-            found: dict[int, torch.Tensor] = {}
-            for rank, theirs in enumerate(said):
-                for i, (shape, dtype, kind) in enumerate(theirs):
-                    is_own = rank == self.rank
-                    place = own[i].contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
-                    there = place.to(self.device)  # rng_state lies on the CPU, there and here
-                    self._broadcast(there, rank, self._group(range(self.size)))
-                    found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
-            return [found[r] for r in sorted(found)]
+    def gather_values(self, read: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """Tensors of any shapes, those of all pipelines in order, on every rank.
+
+        Args:
+            read: Gives those of the pipelines that run here; may raise, of which all ranks are told.
+
+        Raises:
+            CommunicationError: If another rank refuses, or the ranks don't hold the values of a strategy's pipelines.
+        """
+        what, failure, own = "gather_shards", None, list[torch.Tensor]()
+        with self.lock:
+            try:
+                own = list(read())
+                message: dict[str, Any] = {"values": [[list(x.shape), str(x.dtype), x.device.type] for x in own]}
+            except Exception as error:
+                failure, message = error, {"error": in_words(error)}
+            with self.hanging_up():
+                said = self.control.tell(message, what)
+            if failure is not None:
+                raise failure
+            refuse_errors(said, what, what, "nothing was gathered")
+            kinds = [one["values"] for one in said]
+            total = sum(map(len, kinds))
+            if any(len(theirs) != len(self._pipelines_of(rank, total)) for rank, theirs in enumerate(kinds)):
+                _refuse_counts(list(map(len, kinds)))
+            with self.hanging_up():
+                return self._gather_values(own, kinds)
+
+    def _gather_values(self, own: Sequence[torch.Tensor], kinds: Sequence[Any]) -> list[torch.Tensor]:
+        """The same, once the shape, the dtype and the kind of device of each rank's values are known."""
+        found: dict[int, torch.Tensor] = {}
+        for rank, theirs in enumerate(kinds):
+            for i, (shape, dtype, kind) in enumerate(theirs):
+                is_own, dtype = rank == self.rank, getattr(torch, dtype.removeprefix("torch."))
+                place = own[i].detach().contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
+                there = place.to(self.device)  # rng_state lies on the CPU, there and here
+                self._broadcast(there, rank, self._group(range(self.size)))
+                found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
+        return [found[r] for r in sorted(found)]
 
     def _broadcast(self, x: torch.Tensor, source: int, group: Any) -> None:
         if x.numel() == 0:
@@ -309,12 +336,12 @@ class DistributedWorld:
             return self.control.fail(failure)  # Ctrl-C, say: this rank won't go on
         if not self.control.is_any(failure is not None, f"the end of run {self.runs}"):
             return None
-        text = "" if failure is None else in_words(failure)
-        said = self.control.exchange(text.encode(), f"the end of run {self.runs}")
-        failed = {rank: text.decode() for rank, text in enumerate(said) if text}
+        message = {} if failure is None else {"error": in_words(failure)}
+        said = self.control.tell(message, f"the end of run {self.runs}")
+        failed = {rank: one["error"] for rank, one in enumerate(said) if "error" in one}
         if failed and failure is None:
             raise CommunicationError(
-                f"run {self.runs} failed on {ranks_in_words(failed)}, so no rank has changed anything",
+                f"run {self.runs} failed on {named(list(failed))}, so no rank has changed anything",
                 op="run",
                 where=caller(),
                 bound=[f"rank {rank}: {text}" for rank, text in failed.items()],
@@ -360,6 +387,16 @@ class DistributedWorld:
                         threads.submit(_leave, *groups.popitem()[1])
             while groups:
                 _leave(*groups.popitem()[1])
+
+
+def _refuse_counts(counts: Sequence[int]) -> NoReturn:
+    raise CommunicationError(
+        "the ranks hold values of different things: pipeline r runs on the rank of its number modulo their count",
+        op="gather_shards",
+        where=caller(),
+        bound=[f"rank {rank}: {count} value{'s' * (count != 1)}" for rank, count in enumerate(counts)],
+        fix="give what one run gave of one tensor, on all ranks; None where it gave None",
+    )
 
 
 def _leave(leave: Callable[[dist.ProcessGroup], None], group: dist.ProcessGroup | None) -> None:

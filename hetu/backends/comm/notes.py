@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from hetu.backends.comm.compare import named
 
 Store = Any
 """``torch.distributed.Store``, which torch's types don't know."""
@@ -152,7 +154,7 @@ class Notes:
     def _judge(self, said: dict[int, Note], timeout: float) -> Verdict:
         raised = sorted(rank for rank, note in said.items() if note.kind is Kind.RAISED)
         causes = [
-            f"{ranks_in_words(ranks)} {what}"
+            f"{named(ranks)} {what}"
             for ranks, what in [(sorted(self.dead), "died"), (raised, "stopped"), (sorted(self.left), "left")]
             if ranks
         ]
@@ -161,7 +163,7 @@ class Notes:
             waited_for = {rank for note in notes for rank in note.waited_for}
             late = waited_for - {rank for rank, note in said.items() if note.kind is Kind.LOST}
             if here := late - {self.rank}:
-                causes.append(f"{ranks_in_words(sorted(here))} did not come within {timeout:g} s")
+                causes.append(f"{named(sorted(here))} did not come within {timeout:g} s")
             elif late and self.own is not None and self.own.kind is Kind.HEARD:
                 causes.append("the other ranks waited for this rank, and gave up")
             else:
@@ -169,14 +171,3 @@ class Notes:
         heard = {rank for rank, note in said.items() if note.kind is Kind.HEARD}
         reasons = tuple(f"rank {rank}: {note.why}" for rank, note in sorted(said.items()) if rank not in heard)
         return Verdict(", ".join(causes), reasons)
-
-
-def ranks_in_words(ranks: Iterable[int]) -> str:
-    """``rank 2`` or ``ranks 2, 5``.
-
-    Example:
-        >>> ranks_in_words([2]), ranks_in_words([2, 5])
-        ('rank 2', 'ranks 2, 5')
-    """
-    names = [str(rank) for rank in ranks]
-    return f"rank{'s' * (len(names) != 1)} {', '.join(names)}"

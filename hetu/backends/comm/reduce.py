@@ -154,7 +154,8 @@ def reduce_over(
     by_pipeline = dict(zip([r for pipelines in held for r in pipelines], received, strict=True))
     total = reduce_in_order([by_pipeline[r] for r in sorted(by_pipeline)], op).contiguous()
     whole = own.new_empty(ranks * piece)
-    dist.all_gather_into_tensor(_bytes(whole), _bytes(total), group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it in 2.13
+    gather(_bytes(whole), _bytes(total), group=group)
     landing(whole)
     return whole[:n]
 
