@@ -88,7 +88,7 @@ def test_backends_that_differ() -> None:
     with Pool(2, backend=None) as pool:
         for text, took in pool.run(joining.with_backends, ["gloo", "nccl"]):
             assert "the backend must be the same on all ranks, but the ranks differ" in text and took < 8
-            assert "bound:  rank 0: gloo" in text and "bound:  rank 1: nccl" in text
+            assert "bound:  rank 0: 'gloo'" in text and "bound:  rank 1: 'nccl'" in text
 
 
 def test_two_processes_of_one_number() -> None:
