@@ -44,14 +44,15 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     lse = state.lse.unflatten(1, heads)
     has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
     plain = dropout is not None or state.scores is not None or not has_flash
-    is_ordinary = plain or _has_finite_scores(queries, keys, call.softmax_scale)
+    limit = torch.finfo(dtype).max / 2
+    is_ordinary = plain or _largest_score(q, k, call.softmax_scale) < limit
 
     def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
         seen = slice(k_start, k_start + k_len)
         operands = own, keys[:, :, seen], values[:, :, seen]
         if plain:
             return _plain(*operands, diagonal, call.softmax_scale, _Extras(call, span, state.scores, k_start))
-        if is_ordinary or _has_finite_scores(*operands[:2], call.softmax_scale):
+        if is_ordinary or _largest_score(own, k[seen], call.softmax_scale) < limit:
             return _flash(*operands, diagonal, call.softmax_scale)
         return _mended(*operands, diagonal, call.softmax_scale)
 
@@ -111,15 +112,11 @@ def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_ls
     lse.copy_(total)
 
 
-def _has_finite_scores(q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> bool:
-    """Whether no score, and no sum on the way to one, can be NaN or infinite, by the largest entries of q and k."""
-    largest = softmax_scale if softmax_scale > 1.0 else 1.0
-    for x in (q, k):
-        if x.numel() == 0:
-            return True
-        low, high = torch.aminmax(x)  # NaN if an entry is
-        largest *= max(-float(low), float(high)) if low <= high else math.nan
-    return largest * q.shape[-1] < torch.finfo(q.dtype).max / 2
+def _largest_score(q: torch.Tensor, k: torch.Tensor, softmax_scale: float) -> float:
+    """A bound on all scores and all sums on the way to one: the product of norms. NaN or infinite if an entry is."""
+    dtype = compute_dtype(q.dtype)
+    norm_q, norm_k = (float(torch.linalg.vector_norm(x, dtype=dtype)) for x in (q, k))
+    return norm_q * norm_k * max(softmax_scale, 1.0)
 
 
 _Cut = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor, bool]
