@@ -11,9 +11,6 @@ The running softmax is kept in base 2, where the hardware's exponential lives: `
 of a row times log2(e), or a little less (running_max.py), ``row_sum`` the sum of ``2**(score - row_max)``, ``acc`` the
 matching sum of value rows. A partial result of earlier steps enters as ``row_max = lse``, ``row_sum = 1``,
 ``acc = out``, so that merging costs no pass of its own.
-
-Blocks with rows in which that form loses digits, or with sums that are NaN, or nothing where keys were seen, are
-computed again in the exact form (exact.py).
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -23,9 +20,8 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from hetu.backends.triton.exact import product, raised_exactly
 from hetu.backends.triton.interpreter import jit
-from hetu.backends.triton.running_max import FLOOR, LARGE, by_row, in_columns, kept, raised, rescaled, spread
+from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
     LN2,
@@ -53,12 +49,11 @@ def fold_segment(
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
-    ELEMENTS: tl.constexpr, EXACT: tl.constexpr,
+    ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
-    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head. EXACT takes
-    the exact form, in base e.
+    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head.
     """
     j = tl.arange(0, BLOCK_N)
     member = tl.zeros([BLOCK_N], tl.int32) + kv_head
@@ -67,8 +62,7 @@ def fold_segment(
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
     end = tl.minimum(k_len, reach + rows)
     zero = unknown_zero(rows)
-    STAGES: tl.constexpr = 1 if EXACT else None
-    for n in loop(0, end, BLOCK_N, num_stages=STAGES):
+    for n in loop(0, end, BLOCK_N):
         left = end - n
         if BLOCK_D != 128:  # where registers are scarce; it takes a few instructions more
             far = (n ^ zero).to(tl.int64)
@@ -88,11 +82,8 @@ def fold_segment(
         if SCORES:
             places = scores[:, None] + keys[None, :]
             tl.store(places, s * scale, mask=(token < rows)[:, None] & (s != float("-inf")))
-        if EXACT:
-            new_max, fade, p = raised_exactly(row_max, product(s, scale))
-        else:
-            new_max, fade = raised(row_max, s, scale * LOG2E, ELEMENTS)
-            p = tl.math.exp2(s * (scale * LOG2E) - spread(new_max, BLOCK_N))
+        new_max, fade = raised(row_max, s, scale * LOG2E, ELEMENTS)
+        p = tl.math.exp2(s * (scale * LOG2E) - spread(new_max, BLOCK_N))
         # A thread adds up its own columns of p, each eighth pair: threads are asked for theirs once, after the loop.
         row_sums = row_sums * spread(fade, 8) + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
         row_max = new_max
@@ -103,96 +94,11 @@ def fold_segment(
             p = tl.where(keeps, p * keep_scale, 0.0)
         if BLOCK_D > 128:
             v_tile = load_rows(v_rows, v_offsets, j < left, HEAD_DIM, BLOCK_D)
-        acc = add_dot(p, v_tile, rescaled(acc, fade, 0 if EXACT else ELEMENTS), PRECISION)
+        acc = add_dot(p, v_tile, rescaled(acc, fade, ELEMENTS), PRECISION)
         if BLOCK_D == 128:
             k += BLOCK_N * STRIDE_KT
             v += BLOCK_N * STRIDE_VT
     return acc, row_sums, row_max
-
-
-@jit
-def attend_rows(
-    q, k, v, lse_rows, acc_base, acc_offsets, scores, key_position, records, record, rows, token, merged, kv_head,
-    scale, queries, document, head, key_low, key_high, threshold, keep_scale,
-    STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKS_ALL: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr,
-    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """Attends to all segments of a record, and to what the rows ``merged`` saw in earlier steps.
-
-    Returns:
-        The attention, lse, and which rows have to be computed again in the exact form.
-    """
-    BLOCK_M: tl.constexpr = q.shape[0]
-    if EXACT:  # loaded anew, so that nothing is kept for it while the other form runs
-        k_start = load_again(record + 8).to(tl.int64)
-        k_len = load_again(record + 9)
-        reach = load_again(record + 10)
-    else:
-        k_start = tl.load(record + 8).to(tl.int64)
-        k_len = tl.load(record + 9)
-        reach = tl.load(record + 10)
-    v_start = load_again(record + 8).to(tl.int64)
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    before = row_max
-    row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if RUNS_ON:
-        before = tl.load(lse_rows, mask=merged, other=float("-inf"), volatile=EXACT)
-        row_max = before if EXACT else before * LOG2E
-        # The attention to keys with scores of -inf alone is NaN, and weighs nothing; see `unfit` below.
-        weighs = before != float("-inf")
-        acc = load_rows(acc_base, acc_offsets, merged & weighs if EXACT else merged, HEAD_DIM, BLOCK_D)
-        weight = tl.where(before == before, 1.0, float("nan"))  # a maximum cannot be NaN: the sum is
-        row_sums = tl.where(weighs[:, None] & (tl.arange(0, 8)[None, :] == 0), weight[:, None], 0.0)
-    row_max = in_columns(row_max, PRECISION) if EXACT else kept(row_max, PRECISION)
-    more_begin = 0
-    more_end = 0
-    if MORE:
-        more_begin = tl.load(record + 13)
-        more_end = tl.load(record + 14)
-    furthest = -rows  # how far the first row sees at most; before -rows nobody sees anything
-    for further in loop(more_begin - 1, more_end):  # the record's own segment first
-        positions = key_position
-        if DROPOUT or SCORES:
-            positions += k_start
-        acc, row_sums, row_max = fold_segment(
-            acc=acc, row_sums=row_sums, row_max=row_max, q=q, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
-            kv_head=kv_head, k_len=k_len, reach=reach, token=token, rows=rows, scale=scale, scores=scores,
-            key_position=positions, queries=queries, document=document, head=head, key_low=key_low, key_high=key_high,
-            threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT,
-            STRIDE_VH=STRIDE_VH, KV_HEADS=KV_HEADS, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D,
-            MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, EXACT=EXACT,
-        )  # fmt: skip
-        furthest = tl.maximum(furthest, tl.where(k_len > 0, reach, furthest))
-        if MORE:
-            record = records + (further + 1) * RECORD_WIDTH
-            k_start = tl.load(record + 8).to(tl.int64)
-            v_start = load_again(record + 8).to(tl.int64)
-            k_len = tl.load(record + 9)
-            reach = tl.load(record + 10)
-
-    row_sum = tl.sum(row_sums, 1)
-    empty = row_sum == 0.0
-    row_max = by_row(row_max)
-    divisor = tl.where(empty, 1.0, row_sum)
-    saw = furthest + token >= 0
-    if EXACT:
-        if RUNS_ON:
-            first_entry = tl.load(acc_base + tl.min(acc_offsets, 1), mask=merged & empty, other=0.0)
-            saw = saw | (first_entry != first_entry)
-        divisor = tl.where(empty & saw, float("nan"), divisor)  # all scores were -inf
-        row_lse = row_max + tl.math.log2(divisor) * LN2
-        unfit = token < 0
-    else:
-        row_lse = (row_max + tl.math.log2(divisor)) * LN2
-        unfit = (row_max >= LARGE) | (saw & (row_sum < 0.5))  # the largest weight of a row is about 1 at least
-        if RUNS_ON:
-            weighs = before != float("-inf")
-            entries = tl.sum(acc, 1)
-            unfit = unfit | (merged & tl.where(weighs, before * LOG2E < FLOOR, entries != entries))
-    return acc / divisor[:, None], tl.where(empty, float("-inf"), row_lse), unfit
 
 
 @jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
@@ -242,6 +148,10 @@ def forward_kernel(
     document = tl.load(record + 2)
     slot = tl.load(record + 5)  # -1 where the rows have no lse
     slot_row = tl.load(record + 6)
+    k_start = tl.load(record + 8).to(tl.int64)
+    v_start = load_again(record + 8).to(tl.int64)
+    k_len = tl.load(record + 9)
+    reach = tl.load(record + 10)
     token = tl.arange(0, BLOCK_M) // PACK
     member = tl.arange(0, BLOCK_M) % PACK
     head = first_head + member
@@ -254,14 +164,21 @@ def forward_kernel(
     acc_offsets = tile_offsets(token, member, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
     ends = live
     continues = live
-    merged = live
     if RUNS_ON:
         role = tl.load(record + 15)
-        merged = has_lse & (token < tl.where((role & MERGES) != 0, rows, 0))
+        merged = tl.where((role & MERGES) != 0, rows, 0)
         ending = tl.where((role & CONTINUES) != 0, 0, rows)
         ends = token < ending
         continues = token < rows - ending
         acc_base += (row * HEADS + far_head) * HEAD_DIM
+        acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
+        row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
+        row_sums = tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+        row_max = kept(row_max, PRECISION)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
+        row_max = kept(tl.full([BLOCK_M], float("-inf"), tl.float32), PRECISION)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh
@@ -269,26 +186,37 @@ def forward_kernel(
 
     q_offsets = tile_offsets(token, member, STRIDE_QT, STRIDE_QH, BLOCK_D)
     q_tile = load_rows(q + row * STRIDE_QT + far_head * STRIDE_QH, q_offsets, live, HEAD_DIM, BLOCK_D)
-    acc, row_lse, unfit = attend_rows(
-        q=q_tile, k=k, v=v, lse_rows=lse_rows, acc_base=acc_base, acc_offsets=acc_offsets, scores=score_rows,
-        key_position=key_position, records=records, record=record, rows=rows, token=token, merged=merged,
-        kv_head=first_head // GROUP, scale=scale, queries=queries, document=document, head=head_start + head,
-        key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
-        STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, HEAD_DIM=HEAD_DIM,
-        BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT,
-        SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, EXACT=False,
-    )  # fmt: skip
-    if tl.max((unfit & live).to(tl.int32), 0) > 0:
-        acc, row_lse, unfit = attend_rows(
-            q=q_tile, k=k, v=v, lse_rows=lse_rows, acc_base=acc_base, acc_offsets=acc_offsets, scores=score_rows,
-            key_position=key_position, records=records, record=record, rows=rows, token=token, merged=merged,
-            kv_head=first_head // GROUP, scale=scale, queries=queries, document=document, head=head_start + head,
+    more_begin = 0
+    more_end = 0
+    if MORE:
+        more_begin = tl.load(record + 13)
+        more_end = tl.load(record + 14)
+    for further in loop(more_begin - 1, more_end):  # the record's own segment first
+        positions = key_position
+        if DROPOUT or SCORES:
+            positions += k_start
+        acc, row_sums, row_max = fold_segment(
+            acc=acc, row_sums=row_sums, row_max=row_max, q=q_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
+            kv_head=first_head // GROUP, k_len=k_len, reach=reach, token=token, rows=rows, scale=scale,
+            scores=score_rows, key_position=positions, queries=queries, document=document, head=head_start + head,
             key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
-            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, HEAD_DIM=HEAD_DIM,
-            BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT,
-            SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, EXACT=True,
+            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, SCORES=SCORES,
+            PRECISION=PRECISION, ELEMENTS=ELEMENTS,
         )  # fmt: skip
-    tl.store(lse_rows, row_lse, mask=has_lse)
+        if MORE:
+            record = records + (further + 1) * RECORD_WIDTH
+            k_start = tl.load(record + 8).to(tl.int64)
+            v_start = load_again(record + 8).to(tl.int64)
+            k_len = tl.load(record + 9)
+            reach = tl.load(record + 10)
+
+    row_sum = tl.sum(row_sums, 1)
+    empty = row_sum == 0.0
+    row_max = by_row(row_max)
+    row_sum = tl.where(empty, 1.0, row_sum)
+    acc = acc / row_sum[:, None]
+    tl.store(lse_rows, tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=has_lse)
     o_offsets = tile_offsets(token, member, STRIDE_OT, STRIDE_OH, BLOCK_D)
     store_rows(out + row * STRIDE_OT + far_head * STRIDE_OH, o_offsets, acc, ends, HEAD_DIM, BLOCK_D)
     if RUNS_ON:

@@ -26,13 +26,8 @@ from hetu.backends.triton.interpreter import jit
 from hetu.backends.triton.tiles import halves
 from hetu.errors import LoweringError, caller
 
-LARGE = tl.constexpr(2.0**16)
-"""Scores from this size on, in base 2, take the exact form; see ``exact.py``."""
-
-FLOOR = tl.constexpr(-LARGE.value)
-"""The maximum of no scores: finite, so that differences of two of them are 0 and no NaN.
-
-Scores below it weigh less than they should, or nothing: a row that has no others takes the exact form."""
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+"""The maximum of no scores: finite, so that differences of two of them are 0 and no NaN."""
 
 _ONE = "0f3F800000"
 _SLACK = "0f41000000"
@@ -55,13 +50,7 @@ def tops(s):
 @jit
 def kept(row_max, PRECISION: tl.constexpr):
     """The maximum of rows that begin with ``row_max``, ``(rows,)``, as it is kept: finite, and in the shape for it."""
-    row_max = tl.maximum(row_max, FLOOR)
-    return in_columns(row_max, PRECISION)
-
-
-@jit
-def in_columns(row_max, PRECISION: tl.constexpr):
-    """``(rows,)`` in the shape that a maximum is kept in."""
+    row_max = tl.maximum(row_max, LOWEST)
     if PRECISION == "tf32":
         row_max = tl.broadcast_to(row_max[:, None], [row_max.shape[0], 8])
     return row_max
@@ -114,7 +103,7 @@ def raised(row_max, s, factor, ELEMENTS: tl.constexpr):
     """The maximum with the scores ``s * factor``, and 2 to the power of what it was before less what it is.
 
     Args:
-        row_max: The maximum before, as :func:`kept` gives it: FLOOR where there were no scores.
+        row_max: The maximum before, as :func:`kept` gives it: LOWEST where there were no scores.
         s: ``(rows, columns)``; -inf where a row sees nothing.
         factor: Positive.
         ELEMENTS: As of :func:`rescaled`; with 0 the maximum is that of all scores, else it may be 8 less.

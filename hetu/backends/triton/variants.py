@@ -242,11 +242,7 @@ def _half_tile(variant: Variant, keys_per_row: float, pack: int) -> Tile:
     if variant.dropout or variant.scores:
         return Tile(128, 64, 8, 2) if width <= 64 else Tile(128, 32, 8, 2)
     if width <= 64:  # four programs a multiprocessor, of which some compute while others load
-        return (
-            Tile(64, 32, 4, 4, max_registers=128)
-            if pack > 1 and keys_per_row < 256
-            else Tile(64, 64, 4, 3, max_registers=128)
-        )
+        return Tile(64, 32, 4, 4) if pack > 1 and keys_per_row < 256 else Tile(64, 64, 4, 3, max_registers=128)
     if width == 128:  # three or two
         return Tile(64, 32, 4, 3, max_registers=168, chunk=1) if is_short else Tile(64, 64, 4, 3)
     return Tile(64, 32, 4, 2, chunk=1) if is_short else Tile(128, 64, 8, 2)
