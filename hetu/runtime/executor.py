@@ -13,8 +13,8 @@ import torch
 from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.backends.lower.index_flags import IndexFlags, is_deferred
 from hetu.backends.lower.lowering import Executable
-from hetu.backends.torch.index_flags import IndexFlags, is_deferred
 from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller

@@ -10,6 +10,7 @@ import torch
 
 from hetu.backends.comm import World
 from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lower.index_flags import IndexFlags
 from hetu.backends.lower.lowering import (
     Executable,
     FeedInput,
@@ -23,7 +24,6 @@ from hetu.backends.lower.lowering import (
     WorldInput,
 )
 from hetu.backends.memory import as_tensor
-from hetu.backends.torch.index_flags import IndexFlags
 from hetu.backends.torch_private import set_grad_enabled
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline

@@ -1,7 +1,7 @@
 """Runs that a device has yet to judge: whether indices that only it knows were in range.
 
 A run on a GPU ends for the host long before the device has come to it. What it changes there is protected by the run's
-flag, on the device (:mod:`hetu.backends.torch.index_flags`): while the flag is set, every update leaves what it found.
+flag, on the device (:mod:`hetu.backends.lower.index_flags`): while the flag is set, every update leaves what it found.
 The host looks at the flag when it is there anyway, at the first run that starts after the device has come so far, or
 before it gives a state; then what runs changed on the host is taken back, and the error is raised. Later runs that
 train take over the flag of those before them, so that none of them goes on from a run that is yet to be refused.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hetu import rng
-from hetu.backends.torch.index_flags import IndexFlags
+from hetu.backends.lower.index_flags import IndexFlags
 from hetu.runtime.before import Before
 
 

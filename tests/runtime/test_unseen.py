@@ -18,7 +18,7 @@ from support.same import assert_same
 
 import hetu
 from hetu import rng
-from hetu.backends.torch import index_flags
+from hetu.backends.lower import index_flags
 from hetu.planning import indices
 from hetu.runtime.unseen import UnseenRun
 

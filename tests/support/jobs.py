@@ -19,7 +19,7 @@ from support.states import is_same
 
 import hetu
 from hetu.backends.comm import current_world, reduce
-from hetu.backends.torch import index_flags
+from hetu.backends.lower import index_flags
 from hetu.planning import indices
 
 Own = list[torch.Tensor]

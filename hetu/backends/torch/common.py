@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
+from hetu.backends.lower.index_flags import hetu_guarded_indices, hetu_poisoned, is_deferred
 from hetu.backends.lower.lowering import NodeLowering
-from hetu.backends.torch.index_flags import hetu_guarded_indices, hetu_poisoned, is_deferred
 from hetu.dtypes import DType
 from hetu.errors import Where
 from hetu.graph import Tensor
