@@ -27,7 +27,7 @@ FLOORS: Floors = (
     ("planning",),
     ("backends",),
     ("runtime", "functional"),
-    ("distributed",),
+    ("distributed", "integrations"),
     ("__init__",),
 )
 
@@ -48,7 +48,7 @@ INSIDE: Mapping[str, Floors] = {
 """The floors inside a room; modules of rooms that are not here may know each other, but not in a circle."""
 
 FRAMEWORKS = {"torch", "triton"}
-WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed"}
+WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "integrations"}
 LAZY_ONLY = {"networkx"}
 
 MAY_CIRCLE = {"graph", "symbols"}

@@ -1,0 +1,1 @@
+"""hetu's attention inside other libraries. Each module is imported by its name, for each needs its library."""
