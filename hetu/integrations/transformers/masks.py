@@ -205,11 +205,14 @@ def context_parallel(cp: ContextParallel) -> Iterator[None]:
         cp: How the tokens lie on the ranks.
 
     Raises:
-        HetuError: Within it, if a model is given what doesn't fit ``cp``, or doesn't ask for its mask as models of
-            transformers do.
+        HetuError: If a rank of the group holds no tokens, which models of transformers don't take. Within it, if a
+            model is given what doesn't fit ``cp``, or doesn't ask for its mask as models of transformers do.
     """
     if not isinstance(cp, ContextParallel):
         refuse_argument(cp, "cp", "a ContextParallel", op=OP, fix="make one: hetu.functional.ContextParallel(...)")
+    if not all(counts := cp.sharding.counts):  # all ranks see it
+        what = f"rank {counts.index(0)} of the group holds no tokens, which models of transformers don't take"
+        fail(HetuError, what, "add a document of as many pads as there are ranks, or choose tokens=")
     before, _current.cp = _current.cp, cp
     try:
         yield
@@ -221,7 +224,7 @@ def _check_parallel(
     cp: ContextParallel, batch: int, q_length: int, kv_length: int, attention_mask: Any, local_size: int | None
 ) -> None:
     """Refuses what doesn't fit a context parallelism."""
-    rows = cp.sharding.rows
+    rows = cp.position_ids.shape[0]  # a size, which is a symbol in what is compiled
     if batch != 1 or q_length != rows:
         what = f"the model is given {batch} x {q_length} tokens, but this rank holds {rows} in one row"
         fail(ShapeError, what, "give cp.dispatch(ids, dim=1), of a batch of one row")
