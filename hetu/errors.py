@@ -50,6 +50,28 @@ class Where:
         return f"{self.short}   {self.line}".rstrip()
 
 
+def in_words(error: BaseException) -> str:
+    """An error in one line, for whoever did not see it: its kind, and what it says.
+
+    Example:
+        >>> in_words(ValueError("no such name"))
+        'ValueError: no such name'
+    """
+    text = str(error.what if isinstance(error, HetuError) else error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """``rank 2`` or ``ranks 2, 5``.
+
+    Example:
+        >>> ranks_in_words([2]), ranks_in_words([2, 5])
+        ('rank 2', 'ranks 2, 5')
+    """
+    names = [str(rank) for rank in ranks]
+    return f"rank{'s' * (len(names) != 1)} {', '.join(names)}"
+
+
 def caller() -> Where:
     """Finds the innermost line outside the hetu package: the user's line that led here."""
     return innermost(_is_users)

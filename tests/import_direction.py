@@ -47,6 +47,9 @@ INSIDE: Mapping[str, Floors] = {
 }
 """The floors inside a room; modules of rooms that are not here may know each other, but not in a circle."""
 
+ONLY: Mapping[str, set[str]] = {"integrations": {"errors", "arguments", "functional"}}
+"""Rooms that know no more than a user's code could, whatever floor they stand on."""
+
 FRAMEWORKS = {"torch", "triton"}
 WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "integrations"}
 LAZY_ONLY = {"networkx"}
@@ -135,6 +138,8 @@ def complaint(module: str, item: Import) -> str | None:
     if why := not_below(FLOORS, room, other_room):
         return why
     if other_room != room:
+        if other_room not in ONLY.get(room, {other_room}):
+            return f"{room} may not know {other_room}"
         hidden = next((part for part in item.target.split(".")[2:] if part.startswith("_")), None)
         return f"{hidden} of {other_room} is not for other rooms" if hidden else None
     return not_below(INSIDE[room], inside, other_inside) if room in INSIDE else None

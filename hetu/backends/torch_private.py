@@ -7,11 +7,11 @@ test that names one that a new torch no longer has; hetu then works on, more slo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch.autograd import forward_ad
 
 PRIVATE: dict[str, tuple[Any, Any]] = {}
 """What is used, by its name in torch: what this torch has, or None, and what stands for it then."""
@@ -79,6 +79,10 @@ def _always() -> bool:
     return True
 
 
+def _is_anything(x: object) -> bool:
+    return True
+
+
 dispatch_modes: Callable[[], int] = _private("_C._len_torch_dispatch_stack", _one_mode)
 """How many dispatch modes are on."""
 
@@ -87,6 +91,9 @@ functorch_level: Callable[[], object | None] = _private("_C._functorch.peek_inte
 
 tracing_state: Callable[[], object | None] = _private("_C._get_tracing_state", _tracing_state)
 """What ``torch.jit.trace`` holds while it traces, or None."""
+
+is_legacy_batched: Callable[[object], bool] = _private("_C._functorch.is_legacy_batchedtensor", _is_anything)
+"""Whether a tensor is a batch of the older vmap, by which ``torch.autograd.grad(is_grads_batched=True)`` works."""
 
 is_profiling: Callable[[], bool] = _private("_C._autograd._profiler_enabled", _always)
 """Whether torch's profiler is on."""
@@ -119,6 +126,48 @@ PRIVATE["autograd.Function.__base__.apply"] = (
 )
 
 
+# Forward mode, and derivatives of ops at each level of torch.func
+
+
+def dual_level() -> int:
+    """The level of forward mode that was entered last; negative if there is none."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
+PRIVATE["autograd.forward_ad._current_level"] = _find("autograd.forward_ad._current_level"), dual_level
+
+set_forward_mode_enabled: Callable[[bool], AbstractContextManager[Any]] = _private(
+    "autograd.forward_ad._set_fwd_grad_enabled", nullcontext
+)
+"""A context in which ops propagate tangents, or don't."""
+
+level_functions: Callable[[], AbstractContextManager[Any]] = _private(
+    "_functorch.utils.enable_single_level_autograd_function", nullcontext
+)
+"""A context in which an autograd function works for one level of ``torch.func`` alone, as the kernel of an op does.
+
+Without it ``torch.func``'s derivatives are refused by torch.
+"""
+
+_below_autograd: Callable[[], AbstractContextManager[Any]] | None = _private("_C._AutoDispatchBelowAutograd", None)
+_keys_after_autograd: Any = _private("_C._after_autograd_keyset", None)
+
+
+def _redispatch(op: Any, keyset: Any, arguments: tuple[Any, ...]) -> Any:
+    assert _below_autograd is not None, "else redispatch_below_autograd is None"
+    with _below_autograd():
+        return op.redispatch(keyset & _keys_after_autograd, *arguments)
+
+
+redispatch_below_autograd: Callable[[Any, Any, tuple[Any, ...]], Any] | None = (
+    _redispatch if _below_autograd and _keys_after_autograd else None
+)
+"""Calls what an op's Autograd kernel is around; None means that ``torch.library`` makes that kernel.
+
+The kernel that it makes drops the tangents of forward mode, and is refused by ``torch.func``.
+"""
+
+
 def version_of(x: torch.Tensor) -> int | None:
     """How often torch has counted changes of a tensor; None if that can't be known."""
     return getattr(x, "_version", None)
@@ -144,15 +193,17 @@ empty_strided_cuda: Callable[..., torch.Tensor] | None = _private("_C._dynamo.gu
 flash_attention_cpu: Callable[..., Any] | None = _private("ops.aten._scaled_dot_product_flash_attention_for_cpu", None)
 """torch's flash attention on the CPU, which gives the log-sum-exps too; None means matrix products."""
 
-abort_process_group: Callable[[Any], None] = _private(
-    "distributed.distributed_c10d._abort_process_group", getattr(dist, "destroy_process_group", None)
-)
-"""Leaves a process group without waiting for what it does."""
-
 
 def _no_store() -> Any:
-    raise RuntimeError("this torch does not tell the store of its default process group")
+    raise RuntimeError("this version of torch doesn't tell in which store the processes of its world met")
 
 
 default_store: Callable[[], Any] = _private("distributed.distributed_c10d._get_default_store", _no_store)
-"""The store that all processes of torch's default process group reach."""
+"""The store in which the processes of torch's world met."""
+
+_world: Any = _private("distributed.distributed_c10d._world", None)
+
+
+def count_process_groups() -> int | None:
+    """How many process groups torch has, its world included; None if that can't be known."""
+    return None if _world is None else len(_world.pg_map)

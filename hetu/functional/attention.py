@@ -1,8 +1,9 @@
-"""``attn_varlen`` as PyTorch ops, ``hetu::attn_varlen`` and its backward, around the kernels that a graph runs.
+"""What a call of ``attn_varlen`` does: the kernels that a graph runs, without the graph.
 
 A call has two parts. :func:`prepare` checks the arguments and finds the plan of the lengths, which are read on the
-host; :func:`forward` and :func:`backward` then only allocate and call the kernel. :func:`hetu.functional.attn_varlen`
-calls the parts itself where it can, because torch's dispatcher may cost more than both.
+host; :func:`forward` and :func:`backward` then only allocate and call the kernel. They know nothing of autograd, which
+``hetu/functional/ops.py`` adds. :func:`hetu.functional.attn_varlen` calls the parts without the ops where it can,
+because torch's dispatcher may cost more than both.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +23,16 @@ from hetu.backends.families import choose, default_backend
 from hetu.backends.memory import empty
 from hetu.cache import LRU
 from hetu.config import settings
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, innermost
-from hetu.ops.attention.common import FLOATS, cu_seqlens_fault, longest_of
+from hetu.errors import BindingError
+from hetu.functional.checks import LENGTH_DTYPES, check, check_longest, refuse
+from hetu.ops.attention.common import cu_seqlens_fault, longest_of
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.planning.arrays import host_array
 
 HostArray = np.ndarray[Any, Any]
 
-_DTYPES = {getattr(torch, dtype.name) for dtype in FLOATS}
-_LENGTH_DTYPES = (torch.int32, torch.int64)
+_SCALES = {type(None), float, int}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +91,7 @@ def prepare(
         HetuError: Whatever :func:`hetu.functional.attn_varlen` refuses.
     """
     is_usual = not dropout_p and type(softmax_scale) in _SCALES
-    if not (is_usual and cu_seqlens_q.dtype in _LENGTH_DTYPES and cu_seqlens_k.dtype in _LENGTH_DTYPES):
+    if not (is_usual and cu_seqlens_q.dtype in LENGTH_DTYPES and cu_seqlens_k.dtype in LENGTH_DTYPES):
         check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
     cu_q = host_array(cu_seqlens_q)
     cu_k = cu_q if cu_seqlens_k is cu_seqlens_q else host_array(cu_seqlens_k)
@@ -112,9 +112,9 @@ def prepare(
             dropout = Dropout(dropout_p, dropout_key(seed, offset, 0))
         call = _make(q, k, cu_q, cu_k, is_causal, softmax_scale, dropout)
     if max_seqlen_q is not None:
-        _check_longest("q", max_seqlen_q, call.lengths.longest_q, cu_seqlens_q)
+        check_longest("q", max_seqlen_q, call.lengths.longest_q, cu_seqlens_q)
     if max_seqlen_k is not None:
-        _check_longest("k", max_seqlen_k, call.lengths.longest_k, cu_seqlens_k)
+        check_longest("k", max_seqlen_k, call.lengths.longest_k, cu_seqlens_k)
     return call
 
 
@@ -133,11 +133,8 @@ def _make(
     lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout is not None
-    forward_of, backward_of = families(default_backend(q.device), *kind)
+    forward_of, backward_of = _families(default_backend(q.device), *kind)
     return Attention(lengths, forward_of, backward_of, scale, dropout, lengths.plan.key_position if dropout else None)
-
-
-_SCALES = {type(None), float, int}
 
 
 def forward(
@@ -191,7 +188,7 @@ def _attend_call(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 @cache
-def families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
+def _families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
     """The families of the forward and the backward, chosen as a graph chooses them; ``kind`` begins a signature."""
     forward = AttendSignature(*kind)
     return choose(backend, forward).family, choose(backend, forward._replace(is_backward=True)).family
@@ -211,192 +208,3 @@ def _plan(cu_q: HostArray, cu_k: HostArray, rows_q: int, rows_k: int, is_causal:
     plan = VarlenPlan.build(own_q, own_k, rows_q, Mask.of(is_causal), packed_lse=True)
     longest_q = longest_of(own_q)
     return Lengths(plan, longest_q, longest_q if own_k is own_q else longest_of(own_k))
-
-
-# checks
-
-
-_PAD = "pad the heads with zeros, and give softmax_scale=1/sqrt(head_dim) of the unpadded ones"
-
-
-def check(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    rng_state: torch.Tensor | None,
-    dropout_p: float,
-    softmax_scale: float | None,
-) -> None:
-    """Refuses what no values are needed to refuse; runs on fake tensors too, where sizes are symbols."""
-    check_heads(q, k, v)
-    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
-    if cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]:
-        sizes = f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
-        refuse(
-            ShapeError,
-            f"cu_seqlens_q and cu_seqlens_k have {sizes} entries, expected as many",
-            "give both batch_size + 1 entries",
-        )
-    check_options(rng_state, dropout_p, softmax_scale)
-
-
-def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, op: str = "attn_varlen") -> None:
-    """Refuses q, k and v that no kernel takes."""
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in _DTYPES):
-        _refuse_dtypes(q, k, v, op=op)
-    if not q.ndim == k.ndim == v.ndim == 3:
-        _refuse_ranks(q, k, v, op=op)
-    (_, heads_q, head_dim), (rows_k, heads_k, dim_k), (rows_v, heads_v, dim_v) = q.shape, k.shape, v.shape
-    if not head_dim == dim_k == dim_v:
-        sizes = f"{head_dim}, {dim_k} and {dim_v}"
-        refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", _PAD, op)
-    if head_dim < 8 or head_dim > 256 or head_dim % 8:
-        refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", _PAD, op)
-    if rows_k != rows_v:
-        what = f"k has {rows_k} rows and v has {rows_v} rows, expected as many"
-        refuse(ShapeError, what, "give every key its value", op)
-    if heads_k == 0 or heads_k != heads_v or heads_q == 0 or heads_q % heads_k:
-        refuse(
-            ShapeError,
-            f"q, k and v have {heads_q}, {heads_k} and {heads_v} heads, "
-            "expected as many for k and v and a multiple of them for q",
-            "check the projections",
-            op,
-        )
-    if not q.device == k.device == v.device:
-        devices = f"{q.device}, {k.device} and {v.device}"
-        refuse(HetuError, f"q, k and v are on {devices}, expected one device", "move them to one device", op)
-
-
-def check_options(
-    rng_state: torch.Tensor | None, dropout_p: float, softmax_scale: float | None, op: str = "attn_varlen"
-) -> None:
-    """Refuses options that mean nothing."""
-    if not (isinstance(dropout_p, (int, float)) and 0 <= dropout_p < 1):
-        refuse(HetuError, f"dropout_p is {dropout_p!r}, expected a probability in [0, 1)", "give 0 for no dropout", op)
-    if dropout_p and (rng_state is None or rng_state.shape != (2,)):
-        refuse(HetuError, "dropout has no rng_state, expected (seed, offset)", f"call hetu.functional.{op}", op)
-    if softmax_scale is not None and not (isinstance(softmax_scale, (int, float)) and math.isfinite(softmax_scale)):
-        what, fix = f"softmax_scale is {softmax_scale!r}, expected a finite number", "give None for 1/sqrt(head_dim)"
-        refuse(HetuError, what, fix, op)
-
-
-def _check_cu_seqlens(name: str, cu: torch.Tensor) -> None:
-    if cu.dtype not in _LENGTH_DTYPES:
-        refuse(DTypeError, f"{name} is {_name(cu.dtype)}, expected int32 or int64", f"{name}.to(torch.int32)")
-    if cu.ndim != 1:
-        refuse(ShapeError, f"{name} has {cu.ndim} dimensions {list(cu.shape)}, expected 1", f"{name}.flatten()")
-    if cu.shape[0] == 0:
-        refuse(ShapeError, f"{name} is empty, expected at least its first entry, 0", "give batch_size + 1 entries")
-
-
-def _refuse_dtypes(*tensors: torch.Tensor, op: str) -> NoReturn:
-    for name, x in zip("qkv", tensors, strict=True):
-        if x.dtype not in _DTYPES:
-            wanted = ", ".join(dtype.name for dtype in FLOATS)
-            refuse(DTypeError, f"{name} is {_name(x.dtype)}, expected {wanted}", f"{name}.to(...) one of them", op)
-    q, k, v = (_name(x.dtype) for x in tensors)
-    refuse(DTypeError, f"q, k and v are {q}, {k} and {v}, expected one dtype", "cast them to one dtype", op)
-
-
-def _refuse_ranks(*tensors: torch.Tensor, op: str) -> NoReturn:
-    name, x = next((name, x) for name, x in zip("qkv", tensors, strict=True) if x.ndim != 3)
-    fix = "give (tokens, heads, head_dim): no batch dimension, heads apart from their entries"
-    refuse(ShapeError, f"{name} has {x.ndim} dimensions {list(x.shape)}, expected 3", fix, op)
-
-
-def _check_longest(side: str, limit: int, longest: int, cu_seqlens: torch.Tensor) -> None:
-    """Refuses a ``max_seqlen`` that is no int, or smaller than the longest sequence."""
-    name = f"max_seqlen_{side}"
-    if not isinstance(limit, int):
-        refuse(DTypeError, f"{name} is {limit!r}, expected an int", f"leave {name} out: it is not needed")
-    if limit < longest:
-        sequence = int(cu_seqlens.diff().argmax())
-        refuse(
-            BindingError,
-            f"{name} is {limit}, but sequence {sequence} of cu_seqlens_{side} has {longest} tokens",
-            f"give {name} as at least {longest}, or leave it out",
-        )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def refuse(kind: type[HetuError], what: str, fix: str, op: str = "attn_varlen") -> NoReturn:
-    """Raises the error of a call; where it was made is the innermost line that is neither hetu's nor torch's."""
-    raise kind(what, op=op, where=innermost(_is_foreign), fix=fix)
-
-
-def _is_foreign(frame: FrameType) -> bool:
-    """Whether a frame is neither hetu's nor torch's."""
-    return frame.f_globals.get("__name__", "").partition(".")[0] not in ("hetu", "torch")
-
-
-# the ops
-
-_library = torch.library.Library("hetu", "FRAGMENT")
-_TENSORS = "Tensor q, Tensor k, Tensor v"
-_CALL = (
-    "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rng_state, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "bool is_causal, float dropout_p, float? softmax_scale"
-)
-_library.define(f"attn_varlen({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
-_library.define(
-    f"attn_varlen_backward(Tensor? dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("hetu::attn_varlen", "CompositeExplicitAutograd", lib=_library)
-def _forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(prepare(q, k, v, *call), q, k, v)
-
-
-@torch.library.register_fake("hetu::attn_varlen", lib=_library)
-def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    cu_seqlens_q, cu_seqlens_k, rng_state, _, _, _, dropout_p, softmax_scale = call
-    check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
-
-
-@torch.library.impl("hetu::attn_varlen_backward", "CompositeExplicitAutograd", lib=_library)
-def _backward_op(
-    dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, lse, *call = rest
-    return backward(prepare(q, k, v, *call), dout, dlse, q, k, v, out, lse)
-
-
-@torch.library.register_fake("hetu::attn_varlen_backward", lib=_library)
-def _backward_fake(
-    dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, rng_state)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    grads = torch.ops.hetu.attn_varlen_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    return *grads, *(None,) * (len(ctx.options) + 3)
-
-
-def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-    refuse(
-        HetuError,
-        "the gradients of attn_varlen have no derivative: it can't be differentiated twice",
-        "use torch.nn.functional.scaled_dot_product_attention where second derivatives are needed",
-    )
-
-
-torch.library.register_autograd("hetu::attn_varlen", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("hetu::attn_varlen_backward", _no_second_derivative, lib=_library)

@@ -27,8 +27,7 @@ class ContextParallel:
     """How the tokens of a batch of packed documents lie on the ranks of a group.
 
     Make one for each batch: lengths that were seen before cost next to nothing, and recompile nothing. All ranks of the
-    group make it, with the same lengths; that they are the same is compared before the first rows travel, while the
-    model is computed already.
+    group make it, with the same lengths; before the first rows travel they compare what they were given.
 
     Args:
         cu_seqlens: int32 or int64 ``(B + 1,)``, the cumulative lengths of the documents, from 0; or ``(R, B + 1)``,
@@ -82,9 +81,6 @@ class ContextParallel:
         own = _host(cu_seqlens, world.size)
         self.table = table_of(_tokens(tokens, own, world.size), own)
         self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
-        if isinstance(world, GroupWorld):
-            facts = {"tokens": self.sharding.tokens, "the rows of all ranks": self.sharding.counts}
-            world.compare({**facts, "the layout": self.sharding.digest, "method": self.method}, _OP)
         where = _device(device, cu_seqlens, world)
         # The layout's own may not be changed by a user; and no mode may make what training can't use.
         with torch.inference_mode(False):

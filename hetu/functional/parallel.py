@@ -7,12 +7,14 @@ from typing import Any
 import torch
 
 from hetu.arguments import flag, integer, real, refuse
-from hetu.backends.torch_private import apply_of, is_any_autocast_enabled
+from hetu.backends.torch_private import apply_of, is_any_autocast_enabled, is_legacy_batched
 from hetu.errors import DTypeError, HetuError
 from hetu.functional import parallel_ops as ops
+from hetu.functional.checks import check_storage
 from hetu.functional.context_parallel import ContextParallel
+from hetu.functional.derivatives import for_backward
+from hetu.functional.dispatch import as_autocast, is_plain, rng_state_of
 from hetu.functional.sharding import PlannedCall
-from hetu.functional.varlen import as_autocast, is_plain, rng_state_of
 
 _OP = ops.OP
 
@@ -108,13 +110,15 @@ def parallel_attn(
     rng_state = rng_state_of(seed) if dropout_p else None
     options = (cp.method, is_causal, dropout_p, softmax_scale)
     if is_compiling or q.is_meta or not is_plain(q, k, v):
+        if not is_compiling:
+            check_storage(_OP, q=q, k=k, v=v)
         out, lse = torch.ops.hetu.parallel_attn(q, k, v, cp.table, rng_state, cp.split, cp.group_name, *options)
+        return (out, lse) if return_lse else out
+    call = ops.prepare(q, k, v, cp.table, cp.sharding, rng_state, *options)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _apply(q, k, v, call, (cp.table, rng_state, cp.split, cp.group_name, *options))
     else:
-        call = ops.prepare(q, k, v, cp.sharding, rng_state, *options)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _apply(q, k, v, call, (cp.table, rng_state, cp.split, cp.group_name, *options))
-        else:
-            out, lse = ops.forward(call, q, k, v, rng_state)
+        out, lse = ops.forward(call, q, k, v, rng_state)
     return (out, lse) if return_lse else out
 
 
@@ -124,7 +128,7 @@ class _ParallelAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, call: PlannedCall, arguments: tuple[Any, ...]) -> Any:
         out, lse = ops.forward(call, q, k, v, arguments[1])
-        ctx.save_for_backward(q, k, v, out, lse, *arguments[:2])
+        ctx.save_for_backward(q, k, v, out, lse, for_backward(arguments[0]), arguments[1])
         ctx.call, ctx.options = call, arguments[2:]
         ctx.set_materialize_grads(False)
         return out, lse
@@ -132,7 +136,12 @@ class _ParallelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (
+            not torch.compiler.is_compiling()  # asked first: compiled autograd can't follow the others
+            and not torch.is_grad_enabled()
+            and is_plain(dout, dlse)
+            and not any(is_legacy_batched(x) for x in (dout, dlse) if x is not None)
+        ):
             q, k, v, out, lse, _, rng_state = saved
             dq, dkv = ops.backward(ctx.call, dout, dlse, q, k, v, out, lse, rng_state)
         else:  # the op knows what to do, also if these gradients are to be differentiated

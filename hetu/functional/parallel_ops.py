@@ -5,18 +5,25 @@ As in :mod:`hetu.functional.attention`, a call has two parts: it is planned, whi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from hetu.backends.attention.contract import compute_dtype
 from hetu.backends.attention.options import with_rows
 from hetu.backends.comm import run_lock_step
-from hetu.backends.comm.groups import GroupWorld
 from hetu.backends.pipelines import BackwardCall, ForwardCall, Rows
-from hetu.errors import HetuError, ShapeError
-from hetu.functional.attention import check_heads, check_options, refuse
+from hetu.errors import ShapeError
+from hetu.functional.checks import check_heads, check_options, check_storage, refuse
+from hetu.functional.derivatives import (
+    Gradients,
+    for_backward,
+    one_by_one,
+    register_derivative,
+    register_no_derivative,
+)
 from hetu.functional.sharding import PlannedCall, Sharding, sharding_of
 
 OP = "parallel_attn"
@@ -26,6 +33,7 @@ def prepare(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    table: torch.Tensor,
     sharding: Sharding,
     rng_state: torch.Tensor | None,
     method: str,
@@ -41,6 +49,7 @@ def prepare(
     """
 
     def check() -> None:
+        check_storage(OP, q=q, k=k, v=v)
         check_heads(q, k, v, OP)
         check_options(rng_state, dropout_p, softmax_scale, OP)
         for name, x in (("q", q), ("k", k)):
@@ -53,13 +62,8 @@ def prepare(
                 )
 
     call = sharding.call(q, k, v, method, is_causal, dropout_p, softmax_scale, check)
-    world = call.world
-    if isinstance(world, GroupWorld):
-        seeds = () if rng_state is None else rng_state.tolist()
-        if seeds and not world.has_compared_seeds:
-            world.agree({"the seed of dropout": seeds}, OP)
-            world.has_compared_seeds = True
-        world.called(call.number, *seeds)
+    if call.world.is_distributed:
+        sharding.agree(int(table[0]), call, () if rng_state is None else rng_state.tolist())
     return call
 
 
@@ -149,7 +153,7 @@ def _planned(
     group: str,
     *options: Any,
 ) -> PlannedCall:
-    return prepare(q, k, v, sharding_of(table, split, group), rng_state, *options)
+    return prepare(q, k, v, table, sharding_of(table, split, group), rng_state, *options)
 
 
 @torch.library.impl("hetu::parallel_attn", "CompositeExplicitAutograd", lib=_library)
@@ -183,26 +187,20 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     q, k, v, table, rng_state, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, table, rng_state)
+    ctx.save_for_backward(q, k, v, *output, for_backward(table), rng_state)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Gradients:
     dq, dkv = torch.ops.hetu.parallel_attn_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
     return dq, *dkv.unbind(1), *(None,) * (len(ctx.options) + 2)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
-    refuse(
-        HetuError,
-        "the gradients of parallel_attn have no derivative: it can't be differentiated twice",
-        "use torch.nn.functional.scaled_dot_product_attention where second derivatives are needed",
-        OP,
-    )
-
-
-torch.library.register_autograd("hetu::parallel_attn", _differentiate, setup_context=_save, lib=_library)
-torch.library.register_autograd("hetu::parallel_attn_backward", _no_second_derivative, lib=_library)
+register_derivative(_library, OP, _save, _differentiate)
+register_no_derivative(_library, f"{OP}_backward", OP)
+# Each sample in its turn, on all ranks alike.
+torch.library.register_vmap(f"hetu::{OP}", one_by_one(torch.ops.hetu.parallel_attn), lib=_library)
+torch.library.register_vmap(f"hetu::{OP}_backward", one_by_one(torch.ops.hetu.parallel_attn_backward), lib=_library)
 
 
 # Cutting and joining. A whole tensor is one value that all ranks hold: each op is the other's gradient.
@@ -228,7 +226,7 @@ def _undispatch_op(
     x: torch.Tensor, like: torch.Tensor, table: torch.Tensor, split: str, group: str, dim: int
 ) -> torch.Tensor:
     sharding = sharding_of(table, split, group)
-    sharding.world.settle()
+    sharding.agree_on_rows(int(table[0]))
     everything = sharding.world.gather_rows(x.movedim(dim, 0).contiguous(), sharding.counts)
     whole = everything.index_select(0, sharding.places(x.device))
     return whole.movedim(0, dim).contiguous()
@@ -236,7 +234,7 @@ def _undispatch_op(
 
 def _save_move(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     x, _, table, ctx.split, ctx.group, ctx.dim = inputs
-    ctx.save_for_backward(table, _counted(x, ctx.dim))
+    ctx.save_for_backward(for_backward(table), _counted(x, ctx.dim))
 
 
 def _counted(x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -244,18 +242,11 @@ def _counted(x: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.empty(1, dtype=torch.int8, device="cpu").expand(x.shape[dim])
 
 
-def _undo(op: Any, ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _undo(op: Callable[..., torch.Tensor], ctx: Any, grad: torch.Tensor) -> Gradients:
     table, like = ctx.saved_tensors
     return op(grad, like, table, ctx.split, ctx.group, ctx.dim), *(None,) * 5
 
 
-def _undo_dispatch(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _undo(torch.ops.hetu.undispatch, ctx, grad)
-
-
-def _undo_undispatch(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return _undo(torch.ops.hetu.dispatch, ctx, grad)
-
-
-torch.library.register_autograd("hetu::dispatch", _undo_dispatch, setup_context=_save_move, lib=_library)
-torch.library.register_autograd("hetu::undispatch", _undo_undispatch, setup_context=_save_move, lib=_library)
+for _name, _undoing in (("dispatch", torch.ops.hetu.undispatch), ("undispatch", torch.ops.hetu.dispatch)):
+    register_derivative(_library, _name, _save_move, partial(_undo, _undoing), f"cp.{_name}")
+    torch.library.register_vmap(f"hetu::{_name}", one_by_one(getattr(torch.ops.hetu, _name)), lib=_library)

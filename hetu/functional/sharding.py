@@ -7,8 +7,9 @@ plan even if nobody else has kept it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,14 +36,14 @@ class PlannedCall:
         plan: What they do.
         options: What of the call's arguments its computation depends on.
         backward_options: The same for the gradient, perhaps with another kernel family.
-        number: How many calls the group had agreed on before.
+        facts: What all ranks must say of the call, by the names that an error gives them.
     """
 
     world: AnyWorld
     plan: AttnPlan
     options: Options
     backward_options: Options
-    number: int = 0
+    facts: dict[str, Any]
 
 
 class Sharding:
@@ -52,17 +53,18 @@ class Sharding:
         layout: Which token of which document lies on which member.
         rank: This process's number among them.
         rows: Its rows.
-        digest: Of the layout, to be compared.
+        facts: What all ranks must say of it, by the names that an error gives them.
         counts: The rows of each member.
         tokens: Rows of all of them.
     """
 
     def __init__(self, layout: Layout, group_name: str, rank: int) -> None:
         self.layout, self.rank, self._group = layout, rank, group_name
-        self.digest = layout.digest()
         self.rows, self.tokens = layout.rows(rank), layout.groups[0].tokens
         self.counts = [layout.rows(r) for r in range(layout.num_pipelines)]
+        self.facts = {"tokens": self.tokens, "the rows of all ranks": self.counts, "the layout": layout.digest()}
         self._calls: dict[Any, PlannedCall] = {}
+        self._agreed: dict[PlannedCall | None, int] = {}
         self._on_device: dict[Any, torch.Tensor] = {}
 
     @property
@@ -100,12 +102,11 @@ class Sharding:
             *(method, is_causal, dropout_p, softmax_scale, settings().backend, settings().verify_plans),
         )
         found, world = self._calls.get(key), self.world
-        world.settle()
         if found is None or found.world is not world:
             with world.hanging_up():
                 check()
-                made = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale)
-            found = self._calls[key] = self._agree(made, q)
+                found = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale)
+            self._calls[key] = found
         return found
 
     def _plan(
@@ -125,28 +126,44 @@ class Sharding:
         families = [choose(backend, signature._replace(is_backward=side)).family.name for side in (False, True)]
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         options = [Options(name, num_q, num_kv, head_dim, dropout_p, scale, False) for name in families]
-        return PlannedCall(world, plan, options[0], options[1])
-
-    def _agree(self, call: PlannedCall, q: torch.Tensor) -> PlannedCall:
-        """Demands that all members are about to do the same."""
-        world, plan, options = call.world, call.plan, call.options
-        if not isinstance(world, GroupWorld):
-            return call
         facts = {
-            "the layout": self.digest,
+            **self.facts,
             "method": plan.method,
             "the mask": str(plan.mask),
-            "the heads of q": plan.heads.num_q,
-            "the heads of k and v": plan.heads.num_kv,
-            "head_dim": plan.heads.head_dim,
+            "the heads of q": num_q,
+            "the heads of k and v": num_kv,
+            "head_dim": head_dim,
             "the dtype": str(q.dtype),
             "the kind of device": q.device.type,
-            "dropout_p": options.p_dropout,
-            "softmax_scale": options.softmax_scale,
+            "dropout_p": dropout_p,
+            "softmax_scale": scale,
         }
-        number = world.agree(facts, "parallel_attn")
-        world.open_links(self.layout.num_pipelines, [plan, plan.backward()])
-        return replace(call, number=number)
+        return PlannedCall(world, plan, options[0], options[1], facts)
+
+    def agree(self, serial: int, call: PlannedCall, seeds: Sequence[int]) -> None:
+        """Demands that all ranks are about to do the same, once for each ContextParallel and kind of call.
+
+        Nothing else would tell: a rank that has seen the call before would send its rows, and NCCL would put them
+        wherever another expects others.
+
+        Args:
+            serial: The number of the ContextParallel.
+            call: What it is asked for.
+            seeds: Of the dropout.
+        """
+        world, known = call.world, self._agreed.get(call, 0)
+        if isinstance(world, GroupWorld) and serial > known:
+            world.agree({**call.facts, "the seed of dropout": list(seeds)}, "parallel_attn")
+            if not known:
+                world.open_links(self.layout.num_pipelines, [call.plan, call.plan.backward()])
+            self._agreed[call] = serial
+
+    def agree_on_rows(self, serial: int) -> None:
+        """The same, before whole rows are gathered."""
+        world, known = self.world, self._agreed.get(None, 0)
+        if isinstance(world, GroupWorld) and serial > known:
+            world.agree(self.facts, "cp.undispatch")
+            self._agreed[None] = serial
 
     def plan(self, method: str, heads: Heads, mask: Mask) -> AttnPlan:
         """The plan for given heads and mask; proven if ``hetu.config(verify_plans=True)`` says so."""
@@ -203,19 +220,22 @@ _plans: LRU[AttnPlan] = LRU(512)
 _shardings: LRU[Sharding] = LRU(64)
 
 
-# The table: rows of each member, and the cumulative lengths. Its first number says how many members there are, its
-# second whether lengths are given by pieces.
+# The table: a serial number, rows of each member, and the cumulative lengths. Its second number says how many members
+# there are, its third whether lengths are given by pieces. The serial number tells the ContextParallels of a process
+# apart, and is no part of what they share.
+
+_serials = itertools.count(1)
 
 
 def table_of(tokens: Sequence[int], cu_seqlens: IntArray) -> torch.Tensor:
-    """The table of a split of documents."""
-    head = [len(tokens), cu_seqlens.ndim, *tokens]
+    """The table of a new ContextParallel."""
+    head = [next(_serials), len(tokens), cu_seqlens.ndim, *tokens]
     return torch.from_numpy(np.concatenate([np.array(head, np.int64), cu_seqlens.reshape(-1)]))
 
 
 def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
     """What a table stands for; seen tables are not read again."""
-    values, rank = table.numpy(), world_named(group_name).rank
+    values, rank = table.numpy()[1:], world_named(group_name).rank
     key = values.tobytes(), split, group_name, rank
     return _shardings.get(key, lambda: _read(values, split, group_name, rank))
 

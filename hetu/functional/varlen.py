@@ -10,19 +10,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from hetu.arguments import flag, integer, real, shown
 from hetu.backends.torch_private import (
     apply_of,
-    dispatch_modes,
-    functorch_level,
     is_any_autocast_enabled,
-    tracing_state,
+    is_legacy_batched,
     version_of,
 )
 from hetu.errors import DTypeError
 from hetu.functional import attention
+from hetu.functional import ops as _ops  # noqa: F401 # it registers torch.ops.hetu.attn_varlen
+from hetu.functional.checks import check, check_storage, refuse
+from hetu.functional.derivatives import for_backward
+from hetu.functional.dispatch import as_autocast, is_plain, rng_state_of
 
 __all__ = ["attn_varlen"]
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-_SEEDS = 2**63 - 1
 _OP = "attn_varlen"
 
 
@@ -52,7 +52,8 @@ def attn_varlen(
     CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
 
     Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths recompile nothing, and under
-    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once.
+    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once,
+    by reverse mode; under ``torch.vmap`` a batch is computed sample by sample.
 
     Args:
         q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
@@ -80,7 +81,7 @@ def attn_varlen(
         ShapeError: If ranks, head counts or numbers of rows don't fit.
         DTypeError: If an element type is not one of the above, or an argument is no tensor.
         BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
-        HetuError: If devices differ, or an option is out of its range.
+        HetuError: If devices differ, an option is out of its range, a tensor is nested or sparse, or has a tangent.
 
     Example:
         >>> import torch, hetu
@@ -130,11 +131,18 @@ def attn_varlen(
         softmax_scale,
     )
     if is_compiling or q.is_meta or not is_plain(q, k, v):
+        if not is_compiling:
+            check_storage(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
         out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
-    else:
-        out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+        return (out, lse) if return_lse else out
+    try:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
+        else:
+            out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+    except (RuntimeError, TypeError):  # torch's, of tensors that have no strides or no values: what is checked says it
+        check(q, k, v, *call[:3], dropout_p, softmax_scale)
+        raise
     return (out, lse) if return_lse else out
 
 
@@ -144,7 +152,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Any, k: Any, v: Any, planned: attention.Attention, call: tuple[Any, ...]) -> Any:
         out, lse = attention.forward(planned, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, *call[:3])
+        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2])
         ctx.planned, ctx.options = planned, call[3:]
         ctx.set_materialize_grads(False)
         return out, lse
@@ -152,7 +160,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if is_plain(dout, dlse) and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        if (
+            not torch.compiler.is_compiling()  # asked first: compiled autograd can't follow the others
+            and not torch.is_grad_enabled()
+            and is_plain(dout, dlse)
+            and not any(is_legacy_batched(x) for x in (dout, dlse) if x is not None)
+        ):
             results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
         else:  # the op knows what to do, also if these gradients are to be differentiated
             results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)
@@ -162,37 +175,13 @@ class _Attention(torch.autograd.Function):
 _apply_attention = apply_of(_Attention)
 
 
-def is_plain(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing watches or transforms what is done to the tensors, of which the first one has data.
-
-    Then the op may be computed without torch's dispatcher. What needs it: fake and other subclasses, dispatch modes
-    (such as FLOP counters), ``torch.func``, ``torch.jit.trace``.
-    """
-    for x in tensors:
-        if x is not None and type(x) not in _PLAIN:
-            return False
-    return dispatch_modes() == 0 and functorch_level() is None and tracing_state() is None
-
-
 def _refuse_types(**given: Any) -> NoReturn:
     name, value = next((name, value) for name, value in given.items() if not isinstance(value, torch.Tensor))
-    attention.refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}")
+    refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}")
 
 
 def _bound(name: str, given: Any) -> int | None:
     return None if given is None else integer(given, name, op=_OP, error=DTypeError, fix=f"leave {name} out")
-
-
-def as_autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What autocast makes of an input of an op that runs in low precision."""
-    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def rng_state_of(seed: int | None) -> torch.Tensor:
-    """Seed and offset of a call's dropout."""
-    if seed is None:
-        return torch.randint(_SEEDS, (2,), dtype=torch.int64, device="cpu")
-    return torch.tensor([seed & _SEEDS, 0], dtype=torch.int64, device="cpu")
 
 
 _host_copies = WeakTensorKeyDictionary()
@@ -213,5 +202,6 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
     version = (counted, cu_seqlens.data_ptr())
     kept = _host_copies.get(cu_seqlens)
     if kept is None or kept[0] != version:
-        kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
+        with torch.inference_mode(False):  # what is kept may be trained with later
+            kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
     return kept[1]

@@ -1,1 +1,1 @@
-"""hetu's attention inside other libraries. Each module is imported by its name, for each needs its library."""
+"""Adapters to other libraries, one module per library; nothing else of hetu imports them."""

@@ -89,6 +89,11 @@ class AttnPlan(PlanData):
             PlanError: Saying which pair, which transfer, which buffer or which gradient is wrong.
         """
         verify(self, None if max_bytes is None else integer(max_bytes, "max_bytes", least=0, op="plan"))
+        if self.method not in METHODS:
+            names = ", ".join(METHODS)
+            raise PlanError(
+                f"there is no method {self.method!r}", op="plan", fix=f"name the one it was built by: {names}"
+            )
 
     def cost(self, hardware: Hardware) -> Cost:
         """FLOPs, bytes per link, peak memory and predicted time on given hardware."""

@@ -27,6 +27,9 @@ Derived = TypeVar("Derived")
 GIVEN = "int_symbol_dict"
 """The source of what a run is told."""
 
+DEFAULT = ".data"
+"""The source of what is a symbol's default value; it may be followed by the pipeline that it came from."""
+
 
 @dataclass(slots=True)
 class BoundPipeline:
@@ -242,7 +245,7 @@ class Binder:
         for leaf in self._defaults:
             for pipeline in run.pipelines:
                 if leaf not in pipeline.values and leaf.default is not None:
-                    pipeline.values[leaf], pipeline.sources[leaf], news = leaf.default, ".data", True
+                    pipeline.values[leaf], pipeline.sources[leaf], news = leaf.default, DEFAULT, True
         return news
 
     def _check_complete(self, pipeline: BoundPipeline) -> None:

@@ -37,12 +37,14 @@ class FeedSet:
         arrays: For each pipeline, each placeholder's array.
         shapes: For each pipeline the shapes, in the order of ``tensors``.
         host_bytes: The contents of the arrays that planning reads: with the shapes, all that a plan depends on.
+        unseen: The names of placeholders and constants that lie on a device, and whose values have to be indices.
     """
 
     tensors: tuple[Tensor, ...]
     arrays: tuple[dict[Tensor, Any], ...]
     shapes: tuple[tuple[tuple[int, ...], ...], ...]
     host_bytes: tuple[bytes, ...]
+    unseen: frozenset[str] = frozenset()
 
     @property
     def num_pipelines(self) -> int:

@@ -15,6 +15,9 @@ from hetu.graph.passes import source_of_values
 from hetu.planning.arrays import host_array, is_on_host
 from hetu.symbols import IntSymbol
 
+NONE_UNSEEN: frozenset[str] = frozenset()
+"""Most runs see all indices, and are not to make a set for that."""
+
 
 @dataclass(frozen=True, slots=True)
 class IndexCheck:
@@ -64,7 +67,8 @@ def refuse_outside(
     Raises:
         BindingError: If one is out of range; names the first.
     """
-    if not values.size or (values.min() >= 0 and values.max() < size):
+    # numpy takes three times as long for min and max, and every run comes here
+    if not values.size or (values.item(values.argmin()) >= 0 and values.item(values.argmax()) < size):
         return
     outside = (values < 0) | (values >= size)
     if ignored is not None:
@@ -107,25 +111,33 @@ def check_indices(
     arrays: Mapping[int, Mapping[Tensor, Any]],
     size_of: Callable[[int, int | IntSymbol], int | None],
     describe: Callable[[int, int | IntSymbol], Sequence[str]] = lambda *_: (),
-) -> None:
-    """Checks those indices that lie on the host; what lies on a device is not waited for.
+    waits: bool = False,
+) -> frozenset[str]:
+    """Checks those indices that lie on the host; what lies on a device is waited for only if that is wanted.
 
     Args:
         checks: What to check.
         arrays: Each pipeline's arrays, as far as they are known here.
         size_of: Gives the value of a size on a pipeline, None if it is not known yet.
         describe: Gives lines that say what a size on a pipeline comes from.
+        waits: Whether to wait for devices.
+
+    Returns:
+        The names of those placeholders and constants that lie on a device and were not waited for.
 
     Raises:
         BindingError: If one is out of its range; names the node's line and the number.
     """
-    seen = set()
+    seen, unseen = set(), None
     for check in checks:
         is_constant = check.source.op.role is Role.CONSTANT
         for pipeline, own in arrays.items():
             values = check.source.op.attrs["value"] if is_constant else own.get(check.source)
             size = size_of(pipeline, check.size)
-            if values is None or size is None or not is_on_host(values) or (id(values), size, check.ignored) in seen:
+            if values is None or size is None or (id(values), size, check.ignored) in seen:
+                continue
+            if not waits and not is_on_host(values):
+                unseen = {check.source.name} if unseen is None else {*unseen, check.source.name}
                 continue
             if check.extent is not None and check.extent[0] >= 0 and check.extent[1] < size:
                 continue
@@ -134,3 +146,4 @@ def check_indices(
             of += f" on pipeline {pipeline}," if len(arrays) > 1 and not is_constant else ","
             bound = describe(pipeline, check.size)
             refuse_outside(host_array(values), size, check.ignored, check.name, check.op, check.where, of, bound)
+    return NONE_UNSEEN if unseen is None else frozenset(unseen)

@@ -196,14 +196,28 @@ class Planner:
         key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes)
         prepared = self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds))
         if subgraph.index_checks:
-            bindings = prepared.bindings
-            check_indices(
-                subgraph.index_checks,
-                dict(enumerate(feeds.arrays)),
-                lambda pipeline, size: bindings[pipeline].evaluate(size),
-                lambda pipeline, size: bindings[pipeline].describe(size),
-            )
+            self.check_indices(prepared, feeds)
         return prepared, feeds
+
+    def check_indices(self, prepared: Prepared, feeds: FeedSet, waits: bool = False) -> None:
+        """Checks the indices among feeds and constants, and notes in the feeds which of them lie on a device.
+
+        Args:
+            prepared: The run.
+            feeds: Its feeds.
+            waits: Whether to wait for those that lie on a device.
+
+        Raises:
+            BindingError: If one is out of its range.
+        """
+        bindings = prepared.bindings
+        feeds.unseen = check_indices(
+            prepared.subgraph.index_checks,
+            dict(enumerate(feeds.arrays)),
+            lambda pipeline, size: bindings[pipeline].evaluate(size),
+            lambda pipeline, size: bindings[pipeline].describe(size),
+            waits,
+        )
 
     def _bind_and_plan(
         self, subgraph: Subgraph, binder: Binder, symbols: Mapping[IntSymbol, int], feeds: FeedSet

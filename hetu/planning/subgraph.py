@@ -34,6 +34,7 @@ class Subgraph:
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
             draws the same numbers whatever else is fetched.
         index_checks: What is known of the values of feeds and constants by which ops look something up.
+        looks_up: True if an op looks something up by values, whoever knows them.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
         draws: How many random nodes the whole graph has: a run advances the generator by so much.
         constraints: Relations that must hold in every run.
@@ -54,6 +55,7 @@ class Subgraph:
     draws: int
     constraints: tuple[Constraint, ...]
     index_checks: tuple[IndexCheck, ...]
+    looks_up: bool
     binders: dict[BinderKey, Binder] = field(default_factory=dict, init=False, repr=False)
     fed: dict[tuple[Tensor, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
     pipelines: dict[int, Pipelines] = field(default_factory=dict, init=False, repr=False)
@@ -84,6 +86,7 @@ class Subgraph:
             step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
             index_checks=index_checks(kept),
+            looks_up=any(node.definition.index_ranges(node) for node in kept),
             constraints=(*graph.constraints, *(item for node in live for item in node.constraints)),
         )
 

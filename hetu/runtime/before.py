@@ -66,6 +66,21 @@ class Before:
                 for tensor, old_value in zip(group, joined.split([t.numel() for t in group]), strict=True):
                     tensor.copy_(old_value.view(tensor.shape))
 
+    def keep_where(self, flag: torch.Tensor) -> None:
+        """Puts the old values of tensors on the flag's device back, there and without waiting, if it is set.
+
+        Of these tensors :meth:`restore` does nothing any more, and their copies are let go of.
+        """
+        left = []
+        with torch.no_grad():
+            for group, joined in self._values:
+                if joined.device != flag.device:
+                    left.append((group, joined))
+                    continue
+                for tensor, old_value in zip(group, joined.split([t.numel() for t in group]), strict=True):
+                    tensor.copy_(torch.where(flag, old_value.view(tensor.shape), tensor))
+        self._values = left
+
     def _follow(self, left: list[Any], to_objects: bool = True) -> None:
         """Notes what is found on the way; a loop over a list, for every update comes here with hundreds of tensors."""
         seen, tensors, dicts = self._seen, self._tensors, self._dicts

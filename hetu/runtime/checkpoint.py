@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,25 @@ FORMAT = 1
 
 def state_dict(state: GraphState, copy: bool = True) -> dict[str, Any]:
     """See :meth:`hetu.Graph.state_dict`; without ``copy`` its tensors are the graph's own."""
+    with state.lock:
+        seed, offset = rng.get_state()
+        parts = parts_of(state, state.parameters.nodes, list(dict.fromkeys([*state.waiting, *state.optimizers])))
+        state.settle()  # it made all parameters, and what was told of them must stay true
+        if not state.waiting:
+            del parts["waiting_losses"]
+        found = {"format": FORMAT, **parts, "rng": {"seed": seed, "offset": offset}}
+        return copied(found, with_tensors=copy)
+
+
+def parts_of(state: GraphState, nodes: Sequence[Node], updates: Sequence[Node]) -> dict[str, Any]:
+    """What a state has of some parameters and of some updates, with its own tensors.
+
+    Args:
+        state: The state. Parameters that were never needed before are made.
+        nodes: The parameters.
+        updates: Nodes that ``minimize`` made.
+    """
+    store = state.parameters
 
     def of_optimizer(bound: BoundOptimizer) -> dict[str, Any]:
         return {
@@ -36,20 +55,14 @@ def state_dict(state: GraphState, copy: bool = True) -> dict[str, Any]:
         nodes = state.parameters_of(update)
         return {node.name: store.gather(node, {box: grads[node, box] for box in store.boxes(node)}) for node in nodes}
 
-    with state.lock:
-        store = state.parameters
-        seed, offset = rng.get_state()
-        found = {
-            "format": FORMAT,
-            "parameters": {node.name: store.whole(node) for node in store.nodes},
-            "gradients": {update.name: of_gradients(update, one.grads) for update, one in state.waiting.items()},
-            "optimizers": {update.name: of_optimizer(bound) for update, bound in state.optimizers.items()},
-            "rng": {"seed": seed, "offset": offset},
-        }
-        state.settle()  # it made all parameters, and what was told of them must stay true
-        if state.waiting:
-            found["waiting_losses"] = {update.name: one.loss for update, one in state.waiting.items()}
-        return copied(found, with_tensors=copy)
+    waiting = {update: state.waiting[update] for update in updates if update in state.waiting}
+    optimizers = {update: state.optimizers[update] for update in updates if update in state.optimizers}
+    return {
+        "parameters": {node.name: store.whole(node) for node in nodes},
+        "gradients": {update.name: of_gradients(update, one.grads) for update, one in waiting.items()},
+        "waiting_losses": {update.name: one.loss for update, one in waiting.items()},
+        "optimizers": {update.name: of_optimizer(bound) for update, bound in optimizers.items()},
+    }
 
 
 def load_state_dict(state: GraphState, given: Mapping[str, Any]) -> None:

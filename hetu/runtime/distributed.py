@@ -1,38 +1,40 @@
-"""Several processes: joining those that torchrun started, and leaving them."""
+"""Several processes: joining the others, and leaving them."""
 
 from __future__ import annotations
 
+import atexit
 import os
-import socket
-import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu import rng
+from hetu.arguments import choice, is_dense, real, refuse
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.backends.comm.notes import Verdict
 from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
-from hetu.errors import CommunicationError, HetuError, caller
+from hetu.backends.torch_private import count_process_groups
+from hetu.errors import CommunicationError, caller
+from hetu.runtime.ranks.joining import Others
 from hetu.shards import Shards
 
 BACKENDS = ("gloo", "nccl")
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun puts into the environment, among others."""
 
-NCCL_ENVIRONMENT = {
-    # Read when CUDA starts: messages of all peers at a time must be able to be under way.
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    # Our own watch stops messages that nobody answers. torch's would end the process, or go on with what was in memory.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
-}
-"""Set where the user set nothing."""
+SHORTEST, LONGEST = 0.1, 300_000_000
+"""Bounds of a timeout, in seconds: below there is no time to answer, and ten years are within what torch can count."""
+
+_attempts = count(1)
+"""Numbers the attempts to join, so that what was written into the store in one is not read in the next."""
+
+_made: list[Any] = []
+"""Torch's world, if it was made here."""
 
 
 def init_distributed(backend: str | None = None, timeout: float = 300.0) -> World:
@@ -63,48 +65,72 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
         >>> world.rank, world.size
         (0, 1)
     """
+    timeout = real(
+        timeout,
+        "timeout",
+        f"a number of seconds from {SHORTEST:g} to {LONGEST:,}",
+        lambda seconds: SHORTEST <= seconds <= LONGEST,
+        op="init_distributed",
+    )
+    if backend is not None:
+        choice(backend, "backend", BACKENDS, op="init_distributed")
     if current_world().is_distributed:
         return current_world()
-    given = [name for name in LAUNCHED if name in os.environ]
-    if not given or os.environ.get("WORLD_SIZE") == "1":
+    others = Others.find()
+    if others is None:
         return current_world()
-    if len(given) < len(LAUNCHED):
-        missing = ", ".join(name for name in LAUNCHED if name not in given)
-        _refuse(f"the environment has {', '.join(given)}, but not {missing}", "start the script with torchrun")
-    if not timeout > 0:
-        _refuse(f"timeout is {timeout!r}", "give a positive number of seconds")
-    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
-    if chosen not in BACKENDS:
-        _refuse(f"there is no backend {chosen!r}", f"use one of {', '.join(BACKENDS)}")
-    device = _own_device(chosen)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _connect(rank, timeout)
-    control = Control(PrefixStore("hetu", store), rank, size, timeout)
-    control.meet("init_distributed")
-    if not dist.is_initialized():
-        dist.init_process_group(
-            chosen,
-            store=PrefixStore("torch", store),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=timeout),
-        )
-    world = DistributedWorld(control, device, chosen)
-    seed, offset = rng.get_state()
-    said = control.exchange(f"{seed} {offset}".encode(), "init_distributed")
-    rng.set_state(*map(int, said[0].split()))  # what nobody fixed is that of rank 0
+    chosen = backend or others.backend()
+    device = others.device(chosen)
+    store: Any = PrefixStore(f"hetu {next(_attempts)}", others.store(timeout))
+    # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
+    control = Control(store.clone(), others.rank, others.size, timeout, others.holder)
+    met = control.meet("init_distributed", {"backend": chosen, "generator": rng.get_state()})
+    _compare(control, "backend", met)
+    try:
+        if not others.is_torchs:
+            options: dict[str, Any] = {"rank": others.rank, "world_size": others.size}
+            wait = timedelta(seconds=timeout)
+            dist.init_process_group(chosen, store=PrefixStore("torch", store), timeout=wait, **options)
+            _made[:] = [dist.group.WORLD]
+        world = DistributedWorld(control, device, chosen)
+    except (RuntimeError, ValueError) as error:
+        control.lost("connecting to the other ranks", error)
+    rng.set_state(*met[0]["generator"])  # what nobody fixed is that of rank 0
     set_world(world)
+    atexit.register(_leave_at_exit, world, os.getpid())
     return world
 
 
+def _compare(control: Control, name: str, met: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses what must be the same on all ranks and isn't."""
+    if any(said[name] != met[0][name] for said in met):
+        what = f"the {name} must be the same on all ranks, but the ranks differ"
+        sides = tuple(f"rank {rank}: {said[name]}" for rank, said in enumerate(met))
+        control.end(Verdict(what, sides))
+        fix = f"give init_distributed the same {name} on all ranks"
+        raise CommunicationError(what, op="init_distributed", where=caller(), bound=sides, fix=fix)
+
+
+def _leave_at_exit(world: DistributedWorld, process: int) -> None:
+    """The others shall not take the end of this script for the death of its process."""
+    if os.getpid() == process:  # and not a fork of it
+        world.leave()
+
+
 def shutdown_distributed() -> None:
-    """Leaves the other processes: later runs take place in this one alone."""
+    """Leaves the other processes: later runs take place in this one alone.
+
+    Process groups that hetu didn't make are left alone. So is torch's world if it was there before hetu, or if other
+    process groups have been made in it since.
+    """
     world = current_world()
     set_world(LocalWorld())
     if isinstance(world, DistributedWorld):
         world.finish()
+        world.leave()
         world.close()
-        if dist.is_initialized():
+        atexit.unregister(_leave_at_exit)
+        if _made and _made.pop() is dist.group.WORLD and count_process_groups() == 1:
             dist.destroy_process_group()
 
 
@@ -119,7 +145,8 @@ def gather_shards(value: Any) -> Shards:
         One tensor per pipeline, in order. In one process that is what was fetched.
 
     Raises:
-        CommunicationError: If a rank doesn't come.
+        HetuError: If it is something else, on this rank; on the others a CommunicationError.
+        CommunicationError: If a rank doesn't come, or the ranks give values of different things.
 
     Example:
         >>> import hetu, torch
@@ -127,63 +154,20 @@ def gather_shards(value: Any) -> Shards:
         1
     """
     world = current_world()
+    read = partial(_values_of, value)
+    return Shards(world.gather_values(read) if isinstance(world, DistributedWorld) else read())
+
+
+def _values_of(value: Any) -> list[torch.Tensor]:
+    """The tensors of the pipelines that run here."""
     own = list(value) if isinstance(value, Shards) else [] if value is None else [value]
-    return Shards(world.gather_values(own) if isinstance(world, DistributedWorld) else own)
-
-
-def _own_device(backend: str) -> torch.device:
-    """The CPU for gloo; for NCCL the GPU of this process's number on its host, which becomes torch's current one.
-
-    NCCL lets several processes share a GPU, from version 2.30 on and if the environment asks for it. They take turns.
-    """
-    if backend == "gloo":
-        return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK", os.environ["RANK"])), torch.cuda.device_count()
-    if local >= count and not (count and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"):
-        _refuse(
-            f"this is process {local} of its host, which has {count} GPUs",
-            "start one process a GPU, or pass backend='gloo'",
-        )
-    if os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
-        _refuse(
-            "CUDA_DEVICE_MAX_CONNECTIONS is 1, with which messages to several peers wait for each other for ever",
-            "unset it, or set it to 32",
-        )
-    for name, value in NCCL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    torch.cuda.set_device(local % count)
-    return torch.device("cuda", local % count)
-
-
-def _connect(rank: int, timeout: float) -> Any:
-    """The store of torchrun's agent, or that of rank 0; doesn't wait for the others."""
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    is_master = rank == 0 and not has_agent
-    try:
-        if not is_master:
-            _wait_for_port(address, port, timeout)
-        wait = timedelta(seconds=timeout)
-        store = TCPStore(address, port, is_master=is_master, wait_for_workers=False, timeout=wait)
-    except (RuntimeError, OSError) as error:
-        what = f"the store at {address}:{port} can't be reached within {timeout:g} s"
-        fix = "see that rank 0 has started, and that its address can be reached from here"
-        raise CommunicationError(what, op="init_distributed", where=caller(), bound=[str(error)], fix=fix) from error
-    return PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
-def _wait_for_port(address: str, port: int, timeout: float) -> None:
-    """Waits until somebody listens there; torch's own attempts may take twice the time they are given."""
-    until = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((address, port), max(until - time.monotonic(), 0.01)).close()
-            return
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-
-
-def _refuse(what: str, fix: str) -> Any:
-    raise HetuError(what, op="init_distributed", where=caller(), fix=fix)
+    for item in own:
+        if not isinstance(item, torch.Tensor) or not is_dense(item) or item.is_complex():
+            refuse(
+                item,
+                "value",
+                "what a run gave of one tensor: a tensor, hetu.Shards of them, or None",
+                op="gather_shards",
+                fix="fetch it by g.run(...); of several tensors, or several micro-batches, gather each by itself",
+            )
+    return own

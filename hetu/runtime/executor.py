@@ -14,6 +14,7 @@ from hetu import rng
 from hetu.backends.comm import World, current_world
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.lower.lowering import Executable
+from hetu.backends.torch.index_flags import IndexFlags, is_deferred
 from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
@@ -23,14 +24,16 @@ from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
-from hetu.runtime.agreement import Agreement
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
 from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.modes import in_own_modes
+from hetu.runtime.ranks.agreed_state import AgreedState
+from hetu.runtime.ranks.agreement import Agreement
 from hetu.runtime.request import RunOpener, RunRequest, device_of
 from hetu.runtime.state import GraphState
 from hetu.runtime.step import Step
+from hetu.runtime.unseen import UnseenRun
 from hetu.symbols import IntSymbol
 
 _ANY_KERNELS = nullcontext()
@@ -53,6 +56,7 @@ class ReadyRun:
         step: What takes its losses and gradients.
         prepared: Each micro-batch's plans and feeds.
         launchers: What computes each micro-batch here; None where no pipeline of it runs here.
+        flags: Note indices out of range; None if nothing looks anything up, or the host sees all indices.
     """
 
     request: RunRequest
@@ -60,6 +64,7 @@ class ReadyRun:
     step: Step
     prepared: Sequence[tuple[Prepared, FeedSet]]
     launchers: Sequence[ModuleLauncher | None]
+    flags: IndexFlags | None
 
 
 class Executor:
@@ -79,6 +84,7 @@ class Executor:
         self.state = GraphState(graph, lambda: device_of(graph))
         self._opener = RunOpener(graph, planner)
         self._executables = Executables()
+        self._agreed: AgreedState | None = None
 
     def stats(self) -> dict[str, CacheStats]:
         """Counters of the caches: ``executables`` by structure, ``plans`` and ``bindings`` by lengths."""
@@ -117,37 +123,63 @@ class Executor:
             if isinstance(world, DistributedWorld):
                 with world.lock:
                     world.control.check()
-                    found = self._run_with_others(world, open_request)
+                    found = self._run_with_others(world, partial(self._after_a_look, open_request))
             else:
+                if self.state.unseen.runs:
+                    self.state.look()
                 request = open_request()
                 readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
                 with self.state.lock if request.fetches.changes_state else _NO_LOCK:
                     found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
         except BaseException:
             self.state.unsettle()
+            if self.state.unseen.runs and world.is_distributed:  # perhaps another rank has seen its own index
+                with self.state.lock:
+                    self.state.unseen.settle(waits=True)
             raise
         self.state.settle()
         return found
 
+    def _after_a_look(self, open_request: Callable[[], RunRequest]) -> RunRequest:
+        """A request, once earlier runs are settled as far as their devices have come: the others hear what raises."""
+        self.state.look()
+        return open_request()
+
     def _run_with_others(self, world: DistributedWorld, open_request: Callable[[], RunRequest]) -> Any:
         """The same run, where other ranks run other pipelines: agreed on before anything is sent."""
-        agreement = Agreement(world)
-        request, readers = agreement.hear(open_request)
-        with self.state.lock if request.fetches.changes_state else _NO_LOCK:
-            run = agreement.confirm(
-                lambda: self._prepare(world, request, readers), lambda run: [prepared for prepared, _ in run.prepared]
-            )
-            return self._compute(run, world.hanging_up())
+        if self._agreed is None or self._agreed.world is not world:
+            self._agreed = AgreedState(world, self.state)
+        agreement = Agreement(world, self._agreed)
+        try:
+            request, readers = agreement.hear(open_request)
+            with self.state.lock if request.fetches.changes_state else _NO_LOCK:
+                run = agreement.confirm(
+                    lambda: self._prepare(world, request, readers),
+                    lambda run: [prepared for prepared, _ in run.prepared],
+                )
+                return self._compute(run, world.hanging_up())
+        except Exception:  # the others know of it
+            raise
+        except BaseException as error:  # Ctrl-C, say, wherever it came
+            world.control.fail(error)
+            raise
 
     def _prepare(self, world: World, request: RunRequest, readers: Sequence[FeedReader]) -> ReadyRun:
-        """Binds, selects, plans and lowers every micro-batch."""
+        """Binds, selects, plans and lowers every micro-batch, and makes all that may fail when it is made."""
         subgraph, ready = request.subgraph, []
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
-            ready.append(self._planner.prepare_read(subgraph, read, symbols, request.strategy))
+            prepared, feeds = self._planner.prepare_read(subgraph, read, symbols, request.strategy)
+            if feeds.unseen and not is_deferred(request.device):  # they are copied to the host in any case
+                self._planner.check_indices(prepared, feeds, waits=True)
+            ready.append((prepared, feeds))
         launchers = [self._launcher(world, request, subgraph, prepared.num_pipelines) for prepared, _ in ready]
+        if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
+            for launcher in filter(None, launchers):
+                self.state.parameters.make(launcher.parameters)
         step = Step(request.fetches, self.state, world)
         step.prepare()
-        return ReadyRun(request, world, step, ready, launchers)
+        flags = IndexFlags() if subgraph.looks_up and is_deferred(request.device) else None
+        return ReadyRun(request, world, step, ready, launchers, flags)
 
     def _launcher(
         self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int
@@ -161,7 +193,7 @@ class Executor:
 
         Args:
             run: What is computed.
-            guard: Sees whatever raises, as it was raised.
+            guard: Sees what raises while messages are under way, as it was raised.
 
         Raises:
             HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
@@ -173,8 +205,10 @@ class Executor:
             if draws:
                 seed, first = rng.take(draws * count)
             random = [(seed, first + i * draws) for i in range(count)]
-            with guard, deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
-                return self._compute_with(run, random)
+            with deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
+                with guard:
+                    self._compute_with(run, random)
+                return run.step.finish()
         except BaseException as error:
             if not run.step.is_committed:
                 rng.give_back(seed, first, draws * count)
@@ -183,14 +217,26 @@ class Executor:
             what = f"the run failed, and changed nothing: {type(error).__name__}: {error}"
             raise HetuError(what, op="run", where=caller()) from error
 
-    def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> Any:
-        """The same, with the random numbers of each micro-batch: the seed, and the first offset."""
+    def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> None:
+        """Computes all that takes messages, with each micro-batch's random numbers: the seed, and the first offset."""
         subgraph, device, step = run.request.subgraph, run.request.device, run.step
         values = self._step_values(run, random) if subgraph.step_wide else {}
         for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
             flat = self._launch(run, prepared, feeds, launcher, draws, values)
             step.collect(flat, prepared.num_pipelines, device)
-        return step.finish(device)
+        step.gather_losses(device)
+        if run.flags is not None:
+            self._judge_later(run, run.flags, random[0])
+
+    def _judge_later(self, run: ReadyRun, flags: IndexFlags, first_draw: tuple[int, int]) -> None:
+        """Leaves it to the device to say whether the indices were in range, and to the next run to look."""
+        step, draws = run.step, run.request.subgraph.draws * len(run.prepared)
+        flag = flags.any(run.request.device)
+        if not step.fetched.changes_state:
+            self.state.unseen.add(UnseenRun(flags, flag, (*first_draw, draws)))
+            return
+        (flag,) = run.world.total([flag])
+        step.unseen = UnseenRun(flags, flag, (*first_draw, draws))
 
     def _step_values(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> StepValues:
         """The values that are summed over all pipelines and micro-batches before any of them is computed in full."""
@@ -221,12 +267,15 @@ class Executor:
         run.world.begin()
         if launcher is None:
             return [() for _ in prepared.subgraph.fetches]
+        if run.flags is not None:
+            run.flags.unseen = feeds.unseen
         device, store = run.request.device, self.state.parameters
-        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values)
+        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
 
     @in_own_modes
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`hetu.Graph.state_dict`."""
+        self.state.look(waits=True)
         return checkpoint.state_dict(self.state)
 
     @in_own_modes

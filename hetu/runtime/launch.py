@@ -13,6 +13,7 @@ from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import (
     Executable,
     FeedInput,
+    FlagsInput,
     Input,
     ParameterInput,
     PlanInput,
@@ -22,6 +23,7 @@ from hetu.backends.lower.lowering import (
     WorldInput,
 )
 from hetu.backends.memory import as_tensor
+from hetu.backends.torch.index_flags import IndexFlags
 from hetu.backends.torch_private import set_grad_enabled
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
@@ -38,10 +40,12 @@ class ModuleLauncher:
 
     Attributes:
         executable: The executable.
+        parameters: The parameters that it reads.
     """
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
+        self.parameters = [item.node for item in executable.inputs if isinstance(item, ParameterInput)]
         # Each with its position among all inputs.
         self._sizes: list[tuple[int, int, int]] = []
         self._plans: list[tuple[int, Node, int]] = []
@@ -70,6 +74,7 @@ class ModuleLauncher:
         device: torch.device,
         draws: tuple[int, int],
         step_values: StepValues,
+        flags: IndexFlags | None,
     ) -> list[tuple[torch.Tensor, ...]]:
         """Computes one micro-batch on the pipelines that run here.
 
@@ -81,6 +86,7 @@ class ModuleLauncher:
             device: Where it runs.
             draws: The seed, and the offset of the first random node of the graph.
             step_values: The values that are made of the whole step.
+            flags: Note indices that are out of range where the host can't see them.
 
         Returns:
             For each fetched tensor one value per pipeline that runs here.
@@ -100,11 +106,13 @@ class ModuleLauncher:
                     values[position] = store.value(node).to(device)
                 case StepInput(node):
                     values[position] = step_values[node]
+                case FlagsInput():
+                    values[position] = flags
                 case WorldInput():
                     values[position] = world
         is_recording = torch.is_grad_enabled()
-        set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
-        try:
+        try:  # a signal may come before the next line as well as after it
+            set_grad_enabled(False)  # what torch.no_grad does, at a tenth of its time
             flat = self.executable.module.forward(*values)
         finally:
             set_grad_enabled(is_recording)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from hetu.optim import Optimizer
 from hetu.runtime.before import Before
 from hetu.runtime.copies import copied
 from hetu.runtime.modes import on_cpu_by_default
-from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore
+from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore, new_number
 from hetu.runtime.placement import Box
 
 NamedState = Mapping[str, Mapping[str, Any]]
@@ -34,6 +34,7 @@ class BoundOptimizer:
         params: Their storages on this rank, by box, in the order of the groups.
         optimizer: That of torch, of the same storages in the same order.
         schedule: That of torch, or None.
+        number: See :func:`~hetu.runtime.parameters.new_number`.
     """
 
     spec: Optimizer
@@ -41,6 +42,7 @@ class BoundOptimizer:
     params: ByBox
     optimizer: torch.optim.Optimizer
     schedule: Any
+    number: int = field(default_factory=new_number)
 
     @classmethod
     def of(cls, update: Node, parameters: Sequence[Node], store: ParameterStore) -> BoundOptimizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,16 +29,30 @@ PlacementRule = Callable[[Sequence[int], int], Placements]
 """Places a parameter of a shape over so many ranks."""
 
 
+_counter = itertools.count(1)
+
+
+def new_number() -> int:
+    """A number that nothing else in this process has.
+
+    What is made by itself on each rank (a first value, a loaded state, an optimiser) gets one, so that it can be told
+    whether the ranks have compared it. It keeps it while steps change it: they change it alike on all ranks.
+    """
+    return next(_counter)
+
+
 @dataclass(slots=True)
 class _Stored:
     """A parameter that has a value.
 
     Attributes:
+        number: That of its first value; see :func:`new_number`.
         storages: The storage of each box that this rank holds at home: an allocation of its own.
         read: The box that computations on this rank read.
         value: The storage of that box; None if it is put together from several for every use.
     """
 
+    number: int
     storages: dict[Box, torch.Tensor]
     read: Box
     value: torch.Tensor | None
@@ -53,12 +68,14 @@ class ParameterStore:
 
     Attributes:
         fresh: Those whose first value was made, and may be forgotten if the run fails that asked for it.
+        version: Changes whenever a first value is made, set or forgotten, and never for a step.
     """
 
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
         self.graph, self.device, self.rule = graph, device, rule
         self._stored: dict[Node, _Stored] = {}
         self.fresh: list[Node] = []
+        self.version = new_number()
 
     @property
     def nodes(self) -> list[Node]:
@@ -69,11 +86,23 @@ class ParameterStore:
         """Forgets the first values that were made since they were last settled."""
         while self.fresh:
             self._stored.pop(self.fresh.pop(), None)
+            self.version = new_number()
+
+    def number(self, node: Node) -> int | None:
+        """The number of a parameter's first value; None if it was not made yet."""
+        stored = self._stored.get(node)
+        return None if stored is None else stored.number
 
     def value(self, node: Node) -> torch.Tensor:
         """What computations on this rank read of a parameter. It is made if it was never needed before."""
         stored = self._find(node)
         return stored.value if stored.value is not None else assemble(stored.read, stored.storages)
+
+    def make(self, nodes: Sequence[Node]) -> None:
+        """Makes the values that were never needed before, so that an initialiser that fails does so now."""
+        for node in nodes:
+            if node not in self._stored:
+                self._find(node)
 
     def storages(self, nodes: Sequence[Node]) -> ByBox:
         """The storages of parameters on this rank: what an optimiser updates."""
@@ -101,7 +130,8 @@ class ParameterStore:
         work, home = self.rule(node.attrs["shape"], world.size)
         storages = {box: cut(whole, box) for box in home.held_by(world.rank)}
         (read,) = work.held_by(world.rank)
-        stored = self._stored[node] = _Stored(storages, read, storages.get(read))
+        self.version = number = new_number()
+        stored = self._stored[node] = _Stored(number, storages, read, storages.get(read))
         return stored
 
     def cut(self, node: Node, whole: torch.Tensor) -> ByBox:

@@ -11,9 +11,11 @@ import torch
 from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.optim import parameters_of
+from hetu.runtime.before import Before
 from hetu.runtime.optimizers import BoundOptimizer
 from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule
 from hetu.runtime.placement import replicated
+from hetu.runtime.unseen import UnseenRun, UnseenRuns
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,8 @@ class GraphState:
         parameters: The store of parameters.
         waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
+        version: Changes whenever something is made, loaded or forgotten, and never for a step.
+        unseen: Runs of which a device has yet to say whether their indices were in range.
         lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
 
@@ -57,6 +61,7 @@ class GraphState:
         self.parameters = ParameterStore(graph, device, rule)
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
+        self.unseen = UnseenRuns()
         self.lock = threading.RLock()
         self._new_optimizers: list[Node] = []
         self._parameters_of: dict[Node, list[Node]] = {}
@@ -69,6 +74,50 @@ class GraphState:
         """Takes the place of another state of the graph."""
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
         self._new_optimizers = []
+        self.unseen.forget()
+
+    def look(self, waits: bool = False) -> None:
+        """Looks at what devices said of the indices of earlier runs.
+
+        Args:
+            waits: Whether to wait until they have said it.
+
+        Raises:
+            HetuError: If one was out of range: that run and those after it have changed nothing.
+        """
+        if not self.unseen.runs:
+            return
+        with self.lock:
+            found = self.unseen.settle(waits)
+        if found is not None:
+            flags, later = found
+            flags.refuse(f" of an earlier run{f' ({later} came after it)' if later else ''}")
+
+    def protect(self, run: UnseenRun, before: Sequence[Before]) -> None:
+        """Adds a run whose indices its device has yet to judge, before what it changed is committed.
+
+        Args:
+            run: The run.
+            before: What its updates have changed, as it was.
+
+        Raises:
+            HetuError: If an index is out of range. A run that makes parameters or optimisers is waited for.
+        """
+        if not self.is_settled and run.is_flagged():
+            run.flags.refuse()
+        run.protect(before, self.unseen.last)
+        waiting = self.waiting
+        run.undo_by(lambda: setattr(self, "waiting", waiting))
+        self.unseen.add(run)
+
+    @property
+    def is_settled(self) -> bool:
+        """True if the run at hand has made no parameter and no optimiser."""
+        return not self._new_optimizers and not self.parameters.fresh
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        return self.parameters.version, *[bound.number for bound in self.optimizers.values()]
 
     def settle(self) -> None:
         """Ends a run: what it made of parameters and optimisers stays."""

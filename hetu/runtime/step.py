@@ -15,6 +15,7 @@ from hetu.runtime.before import Before
 from hetu.runtime.parameters import ByBox
 from hetu.runtime.request import Fetches
 from hetu.runtime.state import GraphState, Waiting, add_gradients, as_sum, sole_owners
+from hetu.runtime.unseen import UnseenRun
 from hetu.shards import Shards
 
 
@@ -30,9 +31,11 @@ class Step:
         self.results: list[list[Any]] = []
         self.counts: list[int] = []
         self.losses: dict[Node, list[torch.Tensor]] = {node: [] for node in fetched.updates}
+        self.sums: dict[Node, torch.Tensor] = {}
         self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
         self._after: dict[Node, Waiting] | None = dict(state.waiting) if fetched.changes_state else None
         self._before: list[Before] = []
+        self.unseen: UnseenRun | None = None
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
@@ -66,32 +69,50 @@ class Step:
                 kept += own.values()
                 self.grads[node] = add_gradients(self.grads[node], own)
 
-    def finish(self, device: torch.device) -> Any:
+    def gather_losses(self, device: torch.device) -> None:
+        """Adds up the losses of all pipelines: the last that ranks send each other before each works by itself."""
+        for node, own in self.losses.items():
+            dtype = TORCH_DTYPES[node.tensors[0].dtype]
+            self.sums[node] = torch.stack(self.world.gather(own, self.counts, dtype, device)).sum()
+
+    def finish(self) -> Any:
         """Keeps or applies the gradients; gives what the run returns.
 
-        Whatever raises on the way, all that was applied is taken back, of all updates of the run: the state is that
-        of before until the one assignment that commits the step.
+        Whatever raises on the way, here or on another rank, all that was applied is taken back, of all updates of the
+        run: the state is that of before until the one assignment that commits the step.
         """
         if self.fetched.is_as_computed and len(self.results) == 1:
             (found,) = self.results
             return found[0] if self.fetched.is_single else found
+        if self._after is None:
+            return self._given()
         try:
-            values: dict[Tensor, Any] = {}
-            for node in self.fetched.updates:
-                dtype = TORCH_DTYPES[node.tensors[0].dtype]
-                loss = torch.stack(self.world.gather(self.losses[node], self.counts, dtype, device)).sum()
-                values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
-            for item, *column in zip(self.fetched.plain, *self.results, strict=True):
-                values[item] = column if len(column) > 1 else column[0]
-            given = self.fetched.give(values)
-            if self._after is not None:
-                self.state.commit(self._after)
+            try:
+                given = self._given()
+                if self.unseen is not None:
+                    self.state.protect(self.unseen, self._before)
+            except BaseException as error:
+                self.world.confirm(error)
+                raise
+            self.world.confirm(None)
+            self.state.commit(self._after)
         except BaseException:
             if not self.is_committed:  # a signal may come right after
+                if self.unseen is not None:
+                    self.state.unseen.discard(self.unseen)
                 for before in reversed(self._before):
                     before.restore()
             raise
         return given
+
+    def _given(self) -> Any:
+        """What the run returns, once its gradients are kept or applied."""
+        values: dict[Tensor, Any] = {}
+        for node, loss in self.sums.items():
+            values[node.outputs[0]], values[node.outputs[1]] = loss, self._apply(node, loss)
+        for item, *column in zip(self.fetched.plain, *self.results, strict=True):
+            values[item] = column if len(column) > 1 else column[0]
+        return self.fetched.give(values)
 
     @property
     def is_committed(self) -> bool:

@@ -15,7 +15,7 @@ from support.pool import Outcome, Pool, assert_lost, join
 from support.same import assert_own
 
 import hetu
-from hetu.runtime.distributed import NCCL_ENVIRONMENT, _own_device
+from hetu.runtime.ranks.joining import NCCL_ENVIRONMENT, Others
 
 World = Callable[..., Pool]
 TIMEOUT = 3.0
@@ -41,16 +41,16 @@ def refused(world: World, change: Change, tokens: int) -> list[list[str]]:
     [
         (faults.another_strategy, "the strategy", ["ranks 0, 1: 0", "rank 2: 1"]),
         (faults.a_strategy_to_be_chosen, "the strategy", ["ranks 0, 1: 0", "rank 2: 'auto'"]),
-        (faults.other_lengths, "int_symbol_dict", ["ranks 0, 1: [('s', '12')]", "rank 2: [('s', '11')]"]),
-        (faults.other_symbols_alone, "int_symbol_dict", ["ranks 0, 1: [('s', '12')]", "rank 2: [('s', '13')]"]),
-        (faults.other_dtype, "the graph", ["ranks 0, 1: '", "rank 2: '"]),
-        (faults.other_fetches, "what is fetched", ["rank 2: ('parallel_attn_0.softmax_lse',)"]),
-        (faults.more_fetches, "what is fetched", ["ranks 0, 1: ('parallel_attn_0.output',)"]),
+        (faults.other_lengths, "int_symbol_dict", ["ranks 0, 1: s = 12", "rank 2: s = 11"]),
+        (faults.other_symbols_alone, "int_symbol_dict", ["ranks 0, 1: s = 12", "rank 2: s = 13"]),
+        (faults.other_dtype, "the graph", ["ranks 0, 1: x: placeholder ", "rank 2: x: placeholder "]),
+        (faults.other_fetches, "what is fetched", ["rank 2: 'parallel_attn_0.softmax_lse'"]),
+        (faults.more_fetches, "what is fetched", ["ranks 0, 1: 'parallel_attn_0.output'"]),
         (faults.more_micro_batches, "the number of micro-batches", ["ranks 0, 1: 1", "rank 2: 2"]),
-        (faults.another_seed, "the generator's state", ["ranks 0, 1: (0, 0)", "rank 2: (99, 0)"]),
+        (faults.another_seed, "the generator's state", ["ranks 0, 1: 'seed 0, ", "rank 2: 'seed 99, "]),
         (faults.another_backend, "the backend", ["ranks 0, 1: 'torch'", "rank 2: 'triton'"]),
         (faults.another_run_level, "run_level", ["ranks 0, 1: 'update'", "rank 2: 'grad'"]),
-        (faults.plans_something_else, "the plans", ["ranks 0, 1: [(0, 3, '", "rank 2: [(0, 3, '"]),
+        (faults.plans_something_else, "the plans", ["ranks 0, 1: strategy 0, ", "rank 2: strategy 0, "]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -141,12 +141,17 @@ def test_a_rank_that_does_not_come_to_a_run(impatient: Pool, change: Change, ran
     outcomes = fail(impatient, change, rank)
     others = [0, 2] if rank == 1 else [1, 2]
     for other in others:
-        assert_lost(outcomes[other], rf"to come to run 2; rank {rank} died, or did not come within {TIMEOUT:g} s")
+        how = "died" if change is faults.dies else f"did not come within {TIMEOUT:g} s"
+        assert_lost(outcomes[other], f"^rank {rank} {how}; this rank was waiting for all ranks to come to run 2")
     assert_stopped(impatient, others)
 
 
-SAYS = {"raises": "rank 1: ValueError: out of luck", "is interrupted": "rank 1: KeyboardInterrupt"}
-GONE = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
+SAYS = {
+    "raises": "(?s)^rank 1 stopped; .*rank 1: ValueError: out of luck",
+    "is interrupted": "(?s)^rank 1 stopped; .*rank 1: KeyboardInterrupt",
+    "dies": "^rank 1 died; this rank was ",
+    "sleeps": f"^rank 1 did not come within {TIMEOUT:g} s; this rank was ",
+}
 
 
 @pytest.mark.parametrize("end", ["send", "receive"])
@@ -155,8 +160,8 @@ def test_a_rank_that_fails_before_it_sends_anything(impatient: Pool, what: str, 
     """The others say whom they lost, or what that one says of itself."""
     outcomes = fail(impatient, faults.at_the_transfer(what, 1, end))
     for other in (0, 2):
-        assert_lost(outcomes[other], SAYS.get(what, GONE))
-    if what in SAYS:
+        assert_lost(outcomes[other], SAYS[what])
+    if what in ("raises", "is interrupted"):
         assert (raised := outcomes[1].raised) is not None
         if what == "raises":
             assert raised.kinds[0] == "HetuError" and "ValueError: out of luck" in raised.text
@@ -172,8 +177,8 @@ def test_a_rank_that_fails_after_it_sent(impatient: Pool, what: str) -> None:
     done = [rank for rank in (0, 2) if outcomes[rank].is_value]
     for rank, outcome in zip(done, impatient.outcomes(faults.run, done, limit=TIMEOUT + SLACK), strict=True):
         outcomes[rank] = outcome
-    for other in (0, 2):
-        assert_lost(outcomes[other], "|".join([SAYS.get(what, GONE), "failed .*rank"]))
+    for other in (0, 2):  # one that slept was ended before the next run
+        assert_lost(outcomes[other], f"{SAYS[what]}|{SAYS['dies']}|can't go on after an earlier failure: rank 1 ")
     assert_stopped(impatient, [0, 2])
 
 
@@ -184,7 +189,14 @@ def test_nobody_waits_the_whole_timeout_for_a_rank_that_is_gone(what: str) -> No
         change = faults.at_the_transfer(what, 1, "send")
         outcomes = pool.outcomes(partial(faults.run, {1: change}, tokens=48), limit=45.0)
         for other in (0, 2):
-            assert_lost(outcomes[other], SAYS.get(what, "rank 1 died"))
+            assert_lost(outcomes[other], SAYS[what])
+
+
+def test_a_rank_that_is_interrupted_while_it_plans() -> None:
+    with Pool(3, timeout=90.0) as pool:
+        outcomes = pool.outcomes(partial(faults.run, {1: faults.is_interrupted_while_planning}), limit=45.0)
+        for other in (0, 2):
+            assert_lost(outcomes[other], SAYS["is interrupted"])
 
 
 def test_a_rank_that_does_something_else(impatient: Pool) -> None:
@@ -208,7 +220,7 @@ def test_a_rank_that_dies_while_the_others_gather(impatient: Pool) -> None:
     impatient.run(faults.run)
     outcomes = impatient.outcomes(partial(faults.gather, {1: faults.dies}), limit=TIMEOUT + SLACK)
     for other in (0, 2):
-        assert_lost(outcomes[other], rf"rank 1 died, or did not come within {TIMEOUT:g} s")
+        assert_lost(outcomes[other], "^rank 1 died; this rank was ")
     assert_stopped(impatient, [0, 2])
 
 
@@ -219,10 +231,19 @@ def test_a_rank_that_dies_while_the_others_gather(impatient: Pool) -> None:
     ("environment", "options", "text"),
     [
         ({"RANK": "0"}, {}, "the environment has RANK, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
-        ({}, {"timeout": 0}, "timeout is 0"),
-        ({}, {"timeout": -1.5}, "timeout is -1.5"),
-        ({}, {"timeout": float("nan")}, "timeout is nan"),
-        ({}, {"backend": "mpi"}, "there is no backend 'mpi'"),
+        ({}, {"timeout": 0}, "expected timeout to be a number of seconds from 0.1 to 300,000,000, got 0 (int)"),
+        ({}, {"timeout": -1.5}, "got -1.5 (float)"),
+        ({}, {"timeout": float("nan")}, "got nan (float)"),
+        ({}, {"timeout": float("inf")}, "got inf (float)"),
+        ({}, {"timeout": 1e300}, "got 1e+300 (float)"),
+        ({}, {"timeout": 10**400}, "expected timeout to be"),
+        ({}, {"timeout": 1e-9}, "got 1e-09 (float)"),
+        ({}, {"timeout": "5"}, "got '5' (str)"),
+        ({}, {"timeout": None}, "got None"),
+        ({}, {"timeout": True}, "got True (bool)"),
+        ({}, {"timeout": [5]}, "got [5] (list)"),
+        ({}, {"backend": "mpi"}, """expected backend to be "gloo" or "nccl", got 'mpi' (str)"""),
+        ({}, {"backend": 5}, "got 5 (int)"),
     ],
 )
 def test_a_bad_start(
@@ -264,7 +285,7 @@ def test_processes_that_share_gpus(monkeypatch: pytest.MonkeyPatch, rank: int, g
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert _own_device("nccl") == torch.device("cuda", index) and chosen == [index]
+    assert Others(rank, 10, False).device("nccl") == torch.device("cuda", index) and chosen == [index]
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32" and os.environ["TORCH_NCCL_ENABLE_MONITORING"] == "0"
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"  # the user's word stands
 

@@ -24,6 +24,7 @@ from support.plans import KV_METHODS
 from support.pool import Pool, assert_lost
 from support.same import assert_own, assert_same
 from support.training import SMALL, steps
+from support.unseen import check_unseen_ids
 
 from hetu.parallel import METHODS, SPLITS
 
@@ -229,7 +230,7 @@ def test_what_is_refused_is_refused_on_all_ranks(world: World, size: int) -> Non
             assert_own(values, alone, rank, size)
 
 
-DIED = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
+DIED, LATE = "^rank 1 died; this rank was ", f"^rank 1 did not come within {TIMEOUT:g} s; this rank was "
 
 
 @TWO
@@ -237,11 +238,13 @@ DIED = rf"rank 1 died, or did not come within {TIMEOUT:g} s"
     ("change", "pattern"),
     [
         pytest.param(faults.dies, DIED, id="dies before a run"),
-        pytest.param(faults.sleeps, DIED, id="sleeps before a run"),
+        pytest.param(faults.sleeps, LATE, id="sleeps before a run"),
         pytest.param(faults.at_the_transfer("dies", 1), DIED, id="dies at a message"),
         # Its watch is awake, and says that it has waited in vain as well.
         pytest.param(
-            faults.at_the_transfer("sleeps", 1), "failed receiving rows from rank 1", id="sleeps at a message"
+            faults.at_the_transfer("sleeps", 1),
+            "rank 0: was receiving rows, and waited for rank 1",
+            id="sleeps at a message",
         ),
         pytest.param(faults.at_the_transfer("raises", 1), "rank 1: ValueError: out of luck", id="raises at a message"),
     ],
@@ -265,3 +268,9 @@ def test_a_rank_that_is_lost(world: World, size: int, change: Change, pattern: s
         assert pool.outcomes(faults.here, [0])[0].is_value
         (again,) = pool.outcomes(job, [0], limit=SLACK)
         assert_lost(again, "(?s)the ranks can't go on after an earlier failure: .*rank 1")
+
+
+@TWO
+def test_an_id_that_one_ranks_gpu_knows_is_refused_on_all(world: World, size: int) -> None:
+    for wrong in range(size + 1):
+        check_unseen_ids(world, wrong, size, BACKEND, DEVICE)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.jobs import REDUCED, by_strategy, chosen, gathered, reduced, shared_by_pipelines
+from support.jobs import REDUCED, by_strategy, chosen, gathered, reduced, shared_by_pipelines, whole_rows
 from support.pool import Pool
 from support.same import assert_own, assert_same
+from support.unseen import check_unseen_ids
 
 World = Callable[..., Pool]
 
@@ -46,6 +47,30 @@ def test_the_strategy_says_how_many_pipelines_run(world: World, size: int) -> No
 def test_a_rank_of_several_pipelines_is_fed_shards(world: World) -> None:
     for text in world(2).run(shared_by_pipelines, 3):
         assert "for the 2 pipelines that run here" in text
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_the_same_rows_on_each_rank_are_not_taken_for_a_batch(world: World, kind: str, batch: int, size: int) -> None:
+    """They are as many as those of a shard of a larger batch."""
+    (alone,) = world(1).run(whole_rows, "shards", size, batch)
+    for rank, (first, second, right) in enumerate(world(size).run(whole_rows, kind, size, batch)):
+        names = ", ".join(map(str, range(size)))
+        assert first == second and f"x was fed the same rows on ranks {names}, but each pipeline needs" in first
+        assert "layout.scatter(x)[rank]" in first and "hetu.Shards" in first and "where:  jobs.py:" in first
+        assert_own(right, alone[2], rank, size)
+
+
+@pytest.mark.parametrize("kind", ["equal rows", "shards", "own rows"])
+def test_batches_of_shards_are_taken(world: World, kind: str) -> None:
+    for values in world(2).run(whole_rows, kind, 2):
+        assert [len(value[0]) for value in values] == [6, 6, 3]
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_an_id_that_one_ranks_device_knows_is_refused_on_all(world: World, wrong: int) -> None:
+    check_unseen_ids(world, wrong, 2)
 
 
 @pytest.mark.parametrize("strategy", ["auto", None, 1])

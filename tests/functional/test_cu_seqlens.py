@@ -6,7 +6,7 @@ import gc
 
 import pytest
 import torch
-from support.devices import CUDA, ON_CUDA
+from support.devices import CUDA, DEVICES, ON_CUDA
 from support.functional_calls import by_function, cumulative
 from support.packs import Pack
 
@@ -109,6 +109,35 @@ def test_tensors_without_versions_are_copied_every_time(copies: list[torch.Tenso
         varlen._on_host(cu)
         cu[1] = 1
         assert varlen._on_host(cu).tolist() == [0, 1, 5] and len(copies) == 2
+
+
+def train(q: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+    q = q.clone().requires_grad_()
+    attn_varlen(q, q, q, cu, cu, is_causal=True).sum().backward()
+    assert q.grad is not None
+    return q.grad
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("is_made_inside", [False, True])
+def test_lengths_first_seen_in_inference_mode_can_be_trained_with(is_made_inside: bool, device: str) -> None:
+    q, cu = torch.randn(5, 1, 16, device=device), cumulative([2, 3]).to(device)
+    with torch.inference_mode():
+        cu = cu.clone() if is_made_inside else cu
+        attn_varlen(q, q, q, cu, cu, is_causal=True)
+    want = train(q, cumulative([2, 3]))
+    assert torch.equal(train(q, cu), want)
+    x, cu = q.clone().requires_grad_(), cu.cpu()
+    torch.ops.hetu.attn_varlen(x, x, x, cu, cu, None, None, None, True, 0.0, None)[0].sum().backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_a_host_copy_that_is_made_in_inference_mode_is_an_ordinary_tensor(copies: list[torch.Tensor]) -> None:
+    cu = cumulative([2, 3])
+    with torch.inference_mode():
+        assert not varlen._on_host(cu).is_inference()
+    assert torch.equal(train(torch.ones(5, 1, 16), varlen._on_host(cu)), train(torch.ones(5, 1, 16), cu))
+    assert len(copies) == 1
 
 
 @pytest.mark.parametrize("device", [CUDA])

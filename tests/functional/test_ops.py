@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -187,8 +188,98 @@ def test_errors_when_compiled() -> None:
     compiled = torch.compile(attn_varlen, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="q, k and v have head_dim 16, 8 and 16, expected the same"):
         compiled(q, k[:, :, :8], v, cu_q, cu_k)  # while it is traced
-    with pytest.raises(hetu.BindingError, match="cu_seqlens_q starts with 1, expected 0"):
+    with pytest.raises(hetu.BindingError, match=r"cu_seqlens_q starts with 1, expected 0\s+where:  test_ops.py"):
         compiled(q, k, v, cu_q + 1, cu_k)  # when it runs
+    with pytest.raises(Exception, match="q has a tangent, but attn_varlen has no forward-mode derivative"):
+        torch.compile(lambda q: torch.func.jvp(lambda q: attn_varlen(q, k, v, cu_q, cu_k), (q,), (q,)))(q)
+
+
+# Counts that depend on data
+
+
+def starts_of(positions: torch.Tensor) -> torch.Tensor:
+    """cu_seqlens of packed sequences from the positions of their tokens: as many as there are zeros."""
+    return torch.cat([(positions == 0).nonzero().flatten(), torch.tensor([len(positions)])])
+
+
+COUNTED: dict[str, Callable[..., Any]] = {
+    "queries and keys": lambda q, k, p, r: attn_varlen(q, k, k, starts_of(p), starts_of(r), return_lse=True),
+    "no end": lambda q, k, p, r: attn_varlen(q, k, k, *[(x == 0).nonzero().flatten() for x in (p, r)]),
+    "rows": lambda q, k, p, r: attn_varlen(q[p >= 0], k[r >= 0], k[~(r < 0)], *[torch.tensor([0, 3])] * 2),
+    "lengths": lambda q, k, p, r: attn_varlen(
+        *(q, k, k),
+        *[
+            torch.nn.functional.pad((x == 0).cumsum(0).unique_consecutive(return_counts=True)[1].cumsum(0), (1, 0))
+            for x in (p, r)
+        ],
+    ),
+    "longest": lambda q, k, p, r: attn_varlen(q, k, k, starts_of(p), starts_of(r), (p.max() + 1).item(), r.max() + 1),
+}
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_counts_may_depend_on_data(backend: str, name: str) -> None:
+    data = [torch.randn(5, 4, 16), torch.randn(7, 2, 16)]
+    positions = torch.tensor([0, 1, 0, 1, 2]), torch.tensor([0, 1, 2, 3, 0, 1, 2])
+    counted = COUNTED[name]
+    settings = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    results = []
+    with torch._dynamo.config.patch(**settings):
+        for run in (torch.compile(counted, backend=backend, fullgraph=True, dynamic=True), counted):
+            q, k = (x.clone().requires_grad_() for x in data)
+            outputs = run(q, k, *positions)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            grads = torch.autograd.grad([x.square() for x in outputs], (q, k), [torch.ones_like(x) for x in outputs])
+            results.append((*outputs, *grads))
+    assert all(torch.equal(mine, right) for mine, right in zip(*results, strict=True))
+
+
+@pytest.mark.usefixtures("fresh")
+def test_counts_that_differ_are_refused_when_it_runs() -> None:
+    q, positions = torch.randn(5, 2, 16), torch.tensor([0, 1, 0, 1, 2])
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(COUNTED["queries and keys"], backend="aot_eager", fullgraph=True, dynamic=True)
+        with pytest.raises(
+            hetu.ShapeError,
+            match=r"cu_seqlens_q and cu_seqlens_k have 3 and 6 entries, expected as many\s+where:  test_ops.py",
+        ):
+            compiled(q, q, positions, positions * 0)
+
+
+# Compiled autograd
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("is_compiled", [False, True], ids=["eager forward", "compiled forward"])
+@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.3, "seed": 5}, {"max_seqlen_q": 9}], ids=str)
+def test_compiled_autograd_has_no_graph_break(options: dict[str, Any], is_compiled: bool) -> None:
+    def attend(pack: Pack, data: Any) -> Any:
+        run = torch.compile(attn_varlen, backend="aot_eager", fullgraph=True) if is_compiled else attn_varlen
+        return by_function(pack, data, attend=run, **options)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiler = torch.compile(backend=counter, fullgraph=True, dynamic=True)
+    for lens_q, lens_k in LENGTH_SETS[:3]:
+        if max(lens_q) > 9:
+            options = {}
+        pack = Pack(lens_q, lens_k, (4, 2), tail=2)
+        data = pack.data()
+        want = attend(pack, data)
+        with torch._dynamo.compiled_autograd._enable(compiler):
+            got = attend(pack, data)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert counter.frame_count > 0
+
+
+@pytest.mark.usefixtures("fresh")
+def test_compiled_autograd_of_the_op() -> None:
+    q, *rest = op_arguments()
+    (want,) = torch.autograd.grad(torch.ops.hetu.attn_varlen(q, *rest)[0].sum(), q)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.ops.hetu.attn_varlen(q, *rest)[0].sum().backward()
+    assert torch.equal(q.grad, want)
 
 
 def test_export() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import pytest
-from support.context_parallel import attend, join
+import torch
+from support import context_parallel as jobs
 from support.pool import Pool
 
 CASES = {
@@ -17,16 +19,114 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request: pytest.FixtureRequest) -> Iterator[Pool]:
-    with Pool(request.param, backend=None) as pool:
-        pool.run(join)
-        yield pool
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[int, jobs.Ranks]]:
+    with Pool(2, backend=None) as two, Pool(4, backend=None) as four:
+        yield {2: jobs.Ranks(two), 4: jobs.Ranks(four)}
+
+
+@pytest.fixture(params=[2, 4])
+def ranks(request: pytest.FixtureRequest, worlds: dict[int, jobs.Ranks]) -> jobs.Ranks:
+    return worlds[request.param]
 
 
 @pytest.mark.parametrize("split", ["normal", "sym", "stripe", "balanced"])
 @pytest.mark.parametrize("method", ["ring", "direct", "all_gather", "ulysses"])
-def test_results_and_gradients_are_those_of_one_process(ranks: Pool, method: str, split: str) -> None:
+def test_results_and_gradients_are_those_of_one_process(ranks: jobs.Ranks, method: str, split: str) -> None:
     for cu, is_causal in product(CASES.values(), (True, False)):
-        case = {"cu": cu, "heads": (4, 2, 8), "split": split, "method": method, "is_causal": is_causal}
-        assert max(ranks.run(attend, case)) < 1e-12
+        case = {"cu": cu, "split": split, "method": method, "is_causal": is_causal}
+        assert max(ranks.run(jobs.attend, case)) < 1e-12
+
+
+def test_ranks_may_hold_any_numbers_of_rows(ranks: jobs.Ranks) -> None:
+    size = ranks.size
+    assert max(ranks.run(jobs.attend, {"cu": [0, 5, 30], "tokens": [30, *[0] * (size - 1)]})) < 1e-12
+    assert max(ranks.run(jobs.attend, {"cu": [0, 5, 30], "tokens": [*[1] * (size - 1), 31 - size]})) < 1e-12
+    pieces = [[0, 2 + r, 2 + r + 3] for r in range(size)]
+    lengths = [sum(p[1] for p in pieces), 3 * size]
+    case = {"cu": [0, lengths[0], sum(lengths)], "pieces": pieces, "split": "sym", "scale": 0.7}
+    assert max(ranks.run(jobs.attend, case)) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_narrower_types(ranks: jobs.Ranks, dtype: torch.dtype, bound: float) -> None:
+    assert max(ranks.run(jobs.attend, {"cu": CASES["documents"], "dtype": dtype})) < bound
+
+
+def test_other_lengths_are_not_compiled_again(ranks: jobs.Ranks) -> None:
+    # No number of rows is also one of heads, say: torch.compile would take them for one size.
+    lengths = [0, 5, 30], [0, 7, 20, 41], [0, 13, 33], [0, 2, 4, 50, 70]
+    cases = [{"cu": cu, "heads": (4, 2, 24)} for cu in lengths]
+    for found, graphs in ranks.run(jobs.attend_compiled, cases):
+        assert found < 1e-12
+        assert graphs == 1
+
+
+def test_groups_side_by_side(worlds: dict[int, jobs.Ranks]) -> None:
+    assert max(worlds[4].run(jobs.attend_in_groups, [{"cu": [0, 5, 30]}, {"cu": [0, 41]}])) < 1e-12
+
+
+def test_a_rank_that_is_not_in_the_group_is_told(worlds: dict[int, jobs.Ranks]) -> None:
+    found = worlds[4].run(jobs.attend_in_part, {"cu": [0, 5, 30]})
+    assert max(found[:2]) < 1e-12
+    assert all("not in the group" in text for text in found[2:])
+
+
+def test_what_dropout_drops_does_not_depend_on_the_ranks(worlds: dict[int, jobs.Ranks]) -> None:
+    cases = [{"cu": [0, 5, 30], "split": split} for split in ("stripe", "balanced")]
+    found = [worlds[size].run(jobs.dropped, case, 7)[0] for size, case in product((2, 4), cases)]
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
+    assert not torch.allclose(worlds[2].run(jobs.dropped, cases[0], 8)[0], found[0])
+
+
+CAUSAL = {"is_causal": True}
+DIFFERENT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, str]] = {
+    "lengths": ([{"cu": [0, 5, 30]}, {"cu": [0, 6, 30]}], None, "the layout must be the same"),
+    "rows": ([{"cu": [0, 30]}, {"cu": [0, 30], "tokens": [10, 20]}], None, "the rows of all ranks must be the same"),
+    "method": ([{"cu": [0, 30]}, {"cu": [0, 30], "method": "ring"}], None, "method must be the same"),
+    "mask": ([{"cu": [0, 30]}], [CAUSAL, {"is_causal": False}], "the mask must be the same"),
+    "scale": ([{"cu": [0, 30]}], [{"softmax_scale": 0.5}, {"softmax_scale": 0.25}], "softmax_scale must be the same"),
+    "seed": ([{"cu": [0, 30]}], [{"dropout_p": 0.5, "seed": r} for r in range(2)], "the seed of dropout must be"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_call_different_things_are_told_so_and_go_on(worlds: dict[int, jobs.Ranks], what: str) -> None:
+    cases, options, text = DIFFERENT[what]
+    said = worlds[2].run(jobs.differ, cases, options)
+    assert all(text in one and one.startswith("CommunicationError") for one in said), said
+
+
+def test_an_error_of_one_rank_is_told_to_all_and_they_go_on(worlds: dict[int, jobs.Ranks]) -> None:
+    said = worlds[2].run(jobs.differ, [{"cu": [0, 30]}], [{}, {"rows": -1}])
+    assert said[1].startswith("ShapeError"), said
+    assert said[0].startswith("CommunicationError"), said
+
+
+def test_groups_of_torch_are_left_alone(ranks: jobs.Ranks) -> None:
+    for before, after, is_working in ranks.run(jobs.groups_of_torch):
+        assert before == after
+        assert is_working
+
+
+@pytest.mark.parametrize("how", jobs.WRAPPERS)
+def test_a_model_trains_as_on_one_process(ranks: jobs.Ranks, how: str) -> None:
+    assert max(ranks.run(jobs.train, how)) < 1e-10
+
+
+@pytest.mark.parametrize("how", ["DDP", "FSDP2"])
+def test_labels_count_alike_however_unevenly_ranks_hold_them(ranks: jobs.Ranks, how: str) -> None:
+    assert max(ranks.run(jobs.train, how, "normal", "all on the first")) < 1e-10
+
+
+def test_tensor_parallelism_over_heads(worlds: dict[int, jobs.Ranks]) -> None:
+    assert max(worlds[4].run(jobs.train_with_tensor_parallelism)) < 1e-10
+
+
+def test_stages_of_a_pipeline(worlds: dict[int, jobs.Ranks]) -> None:
+    assert max(worlds[4].run(jobs.train_in_pipeline_stages)) < 1e-10
+
+
+def test_gradients_of_batches_add_up(ranks: jobs.Ranks) -> None:
+    assert max(ranks.run(jobs.accumulate)) < 1e-10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -148,3 +149,46 @@ def test_flags_and_ints_are_nothing_else(name: str, value: Any) -> None:
         call(is_causal=True)  # equal to 1, under which a checked call would be found again
         with pytest.raises(hetu.HetuError, match="expected is_causal to be a bool"):
             call(is_causal=1)
+
+
+# Tensors that have no rows in memory, or no values
+
+STORED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "nested": lambda x: torch.nested.nested_tensor([x[:1], x[1:]]),
+    "jagged": lambda x: torch.nested.nested_tensor([x[:1], x[1:]], layout=torch.jagged),
+    "sparse_coo": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.usefixtures("is_after_another", "computes_nothing")
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode, "requires_grad"])
+@pytest.mark.parametrize("name", ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k"])
+@pytest.mark.parametrize("kind", STORED)
+def test_nested_sparse_and_meta_tensors(kind: str, name: str, mode: Any) -> None:
+    q, k, v, cu_q, cu_k, *_ = op_arguments(requires_grad=False)
+    given_ = {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
+    given_[name] = STORED[kind](given_[name])
+    if mode == "requires_grad":
+        mode = contextlib.nullcontext
+        given_ = {name: x.requires_grad_() if x.is_floating_point() else x for name, x in given_.items()}
+    word = {"nested": "nested tensor", "jagged": "nested tensor", "sparse_coo": "the layout sparse_coo"}.get(kind, kind)
+    with mode():
+        for call_it in (attn_varlen, by_op):
+            if call_it is by_op and mode is torch.inference_mode and word == "nested tensor":
+                continue  # torch refuses that before anything of an op is asked
+            with pytest.raises(
+                hetu.HetuError, match=rf"{'' if kind == 'meta' else name}.*{word}[^$]*where:  test_refusals"
+            ):
+                call_it(**given_)
+
+
+def by_op(**given_: torch.Tensor) -> Any:
+    return torch.ops.hetu.attn_varlen(*given_.values(), None, None, None, False, 0.0, None)
+
+
+def test_lengths_without_values_are_refused_by_the_backward_too() -> None:
+    q, k, v, cu_q, cu_k, *rest = op_arguments(requires_grad=False)
+    out, lse = torch.ops.hetu.attn_varlen(q, k, v, cu_q, cu_k, *rest)
+    with pytest.raises(hetu.HetuError, match="cu_seqlens_k is a meta tensor, which has no values"):
+        torch.ops.hetu.attn_varlen_backward(out, None, q, k, v, out, lse, cu_q, cu_k.to("meta"), *rest)

@@ -240,6 +240,7 @@ def test_an_interrupt_at_any_moment_leaves_the_state_before_or_after() -> None:
             return True
         finally:
             sys.settrace(kept)
+            torch.set_grad_enabled(True)  # torch's optimisers turn it off and on again by lines of their own
         return False
 
     number, seen = 1, 0

@@ -15,7 +15,7 @@ import torch
 from support.jobs import own
 
 import hetu
-from hetu.backends.comm import distributed
+from hetu.backends.comm import transfers
 from hetu.ops.attention import parallel_attn as parallel_attention
 from hetu.parallel import build_plan
 
@@ -251,6 +251,13 @@ def raises_while_planning(made: Run) -> None:
     _patch_builder(fail)
 
 
+def is_interrupted_while_planning(made: Run) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    _patch_builder(interrupt)
+
+
 def plans_something_else(made: Run) -> None:
     _patch_builder(lambda *a, **k: build_plan(*a, **{**k, "method": "ring"}))
 
@@ -307,7 +314,7 @@ def at_the_transfer(what: str, number: int, owner: str = "send") -> Change:
 
 
 def _at_the_transfer(happens: Callable[[], None], number: int, owner: str, _: Run) -> None:
-    plain, count = getattr(distributed.DistributedComm, owner), [0]
+    plain, count = getattr(transfers.DistributedComm, owner), [0]
 
     def patched(self: Any, *args: Any) -> Any:
         count[0] += 1
@@ -315,4 +322,4 @@ def _at_the_transfer(happens: Callable[[], None], number: int, owner: str, _: Ru
             happens()
         return plain(self, *args)
 
-    setattr(distributed.DistributedComm, owner, patched)
+    setattr(transfers.DistributedComm, owner, patched)

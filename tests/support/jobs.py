@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from llama import IGNORED, STRATEGIES, Model
 from support.attention_cases import Case, cu_seqlens
 from support.plans import holding_back
+from support.states import is_same
 
 import hetu
-from hetu.backends.comm import reduce
+from hetu.backends.comm import current_world, reduce
+from hetu.backends.torch import index_flags
+from hetu.planning import indices
 
 Own = list[torch.Tensor]
 """The values of the pipelines that run in this process."""
@@ -287,6 +292,64 @@ def shared_by_pipelines(parts: int) -> str:
     except hetu.HetuError as error:
         return str(error)
     return ""
+
+
+def whole_rows(kind: str, size: int, batch: int = 1) -> list[Any]:
+    """What runs give, or say, where each rank of several is fed the same rows, and then where each has its own."""
+    s, tokens = hetu.IntSymbol("s"), 3
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([s] * size, [0] * size)], device="cpu") as g:
+        x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="x")
+        scale = hetu.placeholder(hetu.float32, [24], name="scale")
+        out = hetu.parallel_attn(x * scale, 8, 1)[0]
+    whole = torch.randn(size * tokens * batch, 24, generator=torch.Generator().manual_seed(0))
+    fed: dict[str, Any] = {
+        "numpy": whole.numpy(),
+        "equal rows": torch.ones_like(whole),
+        "shards": hetu.Shards([whole] * size),
+        "own rows": whole + current_world().rank,
+    }
+    feeds, symbols = {x: fed.get(kind, whole), scale: torch.ones(24)}, {s: tokens}
+    given: list[Any] = []
+    for _ in range(2):  # a refused run leaves nothing behind
+        try:
+            given.append(own(g.run(out, feeds, int_symbol_dict=symbols)))
+        except hetu.HetuError as error:
+            given.append(str(error))
+    right = hetu.Shards(g.layout(0, int_symbol_dict=symbols, batch=batch).scatter(whole))
+    return [*given, own(g.run(out, {**feeds, x: right}, int_symbol_dict=symbols))]
+
+
+def unseen_ids(wrong: int, device: str) -> list[Any]:
+    """What a rank's runs say, and what is left, where one rank has an id out of range that its device alone knows.
+
+    Args:
+        wrong: The rank that is fed one; none if there is no such rank.
+        device: Where it runs; on a CPU ids are hidden from the host as if they lay on a device.
+    """
+    with ExitStack() as stack:
+        if device == "cpu":
+            stack.enter_context(mock.patch.object(index_flags, "DEFERRED", {"cpu"}))
+            hidden = mock.patch.object(indices, "is_on_host", lambda value: not isinstance(value, torch.Tensor))
+            stack.enter_context(hidden)
+        hetu.manual_seed(3)
+        size = current_world().size
+        with hetu.graph("define_and_run", strategies=[hetu.Strategy([2] * size, [0] * size)], device=device) as g:
+            ids = hetu.placeholder("int64", [2], name="ids")
+            rows = hetu.embedding(ids, hetu.parameter(torch.ones(5, 2), [5, 2], name="table"))
+            train = hetu.optim.Adam(lr=0.1).minimize(hetu.sum(rows * rows), name="train")
+        good = torch.tensor([0, 4], device=device)
+        bad = torch.tensor([7, 1], device=device) if current_world().rank == wrong else good
+        g.run(train, {ids: good})
+        before, said = g.state_dict(), list[str]()
+        g.run(train, {ids: bad})
+        for _ in range(2):  # one run is refused on all ranks, the next one isn't
+            try:
+                g.run(train, {ids: good}, run_level="compute_only")
+                said.append("")
+            except hetu.HetuError as error:
+                said.append(str(error))
+        is_kept = is_same(g.state_dict(), before)
+        return [said, is_kept, own(g.run(train, {ids: good}))]
 
 
 def chosen(strategy: str | int | None, count: int) -> Any:

@@ -1,34 +1,36 @@
 """The control plane: small messages between all ranks on the CPU, and saying who is missing when one fails.
 
-It has a process group of its own, so that nothing here meets keys and values on their way. Every exchange is numbered;
-ranks that are at different exchanges are an error and not a mix-up. When an exchange or a transfer fails, each rank
-writes why it stopped, and whom it waited for, into the store that all of them reach, waits a moment for the others to
-do so, and names those who were waited for and said nothing: they died, or never came.
+It has a connection of its own, so that nothing here meets keys and values on their way. Every exchange is numbered;
+ranks that are at different exchanges are an error and not a mix-up. When an exchange or a transfer fails, a rank
+writes why it stopped into the store that all of them reach, and hangs up, so that whoever waits for it stops as well.
+Then it reads what the others wrote, and names those whose fault it is.
 """
 
 from __future__ import annotations
 
 import json
 import struct
+import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
-from datetime import timedelta
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
-from hetu.errors import CommunicationError, caller
-
-Store = Any
-"""``torch.distributed.Store``, which torch's types don't know."""
+from hetu.backends.comm.connect import Connection
+from hetu.backends.comm.notes import Kind, Note, Notes, Store, Verdict
+from hetu.backends.comm.wire import decode, encode
+from hetu.errors import CommunicationError, caller, in_words, ranks_in_words
 
 FIRST_BYTES = 2048
 """What a rank says is sent in one message up to this size, in two beyond it."""
 
 GRACE = 3.0
 """Seconds of the timeout in which the others may say why they stopped, too; at most a quarter of it."""
+
+LATE = "see why these ranks did not start, or give a longer timeout"
+"""What to do about ranks that didn't come."""
 
 _HEAD = struct.Struct("<qq32s")
 """Of a message: the number of the exchange, bytes of what is said, and what the exchange is for."""
@@ -38,24 +40,31 @@ class Control:
     """The control plane of one rank.
 
     Args:
-        store: Reached by all ranks; keys are this plane's own.
+        store: Reached by all ranks; keys are this plane's own, and other threads look into it while one waits.
         rank: This process's number.
         size: How many processes there are.
         timeout: Seconds that a rank waits for another, until it raises the error.
+        holder: The rank in which the store lives, and with which it ends; None if it outlives them all.
 
     Attributes:
-        grace: The part of it in which ranks tell each other why they stopped.
+        notes: Why ranks stopped.
+        grace: The part of the timeout in which ranks tell each other why they stopped.
         patience: The part of it before that.
+        is_broken: True once something failed, here or elsewhere.
+        hang_up: Ends, in any thread, all that is under way over the network; given by who made the connections.
     """
 
-    def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
+    def __init__(self, store: Store, rank: int, size: int, timeout: float, holder: int | None = None) -> None:
         self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        self.notes = Notes(store, rank, size, holder)
         self.grace = min(GRACE, timeout / 4)
         self.patience = timeout - self.grace
-        self.group: dist.ProcessGroup | None = None
+        self.group: Connection = None
         self.number = 0
-        self.broken: str | None = None
-        self.reasons: list[str] = []
+        self.is_broken = False
+        self.hang_up: Callable[[], None] = lambda: None
+        self._judging = threading.Lock()
+        self._verdict: Verdict | None = None
 
     def check(self) -> None:
         """Refuses to go on once something failed.
@@ -63,36 +72,45 @@ class Control:
         Raises:
             CommunicationError: If it did.
         """
-        if self.broken is not None:
+        if self.is_broken:
+            verdict = self.verdict()
             raise CommunicationError(
-                f"the ranks can't go on after an earlier failure: {self.broken}",
+                f"the ranks can't go on after an earlier failure: {verdict.cause}",
                 where=caller(),
-                bound=self.reasons,
+                bound=verdict.reasons,
                 fix="start all ranks again, from the last checkpoint",
             )
 
-    def meet(self, what: str) -> None:
-        """Waits until all ranks are here; works before there is a process group.
+    def meet(self, what: str, said: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Waits until all ranks are here, and gives what each says; works before there are connections.
+
+        Args:
+            what: Where they meet: ``"init_distributed"``.
+            said: What this rank says, of plain values.
 
         Raises:
-            CommunicationError: If some don't come in time, naming them.
+            CommunicationError: If some don't come in time, naming them, or two have the same number.
         """
         keys, verdict = [f"{what}/{rank}" for rank in range(self.size)], f"{what}/given up"
         until = time.monotonic() + self.patience
         try:
-            self.store.set(keys[self.rank], "here")
+            if self.store.add(f"{what}/came/{self.rank}", 1) > 1:
+                fix = "give each process its own rank, and start all of them together"
+                self._refuse(f"rank {self.rank} came twice", fix, what)
+            self.store.set(keys[self.rank], json.dumps(said))
             while not self.store.check(keys):
                 if self.store.check([verdict]):
-                    self._refuse(self.store.get(verdict).decode())
+                    self._refuse(self.store.get(verdict).decode(), LATE, what)
                 if time.monotonic() > until:
                     missing = [rank for rank, key in enumerate(keys) if not self.store.check([key])]
-                    what = f"{_ranks(missing)} did not come to {what} within {self.timeout:g} s"
-                    self.store.set(verdict, what)
+                    words = f"{ranks_in_words(missing)} did not come to {what} within {self.timeout:g} s"
+                    self.store.set(verdict, words)
                     time.sleep(self.grace)  # the store ends with this process, if it is the one that holds it
-                    self._refuse(what)
+                    self._refuse(words, LATE, what)
                 time.sleep(0.02)
+            return [json.loads(self.store.get(key)) for key in keys]
         except RuntimeError as error:
-            self._refuse(f"the store of {what} can't be reached: {error}")
+            self._refuse(f"the store of {what} can't be reached: {_first_line(error)}", LATE, what)
 
     def exchange(self, payload: bytes, what: str) -> list[bytes]:
         """What every rank says; all ranks have to call it.
@@ -123,15 +141,25 @@ class Control:
             bodies = [(a + b)[:length] for a, b, length in zip(bodies, more, lengths, strict=True)]
         return bodies
 
+    def tell(self, message: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
+        """The same for messages of plain values; see :mod:`hetu.backends.comm.wire`.
+
+        Args:
+            message: What this rank says; every rank says the same keys, or ``{"error": text}``.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: As :meth:`exchange`, or if a rank says what can't be read.
+        """
+        keys = () if "error" in message else message.keys()
+        return [decode(body, rank, keys) for rank, body in enumerate(self.exchange(encode(message), what))]
+
     def _refuse_places(self, places: Sequence[str]) -> NoReturn:
         what = "the ranks are at different places of the script"
-        self.stop(what)
-        raise CommunicationError(
-            what,
-            where=caller(),
-            bound=[f"rank {rank}: at {place}" for rank, place in enumerate(places)],
-            fix="call the same functions of hetu in the same order on all ranks; then start them again",
-        )
+        sides = [f"rank {rank}: at {place}" for rank, place in enumerate(places)]
+        self.end(Verdict(what, tuple(sides)))
+        fix = "call the same functions of hetu in the same order on all ranks; then start them again"
+        raise CommunicationError(what, where=caller(), bound=sides, fix=fix)
 
     @staticmethod
     def _fill(place: torch.Tensor, data: bytes) -> None:
@@ -140,89 +168,84 @@ class Control:
 
     def _gather(self, own: torch.Tensor, what: str) -> list[torch.Tensor]:
         places = [torch.empty_like(own) for _ in range(self.size)]
-        try:
-            dist.all_gather(places, own, group=self.group)
-        except RuntimeError as error:
-            self.lost(f"waiting for all ranks to come to {what}", error)
-        except BaseException:  # Ctrl-C, say: the others wait for what will not come
-            self.stop(f"rank {self.rank} was interrupted at {what}")
-            raise
+        self._reach(lambda connection: connection.allgather([places], [own]), what)
         return places
 
-    def stop(self, why: str, waited_for: Iterable[int] = ()) -> None:
-        """Breaks this world: notes for the others why, and for whom it waited; refuses whatever comes after."""
-        if self.broken is None:
-            self.broken = why
-            with suppress(RuntimeError):  # the store may be gone as well; whoever asks is told so
-                self.store.set(f"stopped/{self.rank}", json.dumps([why, list(waited_for)]))
-                self.store.set("stopped", "")
-
-    def has_stopped(self) -> bool:
-        """Whether any rank has noted that it stopped, or the store is gone with the process that held it."""
-        try:
-            return bool(self.store.check(["stopped"]))
-        except RuntimeError:
-            return True
-
-    def lost(self, doing: str, error: BaseException, peers: Sequence[int] = ()) -> NoReturn:
-        """Turns a failure of the network into an error that names the ranks to blame.
+    def is_any(self, is_so: bool, what: str) -> bool:
+        """Whether something is so on any rank; all ranks have to call it. It takes a third of an exchange's time.
 
         Args:
-            doing: What this rank was doing, to be followed by the peers: ``"sending rows to"``.
+            is_so: Whether it is so here.
+            what: What for, for the error.
+
+        Raises:
+            CommunicationError: If a rank doesn't come in time, or has died.
+        """
+        self.check()
+        flag = torch.tensor((is_so,), dtype=torch.int32, device="cpu")
+        self._reach(lambda connection: connection.allreduce([flag], dist.ReduceOp.MAX), what)
+        return bool(flag.item())
+
+    def _reach(self, call: Callable[[Connection], Any], what: str) -> None:
+        try:
+            self.check()  # it may be left already
+            call(self.group).wait()
+        except (RuntimeError, ValueError) as error:
+            self.lost(f"waiting for all ranks to come to {what}", error)
+        except BaseException as error:  # Ctrl-C, say: the others wait for what will not come
+            self.fail(error)
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """Breaks this world for an error of this rank alone, of which the others are told."""
+        if not self.is_broken:
+            why = in_words(error)
+            self._stop(Note(Kind.RAISED, why))
+            self.end(Verdict(f"{ranks_in_words([self.rank])} stopped", (f"rank {self.rank}: {why}",)))
+
+    def hear(self) -> None:
+        """Breaks this world, for another rank died or stopped while this one may have been somewhere else."""
+        self._stop(Note(Kind.HEARD, "heard of the failure"))
+        self.verdict()
+
+    def lost(self, doing: str, error: BaseException, peers: Sequence[int] = ()) -> NoReturn:
+        """Turns a failure of the network into an error that names the ranks whose fault it is, and breaks this world.
+
+        Args:
+            doing: What this rank was doing: ``"receiving rows"``.
             error: What torch raised.
             peers: Whom it was waiting for; none for all.
         """
-        what = " ".join(["failed", doing, *([_ranks(peers)] if peers else [])])
-        self.stop(what, peers or range(self.size))
-        said = self._what_others_say()
-        waited_for = {*(peers or range(self.size)), *(rank for _, ranks in said.values() for rank in ranks)}
-        if missing := sorted(waited_for - said.keys() - {self.rank}):
-            what += f"; {_ranks(missing)} died, or did not come within {self.timeout:g} s"
-        self.broken = what
-        self.reasons = [f"rank {rank}: {why}" for rank, (why, _) in said.items()] + [_first_line(error)]
+        waited_for = tuple(peers) or tuple(rank for rank in range(self.size) if rank != self.rank)
+        self._stop(Note(Kind.LOST, f"was {doing}", waited_for))
+        verdict = self.verdict()
+        of = f", and waited for {ranks_in_words(peers)}" if peers else ""
         raise CommunicationError(
-            what,
+            f"{verdict.cause}; this rank was {doing}",
             where=caller(),
-            bound=self.reasons,
+            bound=[*verdict.reasons, f"rank {self.rank}: was {doing}{of}", _first_line(error)],
             fix="see the first error of the ranks that are named; then start all ranks again, from the last checkpoint",
         ) from error
 
-    def _what_others_say(self) -> dict[int, tuple[str, list[int]]]:
-        """Why other ranks stopped, and for whom they waited, as far as they say so within the grace period."""
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        until, said = time.monotonic() + self.grace, dict[int, tuple[str, list[int]]]()
-        with suppress(RuntimeError):  # the process that holds the store is gone, mostly that of rank 0
-            while len(said) < len(others) and time.monotonic() < until:
-                for rank in others:
-                    if rank not in said and self.store.check([f"stopped/{rank}"]):
-                        why, waited_for = json.loads(self.store.get(f"stopped/{rank}"))
-                        said[rank] = why, waited_for
-                time.sleep(0.02)
-        return dict(sorted(said.items()))
+    def _stop(self, note: Note) -> None:
+        self.notes.write(note)  # first: who sees the connections end looks for it
+        self.is_broken = True
+        self.hang_up()
 
-    def _refuse(self, what: str) -> NoReturn:
-        self.broken = what
-        raise CommunicationError(
-            what,
-            op="init_distributed",
-            where=caller(),
-            fix="see why these ranks did not start, or give a longer timeout",
-        )
+    def verdict(self) -> Verdict:
+        """Whose fault it is that this world is broken; the first who asks finds it out for all threads."""
+        with self._judging:
+            if self._verdict is None:
+                self._verdict = self.notes.verdict(self.grace, self.timeout)
+            return self._verdict
 
+    def end(self, verdict: Verdict) -> None:
+        """Breaks this world for a reason that needs no finding out."""
+        self._verdict, self.is_broken = verdict, True
 
-def seconds(timeout: float) -> timedelta:
-    """A timeout as torch takes it."""
-    return timedelta(seconds=timeout)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """``rank 2`` or ``ranks 2, 5``.
-
-    Example:
-        >>> _ranks([2]), _ranks([2, 5])
-        ('rank 2', 'ranks 2, 5')
-    """
-    return f"rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}"
+    def _refuse(self, what: str, fix: str, op: str) -> NoReturn:
+        self.end(Verdict(what, ()))
+        raise CommunicationError(what, op=op, where=caller(), fix=fix)
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,8 +7,7 @@ its members, once for each group, and leaves the group itself alone.
 from __future__ import annotations
 
 import atexit
-import hashlib
-import json
+import os
 import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,14 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from hetu.backends.comm.control import Control, seconds
+from hetu.backends.comm.compare import refuse_differences
+from hetu.backends.comm.control import Control
 from hetu.backends.comm.local import LocalComm
-from hetu.backends.comm.peers import Connection, Peers
+from hetu.backends.comm.peers import Peers
 from hetu.backends.torch_private import default_store
-from hetu.errors import CommunicationError, HetuError, caller
+from hetu.errors import HetuError, caller
 
-DIGEST = 32
-"""Bytes of what is compared."""
+_FIX = "call it with the same arguments on all ranks of the group"
 
 TIMEOUT = 300.0
 """Seconds that a rank waits for another, where the group doesn't say."""
@@ -38,20 +37,15 @@ class GroupWorld(Peers):
     Attributes:
         name: The group's name in torch.
         ranks: The members' ranks in the default group.
-        agreements: How often the members agreed on what is new.
-        history: A number that tells what was called so far; the same on all members if they did the same.
-        has_compared_seeds: Whether the seeds of dropout were compared since the last comparison.
+        process: The number of the process that joined it.
     """
 
     def __init__(self, group: Any, control: Control, device: torch.device, backend: str) -> None:
         super().__init__(control, device, backend)
         self.name: str = group.group_name
         self.ranks: list[int] = dist.get_process_group_ranks(group)
+        self.process = os.getpid()
         self._group = weakref.ref(group)
-        self.collectives = self.up if backend == "gloo" else self._connect_all("all", backend)
-        self.agreements = self.history = 0
-        self.has_compared_seeds = False
-        self._comparisons: list[tuple[Any, torch.Tensor, Mapping[str, Any], str]] = []
 
     @property
     def group(self) -> Any:
@@ -60,8 +54,8 @@ class GroupWorld(Peers):
 
     # Agreement
 
-    def agree(self, facts: Mapping[str, Any], what: str) -> int:
-        """Demands that all members say the same; gives how often they did so before.
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
+        """Demands that all members say the same.
 
         Args:
             facts: Plain values by the names that an error gives them.
@@ -70,53 +64,7 @@ class GroupWorld(Peers):
         Raises:
             CommunicationError: If they differ, on all members, showing all sides.
         """
-        said = [json.loads(body) for body in self.control.exchange(json.dumps(facts).encode(), what)]
-        for name in facts:
-            values = [one.get(name) for one in said]
-            if any(value != values[0] for value in values):
-                raise CommunicationError(
-                    f"{name} must be the same on all ranks of the group, but the ranks differ",
-                    op=what,
-                    where=caller(),
-                    bound=[f"rank {self.ranks[r]}: {value}" for r, value in enumerate(values)],
-                    fix=f"call {what} with the same arguments on all ranks of the group",
-                )
-        self.agreements += 1
-        return self.agreements
-
-    def called(self, *numbers: int) -> None:
-        """Notes a call, by numbers that are the same on all members."""
-        self.history = hash((self.history, *numbers))
-
-    def compare(self, facts: Mapping[str, Any], what: str) -> None:
-        """Starts to compare what all members say, and waits for nothing: :meth:`settle` does before rows travel.
-
-        A digest of the facts and of all calls so far is on its way meanwhile.
-        """
-        self.control.check()
-        known = {**facts, "what was called so far": self.history}
-        digest = hashlib.blake2b(json.dumps(known).encode(), digest_size=DIGEST).digest()
-        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
-        said = torch.empty(self.size * DIGEST, dtype=torch.uint8, device="cpu")
-        connection: Connection = self.control.group
-        work = connection._allgather_base(said, own)
-        self._comparisons.append((work, said, known, what))
-        self.has_compared_seeds = False
-
-    def settle(self) -> None:
-        """Ends the comparisons that are under way.
-
-        Raises:
-            CommunicationError: If something differs, on all members, showing all sides.
-        """
-        while self._comparisons:
-            work, said, known, what = self._comparisons.pop(0)
-            try:
-                work.wait(seconds(self.control.patience))
-            except RuntimeError as error:
-                self.control.lost(f"waiting for all ranks to come to {what}", error)
-            if len({bytes(row.numpy()) for row in said.view(self.size, DIGEST)}) > 1:
-                self.agree(known, what)
+        refuse_differences(self.control.tell(facts, what), f"a call of {what}", what, dict.fromkeys(facts, _FIX))
 
     # Rows
 
@@ -142,12 +90,8 @@ class GroupWorld(Peers):
         """As bytes, for gloo doesn't know all types; through the host where gloo carries what lies on a device."""
         device = torch.device("cpu") if self.backend == "gloo" else self.device
         there = place if place.device == device else torch.empty_like(place, device=device)
-        try:
-            flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
-            self.collectives._allgather_base(flat, own).wait()  # over NCCL the stream waits, not the host
-            self.expect([there], "gathering rows")
-        except RuntimeError as error:
-            self.control.lost("gathering rows", error)
+        flat, own = there.view(-1).view(torch.uint8), sent.to(device).reshape(-1).view(torch.uint8)
+        self.say("gathering rows", lambda: self.everyone._allgather_base(flat, own).wait(), [there])
         if there is not place:
             place.copy_(there)
 
@@ -173,7 +117,7 @@ class OneProcess:
     def begin(self) -> None:
         """Nobody else has to know."""
 
-    def settle(self) -> None:
+    def agree(self, facts: Mapping[str, Any], what: str) -> None:
         """There is nobody to differ from."""
 
     def hanging_up(self) -> AbstractContextManager[None]:
@@ -215,7 +159,7 @@ def world_of(group: Any) -> AnyWorld:
     if group is None or group.size() == 1:
         return ONE_PROCESS
     known = _worlds.get(group.group_name)
-    if known is not None and (known.group is not group or known.control.broken is not None):
+    if known is not None and (known.group is not group or known.control.is_broken):
         known.close()  # a name may come again once a group is destroyed; and after a failure all begin anew
         known = None
     if known is None:
@@ -228,7 +172,7 @@ def world_named(name: str) -> AnyWorld:
     if not name:
         return ONE_PROCESS
     known = _worlds[name]
-    if known.control.broken is None:
+    if not known.control.is_broken:
         return known
     if known.group is None:
         what = f"the process group {name} was destroyed"
@@ -239,10 +183,11 @@ def world_named(name: str) -> AnyWorld:
 def _make(group: Any) -> GroupWorld:
     ranks = tuple(dist.get_process_group_ranks(group))
     _made[ranks] += 1
-    store = PrefixStore(f"hetu/{'-'.join(map(str, ranks))}/{_made[ranks]}", default_store())
+    store: Any = PrefixStore(f"hetu/{'-'.join(map(str, ranks))}/{_made[ranks]}", default_store())
     backend, device = _carrier(group)
-    control = Control(store, group.rank(), group.size(), _timeout(group, device))
-    control.meet("ContextParallel")
+    # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
+    control = Control(store.clone(), group.rank(), group.size(), _timeout(group, device), holder=None)
+    control.meet("ContextParallel", {})
     return GroupWorld(group, control, device, backend)
 
 
@@ -273,7 +218,9 @@ def _timeout(group: Any, device: torch.device) -> float:
 
 @atexit.register
 def _leave() -> None:
-    """Before torch is taken apart: its backends wait for each other then."""
-    for world in _worlds.values():
-        world.close()
-    _worlds.clear()
+    """The others shall not take the end of this script for the death of its process."""
+    while _worlds:
+        _, world = _worlds.popitem()
+        if world.process == os.getpid():  # and not that of a fork of it
+            world.leave()
+            world.close()

@@ -1,56 +1,46 @@
-"""What processes need to send each other rows: connections of hetu's own, what watches them, and how they end.
-
-Nothing here touches torch's table of process groups. Connections are torch's backends, made straight from a store: only
-their members take part in making them, so that several groups can do so side by side, and a user's groups are neither
-used nor changed.
-"""
+"""What processes need to send each other rows: their connections, what watches these, and how they end."""
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
-from hetu.backends.comm.control import Control, seconds
+from hetu.backends.comm.connect import Connection, connect
+from hetu.backends.comm.control import Control
+from hetu.backends.comm.lifeline import Lifeline, hang_up
 from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.errors import CommunicationError
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Send
 
-Connection = Any
-"""One of torch's backends, ``ProcessGroupGloo`` or ``ProcessGroupNCCL``: torch's types don't know what they do."""
+PERIOD = 0.05
+"""Seconds between two looks for a failure."""
 
 FILLING = 1.0
 """Seconds in which what never came is filled with NaN; a host that hangs in CUDA may hold that up."""
 
-NCCL_ENVIRONMENT = {
-    # Our own watch stops messages that nobody answers. torch's would end the process, or go on with what was in memory.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
-}
-"""What a connection over NCCL is made with; torch reads it then."""
-
 
 class Peers:
-    """This process and those that it exchanges rows with, each of which runs the pipelines of its number.
+    """This process and those that it exchanges rows with.
+
+    Pipeline r of a strategy runs on rank ``r % size``: on the rank of its number, as long as there are enough.
 
     Attributes:
         rank: This process's number.
         size: How many processes there are.
-        device: Where rows lie; over gloo they may lie anywhere.
+        device: Where rows lie. Over gloo they may lie anywhere.
         backend: ``"gloo"`` or ``"nccl"``.
         control: The control plane.
-        up: Carries messages to higher ranks, and ``down`` those to lower ones. NCCL keeps the order of the messages
-            between two ranks whichever way they go, and a plan only proves it for each way by itself.
+        up: Carries rows to higher ranks.
+        down: Carries rows to lower ones. NCCL keeps the order of the messages between two ranks whichever way they go,
+            and a plan only proves it for each way by itself.
+        everyone: Carries what all of them say to all.
         host: Carries what lies on the host.
         watch: Watches what streams wait for; None over gloo, where the host waits.
     """
@@ -61,25 +51,53 @@ class Peers:
         self.rank, self.size, self.control = control.rank, control.size, control
         self.device, self.backend = device, backend
         self.launches = self.calls = 0
-        self._connected: set[tuple[int, int]] = set()
+        self._links: set[tuple[int, int]] = set()
         self._comms: list[DistributedComm] = []
-        self._connections: list[Connection] = []
+        self._connections: list[tuple[str, Connection]] = []
         self._leaving = threading.Lock()
         self.watch: Watch | None = None
-        control.group = self._connect_all("control", "gloo")
-        self.up: Connection = self._connect_all("up", backend)
-        self.down: Connection = self.up if backend == "gloo" else self._connect_all("down", backend)
-        self.host: Connection = self.up if backend == "gloo" else self._connect_all("host", "gloo")
+        self.lifeline: Lifeline | None = None
+        self.up: Connection = None
+        self.down: Connection = None
+        self.host: Connection = None
+        self.everyone: Connection = None
+        control.hang_up = self._hang_up
         if backend == "nccl":
-            self.watch = Watch(Gpu(device), control.patience, control.has_stopped, self._lose)
+            self.watch = Watch(Gpu(device), control.patience, control.notes.any, self._lose)
+        self.lifeline = Lifeline(self._connect("lifeline", "gloo"), control.notes, control.hear)
+        control.group = self._connect("control", "gloo")
+        self.up = self._connect("up", backend)
+        self.down = self.up if backend == "gloo" else self._connect("down", backend)
+        self.host = self.up if backend == "gloo" else self._connect("host", "gloo")
+        self.everyone = self._connect("everyone", backend)
 
-    def _connect_all(self, name: str, backend: str) -> Connection:
-        """A connection between all of them."""
+    def _connect(self, name: str, backend: str, ranks: Sequence[int] | None = None) -> Connection:
+        """A connection between some of them, or all; only these call it, with the same name.
+
+        It is made in a thread, for it waits for ranks that may have died, and nothing ends that wait.
+        """
         store, patience = PrefixStore(name, self.control.store), self.control.patience
         if backend == "nccl":
             patience += self.control.timeout  # our own watch is to be the first to say that a message is lost
-        self._connections.append(connect(store, self.rank, self.size, backend, patience))
-        return self._connections[-1]
+        members = range(self.size) if ranks is None else ranks
+        found: Future[Connection] = Future()
+
+        def work() -> None:
+            try:
+                if backend == "nccl":
+                    torch.cuda.set_device(self.device)
+                found.set_result(connect(store, members.index(self.rank), len(members), backend, patience))
+            except BaseException as error:
+                found.set_exception(error)
+
+        threading.Thread(target=work, name="hetu-connect", daemon=True).start()
+        while not found.done():
+            wait([found], PERIOD)
+            self.control.check()
+        made = found.result()
+        if name != "lifeline":  # which ends by itself
+            self._connections.append((backend, made))
+        return made
 
     def pipelines(self, count: int) -> Sequence[int]:
         """Those whose number is this rank's, modulo the number of processes."""
@@ -104,15 +122,33 @@ class Peers:
             self.watch.expect(into, doing, peers, name)
             self.control.check()  # after noting it: what the watch ended before that was not filled
 
+    def say(
+        self, doing: str, message: Callable[[], None], into: Sequence[torch.Tensor], peers: Sequence[int] = ()
+    ) -> None:
+        """Sends or receives by a call of torch's; if it fails, the ranks whose fault it is are named.
+
+        Args:
+            doing: What it does, for the error: ``"gathering losses"``.
+            message: The call.
+            into: Where it lands.
+            peers: Whom it depends on; none for all.
+        """
+        self.control.check()  # the watch may have left the connections
+        try:
+            message()
+            self.expect(into, doing, peers)
+        except RuntimeError as error:
+            self.control.lost(doing, error, peers)
+
     def open_links(self, count: int, plans: Iterable[AttnPlan]) -> None:
-        """Opens the connections that plans use; all ranks call it with the same ones before they follow them.
+        """Opens the links that plans use; all ranks call it with the same ones before they follow them.
 
         The first message between two ranks blocks both until NCCL has connected them. In the order of a plan rank 0
         could so wait for 2, 2 for 1, and 1 for 0. So a byte goes over each link, in an order that all ranks share.
         """
         if self.backend != "nccl" or count > self.size:
             return
-        links = {link for plan in plans for link in self._links(plan)} - self._connected
+        links = {link for plan in plans for link in self._links_of(plan)} - self._links
         try:
             for source, target in sorted(links, key=lambda link: (min(link), max(link), link)):
                 connection = self.up if target > source else self.down
@@ -121,11 +157,11 @@ class Peers:
                     connection.send([byte.to(self.device)], target, 0).wait()
                 elif self.rank == target:
                     connection.recv([byte.to(self.device)], source, 0).wait()
-                self._connected.add((source, target))
+                self._links.add((source, target))
         except RuntimeError as error:
             self.control.lost("connecting to the other ranks", error)
 
-    def _links(self, plan: AttnPlan) -> Iterator[tuple[int, int]]:
+    def _links_of(self, plan: AttnPlan) -> Iterator[tuple[int, int]]:
         for part in plan.pipelines:
             for item in part.instructions:
                 if isinstance(item, Send) and part.pipeline % self.size != item.peer % self.size:
@@ -145,10 +181,22 @@ class Peers:
         try:
             yield
         except BaseException as error:
-            if self.control.broken is None:
-                self.control.stop(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}")
+            self.control.fail(error)
             self.close()
             raise
+
+    def _hang_up(self) -> None:
+        """In any thread: what is under way over gloo fails at once, here and elsewhere. The watch ends NCCL's."""
+        for backend, connection in self._connections.copy():
+            if backend == "gloo":
+                hang_up(connection)
+        if self.lifeline is not None:
+            self.lifeline.hang_up()
+
+    def leave(self) -> None:
+        """Tells the others that this rank leaves in good order."""
+        if self.lifeline is not None:
+            self.lifeline.leave()
 
     def close(self) -> None:
         """Leaves all connections, without waiting for anybody."""
@@ -160,54 +208,28 @@ class Peers:
         with self._leaving:
             if self.watch is not None:
                 self.watch.end()
-                filling = threading.Thread(target=self.watch.fill, name="hetu-fill", daemon=True)
-                filling.start()
-                filling.join(FILLING)
-            leaving, self._connections = self._connections, []
-            # Whoever still held one would hold its sockets open.
-            self.control.group = self.up = self.down = self.host = None
+                _at_once_or_in_threads([self.watch.fill], FILLING)
+            # Whoever still held a connection would hold its sockets open.
+            self.control.group = self.up = self.down = self.everyone = self.host = self.lifeline = None
+            leaving, self._connections = [connection.abort for _, connection in self._connections], []
             # Ending one of NCCL's frees memory, for which CUDA waits for the kernels of all others.
-            threads = [threading.Thread(target=_leave, args=(leaving.pop(),)) for _ in range(len(leaving))]
-            for thread in threads:
-                try:
-                    thread.start()
-                except RuntimeError:  # the interpreter ends: nothing is under way any more
-                    thread.run()
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            _at_once_or_in_threads(leaving)
 
 
-def connect(store: Any, rank: int, size: int, backend: str, timeout: float) -> Connection:
-    """One of torch's backends over the members of a store.
+def _at_once_or_in_threads(jobs: list[Callable[[], None]], timeout: float | None = None) -> None:
+    """Runs jobs side by side; one after the other where the interpreter ends and starts no threads any more."""
 
-    Args:
-        store: Reached by all members, and used for nothing else.
-        rank: This process's number among them.
-        size: How many members there are.
-        backend: ``"gloo"`` or ``"nccl"``.
-        timeout: Seconds after which torch gives up a message.
-    """
-    if backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, size, seconds(timeout))
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # before kernels that wait in line
-    options._timeout = seconds(timeout)
-    with _environment(NCCL_ENVIRONMENT):
-        return dist.ProcessGroupNCCL(store, rank, size, options)
+    def run(job: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # it may be gone already
+            job()
 
-
-@contextmanager
-def _environment(wanted: dict[str, str]) -> Iterator[None]:
-    """Sets variables where the user set nothing, and takes them back."""
-    new = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(new)
-    try:
-        yield
-    finally:
-        for name in new:
-            os.environ.pop(name, None)
-
-
-def _leave(connection: Connection) -> None:
-    with suppress(RuntimeError):  # it may be gone already
-        connection.abort()
+    threads = []
+    while jobs:
+        thread = threading.Thread(target=run, args=(jobs.pop(),), name="hetu-leave", daemon=True)
+        try:
+            thread.start()
+            threads.append(thread)
+        except RuntimeError:
+            thread.run()
+    for thread in threads:
+        thread.join(timeout)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
+from hetu.backends.comm.connect import Connection
 from hetu.backends.comm.world import reduce_in_order
 
 BUCKET_BYTES = 25 * 2**20
@@ -125,7 +125,7 @@ def reduce_over(
     own: torch.Tensor,
     op: str,
     held: Sequence[Sequence[int]],
-    group: dist.ProcessGroup,
+    connection: Connection,
     landing: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     """Adds up, or averages, a flat tensor over pipelines in several processes.
@@ -134,7 +134,7 @@ def reduce_over(
         own: ``(P, n)``, contiguous: the values of the P pipelines that run here.
         op: ``"sum"`` or ``"mean"``.
         held: For each process of the group the pipelines that it runs.
-        group: The processes; all of them call this.
+        connection: Between the processes; all of them call this.
         landing: Told of each tensor that others' values land in.
 
     Returns:
@@ -149,12 +149,13 @@ def reduce_over(
     size = piece * own.itemsize
     rows = [len(pipelines) for pipelines in held]
     received = own.new_empty((sum(rows), piece))
-    dist.all_to_all_single(_bytes(received), _bytes(sent), [k * size for k in rows], [mine * size] * ranks, group=group)
+    splits = [k * size for k in rows], [mine * size] * ranks
+    connection.alltoall_base(_bytes(received), _bytes(sent), *splits).wait()
     landing(received)
     by_pipeline = dict(zip([r for pipelines in held for r in pipelines], received, strict=True))
     total = reduce_in_order([by_pipeline[r] for r in sorted(by_pipeline)], op).contiguous()
     whole = own.new_empty(ranks * piece)
-    dist.all_gather_into_tensor(_bytes(whole), _bytes(total), group=group)
+    connection._allgather_base(_bytes(whole), _bytes(total)).wait()
     landing(whole)
     return whole[:n]
 

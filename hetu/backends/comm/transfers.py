@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hetu.backends.comm.control import seconds
+from hetu.backends.comm.connect import seconds
 from hetu.backends.comm.local import LocalComm
 from hetu.parallel.plan.instructions import Receive, Send
 
@@ -45,7 +45,7 @@ class _End:
     @property
     def doing(self) -> str:
         """For errors."""
-        return "sending rows to" if self.place is None else "receiving rows from"
+        return "sending rows" if self.place is None else "receiving rows"
 
 
 class DistributedComm:
@@ -100,7 +100,7 @@ class DistributedComm:
             else:
                 work = group.recv([memory], peer, tag)
         except RuntimeError as error:
-            control.lost("sending rows to" if place is None else "receiving rows from", error, [peer])
+            control.lost("sending rows" if place is None else "receiving rows", error, [peer])
         end = self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))
         if world.watch is not None and not self.over_gloo:
             world.watch.started((id(self), pipeline, item.transfer), end.landing, end.doing, [peer])

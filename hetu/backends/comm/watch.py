@@ -122,7 +122,7 @@ class Awaited:
         mark: Reached by the stream right after the wait.
         since: When the host asked for it.
         places: Where it lands, by address and bytes; nothing for what is sent.
-        doing: For the error: ``"receiving rows from"``.
+        doing: For the error: ``"receiving rows"``.
         peers: Whom it depends on; none for all.
     """
 

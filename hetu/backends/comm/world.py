@@ -86,6 +86,16 @@ class World(Protocol):
     def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sums of int64 tensors without dimensions over all ranks."""
 
+    def confirm(self, failure: BaseException | None) -> None:
+        """Ends what each rank did by itself: the others hear how that went here.
+
+        Args:
+            failure: What this rank raises next, if it failed.
+
+        Raises:
+            CommunicationError: If it failed on other ranks only, or they can't be reached.
+        """
+
 
 class LocalWorld:
     """One process that runs all pipelines, in lock step."""
@@ -126,6 +136,9 @@ class LocalWorld:
     def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """There is no other rank."""
         return list(numbers)
+
+    def confirm(self, failure: BaseException | None) -> None:
+        """There is no other rank."""
 
 
 def reduce_in_order(parts: Sequence[torch.Tensor], op: str) -> torch.Tensor:

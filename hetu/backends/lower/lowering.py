@@ -141,11 +141,16 @@ class StepInput:
 
 
 @dataclass(frozen=True, slots=True)
+class FlagsInput:
+    """A module input: what notes indices that are out of range on a device; None where the host looks at them."""
+
+
+@dataclass(frozen=True, slots=True)
 class WorldInput:
     """A module input: the world, through which pipelines reach each other."""
 
 
-Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput | WorldInput
+Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput | FlagsInput | WorldInput
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -282,6 +287,10 @@ class NodeLowering:
         """The module input that brings the node's plan."""
         suffix = "" if self.pipeline is None else f"_p{self.pipeline}"
         return self.builder.input(PlanInput(self.node, self.pipeline), f"{self.node.name}_plan{suffix}")
+
+    def flags(self) -> fx.Node:
+        """The module input that notes indices out of range."""
+        return self.builder.input(FlagsInput(), "flags")
 
     def world(self) -> fx.Node:
         """The module input that brings the world."""

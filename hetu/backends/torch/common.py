@@ -11,6 +11,7 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering
+from hetu.backends.torch.index_flags import hetu_guarded_indices, hetu_poisoned, is_deferred
 from hetu.dtypes import DType
 from hetu.errors import Where
 from hetu.graph import Tensor
@@ -81,20 +82,33 @@ def as_range(value: Any, dtype: DType) -> Any:
 
 
 def checked_indices(cx: NodeLowering, index: fx.Node, name: str) -> fx.Node:
-    """The indices that a node looks something up by, checked where planning can't see them and nothing waits.
+    """The indices that a node looks something up by: checked at once on a CPU if planning can't see them, else there.
 
     Args:
         cx: The node's lowering.
         index: The values of its input ``name``.
         name: The input.
     """
-    node = cx.node
-    if cx.device.type != "cpu" or source_of_values(node.input(name)) is not None:
+    node, source, waits = cx.node, source_of_values(cx.node.input(name)), not is_deferred(cx.device)
+    if waits and source is not None:
         return index
-    (known,) = (item for item in node.definition.index_ranges(node) if item.name == name)
     op, where = node.definition.name.removesuffix("_grad"), node.where
-    size = cx.size(known.size)
-    return cx.call(hetu_checked_indices, index, size, known.ignored, name, op, where.filename, where.lineno)
+    site = name, op, where.filename, where.lineno
+    if waits:
+        return cx.call(hetu_checked_indices, index, *_range(cx, name), *site)
+    of = None if source is None else source.name
+    return cx.call(hetu_guarded_indices, cx.flags(), index, *_range(cx, name), of, *site)
+
+
+def looked_up(cx: NodeLowering, out: fx.Node, index: fx.Node, name: str) -> fx.Node:
+    """What a node looked up by indices that :func:`checked_indices` was given, and that nothing else holds."""
+    return cx.call(hetu_poisoned, cx.flags(), out, index, *_range(cx, name)) if is_deferred(cx.device) else out
+
+
+def _range(cx: NodeLowering, name: str) -> tuple[Any, int | None]:
+    """How many there are to choose from by an input, and a value that is no index."""
+    (known,) = (item for item in cx.node.definition.index_ranges(cx.node) if item.name == name)
+    return cx.size(known.size), known.ignored
 
 
 def hetu_checked_indices(

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import at_least_float32, checked_indices
+from hetu.backends.torch.common import at_least_float32, checked_indices, looked_up
 
 
 def _places(dim: int, start: Any, stop: Any, step: int) -> tuple[slice, ...]:
@@ -40,7 +40,7 @@ def _slice_grad(cx: NodeLowering, grad: fx.Node, start: Any, stop: Any, size: An
 
 @lowering("gather", backend="torch")
 def _gather(cx: NodeLowering, x: fx.Node, index: fx.Node) -> fx.Node:
-    return cx.call(torch.gather, x, cx.node.attrs["dim"], _long(cx, index))
+    return looked_up(cx, cx.call(torch.gather, x, cx.node.attrs["dim"], _long(cx, index)), index, "index")
 
 
 def hetu_gather_grad(grad: torch.Tensor, index: torch.Tensor, shape: Sequence[int], dim: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import as_rows, checked_indices
+from hetu.backends.torch.common import as_rows, checked_indices, looked_up
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}
 """Logits that are worked on at a time: enough to keep the device busy, few next to all of them."""
@@ -60,8 +60,9 @@ def hetu_cross_entropy_grad(
 
 @lowering("cross_entropy", backend="torch")
 def _cross_entropy(cx: NodeLowering, logits: fx.Node, labels: fx.Node) -> fx.Node:
-    labels = checked_indices(cx, labels, "labels")
-    return cx.call(hetu_cross_entropy, logits, labels, cx.node.attrs["ignore_index"], cx.node.attrs["reduction"])
+    attrs, checked = cx.node.attrs, checked_indices(cx, labels, "labels")
+    losses = cx.call(hetu_cross_entropy, logits, checked, attrs["ignore_index"], attrs["reduction"])
+    return looked_up(cx, losses, labels, "labels")
 
 
 @lowering("cross_entropy_grad", backend="torch")

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import at_least_float32, cast, checked_indices
+from hetu.backends.torch.common import at_least_float32, cast, checked_indices, looked_up
 
 aten = torch.ops.aten
 
@@ -20,7 +20,7 @@ def _cast(cx: NodeLowering, x: fx.Node) -> fx.Node:
 
 @lowering("embedding", backend="torch")
 def _embedding(cx: NodeLowering, ids: fx.Node, weight: fx.Node) -> fx.Node:
-    return cx.call(functional.embedding, checked_indices(cx, ids, "ids"), weight)
+    return looked_up(cx, cx.call(functional.embedding, checked_indices(cx, ids, "ids"), weight), ids, "ids")
 
 
 def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A search for the fastest tile on the device at hand: for ``HETU_AUTOTUNE=1``, kept on disk.
+"""A search for the fastest tile on the device at hand: for ``HETU_AUTOTUNE=1``, kept on disk where that can be.
 
 The tiles of ``variants.py`` were measured on some devices. On another one, or with another version of Triton, a search
 may find faster ones: the first call of each kind then tries every candidate, which takes minutes, and writes the winner
@@ -7,23 +7,23 @@ to ``$HETU_CACHE_DIR`` (or ``~/.cache/hetu``), where every later process finds i
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import triton
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from hetu.backends.attention import records, work
+from hetu.backends.triton import kept_tiles
 from hetu.backends.triton.variants import PackedHeads, Tile, Variant
 from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVariant
 from hetu.config import raw_environment, raw_name
@@ -40,6 +40,9 @@ def is_wanted(device: torch.device) -> bool:
 
 
 _WANTED = raw_name("HETU_AUTOTUNE")
+
+_known: dict[tuple[Path, str], Any] = {}
+"""What this process found, or read and tried: it searches once, whether what it finds can be kept or not."""
 
 
 def tuned(
@@ -59,20 +62,31 @@ def tuned(
         device: Where it runs.
     """
     path = cache_file(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
-    kept = _read(path).get(kind)
-    if kept is not None:
-        return _decoded(kept, default)
+    found = _known.get((path, kind))
+    if found is not None:
+        return found
+    kept = kept_tiles.read(path, kind, default)
     if trial is None:
-        return default
-    times: dict[AnyTile, float] = {}
-    for candidate in dict.fromkeys(chain([default], candidates)):
-        try:
-            times[candidate] = trial(candidate)
-        except (OutOfResources, PTXASError):
-            continue
-    best = min(times, key=times.__getitem__, default=default)
-    _write(path, kind, best)
-    return best
+        return default if kept is None else kept
+    if kept is None or _time(kept, trial, (Exception,)) is None:  # a file may name what can't be compiled here
+        times = {tile: _time(tile, trial) for tile in dict.fromkeys(chain([default], candidates))}
+        fitting = {tile: time for tile, time in times.items() if time is not None}
+        kept = min(fitting, key=fitting.__getitem__, default=default)
+        kept_tiles.write(path, kind, kept)
+    _known[path, kind] = kept
+    return kept
+
+
+def _time(
+    tile: AnyTile,
+    trial: Callable[[AnyTile], float],
+    passed_over: tuple[type[Exception], ...] = (OutOfResources, PTXASError),
+) -> float | None:
+    """Milliseconds of a call with a tile; None if it fails, as where the device has no room for it."""
+    try:
+        return trial(tile)
+    except passed_over:
+        return None
 
 
 def kind_of(variant: Variant | BackwardVariant, heads: PackedHeads, keys_per_row: float) -> str:
@@ -121,36 +135,19 @@ def backward_candidates(default: BackwardTiles) -> Iterator[BackwardTiles]:
 @cache
 def cache_file(device: str) -> Path:
     """Where the tiles of a device are kept, for this version of Triton and these kernels: others want other tiles."""
-    folder = os.environ.get("HETU_CACHE_DIR") or Path.home() / ".cache" / "hetu"
+    folder = os.environ.get("HETU_CACHE_DIR") or _default_folder()
     kernels = sha256(b"".join(file.read_bytes() for file in kernel_files())).hexdigest()
     name = re.sub(r"\W+", "-", f"{device} triton {triton.__version__} kernels {kernels[:8]}").lower()
     return Path(folder) / f"tiles-{name}.json"
 
 
+def _default_folder() -> Path:
+    try:
+        return Path.home() / ".cache" / "hetu"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"hetu-{os.getuid()}"
+
+
 def kernel_files() -> list[Path]:
     """The files that decide what kernels do and what they are told: this room's, and those that make work lists."""
     return [*sorted(Path(__file__).parent.glob("*.py")), Path(records.__file__), Path(work.__file__)]
-
-
-def _read(path: Path) -> dict[str, dict[str, object]]:
-    try:
-        kept: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
-    return kept
-
-
-def _write(path: Path, kind: str, tile: Tile | BackwardTiles) -> None:
-    """Adds a tile to the file, which is whole at any moment: other processes read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**_read(path), kind: asdict(tile)}, indent=1)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text + "\n")
-    os.replace(file.name, path)
-
-
-def _decoded(kept: dict[str, object], like: AnyTile) -> AnyTile:
-    fields = dict(kept)
-    if isinstance(like, BackwardTiles):
-        fields |= {name: Tile(**tile) for name, tile in fields.items() if isinstance(tile, dict)}
-    return type(like)(**fields)  # type: ignore[arg-type]

@@ -12,10 +12,19 @@ from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
 from hetu.parallel.proof.contents import read_of_queries, results_of
+from hetu.parallel.proof.fields import MOST
 from hetu.parallel.proof.transfers import Tokens, instruction_name, refuse
 
 BY_ROW = ("document", "position", "slot", "slot_row", "column")
 """What query spans say of every row."""
+
+
+def check_heads(plan: PlanData) -> None:
+    """That a row has heads, and query heads that share key heads evenly."""
+    heads = plan.heads
+    sizes = (heads.num_q, heads.num_kv, heads.head_dim, heads.itemsize)
+    if min(sizes) < 1 or heads.columns < 0 or max(*sizes, heads.columns) > MOST or heads.num_q % heads.num_kv:
+        refuse(f"rows have {heads}, expected sizes from 1 and as many query heads for each key head")
 
 
 def check_part(plan: PlanData, r: int, part: PipelinePlan, tokens: Tokens) -> None:
@@ -36,6 +45,18 @@ def check_part(plan: PlanData, r: int, part: PipelinePlan, tokens: Tokens) -> No
         row, zeros = np.arange(len(held)), np.zeros(len(held), np.int64)
         # Results by row have no other place than their row.
         _check_spans([tokens.document[held], tokens.position[held], zeros, row, zeros], part)
+
+
+def check_rows(plan: PlanData, r: int, part: PipelinePlan) -> None:
+    """That a pipeline holds no more rows than it may need."""
+    tokens, rows = plan.layout.place(r)[0].tokens, [buffer.rows for buffer in part.buffers]
+    held = sum(buffer.rows for buffer in part.buffers if buffer.holds_keys and buffer.heads.num_q)
+    copies = [item for item in part.instructions if isinstance(item, Copy) and "k" in item.payload.values]
+    if held > tokens + sum(item.runs.rows for item in copies):  # own rows that it copies it holds twice
+        refuse(f"pipeline {r} holds {held} rows in buffers of {rows} rows; its group has {tokens}")
+    landing = [buffer.rows for buffer in part.buffers if not buffer.holds_keys]
+    if max(landing, default=0) > part.rows:
+        refuse(f"pipeline {r} has landing buffers of {landing} rows, but its shard only {part.rows}")
 
 
 def query_tokens(part: PipelinePlan, tokens: Tokens) -> IntArray:
@@ -64,8 +85,13 @@ def _check_buffers(plan: PlanData, r: int, part: PipelinePlan) -> None:
             f"the part of pipeline {r} says it is of pipeline {part.pipeline} and its shard has {says}, but it has "
             f"{_buffer_text(own)}"
         )
+    tokens = plan.layout.place(r)[0].tokens
     for number, buffer in enumerate(buffers):
         _check_range(buffer.heads, plan, f"pipeline {r}: buffer {number}")
+        if not 0 <= buffer.rows <= tokens:
+            refuse(f"pipeline {r} holds {buffer.rows} rows in buffer {number}; its group has {tokens}")
+        if len(set(buffer.values)) < len(buffer.values):
+            refuse(f"pipeline {r}: buffer {number} holds a value twice: {', '.join(buffer.values)}")
     if not 0 <= part.queries < len(buffers):
         refuse(f"pipeline {r} has no buffer {part.queries}, which is to hold its queries")
     needed = {*read_of_queries(plan.is_backward), *results_of(plan.is_backward)} - (
@@ -118,6 +144,8 @@ class _Check:
 
     def instruction(self) -> None:
         _check_range(self.item.heads, self.plan, f"pipeline {self.part.pipeline}: {instruction_name(self.item)}")
+        if isinstance(self.item, (Send, Receive)):
+            self._peer(self.item.peer)
         match self.item:
             case Send() as item:
                 self._takes(item.buffer, item.payload, item.runs, "sends")
@@ -136,6 +164,10 @@ class _Check:
                 self._written(item.runs, 0, "adds to")
             case Attend() as item:
                 self._attend(item)
+
+    def _peer(self, peer: int) -> None:
+        if not 0 <= peer < len(self.plan.pipelines) or peer == self.part.pipeline:
+            self._refuse(f"has no other end: there is no other pipeline {peer}")
 
     def _receive(self, item: Receive) -> None:
         self._puts(item.buffer, item.payload)
@@ -163,8 +195,6 @@ class _Check:
     def _table(self, item: Attend) -> None:
         table, part, rows = item.table, self.part, self.part.buffers[item.buffer].rows
         what = f"pipeline {part.pipeline}: attending to buffer {item.buffer}"
-        if not len(table.query) == len(table.k_start) == len(table.k_len) == len(table.diagonal):
-            refuse(f"{what}: the columns of the segment table differ in length")
         if item.rows > rows:
             refuse(f"{what}: its sources have {item.rows} rows, but the buffer only {rows}")
         self._sources(item, what)
@@ -172,7 +202,8 @@ class _Check:
             return
         if table.query.min() < 0 or table.query.max() >= len(part.spans) or (np.diff(table.query) < 0).any():
             refuse(f"{what}: its segments are not ordered by query span, or name one that does not exist")
-        check_runs(Runs(table.k_start, table.k_len), item.rows, f"{what}: a segment sees", f"buffer {item.buffer}")
+        keys, each = Runs(table.k_start, table.k_len), len(part.spans)
+        check_runs(keys, item.rows, f"{what}: a segment sees", f"buffer {item.buffer}", times=each)
         unseen = table.k_len > part.spans.length[table.query] + table.diagonal
         if unseen.any():
             refuse(f"{what}: segment {int(unseen.argmax())} has keys that no row of its query span sees")
@@ -257,8 +288,10 @@ def buffer_name(part: PipelinePlan, number: int) -> str:
     return f"{'landing ' * (not part.buffers[number].holds_keys)}buffer {number}"
 
 
-def check_runs(runs: Runs, size: int, what: str, place: str) -> None:
-    """That rows exist."""
+def check_runs(runs: Runs, size: int, what: str, place: str, times: int = 1) -> None:
+    """That rows exist, and that there are no more runs than rows, each of which may be named so many times."""
+    if len(runs.start) > size * times:
+        refuse(f"{what} {len(runs.start)} runs of rows of {place}, which has {size}")
     bad = (runs.start < 0) | (runs.length <= 0)
     stop = runs.start + runs.length
     if runs.step is not None:

@@ -2,7 +2,9 @@
 
 The proof is exact and takes time and memory in proportion to the keys that the segments name, not to the pairs:
 
-1. Every instruction refers to rows, heads, spans and buffers that exist, and every transfer has two ends that agree.
+1. Every field has the type that it is declared to have, the layout holds every token once, every instruction refers to
+   rows, heads, spans and buffers that exist, and every transfer has two ends that agree. Until that is known nothing
+   is allocated that isn't bounded by the rows of the shards.
 2. The instructions are followed. Sends and receives are posted, and a wait blocks until the other end of the
    transfer is posted, and so does whatever computes, until those of all transfers under way are: a plan that passes
    can't deadlock however little a network buffers, and whatever a device waits for. What lands in a buffer is known
@@ -21,23 +23,26 @@ from __future__ import annotations
 import numpy as np
 
 from hetu.parallel.mask.segments import IntArray
-from hetu.parallel.plan.instructions import Attend, Copy
+from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.memory import peak_bytes
-from hetu.parallel.plan.parts import PipelinePlan, PlanData
+from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.contents import Contents
+from hetu.parallel.proof.fields import check_fields
 from hetu.parallel.proof.follow import follow_all
 from hetu.parallel.proof.gradients import Contributions
 from hetu.parallel.proof.held import Run
+from hetu.parallel.proof.layout import check_layout
 from hetu.parallel.proof.pairs import prove_pairs, seen_by
-from hetu.parallel.proof.structure import check_part
+from hetu.parallel.proof.structure import check_heads, check_part, check_rows
 from hetu.parallel.proof.transfers import Tokens, pair_transfers, refuse
 
 
 def verify(plan: PlanData, max_bytes: int | None = None) -> None:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.verify`."""
+    check_fields(plan)
+    check_heads(plan)
+    check_layout(plan)
     tokens = Tokens.of(plan)
-    if len(plan.pipelines) != plan.layout.num_pipelines:
-        refuse(f"{len(plan.pipelines)} parts for {plan.layout.num_pipelines} pipelines")
     for r, part in enumerate(plan.pipelines):
         check_part(plan, r, part, tokens)
     transfers, contents = pair_transfers(plan), Contents.of(plan, tokens)
@@ -49,7 +54,10 @@ def verify(plan: PlanData, max_bytes: int | None = None) -> None:
     _prove_attends(plan, runs, contents)
     if contributions is not None:
         contributions.check_home()
-    _check_memory(plan, max_bytes)
+    for r, part in enumerate(plan.pipelines):
+        check_rows(plan, r, part)
+        if max_bytes is not None and peak_bytes(plan, part) > max_bytes:
+            refuse(f"pipeline {r} needs {peak_bytes(plan, part):,} bytes, but may take {max_bytes:,} (max_bytes)")
 
 
 def _prove_attends(plan: PlanData, runs: list[Run], contents: Contents) -> None:
@@ -76,22 +84,3 @@ def _prove_attends(plan: PlanData, runs: list[Run], contents: Contents) -> None:
         token, atom = np.argwhere(times != 1)[0]
         what = contents.name_of("q", int(atom)) + f" of {contents.tokens.name(int(token))}"
         refuse(f"{what} is attended for by {times[token, atom]} pipelines, expected one")
-
-
-def _check_memory(plan: PlanData, max_bytes: int | None) -> None:
-    for r, part in enumerate(plan.pipelines):
-        group, _ = plan.layout.place(r)
-        held = sum(buffer.rows for buffer in part.buffers if buffer.holds_keys and buffer.heads.num_q)
-        rows = [buffer.rows for buffer in part.buffers]
-        if held > group.tokens + _copied(part):
-            refuse(f"pipeline {r} holds {held} rows in buffers of {rows} rows; its group has {group.tokens}")
-        landing = [buffer.rows for buffer in part.buffers if not buffer.holds_keys]
-        if max(landing, default=0) > part.rows:
-            refuse(f"pipeline {r} has landing buffers of {landing} rows, but its shard only {part.rows}")
-        if max_bytes is not None and peak_bytes(plan, part) > max_bytes:
-            refuse(f"pipeline {r} needs {peak_bytes(plan, part):,} bytes, but may take {max_bytes:,} (max_bytes)")
-
-
-def _copied(part: PipelinePlan) -> int:
-    """Own rows whose keys the pipeline holds twice, since it copies them."""
-    return sum(item.runs.rows for item in part.instructions if isinstance(item, Copy) and "k" in item.payload.values)

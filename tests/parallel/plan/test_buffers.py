@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.layout_cases import HEADS, MASKS, random_case
-from support.plans import KV_METHODS, broadcast, by_halves, find, refused, with_instructions
+from support.plans import KV_METHODS, attends, broadcast, by_halves, find, refused, with_instructions
 
 from hetu.parallel import METHODS, Heads, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.mask.segments import SegmentTable
 from hetu.parallel.plan.buffers import batches, lifetimes
 from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send, Wait
@@ -176,7 +177,11 @@ def with_buffer(plan: AttnPlan, r: int, number: int, **values: Any) -> AttnPlan:
 def test_buffers_that_are_not_what_instructions_need() -> None:
     heads = build_plan(Layout.build([3, 3], [0, 0]), method="ulysses", heads=TWO)
     keys = build_plan(Layout.build([3, 3], [0, 0]), method="direct", heads=TWO)
-    refused(with_buffer(heads, 1, 1, rows=7), "pipeline 1: an attend names 6 rows of buffer 1, that of its queries")
+    refused(with_buffer(heads, 1, 1, rows=7), "pipeline 1 holds 7 rows in buffer 1; its group has 6")
+    (attend,) = attends(heads, 1)
+    some = {"sources": attend.sources[:1], "table": SegmentTable(*[np.empty(0, np.int64)] * 4)}
+    names = "pipeline 1: an attend names 3 rows of buffer 1, that of its queries"
+    refused(changed(heads, 1, Attend, **some), names)
     refused(with_buffer(heads, 1, 1, payloads=(Payload.QKV, Payload.OUT)), "that of its queries, lacks lse")
     refused(with_buffer(heads, 1, 1, heads=HeadRange(2, 2, 0, 1)), "are none of 4 query heads")
     apart = (Payload.QKV, Payload.OUT, Payload.LSE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hetu.backends.comm.distributed import DistributedWorld
+from hetu.backends.comm.wire import pack_array, unpack_array
 from hetu.errors import CommunicationError, StrategyError, caller
 from hetu.graph import Tensor
 from hetu.planning.feeds import Feeds, FeedSet, Symbols, host_values, read_own_feeds, shard_count
@@ -17,6 +18,11 @@ from hetu.runtime.request import RunRequest
 from hetu.symbols import as_symbol
 
 
+def is_chosen(strategy: Any) -> bool:
+    """True if the user says which strategy a run follows."""
+    return strategy is not None and not (isinstance(strategy, str) and strategy == "auto")
+
+
 @dataclass(frozen=True, slots=True)
 class OwnFeeds:
     """The feeds of a micro-batch on this rank.
@@ -24,7 +30,7 @@ class OwnFeeds:
     Attributes:
         tensors: The placeholders.
         arrays: The arrays of each pipeline that runs here.
-        said: What the other ranks are told of them.
+        said: What the other ranks are told of them, as plain values.
     """
 
     tensors: tuple[Tensor, ...]
@@ -35,9 +41,9 @@ class OwnFeeds:
     def read(cls, world: DistributedWorld, request: RunRequest, feeds: Feeds, symbols: Symbols) -> OwnFeeds:
         """Reads and checks what this rank feeds its own pipelines."""
         graph, subgraph = request.graph, request.subgraph
-        is_chosen = graph.num_strategy == 1 or request.strategy not in (None, "auto")
-        index = graph.planner.index(0 if request.strategy in (None, "auto") else request.strategy)
-        pipelines = graph.planner.pipelines(subgraph, index) if is_chosen else UNKNOWN
+        index = graph.planner.index(request.strategy if is_chosen(request.strategy) else 0)
+        is_known = graph.num_strategy == 1 or is_chosen(request.strategy)
+        pipelines = graph.planner.pipelines(subgraph, index) if is_known else UNKNOWN
         sharded = shard_count(feeds)
         count = pipelines.count or sharded
         if count is not None:
@@ -47,10 +53,11 @@ class OwnFeeds:
         tensors, arrays = read_own_feeds(subgraph, feeds, mine, replace(pipelines, count=count), symbols)
         # Here and not when all is planned, so that all ranks hear of it before anything is sent.
         check_indices(subgraph.index_checks, arrays, lambda _, size: as_symbol(size).constant)
-        own = {}
+        own = []
         for r, row in arrays.items():
-            own[r] = tuple(tuple(row[tensor].shape) for tensor in tensors), list(host_values(subgraph, row).values())
-        names = tuple(tensor.name for tensor in tensors)
+            hosts = [pack_array(array) for array in host_values(subgraph, row).values()]
+            own.append([r, [tuple(row[tensor].shape) for tensor in tensors], hosts])
+        names = [tensor.name for tensor in tensors]
         return cls(tensors, arrays, {"sharded": sharded, "tensors": names, "own": own})
 
 
@@ -76,7 +83,7 @@ def merge(
         StrategyError: If not all of the pipelines are fed.
         CommunicationError: If the ranks feed different placeholders.
     """
-    own = {r: (rank, one["tensors"], *row) for rank, one in enumerate(said) for r, row in one["own"].items()}
+    own = {r: (rank, tuple(one["tensors"]), *row) for rank, one in enumerate(said) for r, *row in one["own"]}
     sharded = next((one["sharded"] for one in said if one["sharded"]), None)
     count = pipelines.count or sharded or len(own)
     if sorted(own) != list(range(count)):
@@ -99,7 +106,8 @@ def merge(
         )
     by_name = {tensor.name: tensor for tensor in subgraph.feeds + subgraph.witnesses}
     tensors = tuple(by_name[name] for name in next(iter(fed), ()))
-    hosts = [dict(zip(subgraph.host_feeds, own[r][3], strict=True)) for r in range(count)]
+    hosts = [dict(zip(subgraph.host_feeds, map(unpack_array, own[r][3]), strict=True)) for r in range(count)]
     arrays = tuple({**hosts[r], **mine.arrays.get(r, {})} for r in range(count))
     contents = tuple(hosts[r][tensor].tobytes() for tensor in subgraph.host_feeds for r in range(count))
-    return FeedSet(tensors, arrays, tuple(own[r][2] for r in range(count)), contents)
+    shapes = tuple(tuple(map(tuple, own[r][2])) for r in range(count))
+    return FeedSet(tensors, arrays, shapes, contents)

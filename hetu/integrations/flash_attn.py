@@ -1,0 +1,347 @@
+"""FlashAttention's functions, as flash_attn 2.8 has them, over hetu's kernels.
+
+Change one line: ``from flash_attn import flash_attn_func`` becomes ``from hetu.integrations.flash_attn import
+flash_attn_func``. Parameters, defaults, shapes and the alignment of the causal mask are flash_attn's. What is more:
+
+- float32 and float64 work too, and so does a CPU.
+- Any head_dim up to 256, and v may be narrower or wider than q and k (as in MLA): heads are padded with zeros inside,
+  to the wider one's next multiple of 8, and the scale is that of the unpadded q.
+- Gradients flow through ``softmax_lse``. A row that sees no key has ``-inf`` there, where flash_attn has ``inf``.
+- ``deterministic`` changes nothing: two calls always give the same bits, in the backward too.
+
+What isn't there is refused by its name: windows, softcap, ALiBi, block tables, and S_dmask under dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hetu.arguments import flag, integers, real, shown
+from hetu.errors import DTypeError, HetuError, ShapeError, caller
+from hetu.functional import attn_varlen
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+]
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The output alone; or with ``softmax_lse`` and ``S_dmask``, if ``return_attn_probs``."""
+
+_OP = "flash_attn"
+_MOST = 256
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """Attention over a batch of sequences of one length.
+
+    Args:
+        q: ``(batch, seqlen_q, heads, head_dim)``.
+        k: ``(batch, seqlen_k, heads_k, head_dim)``; heads must be a multiple of heads_k.
+        v: ``(batch, seqlen_k, heads_k, head_dim_v)``; flash_attn wants head_dim_v to be head_dim.
+        dropout_p: Probability with which each attention weight is dropped; give 0 when the model is evaluated. Which
+            are dropped is drawn from torch's default CPU generator.
+        softmax_scale: Factor of the scores; None means ``1 / sqrt(head_dim)``.
+        causal: Whether query i sees keys up to ``i + seqlen_k - seqlen_q`` only.
+        window_size: Must be ``(-1, -1)``, which is no window.
+        softcap: Must be 0, which is no cap.
+        alibi_slopes: Must be None.
+        deterministic: Changes nothing.
+        return_attn_probs: Whether ``(out, softmax_lse, S_dmask)`` is returned; only without dropout.
+
+    Returns:
+        out ``(batch, seqlen_q, heads, head_dim_v)``; softmax_lse ``(batch, heads, seqlen_q)``, float32 (float64 for
+        float64); S_dmask, an empty tensor, as flash_attn has it without dropout.
+
+    Raises:
+        ShapeError: If shapes don't fit.
+        DTypeError: If q, k and v are no tensors of one floating-point type.
+        HetuError: If an option is out of its range, or isn't there.
+
+    Example:
+        >>> q, kv = torch.ones(2, 3, 4, 20), torch.ones(2, 5, 2, 20)
+        >>> flash_attn_func(q, kv, kv, causal=True).shape
+        torch.Size([2, 3, 4, 20])
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, 4, "(batch, seqlen, heads, head_dim)")
+    batch, seqlen_q = q.shape[:2]
+    if not batch == k.shape[0] == v.shape[0] or k.shape[1] != v.shape[1]:
+        shapes = f"{list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        _refuse(ShapeError, f"q, k and v are {shapes}", "give as many sequences in all, and every key its value")
+    lengths_q = _lengths(batch, seqlen_q)
+    results = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        lengths_q,
+        lengths_q if k.shape[1] == seqlen_q else _lengths(batch, k.shape[1]),
+        None,
+        None,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+    if isinstance(results, torch.Tensor):
+        return results.unflatten(0, (batch, seqlen_q))
+    out, lse, s_dmask = results
+    return (
+        out.unflatten(0, (batch, seqlen_q)),
+        lse.unflatten(1, (batch, seqlen_q)).transpose(0, 1).contiguous(),
+        s_dmask,
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """See :func:`flash_attn_func`; kv is k and v in one: ``(batch, seqlen_k, 2, heads_k, head_dim)``."""
+    k, v = _unpacked("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """See :func:`flash_attn_func`; qkv is q, k and v in one: ``(batch, seqlen, 3, heads, head_dim)``."""
+    q, k, v = _unpacked("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: None = None,
+) -> Result:
+    """Attention over sequences of different lengths that lie one after the other.
+
+    Args:
+        q: ``(total_q, heads, head_dim)``.
+        k: ``(total_k, heads_k, head_dim)``; heads must be a multiple of heads_k.
+        v: ``(total_k, heads_k, head_dim_v)``; flash_attn wants head_dim_v to be head_dim.
+        cu_seqlens_q: ``(batch + 1,)``, int32 or int64, from 0; best on the CPU, where they are read.
+        cu_seqlens_k: Like cu_seqlens_q, for the keys.
+        max_seqlen_q: At least the longest query sequence, or None: it isn't needed.
+        max_seqlen_k: At least the longest key sequence, or None.
+        dropout_p: As in :func:`flash_attn_func`, like all that follow but the last.
+        softmax_scale: Factor of the scores.
+        causal: Whether queries see earlier keys only.
+        window_size: Must be ``(-1, -1)``.
+        softcap: Must be 0.
+        alibi_slopes: Must be None.
+        deterministic: Changes nothing.
+        return_attn_probs: Whether ``(out, softmax_lse, S_dmask)`` is returned.
+        block_table: Must be None: there is no paged cache.
+
+    Returns:
+        out ``(total_q, heads, head_dim_v)``; softmax_lse ``(heads, total_q)``; S_dmask, an empty tensor.
+
+    Raises:
+        HetuError: As :func:`flash_attn_func`.
+        BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, 3, "(total, heads, head_dim)")
+    causal, return_attn_probs = flag(causal, "causal", op=_OP), flag(return_attn_probs, "return_attn_probs", op=_OP)
+    flag(deterministic, "deterministic", op=_OP)
+    _refuse_what_is_not_there(window_size, softcap, alibi_slopes, block_table)
+    if return_attn_probs and real(dropout_p, "dropout_p", op=_OP):
+        fix = "give dropout_p=0, or call hetu.functional.attn_varlen with return_lse=True"
+        _refuse(HetuError, "return_attn_probs asks for S_dmask under dropout, which isn't computed", fix)
+    width, width_v = q.shape[-1], v.shape[-1]
+    if width != k.shape[-1]:
+        _refuse(ShapeError, f"q and k have head_dim {width} and {k.shape[-1]}, expected the same", "check projections")
+    if max(width, width_v) > _MOST or width == 0:
+        sizes = f"{width} and {width_v}"
+        _refuse(ShapeError, f"the heads of q and v have {sizes} entries, expected 1 to {_MOST}", "use more heads")
+    if softmax_scale is None:
+        softmax_scale = width**-0.5
+    padded = (max(width, width_v) + 7) // 8 * 8
+    results = attn_varlen(
+        _padded(q, padded),
+        _padded(k, padded),
+        _padded(v, padded),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        is_causal=causal,
+        dropout_p=dropout_p,
+        softmax_scale=softmax_scale,
+        return_lse=return_attn_probs,
+    )
+    if isinstance(results, torch.Tensor):
+        return results if padded == width_v else results[..., :width_v]
+    out, lse = results
+    return out if padded == width_v else out[..., :width_v], lse, q.new_empty(0)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """See :func:`flash_attn_varlen_func`; kv is k and v in one: ``(total_k, 2, heads_k, head_dim)``."""
+    k, v = _unpacked("kv", kv, 2, "(total, 2, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """See :func:`flash_attn_varlen_func`; qkv is q, k and v in one: ``(total, 3, heads, head_dim)``."""
+    q, k, v = _unpacked("qkv", qkv, 3, "(total, 3, heads, head_dim)")
+    return flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen,
+        max_seqlen,
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+    )
+
+
+def _lengths(batch: int, seqlen: int) -> torch.Tensor:
+    """The cu_seqlens of sequences of one length."""
+    return torch.arange(batch + 1, dtype=torch.int64, device="cpu") * seqlen
+
+
+def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The heads with zeros behind, up to a width."""
+    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
+
+
+def _unpacked(name: str, packed: torch.Tensor, count: int, shape: str) -> tuple[torch.Tensor, ...]:
+    """What was packed, as views."""
+    _check_tensor(name, packed, shape.count(",") + 1, shape)
+    if packed.shape[-3] != count:
+        _refuse(ShapeError, f"{name} is {list(packed.shape)}, expected {shape}", f"torch.stack the {count}, at dim -3")
+    return packed.unbind(-3)
+
+
+def _check_tensor(name: str, x: Any, ndim: int, shape: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        _refuse(DTypeError, f"{name} must be a tensor, got {shown(x)}", f"pass a torch tensor as {name}")
+    if x.is_nested:
+        _refuse(HetuError, f"{name} is a nested tensor, expected a dense one", "give its values() and offsets()")
+    if x.ndim != ndim:
+        _refuse(ShapeError, f"{name} has {x.ndim} dimensions {list(x.shape)}, expected {ndim}", f"give {shape}")
+
+
+def _refuse_what_is_not_there(window_size: Any, softcap: Any, alibi_slopes: Any, block_table: Any) -> None:
+    if window_size != (-1, -1) and integers(window_size, "window_size", op=_OP) != (-1, -1):
+        fix = "give (-1, -1), and causal=True if only later keys are to be hidden"
+        _refuse(HetuError, f"window_size is {shown(window_size)}, but there are no sliding windows", fix)
+    if softcap != 0.0 and real(softcap, "softcap", op=_OP) > 0:
+        _refuse(HetuError, f"softcap is {shown(softcap)}, but scores aren't capped", "give 0")
+    if alibi_slopes is not None:
+        _refuse(HetuError, "alibi_slopes are given, but there are no biases", "give None, and rotate q and k instead")
+    if block_table is not None:
+        _refuse(HetuError, "block_table is given, but there is no paged cache", "give None, and k and v in one piece")
+
+
+def _refuse(kind: type[HetuError], what: str, fix: str) -> None:
+    raise kind(what, op=_OP, where=caller(), fix=fix)

@@ -1,0 +1,84 @@
+"""Checks that the layout of a plan is one: every token lies once where the plan's shards have room for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hetu.errors import HetuError
+from hetu.parallel.layout.documents import check_spans
+from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.splits import Parts
+from hetu.parallel.plan.parts import PlanData
+from hetu.parallel.proof.transfers import refuse
+
+
+def check_layout(plan: PlanData) -> None:
+    """Demands that the groups share the pipelines out, and that each group's spans hold each of its tokens once.
+
+    It looks at the numbers of rows first, which have to be those of the shards, so that no more is allocated than for
+    what the plan holds.
+
+    Raises:
+        PlanError: If they don't; says which group.
+    """
+    layout, rows = plan.layout, [part.buffers[0].rows if part.buffers else 0 for part in plan.pipelines]
+    if not plan.pipelines or len(plan.pipelines) != layout.num_pipelines:
+        refuse(f"{len(plan.pipelines)} parts for {layout.num_pipelines} pipelines")
+    if sorted(r for group in layout.groups for r in group.members) != list(range(layout.num_pipelines)):
+        refuse(f"the context groups don't share out pipelines 0 to {layout.num_pipelines - 1}")
+    if len({group.value for group in layout.groups}) != len(layout.groups):
+        refuse("two context groups have one value")
+    for index, group in enumerate(layout.groups):
+        name = f"context group {group.value}"
+        if group.index != index or list(group.members) != sorted(group.members):
+            refuse(
+                f"{name} is number {group.index} of pipelines {group.members}, expected {index} and rising pipelines"
+            )
+        _check_pieces(group, name, [rows[r] for r in group.members])
+        _check_spans(group, name)
+
+
+def _check_pieces(group: GroupLayout, name: str, rows: list[int]) -> None:
+    pieces, lens = group.pieces, group.seq_lens
+    if pieces.ndim != 2 or len(pieces) != len(group.members) or lens.shape != pieces.shape[:1]:
+        what = f"pieces of shape {pieces.shape} and lengths of shape {lens.shape}"
+        refuse(f"{name} has {what}, expected a row per member of {len(group.members)}")
+    held = pieces.sum(1).tolist()
+    if (pieces < 0).any() or held != rows:
+        refuse(f"the documents of {name} have {held} tokens on its pipelines, but their shards have {rows} rows")
+    if (lens != held).any() if group.is_packed else (pieces != lens[:, None]).any():
+        refuse(f"{name} has sequences of {lens.tolist()} tokens, which is not what its documents have")
+
+
+def _check_spans(group: GroupLayout, name: str) -> None:
+    if (group.parts is None) == (group.custom_spans is None):
+        refuse(f"{name} says which tokens lie where by parts and by spans, expected one of the two")
+    if group.parts is not None:
+        _check_parts(group.parts, group.pieces.shape, name)
+    spans, members = group.spans, np.array(group.members, np.int64)
+    if (spans.member < 0).any() or (spans.member >= len(members)).any() or (np.diff(spans.member) < 0).any():
+        refuse(f"a span of {name} is of no member, or they are not in the order of the members")
+    if (spans.length < 1).any() or spans.length.sum() != group.pieces.sum():
+        refuse(f"the spans of {name} have {spans.length.sum()} tokens, but its documents {group.pieces.sum()}")
+    table = np.stack([members[spans.member], spans.document, spans.start, spans.length, spans.step], axis=1)
+    try:
+        _, pieces = check_spans(group.members, group.lengths, table, is_packed=group.is_packed)
+    except HetuError as error:
+        refuse(f"{name} is no layout: {error.what}")
+    ends = spans.length.cumsum()
+    before = (pieces.sum(1).cumsum() - pieces.sum(1))[spans.member]
+    if not np.array_equal(pieces, group.pieces) or not np.array_equal(spans.row, ends - spans.length - before):
+        refuse(f"the spans of {name} don't cover its pieces row after row")
+
+
+def _check_parts(parts: Parts, shape: tuple[int, ...], name: str) -> None:
+    R, B = shape
+    K = parts.document.size
+    shapes = [x.shape for x in (parts.document, parts.first, parts.start, parts.length, parts.step)]
+    if shapes != [(K,), (B,), (R, K), (R, K), (R, K)]:
+        refuse(f"the parts of {name} have columns of shapes {shapes}, which don't fit {R} members and {B} documents")
+    of, documents = parts.document, np.arange(B)
+    if not np.array_equal(np.unique(of), documents) or (np.diff(of) < 0).any() or (parts.length < 0).any():
+        refuse(f"the parts of {name} are not of its documents, one after the other")
+    if not np.array_equal(parts.first, of.searchsorted(documents)):
+        refuse(f"the parts of {name} don't begin where it says that they do")
