@@ -17,7 +17,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import masking_utils
 
 from hetu.arguments import refuse as refuse_argument
-from hetu.backends.torch_private import version_of
 from hetu.errors import HetuError, ShapeError
 from hetu.functional import ContextParallel
 from hetu.integrations.transformers.lengths import OP, Lengths, MaskFunction, dense, fail, find_starts, read, refuse
@@ -148,7 +147,7 @@ def of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int, is_c
     """What stands for a 2-D mask that a model hands to its layers as it came; kept for as long as the tensor lives."""
     if attention_mask.ndim != 2:
         refuse(f"attention_mask of {attention_mask.ndim} dimensions, a mask of your own,")
-    counted = None if torch.compiler.is_compiling() else version_of(attention_mask)
+    counted = _version(attention_mask)
     key = counted, q_length, kv_length, is_causal
     kept = _kept.get(attention_mask) if counted is not None else None
     if kept is not None and kept[0] == key:
@@ -161,6 +160,11 @@ def of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int, is_c
 
 
 _kept = WeakTensorKeyDictionary()
+
+
+def _version(x: torch.Tensor) -> int | None:
+    """How often a tensor was changed; None where nobody counts."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
 
 
 def _fitted(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
