@@ -1,8 +1,8 @@
 """The weights of a Llama of transformers for the graph of ``examples/llama.py``, and back.
 
 A graph takes those of :func:`to_hetu` in its state, as ``state["parameters"]``, and a ``LlamaForCausalLM`` takes the
-dict of :func:`to_transformers` as its state. Both models compute the same: rotary embeddings turn the same pairs of columns, and q, k and v, and gate and up, only stand in
-one matrix here.
+dict of :func:`to_transformers` as its state. Both models compute the same: rotary embeddings turn the same pairs of
+columns, and q, k and v, and gate and up, only stand in one matrix here.
 """
 
 from __future__ import annotations

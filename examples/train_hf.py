@@ -1,4 +1,4 @@
-"""Trains a Llama of transformers on Python's standard library, a byte a token: FSDP2 over all ranks, attention over some.
+"""Trains a Llama of transformers on Python's standard library: FSDP2 over all ranks, attention over some of them.
 
 Ranks form a mesh: ``--cp`` of them hold the tokens of one pack of documents together, and FSDP2 shards parameters over
 all. The documents of a step are the same however many ranks there are, and so are its losses. A run goes on with
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from corpus import VOCABULARY, cut, deal, read_files
+from corpus import VOCABULARY, cut, deal, fill, read_files
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -56,7 +56,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     run = Run(*make_model(arguments, mesh, device))
     resume(run, arguments.checkpoint, console)
-    packs = read_packs(arguments)
+    packs = fill(cut(read_files(), min(arguments.longest, arguments.tokens)), arguments.tokens)
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     console.print(f"{parameters:,} parameters, {mesh.shape[0]} x {cp_size} ranks on {device.type}", highlight=False)
     start, first = time.perf_counter(), len(run.losses)
@@ -116,19 +116,6 @@ def make_model(
         fully_shard(layer, **options)
     fully_shard(model, **options)
     return model, torch.optim.AdamW(model.parameters(), lr=arguments.lr, betas=(0.9, 0.95))
-
-
-def read_packs(arguments: argparse.Namespace) -> list[list[np.ndarray]]:
-    """All documents in their order, a pack per step; the same packs however many steps there are."""
-    packs: list[list[np.ndarray]] = []
-    room = 0
-    for document in cut(read_files(), min(arguments.longest, arguments.tokens)):
-        if len(document) > room or not packs:
-            packs.append([])
-            room = arguments.tokens
-        packs[-1].append(document)
-        room -= len(document)
-    return packs
 
 
 def run_step(

@@ -79,15 +79,18 @@ def test_train_lm(tmp_path: Path) -> None:
     assert "1 steps in" in resumed
 
 
+def torchrun(ranks: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
 def test_train_hf(tmp_path: Path) -> None:
     """The losses are the same however ranks are split, also where a run goes on with another split."""
     pytest.importorskip("transformers")
 
     def train(ranks: int, cp: int, losses: Path, *options: str) -> tuple[str, list[float]]:
         sizes = ["--tokens=200", "--longest=64", "--layers=1", "--width=32", "--heads=2", "--kv-heads=1", "--hidden=32"]
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         script = ["examples/train_hf.py", "--steps=5", f"--cp={cp}", f"--losses={losses}", *sizes, *options]
-        return run_script(*launch, *script), json.loads(losses.read_text(encoding="utf-8"))
+        return run_script(*torchrun(ranks), *script), json.loads(losses.read_text(encoding="utf-8"))
 
     printed, wanted = train(2, 2, tmp_path / "one.json", "--recompute")
     assert "1 x 2 ranks" in printed
@@ -100,3 +103,15 @@ def test_train_hf(tmp_path: Path) -> None:
     assert found[:3] == first
     assert found == pytest.approx(wanted, rel=1e-5)
     assert wanted[-1] < wanted[0] - 0.1
+
+
+def test_hf_trainer(tmp_path: Path) -> None:
+    """The Trainer of transformers gives one process's losses on two."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    script = ["examples/hf_trainer.py", "--steps=4", "--tokens=200", f"--output={tmp_path}"]
+    run_script(*script, f"--losses={tmp_path / 'one.json'}")
+    run_script(*torchrun(2), *script, f"--losses={tmp_path / 'two.json'}")
+    one, two = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(one) == 4 and one[-1] < one[0]
