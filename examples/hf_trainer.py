@@ -54,9 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step, of all ranks together")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/hf_trainer"), help="folder of the Trainer's own files"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/hf_trainer"), help="the Trainer's own files")
     parser.add_argument("--losses", type=Path, help="file for the losses, as a JSON list")
     arguments = parser.parse_args()
     hetu_transformers.register()
