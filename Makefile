@@ -8,21 +8,26 @@ TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
 # Arguments for pytest, say: make test PYTEST_ARGS="-k layout"
 PYTEST_ARGS ?=
+# Processes of make train-torch, each with a GPU of its own where there are any
+RANKS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l | sed 's/^0$$/2/')
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train test lint format bench clean
+.PHONY: help demo train train-torch test lint format bench clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo  ## one graph over real documents under four parallel strategies
 	$(BIN)/python examples/documents.py
 
 train: $(VENV)/.demo  ## a language model under another strategy at every step; draws train_lm.png
 	$(BIN)/python examples/train_lm.py
+
+train-torch: $(VENV)/.demo $(VENV)/.transformers  ## a Llama of transformers in two processes: FSDP2 and context parallelism
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/train_hf.py
 
 test: lint  ## ruff, mypy, the import direction, then every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
@@ -50,7 +55,7 @@ clean:  ## removes .venv and everything that tools left
 	find hetu tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last: an installation that was cut short is taken up again.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch pyproject.toml
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.transformers: $(VENV)/.%: $(VENV)/.torch pyproject.toml
 	$(PIP) install --quiet --editable '.[$*]'
 	touch $@
 

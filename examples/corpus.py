@@ -37,6 +37,19 @@ def make_packs(documents: list[np.ndarray], budget: int, count: int) -> list[lis
     return [sorted(pack, key=len) for pack in packs]
 
 
+def fill(documents: list[np.ndarray], tokens: int) -> list[list[np.ndarray]]:
+    """All documents in their order, in packs of at most ``tokens`` tokens; none may be longer than that."""
+    packs: list[list[np.ndarray]] = []
+    room = 0
+    for document in documents:
+        if len(document) > room or not packs:
+            packs.append([])
+            room = tokens
+        packs[-1].append(document)
+        room -= len(document)
+    return packs
+
+
 def deal(documents: list[np.ndarray], shares: tuple[int, ...]) -> list[list[np.ndarray]]:
     """Cuts a pack into consecutive lists of whole documents, one a context group, near these shares of its tokens."""
     ends = np.cumsum([0, *map(len, documents)])

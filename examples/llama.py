@@ -63,6 +63,7 @@ class Model:
     tokens: hetu.Tensor
     labels: hetu.Tensor
     cu_seqlens: hetu.Tensor
+    logits: hetu.Tensor
     loss: hetu.Tensor
 
     def feeds(self, index: int, pack: list[np.ndarray]) -> tuple[dict[hetu.Tensor, Any], dict[hetu.IntSymbol, int]]:
@@ -115,7 +116,7 @@ def build(config: Config, dtype: Any = hetu.float32, device: str | None = None) 
             x = x + feed_forward(config, f"layer{i}.mlp", norm(x, f"layer{i}.norm2"))
         logits = hetu.linear(norm(x, "norm"), weight("head", VOCABULARY, config.width))
         loss = hetu.token_mean_loss(logits, labels, ignore_index=IGNORED)
-    return Model(g, tokens, labels, cu_seqlens, loss)
+    return Model(g, tokens, labels, cu_seqlens, logits, loss)
 
 
 def attention(

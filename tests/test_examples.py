@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.
 
 
 def run_script(*arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -76,3 +77,41 @@ def test_train_lm(tmp_path: Path) -> None:
     resumed = run_script("examples/train_lm.py", *options, "--steps", "6", "--resume", "--micro-batches", "2")
     assert "resumed after 5 steps" in resumed
     assert "1 steps in" in resumed
+
+
+def torchrun(ranks: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def test_train_hf(tmp_path: Path) -> None:
+    """The losses are the same however ranks are split, also where a run goes on with another split."""
+    pytest.importorskip("transformers")
+
+    def train(ranks: int, cp: int, losses: Path, *options: str) -> tuple[str, list[float]]:
+        sizes = ["--tokens=200", "--longest=64", "--layers=1", "--width=32", "--heads=2", "--kv-heads=1", "--hidden=32"]
+        script = ["examples/train_hf.py", "--steps=5", f"--cp={cp}", f"--losses={losses}", *sizes, *options]
+        return run_script(*torchrun(ranks), *script), json.loads(losses.read_text(encoding="utf-8"))
+
+    printed, wanted = train(2, 2, tmp_path / "one.json", "--recompute")
+    assert "1 x 2 ranks" in printed
+    checkpoint = f"--checkpoint={tmp_path / 'checkpoint'}"
+    printed, first = train(4, 2, tmp_path / "two.json", checkpoint, "--stop=3", "--split=sym", "--method=ring")
+    assert "2 x 2 ranks" in printed
+    printed, found = train(2, 1, tmp_path / "three.json", checkpoint)
+    assert "2 x 1 ranks" in printed
+    assert "resumed after 3 steps" in printed
+    assert found[:3] == first
+    assert found == pytest.approx(wanted, rel=1e-5)
+    assert wanted[-1] < wanted[0] - 0.1
+
+
+def test_hf_trainer(tmp_path: Path) -> None:
+    """The Trainer of transformers gives one process's losses on two."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    script = ["examples/hf_trainer.py", "--steps=4", "--tokens=200", f"--output={tmp_path}"]
+    run_script(*script, f"--losses={tmp_path / 'one.json'}")
+    run_script(*torchrun(2), *script, f"--losses={tmp_path / 'two.json'}")
+    one, two = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
+    assert two == pytest.approx(one, rel=1e-5)
+    assert len(one) == 4 and one[-1] < one[0]

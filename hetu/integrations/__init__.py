@@ -1,1 +1,1 @@
-"""Adapters to other libraries, one module per library; nothing else of hetu imports them."""
+"""Adapters to other libraries, a module or a package per library; nothing else of hetu imports them."""

@@ -1,0 +1,169 @@
+"""hetu's attention as an attention implementation of transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from hetu.errors import HetuError
+from hetu.functional import attn_varlen, parallel_attn
+from hetu.integrations.transformers.lengths import Lengths, fail, refuse
+from hetu.integrations.transformers.masks import (
+    HetuMask,
+    check_positions,
+    current,
+    longest_of,
+    make_mask,
+    of_padding,
+)
+
+NAME = "hetu"
+
+_ABSENT = ("softcap", "s_aux", "position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions")
+"""What models may ask of an attention and hetu's doesn't have, by its name."""
+
+
+def register() -> None:
+    """Makes ``attn_implementation="hetu"`` known to transformers.
+
+    Example:
+        >>> import hetu.integrations.transformers
+        >>> hetu.integrations.transformers.register()
+    """
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, make_mask)
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    position_ids: torch.Tensor | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_k: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention of a layer, as ``transformers.AttentionInterface`` asks for it.
+
+    Args:
+        module: The layer; its ``training`` says whether weights are dropped.
+        query: ``(batch, H_q, T_q, head_dim)``
+        key: ``(batch, H_kv, T_k, head_dim)``
+        value: ``(batch, H_kv, T_k, head_dim of v)``, which may be less than that of q and k.
+        attention_mask: The :class:`~hetu.integrations.transformers.masks.HetuMask` of the model, a 2-D mask, or None
+            for a model that makes none.
+        dropout: Probability with which a weight is dropped, in training.
+        scaling: Factor of the scores; None for ``1 / sqrt(head_dim)``.
+        sliding_window: A window that hides keys is refused.
+        is_causal: For a layer whose model makes no mask; None for what the layer says.
+        position_ids: Compared under context parallelism.
+        cu_seq_lens_q: Cumulative lengths of packed sequences, as ``DataCollatorWithFlattening`` gives them.
+        cu_seq_lens_k: Those of the keys; None for the same.
+        max_length_k: The most keys of a sequence.
+        options: What models pass for other implementations. What changes the result is refused by its name.
+
+    Returns:
+        ``(batch, T_q, H_q, head_dim of v)``, and None for the weights.
+
+    Raises:
+        HetuError: If what is asked for is not there.
+    """
+    for name in _ABSENT:
+        if options.get(name) is not None and options[name] is not False:
+            refuse(f"{name} of {type(module).__name__}")
+    batch, _, q_length, _ = query.shape
+    kv_length, head_dim = key.shape[2], value.shape[3]
+    mask = _mask_of(module, attention_mask, batch, q_length, kv_length, is_causal)
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    q, k, v = _rows(query, key, value)
+    drop = dropout if module.training else 0.0
+    if mask.cp is not None:
+        if cu_seq_lens_q is not None:
+            fail(HetuError, "cu_seq_lens_q is given under context_parallel", "leave it out: cp has the lengths")
+        if sliding_window is not None and longest_of(mask.cp) > sliding_window:
+            _refuse_window(sliding_window)
+        if not torch.compiler.is_compiling():
+            check_positions(mask, position_ids)
+        out = parallel_attn(q, k, v, mask.cp, is_causal=mask.is_causal, dropout_p=drop, softmax_scale=scale)
+    else:
+        lengths = mask.lengths()
+        if cu_seq_lens_q is not None:
+            lengths = _packed(lengths, cu_seq_lens_q, cu_seq_lens_k, max_length_k)
+        if sliding_window is not None and kv_length > sliding_window:
+            longest = lengths.longest
+            if longest is None or longest > sliding_window:
+                _refuse_window(sliding_window)
+        out = _attend(q, k, v, lengths, mask.is_causal, drop, scale)
+    assert isinstance(out, torch.Tensor)
+    return out.unflatten(0, (batch, q_length))[..., :head_dim], None
+
+
+def _mask_of(
+    module: torch.nn.Module, given: Any, batch: int, q_length: int, kv_length: int, is_causal: bool | None
+) -> HetuMask:
+    """The mask of a layer's model, or the one that stands for what it has instead."""
+    if isinstance(given, HetuMask):
+        if (given.batch, given.q_length, given.kv_length) != (batch, q_length, kv_length):
+            sizes, own = (batch, q_length, kv_length), (given.batch, given.q_length, given.kv_length)
+            refuse(f"a layer with (batch, queries, keys) of {sizes} under a mask of {own}")
+        return given
+    if current() is not None:
+        name = type(module).__name__
+        what = f"context_parallel doesn't reach {name}, whose model makes no mask by transformers' functions"
+        fail(HetuError, what, "call hetu.functional.parallel_attn in the model")
+    if is_causal is None:
+        is_causal = bool(getattr(module, "is_causal", True))
+    if given is None:
+        return HetuMask(batch, q_length, kv_length, kv_length - q_length, is_causal)
+    return of_padding(given, q_length, kv_length, is_causal)
+
+
+def _rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
+    """``(tokens, heads, head_dim)`` of each, with heads as wide as a kernel takes them: zeros change no score."""
+    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    width = -(-max(query.shape[3], value.shape[3]) // 8) * 8
+    return [x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in rows]
+
+
+def _packed(lengths: Lengths, cu_q: torch.Tensor, cu_k: torch.Tensor | None, longest: int | None) -> Lengths:
+    """The lengths that a collator gives, which say more than the mask does."""
+    if lengths.has_pads:
+        fail(HetuError, "cu_seq_lens_q is given beside an attention_mask with pads", "give one of the two")
+    return Lengths(cu_q, cu_q if cu_k is None else cu_k, longest=None if longest is None else int(longest))
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Lengths,
+    is_causal: bool,
+    dropout_p: float,
+    scale: float,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Rows that are left out get an output of 0."""
+    order_q, order_k, count = lengths.order_q, lengths.order_k, len(q)
+    if order_k is not None:
+        k, v = k[order_k], v[order_k]
+    if order_q is not None:
+        q = q[order_q]
+    out = attn_varlen(
+        q, k, v, lengths.cu_q, lengths.cu_k, is_causal=is_causal, dropout_p=dropout_p, softmax_scale=scale
+    )
+    assert isinstance(out, torch.Tensor)
+    return out if order_q is None else out.new_zeros((count, *out.shape[1:])).index_copy(0, order_q, out)
+
+
+def _refuse_window(size: int) -> None:
+    refuse(f"sliding_window={size} that hides keys")
