@@ -406,8 +406,6 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         keep = inputs.get("attention_mask", torch.ones_like(ids)).bool()
         close(found(ids, **inputs).logits[keep], wanted(ids, **inputs).logits[keep], tolerance)
     for cache in (None, "static"):
-        made = [
-            model.float().generate(tokens(2, 9).cuda(), attention_mask=mask, max_new_tokens=8, cache_implementation=cache)
-            for model in (found, wanted)
-        ]
+        options = {"attention_mask": mask, "max_new_tokens": 8, "cache_implementation": cache}
+        made = [model.float().generate(tokens(2, 9).cuda(), **options) for model in (found, wanted)]
         assert torch.equal(*made)
