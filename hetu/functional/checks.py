@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 
+from hetu.arguments import shown
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, innermost
 from hetu.ops.attention.common import FLOATS
 
@@ -111,6 +112,13 @@ def check_storage(op: str = VARLEN, /, **tensors: torch.Tensor) -> None:
         if x.layout is not torch.strided:
             fix = f"{name}.to_dense()"
             refuse(HetuError, f"{name} has the layout {_name(x.layout)}, expected a dense tensor", fix, op)
+
+
+def check_tensor(value: object, name: str, op: str) -> None:
+    """Refuses what is no dense tensor."""
+    if not isinstance(value, torch.Tensor):
+        refuse(DTypeError, f"{name} must be a tensor, got {shown(value)}", f"pass a torch tensor as {name}", op)
+    check_storage(op, **{name: value})
 
 
 def _check_cu_seqlens(name: str, cu: torch.Tensor, has_values: bool) -> None:

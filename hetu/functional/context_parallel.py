@@ -8,14 +8,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hetu.arguments import choice, integers, is_dense, refuse
+from hetu.arguments import array, choice, flag, integer, integers, refuse
+from hetu.arguments import device as checked_device
 from hetu.backends.comm.groups import GroupWorld, world_of
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, StrategyError, caller
+from hetu.functional.checks import check_tensor
 from hetu.functional.sharding import Sharding, sharding_of, table_of
 from hetu.ops.attention.common import cu_seqlens_fault
 from hetu.parallel import AttnPlan, Heads, Layout, Mask
 from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.methods import METHODS
+from hetu.planning.arrays import host_array
 
 _OP = "ContextParallel"
 
@@ -73,15 +76,15 @@ class ContextParallel:
         *,
         device: Any = None,
     ) -> None:
-        self.split = choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)
-        self.method = choice(method, "method", ("auto", *METHODS), op=_OP, error=StrategyError)
-        group = _group_of(group)
-        world = world_of(group)
+        world = world_of(_group_of(group))
         self.group_name, self.rank, self.size = world.name, world.rank, world.size
-        own = _host(cu_seqlens, world.size)
-        self.table = table_of(_tokens(tokens, own, world.size), own)
-        self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
-        where = _device(device, cu_seqlens, world)
+        with world.hanging_up():  # whatever one rank refuses, the others shall not wait for it
+            self.split = choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)
+            self.method = choice(method, "method", ("auto", *METHODS), op=_OP, error=StrategyError)
+            own = _host(cu_seqlens, world.size)
+            self.table = table_of(_tokens(tokens, own, world.size), own)
+            self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
+            where = _device(device, cu_seqlens, world)
         # The layout's own may not be changed by a user; and no mode may make what training can't use.
         with torch.inference_mode(False):
             self.position_ids = self.sharding.positions(where).clone()
@@ -106,7 +109,7 @@ class ContextParallel:
         Raises:
             ShapeError: If the number of entries is another.
         """
-        dim = _dim(x, dim, self.sharding.tokens, "cp.dispatch", "the documents have")
+        dim = _dim(x, "x", dim, self.sharding.tokens, "cp.dispatch", "the documents have")
         return torch.ops.hetu.dispatch(x, self.position_ids, self.table, self.split, self.group_name, dim)
 
     def undispatch(self, y: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -125,7 +128,7 @@ class ContextParallel:
             ShapeError: If the number of rows is not this rank's.
             CommunicationError: If a rank doesn't come.
         """
-        dim = _dim(y, dim, self.sharding.rows, "cp.undispatch", f"rank {self.rank} holds")
+        dim = _dim(y, "y", dim, self.sharding.rows, "cp.undispatch", f"rank {self.rank} holds")
         return torch.ops.hetu.undispatch(y, self._whole, self.table, self.split, self.group_name, dim)
 
     def next_tokens(self, ids: torch.Tensor, dim: int = 0, ignore_index: int = IGNORED) -> torch.Tensor:
@@ -142,7 +145,8 @@ class ContextParallel:
         Raises:
             ShapeError: If the number of entries is another.
         """
-        dim = _dim(ids, dim, self.sharding.tokens, "cp.next_tokens", "the documents have")
+        dim = _dim(ids, "ids", dim, self.sharding.tokens, "cp.next_tokens", "the documents have")
+        ignore_index = _label(ignore_index, ids, "cp.next_tokens")
         ends = self.sharding.last_rows(ids.device)
         return ids.roll(-1, dim).index_fill_(dim, ends, ignore_index)
 
@@ -170,9 +174,15 @@ class ContextParallel:
             ShapeError: If loss_sum has more than one element.
             CommunicationError: If a rank doesn't come.
         """
-        if loss_sum.numel() != 1:
-            what = f"loss_sum has {loss_sum.numel()} elements, expected 1"
-            raise ShapeError(what, op="cp.token_mean", where=caller(), fix='give the sum: reduction="sum"')
+        op = "cp.token_mean"
+        check_tensor(loss_sum, "loss_sum", op)
+        check_tensor(labels, "labels", op)
+        ignore_index = _label(ignore_index, labels, op)
+        if labels.device != loss_sum.device:
+            refuse(labels, "labels", f"a tensor on {loss_sum.device}", op=op, fix="move them to the loss's device")
+        if loss_sum.numel() != 1 or not loss_sum.is_floating_point():
+            what = f"loss_sum has {loss_sum.numel()} elements of {loss_sum.dtype}, expected 1 of a floating point type"
+            raise ShapeError(what, op=op, where=caller(), fix='give the sum: reduction="sum"')
         world = world_of(_group_of(group))
         with torch.no_grad():
             count = (labels != ignore_index).sum()
@@ -200,7 +210,15 @@ class ContextParallel:
             dtype: Of q, k and v.
             is_causal: Which mask.
         """
-        heads = Heads(num_heads, num_kv_heads, head_dim, dtype.itemsize)
+        op = "cp.plan"
+        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        num_q, num_kv, width = (integer(x, name, least=1, op=op, fix="give a size") for name, x in sizes.items())
+        if num_q % num_kv:
+            fix = "num_heads is a multiple of num_kv_heads"
+            refuse(num_kv, "num_kv_heads", f"a divisor of {num_q}", op=op, error=ShapeError, fix=fix)
+        if not isinstance(dtype, torch.dtype):
+            refuse(dtype, "dtype", "a dtype of torch", op=op, error=DTypeError, fix="torch.bfloat16, say")
+        heads, is_causal = Heads(num_q, num_kv, width, dtype.itemsize), flag(is_causal, "is_causal", op=op)
         return self.sharding.plan(self.method, heads, Mask.of(is_causal))
 
     def __str__(self) -> str:
@@ -231,19 +249,15 @@ def _group_of(group: Any) -> Any:
 
 def _host(cu_seqlens: Any, size: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The cumulative lengths as an array of its own; checked."""
-    if isinstance(cu_seqlens, (list, tuple, np.ndarray)):
-        cu_seqlens = torch.as_tensor(cu_seqlens)
-    if not isinstance(cu_seqlens, torch.Tensor) or not is_dense(cu_seqlens) or cu_seqlens.is_meta:
-        refuse(cu_seqlens, "cu_seqlens", "a tensor of cumulative lengths", op=_OP, error=DTypeError)
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fix = "cu_seqlens.to(torch.int32)"
+    given = array(cu_seqlens, "cu_seqlens", op=_OP)
+    if str(given.dtype).removeprefix("torch.") not in ("int32", "int64"):
+        fix = "convert them: cu_seqlens.to(torch.int32)"
         refuse(cu_seqlens, "cu_seqlens", "int32 or int64", op=_OP, error=DTypeError, fix=fix)
-    if cu_seqlens.ndim not in (1, 2) or (cu_seqlens.ndim == 2 and len(cu_seqlens) != size) or not cu_seqlens.shape[-1]:
-        refuse(
-            cu_seqlens, "cu_seqlens", f"shape (B + 1,), or ({size}, B + 1) for {size} ranks", op=_OP, error=ShapeError
-        )
-    values = np.array(cu_seqlens.detach().cpu().numpy(), np.int64)
-    for row in np.atleast_2d(values):
+    if given.ndim not in (1, 2) or (given.ndim == 2 and len(given) != size) or not given.shape[-1]:
+        wanted = f"shape (B + 1,), or ({size}, B + 1) for {size} ranks"
+        refuse(cu_seqlens, "cu_seqlens", wanted, op=_OP, error=ShapeError, fix="give cumulative lengths, from 0")
+    values = host_array(given).astype(np.int64)
+    for row in values if values.ndim == 2 else [values]:
         if fault := cu_seqlens_fault("cu_seqlens", row):
             what, fix = fault
             raise BindingError(what, op=_OP, where=caller(), fix=fix)
@@ -255,7 +269,8 @@ def _tokens(given: Any, cu_seqlens: np.ndarray[Any, np.dtype[np.int64]], size: i
     if given is not None:
         tokens = integers(given, "tokens", op=_OP)
         if len(tokens) != size:
-            refuse(given, "tokens", f"a list of {size} numbers, one per rank", op=_OP, error=ShapeError)
+            fix = "give each rank of the group its rows, or leave tokens out"
+            refuse(given, "tokens", f"a list of {size} numbers, one per rank", op=_OP, error=ShapeError, fix=fix)
         return list(tokens)
     if cu_seqlens.ndim == 2:
         return [int(end) for end in cu_seqlens[:, -1]]
@@ -264,21 +279,30 @@ def _tokens(given: Any, cu_seqlens: np.ndarray[Any, np.dtype[np.int64]], size: i
 
 
 def _device(given: Any, cu_seqlens: Any, world: Any) -> torch.device:
-    if given is not None:
-        return torch.device(given)
+    if (named := checked_device(given, op=_OP)) is not None:
+        if named.startswith("cuda") and (torch.device(named).index or 0) >= torch.cuda.device_count():
+            fix = "leave device out, or name one of this machine"
+            refuse(given, "device", f"one of {torch.cuda.device_count()} GPUs", op=_OP, fix=fix)
+        return torch.device(named)
     if isinstance(cu_seqlens, torch.Tensor) and not cu_seqlens.is_cpu:
         return cu_seqlens.device
     return world.device if isinstance(world, GroupWorld) else torch.get_default_device()
 
 
-def _dim(x: torch.Tensor, dim: int, size: int, op: str, who: str) -> int:
+def _label(given: Any, labels: torch.Tensor, op: str) -> int:
+    """A number that labels may be."""
+    bounds = torch.iinfo(labels.dtype if not (labels.is_floating_point() or labels.is_complex()) else torch.int64)
+    return integer(given, "ignore_index", least=bounds.min, most=bounds.max, op=op, fix="give a label")
+
+
+def _dim(x: torch.Tensor, name: str, dim: int, size: int, op: str, who: str) -> int:
     """The dim of the tokens as a number from 0, checked."""
-    if not isinstance(x, torch.Tensor):
-        refuse(x, "x", "a tensor", op=op, error=DTypeError)
-    if not -x.ndim <= dim < x.ndim:
-        refuse(dim, "dim", f"a dim of a tensor of {x.ndim}", op=op, error=ShapeError)
+    check_tensor(x, name, op)
+    if not x.ndim:
+        refuse(x, name, "a tensor with a dim of tokens", op=op, error=ShapeError, fix=f"{name}[None]")
+    dim = integer(dim, "dim", least=-x.ndim, most=x.ndim - 1, op=op, error=ShapeError, fix="name the tokens' dim")
     if x.shape[dim] != size:
-        what = f"dim {dim} of {list(x.shape)} has {x.shape[dim]} entries, but {who} {size}"
+        what = f"{name} has {x.shape[dim]} entries along dim {dim} of {list(x.shape)}, but {who} {size}"
         fix = "give all tokens, one document after the other; make pads a document"
         raise ShapeError(what, op=op, where=caller(), fix=fix)
     return dim % x.ndim

@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 
-from hetu.arguments import flag, integer, real, refuse
+from hetu.arguments import flag, integer, integers, real, refuse
 from hetu.backends.torch_private import apply_of, is_any_autocast_enabled, is_legacy_batched
-from hetu.errors import DTypeError, HetuError
 from hetu.functional import parallel_ops as ops
-from hetu.functional.checks import check_storage
+from hetu.functional.checks import check_storage, check_tensor
 from hetu.functional.context_parallel import ContextParallel
 from hetu.functional.derivatives import for_backward
 from hetu.functional.dispatch import as_autocast, is_plain, rng_state_of
 from hetu.functional.sharding import PlannedCall
 
 _OP = ops.OP
+_NO_WINDOW, _NO_CAP = (-1, -1), 0.0
 
 
 def parallel_attn(
@@ -26,8 +26,8 @@ def parallel_attn(
     cp: ContextParallel,
     *,
     is_causal: bool = True,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = _NO_WINDOW,
+    softcap: float = _NO_CAP,
     sinks: torch.Tensor | None = None,
     mask: Any = None,
     dropout_p: float = 0.0,
@@ -84,12 +84,11 @@ def parallel_attn(
     tensor = torch.Tensor
     if not (isinstance(q, tensor) and isinstance(k, tensor) and isinstance(v, tensor)):
         for name, x in (("q", q), ("k", k), ("v", v)):
-            if not isinstance(x, tensor):
-                refuse(x, name, "a tensor", op=_OP, error=DTypeError, fix=f"pass a torch tensor as {name}")
+            check_tensor(x, name, _OP)
     if not isinstance(cp, ContextParallel):
         refuse(cp, "cp", "a ContextParallel", op=_OP, fix="make one: hetu.functional.ContextParallel(cu_seqlens)")
-    if window_size != (-1, -1) or softcap != 0 or sinks is not None or mask is not None:
-        _refuse_masks(window_size=window_size, softcap=softcap, sinks=sinks, mask=mask)
+    if not (window_size is _NO_WINDOW and softcap is _NO_CAP and sinks is None and mask is None):
+        _check_masks(window_size, softcap, sinks, mask)
     if not (
         type(is_causal) is bool
         and type(return_lse) is bool
@@ -114,6 +113,8 @@ def parallel_attn(
             check_storage(_OP, q=q, k=k, v=v)
         out, lse = torch.ops.hetu.parallel_attn(q, k, v, cp.table, rng_state, cp.split, cp.group_name, *options)
         return (out, lse) if return_lse else out
+    if q.is_nested or k.is_nested or v.is_nested:
+        check_storage(_OP, q=q, k=k, v=v)
     call = ops.prepare(q, k, v, cp.table, cp.sharding, rng_state, *options)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _apply(q, k, v, call, (cp.table, rng_state, cp.split, cp.group_name, *options))
@@ -152,10 +153,16 @@ class _ParallelAttention(torch.autograd.Function):
 _apply = apply_of(_ParallelAttention)
 
 
-def _refuse_masks(**given: Any) -> None:
+def _check_masks(window_size: Any, softcap: Any, sinks: Any, mask: Any) -> None:
     """Refuses what no kernel computes yet, by its name."""
-    defaults = {"window_size": (-1, -1), "softcap": 0, "sinks": None, "mask": None}
-    for name, value in given.items():
-        if value is not defaults[name] and not (type(value) is not torch.Tensor and value == defaults[name]):
-            fix = f"leave {name} out" + (": sinks can be added by the log-sum-exps" if name == "sinks" else "")
-            refuse(value, name, f"{defaults[name]!r}: parallel_attn has none yet", op=_OP, error=HetuError, fix=fix)
+    no_window = integers(window_size, "window_size", op=_OP) == _NO_WINDOW
+    no_cap = real(softcap, "softcap", op=_OP, fix="leave it out") == _NO_CAP
+    for name, value, is_none in (
+        ("window_size", window_size, no_window),
+        ("softcap", softcap, no_cap),
+        ("sinks", sinks, sinks is None),
+        ("mask", mask, mask is None),
+    ):
+        if not is_none:
+            fix = f"leave {name} out{'; sinks can be added by the log-sum-exps' if name == 'sinks' else ''}"
+            refuse(value, name, "its default: parallel_attn has no other yet", op=_OP, fix=fix)

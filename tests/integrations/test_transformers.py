@@ -117,6 +117,18 @@ def test_several_documents_per_row() -> None:
     compare("Llama", tokens(2, 9), weighed(torch.ones(2, 9)), position_ids=positions, use_cache=False)
 
 
+def test_a_collators_lengths_say_more_than_positions() -> None:
+    """Positions that go on through all documents, whose attention sdpa is told by a mask of four dimensions."""
+    lengths = [3, 1, 5]
+    collator = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    parts = tokens(1, 9)[0].split(lengths)
+    batch = dict(collator([{"input_ids": part.tolist()} for part in parts]))
+    found = make("Llama")(**{**batch, "labels": None, "position_ids": torch.arange(9)[None]}, use_cache=False).logits
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    mask = (document[:, None] == document) & torch.ones(9, 9, dtype=torch.bool).tril()
+    close(found, make("Llama", "sdpa")(tokens(1, 9), attention_mask=mask[None, None]).logits, 1e-12)
+
+
 @pytest.mark.parametrize("is_static", [False, True])
 @pytest.mark.parametrize("pads", [None, "left", "both", "between"])
 def test_a_prompt_that_comes_in_pieces(pads: str | None, is_static: bool) -> None:
@@ -379,3 +391,21 @@ def test_lengths_beside_pads_are_refused() -> None:
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
     with pytest.raises(hetu.HetuError, match="beside an attention_mask with pads"):
         make("Llama")(tokens(1, 9), attention_mask=mask, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Padded, packed, and decoding with both caches."""
+    found, wanted = (make("Llama", name, dtype, hidden_size=128).cuda() for name in ("hetu", "sdpa"))
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    mask = torch.tensor(PADS["left"], device="cuda")
+    packed = {"position_ids": documents([3, 1, 5])["position_ids"].cuda(), "use_cache": False}
+    for ids, inputs in ((tokens(2, 9).cuda(), {"attention_mask": mask}), (tokens(1, 9).cuda(), packed)):
+        keep = inputs.get("attention_mask", torch.ones_like(ids)).bool()
+        close(found(ids, **inputs).logits[keep], wanted(ids, **inputs).logits[keep], tolerance)
+    for cache in (None, "static"):
+        options = {"attention_mask": mask, "max_new_tokens": 8, "cache_implementation": cache}
+        made = [model.float().generate(tokens(2, 9).cuda(), **options) for model in (found, wanted)]
+        assert torch.equal(*made)

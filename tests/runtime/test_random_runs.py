@@ -27,7 +27,9 @@ def run(program: Program, request: Request) -> Any:
 
 
 def as_values(given: Any) -> Any:
-    """What a run gave, as nested lists of tensors that compare by their bits."""
+    """What a run or a state gave, nested as it was, with a number in place of NaN, which equals nothing."""
+    if isinstance(given, dict):
+        return {key: as_values(item) for key, item in given.items()}
     if isinstance(given, (list, tuple, hetu.Shards)):
         return [as_values(item) for item in given]
     return torch.nan_to_num(given, nan=0.125) if isinstance(given, torch.Tensor) else given
@@ -93,13 +95,13 @@ class Walk:
     def compare(self, request: Request) -> None:
         """Both programs have one state; where they don't, the twin takes it over."""
         state = rng.get_state()
-        mine, wanted = self.program.state(), self.twin.state()
+        mine, wanted = as_values(self.program.state()), as_values(self.twin.state())
         rng.set_state(*state)
         if not is_same(mine, wanted):
             self.counts["traces"] += 1
             parts = [part for part in wanted if not is_same(mine.get(part), wanted[part])]
             self.note(request, f"leaves a trace in {parts}")
-            self.program.graph.load_state_dict(wanted)
+            self.program.graph.load_state_dict(self.twin.state())
             rng.set_state(*state)
 
     def note(self, request: Request, what: str) -> None:

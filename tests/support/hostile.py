@@ -297,6 +297,27 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
             },
         ),
     )
+    yield from _functional_calls(q)
+
+
+def _functional_calls(q: torch.Tensor) -> Iterator[tuple[str, Call]]:
+    """Good calls of context parallelism."""
+    rows = len(q)
+    cp = hetu.functional.ContextParallel(torch.tensor([0, rows]))
+    good: dict[str, Any] = {"q": q, "k": q, "v": q, "cp": cp, "is_causal": True, "window_size": (-1, -1)}
+    good |= {"softcap": 0.0, "sinks": None, "mask": None, "dropout_p": 0.5, "softmax_scale": 0.5, "seed": 3}
+    yield "functional.parallel_attn", (hetu.functional.parallel_attn, {**good, "return_lse": True})
+    made = {"cu_seqlens": torch.tensor([0, rows]), "group": None, "split": "balanced", "method": "auto"}
+    context = hetu.functional.ContextParallel
+    yield "functional.ContextParallel", (context, {**made, "tokens": [rows], "device": "cpu"})
+    ids = torch.arange(rows)
+    yield "cp.dispatch", (cp.dispatch, {"x": ids, "dim": 0})
+    yield "cp.undispatch", (cp.undispatch, {"y": ids, "dim": 0})
+    yield "cp.next_tokens", (cp.next_tokens, {"ids": ids, "dim": 0, "ignore_index": -100})
+    mean = {"loss_sum": torch.ones(()), "labels": ids, "group": None, "ignore_index": -100}
+    yield "cp.token_mean", (cp.token_mean, mean)
+    heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.bfloat16, "is_causal": True}
+    yield "cp.plan", (cp.plan, heads)
 
 
 def run_calls(case: Case) -> Iterator[tuple[str, Call]]:

@@ -375,7 +375,7 @@ class Request:
 
         def fails(*args: Any, **kwargs: Any) -> Any:
             left[0] -= 1
-            if left[0] < 0:
+            if left[0] < 0 and getattr(torch, name) is fails:  # what is lowered meanwhile keeps the function for good
                 raise BrokenError(name)
             return real(*args, **kwargs)
 
