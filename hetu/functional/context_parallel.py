@@ -22,6 +22,8 @@ from hetu.planning.arrays import host_array
 
 _OP = "ContextParallel"
 
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 IGNORED = -100
 """The label of a token that no loss counts, as in ``torch.nn.functional.cross_entropy``."""
 
@@ -179,7 +181,8 @@ class ContextParallel:
         check_tensor(labels, "labels", op)
         ignore_index = _label(ignore_index, labels, op)
         if labels.device != loss_sum.device:
-            refuse(labels, "labels", f"a tensor on {loss_sum.device}", op=op, fix="move them to the loss's device")
+            what = f"loss_sum and labels are on {loss_sum.device} and {labels.device}, expected one device"
+            raise HetuError(what, op=op, where=caller(), fix="move them to one device")
         if loss_sum.numel() != 1 or not loss_sum.is_floating_point():
             what = f"loss_sum has {loss_sum.numel()} elements of {loss_sum.dtype}, expected 1 of a floating point type"
             raise ShapeError(what, op=op, where=caller(), fix='give the sum: reduction="sum"')
@@ -291,7 +294,7 @@ def _device(given: Any, cu_seqlens: Any, world: Any) -> torch.device:
 
 def _label(given: Any, labels: torch.Tensor, op: str) -> int:
     """A number that labels may be."""
-    bounds = torch.iinfo(labels.dtype if not (labels.is_floating_point() or labels.is_complex()) else torch.int64)
+    bounds = torch.iinfo(labels.dtype if labels.dtype in _INTEGERS else torch.int64)
     return integer(given, "ignore_index", least=bounds.min, most=bounds.max, op=op, fix="give a label")
 
 
