@@ -87,7 +87,10 @@ def parallel_attn(
             check_tensor(x, name, _OP)
     if not isinstance(cp, ContextParallel):
         refuse(cp, "cp", "a ContextParallel", op=_OP, fix="make one: hetu.functional.ContextParallel(cu_seqlens)")
-    if not (window_size is _NO_WINDOW and softcap is _NO_CAP and sinks is None and mask is None):
+    is_usual = (
+        type(window_size) is tuple and window_size == _NO_WINDOW and type(softcap) is float and softcap == _NO_CAP
+    )
+    if not (is_usual and sinks is None and mask is None):
         _check_masks(window_size, softcap, sinks, mask)
     if not (
         type(is_causal) is bool
