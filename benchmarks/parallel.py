@@ -6,7 +6,8 @@
 
 To try it out without GPUs, on gloo in float32: ``torchrun --nproc-per-node 2 benchmarks/parallel.py --tiny``.
 
-``hetu.parallel_attn`` through ``g.run``, each rank feeding its own shard. The ideal is one GPU's time with all tokens,
+``hetu.parallel_attn`` through ``g.run``, each rank feeding its own shard, and ``hetu.functional.parallel_attn`` by the
+method of the graph's ``"auto"``. The ideal is one GPU's time with all tokens,
 divided by the number of GPUs; both GPUs are timed alone at the same time.
 
 A sample is the devices' time from a barrier on them to the end of the slowest. The hosts are hidden behind a sleeping

@@ -1,4 +1,4 @@
-"""Who is compared over several GPUs: hetu's methods, hetu on each GPU alone, and torch's ``context_parallel``.
+"""Who is compared over several GPUs: hetu as a graph, as a function, and on each GPU alone; torch's ``context_parallel``.
 
 A peer is made on all ranks at once, from inputs that are the same on all of them, and keeps this rank's part.
 """
@@ -151,6 +151,44 @@ class Hetu(Peer):
         return self.attention.plans(direction)
 
 
+class Functional(Peer):
+    """``hetu.functional.parallel_attn``: q, k and v are tensors of their own, and autograd asks for the gradients.
+
+    Args:
+        x: The inputs, of a :class:`Spread`.
+        ranks: The ranks.
+        method: How keys and values move.
+    """
+
+    def __init__(self, x: Inputs, ranks: Ranks, method: str) -> None:
+        self.case = _spread(x)
+        self.cp = hetu.functional.ContextParallel(
+            x.cu_seqlens, split=self.case.split, method=method, tokens=self.case.seq_lens
+        )
+        super().__init__(self.cp.dispatch(torch.arange(self.case.tokens)), self.case.tokens, ranks)
+        there = self.rows.to(x.q.device)
+        self.leaves, self.dtype = [y[there].requires_grad_() for y in (x.q, x.k, x.v)], x.q.dtype
+        self.dout = x.dout[there]
+
+    def call(self, direction: str) -> Any:
+        """The forward alone, without what a backward needs, or both."""
+        attend = partial(hetu.functional.parallel_attn, *self.leaves, self.cp, is_causal=self.case.is_causal)
+        if direction != BOTH:
+            with torch.no_grad():
+                return (attend(),)
+        out = attend()
+        return out, *torch.autograd.grad(out, self.leaves, self.dout)
+
+    def results(self, direction: str) -> Results:
+        """The output, and the gradients of the shards."""
+        return dict(zip(("out", "dq", "dk", "dv"), self.call(direction), strict=False))
+
+    def plans(self, direction: str) -> list[AttnPlan]:
+        """The plan, and that of the gradients."""
+        plan = self.cp.plan(*self.case.shape, self.dtype, is_causal=self.case.is_causal)
+        return [plan, plan.backward()] if direction == BOTH else [plan]
+
+
 def load_of(plans: Sequence[AttnPlan]) -> float:
     """FLOPs of the busiest pipeline over their mean."""
     flops = np.sum([plan.cost(Hardware.h100()).flops for plan in plans], axis=0)
@@ -267,4 +305,6 @@ TORCH: dict[str, Make] = {
     for (name, backend), rotation in product(BACKENDS.items(), ROTATIONS)
 }
 
-PEERS: dict[str, Make] = {ALONE: partial(Hetu, method=None), **HETU, **TORCH}
+FUNCTIONAL: dict[str, Make] = {"functional direct": partial(Functional, method="direct")}
+
+PEERS: dict[str, Make] = {ALONE: partial(Hetu, method=None), **HETU, **FUNCTIONAL, **TORCH}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hetu.backends.torch_private import dispatch_modes, dual_level, functorch_level, tracing_state
+from hetu.backends.torch_private import dispatch_modes, dual_level, functorch_level, tracing_state, version_of
+
+__all__ = ["as_autocast", "is_plain", "rng_state_of", "version_of"]
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _SEEDS = 2**63 - 1

@@ -75,7 +75,7 @@ def test_every_row_is_there(ran: Ran) -> None:
     measured = {(row.lengths, row.direction, row.peer) for row in ran.run.rows}
     for pack in PACKS:
         for direction in DIRECTIONS:
-            expected = {ALONE, "astray", *(f"hetu {method}" for method in METHODS)}
+            expected = {ALONE, "astray", *(f"hetu {method}" for method in METHODS), *parallel_peers.FUNCTIONAL}
             assert {peer for p, d, peer in measured if (p, d) == (pack, direction)} == expected
     left = {(row.lengths, row.direction, row.peer): row.reason for row in ran.run.left_out}
     assert len(left) + len(measured) == len(PACKS) * len(DIRECTIONS) * (len(parallel_peers.PEERS) + 3)
@@ -101,7 +101,7 @@ def planned(row: Measured) -> tuple[list[int], float]:
     cu_seqlens, (num_q, num_kv, head_dim) = np.cumsum([0, *row.documents]), row.shape
     layout = Layout.build(row.seq_lens, [0, 0], split=row.split, cu_seqlens=cu_seqlens)
     heads = Heads(num_q=num_q, num_kv=num_kv, head_dim=head_dim, itemsize=4)
-    plan = build_plan(layout, method=row.peer.removeprefix("hetu "), heads=heads)
+    plan = build_plan(layout, method=row.peer.split()[-1], heads=heads)
     plans = [plan, plan.backward()] if row.direction == BOTH else [plan]
     pairs = [plan.pairs(r) for r in range(2)]
     return [sum(one.bytes_sent(r) for one in plans) for r in range(2)], 2 * max(pairs) / sum(pairs)
@@ -109,7 +109,7 @@ def planned(row: Measured) -> tuple[list[int], float]:
 
 def test_counted_bytes_are_the_plans(ran: Ran) -> None:
     for row in ran.run.rows:
-        if row.is_hetu:
+        if row.is_hetu or row.peer in parallel_peers.FUNCTIONAL:
             sent, load = planned(row)
             assert row.counted == row.planned == sent and sum(sent) > 0
             assert row.load == pytest.approx(load) or row.peer == "hetu ulysses"

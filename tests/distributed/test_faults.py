@@ -18,7 +18,7 @@ import hetu
 from hetu.runtime.ranks.joining import NCCL_ENVIRONMENT, Others
 
 World = Callable[..., Pool]
-TIMEOUT = 3.0
+TIMEOUT = 5.0
 SLACK = 3.0
 """Seconds that a process may have to wait for a core."""
 

@@ -145,8 +145,9 @@ def float64_model(p_dropout: float = 0.1, device: str = "cpu") -> Model:
         qkv = hetu.linear(hetu.embedding(tokens, weight("embedding", 256, width)), weight("qkv", 4 * head_dim, width))
         lengths, groups = [one.lengths for one in STRATEGIES], [one.groups for one in STRATEGIES]
         attended = hetu.parallel_attn(qkv, head_dim, 2, lengths, groups, True, cu, p_dropout=p_dropout, split="sym")[0]
-        loss = hetu.token_mean_loss(hetu.linear(attended, weight("head", 256, width)), labels, ignore_index=IGNORED)
-    return Model(g, tokens, labels, cu, loss)
+        logits = hetu.linear(attended, weight("head", 256, width))
+        loss = hetu.token_mean_loss(logits, labels, ignore_index=IGNORED)
+    return Model(g, tokens, labels, cu, logits, loss)
 
 
 def train(

@@ -19,6 +19,7 @@ from transformers import masking_utils
 from hetu.arguments import refuse as refuse_argument
 from hetu.errors import HetuError, ShapeError
 from hetu.functional import ContextParallel
+from hetu.functional.dispatch import version_of
 from hetu.integrations.transformers.lengths import OP, Lengths, MaskFunction, dense, fail, find_starts, read, refuse
 
 _CAUSAL = masking_utils.causal_mask_function
@@ -164,7 +165,7 @@ _kept = WeakTensorKeyDictionary()
 
 def _version(x: torch.Tensor) -> int | None:
     """How often a tensor was changed; None where nobody counts."""
-    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+    return None if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
 
 
 def _fitted(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:

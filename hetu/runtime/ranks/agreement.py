@@ -32,7 +32,7 @@ from hetu.planning.planner import Prepared
 from hetu.runtime.ranks.agreed_state import AgreedState
 from hetu.runtime.ranks.digests import array_text, digest_of, graph_digest, graph_lines
 from hetu.runtime.ranks.feeds import OwnFeeds, is_chosen, merge
-from hetu.runtime.ranks.whole_rows import refuse_whole_rows, tell_rows
+from hetu.runtime.ranks.whole_rows import may_be_whole, refuse_whole_rows, tell_rows
 from hetu.runtime.request import RunRequest
 from hetu.symbols import as_symbol
 
@@ -152,10 +152,15 @@ class Agreement:
             CommunicationError: If the outcome differs, or another rank couldn't.
             HetuError: What ``make`` raised here.
         """
+        assert self.request is not None
         if self._is_state_known and self.key in self.world.agreed:
             with self.world.hanging_up():
-                return make()
-        assert self.request is not None
+                again = make()
+            if may_be_whole(prepared(again)):  # it depends on what is fed, whatever was fed before
+                rows = tell_rows(self.world, self.request, prepared(again), _digest)
+                heard = self.world.control.tell({"rows": rows}, self.name)
+                refuse_whole_rows([one["rows"] for one in heard], prepared(again))
+            return again
         failure, made, said = None, None, dict[str, Any]()
         try:
             made = make()

@@ -24,6 +24,11 @@ Told = Mapping[str, str]
 """By the name of a placeholder, a digest of what this rank feeds it."""
 
 
+def may_be_whole(prepared: Sequence[Prepared]) -> bool:
+    """Whether any shard of some micro-batches has as many rows as its whole group: the same on all ranks."""
+    return any(_may_be_whole(group) for item in prepared for group in _groups(item))
+
+
 def tell_rows(
     world: DistributedWorld, request: RunRequest, prepared: Sequence[Prepared], digest: Callable[[Feeds], str]
 ) -> list[Told]:
