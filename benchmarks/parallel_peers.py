@@ -1,4 +1,4 @@
-"""Who is compared over several GPUs: hetu as a graph, as a function, and on each GPU alone; torch's ``context_parallel``.
+"""Who is compared over several GPUs: hetu as a graph, as a function and on each GPU alone, and ``context_parallel``.
 
 A peer is made on all ranks at once, from inputs that are the same on all of them, and keeps this rank's part.
 """
