@@ -55,6 +55,8 @@ class Peers:
         self._comms: list[DistributedComm] = []
         self._connections: list[tuple[str, Connection]] = []
         self._leaving = threading.Lock()
+        # Not the control plane's: torch blocks all threads that use a store while one of them waits.
+        self._store = control.store.clone()
         self.watch: Watch | None = None
         self.lifeline: Lifeline | None = None
         self.up: Connection = None
@@ -76,8 +78,7 @@ class Peers:
 
         It is made in a thread, for it waits for ranks that may have died, and nothing ends that wait.
         """
-        # With a store of its own: torch blocks all threads that use one while one of them waits.
-        store, patience = PrefixStore(name, self.control.store.clone()), self.control.patience
+        store, patience = PrefixStore(name, self._store), self.control.patience
         if backend == "nccl":
             patience += self.control.timeout  # our own watch is to be the first to say that a message is lost
         members = range(self.size) if ranks is None else ranks

@@ -48,7 +48,7 @@ def test_only_plain_values_are_said(value: object) -> None:
 def test_bytes_that_are_no_message_name_the_rank(data: bytes) -> None:
     if data.startswith(b"hetu/1 ") and data[len("hetu/1 ") :].lstrip().startswith(b"{"):  # it may be one
         return
-    with pytest.raises(CommunicationError, match=r"rank 7 [^$]*fix:"):
+    with pytest.raises(CommunicationError, match=r"(?s)rank 7 .*fix:"):
         wire.decode(data, 7)
 
 
