@@ -133,7 +133,7 @@ def _make(
     lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, is_causal))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout is not None
-    forward_of, backward_of = _families(default_backend(q.device), *kind)
+    forward_of, backward_of = families(default_backend(q.device), *kind)
     return Attention(lengths, forward_of, backward_of, scale, dropout, lengths.plan.key_position if dropout else None)
 
 
@@ -188,7 +188,7 @@ def _attend_call(call: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Ten
 
 
 @cache
-def _families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
+def families(backend: str, *kind: Any) -> tuple[KernelFamily, KernelFamily]:
     """The families of the forward and the backward, chosen as a graph chooses them; ``kind`` begins a signature."""
     forward = AttendSignature(*kind)
     return choose(backend, forward).family, choose(backend, forward._replace(is_backward=True)).family

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from hetu.arguments import flag, integer, integers, real, refuse
-from hetu.backends.torch_private import apply_of, is_any_autocast_enabled, is_legacy_batched
+from hetu.arguments import integers, real, refuse
+from hetu.backends.torch_private import apply_of, is_any_autocast_enabled
 from hetu.functional import parallel_ops as ops
 from hetu.functional.checks import check_storage, check_tensor
 from hetu.functional.context_parallel import ContextParallel
 from hetu.functional.derivatives import for_backward
-from hetu.functional.dispatch import as_autocast, is_plain, rng_state_of
+from hetu.functional.dispatch import cast_as_autocast, checked_options, is_plain, may_pass_by, rng_state_of
 from hetu.functional.sharding import PlannedCall
 
 _OP = ops.OP
@@ -99,16 +99,12 @@ def parallel_attn(
         and (softmax_scale is None or type(softmax_scale) is float)
         and (seed is None or type(seed) is int)
     ):
-        is_causal, return_lse = flag(is_causal, "is_causal", op=_OP), flag(return_lse, "return_lse", op=_OP)
-        dropout_p = real(dropout_p, "dropout_p", "a probability in [0, 1)", lambda p: 0 <= p < 1, op=_OP)
-        if softmax_scale is not None:
-            softmax_scale = real(softmax_scale, "softmax_scale", op=_OP, fix="give None for 1/sqrt(head_dim)")
-        seed = None if seed is None else integer(seed, "seed", op=_OP, fix="give an int, or None to draw one")
+        is_causal, return_lse, dropout_p, softmax_scale, seed = checked_options(
+            _OP, is_causal, return_lse, dropout_p, softmax_scale, seed
+        )
     is_compiling = torch.compiler.is_compiling()
-    may_cast = is_compiling or is_any_autocast_enabled()  # asked first, because it takes the least
-    if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = as_autocast(q, dtype), as_autocast(k, dtype), as_autocast(v, dtype)
+    if is_compiling or is_any_autocast_enabled():  # asked first, because it takes the least
+        q, k, v = cast_as_autocast(q, k, v)
     rng_state = rng_state_of(seed) if dropout_p else None
     options = (cp.method, is_causal, dropout_p, softmax_scale)
     if is_compiling or q.is_meta or not is_plain(q, k, v):
@@ -140,12 +136,7 @@ class _ParallelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if (
-            not torch.compiler.is_compiling()  # asked first: compiled autograd can't follow the others
-            and not torch.is_grad_enabled()
-            and is_plain(dout, dlse)
-            and not any(is_legacy_batched(x) for x in (dout, dlse) if x is not None)
-        ):
+        if may_pass_by(dout, dlse):
             q, k, v, out, lse, _, rng_state = saved
             dq, dkv = ops.backward(ctx.call, dout, dlse, q, k, v, out, lse, rng_state)
         else:  # the op knows what to do, also if these gradients are to be differentiated

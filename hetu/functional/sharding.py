@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from hetu.backends.attention.family import AttendSignature
 from hetu.backends.attention.options import Options
 from hetu.backends.comm.groups import AnyWorld, GroupWorld, world_named
-from hetu.backends.families import choose, default_backend
+from hetu.backends.families import default_backend
 from hetu.backends.memory import copied_to
 from hetu.cache import LRU
 from hetu.config import settings
+from hetu.functional.attention import families
 from hetu.parallel import AttnPlan, Heads, Layout, Mask, build_plan
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -121,11 +121,12 @@ class Sharding:
     ) -> PlannedCall:
         _, num_q, head_dim = q.shape
         plan = self.plan(method, Heads(num_q, num_kv, head_dim, q.element_size()), Mask.of(is_causal))
-        signature = AttendSignature(q.dtype, q.device, head_dim, num_q, num_kv, dropout_p > 0)
-        backend = default_backend(q.device)
-        families = [choose(backend, signature._replace(is_backward=side)).family.name for side in (False, True)]
+        kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout_p > 0
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
-        options = [Options(name, num_q, num_kv, head_dim, dropout_p, scale, False) for name in families]
+        options = [
+            Options(family.name, num_q, num_kv, head_dim, dropout_p, scale, False)
+            for family in families(default_backend(q.device), *kind)
+        ]
         facts = {
             **self.facts,
             "method": plan.method,

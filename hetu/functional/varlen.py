@@ -7,11 +7,10 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hetu.arguments import flag, integer, real, shown
+from hetu.arguments import integer, shown
 from hetu.backends.torch_private import (
     apply_of,
     is_any_autocast_enabled,
-    is_legacy_batched,
     version_of,
 )
 from hetu.errors import DTypeError
@@ -19,7 +18,7 @@ from hetu.functional import attention
 from hetu.functional import ops as _ops  # noqa: F401 # it registers torch.ops.hetu.attn_varlen
 from hetu.functional.checks import check, check_storage, refuse
 from hetu.functional.derivatives import for_backward
-from hetu.functional.dispatch import as_autocast, is_plain, rng_state_of
+from hetu.functional.dispatch import cast_as_autocast, checked_options, is_plain, may_pass_by, rng_state_of
 
 __all__ = ["attn_varlen"]
 
@@ -109,17 +108,13 @@ def attn_varlen(
         and (max_seqlen_k is None or type(max_seqlen_k) is int)
         and (seed is None or type(seed) is int)
     ):
-        is_causal, return_lse = flag(is_causal, "is_causal", op=_OP), flag(return_lse, "return_lse", op=_OP)
-        dropout_p = real(dropout_p, "dropout_p", "a probability in [0, 1)", lambda p: 0 <= p < 1, op=_OP)
-        if softmax_scale is not None:
-            softmax_scale = real(softmax_scale, "softmax_scale", op=_OP, fix="give None for 1/sqrt(head_dim)")
+        is_causal, return_lse, dropout_p, softmax_scale, seed = checked_options(
+            _OP, is_causal, return_lse, dropout_p, softmax_scale, seed
+        )
         max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
-        seed = None if seed is None else integer(seed, "seed", op=_OP, fix="give an int, or None to draw one")
     is_compiling = torch.compiler.is_compiling()
-    may_cast = is_compiling or is_any_autocast_enabled()  # asked first, because it takes the least
-    if may_cast and not q.is_meta and torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = as_autocast(q, dtype), as_autocast(k, dtype), as_autocast(v, dtype)
+    if is_compiling or is_any_autocast_enabled():  # asked first, because it takes the least
+        q, k, v = cast_as_autocast(q, k, v)
     call = (
         cu_seqlens_q if cu_seqlens_q.is_cpu else _on_host(cu_seqlens_q),
         cu_seqlens_k if cu_seqlens_k.is_cpu else _on_host(cu_seqlens_k),
@@ -160,12 +155,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
         saved = ctx.saved_tensors
-        if (
-            not torch.compiler.is_compiling()  # asked first: compiled autograd can't follow the others
-            and not torch.is_grad_enabled()
-            and is_plain(dout, dlse)
-            and not any(is_legacy_batched(x) for x in (dout, dlse) if x is not None)
-        ):
+        if may_pass_by(dout, dlse):
             results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
         else:  # the op knows what to do, also if these gradients are to be differentiated
             results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)

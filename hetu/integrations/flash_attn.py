@@ -21,6 +21,7 @@ import torch
 from hetu.arguments import flag, integers, real, shown
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.functional import attn_varlen
+from hetu.functional.heads import padded_heads
 
 __all__ = [
     "flash_attn_func",
@@ -213,11 +214,11 @@ def flash_attn_varlen_func(
         _refuse(ShapeError, f"the heads of q and v have {sizes} entries, expected 1 to {_MOST}", "use more heads")
     if softmax_scale is None:
         softmax_scale = width**-0.5
-    padded = (max(width, width_v) + 7) // 8 * 8
+    q, k, v = padded_heads(q, k, v)
     results = attn_varlen(
-        _padded(q, padded),
-        _padded(k, padded),
-        _padded(v, padded),
+        q,
+        k,
+        v,
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q,
@@ -228,9 +229,9 @@ def flash_attn_varlen_func(
         return_lse=return_attn_probs,
     )
     if isinstance(results, torch.Tensor):
-        return results if padded == width_v else results[..., :width_v]
+        return results if results.shape[-1] == width_v else results[..., :width_v]
     out, lse = results
-    return out if padded == width_v else out[..., :width_v], lse, q.new_empty(0)
+    return out if out.shape[-1] == width_v else out[..., :width_v], lse, q.new_empty(0)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -307,11 +308,6 @@ def flash_attn_varlen_qkvpacked_func(
 def _lengths(batch: int, seqlen: int) -> torch.Tensor:
     """The cu_seqlens of sequences of one length."""
     return torch.arange(batch + 1, dtype=torch.int64, device="cpu") * seqlen
-
-
-def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
-    """The heads with zeros behind, up to a width."""
-    return x if x.shape[-1] == width else torch.nn.functional.pad(x, (0, width - x.shape[-1]))
 
 
 def _unpacked(name: str, packed: torch.Tensor, count: int, shape: str) -> tuple[torch.Tensor, ...]:

@@ -20,8 +20,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
-from hetu.backends.comm.local import LocalComm
 from hetu.backends.comm.peers import Peers
+from hetu.backends.comm.world import LocalWorld
 from hetu.backends.torch_private import default_store
 from hetu.errors import HetuError, caller
 
@@ -36,14 +36,12 @@ class GroupWorld(Peers):
 
     Attributes:
         name: The group's name in torch.
-        ranks: The members' ranks in the default group.
         process: The number of the process that joined it.
     """
 
     def __init__(self, group: Any, control: Control, device: torch.device, backend: str) -> None:
         super().__init__(control, device, backend)
         self.name: str = group.group_name
-        self.ranks: list[int] = dist.get_process_group_ranks(group)
         self.process = os.getpid()
         self._group = weakref.ref(group)
 
@@ -103,30 +101,14 @@ class GroupWorld(Peers):
 _ALONE: AbstractContextManager[None] = nullcontext()
 
 
-class OneProcess:
+class OneProcess(LocalWorld):
     """The world of a process that is in no group: it runs the only pipeline itself."""
 
-    name, rank, size, backend = "", 0, 1, "gloo"
-    is_distributed = False
-    ranks: Sequence[int] = (0,)
-
-    def pipelines(self, count: int) -> Sequence[int]:
-        """All of them."""
-        return range(count)
-
-    def begin(self) -> None:
-        """Nobody else has to know."""
-
-    def agree(self, facts: Mapping[str, Any], what: str) -> None:
-        """There is nobody to differ from."""
+    name = ""
 
     def hanging_up(self) -> AbstractContextManager[None]:
         """There is nobody to be told of an error."""
         return _ALONE
-
-    def communicator(self, count: int) -> LocalComm:
-        """A mailbox."""
-        return LocalComm()
 
     def gather_rows(self, own: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         """They are all here."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from hetu.errors import HetuError
 from hetu.functional import attn_varlen, parallel_attn
+from hetu.functional.heads import padded_heads
 from hetu.integrations.transformers.lengths import Lengths, fail, refuse
 from hetu.integrations.transformers.masks import (
     HetuMask,
@@ -86,7 +86,7 @@ def attend(
     kv_length, head_dim = key.shape[2], value.shape[3]
     mask = _mask_of(module, attention_mask, batch, q_length, kv_length, is_causal)
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    q, k, v = _rows(query, key, value)
+    q, k, v = padded_heads(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
     drop = dropout if module.training else 0.0
     if mask.cp is not None:
         if cu_seq_lens_q is not None:
@@ -127,13 +127,6 @@ def _mask_of(
     if given is None:
         return HetuMask(batch, q_length, kv_length, kv_length - q_length, is_causal)
     return of_padding(given, q_length, kv_length, is_causal)
-
-
-def _rows(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[torch.Tensor]:
-    """``(tokens, heads, head_dim)`` of each, with heads as wide as a kernel takes them: zeros change no score."""
-    rows = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    width = -(-max(query.shape[3], value.shape[3]) // 8) * 8
-    return [x if x.shape[2] == width else pad(x, (0, width - x.shape[2])) for x in rows]
 
 
 def _packed(lengths: Lengths, cu_q: torch.Tensor, cu_k: torch.Tensor | None, longest: int | None) -> Lengths:

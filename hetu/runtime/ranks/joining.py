@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from hetu.arguments import shown
+from hetu.backends.comm import connect
 from hetu.backends.torch_private import default_store
 from hetu.errors import CommunicationError, HetuError, caller
 
@@ -23,13 +24,9 @@ LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NCCL_ENVIRONMENT = {
     # Read when CUDA starts: messages of all peers at a time must be able to be under way.
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    # Our own watch stops messages that nobody answers. torch's would end the process, or go on with what was in memory.
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "0",
+    **connect.NCCL_ENVIRONMENT,
 }
-"""Set where the user set nothing."""
+"""Set where the user set nothing, and kept, for torch's own world too."""
 
 MOST = 1_000_000
 """No run has as many processes."""
