@@ -35,6 +35,12 @@ def test_named_files_are_there(page: Path) -> None:
     assert not unknown_files(page)
 
 
+@pytest.mark.parametrize("page", [*PAGES, *HISTORY], ids=lambda page: page.name)
+def test_pages_are_whole(page: Path) -> None:
+    """A merge that was not finished leaves its marks."""
+    assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_what_leads_nowhere_is_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("[a](page.md) [b](gone.md#part) [c](https://example.org/x) `hetu/ops/` `hetu/gone.py` `tests/*.py`")

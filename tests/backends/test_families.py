@@ -16,7 +16,8 @@ import hetu
 from hetu.backends import families
 from hetu.backends.attention.family import AttendSignature, KernelFamily
 from hetu.functional import attn_varlen
-from hetu.functional.attention import _families, calls_seen
+from hetu.functional.attention import calls_seen
+from hetu.functional.attention import families as chosen_families
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ class Middle(KernelFamily):
 
 
 def forget() -> None:
-    for found in (families.family, families.choose, _families):
+    for found in (families.family, families.choose, chosen_families):
         found.cache_clear()
     calls_seen._items.clear()
 
