@@ -130,7 +130,7 @@ class Sharding:
         facts = {
             **self.facts,
             "method": plan.method,
-            "the mask": str(plan.mask),
+            "the mask": plan.mask.name,
             "the heads of q": num_q,
             "the heads of k and v": num_kv,
             "head_dim": head_dim,

@@ -60,6 +60,10 @@ class AttendCall:
         dropout: Drops entries; None drops none.
         key_position: ``(T_k,)``, the position in its document of each row of the buffer. Only dropout and
             ``AttentionState.scores`` need it. The same array again finds the copy on the device again.
+        softcap: Where it is positive, scores become ``softcap * tanh(score / softcap)``; 0 leaves them as they are.
+        sinks: float32 ``(H_q,)`` (float64 for float64 inputs), contiguous, one more logit for each query head of the
+            call, which takes weight and gives no value; None for none. It enters in the first step of each span: lse
+            includes it, and a row that sees no key has it as its lse. The backward doesn't read it.
     """
 
     q: torch.Tensor
@@ -71,6 +75,8 @@ class AttendCall:
     turn: Turn | None = None
     dropout: Dropout | None = None
     key_position: np.ndarray[Any, Any] | None = None
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     def with_positive_scale(self) -> AttendCall:
         """A call with the same scores and a positive scale, for kernels that mask with -inf before they scale.
@@ -101,8 +107,8 @@ class KernelFamily(ABC):
     def attend(self, call: AttendCall, state: AttentionState) -> None:
         """Attends to one buffer and merges the result into ``state``.
 
-        A row that sees no key at all gets out 0 and lse -inf. Rows of spans that the step does not attend for are not
-        touched.
+        A row that sees no key at all gets out 0 and lse -inf, or its head's sink. Rows of spans that the step does not
+        attend for are not touched.
 
         Args:
             call: What is attended to.
@@ -115,10 +121,11 @@ class KernelFamily(ABC):
     ) -> None:
         """Computes the gradients of the attention to one buffer.
 
-        With s the scaled scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)`` (1 without
-        dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, ``dq = softmax_scale * ds @ k``,
-        ``dk = softmax_scale * ds.T @ q``. All accumulated in float32, over the query heads that share a key head
-        too, in an order that depends on nothing but the table: two calls give the same bits.
+        With s the scaled and capped scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)`` (1
+        without dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, ``dq = softmax_scale * ds
+        @ k``, ``dk = softmax_scale * ds.T @ q``; with a softcap ds is multiplied by ``1 - (s / softcap)**2``. All
+        accumulated in float32, over the query heads that share a key head too, in an order that depends on nothing but
+        the table: two calls give the same bits.
         Source: Dao, "FlashAttention-2", 2023, algorithm 2.
 
         Args:

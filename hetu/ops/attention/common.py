@@ -217,7 +217,7 @@ def dense_attention(
     keys, values = np.repeat(k, group, 1).astype(np.float64), np.repeat(v, group, 1).astype(np.float64)
     scores = np.einsum("ihd,jhd->hij", q.astype(np.float64), keys) * scale
     n, m = scores.shape[1:]
-    scores = np.where(mask.allows(np.arange(n)[:, None] + m - n, np.arange(m)), scores, -np.inf)
+    scores = np.where(mask.matrix(n, m), scores, -np.inf)
     top = scores.max(-1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)

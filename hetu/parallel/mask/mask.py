@@ -1,33 +1,49 @@
-"""A mask as a value: which keys of its document a query may see."""
+"""A mask as a value: which keys a query may see."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.arguments import choice, items, refuse
+from hetu.errors import HetuError, caller
+from hetu.parallel.mask import rules
+from hetu.parallel.mask.bands import Bands
+from hetu.parallel.mask.drawing import draw_pairs
+from hetu.parallel.mask.rules import Chunked, Prefix, Rule, Size, Slices, Window
 from hetu.parallel.mask.segments import IntArray
+from hetu.symbols import IntSymbol, as_size
+
+_OP = "mask"
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Which keys of its document a query may see. Masks compare, hash and print by value.
+    """Which keys a query may see. Masks compare, hash and print by value; ``print(mask)`` draws one.
 
-    The rest of the house asks a mask what it needs to know and never which kind it is, so a new kind is written here.
+    The rest of the house asks a mask what it needs to know and never which kind it is. Every number may be an
+    :class:`~hetu.IntSymbol`: in a graph it is bound when the graph runs.
 
     Attributes:
-        name: What it is called in print.
-        hides_later: Whether a query sees no key behind its own position, and all keys before it. If not, it sees all
-            keys of its document.
+        rule: The kind and its numbers; see :mod:`hetu.parallel.mask.rules`.
 
     Example:
-        >>> Mask.causal() == Mask.of(is_causal=True), str(Mask.full())
-        (True, 'full')
+        >>> Mask.window(-1, 0) == Mask.causal(), Mask.window(4, 0)
+        (True, Mask.window(4, 0))
+        >>> print(Mask.window(2, 0).draw(5))
+        █····
+        ██···
+        ███··
+        ·███·
+        ··███
     """
 
-    name: str
-    hides_later: bool
+    rule: Rule
+
+    # Kinds
 
     @classmethod
     def causal(cls) -> Mask:
@@ -40,51 +56,211 @@ class Mask:
         return FULL
 
     @classmethod
-    def of(cls, is_causal: bool) -> Mask:
-        """The mask that the short form ``is_causal`` stands for."""
-        return CAUSAL if is_causal else FULL
+    def window(cls, left: Size, right: Size) -> Mask:
+        """A query at position i sees the keys ``i - left .. i + right`` of its document.
 
-    def allows(self, query: IntArray, key: IntArray) -> NDArray[np.bool_]:
-        """Whether queries at some positions see keys at some positions of the same document: the definition.
-
-        Example:
-            >>> Mask.causal().allows(np.arange(2)[:, None], np.arange(3)).astype(int).tolist()
-            [[1, 0, 0], [1, 1, 0]]
-        """
-        hidden = self.hides_later & (key > query)
-        return np.logical_not(hidden)
-
-    def keys_seen(self, query: IntArray, length: IntArray) -> IntArray:
-        """Number of keys that queries see: those at positions ``0 .. keys_seen - 1``.
+        Where a document has more keys than queries, or fewer, the last query stands at the last key, as in
+        FlashAttention.
 
         Args:
-            query: Positions of the queries.
-            length: Tokens of their documents.
+            left: How many keys before its own a query sees; -1 for all of them.
+            right: How many keys after its own a query sees; -1 for all of them.
+
+        Raises:
+            HetuError: If a bound is less than -1.
         """
-        return query + 1 if self.hides_later else length
+        sizes = _sizes((left, right), ("left", "right"))
+        return cls(Window(*sizes).with_sizes(sizes))
 
-    def first_row(self, key: IntArray, start: IntArray, step: IntArray) -> IntArray:
-        """First row of evenly spaced queries, at positions ``start + i * step``, that sees a key; all later ones do."""
-        return np.maximum(-((start - key) // step), 0) if self.hides_later else np.zeros_like(key)
+    @classmethod
+    def chunked(cls, size: Size) -> Mask:
+        """A query sees the keys up to its own position that are in the same chunk of ``size`` tokens of its document.
 
-    def diagonal(self, q_len: IntArray, k_len: IntArray) -> IntArray:
-        """Diagonals of sequences whose last query stands at the last key; see :class:`SegmentTable`.
+        Raises:
+            HetuError: If the size is not positive.
+        """
+        sizes = _sizes((size,), ("size",))
+        return cls(Chunked(*sizes).with_sizes(sizes))
 
-        Where lengths differ, masks are aligned to the bottom right, as in FlashAttention: row i of n queries stands at
-        key ``i + m - n`` of m.
+    @classmethod
+    def prefix(cls, lengths: Size | Sequence[Size]) -> Mask:
+        """The first tokens of each document see each other; all later ones see the keys up to their own position.
+
+        Args:
+            lengths: How many these are: one number per document, or one for all. A document that is shorter is all
+                prefix.
+
+        Raises:
+            HetuError: If a length is negative.
+        """
+        is_shared = isinstance(lengths, IntSymbol) or not _is_listed(lengths)
+        listed = (lengths,) if is_shared else items(lengths, "lengths", "a number, or one per document", op=_OP)
+        sizes = _sizes(listed, [f"lengths[{i}]" for i in range(len(listed))])
+        return cls(Prefix(sizes, is_shared).with_sizes(sizes))
+
+    @classmethod
+    def slices(
+        cls, q_ranges: Sequence[Sequence[Size]], k_ranges: Sequence[Sequence[Size]], kinds: Sequence[str]
+    ) -> Mask:
+        """Slices of the pack: the queries of a range see the keys of another range.
+
+        Positions count the tokens of the whole pack, document after document, so a slice may cross documents.
+
+        Args:
+            q_ranges: ``(start, stop)`` of the queries of each slice.
+            k_ranges: ``(start, stop)`` of the keys of each slice.
+            kinds: Of each slice, by MagiAttention's names: ``"full"``; ``"causal"``, whose last query sees up to the
+                last key, and each query before it one key less; ``"inverse_causal"``, whose first query sees from the
+                first key on, and each query after it one key less; or ``"bicausal"``, both.
+
+        Raises:
+            HetuError: If two slices share a (query, key) pair, a range ends before it begins, or the lists differ in
+                length.
 
         Example:
-            >>> Mask.causal().diagonal(np.array([2]), np.array([5])).tolist()
-            [3]
+            Two answers to one question, which don't see each other:
+
+            >>> q_ranges, k_ranges = [(0, 4), (4, 6), (4, 6)], [(0, 4), (0, 2), (4, 6)]
+            >>> print(Mask.slices(q_ranges, k_ranges, ["causal", "full", "causal"]).draw(6))
+            █·····
+            ██····
+            ███···
+            ████··
+            ██··█·
+            ██··██
         """
-        return k_len - q_len if self.hides_later else k_len - 1
+        queries, keys = _ranges(q_ranges, "q_ranges"), _ranges(k_ranges, "k_ranges")
+        given = enumerate(items(kinds, "kinds", "a list of names", op=_OP))
+        named = tuple(choice(kind, f"kinds[{i}]", rules.KINDS, op=_OP) for i, kind in given)
+        if not len(queries) == len(keys) == len(named):
+            what = f"there are {len(queries)} q_ranges, {len(keys)} k_ranges and {len(named)} kinds"
+            raise HetuError(what, op=_OP, where=caller(), fix="give as many of each, one per slice")
+        sizes = tuple(size for q, k in zip(queries, keys, strict=True) for size in (*q, *k))
+        return cls(Slices(sizes, named).with_sizes(sizes))
+
+    @classmethod
+    def of(cls, is_causal: bool, window_size: tuple[Size, Size] = (-1, -1)) -> Mask:
+        """The mask that the short forms ``is_causal`` and ``window_size`` stand for: causal makes the right bound 0.
+
+        Example:
+            >>> Mask.of(True, (8, 4)), Mask.of(False)
+            (Mask.window(8, 0), Mask.full())
+        """
+        left, right = window_size
+        return cls.window(left, 0 if is_causal else right)
+
+    # What others ask
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is causal or full: a query sees all keys of its document up to some key."""
+        return self.rule in (CAUSAL.rule, FULL.rule)
+
+    @property
+    def hides_later(self) -> bool:
+        """Of a plain mask: whether a query sees no key behind its own position."""
+        return self.rule == CAUSAL.rule
+
+    @property
+    def cuts(self) -> bool:
+        """Whether queries of one document may be in different bands, so that query spans are cut where bands begin."""
+        return self.rule.cuts
+
+    @property
+    def joins(self) -> bool:
+        """Whether positions count the whole pack, as if its documents were one."""
+        return self.rule.joins
+
+    @property
+    def name(self) -> str:
+        """Its kind and numbers, in one line."""
+        return str(self.rule).removesuffix("()")
+
+    @property
+    def symbols(self) -> tuple[IntSymbol, ...]:
+        """The leaves of its symbols, each once."""
+        given = (size for size in self.rule.sizes if isinstance(size, IntSymbol))
+        return tuple(dict.fromkeys(leaf for size in given for leaf in size.leaves))
+
+    def bound(self, value: Callable[[IntSymbol], int]) -> Mask:
+        """The mask with a value for each symbol."""
+        return Mask(rules.bound(self.rule, value)) if self.symbols else self
+
+    def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
+        """The bands that it is for sequences of these lengths, which say what every query sees: the definition.
+
+        Args:
+            q_len: ``(B,)`` queries of each sequence.
+            k_len: ``(B,)`` keys of each sequence.
+
+        Returns:
+            The bands. If :attr:`joins`, they count the queries and keys of all sequences as those of sequence 0.
+
+        Raises:
+            BindingError: If the mask doesn't fit the lengths.
+        """
+        return self.rule.bands(q_len, k_len)
+
+    def pairs(self, lengths: IntArray) -> IntArray:
+        """``(B,)`` allowed pairs of documents, by the document of the query."""
+        bands = self.bands(lengths, lengths)
+        if self.joins:
+            bands = bands.cut_at(lengths.cumsum())
+        return np.bincount(bands.sequence, bands.pairs(), minlength=len(lengths)).astype(np.int64)
+
+    def matrix(self, queries: int, keys: int) -> NDArray[np.bool_]:
+        """``(queries, keys)``: which queries of one sequence see which keys."""
+        return self.bands(np.array([queries]), np.array([keys])).matrix(queries, keys)
+
+    # Printing
+
+    def draw(self, tokens: int | None = None, width: int = 24) -> str:
+        """The mask of a document in characters: a line per query, a column per key.
+
+        Args:
+            tokens: Of the document; None takes as many as show what kind of mask it is.
+            width: Most columns. In a longer document a character stands for a square of pairs: █ for all of them, ▒
+                for some, · for none.
+
+        Example:
+            >>> print(Mask.chunked(3).draw(5))
+            █····
+            ██···
+            ███··
+            ···█·
+            ···██
+        """
+        count = self.rule.typical_length if tokens is None else tokens
+        lengths = np.array([count])
+        return draw_pairs(self.bands(lengths, lengths), count, width)
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self!r}\n{self.draw()}" if not self.symbols else repr(self)
 
     def __repr__(self) -> str:
-        return f"Mask.{self.name}()"
+        return f"Mask.{self.rule}"
 
 
-CAUSAL, FULL = Mask("causal", hides_later=True), Mask("full", hides_later=False)
+CAUSAL, FULL = Mask(Window(-1, 0)), Mask(Window(-1, -1))
 """One object per mask: comparing an object with itself costs nothing."""
+
+
+def _sizes(given: Sequence[Size], names: Sequence[str]) -> tuple[Size, ...]:
+    return tuple(as_size(size, name, op=_OP, error=HetuError) for size, name in zip(given, names, strict=True))
+
+
+def _ranges(given: Sequence[Sequence[Size]], name: str) -> list[tuple[Size, ...]]:
+    """Pairs of a start and a stop."""
+    listed, ranges = items(given, name, "a list of (start, stop)", op=_OP), []
+    for number, item in enumerate(listed):
+        what = f"{name}[{number}]"
+        ends = items(item, what, "(start, stop)", op=_OP)
+        if len(ends) != 2:
+            refuse(item, what, "(start, stop)", op=_OP, fix="give the first position and the one after the last")
+        ranges.append(_sizes(ends, (f"{what}[0]", f"{what}[1]")))
+    return ranges
+
+
+def _is_listed(value: object) -> bool:
+    """Whether something is given as a list rather than as one number."""
+    return isinstance(value, (list, tuple)) or bool(getattr(value, "ndim", 0))

@@ -87,9 +87,10 @@ class SegmentTable:
     """Segments of one attend step over one key buffer, ordered by ``query``.
 
     Row ``i`` of query span ``query`` (``0 <= i < length``) may see row ``j`` of the segment's keys
-    (``0 <= j < k_len``) where ``i + diagonal >= j``. ``diagonal >= k_len - 1`` is a full rectangle;
-    a negative diagonal hides all keys from the first ``-diagonal`` rows. Normal form: ``k_len`` is
-    positive and every key is seen by the span's last row (``k_len <= length + diagonal``). A query
+    (``0 <= j < k_len``) where ``i + lower <= j <= i + diagonal``. ``diagonal >= k_len - 1`` bounds nothing;
+    a negative diagonal hides all keys from the first ``-diagonal`` rows. ``lower <= 1 - length`` bounds nothing
+    either. Normal form: ``k_len`` is positive, every key is seen by a row (``k_len <= length + diagonal``,
+    ``lower <= 0`` and ``lower <= diagonal``), and without a lower bound every key by the span's last row. A query
     span may have any number of segments; the keys they let a row see are disjoint.
 
     Attributes:
@@ -97,6 +98,8 @@ class SegmentTable:
         k_start: First row of the keys in the buffer.
         k_len: Key rows.
         diagonal: See above.
+        lower: See above; ``1 - length`` where it bounds nothing, and None if that is so in all segments: then kernels
+            look at the upper diagonal only.
         plain_over: The spans over which this is known to be plain, see :meth:`is_plain_over`; None if there are none.
             Not part of the value, like what follows.
         order: The segments by falling ``k_len``, once somebody asked for it; of plain tables only.
@@ -112,6 +115,7 @@ class SegmentTable:
     k_start: IntArray
     k_len: IntArray
     diagonal: IntArray
+    lower: IntArray | None = None
     plain_over: QuerySpans | None = field(default=None, repr=False)
     order: IntArray | None = field(default=None, repr=False)
     ranking: Ranking | None = field(default=None, repr=False)
@@ -139,7 +143,7 @@ class SegmentTable:
 
         Span i is a whole document, the i-th one in order of rows and of numbers, from position 0 in steps of 1, and
         segment i is its only one: of keys that no other segment names, of which its first row sees one at least and
-        its last row all; between, each row sees one more than the row before, or each sees all.
+        its last row all; between, each row sees one more than the row before, or each sees all. It has no lower bound.
         """
         return self.plain_over is spans
 
@@ -148,6 +152,8 @@ class SegmentTable:
         twice = _twice_up_to(spans.length[self.query] + self.diagonal, self.k_len)
         if len(self) and self.diagonal.item(self.diagonal.argmax()) > 0:
             twice -= _twice_up_to(self.diagonal, self.k_len)
+        if self.lower is not None:  # the keys before the lower diagonal
+            twice -= _twice_up_to(spans.length[self.query] + self.lower - 1, self.k_len)
         return twice // 2
 
     def stretches(self) -> tuple[IntArray, IntArray]:

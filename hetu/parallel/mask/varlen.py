@@ -1,11 +1,14 @@
-"""Plain variable-length attention as segments: one for each sequence."""
+"""Plain variable-length attention as segments: one for each sequence, or for each band of a sequence's mask."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 
+from hetu.parallel.mask.bands import cut_spans
+from hetu.parallel.mask.joining import Runs, join_runs, only_if_needed
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, least
 
@@ -19,7 +22,7 @@ def varlen_tables(
         cu_seqlens_q: ``(B + 1,)`` cumulative query lengths, from 0, never decreasing. What is made may be a view of it.
         cu_seqlens_k: ``(B + 1,)`` cumulative key lengths; likewise.
         rows: Rows of q; those past ``cu_seqlens_q[-1]`` become a span that attends to nothing.
-        mask: Which keys a query sees, aligned to the bottom right: see :meth:`Mask.diagonal`.
+        mask: Which keys a query sees, aligned to the bottom right: row i of n queries stands at key ``i + m - n`` of m.
         packed_lse: Whether lse is ``(1, H_q, rows)``, every row of q at its own index, the tail too, instead of
             ``(B, H_q, longest)``, a slot per sequence.
     """
@@ -49,8 +52,10 @@ def varlen_tables(
         column=zeros,
         lse_rows=rows if packed_lse else tokens,
     )
+    if not mask.is_plain:
+        return _banded_tables(spans, q_cu, k_cu, mask)
     # All keys of a sequence are seen by its last row, so that the table is in normal form.
-    diagonal = mask.diagonal(q_len, k_len)
+    diagonal = k_len - q_len if mask.hides_later else k_len - 1
     if not is_same:
         live = k_len.nonzero()[0]
     if len(live) < len(k_len):
@@ -59,6 +64,30 @@ def varlen_tables(
     else:
         is_plain = is_same or not mask.hides_later or least(diagonal) >= 0
     return spans, SegmentTable(live, k_start, k_len, diagonal, plain_over=spans if is_plain else None)
+
+
+def _banded_tables(
+    spans: QuerySpans, cu_seqlens_q: IntArray, cu_seqlens_k: IntArray, mask: Mask
+) -> tuple[QuerySpans, SegmentTable]:
+    """The table of a mask that is neither causal nor full."""
+    q_len, k_len = np.diff(cu_seqlens_q), np.diff(cu_seqlens_k)
+    if spans.document[-1:].tolist() == [-1]:  # the tail is no sequence of the mask's
+        q_len, k_len = q_len[:-1], k_len[:-1]
+    bands = mask.bands(q_len, k_len)
+    if mask.joins:
+        sequence = np.where(spans.document < 0, -1, 0)
+        spans = replace(spans, document=sequence, position=np.where(sequence < 0, 0, spans.start))
+        first_key, keys = np.zeros(1, np.int64), cu_seqlens_k[-1:] - cu_seqlens_k[:1]
+    else:
+        sequence, first_key, keys = spans.document, cu_seqlens_k[:-1], k_len
+    spans, span, band = cut_spans(spans, sequence, bands)
+    owner = bands.sequence[band]
+    queries = Runs(spans.position[span], spans.step[span], spans.length[span])
+    zeros = np.zeros_like(owner)
+    seen = join_runs(queries, Runs(zeros, zeros + 1, keys[owner]), bands, band)
+    query = span[seen.item]
+    lower = only_if_needed(seen.lower, spans.length[query])
+    return spans, SegmentTable(query, first_key[owner[seen.item]] + seen.offset, seen.k_len, seen.diagonal, lower)
 
 
 @lru_cache(maxsize=64)

@@ -33,6 +33,7 @@ import numpy as np
 from hetu.parallel.layout.layout import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
+from hetu.parallel.mask.varlen import varlen_tables
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import around, transfer_number, whole
 from hetu.parallel.methods.tables import see
@@ -147,21 +148,9 @@ def sequence_rows(group: GroupLayout, member: int) -> Runs:
 
 
 def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, SegmentTable]:
-    """All tokens of a group as queries and as keys: one span and one segment per document."""
-    document = np.flatnonzero(group.lengths)
-    start, length = group.offsets.take(document), group.lengths.take(document)
-    number, zeros = np.arange(len(document)), np.zeros(len(document), np.int64)
-    spans = QuerySpans(
-        start=start,
-        length=length,
-        document=document,
-        position=zeros,
-        step=zeros + 1,
-        slot=zeros,
-        slot_row=start,
-        column=zeros,
-    )
-    return spans, SegmentTable(number, k_start=start, k_len=length, diagonal=mask.diagonal(length, length))
+    """All tokens of a group as queries and as keys: those of plain variable-length attention."""
+    cu_seqlens = np.append(group.offsets, group.tokens)
+    return varlen_tables(cu_seqlens, cu_seqlens, group.tokens, mask, packed_lse=True)
 
 
 def _alone(group: GroupLayout, spec: AttnSpec) -> PipelinePlan:

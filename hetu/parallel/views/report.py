@@ -23,7 +23,7 @@ def summary(plan: PlanData) -> str:
     load = f", largest share {max(work) / mean:.2f} of the mean" if mean and len(work) > 1 else ""
     moved = sum(plan.bytes_sent(r) for r in pipelines)
     return (
-        f"{plan.method}{' backward' * plan.is_backward}, {plan.mask}: "
+        f"{plan.method}{' backward' * plan.is_backward}, {plan.mask.name}: "
         f"{tokens:,} tokens of {count(documents, 'document')} "
         f"on {count(len(work), 'pipeline')} in {count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
         f"{_bytes(moved)} sent"
