@@ -87,6 +87,9 @@ class Variant:
         more: Whether a block of rows sees several segments.
         dropout: Whether entries are dropped.
         scores: Whether scores are written.
+        lower: Whether segments have a lower diagonal.
+        softcap: Whether scores are capped.
+        sinks: Whether each head has a sink.
     """
 
     head_dim: int
@@ -95,6 +98,9 @@ class Variant:
     more: bool = False
     dropout: bool = False
     scores: bool = False
+    lower: bool = False
+    softcap: bool = False
+    sinks: bool = False
 
     @property
     def block_d(self) -> int:
@@ -114,6 +120,9 @@ class Variant:
             "BLOCK_D": self.block_d,
             "CHUNK": tile.chunk,
             "MASKS_ALL": tile.masks_all,
+            "LOWER": self.lower,
+            "SOFTCAP": self.softcap,
+            "SINKS": self.sinks,
             "ELEMENTS": _elements(self, tile),
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
@@ -129,9 +138,10 @@ class Variant:
         """
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "out"), element)
-        types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32", "softcap": "fp32"}
         types |= {"acc_state": "*fp32"} if self.runs_on else {}
         types |= {"scores": "*fp32"} if self.scores else {}
+        types |= {"sinks": "*fp32"} if self.sinks else {}
         types |= {"key_position": "*i32"} if self.scores or self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
         strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "O": q})
@@ -177,7 +187,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-OPTIONAL = ("acc_state", "dq_state", "scores", "key_position")
+OPTIONAL = ("acc_state", "dq_state", "scores", "sinks", "key_position")
 """Arguments of kernels that are None in some variants."""
 
 

@@ -58,6 +58,8 @@ class BackwardVariant:
         runs_on: Whether there are running gradients of queries, of earlier steps or for later ones.
         more: Whether a block of rows sees several segments, or a block of keys is seen through several.
         dropout: Whether entries are dropped.
+        lower: Whether segments have a lower diagonal.
+        softcap: Whether scores are capped.
     """
 
     head_dim: int
@@ -65,6 +67,8 @@ class BackwardVariant:
     runs_on: bool = False
     more: bool = False
     dropout: bool = False
+    lower: bool = False
+    softcap: bool = False
 
     def of_work(self, has_more: bool) -> BackwardVariant:
         """The variant that computes a work list.
@@ -96,6 +100,8 @@ class BackwardVariant:
             "QUERY_STAGES": tiles.queries.num_stages,
             "SPLIT": tiles.is_split,
             "MASKS_ALL": tiles.keys.masks_all,
+            "LOWER": self.lower,
+            "SOFTCAP": self.softcap,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -110,7 +116,7 @@ class BackwardVariant:
             ("dk", "dv"), "*fp32" if self.runs_on else element
         )  # of several steps they are summed up
         types |= dict.fromkeys(("lse", "delta"), "*fp32")
-        types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32", "softcap": "fp32"}
         types |= {"dq_state": "*fp32"} if self.runs_on else {}
         types |= {"key_position": "*i32"} if self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
