@@ -17,6 +17,9 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 HEAD_DIMS = range(8, 257, 8)
 
+FLAGGED_HEAD_DIMS = frozenset((64, 128, 256))
+"""Widths at which :func:`variants` gives lower diagonals, softcaps and sinks too, each alone."""
+
 INTERPRETER = 0
 """Stands for Triton's interpreter where a compute capability is asked for."""
 
@@ -306,21 +309,27 @@ def _small_tile(variant: Variant) -> Tile:
     return Tile(64, 16, 8, 2) if extras else Tile(64, 32, 8, 1)
 
 
+_FLAGS = ("lower", "softcap", "sinks")
+
+
 def variants(
     head_dims: Iterable[int] = HEAD_DIMS,
     dtypes: Iterable[torch.dtype] = tuple(DTYPES),
     *,
     extras: bool = True,
 ) -> Iterator[Variant]:
-    """Every variant of the forward kernel that a run may ask for.
+    """Every variant of the forward kernel that a run may ask for, but of the flags of masks, softcaps and sinks a few.
 
     Args:
         head_dims: Of the variants.
         dtypes: Of the variants.
-        extras: Whether to give those with dropout and scores too.
+        extras: Whether to give those with dropout and scores, and these flags, too.
     """
-    flags = (False, True) if extras else (False,)
+    head_dims, dtypes, flags = list(head_dims), list(dtypes), (False, True) if extras else (False,)
     for head_dim, dtype, runs_on, more, dropout, scores in product(
         head_dims, dtypes, (False, True), (False, True), flags, flags
     ):
         yield Variant(head_dim, dtype, runs_on, more, dropout, scores)
+    for head_dim, dtype, flag in product(FLAGGED_HEAD_DIMS.intersection(head_dims), dtypes, _FLAGS if extras else ()):
+        flagged: dict[str, Any] = {flag: True}
+        yield Variant(head_dim, dtype, **flagged)
