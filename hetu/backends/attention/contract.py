@@ -226,7 +226,7 @@ def finish_softmax(
 
     The magnitude of an entry is its softmax probability before dropout (no ``1 / (1 - p)``), whether it was
     kept or not; an entry that dropout dropped is negative. This is FlashAttention's convention. Entries that
-    the mask hides and padding are 0.
+    the mask hides and padding are 0. A row with a sink sums to less than 1: what is missing is the sink's weight.
 
     Args:
         state: With ``scores``; they are consumed.
