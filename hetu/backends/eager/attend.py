@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -230,12 +229,11 @@ def _plain(
 ) -> Iterator[Part]:
     """One segment by matrix products, a block of rows after the other; ``extras`` for dropout and scores."""
     (num_kv, group, rows, _), keys = q.shape, k.shape[2]
-    block = _BLOCK_ENTRIES // (num_kv * group * keys)
+    most = keys if lower is None else min(keys, diagonal - lower + 1)  # keys that a row sees
+    block = max(16, _BLOCK_ENTRIES // (num_kv * group * most))
     if lower is not None:
         rows = min(rows, keys - lower)  # those behind see nothing
-        # A block of rows sees as many keys as one row, and one more for each row more.
-        block = min(max(64, diagonal - lower + 1), math.isqrt(_BLOCK_ENTRIES // (num_kv * group)))
-    block = max(16, block)
+        block = min(block, max(64, most))  # it sees one key more for each row more, so at most twice as many
     j = torch.arange(keys, device=q.device)
     for begin in range(0, rows, block):
         end = min(begin + block, rows)
