@@ -113,7 +113,7 @@ class _VarlenAttention(OpDef):
                 "give both batch_size + 1 entries",
             )
         mask = bound_mask(node, node.attrs["mask"], pipeline.value)
-        if mask.joins and node.attrs["return_softmax"]:
+        if node.attrs["return_softmax"] and mask.joins:
             self._check_columns(node, pipeline)
         return *cu, rows[0], mask
 
