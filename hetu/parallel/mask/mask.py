@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import choice, integer, integers, items, refuse
+from hetu.arguments import choice, flag, integer, items, refuse, shown
 from hetu.errors import HetuError, caller
 from hetu.parallel.mask import rules
 from hetu.parallel.mask.bands import Bands
@@ -19,6 +19,9 @@ from hetu.parallel.mask.segments import IntArray
 from hetu.symbols import IntSymbol, as_size
 
 _OP = "mask"
+
+_MOST_DRAWN = 2**40
+"""Tokens of a document in a drawing: more are a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +151,39 @@ class Mask:
             (Mask.window(8, 0), Mask.full())
         """
         left, right = window_size
-        return cls.window(left, 0 if is_causal else right)
+        made = cls.window(left, 0 if is_causal else right)
+        return CAUSAL if made == CAUSAL else FULL if made == FULL else made
+
+    @classmethod
+    def given(cls, is_causal: Any, window_size: Any, mask: Any, op: str) -> Mask:
+        """The mask that an attention's arguments say, checked.
+
+        Args:
+            is_causal: A flag.
+            window_size: ``(left, right)``; :data:`NO_WINDOW` bounds nothing.
+            mask: A mask, which replaces ``is_causal``, or None.
+            op: Who was given them, for errors.
+
+        Raises:
+            DTypeError: If a bound of the window is neither an int nor a symbol.
+            HetuError: If another argument is none of these, a bound is less than -1, or both a mask and a window came.
+
+        Example:
+            >>> Mask.given(True, (8, 4), None, op="attn"), Mask.given(True, (-1, -1), FULL, op="attn")
+            (Mask.window(8, 0), Mask.full())
+        """
+        causal = flag(is_causal, "is_causal", op=op)
+        if window_size is NO_WINDOW and mask is None:
+            return CAUSAL if causal else FULL
+        window = _window(window_size, op)
+        if mask is None:
+            return cls.of(causal, window)
+        if not isinstance(mask, cls):
+            refuse(mask, "mask", "a hetu.Mask", op=op, fix="give hetu.Mask.window(...), say, or None")
+        if window != NO_WINDOW:
+            what = f"mask and window_size were both given: {mask!r} and {shown(window_size)}"
+            raise HetuError(what, op=op, where=caller(), fix="give one of them: a window is a mask, Mask.window(...)")
+        return mask
 
     # What others ask
 
@@ -231,9 +266,8 @@ class Mask:
         """
         if lengths is None:
             lengths = self.rule.typical_lengths
-        elif not _is_listed(lengths):
-            lengths = [integer(lengths, "lengths", least=0, op=_OP)]
-        tokens = np.array(integers(lengths, "lengths", least=0, op=_OP), np.int64)
+        listed = items(lengths, "lengths", op=_OP) if _is_listed(lengths) else [lengths]
+        tokens = np.array([integer(item, "lengths", least=0, most=_MOST_DRAWN, op=_OP) for item in listed], np.int64)
         bands, offsets = self.bands(tokens, tokens), tokens.cumsum() - tokens
         whole = bands if self.joins else bands.joined(offsets)
         return draw_pairs(whole, int(tokens.sum()), integer(width, "width", least=1, op=_OP))
@@ -247,6 +281,24 @@ class Mask:
 
 CAUSAL, FULL = Mask(Window(-1, 0)), Mask(Window(-1, -1))
 """One object per mask: comparing an object with itself costs nothing."""
+
+
+NO_WINDOW: tuple[Size, Size] = (-1, -1)
+"""The ``window_size`` that bounds nothing."""
+
+
+def _window(given: Any, op: str) -> tuple[Size, Size]:
+    """A ``window_size``, checked."""
+    name, wanted = "window_size", "(left, right)"
+    listed = items(given, name, wanted, op=op)
+    if len(listed) != 2:
+        refuse(given, name, wanted, op=op, fix="give how many keys before its own a query sees, and how many after it")
+    left, right = (as_size(size, f"{name}[{i}]", op=op) for i, size in enumerate(listed))
+    for i, size in enumerate((left, right)):
+        if isinstance(size, int) and size < -1:
+            fix = "give the number of keys, or -1 for no bound"
+            raise HetuError(f"{name}[{i}] is {shown(size)}, expected at least -1", op=op, where=caller(), fix=fix)
+    return left, right
 
 
 def _sizes(given: Sequence[Any], names: Sequence[str]) -> tuple[Size, ...]:
