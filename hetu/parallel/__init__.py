@@ -1,7 +1,8 @@
 """Which pipeline holds which tokens, what attends to what, and who sends what to whom: integers only."""
 
 from hetu.parallel.attn_plan import AttnPlan, build_pipeline_plan, build_plan
-from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
+from hetu.parallel.layout.group import GroupLayout, Spans
+from hetu.parallel.layout.layout import Layout
 from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.layout.strategy import Strategy, groups_of
 from hetu.parallel.mask.mask import Mask

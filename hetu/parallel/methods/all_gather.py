@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.exchange import exchange
 from hetu.parallel.methods.method import AttnSpec

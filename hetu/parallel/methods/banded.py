@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout, Spans
+from hetu.parallel.layout.group import GroupLayout, Spans
 from hetu.parallel.mask.bands import Bands, cut_spans
 from hetu.parallel.mask.joining import Runs, join_runs, only_if_needed
 from hetu.parallel.mask.mask import Mask

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.methods.exchange import exchange
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder

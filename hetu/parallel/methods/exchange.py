@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.methods.part import cut_runs

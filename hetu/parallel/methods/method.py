@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan, PlanData

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import transfer_number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder, cut_runs
 from hetu.parallel.methods.peers import whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.layout.splits import Parts
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray

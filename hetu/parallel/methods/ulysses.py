@@ -30,7 +30,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.mask.varlen import varlen_tables

@@ -17,7 +17,8 @@ import numpy as np
 
 from hetu.arguments import shown
 from hetu.errors import HetuError
-from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
+from hetu.parallel.layout.group import GroupLayout, Spans
+from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.rules import Rule
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.instructions import Runs

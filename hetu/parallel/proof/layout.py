@@ -6,7 +6,7 @@ import numpy as np
 
 from hetu.errors import HetuError
 from hetu.parallel.layout.documents import check_spans
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.layout.splits import Parts
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.transfers import refuse

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.bands import cut_spans
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.parts import PlanData

@@ -13,7 +13,7 @@ from hetu.arguments import is_torch
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.errors import StrategyError, caller
 from hetu.parallel import AttnPlan
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.planning.arrays import host_array
 from hetu.planning.feeds import Feeds
 from hetu.planning.planner import Prepared

@@ -12,7 +12,7 @@ from support.plans import find, refused, with_instructions
 
 from hetu.parallel import METHODS, Layout, build_plan
 from hetu.parallel.attn_plan import AttnPlan
-from hetu.parallel.layout.layout import GroupLayout
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.plan import instructions
 from hetu.parallel.plan.instructions import Receive, Runs, Send
 from hetu.parallel.plan.parts import PipelinePlan
