@@ -193,7 +193,7 @@ def same(a: SegmentTable, b: SegmentTable) -> bool:
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_tables_of_splits(mask: Mask) -> None:
     rng = np.random.default_rng(1)
-    for _ in range(150):
+    for _ in range(60):
         for group in random_case(rng, longest=20, most=6).layout().groups:
             check_reach(group, mask)
 
@@ -201,14 +201,14 @@ def test_tables_of_splits(mask: Mask) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_tables_of_custom_layouts(mask: Mask) -> None:
     rng = np.random.default_rng(2)
-    for _ in range(200):
+    for _ in range(80):
         for group in random_custom_layout(rng).groups:
             check_reach(group, mask)
 
 
 def test_the_general_path_finds_the_tables_of_the_splits() -> None:
     rng = np.random.default_rng(3)
-    for _ in range(150):
+    for _ in range(60):
         case = random_case(rng, longest=20, most=6)
         layout = case.layout()
         spans = [

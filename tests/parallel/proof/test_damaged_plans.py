@@ -62,7 +62,10 @@ class Attention:
         out, lse = ([row[i] for row in made] for i in range(2))
         state = [torch.tensor([0, 0])] * len(out)
         world = LocalWorld()
-        return hetu_parallel_attn_grad(self.qkv, out, lse, state, self.dout, None, plan, options, world)
+        return [
+            grads[0]
+            for grads in hetu_parallel_attn_grad(self.qkv, out, lse, state, self.dout, None, None, plan, options, world)
+        ]
 
 
 def _forward(plan: AttnPlan, qkv: list[torch.Tensor], options: Options) -> list[tuple[torch.Tensor, ...]]:
@@ -70,7 +73,7 @@ def _forward(plan: AttnPlan, qkv: list[torch.Tensor], options: Options) -> list[
     for r in range(plan.layout.num_pipelines):
         group, member = plan.layout.place(r)
         shapes.append((1 if group.is_packed else len(group.lengths), int(group.seq_lens[member]), 0))
-    return hetu_parallel_attn(qkv, plan, (0, 0), shapes, options, LocalWorld())
+    return hetu_parallel_attn(qkv, None, plan, (0, 0), shapes, options, LocalWorld())
 
 
 def plans(seed: int) -> Iterator[AttnPlan]:
