@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import choice, items, refuse
+from hetu.arguments import choice, flag, items, refuse, shown
 from hetu.errors import HetuError, caller
-from hetu.parallel.mask import rules
+from hetu.parallel.mask import codes, rules
 from hetu.parallel.mask.bands import Bands
 from hetu.parallel.mask.drawing import draw_pairs
 from hetu.parallel.mask.rules import Chunked, Prefix, Rule, Size, Slices, Window
@@ -29,6 +30,8 @@ class Mask:
 
     Attributes:
         rule: The kind and its numbers; see :mod:`hetu.parallel.mask.rules`.
+        code: The same in int64 numbers, by which a compiled model takes masks; empty if one is a symbol. See
+            :mod:`hetu.parallel.mask.codes`.
 
     Example:
         >>> Mask.window(-1, 0) == Mask.causal(), Mask.window(4, 0)
@@ -42,6 +45,10 @@ class Mask:
     """
 
     rule: Rule
+    code: IntArray = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code", codes.encode(self.rule))
 
     # Kinds
 
@@ -147,7 +154,49 @@ class Mask:
             (Mask.window(8, 0), Mask.full())
         """
         left, right = window_size
-        return cls.window(left, 0 if is_causal else right)
+        made = cls.window(left, 0 if is_causal else right)
+        return CAUSAL if made == CAUSAL else FULL if made == FULL else made
+
+    @classmethod
+    def given(cls, is_causal: Any, window_size: Any, mask: Any, op: str) -> Mask:
+        """The mask that an attention's arguments say, checked.
+
+        Args:
+            is_causal: A flag.
+            window_size: ``(left, right)``; :data:`NO_WINDOW` bounds nothing.
+            mask: A mask, which replaces ``is_causal``, or None.
+            op: Who was given them, for errors.
+
+        Raises:
+            DTypeError: If a bound of the window is neither an int nor a symbol.
+            HetuError: If another argument is none of these, a bound is less than -1, or both a mask and a window came.
+
+        Example:
+            >>> Mask.given(True, (8, 4), None, op="attn"), Mask.given(True, (-1, -1), FULL, op="attn")
+            (Mask.window(8, 0), Mask.full())
+        """
+        causal = flag(is_causal, "is_causal", op=op)
+        if window_size is NO_WINDOW and mask is None:
+            return CAUSAL if causal else FULL
+        window = _window(window_size, op)
+        if mask is None:
+            return cls.of(causal, window)
+        if not isinstance(mask, cls):
+            refuse(mask, "mask", "a hetu.Mask", op=op, fix="give hetu.Mask.window(...), say, or None")
+        if window != NO_WINDOW:
+            what = f"mask and window_size were both given: {mask!r} and {shown(window_size)}"
+            raise HetuError(what, op=op, where=caller(), fix="give one of them: a window is a mask, Mask.window(...)")
+        return mask
+
+    @classmethod
+    def decoded(cls, code: IntArray) -> Mask:
+        """The mask that has this :attr:`code`.
+
+        Example:
+            >>> Mask.decoded(Mask.chunked(3).code)
+            Mask.chunked(3)
+        """
+        return cls(codes.decode(code))
 
     # What others ask
 
@@ -243,6 +292,24 @@ class Mask:
 
 CAUSAL, FULL = Mask(Window(-1, 0)), Mask(Window(-1, -1))
 """One object per mask: comparing an object with itself costs nothing."""
+
+
+NO_WINDOW: tuple[Size, Size] = (-1, -1)
+"""The ``window_size`` that bounds nothing."""
+
+
+def _window(given: Any, op: str) -> tuple[Size, Size]:
+    """A ``window_size``, checked."""
+    name, wanted = "window_size", "(left, right)"
+    listed = items(given, name, wanted, op=op)
+    if len(listed) != 2:
+        refuse(given, name, wanted, op=op, fix="give how many keys before its own a query sees, and how many after it")
+    left, right = (as_size(size, f"{name}[{i}]", op=op) for i, size in enumerate(listed))
+    for i, size in enumerate((left, right)):
+        if isinstance(size, int) and size < -1:
+            fix = "give the number of keys, or -1 for no bound"
+            raise HetuError(f"{name}[{i}] is {shown(size)}, expected at least -1", op=op, where=caller(), fix=fix)
+    return left, right
 
 
 def _sizes(given: Sequence[Size], names: Sequence[str]) -> tuple[Size, ...]:
