@@ -25,6 +25,7 @@ __all__ = [
     "lse_places",
     "new_state",
     "row_dot",
+    "sink_gradient",
 ]
 
 PADDING = 128
@@ -147,6 +148,26 @@ def lse_places(spans: QuerySpans, device: torch.device) -> tuple[torch.Tensor, t
     return places
 
 
+def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor, spans: QuerySpans) -> torch.Tensor:
+    """The gradient of each head's sink: less the sum over rows of its weight times the row's delta.
+
+    A row that saw nothing, not even a sink, adds nothing. The order of summation depends on the rows alone.
+
+    Args:
+        sinks: ``(H_q,)``, float32, or float64 for float64 inputs; as the forward had them.
+        lse: ``(slots, H_q, S)`` in their dtype, what the whole forward gave.
+        delta: ``(T_q, H_q)`` in their dtype, from :func:`attention_delta`.
+        spans: The rows of q.
+
+    Returns:
+        ``(H_q,)`` in their dtype.
+    """
+    rows, slot, slot_row = lse_places(spans, lse.device)
+    own = lse[slot, :, slot_row]
+    weight = (sinks - own).exp_().masked_fill_(own == -torch.inf, 0.0)
+    return weight.mul_(delta[rows]).sum(0).neg_()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type to compute and accumulate in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -205,7 +226,7 @@ def finish_softmax(
 
     The magnitude of an entry is its softmax probability before dropout (no ``1 / (1 - p)``), whether it was
     kept or not; an entry that dropout dropped is negative. This is FlashAttention's convention. Entries that
-    the mask hides and padding are 0.
+    the mask hides and padding are 0. A row with a sink sums to less than 1: what is missing is the sink's weight.
 
     Args:
         state: With ``scores``; they are consumed.
