@@ -15,6 +15,11 @@ from hetu.parallel.layout.pieces import balance_pieces
 DEFINITIONS: dict[Mask, Callable[[Any, Any], Any]] = {
     Mask.causal(): lambda query, key: query >= key,
     Mask.full(): lambda query, key: (query >= key) | True,
+    Mask.window(2, 0): lambda query, key: (query - 2 <= key) & (key <= query),
+    Mask.window(1, 3): lambda query, key: (query - 1 <= key) & (key <= query + 3),
+    Mask.window(-1, 2): lambda query, key: key <= query + 2,
+    Mask.chunked(4): lambda query, key: (query // 4 == key // 4) & (key <= query),
+    Mask.prefix(3): lambda query, key: (query >= 0) & ((key <= query) | ((query < 3) & (key < 3))),
 }
 """Which positions of keys a query at a position sees: written here once more, apart from hetu."""
 

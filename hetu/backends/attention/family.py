@@ -121,11 +121,11 @@ class KernelFamily(ABC):
     ) -> None:
         """Computes the gradients of the attention to one buffer.
 
-        With s the scaled and capped scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)`` (1
-        without dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, ``dq = softmax_scale * ds
-        @ k``, ``dk = softmax_scale * ds.T @ q``; with a softcap ds is multiplied by ``1 - (s / softcap)**2``. All
-        accumulated in float32, over the query heads that share a key head too, in an order that depends on nothing but
-        the table: two calls give the same bits.
+        With s the scaled and capped scores, ``p = exp(s - lse)`` and m the dropout mask times ``1 / (1 - p_dropout)``
+        (1 without dropout): ``dv = (p * m).T @ dout``, ``ds = p * (m * (dout @ v.T) - delta)``, with a softcap times
+        ``1 - (s / softcap)**2``, ``dq = softmax_scale * ds @ k``, ``dk = softmax_scale * ds.T @ q``. All accumulated in
+        float32, over the query heads that share a key head too, in an order that depends on nothing but the table: two
+        calls give the same bits.
         Source: Dao, "FlashAttention-2", 2023, algorithm 2.
 
         Args:

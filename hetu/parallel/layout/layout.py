@@ -148,17 +148,26 @@ class GroupLayout:
             return zeros, spans.row, self.offsets.take(spans.document)
         return spans.document, spans.row - spans.document * self.seq_lens.take(spans.member), zeros
 
-    def query_spans(self, member: int) -> QuerySpans:
-        """A member's rows as the query spans of its plan."""
+    def query_spans(self, member: int, joins: bool = False) -> QuerySpans:
+        """A member's rows as query spans.
+
+        Args:
+            member: Which member.
+            joins: Whether documents count as one, as for a mask that counts positions of the whole pack.
+        """
         if type(member) is not int or not 0 <= member < len(self.members):
             member = _index(member, "member", len(self.members))
         own, spans = slice(self.bounds[member], self.bounds[member + 1]), self.spans
         slot, slot_row, column = self._slots
+        document, position = spans.document[own], spans.start[own]
+        if joins:
+            document, position = np.zeros_like(document), position + self.offsets.take(document)
+            column = np.zeros_like(column)
         return QuerySpans(
             start=spans.row[own],
             length=spans.length[own],
-            document=spans.document[own],
-            position=spans.start[own],
+            document=document,
+            position=position,
             step=spans.step[own],
             slot=slot[own],
             slot_row=slot_row[own],
@@ -345,10 +354,10 @@ class Layout:
         document, position = group.rows_of(member)
         return group.offsets[document] + position
 
-    def query_spans(self, pipeline: int) -> QuerySpans:
-        """The spans of a pipeline's rows."""
+    def query_spans(self, pipeline: int, joins: bool = False) -> QuerySpans:
+        """The spans of a pipeline's rows; see :meth:`GroupLayout.query_spans`."""
         group, member = self.place(pipeline)
-        return group.query_spans(member)
+        return group.query_spans(member, joins)
 
     def scatter(self, x: Any) -> list[Any]:
         """Cuts a whole group's rows into the pipelines' shards.

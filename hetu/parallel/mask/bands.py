@@ -80,6 +80,16 @@ class Bands:
         shift = self.q_start - self.k_start
         return _up_to(rows, keys, self.upper + shift) - _up_to(rows, keys, self.lower + shift - 1)
 
+    def joined(self, offsets: IntArray) -> Bands:
+        """The bands of sequences that lie one after the other as those of one sequence.
+
+        Args:
+            offsets: Where each sequence begins, its queries and its keys.
+        """
+        shift = offsets[self.sequence]
+        q_start, q_stop, k_start, k_stop = (x + shift for x in (self.q_start, self.q_stop, self.k_start, self.k_stop))
+        return Bands(np.zeros_like(shift), q_start, q_stop, k_start, k_stop, self.lower, self.upper)
+
     def cut_at(self, ends: IntArray) -> Bands:
         """The same pairs in more bands: each has queries between two neighbouring ends only, whose number it gets.
 
@@ -137,13 +147,13 @@ def _up_to(rows: IntArray, keys: IntArray, diagonal: IntArray) -> IntArray:
     """Pairs of a rectangle with ``j <= i + diagonal``: the sum over its rows of ``clip(i + diagonal + 1, 0, keys)``."""
 
     def total(end: IntArray) -> IntArray:  # of clip(x, 0, keys) over all x up to end
-        side = np.clip(end, 0, keys)
-        return side * (side + 1) // 2 + (end - side).clip(min=0) * keys
+        side: IntArray = np.clip(end, 0, keys)
+        return side * (side + 1) // 2 + np.maximum(end - side, 0) * keys
 
     return total(rows + diagonal) - total(diagonal)
 
 
-def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[QuerySpans, IntArray, IntArray]:
+def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[QuerySpans, IntArray, IntArray, IntArray]:
     """Cuts query spans where bands begin and end, so that each band has all rows of a span or none.
 
     Args:
@@ -152,11 +162,11 @@ def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[Quer
         bands: What they may see.
 
     Returns:
-        The cut spans; and the pairs of a cut span and a band that has its rows, ``(pairs,)`` indices each, ordered by
-        span.
+        The cut spans, ordered as the spans were; of which span each is a part; and the pairs of a cut span and a band
+        that has its rows, ``(pairs,)`` indices each, ordered by span.
     """
     if len(bands) == 0:
-        return spans, np.empty(0, np.int64), np.empty(0, np.int64)
+        return spans, np.arange(len(spans)), np.empty(0, np.int64), np.empty(0, np.int64)
     edge, interval, band = _intervals(bands)
     # The edges of its sequence that lie behind a span's first query and before or at its last one cut it.
     last = spans.position + (spans.length - 1) * spans.step
@@ -165,18 +175,21 @@ def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[Quer
     of = np.arange(len(spans)).repeat(count)
     number = np.arange(len(of)) - (count.cumsum() - count).repeat(count)
     place = begin[of] + number - 1  # the edge at which each part begins, but for the first part of a span
-    first = np.where(number == 0, 0, -((spans.position[of] - edge[1].take(place, mode="clip")) // spans.step[of]))
+    first: IntArray = np.where(
+        number == 0, 0, -((spans.position[of] - edge[1].take(place, mode="clip")) // spans.step[of])
+    )
     stop = np.append(first[1:], 0)
     is_last = np.append(of[1:] != of[:-1], True)[: len(of)]
     stop = np.where(is_last, spans.length[of], stop)
     kept = (stop > first).nonzero()[0]
     of, first, length, place = of[kept], first[kept], (stop - first)[kept], place[kept]
+    position: IntArray = spans.position[of] + first * spans.step[of]
     cut = replace(
         spans,
         start=spans.start[of] + first,
         length=length,
         document=spans.document[of],
-        position=spans.position[of] + first * spans.step[of],
+        position=position,
         step=spans.step[of],
         slot=spans.slot[of],
         slot_row=spans.slot_row[of] + first,
@@ -189,7 +202,7 @@ def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[Quer
     times = np.where(has_own, high - low, 0)
     span = np.arange(len(of)).repeat(times)
     pick = np.arange(len(span)) - (times.cumsum() - times).repeat(times) + low.repeat(times)
-    return cut, span, band[pick]
+    return cut, of, span, band[pick]
 
 
 def _intervals(bands: Bands) -> tuple[tuple[IntArray, IntArray], IntArray, IntArray]:

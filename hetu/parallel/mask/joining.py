@@ -40,8 +40,8 @@ def join_runs(queries: Runs, keys: Runs, bands: Bands, band: IntArray) -> Seen:
     """What runs of queries see of runs of keys.
 
     Row i of a run sees key j of another where ``lower <= key position - query position <= upper``. With equal steps
-    that is one segment, whose diagonals are these bounds in steps. With unequal ones it is a staircase, key by key; only
-    the keys that all rows see are one segment.
+    that is one segment, whose diagonals are these bounds in steps. With unequal ones it is a staircase, key by key;
+    only the keys that all rows see are one segment.
 
     Args:
         queries: ``(n,)`` runs, each inside the queries of its band.

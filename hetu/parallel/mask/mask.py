@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import choice, flag, items, refuse, shown
+from hetu.arguments import choice, flag, integer, integers, items, refuse, shown
 from hetu.errors import HetuError, caller
 from hetu.parallel.mask import codes, rules
 from hetu.parallel.mask.bands import Bands
@@ -101,7 +101,7 @@ class Mask:
             HetuError: If a length is negative.
         """
         is_shared = isinstance(lengths, IntSymbol) or not _is_listed(lengths)
-        listed = (lengths,) if is_shared else items(lengths, "lengths", "a number, or one per document", op=_OP)
+        listed = [lengths] if is_shared else items(lengths, "lengths", "a number, or one per document", op=_OP)
         sizes = _sizes(listed, [f"lengths[{i}]" for i in range(len(listed))])
         return cls(Prefix(sizes, is_shared).with_sizes(sizes))
 
@@ -211,11 +211,6 @@ class Mask:
         return self.rule == CAUSAL.rule
 
     @property
-    def cuts(self) -> bool:
-        """Whether queries of one document may be in different bands, so that query spans are cut where bands begin."""
-        return self.rule.cuts
-
-    @property
     def joins(self) -> bool:
         """Whether positions count the whole pack, as if its documents were one."""
         return self.rule.joins
@@ -263,25 +258,33 @@ class Mask:
 
     # Printing
 
-    def draw(self, tokens: int | None = None, width: int = 24) -> str:
-        """The mask of a document in characters: a line per query, a column per key.
+    def draw(self, lengths: int | Sequence[int] | None = None, width: int = 24) -> str:
+        """The mask in characters: a line per query, a column per key.
 
         Args:
-            tokens: Of the document; None takes as many as show what kind of mask it is.
-            width: Most columns. In a longer document a character stands for a square of pairs: █ for all of them, ▒
-                for some, · for none.
+            lengths: Of a document, or of several one after the other; None takes lengths that show what kind of mask it
+                is.
+            width: Most columns. In longer documents a character stands for a square of pairs: █ for all of them, ▒ for
+                some, · for none.
 
         Example:
-            >>> print(Mask.chunked(3).draw(5))
-            █····
-            ██···
-            ███··
-            ···█·
-            ···██
+            >>> print(Mask.chunked(3).draw([5, 2]))
+            █······
+            ██·····
+            ███····
+            ···█···
+            ···██··
+            ·····█·
+            ·····██
         """
-        count = self.rule.typical_length if tokens is None else tokens
-        lengths = np.array([count])
-        return draw_pairs(self.bands(lengths, lengths), count, width)
+        if lengths is None:
+            lengths = self.rule.typical_lengths
+        elif not _is_listed(lengths):
+            lengths = [integer(lengths, "lengths", least=0, op=_OP)]
+        tokens = np.array(integers(lengths, "lengths", least=0, op=_OP), np.int64)
+        bands, offsets = self.bands(tokens, tokens), tokens.cumsum() - tokens
+        whole = bands if self.joins else bands.joined(offsets)
+        return draw_pairs(whole, int(tokens.sum()), integer(width, "width", least=1, op=_OP))
 
     def __str__(self) -> str:
         return f"{self!r}\n{self.draw()}" if not self.symbols else repr(self)
@@ -312,7 +315,7 @@ def _window(given: Any, op: str) -> tuple[Size, Size]:
     return left, right
 
 
-def _sizes(given: Sequence[Size], names: Sequence[str]) -> tuple[Size, ...]:
+def _sizes(given: Sequence[Any], names: Sequence[str]) -> tuple[Size, ...]:
     return tuple(as_size(size, name, op=_OP, error=HetuError) for size, name in zip(given, names, strict=True))
 
 

@@ -26,12 +26,10 @@ class Rule(ABC):
     """Which keys a query may see. Rules are frozen dataclasses, and so compare and hash by value.
 
     Attributes:
-        cuts: Whether queries of one sequence may be in different bands.
         joins: Whether positions count the whole pack, as if it were one sequence.
     """
 
     __slots__ = ()
-    cuts: ClassVar[bool] = True
     joins: ClassVar[bool] = False
 
     @property
@@ -61,8 +59,8 @@ class Rule(ABC):
 
     @property
     @abstractmethod
-    def typical_length(self) -> int:
-        """How many tokens a drawing needs to show the kind."""
+    def typical_lengths(self) -> tuple[int, ...]:
+        """Lengths of documents of which a drawing shows the kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,6 @@ class Window(Rule):
 
     left: Size
     right: Size
-    cuts: ClassVar[bool] = False
 
     @property
     def sizes(self) -> tuple[Size, ...]:
@@ -88,13 +85,12 @@ class Window(Rule):
         return Bands.of(np.arange(len(q_len)), (zeros, q_len), (zeros, k_len), lower, upper)
 
     @property
-    def typical_length(self) -> int:
-        return 2 * max(*_ints(self), 3) + 2
+    def typical_lengths(self) -> tuple[int, ...]:
+        return (2 * max(*_ints(self), 3) + 2,)
 
     def __str__(self) -> str:
-        names = {(-1, -1): "full()", (-1, 0): "causal()"}
-        is_known = isinstance(self.left, int) and isinstance(self.right, int)
-        return names.get((self.left, self.right) if is_known else (0, 0), f"window({self.left}, {self.right})")
+        names: dict[tuple[Size, Size], str] = {(-1, -1): "full()", (-1, 0): "causal()"}
+        return names.get((self.left, self.right), f"window({self.left}, {self.right})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +117,8 @@ class Chunked(Rule):
         return Bands.of(sequence, queries, (begin, end), None, shift)
 
     @property
-    def typical_length(self) -> int:
-        return 3 * _ints(self)[0]
+    def typical_lengths(self) -> tuple[int, ...]:
+        return (3 * _ints(self)[0],)
 
     def __str__(self) -> str:
         return f"chunked({self.size})"
@@ -145,6 +141,9 @@ class Prefix(Rule):
         return self.lengths
 
     def with_sizes(self, sizes: tuple[Size, ...]) -> Prefix:
+        if self.is_shared and len(sizes) != 1:
+            what = f"one prefix for all documents has {len(sizes)} lengths"
+            raise HetuError(what, op="mask", where=caller(), fix="give one length")
         for number, size in enumerate(sizes):
             _demand("the prefix" if self.is_shared else f"prefix {number}", size, 0, "give a number of tokens")
         return Prefix(sizes, self.is_shared)
@@ -168,8 +167,8 @@ class Prefix(Rule):
         )
 
     @property
-    def typical_length(self) -> int:
-        return 2 * max(*_ints(self), 3) + 2
+    def typical_lengths(self) -> tuple[int, ...]:
+        return tuple(2 * max(size, 2) for size in _ints(self))
 
     def __str__(self) -> str:
         return f"prefix({self.lengths[0] if self.is_shared else _listed(self.lengths)})"
@@ -199,6 +198,11 @@ class Slices(Rule):
 
     def with_sizes(self, sizes: tuple[Size, ...]) -> Slices:
         made = Slices(sizes, self.kinds)
+        if len(sizes) != 4 * len(self.kinds) or not set(self.kinds) <= set(KINDS):
+            what = f"{len(sizes)} bounds of slices of the kinds {', '.join(map(str, self.kinds))}"
+            raise HetuError(
+                what, op="mask", where=caller(), fix=f"give four per slice, and kinds of {', '.join(KINDS)}"
+            )
         for place, size in enumerate(sizes):
             _demand(f"slice {place // 4}: a range's bound", size, 0, "count positions of the pack, from 0")
         for number in range(len(self.kinds)):
@@ -229,8 +233,8 @@ class Slices(Rule):
         return Bands.of(np.zeros_like(q0), (q0, q1), (k0, k1), lower, upper)
 
     @property
-    def typical_length(self) -> int:
-        return max(_ints(self), default=1)
+    def typical_lengths(self) -> tuple[int, ...]:
+        return (max(_ints(self), default=1),)
 
     def __str__(self) -> str:
         rows = [self.ranges[i : i + 4] for i in range(0, len(self.ranges), 4)]

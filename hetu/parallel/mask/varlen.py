@@ -80,7 +80,7 @@ def _banded_tables(
         first_key, keys = np.zeros(1, np.int64), cu_seqlens_k[-1:] - cu_seqlens_k[:1]
     else:
         sequence, first_key, keys = spans.document, cu_seqlens_k[:-1], k_len
-    spans, span, band = cut_spans(spans, sequence, bands)
+    spans, _, span, band = cut_spans(spans, sequence, bands)
     owner = bands.sequence[band]
     queries = Runs(spans.position[span], spans.step[span], spans.length[span])
     zeros = np.zeros_like(owner)

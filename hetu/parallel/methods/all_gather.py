@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
-from hetu.parallel.mask.segments import SegmentTable
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.exchange import exchange
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder
@@ -15,30 +15,34 @@ from hetu.parallel.plan.parts import PipelinePlan
 
 def all_gather(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """What is needed of all peers lands in one buffer, and one step attends to it; the own shard is never copied."""
-    taken, given, tables, landed, sent = exchange(group, who, spec.mask)
+    moved = exchange(group, who, spec.mask)
+    taken, given, tables = moved.taken, moved.given, moved.tables
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, spec)
+        part = PartBuilder(group, member, spec, moved.spans[i])
         sources = [c for c in range(R) if taken[i][c]]
         offsets = dict(zip(sources, np.cumsum([0] + [taken[i][c] for c in sources]).tolist(), strict=False))
         for c in sources:
             part.receive(c, 1, taken[i][c], offsets[c])
-        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.send_all([(r, moved.sent[r][i]) for r in around(R, member, 1) if given[r][i]])
         part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
         for c in sources:
             part.wait_for(c)
         if sources:
-            table = _join([tables[i * R + c] for c in sources], [offsets[c] for c in sources])
-            part.attend(1, table, [(c, landed[i][c]) for c in sources])
+            table = _join([tables[i * R + c] for c in sources], [offsets[c] for c in sources], part.spans)
+            part.attend(1, table, [(c, moved.landed[i][c]) for c in sources])
         parts.append(part.finish())
     return parts
 
 
-def _join(tables: list[SegmentTable], offsets: list[int]) -> SegmentTable:
+def _join(tables: list[SegmentTable], offsets: list[int], spans: QuerySpans) -> SegmentTable:
     """Tables over parts of one buffer as one, ordered by query."""
     query = np.concatenate([table.query for table in tables])
     k_start = np.concatenate([table.k_start + offset for table, offset in zip(tables, offsets, strict=True)])
     k_len = np.concatenate([table.k_len for table in tables])
     diagonal = np.concatenate([table.diagonal for table in tables])
-    order = query.argsort(kind="stable")
-    return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order))
+    order, lower = query.argsort(kind="stable"), None
+    if any(table.lower is not None for table in tables):
+        unbound = [1 - spans.length.take(table.query) if table.lower is None else table.lower for table in tables]
+        lower = np.concatenate(unbound).take(order)
+    return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order), lower)

@@ -12,17 +12,18 @@ from hetu.parallel.plan.parts import PipelinePlan
 
 def direct(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """Each owner sends what is needed straight to who needs it, all at once; a buffer a peer, nearest peer first."""
-    taken, given, tables, landed, sent = exchange(group, who, spec.mask)
+    moved = exchange(group, who, spec.mask)
+    taken, given, tables = moved.taken, moved.given, moved.tables
     R, parts = len(group.members), []
     for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, spec)
+        part = PartBuilder(group, member, spec, moved.spans[i])
         sources = [c for c in around(R, member, -1) if taken[i][c]]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])
-        part.send_all([(r, sent[r][i]) for r in around(R, member, 1) if given[r][i]])
+        part.send_all([(r, moved.sent[r][i]) for r in around(R, member, 1) if given[r][i]])
         part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
         for buffer, c in enumerate(sources, 1):
             part.wait_for(c)
-            part.attend(buffer, tables[i * R + c], [(c, landed[i][c])])
+            part.attend(buffer, tables[i * R + c], [(c, moved.landed[i][c])])
         parts.append(part.finish())
     return parts

@@ -100,10 +100,20 @@ def split_keys(table: SegmentTable, row: int) -> tuple[SegmentTable, SegmentTabl
     """
     offset = np.clip(row - table.k_start, 0, table.k_len)  # how many keys of each segment lie before the row
     before, after = (offset > 0).nonzero()[0], (offset < table.k_len).nonzero()[0]
-    first = SegmentTable(table.query[before], table.k_start[before], offset[before], table.diagonal[before])
-    cut = offset[after]
+    lower, cut = table.lower, offset[after]
+    first = SegmentTable(
+        table.query[before],
+        table.k_start[before],
+        offset[before],
+        table.diagonal[before],
+        None if lower is None else lower[before],
+    )
     last = SegmentTable(
-        table.query[after], table.k_start[after] + cut, table.k_len[after] - cut, table.diagonal[after] - cut
+        table.query[after],
+        table.k_start[after] + cut,
+        table.k_len[after] - cut,
+        table.diagonal[after] - cut,
+        None if lower is None else lower[after] - cut,
     )
     return first, last
 
@@ -182,7 +192,9 @@ def _share_from(table: SegmentTable, spans: QuerySpans, row: IntArray) -> FloatA
         np.tile(x, times) for x in (table.query, table.k_start, table.k_len, table.diagonal)
     )
     cut = np.clip(row.repeat(size) - k_start, 0, k_len)
-    pairs = SegmentTable(query, k_start, k_len - cut, diagonal - cut).segment_pairs(spans).reshape(times, size).sum(1)
+    lower = None if table.lower is None else np.tile(table.lower, times) - cut
+    left = SegmentTable(query, k_start, k_len - cut, diagonal - cut, lower)
+    pairs = left.segment_pairs(spans).reshape(times, size).sum(1)
     share: FloatArray = pairs / table.pairs(spans)
     return share
 

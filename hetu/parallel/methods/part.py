@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from hetu.parallel.layout.layout import GroupLayout
-from hetu.parallel.mask.segments import IntArray, SegmentTable
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import transfer_number
 from hetu.parallel.plan.buffers import Buffer, shard
@@ -21,8 +21,8 @@ _FOREIGN = (Payload.KV,)
 class PartBuilder:
     """Collects one member's instructions; knows transfers by their ends, and waits before a buffer is reused."""
 
-    def __init__(self, group: GroupLayout, member: int, spec: AttnSpec) -> None:
-        self.group, self.member, self.spec = group, member, spec
+    def __init__(self, group: GroupLayout, member: int, spec: AttnSpec, spans: QuerySpans) -> None:
+        self.group, self.member, self.spec, self.spans = group, member, spec, spans
         self.pipeline, self.heads = group.members[member], spec.heads.all
         self.sizes: list[int] = []  # rows of the buffers behind the shard
         self.instructions: list[Instruction] = []
@@ -59,10 +59,9 @@ class PartBuilder:
     def finish(self) -> PipelinePlan:
         """The part, after waiting for all that is still being sent."""
         self.instructions += [Wait(transfer) for transfers in self.sending.values() for transfer in transfers]
-        spans = self.group.query_spans(self.member)
         buffers = [shard(self.group.rows[self.member], self.spec.heads)]
         buffers += [Buffer(rows, self.heads, _FOREIGN) for rows in self.sizes]
-        return PipelinePlan(self.pipeline, spans, tuple(buffers), tuple(self.instructions))
+        return PipelinePlan(self.pipeline, self.spans, tuple(buffers), tuple(self.instructions))
 
 
 def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:

@@ -16,31 +16,32 @@ def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     """Shards hop from neighbour to neighbour, shrinking to what somebody further along still needs.
 
     Two buffers take turns: while one is attended to and passed on, the other fills. ``carried[h, c]`` are the rows of
-    member c's shard that make hop h, from member c + h - 1 to member c + h; ``first[h, c]`` says where each document
-    begins among them.
+    member c's shard that make hop h, from member c + h - 1 to member c + h, by cells as :class:`Reach` has them;
+    ``first[h, c]`` says where each cell begins among them.
     """
     R = len(group.members)
     everyone = slice(0, R)
     hops, owners = np.arange(R)[:, None], np.arange(R)
-    carried = extents(group, everyone, everyone, spec.mask)[(owners + hops) % R, owners]
+    needed, cells = extents(group, everyone, everyone, spec.mask)
+    carried = needed[(owners + hops) % R, owners]
     carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
     carried[0] = 0  # at home nothing has travelled
     first = carried.cumsum(2)
     first -= carried
-    first[0] = group.piece_row
+    first[0] = cells
 
     members = np.arange(who.start, who.stop)[:, None]
     owner = (members - np.arange(R)) % R  # (n, hop): whose shard is here after that many hops
     rows = carried.sum(2).tolist()
-    landed = cut_runs(group.piece_row[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
+    landed = cut_runs(cells[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
     sent = cut_runs(first[np.arange(R - 1), owner[:, :-1]], carried[np.arange(1, R), owner[:, :-1]])
     reach = see(group, who, everyone, spec.mask)
-    tables = reach.tables(first[(members - owners) % R, owners])
+    tables = reach.tables(first[(members - owners) % R, owners], cells)
 
     parts = []
     for i, member in enumerate(range(who.start, who.stop)):
         before, after = (member - 1) % R, (member + 1) % R
-        part = PartBuilder(group, member, spec)
+        part = PartBuilder(group, member, spec, reach.spans[i])
         for hop in range(R):  # hop 0 is the own shard; what came by a hop is passed on by the next
             c, coming = (member - hop) % R, (member - hop - 1) % R
             has_come = hop == 0 or rows[hop][c] > 0

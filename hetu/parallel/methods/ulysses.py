@@ -156,10 +156,11 @@ def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, Segmen
 def _alone(group: GroupLayout, spec: AttnSpec) -> PipelinePlan:
     """The only member attends for all heads, where its rows lie."""
     me, rows = slice(0, 1), group.rows[0]
-    (table,) = see(group, me, me, spec.mask).tables(group.piece_row[None])
+    reach = see(group, me, me, spec.mask)
+    (table,) = reach.tables(reach.rows[None], reach.rows)
     pipeline = group.members[0]
     attend = Attend(0, table, (Source(pipeline, whole(rows)),), spec.heads.all)
-    return PipelinePlan(pipeline, group.query_spans(0), (shard(rows, spec.heads),), (attend,))
+    return PipelinePlan(pipeline, reach.spans[0], (shard(rows, spec.heads),), (attend,))
 
 
 # Instructions

@@ -15,8 +15,10 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from hetu.arguments import shown
+from hetu.arguments import MOST_OF_FLOATS, shown
+from hetu.errors import HetuError
 from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
+from hetu.parallel.mask.rules import Rule
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.instructions import Runs
 from hetu.parallel.plan.parts import PlanData
@@ -57,6 +59,8 @@ def _check_of(hint: Any) -> Check:
         return _any_of(get_args(hint))
     if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
         return _each(get_args(hint)[0])
+    if hint is Rule:
+        return _check_rule
     if is_dataclass(hint):
         return _fields_of(hint)
     if isinstance(hint, type):  # an enumeration
@@ -146,6 +150,19 @@ def _check_layout(value: Any, place: str, seen: set[int]) -> None:
     if type(value) is not Layout:
         _refuse(value, place, "Layout")
     _check_of(tuple[GroupLayout, ...])(value.groups, f"{place}.groups", seen)
+
+
+def _check_rule(value: Any, place: str, seen: set[int]) -> None:
+    kinds = {kind.__name__: kind for kind in Rule.__subclasses__()}
+    if kinds.get(type(value).__name__) is not type(value):
+        _refuse(value, place, " or ".join(kinds))
+    _check_of(type(value))(value, place, seen)
+    if any(not isinstance(size, int) or abs(size) > MOST_OF_FLOATS for size in value.sizes):
+        refuse(f"{place} is {value}, expected ints of at most {MOST_OF_FLOATS}")
+    try:
+        value.with_sizes(value.sizes)
+    except HetuError as error:
+        refuse(f"{place} is {value}, which is no mask: {error.what}")
 
 
 def _refuse(value: Any, place: str, wanted: str) -> NoReturn:

@@ -13,7 +13,7 @@ from hetu.parallel.proof.transfers import refuse
 
 
 def check_layout(plan: PlanData) -> None:
-    """Demands that the groups share the pipelines out, and that each group's spans hold each of its tokens once.
+    """Demands that groups share the pipelines out, that spans hold each token once, and that the mask fits them.
 
     It looks at the numbers of rows first, which have to be those of the shards, so that no more is allocated than for
     what the plan holds.
@@ -36,6 +36,10 @@ def check_layout(plan: PlanData) -> None:
             )
         _check_pieces(group, name, [rows[r] for r in group.members])
         _check_spans(group, name)
+        try:
+            plan.mask.bands(group.lengths, group.lengths)
+        except HetuError as error:
+            refuse(f"the plan's mask doesn't fit {name}: {error.what}")
 
 
 def _check_pieces(group: GroupLayout, name: str, rows: list[int]) -> None:

@@ -37,7 +37,7 @@ def check_part(plan: PlanData, r: int, part: PipelinePlan, tokens: Tokens) -> No
     if part.queries == 0:
         if not attends:
             refuse(f"pipeline {r} never attends, so its output is never written")
-        _check_spans(_by_row(plan.layout.query_spans(r), part.rows, r), part)
+        _check_spans(_by_row(plan.layout.query_spans(r, plan.mask.joins), part.rows, r), part)
     elif attends:
         held = query_tokens(part, tokens)
         if len(held) != part.buffers[part.queries].rows:
@@ -205,6 +205,8 @@ class _Check:
         keys, each = Runs(table.k_start, table.k_len), len(part.spans)
         check_runs(keys, item.rows, f"{what}: a segment sees", f"buffer {item.buffer}", times=each)
         unseen = table.k_len > part.spans.length[table.query] + table.diagonal
+        if table.lower is not None:
+            unseen |= (table.lower > 0) | (table.lower > table.diagonal)
         if unseen.any():
             refuse(f"{what}: segment {int(unseen.argmax())} has keys that no row of its query span sees")
 

@@ -27,7 +27,10 @@ def refuse(what: str) -> NoReturn:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tokens:
-    """All tokens of all groups, numbered group after group in the order of documents and positions."""
+    """All tokens of all groups, numbered group after group in the order of documents and positions.
+
+    Documents and positions are those that the mask counts: of one document, if it counts positions of the whole pack.
+    """
 
     group: IntArray
     document: IntArray
@@ -41,12 +44,14 @@ class Tokens:
         groups = plan.layout.groups
         sizes = [group.tokens for group in groups]
         base = np.cumsum([0, *sizes])
+        shards = [base[plan.layout.group_index(r)] + plan.layout.columns(r) for r in range(plan.layout.num_pipelines)]
+        everyone = np.arange(len(groups)).repeat(sizes)
+        if plan.mask.joins:
+            return cls(everyone, np.zeros_like(everyone), np.arange(len(everyone)) - base[everyone], shards)
         document = [np.arange(len(group.lengths)).repeat(group.lengths) for group in groups]
         position = [
             np.arange(size) - group.offsets[owner] for size, group, owner in zip(sizes, groups, document, strict=True)
         ]
-        shards = [base[plan.layout.group_index(r)] + plan.layout.columns(r) for r in range(plan.layout.num_pipelines)]
-        everyone = np.arange(len(groups)).repeat(sizes)
         return cls(everyone, np.concatenate(document), np.concatenate(position), shards)
 
     def of_sources(self, item: Attend) -> IntArray:

@@ -10,10 +10,10 @@ The proof is exact and takes time and memory in proportion to the keys that the 
    can't deadlock however little a network buffers, and whatever a device waits for. What lands in a buffer is known
    by token and head. A read of what has not landed is refused, and so is a write to what is still being sent, or to
    what nobody has read. Every attend finds the tokens and heads that it says, of keys and of queries.
-3. Every head of every token is attended for by one pipeline. Row i of a query span sees a segment's key j from ``i =
-   max(0, j - diagonal)`` on. The mask lets position ``p + i * step`` see key position k from ``i = max(0, ceil((k - p)
-   / step))`` on. Where the two are equal for every key of every segment, and every key that the span's last row may see
-   is named exactly once, every allowed pair is computed exactly once and no other.
+3. Every head of every token is attended for by one pipeline. Rows ``j - diagonal .. j - lower`` of a query span see a
+   segment's key j. A band of the mask lets position ``p + i * step`` see key position k for ``lower <= k - p - i * step
+   <= upper``, which again are neighbouring rows. Where these are the same rows for every span and every key, and no row
+   is named twice, every allowed pair is computed exactly once and no other.
 4. Results that are computed elsewhere come home to their row and head. In the backward every gradient of keys and
    values comes home once, and none of own rows is overwritten; see :mod:`hetu.parallel.proof.gradients`.
 """
@@ -77,9 +77,10 @@ def _prove_attends(plan: PlanData, runs: list[Run], contents: Contents) -> None:
             key = (id(run.part.spans), *[id(x) for item, said in attends for x in (item.table, said)])
             if key not in proven:
                 proven.add(key)
-                seen = [seen_by(item.table, said) for item, said in attends]
+                spans = run.part.spans
+                seen = [seen_by(item.table, spans, said) for item, said in attends]
                 group, _ = plan.layout.place(run.r)
-                prove_pairs(plan, run.r, group, run.part.spans, seen, contents.tokens)
+                prove_pairs(plan, run.r, group, spans, seen, contents.tokens)
     if (times != 1).any():
         token, atom = np.argwhere(times != 1)[0]
         what = contents.name_of("q", int(atom)) + f" of {contents.tokens.name(int(token))}"

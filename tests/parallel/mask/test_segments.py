@@ -18,7 +18,7 @@ from hetu.parallel.methods.tables import extents, see
 def columns(spans: QuerySpans, table: SegmentTable) -> list[list[int]]:
     """All that both hold."""
     both = [(x, item.name) for x in (spans, table) for item in fields(x) if item.repr]
-    return [getattr(x, name).tolist() for x, name in both]
+    return [np.ravel(getattr(x, name)).tolist() for x, name in both]
 
 
 def test_lengths_of_both_sides_in_one_array() -> None:
@@ -34,10 +34,23 @@ def test_lengths_of_both_sides_in_one_array() -> None:
 def dense(spans: QuerySpans, table: SegmentTable, rows: int, keys: int) -> np.ndarray:
     """How often each row sees each key of the buffer, straight from the docstring of ``SegmentTable``."""
     times = np.zeros((rows, keys), np.int64)
-    for s, k_start, k_len, diagonal in zip(table.query, table.k_start, table.k_len, table.diagonal, strict=True):
+    lower = np.full(len(table), -(2**40)) if table.lower is None else table.lower
+    columns = (table.query, table.k_start, table.k_len, table.diagonal, lower)
+    for s, k_start, k_len, diagonal, low in zip(*columns, strict=True):
         i, j = np.arange(spans.length[s])[:, None], np.arange(k_len)
-        times[spans.start[s] : spans.start[s] + spans.length[s], k_start : k_start + k_len] += i + diagonal >= j
+        seen = (i + low <= j) & (j <= i + diagonal)
+        times[spans.start[s] : spans.start[s] + spans.length[s], k_start : k_start + k_len] += seen
     return times
+
+
+def check_normal_form(spans: QuerySpans, table: SegmentTable) -> None:
+    """As the docstring of ``SegmentTable`` says, but for what the order of steps decides."""
+    length = spans.length[table.query]
+    assert (table.k_len > 0).all() and (np.diff(table.query) >= 0).all()
+    assert (table.k_len <= length + table.diagonal).all() and (table.diagonal < table.k_len).all()
+    if table.lower is not None:
+        assert (table.lower <= np.minimum(0, table.diagonal)).all() and (table.lower >= 1 - length).all()
+        assert (table.lower > 1 - length).any(), "nothing is hidden, so there should be none"
 
 
 def test_pairs_of_every_small_segment() -> None:
@@ -50,17 +63,20 @@ def test_pairs_of_every_small_segment() -> None:
                     np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([k_len]), np.array([diagonal])
                 )
                 assert table.pairs(spans) == dense(spans, table, length, k_len).sum(), (length, k_len, diagonal)
+                for lower in range(-9, min(diagonal, 0) + 1):
+                    table.lower, table.keys_per_row = np.array([lower]), None
+                    assert table.pairs(spans) == dense(spans, table, length, k_len).sum()
 
 
 def test_pairs_add_up() -> None:
     group = Layout.build([5, 8, 3], [0, 0, 0], split="sym", batch=2).groups[0]
     reach = see(group, slice(1, 2), slice(0, 3), mask=Mask.causal())
-    tables = reach.tables(group.piece_row[None])
+    tables = reach.tables(group.piece_row[None], group.piece_row)
     spans = group.query_spans(1)
     assert [t.pairs(spans) for t in tables] == [dense(spans, t, 16, 16).sum() for t in tables]
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_varlen_tables(mask: Mask) -> None:
     rng = np.random.default_rng(0)
     for _ in range(300):
@@ -74,13 +90,18 @@ def test_varlen_tables(mask: Mask) -> None:
             i, j = np.arange(n)[:, None], np.arange(m)
             allowed[q_cu[b] : q_cu[b + 1], k_cu[b] : k_cu[b + 1]] = DEFINITIONS[mask](i + m - n, j)
         assert np.array_equal(dense(spans, table, rows, int(k_cu[-1])), allowed)
+        check_normal_form(spans, table)
         assert (spans.length > 0).all() and spans.length.sum() == rows
         assert np.array_equal(spans.start, spans.length.cumsum() - spans.length)
-        assert (table.k_len > 0).all() and (table.k_len <= spans.length[table.query] + table.diagonal).all()
         is_tail = spans.start >= q_cu[-1]
         assert is_tail.sum() == min(tail, 1) and (spans.document[is_tail] == -1).all()
-        assert (spans.slot[is_tail] == -1).all() and (spans.slot_row == 0).all()
-        assert np.array_equal(spans.slot[~is_tail], np.flatnonzero(np.diff(q_cu)))
+        assert (spans.slot[is_tail] == -1).all()
+        own = spans.document[~is_tail]
+        assert np.array_equal(spans.slot[~is_tail], own) and np.array_equal(
+            np.unique(own), np.flatnonzero(np.diff(q_cu))
+        )
+        assert np.array_equal(spans.slot_row[~is_tail], spans.position[~is_tail])
+        assert np.array_equal(spans.start[~is_tail], q_cu[own] + spans.position[~is_tail])
         packed, same = varlen_tables(q_cu, k_cu, rows, mask, packed_lse=True)
         assert (packed.slot == 0).all() and np.array_equal(packed.slot_row, packed.start)
         others = ("start", "length", "document", "position", "step", "column")
@@ -88,7 +109,7 @@ def test_varlen_tables(mask: Mask) -> None:
         assert all(np.array_equal(getattr(same, name), getattr(table, name)) for name in ("query", "k_start", "k_len"))
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 @pytest.mark.parametrize("packed", [True, False])
 def test_tables_known_to_be_plain(mask: Mask, packed: bool) -> None:
     """They are what the docstring says, and what is derived from it is what is derived from any table."""
@@ -100,13 +121,14 @@ def test_tables_known_to_be_plain(mask: Mask, packed: bool) -> None:
         k_cu = q_cu if rng.integers(2) else k_cu
         spans, table = varlen_tables(q_cu, k_cu, int(q_cu[-1]) + tail, mask, packed)
         assert spans.rows_with_lse == spans.length[spans.slot >= 0].sum()
-        other = SegmentTable(table.query, table.k_start, table.k_len, table.diagonal)
+        other = SegmentTable(table.query, table.k_start, table.k_len, table.diagonal, table.lower)
         assert table.pairs(spans) == other.pairs(spans)
         others = QuerySpans(*(getattr(spans, item.name) for item in fields(spans) if item.repr))
         assert others.rows_with_lse == spans.rows_with_lse
         assert not table.is_plain_over(others) and not other.is_plain_over(spans)
         if not table.is_plain_over(spans):
-            assert tail or (table.diagonal < 0).any() or len(table) < len(spans) or not len(spans)
+            is_odd = tail or (table.diagonal < 0).any() or len(table) < len(spans) or not len(spans)
+            assert is_odd or not mask.is_plain
             continue
         plain += 1
         assert np.array_equal(table.query, np.arange(len(spans)))
@@ -118,7 +140,7 @@ def test_tables_known_to_be_plain(mask: Mask, packed: bool) -> None:
         assert (by_one | all_).all()
         begins, ends = table.stretches()
         assert table.k_len.sum() == (ends - begins).sum()
-    assert plain > 50, "the cases show nothing"
+    assert (plain > 50) == mask.is_plain, "the cases show nothing"
 
 
 def check_reach(group: GroupLayout, mask: Mask) -> None:
@@ -126,34 +148,50 @@ def check_reach(group: GroupLayout, mask: Mask) -> None:
     R = len(group.members)
     everyone = slice(0, R)
     reach = see(group, everyone, everyone, mask=mask)
-    used = extents(group, everyone, everyone, mask=mask)
-    assert np.array_equal(used, reach.extents())
-    tables = reach.tables(np.broadcast_to(group.piece_row, used.shape).copy())
+    used, cells = extents(group, everyone, everyone, mask=mask)
+    assert np.array_equal(used, reach.extents()) and np.array_equal(cells, reach.rows)
+    tables = reach.tables(np.broadcast_to(cells, used.shape).copy(), cells)
     for r in range(R):
-        spans, (q_document, q_position) = group.query_spans(r), group.rows_of(r)
+        spans, (q_document, q_position) = reach.spans[r], group.rows_of(r)
         for c in range(R):
             table, (document, position) = tables[r * R + c], group.rows_of(c)
             allowed = q_document[:, None] == document
             allowed &= DEFINITIONS[mask](q_position[:, None], position)
             assert np.array_equal(dense(spans, table, group.rows[r], group.rows[c]), allowed)
-            assert (table.k_len > 0).all() and (table.k_len <= spans.length[table.query] + table.diagonal).all()
-            assert (table.diagonal < table.k_len).all() and (np.diff(table.query) >= 0).all()
-            wanted = np.bincount(document[allowed.any(0)], minlength=len(group.lengths))
-            assert np.array_equal(used[r, c], wanted)
+            check_normal_form(spans, table)
+            if r != c:  # what lies at home is not asked for
+                assert np.array_equal(rows_in(cells[c], used[r, c], group.rows[c]), allowed.any(0))
         one = slice(r, r + 1)
-        for part, whole in ((extents(group, one, everyone, mask=mask), used[one]),
-                            (extents(group, everyone, one, mask=mask), used[:, one])):  # fmt: skip
-            assert np.array_equal(part, whole)
-        own = see(group, one, everyone, mask=mask).tables(group.piece_row[None])
-        for mine, full in zip(own, tables[r * R : (r + 1) * R], strict=True):
+        for part, others, at in (
+            (extents(group, one, everyone, mask=mask), range(R), lambda c: (0, c)),
+            (extents(group, everyone, one, mask=mask), [r], lambda c: (slice(None), 0)),
+        ):
+            for c in others:
+                whole = used[one, c] if len(others) == R else used[:, c]
+                for mine, full, other in zip(np.atleast_2d(part[0][at(c)]), whole, range(R), strict=False):
+                    if (other if len(others) < R else r) != c:
+                        rows = rows_in(part[1][c if len(others) == R else 0], mine, group.rows[c])
+                        assert np.array_equal(rows, rows_in(cells[c], full, group.rows[c]))
+        alone = see(group, one, everyone, mask=mask)
+        for mine, full in zip(alone.tables(alone.rows[None], alone.rows), tables[r * R : (r + 1) * R], strict=True):
             assert same(mine, full)
 
 
+def rows_in(begins: np.ndarray, counts: np.ndarray, size: int) -> np.ndarray:
+    """Which rows of a shard are the first so many of its cells."""
+    rows = np.zeros(size, bool)
+    for begin, count in zip(begins.tolist(), counts.tolist(), strict=True):
+        assert not rows[begin : begin + count].any() and begin + count <= size
+        rows[begin : begin + count] = True
+    return rows
+
+
 def same(a: SegmentTable, b: SegmentTable) -> bool:
-    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("query", "k_start", "k_len", "diagonal"))
+    names = ("query", "k_start", "k_len", "diagonal", "lower")
+    return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_tables_of_splits(mask: Mask) -> None:
     rng = np.random.default_rng(1)
     for _ in range(150):
@@ -161,7 +199,7 @@ def test_tables_of_splits(mask: Mask) -> None:
             check_reach(group, mask)
 
 
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_tables_of_custom_layouts(mask: Mask) -> None:
     rng = np.random.default_rng(2)
     for _ in range(200):
@@ -187,8 +225,8 @@ def test_the_general_path_finds_the_tables_of_the_splits() -> None:
             everyone = slice(0, len(mine.members))
             for mask in MASKS:
                 fast, slow = (see(group, everyone, everyone, mask=mask) for group in (mine, general))
-                for name in ("pair", "place", "query", "offset", "k_len", "diagonal"):
-                    assert np.array_equal(getattr(fast, name), getattr(slow, name)), name
+                both = [reach.tables(np.broadcast_to(reach.rows, reach.shape), reach.rows) for reach in (fast, slow)]
+                assert all(same(*tables) for tables in zip(*both, strict=True))
 
 
 def test_one_segment_a_span_and_owner_under_every_split() -> None:

@@ -58,9 +58,11 @@ def simulate(plan: AttnPlan) -> tuple[Counts, list[set[tuple[int, int]]]]:
 
 def attend(plan: AttnPlan, r: int, item: Attend, buffer: list[tuple[int, int]], counts: np.ndarray) -> None:
     spans, table = plan.pipelines[r].spans, item.table
-    for query, k_start, k_len, diagonal in zip(table.query, table.k_start, table.k_len, table.diagonal, strict=True):
+    lower = np.full(len(table), -(2**40)) if table.lower is None else table.lower
+    columns = (table.query, table.k_start, table.k_len, table.diagonal, lower)
+    for query, k_start, k_len, diagonal, low in zip(*columns, strict=True):
         for i, j in itertools.product(range(spans.length[query]), range(k_len)):
-            if i + diagonal >= j:
+            if i + low <= j <= i + diagonal:
                 owner, row = buffer[k_start + j]
                 counts[spans.start[query] + i, plan.layout.columns(owner)[row]] += 1
 
@@ -108,7 +110,7 @@ def repr_of(part: object) -> str:
 
 
 @pytest.mark.parametrize("method", KV_METHODS)
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_random_layouts(method: str, mask: Mask) -> None:
     rng = np.random.default_rng(KV_METHODS.index(method))
     for _ in range(60):
@@ -116,7 +118,7 @@ def test_random_layouts(method: str, mask: Mask) -> None:
 
 
 @pytest.mark.parametrize("method", KV_METHODS)
-@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("mask", MASKS, ids=repr)
 def test_invented_layouts(method: str, mask: Mask) -> None:
     rng = np.random.default_rng(7)
     for _ in range(40):
