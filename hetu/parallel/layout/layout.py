@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,9 @@ from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.arrays import arrays_of, check_alike, check_array
 from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
 from hetu.parallel.layout.printing import bracketed, count
-from hetu.parallel.layout.splits import SPLITS, Parts
+from hetu.parallel.layout.splits import SPLITS, Parts, check_mask
 from hetu.parallel.layout.strategy import by_group, check_lengths, groups_of
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans
 
 
@@ -231,6 +232,7 @@ class Layout:
         split: str = "normal",
         batch: int | Sequence[int] | Mapping[int, int] = 1,
         cu_seqlens: Any = None,
+        mask: Mask | None = None,
     ) -> Layout:
         """The layout of a split.
 
@@ -241,14 +243,25 @@ class Layout:
             batch: Sequences in each group's batch: one number, or one per group. 1 with packing.
             cu_seqlens: With packing, int ``(B + 1,)``, the cumulative lengths of the whole group's documents, or
                 ``(R, B + 1)``, those of the pieces on each pipeline of the group: one array, or one per group.
+            mask: What ``"balanced"`` weighs documents by: a document is as much work as the mask lets its tokens see
+                keys. None weighs by lengths, as fits causal and full attention. No other split looks at it.
 
         What is given per group is a dict by the group's value in ``cp_groups``, or a list in the order in which
         ``print(layout)`` lists the groups, that of ascending values.
 
         Raises:
-            StrategyError: If there is no such split, or the lists don't fit each other.
+            StrategyError: If there is no such split, the lists don't fit each other, or a number of the mask is a
+                symbol.
             ShapeError: If cu_seqlens has another shape.
-            BindingError: If its numbers don't fit the lengths.
+            BindingError: If its numbers don't fit the lengths, or the mask doesn't fit the documents.
+
+        Example:
+            Under a window a token of a long document is no more work than one of a short document:
+
+            >>> pack = {"split": "balanced", "cu_seqlens": np.array([0, 512, 768, 1024])}
+            >>> layouts = [Layout.build([512] * 2, [0] * 2, mask=mask, **pack) for mask in (None, Mask.window(16, 0))]
+            >>> [layout.groups[0].pieces.tolist() for layout in layouts]
+            [[[280, 0, 232], [232, 256, 24]], [[512, 0, 0], [0, 256, 256]]]
         """
         seq_lens = integers(seq_lens, "seq_lens", op="layout", error=StrategyError)
         cp_groups = integers(cp_groups, "cp_groups", op="layout", error=StrategyError)
@@ -256,6 +269,7 @@ class Layout:
         if not isinstance(split, str) or split not in SPLITS:
             names, what = ", ".join(SPLITS), f"there is no split {shown(split)}"
             raise StrategyError(what, op="layout", where=caller(), fix=f"use one of {names}")
+        check_mask(mask)
         chosen = SPLITS[split]
         by_value = groups_of(cp_groups)
         cus = cu_seqlens_lists(cu_seqlens, tuple(by_value))
@@ -268,7 +282,7 @@ class Layout:
             if cus is None:
                 pieces = lens[:, None].repeat(batches[index], axis=1)
             else:
-                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(chosen.pieces)
+                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(partial(chosen.cut, mask=mask))
             groups.append(GroupLayout(index, value, members, lens, cus is not None, pieces, chosen.parts(pieces)))
         return cls(groups)
 

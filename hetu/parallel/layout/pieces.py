@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from hetu.parallel.mask.segments import IntArray
 
@@ -49,14 +52,15 @@ def deal_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
     return totals[:, 1:] - totals[:, :-1]
 
 
-def balance_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
+def balance_pieces(cu_seqlens: IntArray, seq_lens: IntArray, weights: NDArray[Any] | None = None) -> IntArray:
     """Pieces of ``balanced``: documents stay whole where they can, and all members get as much to do.
 
-    A member's work on a piece is taken to be the piece's tokens times the document's length: exact, up to a factor, for
-    whole documents and for the pieces of ``sym``, whose tokens see half of their document on average.
+    A member's work on a piece is taken to be the piece's tokens times the document's *weight*. The weight is the
+    document's length if none is given: exact, up to a factor, for causal and full attention to whole documents and to
+    the pieces of ``sym``, whose tokens see half of their document on average.
 
-    Documents are placed one by one, the longest first. What is left to be placed has some mean length; a member whose
-    tokens have to be of longer documents than that, if it is to have its share of the work, has a *need*. The document
+    Documents are placed one by one, the heaviest first. What is left to be placed has some mean weight; a member whose
+    tokens have to be of heavier documents than that, if it is to have its share of the work, has a *need*. The document
     goes to the member with the largest need that has room for it and stays within :data:`SLACK`; where there is none
     it is cut, and each member, in order of need, takes what it may. If that leaves the busiest member with more work
     than :func:`deal_pieces` would (members of very different sizes may have no room for what they should get),
@@ -65,6 +69,7 @@ def balance_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
     Args:
         cu_seqlens: ``(B + 1,)`` cumulative lengths of the documents.
         seq_lens: ``(R,)`` tokens of each member, as many in all.
+        weights: ``(B,)`` work that one token of each document is, in any unit; None takes the documents' lengths.
 
     Returns:
         ``(R, B)`` tokens of each document on each member.
@@ -76,21 +81,21 @@ def balance_pieces(cu_seqlens: IntArray, seq_lens: IntArray) -> IntArray:
         [[0, 80, 4, 16, 16], [80, 0, 0, 4, 0]]
     """
     lengths = np.diff(cu_seqlens)
+    weights = lengths if weights is None else weights
     pieces = np.zeros((len(seq_lens), len(lengths)), np.int64)
-    members = _Members(seq_lens.tolist(), float(np.square(lengths.astype(np.float64)).sum()))
-    for document in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[document])
-        if length == 0:
-            break
-        for member, tokens in members.place(length):
-            pieces[member, document] += tokens
+    members = _Members(seq_lens.tolist(), float((lengths * weights.astype(np.float64)).sum()))
+    for document in np.argsort(-weights, kind="stable").tolist():
+        length = lengths.item(document)
+        if length:
+            for member, tokens in members.place(length, weights.item(document)):
+                pieces[member, document] += tokens
     dealt, most = deal_pieces(cu_seqlens, seq_lens), members.share + 2 * members.slack
-    return pieces if _busiest(pieces, lengths) <= max(_busiest(dealt, lengths), most) else dealt
+    return pieces if _busiest(pieces, weights) <= max(_busiest(dealt, weights), most) else dealt
 
 
-def _busiest(pieces: IntArray, lengths: IntArray) -> float:
+def _busiest(pieces: IntArray, weights: NDArray[Any]) -> float:
     """The work of the member that has most."""
-    return float((pieces * lengths.astype(np.float64)).sum(1).max(initial=0.0))
+    return float((pieces * weights.astype(np.float64)).sum(1).max(initial=0.0))
 
 
 class _Members:
@@ -111,31 +116,31 @@ class _Members:
         self.room, self.work = list(seq_lens), [self.share] * len(seq_lens)
         self.tokens, self.total = sum(seq_lens), work
 
-    def place(self, length: int) -> list[tuple[int, int]]:
-        """Places a document, no shorter than those that follow; gives (member, tokens) of its pieces."""
+    def place(self, length: int, weight: float) -> list[tuple[int, int]]:
+        """Places a document, no lighter than those that follow; gives (member, tokens) of its pieces."""
         self.tokens -= length
-        self.total -= length * length
-        mean = self.total / self.tokens if self.tokens else 0.0  # length of what is left, weighted by tokens
+        self.total -= length * weight
+        mean = self.total / self.tokens if self.tokens else 0.0  # weight of a token that is left
         need = [work - mean * room for work, room in zip(self.work, self.room, strict=True)]
         by_need = sorted((r for r, room in enumerate(self.room) if room), key=lambda r: (-need[r], r))
-        over = length - mean  # by how much a token lowers its member's need
+        over = weight - mean  # by how much a token lowers its member's need
         most = [
             min(room, int(max(x + self.slack, 0.0) / over) if over > 0 else room)
             for x, room in zip(need, self.room, strict=True)
         ]
         whole = next((r for r in by_need if self.room[r] >= length and most[r] >= (1 - SLACK) * length), None)
         if whole is not None:
-            return [self._take(whole, length, length)]
+            return [self._take(whole, length, weight)]
         placed, left = [], length
         for bounds in (most, self.room):  # beyond the slack only where there is no other room
             for r in by_need:
                 tokens = min(left, bounds[r], self.room[r])
                 if tokens:
-                    placed.append(self._take(r, tokens, length))
+                    placed.append(self._take(r, tokens, weight))
                     left -= tokens
         return placed
 
-    def _take(self, member: int, tokens: int, length: int) -> tuple[int, int]:
+    def _take(self, member: int, tokens: int, weight: float) -> tuple[int, int]:
         self.room[member] -= tokens
-        self.work[member] -= tokens * length
+        self.work[member] -= tokens * weight
         return member, tokens

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from hetu.arguments import refuse
+from hetu.errors import StrategyError, caller
 from hetu.parallel.layout.pieces import balance_pieces, cut_pieces, deal_pieces
+from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray
 
 
@@ -97,16 +101,48 @@ class Split:
     Attributes:
         pieces: Cuts documents: from ``(B + 1,)`` cu_seqlens and ``(R,)`` tokens of the members to ``(R, B)`` pieces.
         parts: Says which tokens these pieces are.
+        weighs: Whether ``pieces`` may be given the weights of the documents' tokens as well.
     """
 
-    pieces: Callable[[IntArray, IntArray], IntArray]
+    pieces: Callable[..., IntArray]
     parts: Callable[[IntArray], Parts]
+    weighs: bool = False
+
+    def cut(self, cu_seqlens: IntArray, seq_lens: IntArray, mask: Mask | None) -> IntArray:
+        """The pieces.
+
+        Args:
+            cu_seqlens: ``(B + 1,)`` cumulative lengths of the documents.
+            seq_lens: ``(R,)`` tokens of each member, as many in all.
+            mask: What documents are weighed by, if they are: a token's work is the keys that its document's tokens see
+                on average. None takes the documents' lengths for that.
+        """
+        if mask is None or not self.weighs:
+            return self.pieces(cu_seqlens, seq_lens)
+        lengths = np.diff(cu_seqlens)
+        return self.pieces(cu_seqlens, seq_lens, mask.pairs(lengths) / np.maximum(lengths, 1))
 
 
 SPLITS = {
     "normal": Split(cut_pieces, normal),
     "sym": Split(deal_pieces, sym),
     "stripe": Split(deal_pieces, stripe),
-    "balanced": Split(balance_pieces, sym),
+    "balanced": Split(balance_pieces, sym, weighs=True),
 }
 """The splits by name."""
+
+
+def check_mask(mask: Any) -> None:
+    """Demands a mask of numbers, or None.
+
+    Raises:
+        StrategyError: If it is something else, or a number is a symbol.
+    """
+    if mask is None:
+        return
+    if not isinstance(mask, Mask):
+        refuse(mask, "mask", "a hetu.Mask or None", op="layout", error=StrategyError)
+    if mask.symbols:
+        what = f"the mask {mask.name} has no value for {', '.join(map(str, mask.symbols))}"
+        fix = "give a mask of ints; mask.bound(...) makes one"
+        raise StrategyError(what, op="layout", where=caller(), fix=fix)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hetu.arguments import items, shown
+from hetu.arguments import items, refuse, shown
 from hetu.errors import HetuError, StrategyError, caller
+from hetu.parallel.mask.mask import Mask
 from hetu.symbols import IntSymbol, as_size
 
 
@@ -111,10 +112,13 @@ class Strategy:
         groups: The context group of each pipeline: ints or symbols. Pipelines with the same value form one group, in
             index order.
         name: What ``g.run(..., strategy=name)`` may call it; None for no name.
+        mask: What the split ``"balanced"`` weighs documents by; its numbers may be symbols. None weighs by lengths, as
+            fits causal and full attention. It moves tokens for all ops alike; what an op lets a token see, its own mask
+            says.
 
     Raises:
         StrategyError: If the lists differ in length, are empty, or hold something else or a negative length, or the
-            name is no string, or "auto", which means another thing.
+            name is no string, or "auto", which means another thing, or the mask is no mask.
 
     Example:
         >>> import hetu
@@ -126,11 +130,16 @@ class Strategy:
     lengths: tuple[IntSymbol | int, ...]
     groups: tuple[IntSymbol | int, ...]
     name: str | None = None
+    mask: Mask | None = None
 
     def __init__(
-        self, lengths: Sequence[IntSymbol | int], groups: Sequence[IntSymbol | int], name: str | None = None
+        self,
+        lengths: Sequence[IntSymbol | int],
+        groups: Sequence[IntSymbol | int],
+        name: str | None = None,
+        mask: Mask | None = None,
     ) -> None:
-        fields = {"lengths": _sizes("lengths", lengths), "groups": _sizes("groups", groups), "name": name}
+        fields = {"lengths": _sizes("lengths", lengths), "groups": _sizes("groups", groups), "name": name, "mask": mask}
         for field, value in fields.items():
             object.__setattr__(self, field, value)  # the class is frozen
         check_lengths(self.lengths, self.groups, ("lengths", "groups"))
@@ -139,6 +148,8 @@ class Strategy:
                 f"a strategy's name is {shown(name)}, expected a string other than 'auto'",
                 "give another, or none",
             )
+        if mask is not None and not isinstance(mask, Mask):
+            refuse(mask, "mask", "a hetu.Mask or None", op="strategy", error=StrategyError)
 
     @property
     def num_pipelines(self) -> int:
@@ -146,12 +157,20 @@ class Strategy:
         return len(self.lengths)
 
     def says_the_same_as(self, other: Strategy) -> bool:
-        """True if both have the same lengths and groups, whatever they are called."""
+        """True if both have the same lengths and groups, whatever they are called and weigh by."""
         return self.lengths == other.lengths and self.groups == other.groups
 
     def __str__(self) -> str:
         text = f"[{', '.join(map(str, self.lengths))}] in groups [{', '.join(map(str, self.groups))}]"
+        text += "" if self.mask is None else f", weighed by {self.mask.name}"
         return text if self.name is None else f"{self.name}: {text}"
+
+    @property
+    def symbols(self) -> tuple[IntSymbol, ...]:
+        """The leaves of all its symbols, each once."""
+        sizes = [size for size in (*self.lengths, *self.groups) if isinstance(size, IntSymbol)]
+        leaves = [leaf for size in sizes for leaf in size.leaves]
+        return tuple(dict.fromkeys([*leaves, *(() if self.mask is None else self.mask.symbols)]))
 
     def evaluate(self, value: Callable[[IntSymbol], int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Lengths and groups as ints.
