@@ -25,14 +25,14 @@ from hetu.backends.attention.contract import (
     sink_gradient,
 )
 from hetu.backends.attention.family import AttendCall, AttendSignature, KernelFamily
-from hetu.backends.attention.options import with_rows
+from hetu.backends.attention.options import wide_sinks, with_rows
 from hetu.backends.families import choose, default_backend
 from hetu.backends.memory import empty
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError
 from hetu.functional.checks import LENGTH_DTYPES, VARLEN, check, check_longest, refuse
-from hetu.functional.masking import Masking, check_sinks
+from hetu.functional.masking import USUAL, Masking, check_sinks
 from hetu.ops.attention.common import cu_seqlens_fault, longest_of
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
@@ -115,7 +115,15 @@ def prepare(
 
         sizes = (q.shape, k.shape, v.shape, cu_q.shape, cu_k.shape, cu_seqlens_q.dtype, cu_seqlens_k.dtype)
         types = (q.dtype, k.dtype, v.dtype, q.device, k.device, v.device, settings().backend)
-        key = cu_q.tobytes(), cu_k.tobytes(), sizes, types, is_causal, softmax_scale, masking.key
+        key = (
+            cu_q.tobytes(),
+            cu_k.tobytes(),
+            sizes,
+            types,
+            is_causal,
+            softmax_scale,
+            None if masking is USUAL else masking.key,
+        )
         call = calls_seen.get(key, checked)
     else:
         dropout = None
@@ -149,7 +157,16 @@ def _make(
 ) -> Attention:
     """Plans a call that is checked, or finds the plan of its lengths."""
     (rows_q, num_q, head_dim), (rows_k, num_kv, _) = q.shape, k.shape
-    key = (cu_q.tobytes(), cu_q.itemsize, cu_k.tobytes(), cu_k.itemsize, rows_q, rows_k, is_causal, masking.key)
+    key = (
+        cu_q.tobytes(),
+        cu_q.itemsize,
+        cu_k.tobytes(),
+        cu_k.itemsize,
+        rows_q,
+        rows_k,
+        is_causal,
+        None if masking is USUAL else masking.key,
+    )
     lengths = lengths_seen.get(key, lambda: _plan(cu_q, cu_k, rows_q, rows_k, masking.mask_of(is_causal)))
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
     kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout is not None
@@ -172,9 +189,8 @@ def forward(
     out = empty(shape, dtype, device)
     lse = empty((1, heads, rows), compute_dtype(dtype), device)  # the kernel writes every row, the tail's too
     state = AttentionState(out, lse, None, None)
-    if sinks is not None:
-        sinks = sinks.to(lse.dtype).contiguous()
-    call.family.attend(_attend_call(call, q, k, v, sinks), state)
+    wide = None if sinks is None else wide_sinks(sinks, dtype)
+    call.family.attend(_attend_call(call, q, k, v, wide), state)
     return out, lse[0] if needs_lse else lse
 
 

@@ -13,7 +13,7 @@ from hetu.functional.checks import check_tensor, name_of, refuse
 from hetu.parallel import Mask
 
 NO_WINDOW, NO_CAP = (-1, -1), 0.0
-"""Defaults; compared by value, which torch.compile follows."""
+"""Defaults."""
 
 
 class Masking(NamedTuple):
@@ -34,13 +34,16 @@ class Masking(NamedTuple):
     sinks: torch.Tensor | None = None
 
     @property
-    def key(self) -> tuple[Any, ...] | None:
-        """What it is, to be looked up by: of sinks only what is checked. None for the usual one."""
-        if self is USUAL:
-            return None
+    def key(self) -> tuple[Any, ...]:
+        """What it is, to be looked up by: of sinks only what is checked."""
         sinks = self.sinks
         about = None if sinks is None else (sinks.dtype, sinks.shape, sinks.device)
         return self.left, self.right, None if self.mask is None else self.mask.numpy().tobytes(), self.softcap, about
+
+    @property
+    def without_sinks(self) -> Masking:
+        """The same without sinks, which autograd has to save by its own means."""
+        return self if self.sinks is None else self._replace(sinks=None)
 
     def mask_of(self, is_causal: bool) -> Mask:
         """The mask that it stands for, beside ``is_causal``."""
@@ -50,7 +53,19 @@ class Masking(NamedTuple):
 
 
 USUAL = Masking()
-"""No window, no mask, no cap and no sinks."""
+"""No window, no mask, no cap and no sinks; this object alone, so that looking for it costs nothing."""
+
+SCHEMA = "SymInt window_left=-1, SymInt window_right=-1, Tensor? mask=None, float softcap=0., Tensor? sinks=None"
+"""The last arguments of the ops, in which a masking is handed to them."""
+
+
+def parted(call: tuple[Any, ...]) -> tuple[tuple[Any, ...], Masking]:
+    """The arguments of an op, without q, k and v, as those before the masking's and the masking.
+
+    The op leaves out last ones that are their defaults; all ops have eight before them.
+    """
+    masking = Masking(*call[8:])
+    return call[:8], USUAL if masking == USUAL else masking
 
 
 def checked_masking(op: str, window_size: Any, softcap: Any, sinks: Any, mask: Any) -> Masking:
@@ -71,7 +86,10 @@ def checked_masking(op: str, window_size: Any, softcap: Any, sinks: Any, mask: A
     softcap = real(softcap, "softcap", "a finite number of at least 0", _is_cap, op=op, fix="give 0 for no cap")
     if sinks is not None:
         check_tensor(sinks, "sinks", op)
-    return Masking(left, right, code, softcap, sinks)
+    if torch.compiler.is_compiling() or not (code is None and sinks is None):
+        return Masking(left, right, code, softcap, sinks)
+    masking = Masking(left, right, None, softcap)
+    return USUAL if masking == USUAL else masking
 
 
 def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, op: str) -> None:

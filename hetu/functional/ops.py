@@ -17,14 +17,14 @@ from hetu.functional.derivatives import (
     save_call,
     saved_call,
 )
-from hetu.functional.masking import USUAL, Masking, check_sinks
+from hetu.functional.masking import SCHEMA, Masking, check_sinks, parted
 
 _library = torch.library.Library("hetu", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor v"
 _CALL = (
     "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? rng_state, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "bool is_causal, float dropout_p, float? softmax_scale, "
-    "SymInt window_left=-1, SymInt window_right=-1, Tensor? mask=None, float softcap=0., Tensor? sinks=None"
+    f"{SCHEMA}"
 )
 _library.define(f"attn_varlen({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
 _library.define(
@@ -37,15 +37,9 @@ _library.define(
 # What they compute. A call is what stands behind q, k and v.
 
 
-def _parted(call: tuple[Any, ...]) -> tuple[tuple[Any, ...], Masking]:
-    """The arguments of a call, and what they say of its scores."""
-    masking = Masking(*call[8:])
-    return call[:8], USUAL if masking == USUAL else masking
-
-
 def _prepared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple[Any, ...]) -> tuple[Attention, Masking]:
-    arguments, masking = _parted(call)
-    return prepare(q, k, v, *arguments, masking), masking
+    arguments, masking = parted(call)
+    return prepare(q, k, v, *(*arguments, masking)), masking
 
 
 @torch.library.impl("hetu::attn_varlen", "CompositeExplicitAutograd", lib=_library)

@@ -56,10 +56,10 @@ def attn_varlen(
     model that share them pay once a step. (Changes that torch doesn't count, through ``.data`` or by the replay of a
     CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
 
-    Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths, windows and masks recompile nothing
-    (masks are made outside of what is compiled), and under ``torch.autocast``, where q, k and v are cast as
-    ``scaled_dot_product_attention`` does. Can be differentiated once,
-    by reverse mode; under ``torch.vmap`` a batch is computed sample by sample.
+    Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths, windows and masks recompile
+    nothing (make masks outside of what is compiled), and under ``torch.autocast``, where q, k and v are cast as
+    ``scaled_dot_product_attention`` does. Can be differentiated once, by reverse mode; under ``torch.vmap`` a batch is
+    computed sample by sample.
 
     Args:
         q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
@@ -126,17 +126,10 @@ def attn_varlen(
             _OP, is_causal, return_lse, dropout_p, softmax_scale, seed
         )
         max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
-    masking = USUAL
-    if not (
-        mask is None
-        and sinks is None
-        and type(softcap) is float
-        and softcap == NO_CAP
-        and type(window_size) is tuple
-        and window_size == NO_WINDOW
-    ):
+    is_compiling, masking = torch.compiler.is_compiling(), USUAL
+    # The defaults are known by identity, which is what takes the least and what torch.compile doesn't follow.
+    if is_compiling or not (mask is None and sinks is None and window_size is NO_WINDOW and softcap is NO_CAP):
         masking = checked_masking(_OP, window_size, softcap, sinks, mask)
-    is_compiling = torch.compiler.is_compiling()
     if is_compiling or is_any_autocast_enabled():  # asked first, because it takes the least
         q, k, v = cast_as_autocast(q, k, v)
     call = (
@@ -184,21 +177,18 @@ class _Attention(torch.autograd.Function):
         masking: Masking,
     ) -> Any:
         out, lse = attention.forward(planned, q, k, v, sinks)
-        code = masking.mask
-        mask = None if code is None else for_backward(code)
-        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2], mask, sinks)
-        ctx.planned, ctx.options, ctx.masking = planned, call[3:], (masking[:2], masking.softcap)
+        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2], sinks)
+        ctx.planned, ctx.options, ctx.masking = planned, call[3:], masking.without_sinks
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-        *saved, mask, sinks = ctx.saved_tensors
+        *saved, sinks = ctx.saved_tensors
         if may_pass_by(dout, dlse):
-            results = attention.backward(ctx.planned, dout, dlse, *saved[:5], sinks)
+            results = attention.backward(ctx.planned, dout, dlse, *(*saved[:5], sinks))
         else:  # the op knows what to do, also if these gradients are to be differentiated
-            window, softcap = ctx.masking
-            call = *saved, *ctx.options, *window, mask, softcap, sinks
+            call = *saved, *ctx.options, *ctx.masking[:4], sinks
             results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *call)
         dq, dk, dv, dsinks = results
         return dq, dk, dv, None if sinks is None else dsinks, None, None, None

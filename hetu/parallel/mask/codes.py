@@ -60,4 +60,4 @@ def _rule(kind: type[Rule], words: list[int], sizes: tuple[int, ...]) -> Rule:
             raise ValueError("four bounds per slice")
     else:
         made = kind(*sizes)
-    return made.with_sizes(sizes)  # type: ignore[no-any-return]
+    return made.with_sizes(sizes)
