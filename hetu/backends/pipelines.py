@@ -22,9 +22,10 @@ from hetu.backends.attention.contract import (
     finish_softmax,
     lse_places,
     new_state,
+    sink_gradient,
 )
 from hetu.backends.attention.family import AttendCall
-from hetu.backends.attention.options import Options, Random, as_heads, key_positions, with_rows
+from hetu.backends.attention.options import Options, Random, as_heads, key_positions, wide_sinks, with_rows
 from hetu.backends.comm import Buffers, Communicator, Owned, Values, follow
 from hetu.backends.families import family
 from hetu.backends.memory import empty
@@ -74,14 +75,24 @@ class _Call:
     Attributes:
         own: The pipeline's own queries, keys and values.
         spans: The spans of the own rows, which are not always the queries.
+        sinks: float32 ``(H_q,)`` (float64 for float64 inputs), contiguous, or None.
         held: What the pipeline holds while it follows its part.
     """
 
     held: Buffers
 
-    def __init__(self, own: Rows, plan: AttnPlan, pipeline: int, random: Random, options: Options) -> None:
+    def __init__(
+        self,
+        own: Rows,
+        plan: AttnPlan,
+        pipeline: int,
+        random: Random,
+        options: Options,
+        sinks: torch.Tensor | None,
+    ) -> None:
         self.own, self.dtype = own, own.q.dtype
-        self.options, self.layout, self.heads = options, plan.layout, plan.heads
+        self.options, self.layout, self.mask, self.heads = options, plan.layout, plan.mask, plan.heads
+        self.sinks = None if sinks is None else wide_sinks(sinks, self.dtype)
         self.plan = plan.pipelines[pipeline]
         self.is_own = self.plan.queries == 0
         self.spans = self.plan.spans if self.is_own else plan.layout.query_spans(pipeline)
@@ -121,7 +132,9 @@ class _Call:
             self.options.softmax_scale,
             turn,
             dropout,
-            key_positions(self.plan, step, self.layout) if needs_positions else None,
+            key_positions(self.plan, step, self.layout, self.mask) if needs_positions else None,
+            self.options.softcap,
+            None if self.sinks is None else self.sinks[step.heads.of("q")],
         )
 
     def follow(self, comm: Communicator) -> Iterator[bool]:
@@ -149,8 +162,9 @@ class ForwardCall(_Call):
         random: Random,
         shape: tuple[int, int, int],
         options: Options,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(own, plan, pipeline, random, options)
+        super().__init__(own, plan, pipeline, random, options, sinks)
         self.shape = shape
         self.state: AttentionState | None = None  # of the own rows
         self.states: dict[HeadRange, AttentionState] = {}  # of rows whose results travel
@@ -215,10 +229,12 @@ class ForwardCall(_Call):
     def _probabilities(self, p: torch.Tensor, batch: int, seq_len: int, columns: int) -> torch.Tensor:
         """Probabilities as the op returns them; see :func:`~hetu.backends.attention.contract.finish_softmax`."""
         whole = p.new_zeros((batch, p.shape[1], ceil_padded(seq_len), ceil_padded(columns)))
-        spans, lengths = self.spans, self.layout.place(self.plan.pipeline)[0].lengths
+        spans, group = self.spans, self.layout.place(self.plan.pipeline)[0]
         for span in range(len(spans)):
             start, row, column = int(spans.start[span]), int(spans.slot_row[span]), int(spans.column[span])
-            length, keys = int(spans.length[span]), int(lengths[spans.document[span]])
+            length, keys = int(spans.length[span]), int(group.lengths[spans.document[span]])
+            if self.mask.joins:  # a row has a column for every key of the pack
+                column, keys = 0, group.tokens
             part = p[start : start + length, :, :keys].transpose(0, 1)
             whole[int(spans.slot[span]), :, row : row + length, column : column + keys] = part
         return whole
@@ -243,8 +259,9 @@ class BackwardCall(_Call):
         pipeline: int,
         random: Random,
         options: Options,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        super().__init__(own, plan, pipeline, random, options)
+        super().__init__(own, plan, pipeline, random, options, sinks)
         self._new_grads = grads
         out, self.dout = as_heads(out, options.head_dim), as_heads(dout, options.head_dim)
         self.lse = lse
@@ -307,3 +324,8 @@ class BackwardCall(_Call):
         if grads.kv is not None and self.sums is not grads.kv:
             grads.kv.copy_(self.sums)
         return grads
+
+    def sink_gradient(self) -> torch.Tensor:
+        """The gradient of the sinks, ``(H_q,)`` in their wide dtype: what the own rows do to them."""
+        assert self.sinks is not None, "there are no sinks"
+        return sink_gradient(self.sinks, self.lse, self.delta, self.spans)

@@ -140,15 +140,18 @@ class Graph:
         return node.outputs
 
     def _autocast(self, definition: OpDef, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
-        floating = [item.dtype for item in operands if isinstance(item, Tensor) and item.dtype.is_floating]
-        wanted = wanted_dtype(definition.precision, floating)
+        kept = [definition.inputs.index(name) for name in definition.uncast_inputs]
+        floating = {
+            place: item.dtype
+            for place, item in enumerate(operands)
+            if isinstance(item, Tensor) and item.dtype.is_floating and place not in kept
+        }
+        wanted = wanted_dtype(definition.precision, list(floating.values()))
         if wanted is None:
             return operands
         return tuple(
-            self.apply("cast", (item,), {"dtype": wanted})[0]
-            if isinstance(item, Tensor) and item.dtype.is_floating and item.dtype != wanted
-            else item
-            for item in operands
+            self.apply("cast", (item,), {"dtype": wanted})[0] if floating.get(place, wanted) != wanted else item
+            for place, item in enumerate(operands)
         )
 
     def require(self, constraint: Constraint, where: Where | None = None) -> None:

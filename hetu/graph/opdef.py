@@ -195,6 +195,7 @@ class OpDef:
         stops_gradient: Whether what it gives counts as a constant when a graph is differentiated.
         precision: What ``hetu.autocast`` does to its floating operands: ``"low"`` casts them to half precision,
             ``"high"`` to float32, ``"any"`` leaves them alone.
+        uncast_inputs: Inputs that autocast leaves alone, whatever the precision.
     """
 
     name: ClassVar[str]
@@ -214,6 +215,7 @@ class OpDef:
     is_public: ClassVar[bool] = True
     stops_gradient: ClassVar[bool] = False
     precision: ClassVar[str] = "any"
+    uncast_inputs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def is_source(self) -> bool:

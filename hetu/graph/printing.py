@@ -47,7 +47,8 @@ def _brief(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         left, right = "()" if isinstance(value, tuple) else "[]"
         return left + ", ".join(map(_brief, value)) + right
-    return repr(value) if isinstance(value, str) else str(value)
+    text = repr(value) if isinstance(value, str) else str(value)
+    return repr(value) if "\n" in text else text  # what prints as a drawing
 
 
 def to_networkx(graph: Graph) -> networkx.MultiDiGraph:

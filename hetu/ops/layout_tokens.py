@@ -11,7 +11,7 @@ from hetu.dtypes import int64
 from hetu.errors import DTypeError, HetuError, StrategyError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
 from hetu.ops.attention.layout_key import LayoutKey
-from hetu.ops.attention.layout_op import LayoutOp, Lists
+from hetu.ops.attention.layout_op import LayoutOp, Lists, Value
 from hetu.ops.common.build import rank, tensor
 from hetu.ops.common.samples import eighths
 from hetu.ops.sources import placeholder
@@ -37,7 +37,7 @@ class LayoutTokens(LayoutOp):
         rank(call, x, "x", 1)
         return [TensorSpec(int64, x.symbolic_shape[:1])] * 3
 
-    def key(self, node: Node, layout: LayoutKey) -> LayoutKey:
+    def key(self, node: Node, layout: LayoutKey, value: Value) -> LayoutKey:
         return layout
 
     def plan(self, key: LayoutKey) -> TokenTable:

@@ -15,7 +15,7 @@ from hetu.config import settings
 from hetu.errors import HetuError, StrategyError, caller
 from hetu.graph import Graph, Node, Tensor
 from hetu.ops.attention.layout_key import LayoutKey
-from hetu.ops.attention.layout_op import LayoutOp
+from hetu.ops.attention.layout_op import LayoutOp, Value
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.planning.arrays import host_array
@@ -248,8 +248,11 @@ class Planner:
         cu_seqlens: Any,
         batch: Any,
         name: str | None,
-    ) -> tuple[Node, LayoutKey]:
-        """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
+    ) -> tuple[Node, LayoutKey, Value]:
+        """A ``parallel_attn`` node, what its layout depends on, and what gives symbols' values.
+
+        All of it from symbols alone; see :meth:`hetu.Graph.plan`.
+        """
         nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
         wanted = None if name is None else text(name, "node", op="layout")
         nodes = [node for node in nodes if wanted in (None, node.name)]
@@ -260,11 +263,16 @@ class Planner:
         values = {leaf: check_leaf(leaf, value, GIVEN) for leaf, value in values.items()}
         index, bound = self.index(strategy), BoundPipeline(0, dict(values), dict.fromkeys(values, GIVEN), _no_arrays)
         check_constraints([*self.graph.constraints, *(item for node in nodes for item in node.constraints)], bound)
-        keys = [_layout_op(node).inspect(node, index, values, cu_seqlens, batch) for node in nodes]
+
+        def value(expr: IntSymbol) -> int:
+            defaults = {leaf: leaf.default for leaf in expr.leaves if leaf.default is not None}
+            return expr.evaluate({**defaults, **values})
+
+        keys = [_layout_op(node).inspect(node, index, value, cu_seqlens, batch) for node in nodes]
         if len(set(keys)) > 1:
             names = ", ".join(node.name for node in nodes)
             _no_layout(f"the graph's parallel_attn ops have different layouts: {names}", "say which: node=...")
-        return nodes[0], keys[0]
+        return nodes[0], keys[0], value
 
     def layout(
         self,
@@ -286,8 +294,8 @@ class Planner:
         name: str | None,
     ) -> AttnPlan:
         """See :meth:`hetu.Graph.plan`."""
-        node, key = self.inspect(strategy, symbols, cu_seqlens, batch, name)
-        plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key))
+        node, key, value = self.inspect(strategy, symbols, cu_seqlens, batch, name)
+        plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key, value))
         return plan
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import Dropout, dropout_key
+from hetu.backends.attention.contract import Dropout, compute_dtype, dropout_key
 from hetu.backends.attention.family import AttendSignature
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.graph import Node
-from hetu.parallel import Layout
+from hetu.parallel import Layout, Mask
 from hetu.parallel.plan.instructions import Attend
 from hetu.parallel.plan.parts import PipelinePlan
 
@@ -35,6 +36,7 @@ class Options(NamedTuple):
     softmax_scale: float
     return_softmax: bool
     zero_tensors: bool = False
+    softcap: float = 0.0
 
     @classmethod
     def of(cls, node: Node, family: str) -> Options:
@@ -49,6 +51,7 @@ class Options(NamedTuple):
             attrs["softmax_scale"],
             attrs["return_softmax"],
             attrs.get("zero_tensors", False),
+            attrs["softcap"],
         )
 
     def dropout(self, random: Random, group: int) -> Dropout | None:
@@ -98,29 +101,37 @@ def with_rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def wide_sinks(sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """Sinks ``(H_q,)`` as kernels read them next to inputs of a dtype: float32 or float64, contiguous."""
+    return None if sinks is None else sinks.to(compute_dtype(dtype)).contiguous()
+
+
 def as_heads(x: torch.Tensor, head_dim: int) -> torch.Tensor:
     """``(T, H * head_dim)`` or ``(T, H, head_dim)`` as the latter."""
     x = with_rows(x)
     return x if x.ndim == 3 else x.unflatten(1, (-1, head_dim))
 
 
-def key_positions(part: PipelinePlan, step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
-    """The position in its document of every key in a step's buffer: int32 ``(rows,)``.
+def key_positions(part: PipelinePlan, step: Attend, layout: Layout, mask: Mask) -> np.ndarray[Any, Any]:
+    """The position of every key in a step's buffer: int32 ``(rows,)``.
+
+    That is the position in its document, or in the pack where the mask makes one sequence of all documents.
 
     Made once for each step of a part, so that a later run finds the same array and its copy on the device. The backward
     attends by the forward's tables: there both find one array.
     """
     made: dict[Attend, np.ndarray[Any, Any]] = part.known("key_positions", dict)
     if step not in made:
-        positions, table = _key_positions(step, layout).astype(np.int32), step.table
+        of_rows, table = layout.columns if mask.joins else layout.positions, step.table
+        positions = _key_positions(step, of_rows).astype(np.int32)
         if table.key_position is None or not np.array_equal(table.key_position, positions):
             table.key_position = positions
         made[step] = table.key_position
     return made[step]
 
 
-def _key_positions(step: Attend, layout: Layout) -> np.ndarray[Any, Any]:
-    parts = [layout.positions(source.owner)[source.runs.indices()] for source in step.sources]
+def _key_positions(step: Attend, of_rows: Callable[[int], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    parts = [of_rows(source.owner)[source.runs.indices()] for source in step.sources]
     positions = np.concatenate(parts) if parts else np.empty(0, np.int64)
     places = [source.place.indices() for source in step.sources if source.place is not None]
     if places:

@@ -10,7 +10,7 @@ from torch import fx
 
 from hetu.backends.attention.contract import finish_softmax, new_state
 from hetu.backends.attention.family import AttendCall
-from hetu.backends.attention.options import Options, Random, as_heads, signature
+from hetu.backends.attention.options import Options, Random, as_heads, signature, wide_sinks
 from hetu.backends.comm import World, run_lock_step
 from hetu.backends.families import choose, family
 from hetu.backends.lower.lowering import NodeLowering, lowering
@@ -33,6 +33,7 @@ def hetu_attn_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
+    sinks: torch.Tensor | None,
     plan: VarlenPlan,
     random: Random,
     batch: int,
@@ -58,6 +59,8 @@ def hetu_attn_varlen(
         None,
         dropout,
         plan.key_position if options.needs_positions else None,
+        options.softcap,
+        wide_sinks(sinks, q.dtype),
     )
     family(options.family).attend(call, state)
     outputs = state.out if q.ndim == 3 else state.out.view(q.shape), state.lse
@@ -74,13 +77,14 @@ def hetu_rng_state(random: Random) -> torch.Tensor:
     return torch.tensor(random, dtype=torch.int64, device="cpu")
 
 
-def _lower_varlen(cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) -> tuple[fx.Node, ...]:
+def _lower_varlen(cx: NodeLowering, q: Any, k: Any, v: Any, *others: Any) -> tuple[fx.Node, ...]:
     lse, p = cx.node.outputs[1:3]
     columns = cx.size(p.symbolic_shape[3]) if cx.node.attrs["return_softmax"] else 0
     batch, max_q = cx.size(lse.symbolic_shape[0]), cx.size(lse.symbolic_shape[2])
-    options = options_of(cx)
+    options, sinks = options_of(cx), others[-1]  # the cumulative lengths are in the plan
     fills_lse = cx.node.attrs["return_softmax"] or cx.is_read(1, but_by="attn_varlen_grad")
-    outputs = cx.call(hetu_attn_varlen, q, k, v, cx.plan(), cx.random(), batch, max_q, columns, fills_lse, options)
+    sizes = batch, max_q, columns, fills_lse
+    outputs = cx.call(hetu_attn_varlen, q, k, v, sinks, cx.plan(), cx.random(), *sizes, options)
     softmax = cx.item(outputs, 2) if options.return_softmax else cx.call(hetu_no_softmax, q)
     return cx.item(outputs, 0), cx.item(outputs, 1), softmax, cx.call(hetu_rng_state, cx.random())
 
@@ -90,6 +94,7 @@ def _lower_varlen(cx: NodeLowering, q: Any, k: Any, v: Any, *cu_seqlens: Any) ->
 
 def hetu_parallel_attn(
     qkv: Sequence[torch.Tensor],
+    sinks: Sequence[torch.Tensor] | None,
     plan: AttnPlan,
     random: Random,
     shapes: Sequence[tuple[int, int, int]],
@@ -100,6 +105,7 @@ def hetu_parallel_attn(
 
     Args:
         qkv: The shard of each of them.
+        sinks: The sinks that each of them has, or None.
         plan: What each pipeline of the strategy does.
         random: Seed and offset.
         shapes: The (batch, seq_len, columns of p) of each that runs here.
@@ -110,20 +116,22 @@ def hetu_parallel_attn(
         Output, lse and, if asked for, p of each that runs here.
     """
     comm = world.communicator(len(plan.pipelines))
-    own = zip(world.pipelines(len(plan.pipelines)), qkv, shapes, strict=True)
-    calls = [ForwardCall(Rows.packed(shard, options), plan, r, random, shape, options) for r, shard, shape in own]
+    calls = []
+    for i, r in enumerate(world.pipelines(len(plan.pipelines))):
+        own, own_sinks = Rows.packed(qkv[i], options), None if sinks is None else sinks[i]
+        calls.append(ForwardCall(own, plan, r, random, shapes[i], options, own_sinks))
     run_lock_step([call.follow(comm) for call in calls], comm.stuck)
     results = [call.outputs() for call in calls]
     return [(out.flatten(1), *rest) for out, *rest in results]
 
 
-def _lower_parallel(cx: NodeLowering, qkv: list[Any], *cu_seqlens: Any) -> list[tuple[fx.Node, ...]]:
+def _lower_parallel(cx: NodeLowering, qkv: list[Any], *others: Any) -> list[tuple[fx.Node, ...]]:
     node, shapes = cx.node, []
     for r in cx.pipelines:
         batch, _, seq_len = cx.shape(1, pipeline=r)
         shapes.append((batch, seq_len, cx.shape(3, pipeline=r)[3] if len(node.outputs) > 3 else 0))
-    options = options_of(cx)
-    results = cx.call(hetu_parallel_attn, qkv, cx.plan(), cx.random(), shapes, options, cx.world())
+    options, sinks = options_of(cx), others[-1]
+    results = cx.call(hetu_parallel_attn, qkv, sinks, cx.plan(), cx.random(), shapes, options, cx.world())
     pipelines = [cx.item(results, i) for i in range(len(cx.pipelines))]
     values = [[cx.item(one, i) for i in range(len(node.outputs) - 1)] for one in pipelines]
     return [(out, lse, cx.call(hetu_rng_state, cx.random()), *p) for out, lse, *p in values]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import flag
 from hetu.dtypes import float32, int32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import (
@@ -28,10 +27,12 @@ from hetu.graph import (
 from hetu.ops.attention.common import (
     FLOATS,
     attention_gradient,
+    bound_mask,
     ceil128,
     check_cu_seqlens,
     check_longest,
     check_options,
+    check_sinks,
     check_tensor,
     check_width,
     dense_attention,
@@ -43,6 +44,7 @@ from hetu.ops.attention.common import (
 )
 from hetu.ops.sources import constant, placeholder
 from hetu.parallel import Mask
+from hetu.parallel.mask.mask import NO_WINDOW
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
@@ -68,12 +70,16 @@ class _VarlenAttention(OpDef):
     def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         return [(node.attrs[f"max_seqlen_{side}"], f"longest sequence of cu_seqlens_{side}") for side in _SIDES]
 
+    def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
+        symbols: tuple[IntSymbol, ...] = node.attrs["mask"].symbols
+        return symbols
+
     def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
         return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
 
     def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
         """The lengths of both sides: found once, whoever asks."""
-        cu_seqlens = node.inputs[-2:]
+        cu_seqlens = node.inputs[-3:-1]  # the sinks come last
 
         def read() -> tuple[_Lengths, _Lengths]:
             of_q, of_k = self.host_inputs
@@ -106,7 +112,23 @@ class _VarlenAttention(OpDef):
                 f"cu_seqlens_q and cu_seqlens_k have {entries[0]} and {entries[1]} entries, expected as many",
                 "give both batch_size + 1 entries",
             )
-        return *cu, rows[0], node.attrs["mask"]
+        mask = bound_mask(node, node.attrs["mask"], pipeline.value)
+        if mask.joins and node.attrs["return_softmax"]:
+            self._check_columns(node, pipeline)
+        return *cu, rows[0], mask
+
+    def _check_columns(self, node: Node, pipeline: Pipeline) -> None:
+        """Refuses ``p`` of a mask over positions of the pack if it has no column for some of them."""
+        (_, (cu_seqlens, _, _)), bound = self._read(node, pipeline), node.attrs["max_seqlen_k"]
+        columns, keys = pipeline.value(bound), cu_seqlens.item(-1)
+        if columns < keys:
+            refuse(
+                node,
+                f"return_softmax: p has {columns} columns, as many as max_seqlen_k, but the mask of slices counts "
+                f"{keys} keys of the whole pack",
+                f"give max_seqlen_k as {keys} or more, or pack one sequence",
+                pipeline.describe(bound),
+            )
 
     def plan(self, key: Any) -> VarlenPlan:
         content_q, content_k, rows, mask = key
@@ -118,7 +140,8 @@ class _VarlenAttention(OpDef):
 @register
 class AttnVarlen(_VarlenAttention):
     name = "attn_varlen"
-    inputs = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
+    inputs = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks")
+    uncast_inputs = ("sinks",)
     outputs = ("output", "softmax_lse", "p", "rng_state")
     is_random = True
     precision = "low"
@@ -134,6 +157,7 @@ class AttnVarlen(_VarlenAttention):
         if not q.ndim == k.ndim == v.ndim:
             call.fail(ShapeError, f"q, k and v have {q.ndim}, {k.ndim} and {v.ndim} dimensions", "give all 2, or all 3")
         num_q = self._heads(call, q, k, v)
+        check_sinks(call, call.inputs[5], num_q)
         cu_q, cu_k = (check_cu_seqlens(call, f"cu_seqlens_{side}", call.inputs[3 + i]) for i, side in enumerate(_SIDES))
         call.same(
             cu_q.symbolic_shape[0],
@@ -176,15 +200,15 @@ class AttnVarlen(_VarlenAttention):
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         d_output, d_lse = attention_gradient(node, grads[0], grads[1], grads[2])
-        q, k, v, cu_q, cu_k = node.inputs
+        q, k, v, cu_q, cu_k, sinks = node.inputs
         output, lse, _, rng_state = node.outputs
 
         @cache
         def backward() -> tuple[Tensor, ...]:
-            inputs = (q, k, v, output, lse, rng_state, d_output, d_lse, cu_q, cu_k)
+            inputs = (q, k, v, output, lse, rng_state, d_output, d_lse, cu_q, cu_k, sinks)
             return node.graph.apply("attn_varlen_grad", inputs, node.attrs)
 
-        return [lambda: backward()[0], lambda: backward()[1], lambda: backward()[2], None, None]
+        return [*(partial(_item, backward, i) for i in range(3)), None, None, partial(_item, backward, 3)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         rng = np.random.default_rng(0)
@@ -217,20 +241,26 @@ class AttnVarlen(_VarlenAttention):
 
 @register
 class AttnVarlenGrad(_VarlenAttention):
-    """The gradients of ``attn_varlen`` with respect to q, k and v."""
+    """The gradients of ``attn_varlen`` with respect to q, k and v, and to the sinks if there are some."""
 
     name = "attn_varlen_grad"
     is_public = False
     inputs = (
         "q", "k", "v", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k",
+        "sinks",
     )  # fmt: skip
-    outputs = ("d_q", "d_k", "d_v")
+    outputs = ("d_q", "d_k", "d_v", "d_sinks")
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        return [TensorSpec(item.dtype, item.symbolic_shape) for item in call.inputs[:3]]
+        inputs = (*call.inputs[:3], call.inputs[-1])
+        return [TensorSpec(item.dtype, item.symbolic_shape) for item in inputs if item is not None]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         return (), ()
+
+
+def _item(made: Callable[[], tuple[Tensor, ...]], index: int) -> Tensor:
+    return made()[index]
 
 
 def attn_varlen(
@@ -248,6 +278,11 @@ def attn_varlen(
     is_causal: bool = False,
     return_softmax: bool = False,
     name: str | None = None,
+    *,
+    window_size: tuple[IntSymbol | int, IntSymbol | int] = NO_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    mask: Mask | None = None,
 ) -> list[Tensor]:
     """Attends over sequences of different lengths that lie one after the other, without padding.
 
@@ -274,18 +309,28 @@ def attn_varlen(
             bottom right, as in FlashAttention.
         return_softmax: Whether to compute ``p``, which takes memory quadratic in the lengths.
         name: The node's name, unique in the graph; None makes one up.
+        window_size: ``(left, right)``: row i of n sees only the keys from ``left`` before number ``i + m - n`` to
+            ``right`` after it; -1 is no bound, and ``is_causal`` makes right 0. Each may be a symbol.
+        softcap: Where positive, scores become ``softcap * tanh(score / softcap)`` before the softmax.
+        sinks: Any of the floating dtypes, ``(H_q,)``: one more logit for each query head, which takes weight and gives
+            no value. Its gradient has its dtype. None for none.
+        mask: A :class:`hetu.Mask`, which replaces ``is_causal``. With a mask of slices, which count positions of the
+            whole pack, rows and columns of dropout and columns of ``p`` are such positions too.
 
     Returns:
-        ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse, float32
-        ``(B, H_q, max_seqlen_q)``, ``-inf`` for a row that sees no key (its output is 0); the weights in q's dtype
+        ``[output, softmax_lse, p, rng_state]``: the output, like q; natural-log lse with the sink, float32
+        ``(B, H_q, max_seqlen_q)``, for a row that sees no key its head's sink, or ``-inf`` (its output is 0); the
+        weights in q's dtype
         ``(B, H_q, ceil128(max_seqlen_q), ceil128(max_seqlen_k))``, dropped ones negative, or an empty tensor;
         int64 ``(2,)`` on the CPU: seed, offset.
 
     Raises:
         ShapeError: If widths, head counts or ranks don't fit.
         DTypeError: If a dtype is not one of the above.
-        HetuError: If cu_seqlens are computed from more than what is fed, constants and symbols.
-        BindingError: If cu_seqlens or max_seqlen don't fit the fed tensors, which a run checks.
+        HetuError: If cu_seqlens are computed from more than what is fed, constants and symbols, or both a mask and a
+            window are given.
+        BindingError: If cu_seqlens, max_seqlen or the mask don't fit the fed tensors, or the slices of a mask reach
+            over more keys than ``p`` has columns, which a run checks.
 
     Example:
         >>> import hetu, numpy as np
@@ -304,8 +349,9 @@ def attn_varlen(
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
         "zero_tensors": zero_tensors,
-        "mask": Mask.of(flag(is_causal, "is_causal", op="attn_varlen")),
+        "mask": Mask.given(is_causal, window_size, mask, op="attn_varlen"),
+        "softcap": softcap,
         "return_softmax": return_softmax,
     }
-    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k)
+    inputs = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
     return list(current_graph(inputs, "attn_varlen").apply("attn_varlen", inputs, attrs, name))

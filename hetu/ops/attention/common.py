@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hetu.arguments import flag, int_of, real, shown
 from hetu.dtypes import DType, bfloat16, float16, float32, float64, int32
-from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, caller
+from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, UnboundSymbolError, caller
 from hetu.graph import Call, Node, Pipeline, Tensor
 from hetu.graph.passes import live_nodes
 from hetu.ops.common.build import probability
@@ -79,7 +79,7 @@ def check_width(call: Call, name: str, width: IntSymbol, head_dim: int) -> int:
 
 
 def check_options(call: Call) -> None:
-    """Checks head_dim, p_dropout and softmax_scale, and replaces a scale of -1 by its value."""
+    """Checks head_dim, p_dropout, softmax_scale and softcap, and replaces a scale of -1 by its value."""
     attrs = call.attrs
     head_dim = attrs["head_dim"] = int_of(attrs["head_dim"]) or attrs["head_dim"]
     if type(head_dim) is not int or not 8 <= head_dim <= 256 or head_dim % 8:
@@ -88,9 +88,39 @@ def check_options(call: Call) -> None:
     attrs["p_dropout"] = probability(call, "p_dropout")
     scale = real(attrs["softmax_scale"], "softmax_scale", op=call.op, fix="give -1 for 1/sqrt(head_dim)")
     attrs["softmax_scale"] = 1 / math.sqrt(head_dim) if scale == -1 else scale
+    wanted, fix = "a finite number of at least 0", "give 0 for no cap"
+    attrs["softcap"] = real(attrs["softcap"], "softcap", wanted, lambda cap: 0 <= cap < math.inf, op=call.op, fix=fix)
     for name in ("zero_tensors", "return_softmax"):
         if name in attrs:
             attrs[name] = flag(attrs[name], name, op=call.op)
+
+
+def check_sinks(call: Call, value: Any, num_q: int) -> Tensor | None:
+    """Demands a floating tensor with one number per query head, or None."""
+    if value is None:
+        return None
+    sinks = check_tensor(call, "sinks", value, FLOATS, (1,))
+    what = f"sinks has {sinks.shape[0]} entries, expected one per query head: {num_q}"
+    call.same(sinks.symbolic_shape[0], num_q, what, "give a tensor of shape (H_q,)")
+    return sinks
+
+
+def bound_mask(node: Node, mask: Mask, value: Callable[[IntSymbol], int]) -> Mask:
+    """A mask of a node's, or of its strategy's, with its symbols' values.
+
+    Raises:
+        UnboundSymbolError: If one has none.
+        BindingError: If the mask has no such numbers.
+    """
+    if not mask.symbols:
+        return mask
+    try:
+        return mask.bound(value)
+    except UnboundSymbolError:
+        raise
+    except HetuError as error:
+        bound = [f"{symbol} = {value(symbol)}" for symbol in mask.symbols]
+        refuse(node, f"{mask.name}: {error.what}", error.fix or "bind other values", bound)
 
 
 def max_seqlen(call: Call, name: str) -> IntSymbol:
@@ -199,7 +229,13 @@ def refuse(node: Node, what: str, fix: str, bound: Sequence[str] = ()) -> NoRetu
 
 
 def dense_attention(
-    q: NDArray[Any], k: NDArray[Any], v: NDArray[Any], scale: float, mask: Mask
+    q: NDArray[Any],
+    k: NDArray[Any],
+    v: NDArray[Any],
+    scale: float,
+    mask: Mask,
+    softcap: float = 0.0,
+    sinks: NDArray[Any] | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """The definition in plain numpy, float64: the oracle of the samples.
 
@@ -209,19 +245,26 @@ def dense_attention(
         v: Like k.
         scale: The factor of the scores.
         mask: Which keys a query sees; query i stands at key ``i + m - n``.
+        softcap: Where positive, scores become ``softcap * tanh(score / softcap)``.
+        sinks: ``(H_q,)``, one more logit for each head, which gives no value; None for none.
 
     Returns:
-        out ``(n, H_q, head_dim)``, lse ``(H_q, n)``, p ``(H_q, n, m)``. Rows that see nothing: 0, -inf, 0.
+        out ``(n, H_q, head_dim)``, lse ``(H_q, n)``, p ``(H_q, n, m)``. Rows that see nothing: 0, -inf or the sink, 0.
     """
     group = q.shape[1] // k.shape[1]
     keys, values = np.repeat(k, group, 1).astype(np.float64), np.repeat(v, group, 1).astype(np.float64)
     scores = np.einsum("ihd,jhd->hij", q.astype(np.float64), keys) * scale
+    if softcap:
+        scores = softcap * np.tanh(scores / softcap)
     n, m = scores.shape[1:]
     scores = np.where(mask.matrix(n, m), scores, -np.inf)
+    if sinks is not None:  # the last column, whose value is 0
+        last = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (len(sinks), n, 1))
+        scores, values = np.concatenate([scores, last], -1), np.pad(values, ((0, 1), (0, 0), (0, 0)))
     top = scores.max(-1, initial=-np.inf, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
     total = weights.sum(-1, keepdims=True)
     p = weights / np.where(total > 0, total, 1)
     with np.errstate(divide="ignore"):
         lse = (np.log(total) + np.where(np.isfinite(top), top, 0))[..., 0]
-    return np.einsum("hij,jhd->ihd", p, values), lse, p
+    return np.einsum("hij,jhd->ihd", p, values), lse, p[..., :m]

@@ -25,6 +25,7 @@ class LayoutKey:
         split: How a sequence lies over its group.
         batches: Sequences in each group's batch, in the order of ``groups_of``; empty with packing.
         cu_seqlens: Each group's (shape, bytes as int64) of its cumulative document lengths; empty without packing.
+        mask: What documents are weighed by; None for their lengths.
     """
 
     seq_lens: tuple[int, ...]
@@ -32,6 +33,7 @@ class LayoutKey:
     split: str
     batches: tuple[int, ...]
     cu_seqlens: tuple[tuple[tuple[int, ...], bytes], ...]
+    mask: Mask | None = None
 
     @classmethod
     def of(
@@ -41,16 +43,18 @@ class LayoutKey:
         groups: tuple[int, ...],
         batches: Sequence[int],
         cus: Sequence[NDArray[np.int64]],
+        mask: Mask | None = None,
     ) -> LayoutKey:
-        """The key of a node for bound lengths and groups, and what each group holds."""
+        """The key of a node for bound lengths and groups, what each group holds, and the strategy's bound mask."""
         packed = tuple((cu.shape, np.ascontiguousarray(cu, np.int64).tobytes()) for cu in cus)
-        return cls(lens, groups, node.attrs["split"], tuple(batches), packed)
+        return cls(lens, groups, node.attrs["split"], tuple(batches), packed, mask)
 
     def layout(self) -> Layout:
         """Which token lies where."""
         cu = [np.frombuffer(data, np.int64).reshape(shape) for shape, data in self.cu_seqlens]
+        batch = list(self.batches) or 1
         return Layout.build(
-            self.seq_lens, self.cp_groups, split=self.split, batch=list(self.batches) or 1, cu_seqlens=cu or None
+            self.seq_lens, self.cp_groups, split=self.split, batch=batch, cu_seqlens=cu or None, mask=self.mask
         )
 
 
@@ -73,8 +77,8 @@ class ParallelKey:
     return_softmax: bool
 
     @classmethod
-    def of(cls, node: Node, layout: LayoutKey) -> ParallelKey:
-        """The key of a node on a layout."""
+    def of(cls, node: Node, layout: LayoutKey, mask: Mask) -> ParallelKey:
+        """The key of a node on a layout, with its mask bound."""
         attrs, qkv = node.attrs, node.inputs[0]
         assert isinstance(qkv, Tensor)
         width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
@@ -82,7 +86,7 @@ class ParallelKey:
         return cls(
             layout,
             attrs["method"],
-            attrs["mask"],
+            mask,
             Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
             attrs["return_softmax"],
         )

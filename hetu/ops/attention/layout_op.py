@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from hetu.arguments import flag, items, shown
 from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Call, Node, OpDef, Pipeline, RunView
-from hetu.ops.attention.common import check_cu_seqlens, check_longest, read_cu_seqlens
+from hetu.ops.attention.common import bound_mask, check_cu_seqlens, check_longest, read_cu_seqlens
 from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, refuse_rows
-from hetu.parallel import SPLITS, Strategy, groups_of
+from hetu.parallel import SPLITS, Mask, Strategy, groups_of
 from hetu.parallel.layout.documents import batch_lists, cu_seqlens_lists
 from hetu.symbols import IntSymbol, as_size, as_symbol
 
 Lists = Sequence[Sequence[IntSymbol | int]]
+
+Value = Callable[[IntSymbol], int]
+"""Gives the value of a size in a run."""
 
 _LISTS = {"multi_seq_lens_symbol": "seq_lens", "multi_cp_group_symbol": "cp_groups"}
 """What users call the two lists, and the attributes that bring them."""
@@ -90,7 +93,7 @@ class LayoutOp(OpDef):
                     "leave the lists out: the op then takes the graph's strategies",
                 )
         self._check_counts(call, listed)
-        return listed
+        return graph.strategies or listed  # the graph's may have a mask too, which lists can't say
 
     @staticmethod
     def _check_counts(call: Call, listed: Sequence[Strategy]) -> None:
@@ -125,9 +128,7 @@ class LayoutOp(OpDef):
     # Binding
 
     def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
-        chosen = strategy_of(node, strategy)
-        listed = (*chosen.lengths, *chosen.groups)
-        return tuple(dict.fromkeys(leaf for expr in listed for leaf in as_symbol(expr).leaves))
+        return strategy_of(node, strategy).symbols
 
     def inferable_sizes(self, node: Node, strategy: int, pipeline: int) -> Sequence[tuple[IntSymbol, str]]:
         own, listed = node.symbols, as_symbol(strategy_of(node, strategy).lengths[pipeline])
@@ -189,27 +190,23 @@ class LayoutOp(OpDef):
             for name in bounds_of(node):
                 lengths = self._documents(node, first, total)
                 check_longest(node, name, lengths, f"context group {groups[members[0]]}", first)
-        return [self.key(node, LayoutKey.of(node, lens, groups, batches, cus))]
+        value = view.pipelines[0].value
+        layout = LayoutKey.of(node, lens, groups, batches, cus, _weighs_by(node, chosen, value))
+        return [self.key(node, layout, value)]
 
-    def key(self, node: Node, layout: LayoutKey) -> Any:
-        """What the plan of a node depends on, given the layout's part of it."""
+    def key(self, node: Node, layout: LayoutKey, value: Value) -> Any:
+        """What the plan of a node depends on, given the layout's part of it and the values of symbols."""
         raise NotImplementedError
 
     # Looking before running
 
-    def inspect(
-        self, node: Node, strategy: int, values: Mapping[IntSymbol, int], cu_seqlens: Any, batch: Any
-    ) -> LayoutKey:
-        """The layout that a run with these symbols would have; see :meth:`hetu.Graph.layout`."""
-
-        def value(expr: IntSymbol) -> int:
-            defaults = {leaf: leaf.default for leaf in expr.leaves if leaf.default is not None}
-            return expr.evaluate({**defaults, **values})
-
-        lens, groups = strategy_of(node, strategy).evaluate(value)
-        order = tuple(groups_of(groups))
+    def inspect(self, node: Node, strategy: int, value: Value, cu_seqlens: Any, batch: Any) -> LayoutKey:
+        """The layout that a run would have in which symbols have these values; see :meth:`hetu.Graph.layout`."""
+        chosen = strategy_of(node, strategy)
+        lens, groups = chosen.evaluate(value)
+        order, mask = tuple(groups_of(groups)), _weighs_by(node, chosen, value)
         if not node.attrs["packing"]:
-            return LayoutKey.of(node, lens, groups, batch_lists(batch, order, is_packed=False), ())
+            return LayoutKey.of(node, lens, groups, batch_lists(batch, order, is_packed=False), (), mask)
         if cu_seqlens is None:
             raise BindingError(
                 "packing needs cu_seqlens",
@@ -217,7 +214,12 @@ class LayoutOp(OpDef):
                 where=caller(),
                 fix="pass cu_seqlens=..., as the run will feed it",
             )
-        return LayoutKey.of(node, lens, groups, (), cu_seqlens_lists(cu_seqlens, order) or ())
+        return LayoutKey.of(node, lens, groups, (), cu_seqlens_lists(cu_seqlens, order) or (), mask)
+
+
+def _weighs_by(node: Node, strategy: Strategy, value: Value) -> Mask | None:
+    """What a strategy weighs documents by, bound."""
+    return None if strategy.mask is None else bound_mask(node, strategy.mask, value)
 
 
 def strategy_of(node: Node, index: int) -> Strategy:

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
 
-from hetu.arguments import flag, integer
+from hetu.arguments import integer
 from hetu.dtypes import float32, int32, int64
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, TensorSpec, current_graph, register
 from hetu.ops.attention.common import (
     FLOATS,
     attention_gradient,
+    bound_mask,
     ceil128,
     check_options,
+    check_sinks,
     check_tensor,
     check_width,
     dense_attention,
     lse_dtype,
     max_seqlen,
+    refuse,
 )
 from hetu.ops.attention.layout_key import LayoutKey, ParallelKey
-from hetu.ops.attention.layout_op import LayoutOp, Lists
+from hetu.ops.attention.layout_op import LayoutOp, Lists, Value
 from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
+from hetu.parallel.mask.mask import NO_WINDOW
 from hetu.symbols import IntSymbol, as_symbol
 
 __all__ = ["parallel_attn"]
@@ -39,20 +44,34 @@ class _ParallelAttention(LayoutOp):
     precision = "low"
     plan_name = "parallel_attn"
 
-    def key(self, node: Node, layout: LayoutKey) -> ParallelKey:
-        return ParallelKey.of(node, layout)
+    def shared_symbols(self, node: Node, strategy: int) -> Sequence[IntSymbol]:
+        return *super().shared_symbols(node, strategy), *node.attrs["mask"].symbols
+
+    def key(self, node: Node, layout: LayoutKey, value: Value) -> ParallelKey:
+        attrs = node.attrs
+        mask = bound_mask(node, attrs["mask"], value)
+        if mask.joins and attrs["return_softmax"] and max(layout.batches, default=1) > 1:
+            refuse(
+                node,
+                f"return_softmax: p has columns for one sequence, but the mask of slices counts the keys of all "
+                f"{max(layout.batches)} sequences of the batch",
+                "pack the sequences (packing=True), leave return_softmax out, or give a batch of one",
+            )
+        return ParallelKey.of(node, layout, mask)
 
     def plan(self, key: ParallelKey) -> AttnPlan:
         layout, heads = key.layout.layout(), key.heads
         if key.return_softmax:
-            heads = replace(heads, columns=max(int(group.lengths.max(initial=0)) for group in layout.groups))
+            keys = [[group.tokens] if key.mask.joins else group.lengths.tolist() for group in layout.groups]
+            heads = replace(heads, columns=max(max(of_group, default=0) for of_group in keys))
         return build_plan(layout, method=key.method, mask=key.mask, heads=heads)
 
 
 @register
 class ParallelAttn(_ParallelAttention):
     name = "parallel_attn"
-    inputs = ("qkv", "cu_seqlens_q", "cu_seqlens_k")
+    inputs = ("qkv", "cu_seqlens_q", "cu_seqlens_k", "sinks")
+    uncast_inputs = ("sinks",)
     outputs = ("output", "softmax_lse", "rng_state", "p")
     is_random = True
 
@@ -64,6 +83,7 @@ class ParallelAttn(_ParallelAttention):
         self.check_packing(call)
         qkv = check_tensor(call, "qkv", call.inputs[0], FLOATS, (2,))
         num_q, _ = _heads(call, qkv)
+        check_sinks(call, call.inputs[3], num_q)
         head_dim, attrs = call.attrs["head_dim"], call.attrs
         rows = qkv.symbolic_shape[0]
         lengths = {as_symbol(length) for strategy in attrs["strategies"] for length in strategy.lengths}
@@ -84,9 +104,14 @@ class ParallelAttn(_ParallelAttention):
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         d_output, d_lse = attention_gradient(node, grads[0], grads[1], grads[3] if len(grads) > 3 else None)
-        qkv, cu_q, cu_k = node.inputs
-        inputs = (qkv, node.outputs[0], node.outputs[1], node.outputs[2], d_output, d_lse, cu_q, cu_k)
-        return [lambda: node.graph.apply("parallel_attn_grad", inputs, node.attrs)[0], None, None]
+        qkv, cu_q, cu_k, sinks = node.inputs
+        inputs = (qkv, node.outputs[0], node.outputs[1], node.outputs[2], d_output, d_lse, cu_q, cu_k, sinks)
+
+        @cache
+        def backward() -> tuple[Tensor, ...]:
+            return node.graph.apply("parallel_attn_grad", inputs, node.attrs)
+
+        return [lambda: backward()[0], None, None, lambda: backward()[1]]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         qkv = np.random.default_rng(0).standard_normal((6, 4 * 8), np.float32)
@@ -116,17 +141,17 @@ class ParallelAttn(_ParallelAttention):
 
 @register
 class ParallelAttnGrad(_ParallelAttention):
-    """The gradient of ``parallel_attn`` with respect to qkv."""
+    """The gradients of ``parallel_attn`` with respect to qkv, and to the sinks if there are some."""
 
     name = "parallel_attn_grad"
     is_public = False
     precision = "any"
-    inputs = ("qkv", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k")
-    outputs = ("d_qkv",)
+    inputs = ("qkv", "output", "softmax_lse", "rng_state", "d_output", "d_lse", "cu_seqlens_q", "cu_seqlens_k", "sinks")
+    outputs = ("d_qkv", "d_sinks")
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
-        qkv = call.inputs[0]
-        return [TensorSpec(qkv.dtype, qkv.symbolic_shape)]
+        inputs = (call.inputs[0], call.inputs[-1])
+        return [TensorSpec(item.dtype, item.symbolic_shape) for item in inputs if item is not None]
 
     def derive(self, plan: AttnPlan) -> AttnPlan:
         return plan.backward()
@@ -168,6 +193,10 @@ def parallel_attn(
     *,
     split: str = "normal",
     method: str = "auto",
+    window_size: tuple[IntSymbol | int, IntSymbol | int] = NO_WINDOW,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    mask: Mask | None = None,
     name: str | None = None,
 ) -> list[Tensor]:
     """Attends over sequences that are spread over the pipelines of a strategy. The result is that of one device.
@@ -201,11 +230,21 @@ def parallel_attn(
             whole on one pipeline, so that all have as much to do). See ``docs/layouts.md``.
         method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
             ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
+        window_size: ``(left, right)``: a token sees only the keys from ``left`` before itself to ``right`` after it; -1
+            is no bound, and ``is_causal`` makes right 0. Each may be a symbol: another window is another plan, and no
+            other graph.
+        softcap: Where positive, scores become ``softcap * tanh(score / softcap)`` before the softmax.
+        sinks: Any of the floating dtypes, ``(H_q,)``, the same on all pipelines: one more logit for each query head,
+            which takes weight and gives no value. Its gradient has its dtype, and is that of the pipeline's own rows.
+            None for none.
+        mask: A :class:`hetu.Mask`, which replaces ``is_causal``. It never moves tokens. With a mask of slices, which
+            count positions of the whole pack of a context group, rows and columns of dropout and columns of ``p`` are
+            such positions too.
         name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        ``[output, softmax_lse, rng_state]``: ``(batch * seq_len, H_q * head_dim)``; natural-log lse, float32
-        ``(batch, H_q, seq_len)``; int64 ``(2,)`` on the CPU: seed, offset. With ``return_softmax`` also p
+        ``[output, softmax_lse, rng_state]``: ``(batch * seq_len, H_q * head_dim)``; natural-log lse with the
+        sink, float32 ``(batch, H_q, seq_len)``; int64 ``(2,)`` on the CPU: seed, offset. With ``return_softmax`` also p
         ``(batch, H_q, ceil128(seq_len), ceil128(total))``, columns in sequence order, dropped weights negative.
 
     Raises:
@@ -213,8 +252,9 @@ def parallel_attn(
         DTypeError: If a dtype is not one of the above.
         StrategyError: If the lists don't fit the graph's strategies or each other.
         HetuError: If cu_seqlens are given without packing, missing with it, or computed from more than what is fed,
-            constants and symbols.
-        BindingError: If the fed values don't fit the strategy, which a run checks.
+            constants and symbols, or both a mask and a window are given.
+        BindingError: If the fed values don't fit the strategy or the mask, or ``p`` of a mask of slices is asked for
+            with a batch of several sequences, which a run checks.
 
     Example:
         >>> import hetu, numpy as np
@@ -229,6 +269,16 @@ def parallel_attn(
         >>> two = g.run(out, feed_dict={qkv: shards}, int_symbol_dict={s: 10}, strategy=1)
         >>> bool((layout.gather(two) - one).abs().max() < 1e-5)
         True
+
+        A sliding window, of a size that each run may choose:
+
+        >>> left = hetu.IntSymbol("left")
+        >>> with g:
+        ...     windowed, *_ = hetu.parallel_attn(
+        ...         qkv, 8, 1, [[s], [s // 3, s - s // 3]], [[0], [0, 0]], window_size=(left, 0), name="windowed"
+        ...     )
+        >>> print(g.plan(1, int_symbol_dict={s: 10, left: 4}, node="windowed").mask.name)
+        window(4, 0)
     """
     attrs = {
         "head_dim": head_dim,
@@ -240,10 +290,11 @@ def parallel_attn(
         "max_seqlen_k": max_seqlen_k,
         "p_dropout": p_dropout,
         "softmax_scale": softmax_scale,
-        "mask": Mask.of(flag(is_causal, "is_causal", op="parallel_attn")),
+        "mask": Mask.given(is_causal, window_size, mask, op="parallel_attn"),
+        "softcap": softcap,
         "return_softmax": return_softmax,
         "split": split,
         "method": method,
     }
-    inputs = (qkv, cu_seqlens_q, cu_seqlens_k)
+    inputs = (qkv, cu_seqlens_q, cu_seqlens_k, sinks)
     return list(current_graph(inputs, "parallel_attn").apply("parallel_attn", inputs, attrs, name))

@@ -254,14 +254,6 @@ class Layout:
                 symbol.
             ShapeError: If cu_seqlens has another shape.
             BindingError: If its numbers don't fit the lengths, or the mask doesn't fit the documents.
-
-        Example:
-            Under a window a token of a long document is no more work than one of a short document:
-
-            >>> pack = {"split": "balanced", "cu_seqlens": np.array([0, 512, 768, 1024])}
-            >>> layouts = [Layout.build([512] * 2, [0] * 2, mask=mask, **pack) for mask in (None, Mask.window(16, 0))]
-            >>> [layout.groups[0].pieces.tolist() for layout in layouts]
-            [[[280, 0, 232], [232, 256, 24]], [[512, 0, 0], [0, 256, 256]]]
         """
         seq_lens = integers(seq_lens, "seq_lens", op="layout", error=StrategyError)
         cp_groups = integers(cp_groups, "cp_groups", op="layout", error=StrategyError)

@@ -20,11 +20,13 @@ class VarlenPlan:
         spans: The query rows.
         table: What they attend to.
         cu_seqlens_k: ``(B + 1,)`` cumulative key lengths.
+        mask: Which keys a query sees.
     """
 
     spans: QuerySpans
     table: SegmentTable
     cu_seqlens_k: IntArray
+    mask: Mask
 
     @classmethod
     def build(
@@ -32,10 +34,12 @@ class VarlenPlan:
     ) -> VarlenPlan:
         """The plan for the given lengths; arguments as of :func:`~hetu.parallel.mask.varlen.varlen_tables`."""
         spans, table = varlen_tables(cu_seqlens_q, cu_seqlens_k, rows, mask, packed_lse)
-        return cls(spans, table, cu_seqlens_k)
+        return cls(spans, table, cu_seqlens_k, mask)
 
     @cached_property
     def key_position(self) -> IntArray:
-        """Position of every key row in its sequence."""
+        """Position of every key row in its sequence; in the pack, where the mask makes one sequence of all."""
+        if self.mask.joins:
+            return np.arange(self.cu_seqlens_k[-1])
         starts = np.repeat(self.cu_seqlens_k[:-1], np.diff(self.cu_seqlens_k))
         return np.arange(len(starts)) - starts
