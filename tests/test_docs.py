@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import re
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def test_named_files_are_there(page: Path) -> None:
 def test_pages_are_whole(page: Path) -> None:
     """A merge that was not finished leaves its marks."""
     assert not re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if ">>>" in page.read_text("utf-8")], ids=lambda page: page.name)
+def test_examples_print_what_the_page_says(page: Path) -> None:
+    failed, tried = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert tried and not failed
 
 
 def test_what_leads_nowhere_is_found(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from hetu.arguments import integer, refuse, shown
+from hetu.arguments import index, integer, refuse, shown
 from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import CAUSAL, Mask
@@ -133,6 +133,29 @@ class AttnPlan(PlanData):
     def summary(self) -> str:
         """One line: the method, the size of the problem, its balance, and what is moved."""
         return report.summary(self)
+
+    def draw(self, width: int = 48, head: int = 0) -> str:
+        """Who computes what for a head: a drawing per group, as :meth:`Layout.draw` makes it.
+
+        Args:
+            width: Most columns; in a larger group a character stands for a square of pairs.
+            head: The query head; with ``"ulysses"`` each pipeline attends for some heads to all tokens.
+
+        Example:
+            >>> from hetu.parallel import build_plan
+            >>> heads = Heads(num_q=2, num_kv=2, head_dim=8, itemsize=2)
+            >>> layout = Layout.build([2, 3], [0, 0])
+            >>> print(build_plan(layout, method="ulysses", mask=Mask.window(1, 0), heads=heads).draw(head=1))
+            group 0 under Mask.window(1, 0): 5 tokens on 2 pipelines
+            held by  00111
+                  0  1····
+                  0  11···
+                  1  ·11··
+                  1  ··11·
+                  1  ···11
+        """
+        head = index(head, "head", self.heads.num_q, op="plan")
+        return self.layout.drawn(self.mask, report.computing(self, head), width)
 
     def __str__(self) -> str:
         return report.table(self)

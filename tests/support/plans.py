@@ -54,12 +54,13 @@ def in_orders(
     spec, parts = AttnSpec(mask, HEADS, Topology.one_host(layout.num_pipelines)), dict[int, PipelinePlan]()
     for group in layout.groups:
         R = len(group.members)
-        taken, given, tables, landed, sent = exchange(group, slice(0, R), mask)
+        moved = exchange(group, slice(0, R), mask)
+        taken, given, tables = moved.taken, moved.given, moved.tables
         for i in range(R):
-            part = PartBuilder(group, i, spec)
+            part = PartBuilder(group, i, spec, moved.spans[i])
             needed = [c for c in order(i, R) if c == i or taken[i][c]]
             buffers = dict(zip([c for c in needed if c != i], itertools.cycle(range(1, num_buffers + 1)), strict=False))
-            sends = [(r, sent[r][i]) for r in range(R) if r != i and given[r][i]]
+            sends = [(r, moved.sent[r][i]) for r in range(R) if r != i and given[r][i]]
             if send_first:
                 part.send_all(sends)
             for c, following in zip([None, *needed], [*needed, None], strict=True):
@@ -71,7 +72,7 @@ def in_orders(
                     part.attend(0, tables[i * R + i], [(i, whole(group.rows[i]))])
                 elif c is not None:
                     part.wait_for(c)
-                    part.attend(buffers[c], tables[i * R + c], [(c, landed[i][c])])
+                    part.attend(buffers[c], tables[i * R + c], [(c, moved.landed[i][c])])
             parts[part.pipeline] = part.finish()
     # The backward of "direct" turns whatever moves keys and values round.
     return AttnPlan(layout, "direct", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.arguments import flag, integers, is_torch, shown
+from hetu.arguments import flag, integer, integers, is_torch, shown
 from hetu.arguments import index as index_of
 from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.arrays import arrays_of, check_alike, check_array
@@ -23,7 +23,8 @@ from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_s
 from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Parts, check_mask
 from hetu.parallel.layout.strategy import by_group, check_lengths, groups_of
-from hetu.parallel.mask.mask import Mask
+from hetu.parallel.mask.drawing import draw_owners
+from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans
 
 
@@ -432,6 +433,56 @@ class Layout:
             for array in (group.seq_lens, spans.member, spans.document, spans.start, spans.length, spans.step):
                 digest.update(array.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    def draw(self, mask: Mask = CAUSAL, width: int = 48) -> str:
+        """Who computes what under a mask, where keys and values move to the queries: a drawing per group.
+
+        Args:
+            mask: Which keys a query sees.
+            width: Most columns; in a larger group a character stands for a square of pairs.
+
+        Returns:
+            A line per query, headed by the pipeline that holds it, and a column per key: the pipeline that computes the
+            pair, ``·`` for pairs that the mask hides, ``*`` for several pipelines.
+
+        Example:
+            >>> print(Layout.build([4, 4], [0, 0], split="sym").draw())
+            group 0 under Mask.causal(): 8 tokens on 2 pipelines
+            held by  00111100
+                  0  0·······
+                  0  00······
+                  1  111·····
+                  1  1111····
+                  1  11111···
+                  1  111111··
+                  0  0000000·
+                  0  00000000
+        """
+        return self.drawn(mask, [self._holders(group) for group in self.groups], width)
+
+    def _holders(self, group: GroupLayout) -> IntArray:
+        """``(tokens,)`` which pipeline holds each token of a group, document after document."""
+        holds = np.empty(group.tokens, np.int64)
+        for r in group.members:
+            holds[self.columns(r)] = r
+        return holds
+
+    def drawn(self, mask: Mask, computes: Sequence[IntArray], width: int) -> str:
+        """As :meth:`draw`, where others compute than those who hold the queries.
+
+        Args:
+            mask: Which keys a query sees.
+            computes: For each group ``(tokens,)``, which pipeline computes for each query.
+            width: As of :meth:`draw`.
+        """
+        width, texts = integer(width, "width", least=1, op="layout"), []
+        for group, who in zip(self.groups, computes, strict=True):
+            bands = mask.bands(group.lengths, group.lengths)
+            whole = bands if mask.joins else bands.joined(group.offsets)
+            head = f"group {group.value} under {mask!r}: {count(group.tokens, 'token')}"
+            drawing = draw_owners(whole, who, self._holders(group), width)
+            texts.append(f"{head} on {count(len(group.members), 'pipeline')}\n{drawing}")
+        return "\n\n".join(texts)
 
     def __str__(self) -> str:
         return "\n".join(line for group in self.groups for line in group.describe())

@@ -21,6 +21,9 @@ from hetu.symbols import IntSymbol
 
 Size = int | IntSymbol
 
+MOST = 2**53
+"""The largest number in a mask: sums and differences of such are no problem for 64 bits."""
+
 
 class Rule(ABC):
     """Which keys a query may see. Rules are frozen dataclasses, and so compare and hash by value.
@@ -257,8 +260,9 @@ def _ints(rule: Rule) -> tuple[int, ...]:
 
 
 def _demand(what: str, size: Size, least: int, fix: str) -> None:
-    if isinstance(size, int) and size < least:
-        raise HetuError(f"{what} is {size}, expected at least {least}", op="mask", where=caller(), fix=fix)
+    if isinstance(size, int) and not least <= size <= MOST:
+        wanted = f"at least {least}" if size < least else f"at most {MOST}"
+        raise HetuError(f"{what} is {size}, expected {wanted}", op="mask", where=caller(), fix=fix)
 
 
 def _listed(sizes: tuple[Size, ...]) -> str:

@@ -127,6 +127,10 @@ class SegmentTable:
     def __len__(self) -> int:
         return len(self.query)
 
+    def lower_over(self, spans: QuerySpans) -> IntArray:
+        """``(segments,)`` the lower diagonals, those that bound nothing too."""
+        return 1 - spans.length[self.query] if self.lower is None else self.lower
+
     def pairs(self, spans: QuerySpans) -> int:
         """Allowed (query, key) pairs of all segments together."""
         if self.is_plain_over(spans):  # row i of n sees i + diagonal + 1 keys, and the last one all

@@ -43,6 +43,5 @@ def _join(tables: list[SegmentTable], offsets: list[int], spans: QuerySpans) -> 
     diagonal = np.concatenate([table.diagonal for table in tables])
     order, lower = query.argsort(kind="stable"), None
     if any(table.lower is not None for table in tables):
-        unbound = [1 - spans.length.take(table.query) if table.lower is None else table.lower for table in tables]
-        lower = np.concatenate(unbound).take(order)
+        lower = np.concatenate([table.lower_over(spans) for table in tables]).take(order)
     return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order), lower)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
-from hetu.arguments import MOST_OF_FLOATS, shown
+from hetu.arguments import shown
 from hetu.errors import HetuError
 from hetu.parallel.layout.layout import GroupLayout, Layout, Spans
 from hetu.parallel.mask.rules import Rule
@@ -157,12 +157,12 @@ def _check_rule(value: Any, place: str, seen: set[int]) -> None:
     if kinds.get(type(value).__name__) is not type(value):
         _refuse(value, place, " or ".join(kinds))
     _check_of(type(value))(value, place, seen)
-    if any(not isinstance(size, int) or abs(size) > MOST_OF_FLOATS for size in value.sizes):
-        refuse(f"{place} is {value}, expected ints of at most {MOST_OF_FLOATS}")
+    if not all(isinstance(size, int) for size in value.sizes):
+        refuse(f"{place} has numbers that are not bound, expected ints")
     try:
         value.with_sizes(value.sizes)
     except HetuError as error:
-        refuse(f"{place} is {value}, which is no mask: {error.what}")
+        refuse(f"{place} is no mask: {error.what}")
 
 
 def _refuse(value: Any, place: str, wanted: str) -> NoReturn:

@@ -88,17 +88,22 @@ def _allowed(plan: PlanData, group: GroupLayout, spans: QuerySpans) -> Seen:
     lower, upper, last = bands.lower[band], bands.upper[band], position + (rows - 1) * step
     first = np.maximum(bands.k_start[band], position + lower)
     count = np.maximum(np.minimum(bands.k_stop[band], last + upper + 1) - first, 0)
-    item = np.arange(len(part)).repeat(count)
-    key = first[item] + _count_up(count)
-    apart, step, part = key - position[item], step[item], part[item]
-    since, until = (
-        np.maximum(-((upper[item] - apart) // step), 0),
-        np.minimum((apart - lower[item]) // step, rows[item] - 1),
-    )
-    live = (since <= until).nonzero()[0]  # steps may lead past what a narrow band shows
-    span = of[part]
-    before = (cut.start - spans.start[of])[part]  # rows of the span that were cut off before
-    return Seen(span[live], key[live], (since + before)[live], (until + before)[live])
+    number, before = _count_up(count), (cut.start - spans.start[of])[part]  # rows of the span that were cut off before
+    since = _in_steps(number + (first - position - upper).repeat(count) - 1, step, count) + 1
+    until = _in_steps(number + (first - position - lower).repeat(count), step, count)
+    np.maximum(since, 0, out=since)
+    np.minimum(until, (rows - 1).repeat(count), out=until)
+    shift, span, key = before.repeat(count), of[part].repeat(count), number + first.repeat(count)
+    since += shift
+    until += shift
+    live = since <= until  # steps may lead past what a narrow band shows
+    allowed = Seen(span, key, since, until)
+    return allowed if live.all() else Seen(*(column[live] for column in allowed))
+
+
+def _in_steps(apart: IntArray, step: IntArray, count: IntArray) -> IntArray:
+    """Distances in steps, rounded down; where all steps are 1 they are that already."""
+    return apart if (step == 1).all() else apart // step.repeat(count)
 
 
 def _united(seen: Seen) -> tuple[Seen, int | None]:
@@ -107,11 +112,14 @@ def _united(seen: Seen) -> tuple[Seen, int | None]:
     Returns:
         What is seen; and an entry of which some row sees the key twice, if there is one.
     """
-    wide = 1 + int(seen.key.max(initial=0))
-    place = seen.span * wide + seen.key
-    order = np.lexsort((seen.since, place)) if (place[1:] <= place[:-1]).any() else slice(None)
-    span, key, since, until = (column[order] for column in seen)
-    place = place[order]
+    span, key, since, until = seen
+    place = span * (1 + int(key.max(initial=0))) + key
+    if (place[1:] <= place[:-1]).any():
+        order = place.argsort(kind="stable")  # of stretches that are in order: they are merged
+        place = place[order]
+        if (place[1:] == place[:-1]).any():
+            order = order[np.lexsort((since[order], place))]
+        span, key, since, until = (column[order] for column in seen)
     is_same = place[1:] == place[:-1]
     if not is_same.any():
         return Seen(span, key, since, until), None

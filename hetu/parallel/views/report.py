@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from hetu.parallel.layout.printing import count
+from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.plan.heads import Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send
 from hetu.parallel.plan.memory import peak_bytes
@@ -52,6 +55,19 @@ def table(plan: PlanData) -> str:
         text += ["", *_steps(part)]
     hidden = len(plan.pipelines) - MAX_PIPELINES
     return "\n".join([*text, *([f"\n... and the steps of {hidden} more pipelines"] if hidden > 0 else [])])
+
+
+def computing(plan: PlanData, head: int) -> list[IntArray]:
+    """For each group ``(tokens,)``, which pipeline computes for each query: for one query head."""
+    layout = plan.layout
+    found: list[IntArray] = [np.full(group.tokens, group.members[0]) for group in layout.groups]
+    for part in plan.pipelines:
+        heads, group = part.heads, layout.group_index(part.pipeline)
+        if part.queries == 0:
+            found[group][layout.columns(part.pipeline)] = part.pipeline
+        elif heads.first_q <= head < heads.first_q + heads.num_q:
+            found[group][:] = part.pipeline
+    return found
 
 
 def _steps(part: PipelinePlan) -> list[str]:

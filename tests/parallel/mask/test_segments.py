@@ -34,8 +34,7 @@ def test_lengths_of_both_sides_in_one_array() -> None:
 def dense(spans: QuerySpans, table: SegmentTable, rows: int, keys: int) -> np.ndarray:
     """How often each row sees each key of the buffer, straight from the docstring of ``SegmentTable``."""
     times = np.zeros((rows, keys), np.int64)
-    lower = np.full(len(table), -(2**40)) if table.lower is None else table.lower
-    columns = (table.query, table.k_start, table.k_len, table.diagonal, lower)
+    columns = (table.query, table.k_start, table.k_len, table.diagonal, table.lower_over(spans))
     for s, k_start, k_len, diagonal, low in zip(*columns, strict=True):
         i, j = np.arange(spans.length[s])[:, None], np.arange(k_len)
         seen = (i + low <= j) & (j <= i + diagonal)

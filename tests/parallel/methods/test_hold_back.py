@@ -65,10 +65,11 @@ def holding(plan: AttnPlan) -> list[int]:
 def allowed(table: SegmentTable, spans: QuerySpans, rows: int) -> np.ndarray:
     """How often each query row sees each key."""
     seen = np.zeros((int(spans.length.sum()), rows), int)
-    for query, k_start, k_len, diagonal in zip(table.query, table.k_start, table.k_len, table.diagonal, strict=True):
+    columns = (table.query, table.k_start, table.k_len, table.diagonal, table.lower_over(spans))
+    for query, k_start, k_len, diagonal, lower in zip(*columns, strict=True):
         i, j = np.arange(spans.length[query])[:, None], np.arange(k_len)
-        assert 0 < k_len <= spans.length[query] + diagonal  # the normal form
-        seen[spans.start[query] + i, k_start + j] += i + diagonal >= j
+        assert 0 < k_len <= spans.length[query] + diagonal and lower <= min(0, diagonal)  # the normal form
+        seen[spans.start[query] + i, k_start + j] += (i + lower <= j) & (j <= i + diagonal)
     return seen
 
 

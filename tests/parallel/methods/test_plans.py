@@ -58,8 +58,7 @@ def simulate(plan: AttnPlan) -> tuple[Counts, list[set[tuple[int, int]]]]:
 
 def attend(plan: AttnPlan, r: int, item: Attend, buffer: list[tuple[int, int]], counts: np.ndarray) -> None:
     spans, table = plan.pipelines[r].spans, item.table
-    lower = np.full(len(table), -(2**40)) if table.lower is None else table.lower
-    columns = (table.query, table.k_start, table.k_len, table.diagonal, lower)
+    columns = (table.query, table.k_start, table.k_len, table.diagonal, table.lower_over(spans))
     for query, k_start, k_len, diagonal, low in zip(*columns, strict=True):
         for i, j in itertools.product(range(spans.length[query]), range(k_len)):
             if i + low <= j <= i + diagonal:
