@@ -50,6 +50,9 @@ def chosen() -> list[Variant]:
         *(Variant(d, torch.float16, runs_on=d % 16 != 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
         Variant(256, half),
         Variant(256, single, dropout=True),
+        *(Variant(d, half, **{flag: True}) for d in (64, 128, 256) for flag in ("lower", "softcap", "sinks")),
+        Variant(128, half, True, True, lower=True, softcap=True, sinks=True),
+        Variant(128, single, lower=True, softcap=True, sinks=True),
     ]
 
 
@@ -64,6 +67,9 @@ def chosen_backward() -> list[BackwardVariant]:
         BackwardVariant(64, single, dropout=True),
         BackwardVariant(128, single, runs_on=True),
         BackwardVariant(256, single),
+        *(BackwardVariant(d, half, **{flag: True}) for d in (64, 128, 256) for flag in ("lower", "softcap")),
+        BackwardVariant(128, half, True, True, lower=True, softcap=True),
+        BackwardVariant(64, single, lower=True, softcap=True),
     ]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from support.tables_by_definition import Case, Step, buffers, dense, rows_of, run
+from support.tables_by_definition import Case, Step, buffers, dense, owned_rows, rows_of, run, sinks_of
 
-from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta
+from hetu.backends.attention.contract import BackwardState, Dropout, attention_delta, sink_gradient
 from hetu.backends.attention.dropout import keep_mask
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.families import family
@@ -34,14 +34,20 @@ def check_forward(
     head_dim: int,
     dtype: torch.dtype,
     dropout: Dropout | None = None,
+    softcap: float = 0.0,
+    has_sinks: bool = False,
 ) -> None:
+    """Compares with the definition; with ``has_sinks`` the last of several heads has one of -inf, which is none."""
     q, pairs = buffers(case, *heads, head_dim, dtype, seed=head_dim)
     scale = head_dim**-0.5
-    state = run(backend, case, q, pairs, scale=scale, dropout=dropout)
-    expected = dense(case, q, pairs, scale=scale, dropout=dropout)
+    sinks = sinks_of(heads[0], dtype, head_dim) if has_sinks else None
+    if sinks is not None and len(sinks) > 1:
+        sinks[-1] = -torch.inf
+    state = run(backend, case, q, pairs, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+    expected = dense(case, q, pairs, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
     tolerance = 2e-5
-    if dtype != torch.float32:
-        plain = dense(case, q, pairs, scale=scale, dropout=dropout, dtype=dtype)
+    if dtype not in (torch.float32, torch.float64):
+        plain = dense(case, q, pairs, scale=scale, dropout=dropout, dtype=dtype, softcap=softcap, sinks=sinks)
         tolerance = 2 * float((plain.out - expected.out).abs().max())
     assert state.out.dtype == dtype
     torch.testing.assert_close(state.out.double(), expected.out, rtol=0, atol=tolerance)
@@ -59,17 +65,25 @@ def oracle(
     dlse: torch.Tensor,
     scale: float,
     dropout: Dropout | None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of q and of every step's k and v, of ``sum(out * dout) + sum(lse * dlse)``; dlse is ``(T_q, H_q)``."""
+    """Gradients of q and of every step's k and v, of ``sum(out * dout) + sum(lse * dlse)``; dlse is ``(T_q, H_q)``.
+
+    The last one is that of the sinks, which are finite; a zero without them.
+    """
+    none = torch.full((q.shape[1],), -torch.inf)
     leaves = [q.double(), *(x.double().nan_to_num(0) for pair in pairs for x in pair)]
-    leaves = [x.detach().requires_grad_() for x in leaves]
+    leaves = [x.detach().requires_grad_() for x in (*leaves, (none if sinks is None else sinks).double())]
     heads, group = q.shape[1], q.shape[1] // pairs[0][0].shape[1]
-    k, v = (torch.cat(leaves[start::2]).repeat_interleave(group, 1) for start in (1, 2))
+    k, v = (torch.cat(leaves[start:-1:2]).repeat_interleave(group, 1) for start in (1, 2))
     seen = torch.cat(case.seen, 1)
     spans = case.spans
-    rows = seen.any(1)
+    rows = seen.any(1) if sinks is None else owned_rows(spans)
     scores = torch.einsum("ihd,jhd->hij", leaves[0], k) * scale
-    lse = scores.masked_fill(~seen, -torch.inf)[:, rows].logsumexp(-1)
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    hidden = scores.masked_fill(~seen, -torch.inf)[:, rows]
+    lse = torch.cat([hidden, leaves[-1][:, None, None].expand(-1, hidden.shape[1], 1)], -1).logsumexp(-1)
     p = (scores[:, rows] - lse.unsqueeze(-1)).exp() * seen[rows]
     if dropout is not None:
         documents = torch.from_numpy(np.repeat(spans.document, spans.length)).clamp(min=0)
@@ -91,6 +105,7 @@ def gradients(
     state: BackwardState,
     scale: float,
     dropout: Dropout | None,
+    softcap: float = 0.0,
     keeps: bool = False,
 ) -> list[torch.Tensor]:
     """What the backend computes, step by step, into memory that held NaN: in the dtype of ``state.dq``.
@@ -103,7 +118,7 @@ def gradients(
     grads = []
     for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
         wide = q.new_full((len(k), 2, *k.shape[1:]), torch.nan, dtype=state.dq.dtype)
-        call = AttendCall(q, k, v, case.spans, step.table, scale, turn, dropout, step.key_position)
+        call = AttendCall(q, k, v, case.spans, step.table, scale, turn, dropout, step.key_position, softcap)
         family(backend).attend_backward(call, state, wide[:, 0], wide[:, 1], keeps)
         if keeps:
             others = ~named_keys(step)
@@ -141,6 +156,8 @@ def check_backward(
     heads: tuple[int, int] = (4, 2),
     device: str = "cpu",
     in_q_dtype: bool = False,
+    softcap: float = 0.0,
+    has_sinks: bool = False,
 ) -> None:
     """Compares with the oracle, and a second call, which keeps what others wrote, with the first, bit for bit."""
     q, pairs = buffers(case, *heads, head_dim, dtype, seed)
@@ -150,15 +167,22 @@ def check_backward(
     dlse = torch.randn(len(q), heads[0], generator=generator).to(high)
     dropout = Dropout(p, key=seed + 5) if p else None
     there, there_pairs = q.to(device), [(k.to(device), v.to(device)) for k, v in pairs]
-    forward = run(backend, case, there, there_pairs, scale=scale, dropout=dropout)
+    sinks = sinks_of(heads[0], dtype, seed).to(device) if has_sinks else None
+    forward = run(backend, case, there, there_pairs, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
     delta = attention_delta(forward.out, dout.to(device), lse_gradient(case, forward.lse, dlse.to(device)), case.spans)
     dq = torch.empty_like(there, dtype=dtype if in_q_dtype else high)
     acc = None
     if case.runs_on:
         acc = dq if dq.dtype == high and seed % 2 else torch.empty_like(there, dtype=high)
     state = BackwardState(dout.to(device), forward.lse, delta, dq, acc)
-    got, again = (gradients(case, backend, there, there_pairs, state, scale, dropout, keeps) for keeps in (False, True))
-    for mine, want in zip(got, oracle(case, q, pairs, dout, dlse, scale, dropout), strict=True):
+    got, again = (
+        gradients(case, backend, there, there_pairs, state, scale, dropout, softcap, keeps) for keeps in (False, True)
+    )
+    for grads in (got, again):
+        none = torch.zeros(heads[0])
+        grads.append(none if sinks is None else sink_gradient(sinks, forward.lse, delta, case.spans))
+    wanted = oracle(case, q, pairs, dout, dlse, scale, dropout, softcap, None if sinks is None else sinks.cpu())
+    for mine, want in zip(got, wanted, strict=True):
         size = max(1.0, float(want.abs().max())) if want.numel() else 1.0
         torch.testing.assert_close(mine.cpu().double(), want, atol=TOLERANCE[dtype] * size, rtol=0)
     assert all(torch.equal(one, two) for one, two in zip(got, again, strict=True)), "two calls give different bits"

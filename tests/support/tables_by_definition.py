@@ -54,12 +54,24 @@ def cut(rng: np.random.Generator, positions: range) -> list[range]:
     return [positions[a:b] for a, b in pairwise(marks) if b > a]
 
 
-def random_case(seed: int, lengths: list[int], *, is_causal: bool, num_steps: int, tail: int = 0) -> Case:
+Bounds = tuple[int, int]
+"""The nearest and the farthest key that a query sees, counted from its own position."""
+
+
+def random_case(
+    seed: int, lengths: list[int], *, is_causal: bool, num_steps: int, tail: int = 0, has_windows: bool = False
+) -> Case:
     """Self-attention of documents whose queries and keys are dealt out in strides, in random order, over steps.
 
     Each document is its own slot. Every (query, key) pair of the mask is in exactly one segment; some steps may
-    be empty, and rows of a buffer that no segment names hold keys of nobody.
+    be empty, and rows of a buffer that no segment names hold keys of nobody. With ``has_windows`` each document has
+    bounds of its own, both before a query or both behind it too, so that some rows see nothing.
     """
+    bounds = [(-n, 0 if is_causal else n) for n in lengths]
+    if has_windows:
+        drawn = np.random.default_rng([seed, 1])
+        bounds = [(int(drawn.integers(-n, n // 4 + 1)), n) for n in lengths]
+        bounds = [(low, 0 if is_causal and low <= 0 else int(drawn.integers(low, n + 1))) for low, n in bounds]
     rng = np.random.default_rng(seed)
     spans: list[tuple[int, range]] = []
     runs: list[list[tuple[int, range]]] = [[] for _ in range(num_steps)]
@@ -73,7 +85,7 @@ def random_case(seed: int, lengths: list[int], *, is_causal: bool, num_steps: in
     query_spans, total = _query_spans(spans, tail)
     steps, seen = [], []
     for step_runs in runs:
-        step, mask = _step(rng, spans, query_spans, step_runs, total, is_causal)
+        step, mask = _step(rng, spans, query_spans, step_runs, total, bounds, has_windows)
         steps.append(step)
         seen.append(mask)
     longest = max(lengths, default=0)
@@ -110,7 +122,8 @@ def _step(
     query_spans: QuerySpans,
     runs: list[tuple[int, range]],
     total: int,
-    is_causal: bool,
+    bounds: list[Bounds],
+    has_windows: bool,
 ) -> tuple[Step, torch.Tensor]:
     starts, size = [], 0
     for _, part in runs:
@@ -128,18 +141,30 @@ def _step(
             other, keys = runs[i]
             if other != document:
                 continue
-            diagonal = len(keys) - 1
-            if is_causal:  # positions of equal stride: part[r] >= keys[j] is r + diagonal >= j
-                diagonal = (part.start - keys.start) // part.step
-            k_len = min(len(keys), len(part) + diagonal)
-            if k_len <= 0:
+            # Of equal stride: keys[j] - part[r] <= bound is j <= r + (bound + the starts' distance) / stride.
+            near, far = bounds[document]
+            apart = part.start - keys.start
+            lower, diagonal = -(-(near + apart) // part.step), (far + apart) // part.step
+            if not has_windows and far > 0:
+                diagonal = len(keys) - 1
+            first, k_len = max(lower, 0), min(len(keys), len(part) + diagonal)
+            if k_len <= first or lower > diagonal:
                 continue
-            rows.append((query, starts[i], k_len, diagonal))
-            allowed = torch.tensor([[not is_causal or p >= key for key in keys] for p in part])
+            lower = max(lower - first, 1 - len(part))
+            rows.append((query, starts[i] + first, k_len - first, diagonal - first, lower))
+            allowed = torch.tensor([[near <= key - p <= far for key in keys] for p in part])
             start = int(query_spans.start[query])
             seen[start : start + len(part), starts[i] : starts[i] + len(keys)] = allowed
-    columns = np.asarray(rows, np.int64).reshape(-1, 4).T
-    return Step(SegmentTable(*columns), size, positions), seen
+    columns = np.asarray(rows, np.int64).reshape(-1, 5).T
+    return Step(SegmentTable(*(columns if has_windows else columns[:4])), size, positions), seen
+
+
+def sinks_of(heads: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """A sink for each head, as calls take them: one that outweighs a few keys, then others."""
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    sinks = 2.0 * torch.randn(heads, generator=torch.Generator().manual_seed(seed), dtype=high)
+    sinks[0] = 3.0
+    return sinks
 
 
 def buffers(
@@ -166,6 +191,8 @@ def run(
     scale: float,
     dropout: Dropout | None = None,
     scores: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> AttentionState:
     """All steps by a kernel family, into a state that held NaN wherever a kernel must write."""
     columns = case.columns if scores else None
@@ -178,7 +205,7 @@ def run(
         if slot >= 0:
             state.lse[slot, :, row : row + length] = torch.nan
     for step, turn, (k, v) in zip(case.steps, case.turns, pairs, strict=True):
-        call = AttendCall(q, k, v, spans, step.table, scale, turn, dropout, step.key_position)
+        call = AttendCall(q, k, v, spans, step.table, scale, turn, dropout, step.key_position, softcap, sinks)
         families.family(family).attend(call, state)
     return state
 
@@ -201,6 +228,8 @@ def dense(
     scale: float,
     dropout: Dropout | None = None,
     dtype: torch.dtype = torch.float64,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> Dense:
     """Attention over all keys of all steps at once, by the masks."""
     heads, group = q.shape[1], q.shape[1] // pairs[0][0].shape[1]
@@ -209,8 +238,13 @@ def dense(
         x.nan_to_num().to(dtype) for x in (q, torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs]))
     )
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = (torch.einsum("ihd,jhd->hij", q, k) * scale).masked_fill(~seen, -torch.inf)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    scores = softcap * (scores / softcap).tanh() if softcap else scores
+    scores = scores.masked_fill(~seen, -torch.inf)
     lse = scores.logsumexp(-1)
+    if sinks is not None:
+        owned = owned_rows(case.spans)
+        lse[:, owned] = torch.logaddexp(lse[:, owned], sinks.to(dtype)[:, None])
     p = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
     keep, factor = torch.ones_like(p, dtype=torch.bool), 1.0
     if dropout is not None:
@@ -223,6 +257,11 @@ def dense(
             rows = slice(int(start), int(start + length))
             keep[:, rows] = keep_mask(dropout, int(document), torch.arange(heads), queries, keys)
     return Dense(torch.einsum("hij,jhd->ihd", p * keep * factor, v), lse, p, keep)
+
+
+def owned_rows(spans: QuerySpans) -> torch.Tensor:
+    """Which rows of q have a log-sum-exp."""
+    return torch.from_numpy(np.repeat(spans.slot >= 0, spans.length))
 
 
 def rows_of(case: Case, lse: torch.Tensor) -> torch.Tensor:

@@ -22,19 +22,22 @@ _SPAN_FIELDS = ("document", "position", "step", "slot", "slot_row")
 
 QUERY_FIELDS = (
     "row", "rows", *_SPAN_FIELDS, "column",
-    "k_start", "k_len", "reach", "", "", "more_begin", "more_end", "role",
+    "k_start", "k_len", "reach", "low", "", "more_begin", "more_end", "role",
 )  # fmt: skip
 """A block of query rows: its first row of q and how many it has, fields of its span as of its first row (``position``,
 ``slot_row``), then a segment: its first key, how many, and the last key that the block's first row sees (the next row
-sees one more). ``more_begin .. more_end`` are the rows with further segments, of which only the segment counts."""
+sees one more). Where tables have a lower diagonal, the segment begins with the first key that the block's first row
+sees, or with its own first one, and ``low`` is the first key that this row may see, counted from there: 0, or negative
+where some rows more see that key too. ``more_begin .. more_end`` are the rows with further segments, of which only the
+segment counts."""
 
 KEY_FIELDS = (
     "k_row", "rows", "start", "length", *_SPAN_FIELDS,
-    "first", "last_key", "diagonal", "", "more_begin", "more_end", "role",
+    "first", "last_key", "diagonal", "lower", "more_begin", "more_end", "role",
 )  # fmt: skip
 """A block of keys: its first row of k and how many it has, then a segment that names it: the query span that sees it,
 the place of the block's first row among the segment's keys (negative where the segment begins later), its last key, and
-its diagonal."""
+its diagonals. Where tables have a lower diagonal, the span ends with the last row that sees a key of the block."""
 
 QUERIES, KEYS, KEYS_ONLY, VALUES_ONLY = 0, 1, 2, 3
 """Roles of programs: for queries (in the forward all are); in the backward also for gradients of keys and values; of

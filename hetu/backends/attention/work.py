@@ -33,8 +33,10 @@ from hetu.parallel.mask.segments import IntArray, QuerySpans, Ranking, SegmentTa
 _ROW, _ROWS, _POSITION, _STEP, _SLOT_ROW = (
     QUERY_FIELDS.index(name) for name in ("row", "rows", "position", "step", "slot_row")
 )
-_K_START, _K_LEN, _REACH = (QUERY_FIELDS.index(name) for name in ("k_start", "k_len", "reach"))
-_FIRST, _LAST_KEY, _DIAGONAL = (KEY_FIELDS.index(name) for name in ("first", "last_key", "diagonal"))
+_K_START, _K_LEN, _REACH, _LOW = (QUERY_FIELDS.index(name) for name in ("k_start", "k_len", "reach", "low"))
+_LENGTH, _FIRST, _LAST_KEY, _DIAGONAL, _LOWER = (
+    KEY_FIELDS.index(name) for name in ("length", "first", "last_key", "diagonal", "lower")
+)
 _KEY_SPAN = slice(KEY_FIELDS.index("start"), KEY_FIELDS.index("slot_row") + 1)
 
 _ALL = slice(None)
@@ -72,8 +74,8 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
     last = np.add.accumulate(blocks) - 1
     offset = (last.repeat(blocks) - np.arange(len(span))) * tokens  # the last block first
     documents = ranking.ranks.repeat(blocks)
-    # One entry a (block, segment), of those where the block's last row sees a key: in plain attention of all.
-    has_all = ranking.has_each_once and least(table.diagonal) >= 0
+    # One entry a (block, segment), of those where a row of the block sees a key: in plain attention of all.
+    has_all = ranking.has_each_once and least(table.diagonal) >= 0 and table.lower is None
     item, segment = (_ALL, span) if has_all else _segments_of(span, offset, tokens, spans, table)
     role: IntArray | None = None
     if turn is not None:
@@ -86,11 +88,12 @@ def query_work(spans: QuerySpans, table: SegmentTable, tokens: int, turn: Turn |
     items = _parts_of(spans, span, offset, tokens)
     if role is not None:  # else QUERIES, which is 0
         items[:, ROLE] = role
-    tail = [
-        (_K_START, table.k_start[segment]),
-        (_K_LEN, table.k_len[segment]),
-        (_REACH, offset[item] + table.diagonal[segment]),
-    ]
+    k_start, k_len, reach = table.k_start[segment], table.k_len[segment], offset[item] + table.diagonal[segment]
+    tail: list[Tail] = [(_K_START, k_start), (_K_LEN, k_len), (_REACH, reach)]
+    if table.lower is not None:  # the keys that no row of the block sees are cut off
+        low = offset[item] + table.lower[segment]
+        hidden = np.maximum(low, 0)
+        tail = [(_K_START, k_start + hidden), (_K_LEN, k_len - hidden), (_REACH, reach - hidden), (_LOW, low - hidden)]
     return _work_list(items, item, tail, documents)
 
 
@@ -121,7 +124,10 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
     ranks[ranking.order] = ranking.ranks
     query = table.query[segment]
     hidden = np.maximum(k_row[item] - table.k_start[segment], 0) - table.diagonal[segment]
-    weight = np.maximum(spans.length[query] - np.maximum(hidden, 0), 0)
+    length = spans.length[query]
+    if table.lower is not None:
+        length = _rows_that_see((k_row + rows)[item], length, segment, table)
+    weight = np.maximum(length - np.maximum(hidden, 0), 0)
     if isinstance(item, slice):  # a segment per block
         rank = ranks[query]
         order = np.lexsort((-weight, rank))
@@ -135,16 +141,33 @@ def key_work(spans: QuerySpans, table: SegmentTable, block_n: int) -> WorkList:
         moved = place[item]
         by_item = moved.argsort(kind="stable")
         item, segment, query = moved[by_item], segment[by_item], query[by_item]
-    k_row = k_row[order]
+    k_row, rows = k_row[order], rows[order]
     items = np.zeros((len(order), WIDTH), np.int32)
-    items[:, _ROW], items[:, _ROWS], items[:, ROLE] = k_row, rows[order], KEYS
+    items[:, _ROW], items[:, _ROWS], items[:, ROLE] = k_row, rows, KEYS
     tail: list[Tail] = [
         (_KEY_SPAN, _span_records(spans).take(query, axis=0)[:, : _SLOT_ROW + 1]),
         (_FIRST, k_row[item] - table.k_start[segment]),
         (_LAST_KEY, table.k_len[segment] - 1),
         (_DIAGONAL, table.diagonal[segment]),
     ]
+    if table.lower is not None:
+        length = _rows_that_see((k_row + rows)[item], spans.length[query], segment, table)
+        tail += [(_LENGTH, length), (_LOWER, table.lower[segment])]
     return _work_list(items, item, tail, rank[order])
+
+
+def _rows_that_see(stop: IntArray, length: IntArray, segment: IntArray, table: SegmentTable) -> IntArray:
+    """How many rows of query spans there are up to the last one that sees a key of a block.
+
+    Args:
+        stop: The row of the buffer after each block.
+        length: Rows of the span that sees it.
+        segment: Through which segment.
+        table: With lower diagonals.
+    """
+    assert table.lower is not None
+    last = np.minimum(stop - table.k_start[segment], table.k_len[segment]) - 1
+    return np.minimum(length, last - table.lower[segment] + 1)
 
 
 def _plain_work(
@@ -211,7 +234,10 @@ def _ranking(spans: QuerySpans, table: SegmentTable) -> Ranking:
 def _ranked(spans: QuerySpans, table: SegmentTable) -> Ranking:
     query, document = table.query, spans.document
     has_each_once = len(query) == len(spans) and (len(query) < 2 or least(query[1:] > query[:-1]) == 1)
-    keys = table.k_len if has_each_once else np.bincount(query, table.k_len, minlength=len(spans))
+    most = table.k_len  # keys that a row sees
+    if table.lower is not None:
+        most = np.minimum(most, table.diagonal - table.lower + 1)
+    keys = most if has_each_once else np.bincount(query, most, minlength=len(spans))
     fewer = -keys
     if _have_own_documents(spans):  # in plain attention: half the work
         return Ranking(spans, np.lexsort((document, fewer)), np.arange(len(document)), has_each_once)
@@ -264,7 +290,7 @@ def _parts_of(spans: QuerySpans, span: IntArray, offset: IntArray, tokens: int) 
 def _segments_of(
     span: IntArray, offset: IntArray, tokens: int, spans: QuerySpans, table: SegmentTable
 ) -> tuple[IntArray, IntArray]:
-    """For blocks of query spans all (block, segment) pairs of which the last row sees a key, ordered by block."""
+    """For blocks of query spans all (block, segment) pairs of which a row sees a key, ordered by block."""
     count = np.bincount(table.query, minlength=len(spans))
     first = np.add.accumulate(count) - count
     count, first = count[span], first[span]
@@ -272,6 +298,8 @@ def _segments_of(
     segment = np.arange(len(item)) + (first - (np.add.accumulate(count) - count)).repeat(count)
     last_row = np.minimum(offset + tokens, spans.length[span]) - 1
     sees = last_row[item] + table.diagonal[segment] >= 0
+    if table.lower is not None:  # the first row sees most of the last keys
+        sees &= offset[item] + table.lower[segment] < table.k_len[segment]
     return item[sees], segment[sees]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -42,20 +43,26 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     keys, values = (x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, heads[1], -1, -1) for x in (k, v))
     lse = state.lse.unflatten(1, heads)
     has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
-    plain = dropout is not None or state.scores is not None or not has_flash
+    extends = dropout is not None or state.scores is not None or table.lower is not None or call.softcap > 0
+    plain = extends or not has_flash
+    sinks = None if call.sinks is None else call.sinks.view(*heads, 1)
     limit = torch.finfo(dtype).max / 2
     is_ordinary = plain or _largest_score(q, k, call.softmax_scale) < limit
 
-    def parts(span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int) -> Iterable[Part]:
+    def parts(
+        span: int, own: torch.Tensor, k_start: int, k_len: int, diagonal: int, lower: int | None
+    ) -> Iterable[Part]:
         seen = slice(k_start, k_start + k_len)
         operands = own, keys[:, :, seen], values[:, :, seen]
         if plain:
-            return _plain(*operands, diagonal, call.softmax_scale, _Extras(call, span, state.scores, k_start))
+            extras = _Extras(call, span, state.scores, k_start)
+            return _plain(*operands, diagonal, call.softmax_scale, lower, call.softcap, extras)
         if is_ordinary or _largest_score(own, k[seen], call.softmax_scale) < limit:
             return _flash(*operands, diagonal, call.softmax_scale)
         return _mended(*operands, diagonal, call.softmax_scale)
 
-    segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), strict=True))
+    lower = [None] * len(table) if table.lower is None else table.lower.tolist()
+    segments = list(zip(table.k_start.tolist(), table.k_len.tolist(), table.diagonal.tolist(), lower, strict=True))
     bounds = np.searchsorted(table.query, np.arange(len(spans) + 1)).tolist()
     places = zip(spans.start.tolist(), spans.length.tolist(), spans.slot.tolist(), spans.slot_row.tolist(), strict=True)
     for span, (start, length, slot, slot_row) in enumerate(places):
@@ -65,7 +72,11 @@ def attend(call: AttendCall, state: AttentionState) -> None:
         rows = slice(start, start + length)
         own_lse = lse[slot, :, :, slot_row : slot_row + length] if slot >= 0 else None
         own_parts = (parts(span, queries[:, :, rows], *segment) for segment in own_segments)
-        _fold(chain.from_iterable(own_parts), out[:, :, rows], own_lse, turn is None or not turn.merges[span])
+        empty = turn is None or not turn.merges[span]
+        if empty and sinks is not None:
+            _clear(out[:, :, rows], own_lse, sinks)
+            empty = False
+        _fold(chain.from_iterable(own_parts), out[:, :, rows], own_lse, empty)
         if acc is not state.out and (turn is None or not turn.continues[span]):
             state.out[rows] = acc[rows]
 
@@ -87,11 +98,11 @@ def _fold(parts: Iterable[Part], out: torch.Tensor, lse: torch.Tensor | None, em
         _clear(out, lse)
 
 
-def _clear(out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """The attention over no keys."""
+def _clear(out: torch.Tensor, lse: torch.Tensor | None, sinks: torch.Tensor | None = None) -> None:
+    """The attention over no keys; ``sinks``: ``(H_kv, group, 1)``."""
     out.zero_()
     if lse is not None:
-        lse.fill_(-torch.inf)
+        lse.copy_(sinks) if sinks is not None else lse.fill_(-torch.inf)
 
 
 def _merge(out: torch.Tensor, lse: torch.Tensor, part_out: torch.Tensor, part_lse: torch.Tensor) -> None:
@@ -181,26 +192,29 @@ class _Extras:
             row, length = int(spans.slot_row[span]), int(spans.length[span])
             self.scores = scores[int(spans.slot[span]), :, row : row + length]
 
-    def keys(self, number: int, device: torch.device) -> torch.Tensor:
-        """Positions of the segment's first ``number`` keys."""
+    def keys(self, first: int, number: int, device: torch.device) -> torch.Tensor:
+        """Positions of ``number`` keys of the segment."""
         assert self.key_position is not None, "dropout and scores need the keys' positions"
-        part = self.key_position[self.k_start : self.k_start + number]
-        return copied_to(np.asarray(part, np.int64), device)
+        begin = self.k_start + first
+        return copied_to(np.asarray(self.key_position[begin : begin + number], np.int64), device)
 
-    def write_scores(self, scores: torch.Tensor, begin: int) -> None:
-        """Writes ``(H, n, keys)`` from the span's row ``begin`` on; no other segment of the span has these keys."""
+    def write_scores(self, scores: torch.Tensor, begin: int, first: int) -> None:
+        """Writes ``(H, n, keys)`` from the span's row ``begin`` and the segment's key ``first`` on.
+
+        No other segment of the span has these keys.
+        """
         if self.scores is not None:
-            columns = self.column + self.keys(scores.shape[2], scores.device)
+            columns = self.column + self.keys(first, scores.shape[2], scores.device)
             self.scores[:, begin : begin + scores.shape[1], columns] = scores
 
-    def drop(self, weights: torch.Tensor, begin: int) -> torch.Tensor:
-        """Applies dropout to ``(H, n, keys)`` from the span's row ``begin`` on."""
+    def drop(self, weights: torch.Tensor, begin: int, first: int) -> torch.Tensor:
+        """Applies dropout to ``(H, n, keys)`` from the span's row ``begin`` and the segment's key ``first`` on."""
         if self.dropout is None:
             return weights
         device = weights.device
         heads, rows, keys = (torch.arange(size, device=device) for size in weights.shape)
         queries = self.position + (begin + rows) * self.step
-        keep = keep_mask(self.dropout, self.document, heads, queries, self.keys(len(keys), device))
+        keep = keep_mask(self.dropout, self.document, heads, queries, self.keys(first, len(keys), device))
         return weights * keep * self.dropout.scale
 
 
@@ -210,23 +224,34 @@ def _plain(
     v: torch.Tensor,
     diagonal: int,
     softmax_scale: float,
+    lower: int | None = None,
+    softcap: float = 0.0,
     extras: _Extras | None = None,
 ) -> Iterator[Part]:
     """One segment by matrix products, a block of rows after the other; ``extras`` for dropout and scores."""
     (num_kv, group, rows, _), keys = q.shape, k.shape[2]
-    block = max(16, _BLOCK_ENTRIES // (num_kv * group * keys))
+    block = _BLOCK_ENTRIES // (num_kv * group * keys)
+    if lower is not None:
+        rows = min(rows, keys - lower)  # those behind see nothing
+        # A block of rows sees as many keys as one row, and one more for each row more.
+        block = min(max(64, diagonal - lower + 1), math.isqrt(_BLOCK_ENTRIES // (num_kv * group)))
+    block = max(16, block)
     j = torch.arange(keys, device=q.device)
     for begin in range(0, rows, block):
         end = min(begin + block, rows)
-        seen = min(keys, end + diagonal)
+        first, seen = 0 if lower is None else max(0, begin + lower), min(keys, end + diagonal)
         if seen <= 0:
             continue
         # (H_kv, group * n, D): one matrix product a kv head, for all query heads that share it.
-        s = q[:, :, begin:end].flatten(1, 2) @ k[:, 0, :seen].mT
+        s = q[:, :, begin:end].flatten(1, 2) @ k[:, 0, first:seen].mT
         s = s.mul_(softmax_scale).unflatten(1, (group, -1))
+        if softcap > 0:
+            s.div_(softcap).tanh_().mul_(softcap)
+        i = torch.arange(begin, end, device=q.device).unsqueeze(1)
         if begin + diagonal < seen - 1:
-            i = torch.arange(begin, end, device=q.device).unsqueeze(1)
-            s.masked_fill_(i + diagonal < j[:seen], -torch.inf)
+            s.masked_fill_(i + diagonal < j[first:seen], -torch.inf)
+        if lower is not None and first < end - 1 + lower:
+            s.masked_fill_(i + lower > j[first:seen], -torch.inf)
         lse = s.logsumexp(-1)
         shift = lse  # of scores of -inf alone the weights are NaN, as -inf - -inf is
         if begin + diagonal < 0:  # but of no keys 0
@@ -234,6 +259,7 @@ def _plain(
             shift[..., : -diagonal - begin] = 0.0
         weights = (s - shift.unsqueeze(-1)).exp_().flatten(0, 1)
         if extras is not None:
-            extras.write_scores(s.flatten(0, 1), begin)
-            weights = extras.drop(weights, begin)
-        yield begin, (weights.view(num_kv, -1, seen) @ v[:, 0, :seen]).unflatten(1, (group, -1)), lse
+            extras.write_scores(s.flatten(0, 1), begin, first)
+            weights = extras.drop(weights, begin, first)
+        out = weights.view(num_kv, -1, seen - first) @ v[:, 0, first:seen]
+        yield begin, out.unflatten(1, (group, -1)), lse

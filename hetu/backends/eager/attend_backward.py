@@ -55,10 +55,18 @@ def attend_backward(
         own_dq = torch.zeros_like(own_q)
         for begin in range(own_keys.start, own_keys.stop, size_k):
             part = slice(begin, min(begin + size_k, own_keys.stop))
-            p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1)
-            if exact is not None:
-                rounded = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).sub_(lse).clamp_(max=0.0)
-                p = torch.where(exact, rounded, p)
+            slope = None
+            if call.softcap > 0:
+                capped = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale / call.softcap).tanh_()
+                slope = 1.0 - capped.square()
+                p = capped.mul_(call.softcap).sub_(lse)
+                if exact is not None:
+                    p = torch.where(exact, p.clamp(max=0.0), p)
+            else:
+                p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1)
+                if exact is not None:
+                    rounded = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).sub_(lse).clamp_(max=0.0)
+                    p = torch.where(exact, rounded, p)
             p.exp_()
             block.hide(p, part, group)
             dp = own_dout @ values[:, part].mT
@@ -67,6 +75,8 @@ def attend_backward(
                 mask = block.mask(dropout, call.key_position, part, q.shape[1], q.device).view(p.shape)
                 kept, dp = p * mask * dropout.scale, dp * mask * dropout.scale
             ds = dp.sub_(delta).mul_(p)
+            if slope is not None:
+                ds.mul_(slope)
             sums[1][:, part].baddbmm_(kept.mT, own_dout)
             sums[0][:, part].baddbmm_(ds.mT, own_q)
             own_dq.baddbmm_(ds, keys[:, part])
@@ -85,10 +95,11 @@ class _Block:
         span = int(table.query[segment])
         end = min(begin + size, int(spans.length[span]))
         start, slot_row, k_start = int(spans.start[span]), int(spans.slot_row[span]), int(table.k_start[segment])
-        self.diagonal = int(table.diagonal[segment]) + begin
+        k_len, self.diagonal = int(table.k_len[segment]), int(table.diagonal[segment]) + begin
+        self.lower = begin - end + 1 if table.lower is None else int(table.lower[segment]) + begin
         self.count, self.k_start, self.slot = end - begin, k_start, int(spans.slot[span])
         self.rows, self.lse_rows = slice(start + begin, start + end), slice(slot_row + begin, slot_row + end)
-        self.keys = slice(k_start, k_start + min(int(table.k_len[segment]), self.count + self.diagonal))
+        self.keys = slice(k_start + max(self.lower, 0), k_start + min(k_len, self.count + self.diagonal))
         self.document, self.step = int(spans.document[span]), int(spans.step[span])
         self.position = int(spans.position[span]) + begin * self.step
 
@@ -102,11 +113,13 @@ class _Block:
 
     def hide(self, p: torch.Tensor, keys: slice, group: int) -> None:
         """Writes 0 where a row does not see a key."""
-        if keys.stop - 1 - self.k_start <= self.diagonal:
-            return
-        i = torch.arange(self.count, device=p.device)
-        j = torch.arange(keys.start - self.k_start, keys.stop - self.k_start, device=p.device)
-        p.unflatten(1, (group, -1)).masked_fill_(i.unsqueeze(1) + self.diagonal < j, 0.0)
+        first, last, p = keys.start - self.k_start, keys.stop - 1 - self.k_start, p.unflatten(1, (group, -1))
+        i = torch.arange(self.count, device=p.device).unsqueeze(1)
+        j = torch.arange(first, last + 1, device=p.device)
+        if last > self.diagonal:
+            p.masked_fill_(i + self.diagonal < j, 0.0)
+        if first < self.count - 1 + self.lower:
+            p.masked_fill_(i + self.lower > j, 0.0)
 
     def mask(
         self, dropout: Dropout, key_position: np.ndarray | None, keys: slice, heads: int, device: torch.device
@@ -122,6 +135,8 @@ def _blocks(spans: QuerySpans, table: SegmentTable, size: int) -> Iterator[_Bloc
     """The blocks of all segments that see anything."""
     for segment, (span, diagonal) in enumerate(zip(table.query.tolist(), table.diagonal.tolist(), strict=True)):
         length = int(spans.length[span])
+        if table.lower is not None:  # rows behind the last one that sees a key
+            length = min(length, int(table.k_len[segment] - table.lower[segment]))
         for begin in range(0, length, size):
             if min(begin + size, length) + diagonal > 0:
                 yield _Block(spans, table, segment, begin, size)

@@ -91,7 +91,7 @@ def _time(
 
 def kind_of(variant: Variant | BackwardVariant, heads: PackedHeads, keys_per_row: float) -> str:
     """What one search is for. Steps of a longer attention take the tile of a whole one; lengths are of two classes."""
-    flags = [name for name in ("dropout", "scores") if getattr(variant, name, False)]
+    flags = [name for name in ("dropout", "scores", "lower", "softcap", "sinks") if getattr(variant, name, False)]
     direction = "backward" if isinstance(variant, BackwardVariant) else "forward"
     dtype = str(variant.dtype).removeprefix("torch.")
     keys = "few" if keys_per_row < 512 else "many"

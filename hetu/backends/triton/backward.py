@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from hetu.backends.triton.interpreter import jit
+from hetu.backends.triton.masking import is_cut, is_partly_seen, is_seen, is_visible
 from hetu.backends.triton.tiles import (
     CONTINUES,
     KEYS,
@@ -29,21 +30,15 @@ from hetu.backends.triton.tiles import (
     dot,
     dropout_keeps,
     first_columns,
-    is_visible,
     item_and_set,
     load_again,
     load_rows,
     loop,
     store_rows,
+    tanh,
     tile_offsets,
     unknown_zero,
 )
-
-
-@jit
-def is_seen(place, last_key, reach):
-    """Which keys at ``place`` of a segment, before and past which there are others, rows with a last key see."""
-    return ((place >= 0) & (place <= last_key))[:, None] & (place[:, None] <= reach[None, :])
 
 
 @jit
@@ -54,17 +49,19 @@ def first_row(first, diagonal, TOKENS: tl.constexpr):
 
 @jit
 def fold_queries(
-    dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, token, head,
-    scale, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
+    dk, dv, k_tile, v_tile, q, dout, lse, delta, begin, length, whole, first, last_key, diagonal, lower, token, head,
+    scale, softcap, position, step, key_positions, document, head_start, key_low, key_high, threshold, keep_scale,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     stride_lh, HEADS: tl.constexpr, PACK: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROLE: tl.constexpr, STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    ROLE: tl.constexpr, STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows ``begin .. length`` of a query span do to the gradients of a block of keys.
 
     q, dout, lse and delta start at row ``begin``, of the first head. Row i sees key j of the block where ``first + j``
-    is in ``0 .. last_key`` and at most ``i + diagonal``; from row ``whole`` on all of them.
+    is in ``0 .. last_key`` and at most ``i + diagonal``, and with LOWER at least ``i + lower``. It sees all of them
+    from row ``whole`` on, with LOWER up to row ``first - lower``, the last one that sees the block's first key.
 
     A thread has eight columns of the scores, and so needs the log-sum-exps and dot products of eight rows. Loaded as
     two rows, each thread would copy all of its own, by four bytes, each with an address and a mask. They are the first
@@ -81,6 +78,11 @@ def fold_queries(
     delta += token * HEADS + head
     rows = tl.where(column == 0, lse[:, None], delta[:, None])
     next_rows = tl.where(column == 0, TOKENS, TOKENS * HEADS)
+    since = first - lower - (TOKENS - 1)
+    inner = scale
+    if SOFTCAP:  # as in the forward
+        inner = scale / softcap
+        scale = softcap
     for i in loop(begin, length, TOKENS, num_stages=STAGES):
         live = token < length - i
         q_tile = load_rows(q, q_offsets, live, HEAD_DIM, BLOCK_D)
@@ -89,17 +91,19 @@ def fold_queries(
         lse_row, delta_row = first_columns(tl.load(rows, mask=live[:, None] & (column < COLUMNS), other=0.0))
         lse_row *= LOG2E
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
+        if SOFTCAP:
+            s = tanh(s * inner, PRECISION)
         if ROLE != VALUES_ONLY:
             dp = dot(v_tile, tl.trans(dout_tile), None, PRECISION)
         if ROLE == VALUES_ONLY:  # before the exponential: nothing else needs the scores, and it saves registers
             lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)  # of rows that see nothing
-            if i < whole:
-                s = tl.where(is_seen(first + j, last_key, i + token + diagonal), s, float("-inf"))
+            if is_partly_seen(i, whole, since, LOWER):
+                s = tl.where(is_seen(first + j, last_key, i + token, diagonal, lower, LOWER), s, float("-inf"))
             p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
         else:
             p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
-            if MASKS_ALL or i < whole:
-                p = tl.where(is_seen(first + j, last_key, i + token + diagonal), p, 0.0)
+            if MASKS_ALL or is_partly_seen(i, whole, since, LOWER):
+                p = tl.where(is_seen(first + j, last_key, i + token, diagonal, lower, LOWER), p, 0.0)
         kept = p
         if DROPOUT:
             queries = position + (i + token) * step
@@ -113,7 +117,10 @@ def fold_queries(
         if ROLE != KEYS_ONLY:
             dv = add_dot(kept, dout_tile, dv, PRECISION)
         if ROLE != VALUES_ONLY:
-            dk = add_dot(p * (dp - delta_row[None, :]), q_tile, dk, PRECISION)
+            ds = p * (dp - delta_row[None, :])
+            if SOFTCAP:
+                ds *= 1.0 - s * s
+            dk = add_dot(ds, q_tile, dk, PRECISION)
         q += TOKENS * STRIDE_QT
         dout += TOKENS * STRIDE_DT
         rows += next_rows
@@ -123,14 +130,14 @@ def fold_queries(
 @jit
 def key_gradients(
     q, k, v, dout, lse, delta, dk, dv, key_position, records, record, kv_head,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start, softcap,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DKT: tl.constexpr, STRIDE_DKH: tl.constexpr, STRIDE_DVT: tl.constexpr, STRIDE_DVH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    PLANES: tl.constexpr, ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, MORE: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    PLANES: tl.constexpr, ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
+    MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys, of its values, or of both, of one key head; arguments as of the kernel."""
     TOKENS: tl.constexpr = BLOCK_M // PACK
@@ -172,6 +179,9 @@ def key_gradients(
         first = tl.load(record + 9)  # of the block, counted in the segment's keys; negative where it begins before
         last_key = tl.load(record + 10)
         diagonal = tl.load(record + 11)
+        lower = 0
+        if LOWER:
+            lower = tl.load(record + 12)
         # Row i sees key j from i = j - diagonal on: before `begin` nobody sees any, from `whole` on all see all.
         begin = first_row(first, diagonal, TOKENS)
         is_inside = (first >= 0) & (first + BLOCK_N - 1 <= last_key) & (rows == BLOCK_N)
@@ -184,12 +194,13 @@ def key_gradients(
                 dk=dk_tile, dv=dv_tile, k_tile=k_tile, v_tile=v_tile, q=q + far_begin * STRIDE_QT,
                 dout=dout + dout_begin * STRIDE_DT, lse=lse + slot * stride_lb + slot_row + begin,
                 delta=delta + far_begin * HEADS, begin=begin, length=length, whole=whole, first=first,
-                last_key=last_key, diagonal=diagonal, token=token, head=kv_head * GROUP + set * PACK + member,
-                scale=scale, position=position, step=step, key_positions=key_positions, document=document,
-                head_start=head_start, key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
-                STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, stride_lh=stride_lh,
-                HEADS=HEADS, PACK=PACK, PLANES=PLANES, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM,
-                BLOCK_D=BLOCK_D, ROLE=ROLE, STAGES=STAGES, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, PRECISION=PRECISION,
+                last_key=last_key, diagonal=diagonal, lower=lower, token=token,
+                head=kv_head * GROUP + set * PACK + member, scale=scale, softcap=softcap, position=position, step=step,
+                key_positions=key_positions, document=document, head_start=head_start, key_low=key_low,
+                key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH,
+                STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, stride_lh=stride_lh, HEADS=HEADS, PACK=PACK, PLANES=PLANES,
+                BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROLE=ROLE, STAGES=STAGES,
+                MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -203,38 +214,50 @@ def key_gradients(
 
 @jit
 def fold_keys(
-    dq, q, dout, k, v, kv_head, lse, delta, k_len, reach, token, rows, scale,
+    dq, q, dout, k, v, kv_head, lse, delta, k_len, reach, low, token, rows, scale, softcap,
     key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys of a segment do to the gradients of a block of query rows.
 
-    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head.
+    The row of token i sees keys ``0 .. reach + i``, with LOWER only those from ``low + i`` on; k and v start at key 0
+    of ``k_len``, of the first head.
     """
     j = tl.arange(0, BLOCK_N)
     member = tl.zeros([BLOCK_N], tl.int32) + kv_head
     k_offsets = tile_offsets(j, member, STRIDE_KT, STRIDE_KH, BLOCK_D, KV_HEADS)
     v_offsets = tile_offsets(j, member, STRIDE_VT, STRIDE_VH, BLOCK_D, KV_HEADS)
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
+    hidden = low + rows - 1  # from here on no row is past a key
     end = tl.minimum(k_len, reach + rows)
+    inner = scale
+    if SOFTCAP:  # as in the forward
+        inner = scale / softcap
+        scale = softcap
     for n in loop(0, end, BLOCK_N, num_stages=STAGES):
         left = end - n
         k_tile = load_rows(k, k_offsets, j < left, HEAD_DIM, BLOCK_D)
         v_tile = load_rows(v, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k_tile), None, PRECISION)
         dp = dot(dout, tl.trans(v_tile), None, PRECISION)
+        if SOFTCAP:
+            s = tanh(s * inner, PRECISION)
         p = tl.math.exp2(s * (scale * LOG2E) - lse[:, None])
-        if MASKS_ALL or n >= whole:
-            p = tl.where(is_visible(j, token, reach - n, left), p, 0.0)
+        if MASKS_ALL or is_cut(n, whole, hidden, LOWER):
+            p = tl.where(is_visible(j, token, reach - n, left, low - n, LOWER), p, 0.0)
         if DROPOUT:
             keys = tl.load(key_position + n + j, mask=j < left, other=0)
             keeps = dropout_keeps(
                 key_low, key_high, threshold, document, head[:, None], queries[:, None], keys[None, :]
             )
             dp = tl.where(keeps, dp * keep_scale, 0.0)
-        dq = add_dot(p * (dp - delta[:, None]), k_tile, dq, PRECISION)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds *= 1.0 - s * s
+        dq = add_dot(ds, k_tile, dq, PRECISION)
         k += BLOCK_N * STRIDE_KT
         v += BLOCK_N * STRIDE_VT
     return dq
@@ -243,13 +266,13 @@ def fold_keys(
 @jit
 def query_gradients(
     q, k, v, dout, lse, delta, dq, dq_state, key_position, records, record, set, role,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start, softcap,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-    MASKS_ALL: tl.constexpr,
+    MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of query rows; arguments as of the kernel."""
@@ -263,6 +286,9 @@ def query_gradients(
     v_start = load_again(record + 8).to(tl.int64)
     k_len = tl.load(record + 9)
     reach = tl.load(record + 10)
+    low = 0
+    if LOWER:
+        low = tl.load(record + 11)
     token = tl.arange(0, BLOCK_M) // PACK
     member = tl.arange(0, BLOCK_M) % PACK
     head = first_head + member
@@ -296,12 +322,13 @@ def query_gradients(
             positions += k_start
         dq_tile = fold_keys(
             dq=dq_tile, q=q_tile, dout=dout_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
-            kv_head=first_head // GROUP, lse=lse_row, delta=delta_row, k_len=k_len, reach=reach, token=token, rows=rows,
-            scale=scale, key_position=positions, queries=queries, document=document, head=head_start + head,
+            kv_head=first_head // GROUP, lse=lse_row, delta=delta_row, k_len=k_len, reach=reach, low=low, token=token,
+            rows=rows, scale=scale, softcap=softcap, key_position=positions, queries=queries, document=document,
+            head=head_start + head,
             key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
             STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
-            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, STAGES=STAGES, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT,
-            PRECISION=PRECISION,
+            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, STAGES=STAGES, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
+            DROPOUT=DROPOUT, PRECISION=PRECISION,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -309,6 +336,8 @@ def query_gradients(
             v_start = load_again(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
+            if LOWER:
+                low = tl.load(record + 11)
     dq += row * STRIDE_DQT + far_head * STRIDE_DQH
     dq_offsets = tile_offsets(token, member, STRIDE_DQT, STRIDE_DQH, BLOCK_D)
     ends = live
@@ -323,7 +352,7 @@ def query_gradients(
 @jit(do_not_specialize=["stride_lb", "stride_lh", "key_low", "key_high", "threshold", "head_start"])
 def backward_kernel(
     q, k, v, dout, lse, delta, dq, dq_state, dk, dv, key_position, records,
-    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start,
+    stride_lb, stride_lh, scale, key_low, key_high, threshold, keep_scale, head_start, softcap,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_DT: tl.constexpr, STRIDE_DH: tl.constexpr,
     STRIDE_DQT: tl.constexpr, STRIDE_DQH: tl.constexpr, STRIDE_DST: tl.constexpr, STRIDE_DSH: tl.constexpr,
@@ -333,7 +362,7 @@ def backward_kernel(
     KEY_M: tl.constexpr, KEY_N: tl.constexpr, KEY_STAGES: tl.constexpr,
     VALUE_M: tl.constexpr, VALUE_N: tl.constexpr, VALUE_STAGES: tl.constexpr,
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
-    SPLIT: tl.constexpr, MASKS_ALL: tl.constexpr,
+    SPLIT: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
@@ -350,10 +379,10 @@ def backward_kernel(
         dk, dv: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by their strides; rows that records name are written.
         key_position: int32 ``(T_k,)``, or None without DROPOUT.
         records: int32 rows of RECORD fields, as of records.py.
-        scale, key_low, key_high, threshold, keep_scale, head_start: As of the forward.
+        scale, key_low, key_high, threshold, keep_scale, head_start, softcap: As of the forward.
         CHUNK: As of the forward.
         THREADS: Of a program, and at least twice the query rows of an iteration of programs for keys.
-        MASKS_ALL: As of the forward.
+        MASKS_ALL, LOWER: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
     """
@@ -367,11 +396,12 @@ def backward_kernel(
             q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dq=dq, dq_state=dq_state, key_position=key_position,
             records=records, record=record, set=set, role=role, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
             key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, head_start=head_start,
-            STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT,
-            STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DQT=STRIDE_DQT, STRIDE_DQH=STRIDE_DQH,
-            STRIDE_DST=STRIDE_DST, STRIDE_DSH=STRIDE_DSH, HEADS=HEADS, GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM,
-            BLOCK_M=QUERY_M, BLOCK_N=QUERY_N, BLOCK_D=BLOCK_D, STAGES=QUERY_STAGES, MASKS_ALL=MASKS_ALL,
-            RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
+            softcap=softcap, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH,
+            STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DQT=STRIDE_DQT,
+            STRIDE_DQH=STRIDE_DQH, STRIDE_DST=STRIDE_DST, STRIDE_DSH=STRIDE_DSH, HEADS=HEADS, GROUP=GROUP, PACK=PACK,
+            HEAD_DIM=HEAD_DIM, BLOCK_M=QUERY_M, BLOCK_N=QUERY_N, BLOCK_D=BLOCK_D, STAGES=QUERY_STAGES,
+            MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP, RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT,
+            PRECISION=PRECISION,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:
@@ -380,22 +410,23 @@ def backward_kernel(
                     q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, key_position=key_position,
                     records=records, record=record, kv_head=set, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
                     key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
-                    head_start=head_start, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT,
-                    STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT,
-                    STRIDE_DH=STRIDE_DH, STRIDE_DKT=STRIDE_DKT, STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT,
-                    STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=VALUE_M,
-                    BLOCK_N=VALUE_N, BLOCK_D=BLOCK_D, STAGES=VALUE_STAGES, PLANES=THREADS // VALUE_M, ROLE=VALUES_ONLY,
-                    MASKS_ALL=MASKS_ALL, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
+                    head_start=head_start, softcap=softcap, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH,
+                    STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH,
+                    STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DKT=STRIDE_DKT, STRIDE_DKH=STRIDE_DKH,
+                    STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP, PACK=PACK,
+                    HEAD_DIM=HEAD_DIM, BLOCK_M=VALUE_M, BLOCK_N=VALUE_N, BLOCK_D=BLOCK_D, STAGES=VALUE_STAGES,
+                    PLANES=THREADS // VALUE_M, ROLE=VALUES_ONLY, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
+                    MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
                 )  # fmt: skip
         else:
             key_gradients(
                 q=q, k=k, v=v, dout=dout, lse=lse, delta=delta, dk=dk, dv=dv, key_position=key_position,
                 records=records, record=record, kv_head=set, stride_lb=stride_lb, stride_lh=stride_lh, scale=scale,
                 key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, head_start=head_start,
-                STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT,
-                STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, STRIDE_DKT=STRIDE_DKT,
-                STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP,
-                PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=KEY_M, BLOCK_N=KEY_N, BLOCK_D=BLOCK_D, STAGES=KEY_STAGES,
-                PLANES=THREADS // KEY_M, ROLE=KEY_ROLE, MASKS_ALL=MASKS_ALL, MORE=MORE, DROPOUT=DROPOUT,
-                PRECISION=PRECISION,
+                softcap=softcap, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH,
+                STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH,
+                STRIDE_DKT=STRIDE_DKT, STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS,
+                GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=KEY_M, BLOCK_N=KEY_N, BLOCK_D=BLOCK_D,
+                STAGES=KEY_STAGES, PLANES=THREADS // KEY_M, ROLE=KEY_ROLE, MASKS_ALL=MASKS_ALL, LOWER=LOWER,
+                SOFTCAP=SOFTCAP, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
             )  # fmt: skip

@@ -10,7 +10,8 @@ them without masks, are slower: the registers of both are taken at once, and eac
 The running softmax is kept in base 2, where the hardware's exponential lives: ``row_max`` is the largest score
 of a row times log2(e), or a little less (running_max.py), ``row_sum`` the sum of ``2**(score - row_max)``, ``acc`` the
 matching sum of value rows. A partial result of earlier steps enters as ``row_max = lse``, ``row_sum = 1``,
-``acc = out``, so that merging costs no pass of its own.
+``acc = out``, so that merging costs no pass of its own. A sink enters in a row's first step as one of which
+``acc`` is 0.
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -21,6 +22,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from hetu.backends.triton.interpreter import jit
+from hetu.backends.triton.masking import is_cut, is_visible
 from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
 from hetu.backends.triton.tiles import (
     CONTINUES,
@@ -31,12 +33,12 @@ from hetu.backends.triton.tiles import (
     add_dot,
     dot,
     dropout_keeps,
-    is_visible,
     item_and_set,
     load_again,
     load_rows,
     loop,
     store_rows,
+    tanh,
     tile_offsets,
     unknown_zero,
 )
@@ -44,23 +46,29 @@ from hetu.backends.triton.tiles import (
 
 @jit
 def fold_segment(
-    acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, token, rows, scale,
+    acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, low, token, rows, scale, softcap,
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    MASKS_ALL: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
-    ELEMENTS: tl.constexpr,
+    MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
-    The row of token i sees keys ``0 .. reach + i``; k and v start at key 0 of ``k_len``, of the first head.
+    The row of token i sees keys ``0 .. reach + i``, with LOWER only those from ``low + i`` on; k and v start at key 0
+    of ``k_len``, of the first head.
     """
     j = tl.arange(0, BLOCK_N)
     member = tl.zeros([BLOCK_N], tl.int32) + kv_head
     k_offsets = tile_offsets(j, member, STRIDE_KT, STRIDE_KH, BLOCK_D, KV_HEADS)
     v_offsets = tile_offsets(j, member, STRIDE_VT, STRIDE_VH, BLOCK_D, KV_HEADS)
     whole = tl.maximum(tl.minimum(k_len, reach + 1), 0) // BLOCK_N * BLOCK_N  # before here nothing is masked
+    hidden = low + rows - 1  # from here on no row is past a key
     end = tl.minimum(k_len, reach + rows)
+    inner = scale
+    if SOFTCAP:  # the softmax is then one of `tanh(s * inner)`, by the scale `softcap`
+        inner = scale / softcap
+        scale = softcap
     zero = unknown_zero(rows)
     for n in loop(0, end, BLOCK_N):
         left = end - n
@@ -75,8 +83,10 @@ def fold_segment(
         if BLOCK_D <= 128:  # waited for together; wide tiles are rather waited for when they are needed
             v_tile = load_rows(v_rows, v_offsets, j < left, HEAD_DIM, BLOCK_D)
         s = dot(q, tl.trans(k_tile), None, PRECISION)
-        if MASKS_ALL or n >= whole:
-            s = tl.where(is_visible(j, token, reach - n, left), s, float("-inf"))
+        if SOFTCAP:
+            s = tanh(s * inner, PRECISION)
+        if MASKS_ALL or is_cut(n, whole, hidden, LOWER):
+            s = tl.where(is_visible(j, token, reach - n, left, low - n, LOWER), s, float("-inf"))
         if DROPOUT or SCORES:
             keys = tl.load(key_position + n + j, mask=j < left, other=0)
         if SCORES:
@@ -101,18 +111,25 @@ def fold_segment(
     return acc, row_sums, row_max
 
 
+@jit
+def begun(row_max):
+    """The sums of rows that begin with a weight of 1 at ``row_max``; with nothing where that is -inf."""
+    return tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+
+
 @jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
                         "key_low", "key_high", "threshold", "head_start"])  # fmt: skip
 def forward_kernel(
-    q, k, v, out, lse, acc_state, scores, key_position, records,
+    q, k, v, out, lse, acc_state, scores, sinks, key_position, records,
     stride_lb, stride_lh, stride_sb, stride_sh, stride_sm,
-    scale, key_low, key_high, threshold, keep_scale, head_start,
+    scale, key_low, key_high, threshold, keep_scale, head_start, softcap,
     STRIDE_QT: tl.constexpr, STRIDE_QH: tl.constexpr, STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr,
     STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr, STRIDE_OT: tl.constexpr, STRIDE_OH: tl.constexpr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
-    MASKS_ALL: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr,
-    DROPOUT: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
+    MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
 
@@ -126,6 +143,7 @@ def forward_kernel(
             without RUNS_ON.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         scores: float32 ``(slots, HEADS, rows, columns)``, or None without SCORES.
+        sinks: float32 ``(HEADS,)``, or None without SINKS.
         key_position: int32 ``(T_k,)``, or None without DROPOUT and SCORES.
         records: int32 rows, the fields of which records.py gives.
         scale: Of the scores; positive.
@@ -133,6 +151,8 @@ def forward_kernel(
             makes another variant of the kernel.
         keep_scale: ``1 / (1 - p)``.
         head_start: What dropout counts the heads from.
+        softcap: What scores are capped by, with SOFTCAP.
+        LOWER: Whether segments have a lower diagonal.
         ELEMENTS: As of ``running_max.rescaled``.
         CHUNK: Items that programs take for one set of PACK heads before they take them for the next one.
         MASKS_ALL: Whether scores that nothing hides are masked too: a branch around it keeps Triton from seeing, for
@@ -152,6 +172,9 @@ def forward_kernel(
     v_start = load_again(record + 8).to(tl.int64)
     k_len = tl.load(record + 9)
     reach = tl.load(record + 10)
+    low = 0
+    if LOWER:
+        low = tl.load(record + 11)
     token = tl.arange(0, BLOCK_M) // PACK
     member = tl.arange(0, BLOCK_M) % PACK
     head = first_head + member
@@ -173,7 +196,14 @@ def forward_kernel(
         acc_base += (row * HEADS + far_head) * HEAD_DIM
         acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
-        row_sums = tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+        if SINKS:
+            row_max = tl.where(token < merged, row_max, tl.load(sinks + head) * LOG2E)
+        row_sums = begun(row_max)
+        row_max = kept(row_max, PRECISION)
+    elif SINKS:
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        row_max = tl.load(sinks + head) * LOG2E
+        row_sums = begun(row_max)
         row_max = kept(row_max, PRECISION)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -197,12 +227,12 @@ def forward_kernel(
             positions += k_start
         acc, row_sums, row_max = fold_segment(
             acc=acc, row_sums=row_sums, row_max=row_max, q=q_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
-            kv_head=first_head // GROUP, k_len=k_len, reach=reach, token=token, rows=rows, scale=scale,
-            scores=score_rows, key_position=positions, queries=queries, document=document, head=head_start + head,
-            key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
-            STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
-            HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, DROPOUT=DROPOUT, SCORES=SCORES,
-            PRECISION=PRECISION, ELEMENTS=ELEMENTS,
+            kv_head=first_head // GROUP, k_len=k_len, reach=reach, low=low, token=token, rows=rows, scale=scale,
+            softcap=softcap, scores=score_rows, key_position=positions, queries=queries, document=document,
+            head=head_start + head, key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
+            STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP,
+            BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
+            DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -210,6 +240,8 @@ def forward_kernel(
             v_start = load_again(record + 8).to(tl.int64)
             k_len = tl.load(record + 9)
             reach = tl.load(record + 10)
+            if LOWER:
+                low = tl.load(record + 11)
 
     row_sum = tl.sum(row_sums, 1)
     empty = row_sum == 0.0

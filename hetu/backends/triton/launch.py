@@ -44,7 +44,8 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     """
     q, turn = call.q, call.turn
     _, num_q, head_dim = q.shape
-    key = (q.device, q.dtype, num_q, head_dim, call.k.shape[1], call.dropout is not None, state.scores is not None)
+    extras = (call.dropout is not None, state.scores is not None, call.softcap > 0, call.sinks is not None)
+    key = (q.device, q.dtype, num_q, head_dim, call.k.shape[1], extras)
     if call.softmax_scale <= 0:
         call = call.with_positive_scale()
     owner = call.table if turn is None else turn
@@ -150,6 +151,7 @@ def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> None:
             lse=state.lse,
             acc_state=state.acc if variant.runs_on else None,
             scores=scores,
+            sinks=call.sinks,
             key_position=key_position_on(call, q.device) if variant.dropout or variant.scores else None,
             records=work.records,
             stride_lb=over_slots,
@@ -163,6 +165,7 @@ def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> None:
             threshold=drop.threshold,
             keep_scale=drop.keep_scale,
             head_start=drop.head_start,
+            softcap=call.softcap,
         ),
         _constants,
         work,
@@ -178,16 +181,14 @@ def _prepared(
     num_q: int,
     head_dim: int,
     num_kv: int,
-    dropout: bool,
-    scores: bool,
+    extras: tuple[bool, ...],
 ) -> ForwardWork:
     """Chooses the tile, and puts the work list on the device."""
     spans, table, turn = call.spans, call.table, call.turn
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
-    kind = _kind(
-        num_q, num_kv, head_dim, dtype, runs_on, dropout, scores, device, capability(device), rounded_keys(keys)
-    )
+    flags = (runs_on, table.lower is not None, *extras)
+    kind = _kind(num_q, num_kv, head_dim, dtype, flags, device, capability(device), rounded_keys(keys))
 
     def made(kind: ForwardKind) -> ForwardWork:
         return DeviceWork.of(kind, query_work(spans, table, kind.shape.block_m // kind.heads.pack, turn), device)
@@ -204,14 +205,13 @@ def _kind(
     num_kv: int,
     head_dim: int,
     dtype: torch.dtype,
-    runs_on: bool,
-    dropout: bool,
-    scores: bool,
+    flags: tuple[bool, ...],
     device: torch.device,
     capability: int,
     keys: int,
 ) -> ForwardKind:
-    variant = Variant(head_dim, dtype, runs_on, False, dropout, scores)
+    runs_on, lower, dropout, scores, softcap, sinks = flags
+    variant = Variant(head_dim, dtype, runs_on, False, dropout, scores, lower, softcap, sinks)
     heads = PackedHeads(num_q, num_kv)
     shape = tile(variant, capability, keys, heads.pack)
     return LaunchKind(heads, shape, (variant, replace(variant, more=True)), device)

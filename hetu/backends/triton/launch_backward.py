@@ -55,7 +55,8 @@ def attend_backward(
         return
     q, k, turn = call.q, call.k, call.turn
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
-    key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], call.dropout is not None, grads)
+    extras = (call.dropout is not None, call.softcap > 0)
+    key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], extras, grads)
     owner = call.table if turn is None else turn
     work = owner.copies.get(key)
     if work is None:
@@ -104,6 +105,7 @@ def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.T
             threshold=drop.threshold,
             keep_scale=drop.keep_scale,
             head_start=drop.head_start,
+            softcap=call.softcap,
         ),
         _constants,
         work,
@@ -121,7 +123,7 @@ def _prepared(
     num_q: int,
     head_dim: int,
     num_kv: int,
-    dropout: bool,
+    extras: tuple[bool, ...],
     grads: tuple[torch.dtype, ...],
 ) -> BackwardWork:
     """Chooses the tiles, and puts the work list on the device."""
@@ -129,7 +131,8 @@ def _prepared(
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)
     others = (device, grads)
-    kind = _kind(num_q, num_kv, head_dim, dtype, runs_on, dropout, others, capability(device), rounded_keys(keys))
+    flags = (runs_on, table.lower is not None, *extras)
+    kind = _kind(num_q, num_kv, head_dim, dtype, flags, others, capability(device), rounded_keys(keys))
 
     def made(kind: BackwardKind) -> BackwardWork:
         return DeviceWork.of(kind, backward_work(spans, table, kind.shape, kind.heads, turn), device)
@@ -146,13 +149,13 @@ def _kind(
     num_kv: int,
     head_dim: int,
     dtype: torch.dtype,
-    runs_on: bool,
-    dropout: bool,
+    flags: tuple[bool, ...],
     others: Hashable,
     capability: int,
     keys: int,
 ) -> BackwardKind:
-    variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout)
+    runs_on, lower, dropout, softcap = flags
+    variant = BackwardVariant(head_dim, dtype, runs_on, False, dropout, lower, softcap)
     heads = PackedHeads(num_q, num_kv)
     tiles = backward_tile(variant, capability, keys)
     return LaunchKind(heads, tiles, (variant.of_work(False), variant.of_work(True)), others)

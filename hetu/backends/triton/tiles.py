@@ -118,9 +118,23 @@ def unknown_zero(rows):
 
 
 @jit
-def is_visible(j, token, reach, left):
-    """Which of ``left`` keys j the row of a token sees, those up to ``reach + token``: ``(tokens, keys)``."""
-    return j[None, :] <= tl.minimum(token + reach, left - 1)[:, None]
+def tanh(x, PRECISION: tl.constexpr):
+    """The hyperbolic tangent. For half types the hardware's, which is off by 2**-11 of the result at most.
+
+    For float32 by an exponential that cannot overflow; near 0, where 1 less it would lose digits, by a series.
+    """
+    APPROXIMATES: tl.constexpr = PRECISION == "tf32" and not INTERPRETED
+    if APPROXIMATES:
+        result = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        fade = tl.math.exp2(tl.abs(x) * (-2.0 * LOG2E))
+        far = (1.0 - fade) / (1.0 + fade)
+        square = x * x
+        series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835))))
+        result = tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0.0, -far, far))
+    return result
 
 
 @jit

@@ -17,6 +17,9 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 HEAD_DIMS = range(8, 257, 8)
 
+FLAGGED_HEAD_DIMS = frozenset((64, 128, 256))
+"""Widths at which :func:`variants` gives lower diagonals, softcaps and sinks too, each alone."""
+
 INTERPRETER = 0
 """Stands for Triton's interpreter where a compute capability is asked for."""
 
@@ -87,6 +90,9 @@ class Variant:
         more: Whether a block of rows sees several segments.
         dropout: Whether entries are dropped.
         scores: Whether scores are written.
+        lower: Whether segments have a lower diagonal.
+        softcap: Whether scores are capped.
+        sinks: Whether each head has a sink.
     """
 
     head_dim: int
@@ -95,6 +101,9 @@ class Variant:
     more: bool = False
     dropout: bool = False
     scores: bool = False
+    lower: bool = False
+    softcap: bool = False
+    sinks: bool = False
 
     @property
     def block_d(self) -> int:
@@ -114,6 +123,9 @@ class Variant:
             "BLOCK_D": self.block_d,
             "CHUNK": tile.chunk,
             "MASKS_ALL": tile.masks_all,
+            "LOWER": self.lower,
+            "SOFTCAP": self.softcap,
+            "SINKS": self.sinks,
             "ELEMENTS": _elements(self, tile),
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
@@ -129,9 +141,10 @@ class Variant:
         """
         element = "*" + DTYPES[self.dtype]
         types: dict[str, str] = dict.fromkeys(("q", "k", "v", "out"), element)
-        types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"lse": "*fp32", "records": "*i32", "scale": "fp32", "keep_scale": "fp32", "softcap": "fp32"}
         types |= {"acc_state": "*fp32"} if self.runs_on else {}
         types |= {"scores": "*fp32"} if self.scores else {}
+        types |= {"sinks": "*fp32"} if self.sinks else {}
         types |= {"key_position": "*i32"} if self.scores or self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
         strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "O": q})
@@ -177,7 +190,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-OPTIONAL = ("acc_state", "dq_state", "scores", "key_position")
+OPTIONAL = ("acc_state", "dq_state", "scores", "sinks", "key_position")
 """Arguments of kernels that are None in some variants."""
 
 
@@ -296,21 +309,27 @@ def _small_tile(variant: Variant) -> Tile:
     return Tile(64, 16, 8, 2) if extras else Tile(64, 32, 8, 1)
 
 
+_FLAGS = ("lower", "softcap", "sinks")
+
+
 def variants(
     head_dims: Iterable[int] = HEAD_DIMS,
     dtypes: Iterable[torch.dtype] = tuple(DTYPES),
     *,
     extras: bool = True,
 ) -> Iterator[Variant]:
-    """Every variant of the forward kernel that a run may ask for.
+    """Every variant of the forward kernel that a run may ask for, but of the flags of masks, softcaps and sinks a few.
 
     Args:
         head_dims: Of the variants.
         dtypes: Of the variants.
-        extras: Whether to give those with dropout and scores too.
+        extras: Whether to give those with dropout and scores, and these flags, too.
     """
-    flags = (False, True) if extras else (False,)
+    head_dims, dtypes, flags = list(head_dims), list(dtypes), (False, True) if extras else (False,)
     for head_dim, dtype, runs_on, more, dropout, scores in product(
         head_dims, dtypes, (False, True), (False, True), flags, flags
     ):
         yield Variant(head_dim, dtype, runs_on, more, dropout, scores)
+    for head_dim, dtype, flag in product(FLAGGED_HEAD_DIMS.intersection(head_dims), dtypes, _FLAGS if extras else ()):
+        flagged: dict[str, Any] = {flag: True}
+        yield Variant(head_dim, dtype, **flagged)

@@ -12,6 +12,7 @@ import torch
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.variants import (
     DTYPES,
+    FLAGGED_HEAD_DIMS,
     HEAD_DIMS,
     INTERPRETER,
     PackedHeads,
@@ -58,6 +59,8 @@ class BackwardVariant:
         runs_on: Whether there are running gradients of queries, of earlier steps or for later ones.
         more: Whether a block of rows sees several segments, or a block of keys is seen through several.
         dropout: Whether entries are dropped.
+        lower: Whether segments have a lower diagonal.
+        softcap: Whether scores are capped.
     """
 
     head_dim: int
@@ -65,6 +68,8 @@ class BackwardVariant:
     runs_on: bool = False
     more: bool = False
     dropout: bool = False
+    lower: bool = False
+    softcap: bool = False
 
     def of_work(self, has_more: bool) -> BackwardVariant:
         """The variant that computes a work list.
@@ -96,6 +101,8 @@ class BackwardVariant:
             "QUERY_STAGES": tiles.queries.num_stages,
             "SPLIT": tiles.is_split,
             "MASKS_ALL": tiles.keys.masks_all,
+            "LOWER": self.lower,
+            "SOFTCAP": self.softcap,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -110,7 +117,7 @@ class BackwardVariant:
             ("dk", "dv"), "*fp32" if self.runs_on else element
         )  # of several steps they are summed up
         types |= dict.fromkeys(("lse", "delta"), "*fp32")
-        types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32"}
+        types |= {"records": "*i32", "scale": "fp32", "keep_scale": "fp32", "softcap": "fp32"}
         types |= {"dq_state": "*fp32"} if self.runs_on else {}
         types |= {"key_position": "*i32"} if self.dropout else {}
         q, kv = heads.num_q, heads.num_kv
@@ -155,7 +162,8 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
             return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
         return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
     if width <= 64:
-        if keys_per_row < 1536:  # registers for three programs a multiprocessor
+        # Registers for three programs a multiprocessor. A cap needs some, which larger blocks would spill.
+        if keys_per_row < 1536 or variant.softcap:
             return BackwardTiles(Tile(32, 64, 4, 3, max_registers=168), Tile(64, 64, 4, 3))
         return BackwardTiles(Tile(32, 128, 4, 3), Tile(128, 64, 4, 3))
     if width == 128:
@@ -180,9 +188,12 @@ def _float32_tile(width: int, capability: int) -> BackwardTiles:
 def backward_variants(
     head_dims: Iterable[int] = HEAD_DIMS, dtypes: Iterable[torch.dtype] = tuple(DTYPES)
 ) -> Iterator[BackwardVariant]:
-    """Every variant of the backward that a run may ask for."""
-    flags = (False, True)
+    """Every variant of the backward that a run may ask for; a mask's and a softcap's as of the forward's."""
+    head_dims, dtypes, flags = list(head_dims), list(dtypes), (False, True)
     for head_dim, dtype, runs_on, more, dropout in product(head_dims, dtypes, flags, flags, flags):
         variant = BackwardVariant(head_dim, dtype, runs_on, dropout=dropout).of_work(more)
         if variant.more == more:
             yield variant
+    for head_dim, dtype, flag in product(FLAGGED_HEAD_DIMS.intersection(head_dims), dtypes, ("lower", "softcap")):
+        flagged: dict[str, Any] = {flag: True}
+        yield BackwardVariant(head_dim, dtype, **flagged)

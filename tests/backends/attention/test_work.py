@@ -52,21 +52,24 @@ cases = given(
     mask=st.sampled_from(MASKS),
     size=st.sampled_from([1, 4, 16, 64]),
     tail=st.integers(0, 20),
+    windows=st.booleans(),
 )
 
 
-def pairs_of_queries(work: WorkList) -> Counter[tuple[int, int]]:
+def pairs_of_queries(work: WorkList, has_lower: bool = False) -> Counter[tuple[int, int]]:
     """All (query row, key row) pairs that the programs of query rows compute."""
     found: Counter[tuple[int, int]] = Counter()
     for item, records in told(work, QUERY_FIELDS):
         for record in records:
             for i in range(item["rows"]):
-                last = min(record["k_len"] - 1, record["reach"] + i)
-                found.update((item["row"] + i, record["k_start"] + j) for j in range(last + 1))
+                sees = range(
+                    max(record["low"] + i if has_lower else 0, 0), min(record["k_len"], record["reach"] + i + 1)
+                )
+                found.update((item["row"] + i, record["k_start"] + j) for j in sees)
     return found
 
 
-def pairs_of_keys(work: WorkList) -> Counter[tuple[int, int]]:
+def pairs_of_keys(work: WorkList, has_lower: bool = False) -> Counter[tuple[int, int]]:
     """All pairs that the programs of keys compute."""
     found: Counter[tuple[int, int]] = Counter()
     for item, records in told(work, KEY_FIELDS):
@@ -74,7 +77,8 @@ def pairs_of_keys(work: WorkList) -> Counter[tuple[int, int]]:
             for j in range(item["rows"]):
                 place = record["first"] + j
                 if 0 <= place <= record["last_key"]:
-                    sees = range(max(place - record["diagonal"], 0), record["length"])
+                    past = place - record["lower"] + 1 if has_lower else record["length"]
+                    sees = range(max(place - record["diagonal"], 0), min(record["length"], past))
                     found.update((record["start"] + i, item["k_row"] + j) for i in sees)
     return found
 
@@ -82,10 +86,17 @@ def pairs_of_keys(work: WorkList) -> Counter[tuple[int, int]]:
 def pairs_of_table(spans: QuerySpans, table: SegmentTable) -> Counter[tuple[int, int]]:
     """The same by definition."""
     found: Counter[tuple[int, int]] = Counter()
-    for query, k_start, k_len, diagonal in zip(*map(np.ndarray.tolist, columns(table)), strict=True):
+    of_segments = zip(*map(np.ndarray.tolist, (*columns(table), lower_of(spans, table))), strict=True)
+    for query, k_start, k_len, diagonal, lower in of_segments:
         for i in range(int(spans.length[query])):
-            found.update((int(spans.start[query]) + i, k_start + j) for j in range(min(k_len, i + diagonal + 1)))
+            sees = range(max(i + lower, 0), min(k_len, i + diagonal + 1))
+            found.update((int(spans.start[query]) + i, k_start + j) for j in sees)
     return found
+
+
+def lower_of(spans: QuerySpans, table: SegmentTable) -> np.ndarray:
+    """The lower diagonals, also of a table that needs none."""
+    return 1 - spans.length[table.query] if table.lower is None else table.lower
 
 
 def columns(table: SegmentTable) -> tuple[np.ndarray, ...]:
@@ -100,18 +111,45 @@ def middle(spans: QuerySpans, table: SegmentTable) -> Turn:
 
 
 @cases
-def test_programs_compute_every_pair_once(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
+def test_programs_compute_every_pair_once(
+    seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool
+) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail, has_windows=windows)
     spans, table = case.spans, case.steps[0].table
     expected = pairs_of_table(spans, table)
     for turn in (None, middle(spans, table)):
-        assert pairs_of_queries(query_work(spans, table, size, turn)) == expected
-    assert pairs_of_keys(key_work(spans, table, size)) == expected
+        assert pairs_of_queries(query_work(spans, table, size, turn), windows) == expected
+    assert pairs_of_keys(key_work(spans, table, size), windows) == expected
 
 
 @cases
-def test_blocks_of_query_rows(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
+def test_no_tile_is_visited_only_to_be_hidden(
+    seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool
+) -> None:
+    """Whatever the sides of tiles: each block of keys that a program of rows loads has a pair, and the other way."""
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail, has_windows=windows)
+    spans, table = case.spans, case.steps[0].table
+    pairs = pairs_of_table(spans, table)
+    for item, records in told(query_work(spans, table, size), QUERY_FIELDS):
+        rows = range(item["row"], item["row"] + item["rows"])
+        for record in records:
+            end = min(record["k_len"], record["reach"] + item["rows"])
+            for begin in range(0, end, size):
+                keys = range(record["k_start"] + begin, record["k_start"] + min(begin + size, end))
+                assert any((row, key) in pairs for row in rows for key in keys)
+    for item, records in told(key_work(spans, table, size), KEY_FIELDS):
+        keys = range(item["k_row"], item["k_row"] + item["rows"])
+        for record in records:
+            first = max(max(record["first"], 0) - record["diagonal"], 0) // size * size
+            assert first < record["length"]
+            for begin in range(first, record["length"], size):
+                rows = range(begin, min(begin + size, record["length"]))
+                assert any((record["start"] + row, key) in pairs for row in rows for key in keys)
+
+
+@cases
+def test_blocks_of_query_rows(seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail, has_windows=windows)
     spans, table = case.spans, case.steps[0].table
     items = [item for item, _ in told(query_work(spans, table, size), QUERY_FIELDS)]
     rows = sorted(item["row"] + i for item in items for i in range(item["rows"]))
@@ -134,9 +172,9 @@ def test_blocks_of_query_rows(seed: int, lengths: list[int], mask: Mask, size: i
 
 
 @cases
-def test_roles_of_steps(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
+def test_roles_of_steps(seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool) -> None:
     """All rows of a span are listed where it begins and where it ends, and programs know which that is."""
-    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=3, tail=tail)
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=3, tail=tail, has_windows=windows)
     spans = case.spans
     begun, ended = np.zeros(case.rows, int), np.zeros(case.rows, int)
     for step, turn in zip(case.steps, case.turns, strict=True):
@@ -150,8 +188,8 @@ def test_roles_of_steps(seed: int, lengths: list[int], mask: Mask, size: int, ta
 
 
 @cases
-def test_blocks_of_keys(seed: int, lengths: list[int], mask: Mask, size: int, tail: int) -> None:
-    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail)
+def test_blocks_of_keys(seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool) -> None:
+    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=2, tail=tail, has_windows=windows)
     spans, table = case.spans, case.steps[0].table
     work = told(key_work(spans, table, size), KEY_FIELDS)
     rows = sorted(item["k_row"] + j for item, _ in work for j in range(item["rows"]))
@@ -165,7 +203,8 @@ def test_blocks_of_keys(seed: int, lengths: list[int], mask: Mask, size: int, ta
         assert len(records) == np.count_nonzero(meets)
         for record in records:
             span = int(np.searchsorted(spans.start, record["start"], "right")) - 1
-            for name in ("start", "length", "document", "position", "step", "slot", "slot_row"):
+            assert record["length"] == spans.length[span] or (windows and 0 < record["length"] < spans.length[span])
+            for name in ("start", "document", "position", "step", "slot", "slot_row"):
                 assert record[name] == getattr(spans, name)[span], name
 
 
@@ -206,7 +245,8 @@ def test_both_kinds_joined() -> None:
 def places(spans: QuerySpans, table: SegmentTable) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     """For each span what it is sorted by, the first two of which are its document's, and its segments."""
     segments = [np.flatnonzero(table.query == span).tolist() for span in range(len(spans))]
-    keys = [sum(table.k_len[own].tolist()) for own in segments]
+    most = np.minimum(table.k_len, table.diagonal - lower_of(spans, table) + 1)  # keys that a row sees
+    keys = [sum(most[own].tolist()) for own in segments]
     document = spans.document.tolist()
     most = {d: max(k for k, other in zip(keys, document, strict=True) if other == d) for d in document}
     return [(-most[d], d, -k, span) for span, (d, k) in enumerate(zip(document, keys, strict=True))], segments
@@ -217,19 +257,27 @@ def queries_by_definition(
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Fields of each item but those of its segment, and its segments, one after the other in plain Python."""
     found = []
+    lower = lower_of(spans, table)
     place, segments = places(spans, table)
     for *_, span in sorted(place):
         for offset in reversed(range(0, int(spans.length[span]), tokens)):
             rows = min(tokens, int(spans.length[span]) - offset)
-            seen = [s for s in segments[span] if offset + rows - 1 + table.diagonal[s] >= 0]
+            first = {s: offset + lower[s] for s in segments[span]}  # key that the block's first row may see
+            seen = [
+                s for s in segments[span] if offset + rows - 1 + table.diagonal[s] >= 0 and first[s] < table.k_len[s]
+            ]
             if turn is not None and not seen and not turn.covers[span]:
                 continue
             role = QUERIES if turn is None else MERGES * turn.merges[span] + CONTINUES * turn.continues[span]
             moved = (offset, None, 0, offset * spans.step[span], 0, 0, offset, 0)
             names = ("start", "length", "document", "position", "step", "slot", "slot_row", "column")
             fields = [getattr(spans, name)[span] + by for name, by in zip(names, moved, strict=True) if by is not None]
-            reach = [[table.k_start[s], table.k_len[s], offset + table.diagonal[s]] for s in seen]
-            found.append(([*fields[:1], rows, *fields[1:], role], reach or [[0, 0, 0]]))
+            own = []
+            for s in seen:
+                cut = max(first[s], 0)
+                low = 0 if table.lower is None else first[s] - cut
+                own.append([table.k_start[s] + cut, table.k_len[s] - cut, offset + table.diagonal[s] - cut, low])
+            found.append(([*fields[:1], rows, *fields[1:], role], own or [[0, 0, 0, 0]]))
     return found
 
 
@@ -253,8 +301,11 @@ def keys_by_definition(spans: QuerySpans, table: SegmentTable, block_n: int) -> 
             span, first = table.query[s], start - table.k_start[s]
             names = ("start", "length", "document", "position", "step", "slot", "slot_row")
             of_span = [getattr(spans, name)[span] for name in names]
-            records.append([*of_span, first, table.k_len[s] - 1, table.diagonal[s]])
-            weight += max(spans.length[span] - max(max(first, 0) - table.diagonal[s], 0), 0)
+            if table.lower is not None:  # without the rows that are past the block's keys
+                of_span[1] = min(of_span[1], min(first + rows, table.k_len[s]) - table.lower[s])
+            diagonals = [table.diagonal[s], 0 if table.lower is None else table.lower[s]]
+            records.append([*of_span, first, table.k_len[s] - 1, *diagonals])
+            weight += max(of_span[1] - max(max(first, 0) - table.diagonal[s], 0), 0)
         found.append((place[table.query[named[0]]][:2], -weight, number, [start, rows, 1], records))
     return [(head, records) for *_, head, records in sorted(found)]
 
@@ -264,7 +315,7 @@ def parts(work: WorkList, segment: slice) -> list[tuple[list[int], list[list[int
     found = []
     for item, records in told(work, QUERY_FIELDS if segment.start == 8 else KEY_FIELDS):
         values = list(item.values())
-        assert item[""] == 0
+        assert item.get("", 0) == 0
         own = [list(record.values())[segment] for record in records]
         found.append(([*values[: segment.start], values[-1]], own))
     return found
@@ -272,16 +323,18 @@ def parts(work: WorkList, segment: slice) -> list[tuple[list[int], list[list[int
 
 @cases
 def test_lists_are_in_the_order_of_their_definition(
-    seed: int, lengths: list[int], mask: Mask, size: int, tail: int
+    seed: int, lengths: list[int], mask: Mask, size: int, tail: int, windows: bool
 ) -> None:
     """All records and their order, for tables of several steps."""
-    case = random_case(seed, lengths, is_causal=mask.hides_later, num_steps=1 + seed % 3, tail=tail)
+    case = random_case(
+        seed, lengths, is_causal=mask.hides_later, num_steps=1 + seed % 3, tail=tail, has_windows=windows
+    )
     tables = [step.table for step in case.steps]
     for table, turn in zip(tables, take_turns(case.spans, tables), strict=True):
         for own in (turn, None):
-            got = parts(query_work(case.spans, table, size, own), slice(8, 11))
+            got = parts(query_work(case.spans, table, size, own), slice(8, 12))
             assert got == queries_by_definition(case.spans, table, size, own)
-        assert parts(key_work(case.spans, table, size), slice(2, 12)) == keys_by_definition(case.spans, table, size)
+        assert parts(key_work(case.spans, table, size), slice(2, 13)) == keys_by_definition(case.spans, table, size)
 
 
 @given(
@@ -302,8 +355,8 @@ def test_lists_of_plain_attention_are_in_the_same_order(
     columns = (table.query, table.k_start, table.k_len, table.diagonal)
     both = [SegmentTable(*(column[own] for column in columns)) for own in (is_early, ~is_early)]
     for one, turn in [(table, None), *zip(both, take_turns(spans, both), strict=True)]:
-        assert parts(query_work(spans, one, size, turn), slice(8, 11)) == queries_by_definition(spans, one, size, turn)
-        assert parts(key_work(spans, one, size), slice(2, 12)) == keys_by_definition(spans, one, size)
+        assert parts(query_work(spans, one, size, turn), slice(8, 12)) == queries_by_definition(spans, one, size, turn)
+        assert parts(key_work(spans, one, size), slice(2, 13)) == keys_by_definition(spans, one, size)
 
 
 @given(
@@ -335,7 +388,7 @@ def test_a_ranking_is_of_its_own_spans() -> None:
     query_work(spans, table, 4)
     columns = [item.name for item in fields(spans) if item.repr]
     other = QuerySpans(*(getattr(spans, name)[[1, 0]] for name in columns))
-    assert parts(query_work(other, table, 4), slice(8, 11)) == queries_by_definition(other, table, 4, None)
+    assert parts(query_work(other, table, 4), slice(8, 12)) == queries_by_definition(other, table, 4, None)
 
 
 def test_work_of_nothing() -> None:

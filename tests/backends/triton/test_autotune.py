@@ -94,12 +94,13 @@ def test_kinds() -> None:
         autotune.kind_of(plain, heads, 5000),
         autotune.kind_of(replace(plain, dropout=True), heads, 100),
         autotune.kind_of(replace(plain, scores=True), heads, 100),
+        *(autotune.kind_of(replace(plain, **{flag: True}), heads, 100) for flag in ("lower", "softcap", "sinks")),
         autotune.kind_of(replace(plain, dtype=torch.float16), heads, 100),
         autotune.kind_of(replace(plain, head_dim=72), heads, 100),
         autotune.kind_of(plain, PackedHeads(8, 8), 100),
         autotune.kind_of(BackwardVariant(64, half), heads, 100),
     }
-    assert len(others) == 7 and autotune.kind_of(plain, heads, 100) not in others
+    assert len(others) == 10 and autotune.kind_of(plain, heads, 100) not in others
 
 
 def test_it_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

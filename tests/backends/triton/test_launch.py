@@ -212,4 +212,4 @@ def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:
 
 def test_variants_are_all_there() -> None:
     every = list(variants())
-    assert len(set(every)) == len(every) == len(HEAD_DIMS) * len(DTYPES) * 16
+    assert len(set(every)) == len(every) == len(DTYPES) * (len(HEAD_DIMS) * 16 + 3 * len(("lower", "softcap", "sinks")))
