@@ -6,8 +6,8 @@ is over twice FlashAttention-2's. FLOPs count unmasked pairs only, the backward 
 after every case to ``benchmarks/results/attention_<device>.json``; ``attention_report.py`` makes the docs of them.
 
     python benchmarks/attention.py [--out DIR] [--heads 32:8:128 ...] [--tokens 32768 ...] [--lengths mix ...]
-        [--mask causal full] [--direction forward backward] [--peers hetu FlashAttention-2 cuDNN FlexAttention]
-        [--samples 12] [--warm-up-processes 15]
+        [--mask causal full window-1024 ...] [--direction forward backward]
+        [--peers hetu FlashAttention-2 cuDNN FlexAttention] [--samples 12] [--warm-up-processes 15]
 
 To try it out without a GPU: ``--device cpu --heads 4:2:16 --tokens 300``.
 """
@@ -27,7 +27,20 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from attention_cases import DIRECTIONS, HEADS, LENGTHS, MASKS, TOKENS, Case, Inputs, Results, cases, error, reference
+from attention_cases import (
+    DIRECTIONS,
+    HEADS,
+    LENGTHS,
+    MASKS,
+    TOKENS,
+    Case,
+    Inputs,
+    Results,
+    cases,
+    error,
+    mask_name,
+    reference,
+)
 from attention_peers import PEERS, YARDSTICK, Calls
 from attention_report import RESULTS, LeftOut, Measured, Run, report
 from timing import DeviceTimer, HostTimer, Timer, about, attempt, take_turns
@@ -101,7 +114,8 @@ def compiled_cases(arguments: argparse.Namespace) -> Iterator[tuple[str, Case]]:
     """Cases that between them compile all that the peers compile."""
     if "hetu" in arguments.peers:  # a kernel for rows that see few keys, some, and many
         for tokens, lengths in ((4_096, "short"), (4_096, "one"), (16_384, "one")):
-            for case in cases(arguments.heads, [tokens], [lengths], ["causal"]):
+            windows = [mask for mask in arguments.mask if mask not in MASKS]
+            for case in cases(arguments.heads, [tokens], [lengths], ["causal", *windows[:1]]):
                 yield "hetu", case
     if "FlexAttention" in arguments.peers:  # static shapes
         for case in cases(arguments.heads, arguments.tokens, ["short"], arguments.mask):
@@ -143,7 +157,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--heads", nargs="+", default=list(HEADS), help="query heads:key heads:head_dim")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
-    parser.add_argument("--mask", nargs="+", choices=MASKS, default=list(MASKS))
+    parser.add_argument("--mask", nargs="+", type=mask_name, default=list(MASKS), help="causal, full, window-N")
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS))
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--samples", type=int, default=12, help="of each row at most; long kernels get fewer")

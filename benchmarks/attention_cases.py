@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise, product
 from pathlib import Path
@@ -33,12 +33,14 @@ class Case:
         tokens: In all documents together.
         lengths: A member of LENGTHS.
         is_causal: Whether the mask is causal.
+        window: How many keys before its own a query sees, under a causal mask; None for all.
     """
 
     heads: str
     tokens: int
     lengths: str
     is_causal: bool
+    window: int | None = field(default=None, kw_only=True)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,8 +50,8 @@ class Case:
 
     @property
     def mask(self) -> str:
-        """A member of MASKS."""
-        return MASKS[0 if self.is_causal else 1]
+        """A member of MASKS, or a window's name as of :func:`mask_name`."""
+        return MASKS[0 if self.is_causal else 1] if self.window is None else f"window-{self.window}"
 
     @property
     def documents(self) -> list[int]:
@@ -59,6 +61,8 @@ class Case:
         """Two products of 2 * head_dim operations for every pair that the mask lets through; 2.5 times that back."""
         num_q, _, head_dim = self.shape
         pairs = sum(n * (n + 1) // 2 if self.is_causal else n * n for n in self.documents)
+        if self.window is not None:  # what lies before it
+            pairs -= sum(n * (n + 1) // 2 for n in (m - self.window - 1 for m in self.documents) if n > 0)
         return 4 * head_dim * num_q * pairs * (2.5 if direction == "backward" else 1)
 
     def __str__(self) -> str:
@@ -68,7 +72,18 @@ class Case:
 def cases(heads: Sequence[str], tokens: Sequence[int], lengths: Sequence[str], masks: Sequence[str]) -> Iterator[Case]:
     """All combinations."""
     for total, one, kind, mask in product(tokens, heads, lengths, masks):
-        yield Case(one, total, kind, mask == "causal")
+        yield Case(one, total, kind, mask != "full", window=int(mask[7:]) if mask.startswith("window-") else None)
+
+
+def mask_name(text: str) -> str:
+    """A mask as the command line names it: of MASKS, or ``window-N``, causal with N keys before a query's own.
+
+    Raises:
+        ValueError: If there is no such mask.
+    """
+    if text not in MASKS and not re.fullmatch(r"window-\d+", text):
+        raise ValueError(text)
+    return text
 
 
 @cache
@@ -171,20 +186,22 @@ def reference(inputs: Inputs, block: int = 2048) -> Results:
             keys, values = k[start:end, head], v[start:end, head]
             for row in range(start, end, block):
                 rows = slice(row, min(row + block, end))
-                seen = rows.stop - start if case.is_causal else end - start
-                scores = torch.einsum("igd,jd->igj", q[rows, head], keys[:seen]) * inputs.scale
+                first = 0 if case.window is None else max(row - start - case.window, 0)
+                seen = slice(first, rows.stop - start if case.is_causal else end - start)
+                scores = torch.einsum("igd,jd->igj", q[rows, head], keys[seen]) * inputs.scale
                 if case.is_causal:
-                    i = torch.arange(row - start, rows.stop - start, device=q.device)
-                    hidden = torch.arange(seen, device=q.device)[None, :] > i[:, None]
+                    i = torch.arange(row - start, rows.stop - start, device=q.device)[:, None]
+                    j = torch.arange(seen.start, seen.stop, device=q.device)
+                    hidden = j > i if case.window is None else (j > i) | (j < i - case.window)
                     scores.masked_fill_(hidden[:, None, :], -torch.inf)
                 p = scores.softmax(-1)
-                out[rows, head] = torch.einsum("igj,jd->igd", p, values[:seen])
-                dp = torch.einsum("igd,jd->igj", dout[rows, head], values[:seen])
-                dv[start : start + seen, head] += torch.einsum("igj,igd->jd", p, dout[rows, head])
+                out[rows, head] = torch.einsum("igj,jd->igd", p, values[seen])
+                dp = torch.einsum("igd,jd->igj", dout[rows, head], values[seen])
+                dv[start:end, head][seen] += torch.einsum("igj,igd->jd", p, dout[rows, head])
                 delta = (out[rows, head] * dout[rows, head]).sum(-1, keepdim=True)
                 ds = p.mul_(dp.sub_(delta)).mul_(inputs.scale)
-                dq[rows, head] = torch.einsum("igj,jd->igd", ds, keys[:seen])
-                dk[start : start + seen, head] += torch.einsum("igj,igd->jd", ds, q[rows, head])
+                dq[rows, head] = torch.einsum("igj,jd->igd", ds, keys[seen])
+                dk[start:end, head][seen] += torch.einsum("igj,igd->jd", ds, q[rows, head])
     return {"out": out.flatten(1, 2), "dq": dq.flatten(1, 2), "dk": dk, "dv": dv}
 
 

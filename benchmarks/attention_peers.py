@@ -42,8 +42,12 @@ def hetu(x: Inputs) -> Calls:
     """``hetu.functional.attn_varlen``; lengths on the CPU."""
     from hetu.functional import attn_varlen
 
+    options: dict[str, Any] = {"is_causal": x.case.is_causal}
+    if x.case.window is not None:
+        options["window_size"] = (x.case.window, 0)
+
     def forward(q: torch.Tensor = x.q, k: torch.Tensor = x.k, v: torch.Tensor = x.v) -> torch.Tensor:
-        out = attn_varlen(q, k, v, x.cu_seqlens, x.cu_seqlens, is_causal=x.case.is_causal)
+        out = attn_varlen(q, k, v, x.cu_seqlens, x.cu_seqlens, **options)
         assert isinstance(out, torch.Tensor)
         return out
 
@@ -55,15 +59,18 @@ def hetu(x: Inputs) -> Calls:
 def flash_attention_2(x: Inputs) -> Calls:
     """The varlen op of FlashAttention-2 that torch has."""
     ops, lengths = torch.ops.aten, (x.cu_seqlens_there, x.cu_seqlens_there, x.longest, x.longest)
+    options: dict[str, Any] = {"scale": x.scale}
+    if x.case.window is not None:
+        options |= {"window_size_left": x.case.window, "window_size_right": 0}
 
     def forward() -> Any:
-        return ops._flash_attention_forward(x.q, x.k, x.v, *lengths, 0.0, x.case.is_causal, False, scale=x.scale)
+        return ops._flash_attention_forward(x.q, x.k, x.v, *lengths, 0.0, x.case.is_causal, False, **options)
 
     out, lse, rng_state, unused, _ = forward()
 
     def backward() -> Any:
         return ops._flash_attention_backward(
-            x.dout, x.q, x.k, x.v, out, lse, *lengths, 0.0, x.case.is_causal, rng_state, unused, scale=x.scale
+            x.dout, x.q, x.k, x.v, out, lse, *lengths, 0.0, x.case.is_causal, rng_state, unused, **options
         )
 
     return Calls(lambda: forward()[0], backward)
@@ -74,6 +81,8 @@ def cudnn(x: Inputs) -> Calls:
 
     It builds cuDNN's graph anew in each call with them: much work for the host, which is not part of the times.
     """
+    if x.case.window is not None:
+        raise NotImplementedError("torch's op has no windows")
     ops, lengths = torch.ops.aten, (x.cu_seqlens_there, x.cu_seqlens_there, x.longest, x.longest)
 
     def forward() -> Any:
@@ -120,10 +129,13 @@ def flex_attention(x: Inputs) -> Calls:
     lengths = x.cu_seqlens_there.diff().long()
     document = torch.repeat_interleave(torch.arange(len(lengths), device=x.q.device), lengths)
     is_causal, tokens, variant = x.case.is_causal, x.case.tokens, (x.case.heads, x.case.tokens, x.case.mask)
+    window = x.case.window
 
     def mask(b: Any, h: Any, i: Any, j: Any) -> Any:
-        same = document[i] == document[j]
-        return same & (i >= j) if is_causal else same
+        seen = document[i] == document[j]
+        if is_causal:
+            seen = seen & (i >= j)
+        return seen if window is None else seen & (i - j <= window)
 
     blocks = create_block_mask(mask, None, None, tokens, tokens, device=x.q.device.type)
     leaves = [y.detach().transpose(0, 1)[None].requires_grad_() for y in (x.q, x.k, x.v)]

@@ -66,6 +66,8 @@ class Measured(Row):
         """What hetu's ratio should be at least."""
         if self.peer != "hetu" or self.ratio is None:
             return None
+        if self.window is not None:
+            return 1.3 if self.direction == "forward" else 1.2
         if self.tokens == 32_768 and self.lengths in ("short", "ragged") and self.is_causal:
             return 1.5
         if self.tokens == 32_768 and self.lengths in ("mix", "equal"):
@@ -186,7 +188,8 @@ def _against_yardstick(found: Found, tokens: int, direction: str) -> list[str]:
     if not heads:
         return []
     lines = header(f"{direction}, {tokens:,} tokens", LENGTHS)
-    for one, mask in product(heads, MASKS):
+    masks = dict.fromkeys([*MASKS, *(key[3] for key in found)])
+    for one, mask in product(heads, masks):
         keys = [(tokens, direction, one, mask, kind) for kind in LENGTHS]
         cells = [_cell(found.get((*key, "hetu")), found.get((*key, YARDSTICK))) for key in keys]
         if any(cells):

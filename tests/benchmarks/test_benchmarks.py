@@ -107,15 +107,21 @@ def test_inputs_are_the_cases() -> None:
 
 
 @pytest.mark.parametrize("heads", [TINY, "3:3:8", "6:2:8"])
-@pytest.mark.parametrize("is_causal", [True, False])
-def test_the_reference_is_right(is_causal: bool, heads: str) -> None:
-    case = Case(heads, 90, "ragged", is_causal)
+@pytest.mark.parametrize("mask", ["causal", "full", "window-1", "window-7", "window-90"])
+def test_the_reference_is_right(mask: str, heads: str) -> None:
+    (case,) = attention_cases.cases([heads], [90], ["ragged"], [mask])
+    assert case.mask == mask
     inputs, (num_q, num_kv, head_dim) = Inputs.draw(case, "cpu"), case.shape
     leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     q, k, v = leaves[0], *(x.repeat_interleave(num_q // num_kv, 1) for x in leaves[1:])
-    mask = torch.block_diag(*(torch.ones(n, n) for n in case.documents)).bool()
+    seen = torch.block_diag(*(torch.ones(n, n) for n in case.documents)).bool()
+    if case.is_causal:
+        seen = seen.tril()
+    if case.window is not None:
+        seen = seen.triu(-case.window)
+    assert case.flops("forward") == 4 * head_dim * num_q * int(seen.sum())
     scores = torch.einsum("ihd,jhd->hij", q, k) * head_dim**-0.5
-    scores = scores.masked_fill(~(mask.tril() if is_causal else mask), -torch.inf)
+    scores = scores.masked_fill(~seen, -torch.inf)
     out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v)
     grads = torch.autograd.grad(out, leaves, inputs.dout.double())
     exact = {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), grads, strict=True))}
