@@ -94,7 +94,7 @@ def attend(
     if window is None and sliding_window is not None:
         window = sliding_window - 1, 0 if mask.is_causal else sliding_window - 1
     q, k, v = padded_heads(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
-    scores = {
+    scores: dict[str, Any] = {
         "is_causal": mask.is_causal,
         "softcap": softcap or NO_CAP,
         "sinks": s_aux,

@@ -149,7 +149,7 @@ def make_mask(
         if not is_usual and is_causal and not torch.compiler.is_compiling():
             _check_rows(mask_function, q_length, device)
         chunk = getattr(options.get("config"), "attention_chunk_size", None)
-        if window is not None and chunk == local_size and longest_of(cp) > local_size:
+        if window is not None and chunk == window[0] + 1 and longest_of(cp) > chunk:
             refuse(f"attention_chunk_size={chunk} that hides keys, under context_parallel,")
         return HetuMask(1, q_length, kv_length, is_causal=is_causal, cp=cp, window=window)
     starts = None
@@ -168,7 +168,7 @@ def make_mask(
 
 
 def _is_step(q_length: Any, window: tuple[int, int] | None, config: Any) -> bool:
-    """Whether a token is decoded under a window that the configuration names: then nothing has to be asked of a mask."""
+    """Whether one token is decoded under a window that the configuration names: its mask can be nothing else."""
     return q_length == 1 and window is not None and getattr(config, "sliding_window", None) == window[0] + 1
 
 
