@@ -12,16 +12,23 @@ from hetu.parallel.mask.segments import IntArray
 
 _RULES: tuple[type[Rule], ...] = (Window, Chunked, Prefix, Slices)
 
+_STEP = 61
+"""A code's length is a multiple of this: torch.compile takes sizes that are equal at first for one size ever after, and
+few other sizes are a multiple of it."""
+
 
 def encode(rule: Rule) -> IntArray:
-    """A rule as an array: the number of its class, how many words say what its sizes mean, these words, and the sizes.
+    """A rule as an array.
+
+    It holds the number of the rule's class, how many words and how many sizes follow, the words, which say what the
+    sizes mean, and the sizes; then zeros.
 
     Returns:
         int64; empty if a size is a symbol.
 
     Example:
-        >>> encode(Window(7, 0)).tolist(), encode(Prefix((3,), True)).tolist()
-        ([0, 0, 7, 0], [2, 1, 1, 3])
+        >>> encode(Window(7, 0))[:6].tolist(), encode(Prefix((3,), True))[:6].tolist()
+        ([0, 0, 2, 7, 0, 0], [2, 1, 1, 1, 3, 0])
     """
     if not all(isinstance(size, int) for size in rule.sizes):
         return np.empty(0, np.int64)
@@ -30,7 +37,10 @@ def encode(rule: Rule) -> IntArray:
         words = [int(rule.is_shared)]
     elif isinstance(rule, Slices):
         words = [KINDS.index(kind) for kind in rule.kinds]
-    return np.array([_RULES.index(type(rule)), len(words), *words, *rule.sizes], np.int64)
+    values: list[Any] = [_RULES.index(type(rule)), len(words), len(rule.sizes), *words, *rule.sizes]
+    code = np.zeros(-(-len(values) // _STEP) * _STEP, np.int64)
+    code[: len(values)] = values
+    return code
 
 
 def decode(code: IntArray) -> Rule:
@@ -40,8 +50,8 @@ def decode(code: IntArray) -> Rule:
         HetuError: If it is no rule's.
     """
     try:
-        number, count, *values = code.tolist()
-        return _rule(_RULES[number], values[:count], tuple(values[count:]))
+        number, words, sizes, *values = code.tolist()
+        return _rule(_RULES[number], values[:words], tuple(values[words : words + sizes]))
     except (IndexError, TypeError, ValueError):
         what = f"a mask's code is {code.tolist()}, which no mask has"
         raise HetuError(what, op="mask", where=caller(), fix="give Mask.code") from None
