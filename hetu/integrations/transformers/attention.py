@@ -104,12 +104,16 @@ def attend(
     if mask.cp is not None:
         if cu_seq_lens_q is not None:
             fail(HetuError, "cu_seq_lens_q is given under context_parallel", "leave it out: cp has the lengths")
+        longest = None
         if not torch.compiler.is_compiling():
             check_positions(mask, position_ids)
-        out = parallel_attn(q, k, v, mask.cp, window_size=_hiding(window, longest_of(mask.cp)), **scores)
+            longest = None if window is None else longest_of(mask.cp)
+        out = parallel_attn(q, k, v, mask.cp, window_size=_hiding(window, longest), **scores)
     else:
         lengths = mask.lengths()
         if cu_seq_lens_q is not None:
+            if mask.chunk is not None:
+                refuse(f"attention_chunk_size={mask.chunk} beside cu_seq_lens_q")
             lengths = _packed(lengths, cu_seq_lens_q, cu_seq_lens_k, max_length_k)
         out = _attend(q, k, v, lengths, window_size=_hiding(window, lengths.longest), **scores)
     assert isinstance(out, torch.Tensor)

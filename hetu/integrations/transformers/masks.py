@@ -52,6 +52,7 @@ class HetuMask:
         other: What the mask is if ``starts`` says that it is none of the usual kinds.
         cp: How the rows lie on the ranks of a group; what is said of rows says nothing then.
         window: How many keys before its own a query sees, and how many after it; -1 for all. None if no window is said.
+        chunk: How many tokens the chunks have that queries see keys of; None for no chunks.
 
     Attributes:
         shape: That of the mask that this stands for. transformers takes what has four dimensions for a mask that is
@@ -72,10 +73,11 @@ class HetuMask:
         other: str = _OTHER,
         cp: ContextParallel | None = None,
         window: tuple[int, int] | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.batch, self.q_length, self.kv_length, self.q_offset = batch, q_length, kv_length, q_offset
         self.is_causal, self.keep, self.starts, self.other, self.cp = is_causal, keep, starts, other, cp
-        self.window, self.has_right_positions = window, False
+        self.window, self.chunk, self.has_right_positions = window, chunk, False
         self._lengths: Lengths | None = None
 
     @property
@@ -138,9 +140,10 @@ def make_mask(
     if device is None:
         device = next((x.device for x in (cache_position, attention_mask) if x is not None), torch.device("cpu"))
     is_usual = mask_function is (_CAUSAL if is_causal else _BIDIRECTIONAL)
-    window = None
+    window = chunk = None
     if local_size is not None and not is_usual:
         window = (local_size - 1, 0) if is_causal else (local_size, local_size)
+        chunk = local_size if getattr(options.get("config"), "attention_chunk_size", None) == local_size else None
     cp = current()
     if cp is not None:
         _check_parallel(cp, batch_size, q_length, kv_length, attention_mask)
@@ -148,8 +151,7 @@ def make_mask(
             refuse(_OTHER)
         if not is_usual and is_causal and not torch.compiler.is_compiling():
             _check_rows(mask_function, q_length, device)
-        chunk = getattr(options.get("config"), "attention_chunk_size", None)
-        if window is not None and chunk == window[0] + 1 and longest_of(cp) > chunk:
+        if chunk is not None and longest_of(cp) > chunk:
             refuse(f"attention_chunk_size={chunk} that hides keys, under context_parallel,")
         return HetuMask(1, q_length, kv_length, is_causal=is_causal, cp=cp, window=window)
     starts = None
@@ -161,7 +163,7 @@ def make_mask(
     if attention_mask is not None:
         attention_mask = _fitted(attention_mask, kv_length, kv_offset)
     sizes = batch_size, q_length, kv_length
-    mask = HetuMask(*sizes, q_offset, is_causal, attention_mask, starts, window=window)
+    mask = HetuMask(*sizes, q_offset, is_causal, attention_mask, starts, window=window, chunk=chunk)
     if torch.compiler.is_compiling():
         mask.lengths()  # here, once for all layers: a layer that is checkpointed may not change what it is given
     return mask
