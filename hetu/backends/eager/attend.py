@@ -1,8 +1,10 @@
-"""Attention over segment tables in torch: its own flash attention on the CPU, plain matrix products otherwise."""
+"""Attention over segment tables in torch: its own flash attention on the CPU, plain matrix products otherwise.
+
+The flash attention knows no lower diagonal, no softcap and no dropout.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
@@ -18,6 +20,10 @@ from hetu.backends.torch_private import flash_attention_cpu
 
 _BLOCK_ENTRIES = 2**22
 """Scores that the plain path holds at a time, so that memory stays linear in the lengths."""
+
+_MOST_ROWS = 256
+"""Rows of a block under a lower diagonal. With each row more it sees a key more, of which a row hides most: of few rows
+that costs little, and what the block holds stays in the cache."""
 
 Part = tuple[int, torch.Tensor, torch.Tensor]
 """Attention of the rows of a span from some row on over some keys: that row, out ``(H_kv, group, n, D)`` and lse
@@ -43,8 +49,8 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     keys, values = (x.to(dtype).permute(1, 0, 2).unsqueeze(1).expand(-1, heads[1], -1, -1) for x in (k, v))
     lse = state.lse.unflatten(1, heads)
     has_flash = q.device.type == "cpu" and flash_attention_cpu is not None
-    extends = dropout is not None or state.scores is not None or table.lower is not None or call.softcap > 0
-    plain = extends or not has_flash
+    plain = dropout is not None or state.scores is not None or table.lower is not None or call.softcap > 0
+    plain = plain or not has_flash
     sinks = None if call.sinks is None else call.sinks.view(*heads, 1)
     limit = torch.finfo(dtype).max / 2
     is_ordinary = plain or _largest_score(q, k, call.softmax_scale) < limit
@@ -193,7 +199,7 @@ class _Extras:
             self.scores = scores[int(spans.slot[span]), :, row : row + length]
 
     def keys(self, first: int, number: int, device: torch.device) -> torch.Tensor:
-        """Positions of ``number`` keys of the segment."""
+        """Positions of ``number`` keys of the segment, from ``first`` on."""
         assert self.key_position is not None, "dropout and scores need the keys' positions"
         begin = self.k_start + first
         return copied_to(np.asarray(self.key_position[begin : begin + number], np.int64), device)
@@ -230,12 +236,11 @@ def _plain(
 ) -> Iterator[Part]:
     """One segment by matrix products, a block of rows after the other; ``extras`` for dropout and scores."""
     (num_kv, group, rows, _), keys = q.shape, k.shape[2]
-    block = _BLOCK_ENTRIES // (num_kv * group * keys)
+    most = keys if lower is None else min(keys, diagonal - lower + 1)  # keys that a row sees
+    block = max(16, _BLOCK_ENTRIES // (num_kv * group * most))
     if lower is not None:
         rows = min(rows, keys - lower)  # those behind see nothing
-        # A block of rows sees as many keys as one row, and one more for each row more.
-        block = min(max(64, diagonal - lower + 1), math.isqrt(_BLOCK_ENTRIES // (num_kv * group)))
-    block = max(16, block)
+        block = min(block, _MOST_ROWS)
     j = torch.arange(keys, device=q.device)
     for begin in range(0, rows, block):
         end = min(begin + block, rows)

@@ -57,7 +57,7 @@ def attend_backward(
             part = slice(begin, min(begin + size_k, own_keys.stop))
             slope = None
             if call.softcap > 0:
-                capped = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale / call.softcap).tanh_()
+                capped = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).div_(call.softcap).tanh_()
                 slope = 1.0 - capped.square()
                 p = capped.mul_(call.softcap).sub_(lse)
                 if exact is not None:
@@ -113,13 +113,17 @@ class _Block:
 
     def hide(self, p: torch.Tensor, keys: slice, group: int) -> None:
         """Writes 0 where a row does not see a key."""
-        first, last, p = keys.start - self.k_start, keys.stop - 1 - self.k_start, p.unflatten(1, (group, -1))
+        first, last = keys.start - self.k_start, keys.stop - 1 - self.k_start
+        hides_later, hides_earlier = last > self.diagonal, first < self.count - 1 + self.lower
+        if not (hides_later or hides_earlier):
+            return
         i = torch.arange(self.count, device=p.device).unsqueeze(1)
         j = torch.arange(first, last + 1, device=p.device)
-        if last > self.diagonal:
-            p.masked_fill_(i + self.diagonal < j, 0.0)
-        if first < self.count - 1 + self.lower:
-            p.masked_fill_(i + self.lower > j, 0.0)
+        by_head = p.unflatten(1, (group, -1))
+        if hides_later:
+            by_head.masked_fill_(i + self.diagonal < j, 0.0)
+        if hides_earlier:
+            by_head.masked_fill_(i + self.lower > j, 0.0)
 
     def mask(
         self, dropout: Dropout, key_position: np.ndarray | None, keys: slice, heads: int, device: torch.device

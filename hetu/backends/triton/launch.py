@@ -44,8 +44,10 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     """
     q, turn = call.q, call.turn
     _, num_q, head_dim = q.shape
-    extras = (call.dropout is not None, state.scores is not None, call.softcap > 0, call.sinks is not None)
-    key = (q.device, q.dtype, num_q, head_dim, call.k.shape[1], extras)
+    key = (
+        q.device, q.dtype, num_q, head_dim, call.k.shape[1],
+        call.dropout is not None, state.scores is not None, call.softcap > 0, call.sinks is not None,
+    )  # fmt: skip
     if call.softmax_scale <= 0:
         call = call.with_positive_scale()
     owner = call.table if turn is None else turn
@@ -181,9 +183,9 @@ def _prepared(
     num_q: int,
     head_dim: int,
     num_kv: int,
-    extras: tuple[bool, ...],
+    *extras: bool,
 ) -> ForwardWork:
-    """Chooses the tile, and puts the work list on the device."""
+    """Chooses the tile, and puts the work list on the device; ``extras``: dropout, scores, a softcap and sinks."""
     spans, table, turn = call.spans, call.table, call.turn
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)

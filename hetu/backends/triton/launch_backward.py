@@ -55,8 +55,7 @@ def attend_backward(
         return
     q, k, turn = call.q, call.k, call.turn
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
-    extras = (call.dropout is not None, call.softcap > 0)
-    key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], extras, grads)
+    key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], grads, call.dropout is not None, call.softcap > 0)
     owner = call.table if turn is None else turn
     work = owner.copies.get(key)
     if work is None:
@@ -123,10 +122,10 @@ def _prepared(
     num_q: int,
     head_dim: int,
     num_kv: int,
-    extras: tuple[bool, ...],
     grads: tuple[torch.dtype, ...],
+    *extras: bool,
 ) -> BackwardWork:
-    """Chooses the tiles, and puts the work list on the device."""
+    """Chooses the tiles, and puts the work list on the device; ``extras``: dropout and a softcap."""
     spans, table, turn = call.spans, call.table, call.turn
     runs_on = turn is not None and turn.runs_on
     keys = keys_per_row(spans, table)

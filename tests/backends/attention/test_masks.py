@@ -182,13 +182,15 @@ def test_more_rows_than_a_block(
     elif tiles is SPLIT:
         pytest.skip("torch has no tiles")
     case = sliding([150, 1, 67], left, right)
-    check_forward(family, case, (4, 2), 16, torch.float32)
+    for dropout in (None, DROPOUT):
+        check_forward(family, case, (4, 2), 16, torch.float32, dropout)
     check_backward(case, family, torch.float32, 16, 0.25, heads=(4, 2))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_softmax(family: str, softcap: float) -> None:
-    """What is returned is the weight of the keys alone."""
+def test_softmax(family: str, softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is returned is the weight of the keys alone, in blocks that begin anywhere in a segment too."""
+    monkeypatch.setattr(eager, "_BLOCK_ENTRIES", 1)
     case = windows(7, [0, 1, 30, 65], 2, tail=1)
     q, pairs = buffers(case, 2, 1, 16, torch.float32, seed=0)
     options: dict[str, Any] = {"scale": 0.25, "softcap": softcap, "sinks": sinks_of(2, torch.float32, 1)}
