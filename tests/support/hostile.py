@@ -126,6 +126,8 @@ class Case:
             "index": np.array([[0], [1], [0], [1]]),
             "cu": np.array([0, 3, 4], np.int32),
             "condition": np.ones((4, 24), bool),
+            "sinks": np.zeros(3, np.float32),
+            "sink": np.zeros(1, np.float32),
         }
         with hetu.graph("define_and_run", device="cpu") as g:
             shapes = {name: list(array.shape) for name, array in arrays.items()}
@@ -150,6 +152,7 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
     for name in ("sum", "mean", "max"):
         yield name, (getattr(hetu, name), {"x": x, "dim": 1, "keepdim": False})
     attention = {"p_dropout": 0.0, "softmax_scale": -1.0, "return_softmax": False}
+    attention |= {"window_size": (2, 1), "softcap": 0.5, "mask": None}
     lists = {"multi_seq_lens_symbol": [[4]], "multi_cp_group_symbol": [[0]]}
     calls: dict[str, dict[str, Any]] = {
         "all_reduce": {"x": x, "op": "sum"},
@@ -164,6 +167,7 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
             "max_seqlen_k": 3,
             "zero_tensors": False,
             "is_causal": True,
+            "sinks": t["sinks"],
             **attention,
         },
         "broadcast_to": {"x": vector, "shape": [4, 24]},
@@ -194,6 +198,7 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
             "is_causal": True,
             "split": "normal",
             "method": "auto",
+            "sinks": t["sink"],
         },
         "parameter": {"init": 0.5, "shape": [2], "dtype": "float32", "requires_grad": True},
         "placeholder": {"dtype": "float32", "shape": [2, 3]},
@@ -234,7 +239,13 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "Graph.require", (case.graph.require, {"constraint": s < 9})
     yield "graph", (hetu.graph, {"kind": "define_and_run", "num_strategy": 1, "device": "cpu", "name": "g"})
     yield "graph of strategies", (hetu.graph, {"strategies": [hetu.Strategy([3], [0])], "device": "cpu"})
-    yield "Strategy", (hetu.Strategy, {"lengths": [s, 3], "groups": [0, 0], "name": "two"})
+    yield "Strategy", (hetu.Strategy, {"lengths": [s, 3], "groups": [0, 0], "name": "two", "mask": None})
+    yield "Mask.window", (hetu.Mask.window, {"left": 3, "right": s})
+    yield "Mask.chunked", (hetu.Mask.chunked, {"size": 3})
+    yield "Mask.prefix", (hetu.Mask.prefix, {"lengths": [3, s]})
+    slices = {"q_ranges": [(0, 2)], "k_ranges": [(0, 3)], "kinds": ["causal"]}
+    yield "Mask.slices", (hetu.Mask.slices, slices)
+    yield "Mask.draw", (hetu.Mask.window(2, 0).draw, {"lengths": [3, 2], "width": 4})
     yield "autocast", (hetu.autocast, {"dtype": "bfloat16", "enabled": True})
     yield "config", (_configured, {"backend": None, "verify_plans": False, "deterministic": False})
     yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
@@ -246,7 +257,14 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "Layout.build",
         (
             hetu.Layout.build,
-            {"seq_lens": [4, 4], "cp_groups": [0, 0], "split": "sym", "batch": 1, "cu_seqlens": [0, 3, 8]},
+            {
+                "seq_lens": [4, 4],
+                "cp_groups": [0, 0],
+                "split": "balanced",
+                "batch": 1,
+                "cu_seqlens": [0, 3, 8],
+                "mask": hetu.Mask.window(2, 0),
+            },
         ),
     )
     yield (

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.dtypes import float32, int32, int64
-from hetu.errors import DTypeError, ShapeError
+from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import (
     BadSample,
     Call,
@@ -113,7 +113,7 @@ class _VarlenAttention(OpDef):
                 "give both batch_size + 1 entries",
             )
         mask = bound_mask(node, node.attrs["mask"], pipeline.value)
-        if mask.joins and node.attrs["return_softmax"]:
+        if node.attrs["return_softmax"] and mask.joins:
             self._check_columns(node, pipeline)
         return *cu, rows[0], mask
 
@@ -231,10 +231,26 @@ class AttnVarlen(_VarlenAttention):
             cu = constant(np.array([0, 4], np.int32))
             return attn_varlen(x, x, x, head_dim, cu, cu, **options)
 
-        return [GoodSample(good, (q, k, v, cu_q, cu_k), reference, ((0, 0), (1, 0), (2, 0)))], [
+        def capped_reference(q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, sinks: Any) -> Any:
+            heads = q.reshape(7, 4, 8), k.reshape(9, 2, 8), v.reshape(9, 2, 8)
+            return dense_attention(*heads, 8**-0.5, Mask.window(4, 1), 1.5, sinks)[0].reshape(-1, 32)
+
+        def capped(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, sinks: Tensor) -> Tensor:
+            return attn_varlen(q, k, v, 8, cu_q, cu_k, window_size=(4, 1), softcap=1.5, sinks=sinks)[0]
+
+        one_q, one_k, sinks = (
+            np.array([0, 7], np.int32),
+            np.array([0, 9], np.int32),
+            np.array([0.5, -0.25, 1.0, 0.0], np.float32),
+        )
+        return [
+            GoodSample(good, (q, k, v, cu_q, cu_k), reference, ((0, 0), (1, 0), (2, 0))),
+            GoodSample(capped, (q, k, v, one_q, one_k, sinks), capped_reference),
+        ], [
             BadSample(lambda: bad(head_dim=12), ShapeError, "head_dim is 12"),
             BadSample(lambda: bad(width=20), ShapeError, "the width of q is 20"),
             BadSample(lambda: bad(dtype=int32), DTypeError, "q is int32"),
+            BadSample(lambda: bad(window_size=(2, 0), mask=Mask.causal()), HetuError, "mask and window_size were both"),
             BadSample(lambda: bad(max_seqlen_q=1.5), DTypeError, "max_seqlen_q to be an int or an IntSymbol, got 1.5"),
         ]
 

@@ -121,11 +121,24 @@ class ParallelAttn(_ParallelAttention):
             out = [dense_attention(item[:, :2], item[:, 2:3], item[:, 3:], 8**-0.5, Mask.causal())[0] for item in heads]
             return np.concatenate(out).reshape(6, 16)
 
+        def capped_reference(x: Any, sinks: Any) -> Any:
+            heads = x.reshape(6, 4, 8)
+            parts = heads[:, :2], heads[:, 2:3], heads[:, 3:]
+            return dense_attention(*parts, 8**-0.5, Mask.chunked(4), 1.5, sinks)[0].reshape(6, 16)
+
+        def capped(x: Tensor, sinks: Tensor) -> Tensor:
+            return parallel_attn(x, 8, 2, [[6]], [[0]], mask=Mask.chunked(4), softcap=1.5, sinks=sinks)[0]
+
+        sinks = np.array([0.5, -0.25], np.float32)
+
         def bad(lens: Any = ((4,),), groups: Any = ((0,),), width: int = 24, **options: Any) -> Any:
             return parallel_attn(placeholder(float32, [4, width]), 8, 1, lens, groups, **options)
 
         cu = np.array([0, 4], np.int32)
-        return [GoodSample(lambda x: parallel_attn(x, 8, 2, [[3]], [[0]])[0], (qkv,), reference)], [
+        return [
+            GoodSample(lambda x: parallel_attn(x, 8, 2, [[3]], [[0]])[0], (qkv,), reference),
+            GoodSample(capped, (qkv, sinks), capped_reference),
+        ], [
             BadSample(lambda: bad(width=32), ShapeError, "4 heads"),
             BadSample(lambda: bad(lens=((2,), (2,))), StrategyError, "has 2 rows"),
             BadSample(lambda: bad(groups=((0, 0),)), StrategyError, "has 1 entries and groups 2"),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import choice, flag, integer, integers, items, refuse, shown
+from hetu.arguments import choice, flag, integer, items, refuse, shown
 from hetu.errors import HetuError, caller
 from hetu.parallel.mask import codes, rules
 from hetu.parallel.mask.bands import Bands
@@ -19,6 +19,9 @@ from hetu.parallel.mask.segments import IntArray
 from hetu.symbols import IntSymbol, as_size
 
 _OP = "mask"
+
+_MOST_DRAWN = 2**40
+"""Tokens of a document in a drawing: more are a mistake."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +282,8 @@ class Mask:
         """
         if lengths is None:
             lengths = self.rule.typical_lengths
-        elif not _is_listed(lengths):
-            lengths = [integer(lengths, "lengths", least=0, op=_OP)]
-        tokens = np.array(integers(lengths, "lengths", least=0, op=_OP), np.int64)
+        listed = items(lengths, "lengths", op=_OP) if _is_listed(lengths) else [lengths]
+        tokens = np.array([integer(item, "lengths", least=0, most=_MOST_DRAWN, op=_OP) for item in listed], np.int64)
         bands, offsets = self.bands(tokens, tokens), tokens.cumsum() - tokens
         whole = bands if self.joins else bands.joined(offsets)
         return draw_pairs(whole, int(tokens.sum()), integer(width, "width", least=1, op=_OP))

@@ -148,7 +148,7 @@ class Prefix(Rule):
             what = f"one prefix for all documents has {len(sizes)} lengths"
             raise HetuError(what, op="mask", where=caller(), fix="give one length")
         for number, size in enumerate(sizes):
-            _demand("the prefix" if self.is_shared else f"prefix {number}", size, 0, "give a number of tokens")
+            _demand("lengths" if self.is_shared else f"lengths[{number}]", size, 0, "give a number of tokens")
         return Prefix(sizes, self.is_shared)
 
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.masks import random_mask
 
-from hetu.parallel import Layout
+import hetu
+from hetu.parallel import Layout, Mask
 from hetu.parallel.layout.pieces import SLACK, balance_pieces, deal_pieces
 
 
@@ -68,3 +71,81 @@ def test_a_whole_document_is_one_span() -> None:
     layout = Layout.build([8, 8, 8], [0] * 3, split="balanced", cu_seqlens=[0, 8, 16, 24])
     assert [len(layout.query_spans(r)) for r in range(3)] == [1, 1, 1]
     assert [len(Layout.build([6, 0], [0, 0], split="sym").query_spans(r)) for r in range(2)] == [1, 0]
+
+
+# Weights
+
+
+@given(lengths=st.lists(st.integers(0, 3) | st.integers(0, 5000), max_size=25), seed=st.integers(0, 99))
+def test_no_weights_are_the_lengths(lengths: list[int], seed: int) -> None:
+    cu, total = np.cumsum([0, *lengths]), sum(lengths)
+    seq_lens = np.diff([0, *np.sort(np.random.default_rng(seed).integers(0, total + 1, 3)), total])
+    for weights in (np.diff(cu), np.diff(cu).astype(float)):
+        assert np.array_equal(balance_pieces(cu, seq_lens), balance_pieces(cu, seq_lens, weights))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 600), min_size=1, max_size=20),
+    seed=st.integers(0, 2**32),
+    cuts=st.lists(st.floats(0, 1), max_size=5),
+)
+def test_nobody_has_more_to_do_under_a_mask_than_if_documents_were_dealt(
+    lengths: list[int], seed: int, cuts: list[float]
+) -> None:
+    """Weighed by any mask: as many tokens as the strategy says, and no more work than dealt pieces are, or the mean."""
+    mask, total = random_mask(np.random.default_rng(seed), lengths, lengths), sum(lengths)
+    seq_lens = np.diff([0, *sorted(int(c * total) for c in cuts), total])
+    cu = np.cumsum([0, *lengths])
+    layout = Layout.build(seq_lens, [0] * len(seq_lens), split="balanced", cu_seqlens=cu, mask=mask)
+    pieces, weights = layout.groups[0].pieces, mask.pairs(np.array(lengths)) / np.maximum(lengths, 1)
+    assert (pieces >= 0).all() and pieces.sum(0).tolist() == lengths and pieces.sum(1).tolist() == seq_lens.tolist()
+    work, dealt = ((each * weights).sum(1) for each in (pieces, deal_pieces(cu, seq_lens)))
+    mean = work.sum() / max((seq_lens > 0).sum(), 1)
+    assert work.max() <= max(dealt.max(), (1 + 2 * SLACK) * mean) * (1 + 1e-9)
+
+
+def test_a_mask_weighs_documents_by_the_keys_that_their_tokens_see() -> None:
+    """Under a window a long document is no more work per token, so that all stay whole; by lengths it has to be cut."""
+    pack = {"split": "balanced", "cu_seqlens": np.array([0, 512, 768, 1024])}
+    by_length, by_window, by_causal = (
+        Layout.build([512, 512], [0, 0], mask=mask, **pack).groups[0].pieces.tolist()
+        for mask in (None, Mask.window(16, 0), Mask.causal())
+    )
+    assert by_window == [[512, 0, 0], [0, 256, 256]]
+    assert by_length == by_causal == [[280, 0, 232], [232, 256, 24]]
+
+
+def test_no_other_split_and_no_pieces_that_are_given_look_at_a_mask() -> None:
+    cu = np.array([0, 512, 768, 1024])
+    digests = [
+        {
+            Layout.build([512, 512], [0, 0], split=split, cu_seqlens=given, mask=mask).digest()
+            for mask in (None, Mask.window(16, 0))
+        }
+        for split, given in (("normal", cu), ("sym", cu), ("stripe", cu), ("balanced", np.stack([cu // 2, cu // 2])))
+    ]
+    assert all(len(one) == 1 for one in digests)
+
+
+def test_what_is_no_mask_to_weigh_by() -> None:
+    cu = np.array([0, 5, 8])
+    symbol = hetu.IntSymbol("w")
+    for mask, error, message in (
+        ("causal", hetu.StrategyError, "expected mask to be a hetu.Mask or None, got 'causal'"),
+        (Mask.window(symbol, 0), hetu.StrategyError, r"the mask window\(w, 0\) has no value for w"),
+        (Mask.prefix([1]), hetu.BindingError, "prefixes of 1 documents, but there are 2"),
+    ):
+        with pytest.raises(error, match=message):
+            Layout.build([4, 4], [0, 0], split="balanced", cu_seqlens=cu, mask=mask)
+    with pytest.raises(hetu.StrategyError, match=r"expected mask to be a hetu\.Mask or None, got 3"):
+        hetu.Strategy([4], [0], mask=3)
+
+
+def test_strategies_compare_hash_and_print_with_what_they_weigh_by() -> None:
+    window = hetu.Strategy([4, 4], [0, 0], "two", mask=Mask.window(2, 0))
+    same, plain = hetu.Strategy([4, 4], [0, 0], "two", Mask.window(2, 0)), hetu.Strategy([4, 4], [0, 0], "two")
+    assert window == same != plain and hash(window) == hash(same)
+    assert str(window) == "two: [4, 4] in groups [0, 0], weighed by window(2, 0)"
+    assert str(plain) == "two: [4, 4] in groups [0, 0]"
+    s, w = hetu.IntSymbol("s"), hetu.IntSymbol("w")
+    assert hetu.Strategy([s, 4], [0, 0], mask=Mask.window(w, s)).symbols == (s, w)
