@@ -117,6 +117,9 @@ class Sharding:
             with world.hanging_up():
                 check()
                 found = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale, masking)
+            if len(self._calls) == _MOST_CALLS:  # of masks that change from step to step; all ranks forget at once
+                rows = self._agreed.get(None, 0)
+                self._calls, self._agreed = {}, {None: rows}
             self._calls[key] = found
         return found
 
@@ -231,6 +234,7 @@ class Sharding:
         return self._on_device[key]
 
 
+_MOST_CALLS = 256
 _plans: LRU[AttnPlan] = LRU(512)
 _shardings: LRU[Sharding] = LRU(64)
 

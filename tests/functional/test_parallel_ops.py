@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import hetu
-from hetu.functional import ContextParallel, attn_varlen, parallel_attn
+from hetu.functional import ContextParallel, attn_varlen, parallel_attn, sharding
 from hetu.parallel import Mask
 
 LENGTHS = torch.tensor([0, 5, 5, 12])
@@ -86,6 +86,16 @@ def test_checkpointing_and_inference_mode_under_a_mask() -> None:
     found = checkpoint(lambda *x: parallel_attn(*x, cp, mask=mask), q, k, v, use_reentrant=False)
     found.sum().backward()
     assert torch.equal(found, want) and q.grad is not None
+
+
+def test_masks_that_change_at_each_step_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "_MOST_CALLS", 3)
+    cp, (q, k, v) = ContextParallel(torch.tensor([0, 3, 12])), operands()
+    cu = torch.tensor([0, 3, 12])
+    for n in (1, 2, 3, 4, 5, 1):
+        mask = Mask.prefix([0, n])
+        assert torch.equal(parallel_attn(q, k, v, cp, mask=mask), attn_varlen(q, k, v, cu, cu, mask=mask))
+        assert len(cp.sharding._calls) <= 3
 
 
 def test_plans_of_masks() -> None:

@@ -160,6 +160,15 @@ def test_what_a_layer_asks_for_beside_a_mask_that_says_nothing_of_it() -> None:
     assert torch.equal(both, attn_varlen(q, q, q, cu, cu, window_size=(2, 2)))
 
 
+def test_a_layers_own_window_to_both_sides_beside_pads_is_refused() -> None:
+    q = torch.randn(1, 4, 9, 8)
+    for options in ({"is_causal": True}, {"sliding_window": None}):
+        given: dict[str, Any] = {"is_causal": False, "sliding_window": 3, **options}
+        attention.attend(torch.nn.Module(), q, q, q, torch.tensor(PADS["left"])[:1], **given)
+    with pytest.raises(hetu.HetuError, match="sliding_window=3 to both sides"):
+        attention.attend(torch.nn.Module(), q, q, q, torch.tensor(PADS["left"])[:1], is_causal=False, sliding_window=3)
+
+
 def test_a_window_that_hides_nothing_is_causal_attention() -> None:
     """Bit for bit: it is planned as such."""
     model, ids = make("Mistral", sliding_window=9), tokens(1, 9)

@@ -92,6 +92,8 @@ def attend(
     mask = _mask_of(module, attention_mask, batch, q_length, kv_length, is_causal)
     window = mask.window
     if window is None and sliding_window is not None:
+        if not mask.is_causal and mask.keep is not None:
+            refuse(f"sliding_window={sliding_window} to both sides of a layer whose mask knows pads only")
         window = sliding_window - 1, 0 if mask.is_causal else sliding_window - 1
     q, k, v = padded_heads(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
     scores: dict[str, Any] = {
