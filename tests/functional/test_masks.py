@@ -91,6 +91,8 @@ def test_short_forms_give_the_same_bits(backend: str) -> None:
             assert torch.equal(same, full)
         for same in (call(window_size=[-1, 0]), call(mask=Mask.window(-1, 0)), call(mask=Mask.causal())):
             assert torch.equal(same, causal)
+        for right in (-1, 0, 1, 5):
+            assert torch.equal(call(window_size=(2, right)), call(mask=Mask.window(2, right)))
         assert torch.equal(call(window_size=(np.int32(2), 5), is_causal=True), call(mask=Mask.window(2, 0)))
 
 
@@ -194,7 +196,7 @@ def op_call(kind: str | None, requires_grad: bool) -> tuple[Any, ...]:
     *qkv, sinks = operands(LENS_Q, LENS_K, torch.float32, requires_grad=requires_grad)
     plain = cumulative(LENS_Q), cumulative(LENS_K), None, None, None, True, 0.0, None
     masking = (3, -1, None) if kind is None else (-1, -1, torch.from_numpy(MASKS[kind].code))
-    return *qkv, *plain, *masking, 2.0, sinks
+    return *qkv, *plain, *masking, 2.0, sinks.detach().bfloat16().requires_grad_(requires_grad)
 
 
 @pytest.mark.parametrize("kind", [None, "prefix"])
@@ -219,8 +221,8 @@ def steps(kind: str) -> list[dict[str, Any]]:
         return [{"window_size": (w, w + 3)} for w in (3, 7, 20)]
     kinds = {
         "prefix": [Mask.prefix([2, n]) for n in (3, 9, 5)],
-        "slices": [Mask.slices([(0, n), (n, 9)], [(0, 5), (1, 9)], ["full", "causal"]) for n in (3, 7)]
-        + [Mask.slices([], [], [])],
+        "slices": [Mask.slices([], [], [])]
+        + [Mask.slices([(0, n), (n, 9)], [(0, 5), (1, 9)], ["full", "causal"]) for n in (3, 7)],
         "any": [Mask.window(3, 2), Mask.chunked(5), Mask.prefix(3), Mask.prefix([1, 2]), Mask.causal()],
     }
     return [{"mask": mask} for mask in kinds[kind]]
