@@ -66,10 +66,11 @@ def save_call(ctx: Any, tensors: tuple[torch.Tensor, ...], call: tuple[Any, ...]
 
 def saved_call(ctx: Any) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
     """What :func:`save_call` kept: the tensors, and the call."""
-    first = len(ctx.saved_tensors) - sum(ctx.held)
-    held = iter(ctx.saved_tensors[first:])
+    saved = ctx.saved_tensors  # unpacked once: a checkpoint allows no more
+    first = len(saved) - sum(ctx.held)
+    held = iter(saved[first:])
     call = tuple(next(held) if is_held else x for x, is_held in zip(ctx.call, ctx.held, strict=True))
-    return ctx.saved_tensors[:first], call
+    return saved[:first], call
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
