@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from support.plans import KV_METHODS
 from support.pool import Pool
 from support.same import assert_own
 
-from hetu.parallel import METHODS, SPLITS
+from hetu.parallel import METHODS, SPLITS, Mask
 
 World = Callable[..., Pool]
 SIZES = (2, 3, 4)
@@ -50,6 +51,17 @@ def test_every_method_and_split(world: World, size: int, method: str) -> None:
             for count in (size - 1, size, size + 2):
                 case = Case(LENGTHS[count], [0] * count, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
                 check(world, size, case)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_caps_and_sinks(world: World, method: str) -> None:
+    """Every split on as many pipelines as processes, or more; windows, and slices that cross documents."""
+    slices = Mask.slices([(0, 8), (8, 13), (8, 13)], [(0, 13), (0, 4), (4, 9)], ["causal", "full", "bicausal"])
+    for i, (split, mask) in enumerate(itertools.product(SPLITS, (Mask.window(3, 1), Mask.chunked(5), slices))):
+        lens = LENGTHS[2 + i % 2]
+        case = Case(lens, [0] * len(lens), split, method, "1d", cut=[0.3], dtype=torch.float64, mask=mask)
+        case.softcap, case.has_sinks, case.p, case.return_softmax = 2.0, True, 0.2, True
+        check(world, 2, case)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from hetu.parallel import METHODS, SPLITS
+from hetu.parallel import METHODS, SPLITS, Mask
 
 METHOD_CHOICES = (*METHODS, "auto")
 """What ``method`` may be."""
@@ -33,6 +33,9 @@ class Case:
     return_softmax: bool = False
     seed: int = 0
     cut: list[float] = field(default_factory=list)
+    mask: Mask | None = None
+    softcap: float = 0.0
+    has_sinks: bool = False
 
     @property
     def members(self) -> dict[int, list[int]]:

@@ -71,14 +71,15 @@ def attention(
         qkv = hetu.placeholder(case.dtype, [hetu.IntSymbol("rows"), width], name="qkv")
         shape = [hetu.IntSymbol("pieces"), hetu.IntSymbol("b")][case.packing == "1d" :]
         cu = hetu.placeholder(hetu.int32, shape, name="cu") if case.packing else None
+        sinks = hetu.constant(np.linspace(-1, 1, num_q), case.dtype) if case.has_sinks else None
         fetches = hetu.parallel_attn(
             qkv, case.head_dim, num_q // num_kv, [lens], [case.groups], bool(case.packing), cu,
             p_dropout=case.p, is_causal=case.is_causal, return_softmax=case.return_softmax,
-            split=case.split, method=case.method,
+            split=case.split, method=case.method, mask=case.mask, softcap=case.softcap, sinks=sinks,
         )  # fmt: skip
         d_out = hetu.placeholder(case.dtype, fetches[0].shape, name="d_out")
         if with_grads:
-            fetches = [*fetches, hetu.gradients(fetches[0], qkv, d_out)]
+            fetches += hetu.gradients(fetches[0], [qkv] if sinks is None else [qkv, sinks], d_out)
     symbols = dict(zip(lens, case.lens, strict=True))
     tables = [cu_seqlens(case, m) for m in members.values()] if case.packing else None
     layout = g.layout(0, int_symbol_dict=symbols, cu_seqlens=tables, batch=case.batch)

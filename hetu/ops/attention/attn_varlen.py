@@ -44,7 +44,7 @@ from hetu.ops.attention.common import (
 )
 from hetu.ops.sources import constant, placeholder
 from hetu.parallel import Mask
-from hetu.parallel.mask.mask import NO_WINDOW
+from hetu.parallel.mask.mask import CAUSAL, FULL, NO_WINDOW
 from hetu.parallel.plan.varlen import VarlenPlan
 from hetu.symbols import IntSymbol
 
@@ -75,7 +75,7 @@ class _VarlenAttention(OpDef):
         return symbols
 
     def infer_sizes(self, node: Node, view: RunView) -> Sequence[Sequence[int | None]]:
-        return [[longest for _, longest, _ in self._read(node, item)] for item in view.pipelines]
+        return [(q[1], k[1]) for q, k in map(partial(self._read, node), view.pipelines)]
 
     def _read(self, node: Node, pipeline: Pipeline) -> tuple[_Lengths, _Lengths]:
         """The lengths of both sides: found once, whoever asks."""
@@ -112,7 +112,9 @@ class _VarlenAttention(OpDef):
                 f"cu_seqlens_q and cu_seqlens_k have {entries[0]} and {entries[1]} entries, expected as many",
                 "give both batch_size + 1 entries",
             )
-        mask = bound_mask(node, node.attrs["mask"], pipeline.value)
+        mask = node.attrs["mask"]
+        if mask is not CAUSAL and mask is not FULL:  # new lengths wait for this, and mostly it is one of the two
+            mask = bound_mask(node, mask, pipeline.value)
         if node.attrs["return_softmax"] and mask.joins:
             self._check_columns(node, pipeline)
         return *cu, rows[0], mask

@@ -16,7 +16,6 @@ from hetu.graph import Call, Node, Pipeline, Tensor
 from hetu.graph.passes import live_nodes
 from hetu.ops.common.build import probability
 from hetu.parallel import Mask
-from hetu.parallel.mask.mask import CAUSAL, FULL
 from hetu.symbols import IntSymbol, as_size, as_symbol, ceil_div
 
 FLOATS = (float16, bfloat16, float32, float64)
@@ -113,7 +112,7 @@ def bound_mask(node: Node, mask: Mask, value: Callable[[IntSymbol], int]) -> Mas
         UnboundSymbolError: If one has none.
         BindingError: If the mask has no such numbers.
     """
-    if mask is CAUSAL or mask is FULL or not mask.symbols:  # new lengths wait for this: mostly it is one of these two
+    if not mask.symbols:
         return mask
     try:
         return mask.bound(value)

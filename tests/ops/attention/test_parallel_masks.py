@@ -133,6 +133,16 @@ def test_a_strategy_weighs_by_its_mask_and_an_op_by_none() -> None:
     assert pieces[1].tolist() == [[24, 0, 0], [0, 12, 12]], "and is half of the work under a window"
 
 
+def test_lists_that_agree_with_a_strategy_lie_as_it_says() -> None:
+    """Lists can't say a mask: an op with lists has the tokens where the graph's strategy puts them."""
+    cu = np.array([0, 24, 36, 48], np.int32)
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([24, 24], [0, 0], mask=Mask.window(2, 0))]) as g:
+        qkv = hetu.placeholder(hetu.float32, [24, 24])
+        for lists in ((None, None), ([[24, 24]], [[0, 0]])):
+            hetu.parallel_attn(qkv, 8, 1, *lists, True, hetu.constant(cu), split="balanced")
+    assert g.layout(0, cu_seqlens=cu).groups[0].pieces.tolist() == [[24, 0, 0], [0, 12, 12]]
+
+
 def test_a_strategys_mask_has_symbols_and_a_digest() -> None:
     left = hetu.IntSymbol("left")
 
