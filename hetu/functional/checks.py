@@ -111,7 +111,7 @@ def check_storage(op: str = VARLEN, /, **tensors: torch.Tensor) -> None:
             refuse(HetuError, f"{name} is a nested tensor, expected a dense one", fix, op)
         if x.layout is not torch.strided:
             fix = f"{name}.to_dense()"
-            refuse(HetuError, f"{name} has the layout {_name(x.layout)}, expected a dense tensor", fix, op)
+            refuse(HetuError, f"{name} has the layout {name_of(x.layout)}, expected a dense tensor", fix, op)
 
 
 def check_tensor(value: object, name: str, op: str) -> None:
@@ -126,7 +126,7 @@ def _check_cu_seqlens(name: str, cu: torch.Tensor, has_values: bool) -> None:
         fix = "give the lengths' values, best on the CPU"
         refuse(HetuError, f"{name} is a meta tensor, which has no values, but q has", fix)
     if cu.dtype not in LENGTH_DTYPES:
-        refuse(DTypeError, f"{name} is {_name(cu.dtype)}, expected int32 or int64", f"{name}.to(torch.int32)")
+        refuse(DTypeError, f"{name} is {name_of(cu.dtype)}, expected int32 or int64", f"{name}.to(torch.int32)")
     if cu.ndim != 1:
         refuse(ShapeError, f"{name} has {cu.ndim} dimensions {list(cu.shape)}, expected 1", f"{name}.flatten()")
     if _is_known(cu.shape[0] == 0):
@@ -137,8 +137,8 @@ def _refuse_dtypes(*tensors: torch.Tensor, op: str) -> NoReturn:
     for name, x in zip("qkv", tensors, strict=True):
         if x.dtype not in _DTYPES:
             wanted = ", ".join(dtype.name for dtype in FLOATS)
-            refuse(DTypeError, f"{name} is {_name(x.dtype)}, expected {wanted}", f"{name}.to(...) one of them", op)
-    q, k, v = (_name(x.dtype) for x in tensors)
+            refuse(DTypeError, f"{name} is {name_of(x.dtype)}, expected {wanted}", f"{name}.to(...) one of them", op)
+    q, k, v = (name_of(x.dtype) for x in tensors)
     refuse(DTypeError, f"q, k and v are {q}, {k} and {v}, expected one dtype", "cast them to one dtype", op)
 
 
@@ -162,7 +162,7 @@ def check_longest(side: str, limit: int, longest: int, cu_seqlens: torch.Tensor)
         )
 
 
-def _name(dtype: torch.dtype | torch.layout) -> str:
+def name_of(dtype: torch.dtype | torch.layout) -> str:
     return str(dtype).removeprefix("torch.")
 
 

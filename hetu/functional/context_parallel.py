@@ -13,6 +13,7 @@ from hetu.arguments import device as checked_device
 from hetu.backends.comm.groups import GroupWorld, world_of
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, StrategyError, caller
 from hetu.functional.checks import check_tensor
+from hetu.functional.masking import NO_CAP, NO_WINDOW, checked_masking
 from hetu.functional.sharding import Sharding, sharding_of, table_of
 from hetu.ops.attention.common import cu_seqlens_fault
 from hetu.parallel import AttnPlan, Heads, Layout, Mask
@@ -45,6 +46,9 @@ class ContextParallel:
         method: How ranks reach each other's keys and values: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"``
             or ``"auto"``.
         tokens: Rows of each rank, any numbers with the right sum; None for even ones.
+        mask: What ``"balanced"`` weighs documents by, a ``hetu.Mask`` without symbols: a document is as much work as
+            the mask lets its tokens see keys. None weighs by lengths, as fits causal and full attention. No other split
+            looks at it, and the attention has a mask of its own.
         device: Where :attr:`position_ids` lie; None for the device of cu_seqlens, or, where that is the CPU, for the
             one that the group's rows lie on.
 
@@ -76,6 +80,7 @@ class ContextParallel:
         method: str = "auto",
         tokens: Any = None,
         *,
+        mask: Mask | None = None,
         device: Any = None,
     ) -> None:
         world = world_of(_group_of(group))
@@ -84,7 +89,7 @@ class ContextParallel:
             self.split = choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)
             self.method = choice(method, "method", ("auto", *METHODS), op=_OP, error=StrategyError)
             own = _host(cu_seqlens, world.size)
-            self.table = table_of(_tokens(tokens, own, world.size), own)
+            self.table = table_of(_tokens(tokens, own, world.size), own, _weighing(mask))
             self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
             where = _device(device, cu_seqlens, world)
         # The layout's own may not be changed by a user; and no mode may make what training can't use.
@@ -203,6 +208,8 @@ class ContextParallel:
         dtype: torch.dtype = torch.bfloat16,
         *,
         is_causal: bool = True,
+        window_size: tuple[int, int] = NO_WINDOW,
+        mask: Mask | None = None,
     ) -> AttnPlan:
         """The plan that ``parallel_attn`` follows for given heads and mask: to print, verify or cost.
 
@@ -211,7 +218,9 @@ class ContextParallel:
             num_kv_heads: Heads of k and v.
             head_dim: Numbers of a head.
             dtype: Of q, k and v.
-            is_causal: Which mask.
+            is_causal: As of ``parallel_attn``.
+            window_size: As of ``parallel_attn``.
+            mask: As of ``parallel_attn``.
         """
         op = "cp.plan"
         sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
@@ -221,8 +230,9 @@ class ContextParallel:
             refuse(num_kv, "num_kv_heads", f"a divisor of {num_q}", op=op, error=ShapeError, fix=fix)
         if not isinstance(dtype, torch.dtype):
             refuse(dtype, "dtype", "a dtype of torch", op=op, error=DTypeError, fix="torch.bfloat16, say")
-        heads, is_causal = Heads(num_q, num_kv, width, dtype.itemsize), flag(is_causal, "is_causal", op=op)
-        return self.sharding.plan(self.method, heads, Mask.of(is_causal))
+        is_causal = flag(is_causal, "is_causal", op=op)
+        seen = checked_masking(op, window_size, NO_CAP, None, mask).mask_of(is_causal)
+        return self.sharding.plan(self.method, Heads(num_q, num_kv, width, dtype.itemsize), seen)
 
     def __str__(self) -> str:
         return str(self.layout)
@@ -279,6 +289,13 @@ def _tokens(given: Any, cu_seqlens: np.ndarray[Any, np.dtype[np.int64]], size: i
         return [int(end) for end in cu_seqlens[:, -1]]
     total = int(cu_seqlens[-1])
     return [total * (r + 1) // size - total * r // size for r in range(size)]
+
+
+def _weighing(mask: Any) -> Mask | None:
+    """What documents are weighed by, checked."""
+    if mask is None:
+        return None
+    return checked_masking(_OP, NO_WINDOW, NO_CAP, None, mask).mask_of(is_causal=True)
 
 
 def _device(given: Any, cu_seqlens: Any, world: Any) -> torch.device:

@@ -50,6 +50,29 @@ def for_backward(lengths: torch.Tensor) -> torch.Tensor:
     return lengths.clone() if lengths.is_inference() else lengths
 
 
+def save_call(ctx: Any, tensors: tuple[torch.Tensor, ...], call: tuple[Any, ...]) -> None:
+    """Keeps in a context what the derivative of an attention needs.
+
+    Args:
+        ctx: The context.
+        tensors: The inputs that are always there, and the outputs.
+        call: All other arguments: lengths, options, and tensors that may be missing.
+    """
+    held = [isinstance(x, torch.Tensor) for x in call]
+    ctx.save_for_backward(*tensors, *(for_backward(x) for x, is_held in zip(call, held, strict=True) if is_held))
+    ctx.call, ctx.held = [None if is_held else x for x, is_held in zip(call, held, strict=True)], held
+    ctx.set_materialize_grads(False)
+
+
+def saved_call(ctx: Any) -> tuple[tuple[torch.Tensor, ...], tuple[Any, ...]]:
+    """What :func:`save_call` kept: the tensors, and the call."""
+    saved = ctx.saved_tensors  # unpacked once: a checkpoint allows no more
+    first = len(saved) - sum(ctx.held)
+    held = iter(saved[first:])
+    call = tuple(next(held) if is_held else x for x, is_held in zip(ctx.call, ctx.held, strict=True))
+    return saved[:first], call
+
+
 def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     pass
 
@@ -113,8 +136,10 @@ def register_derivative(
 
     apply = apply_of(Derivative)
     names = [argument.name for argument in op._schema.arguments]
+    defaults = tuple(argument.default_value for argument in op._schema.arguments)
 
     def kernel(keyset: Any, *inputs: Any) -> Any:
+        inputs += defaults[len(inputs) :]  # torch leaves out last arguments that are their defaults
         tensors = {name: x for name, x in zip(names, inputs, strict=True) if isinstance(x, torch.Tensor)}
         check_storage(of or name, **tensors)
         _refuse_forward_mode(of or name, tensors)

@@ -23,7 +23,10 @@ from hetu.functional.derivatives import (
     one_by_one,
     register_derivative,
     register_no_derivative,
+    save_call,
+    saved_call,
 )
+from hetu.functional.masking import SCHEMA, Masking, check_sinks, parted
 from hetu.functional.sharding import PlannedCall, Sharding, sharding_of
 
 OP = "parallel_attn"
@@ -40,6 +43,7 @@ def prepare(
     is_causal: bool,
     dropout_p: float,
     softmax_scale: float | None,
+    masking: Masking,
 ) -> PlannedCall:
     """Checks a call and finds its plan, on which all ranks of the group agreed.
 
@@ -52,6 +56,7 @@ def prepare(
         check_storage(OP, q=q, k=k, v=v)
         check_heads(q, k, v, OP)
         check_options(rng_state, dropout_p, softmax_scale, OP)
+        check_sinks(masking.sinks, q, OP)
         for name, x in (("q", q), ("k", k)):
             if len(x) != sharding.rows:
                 refuse(
@@ -61,19 +66,24 @@ def prepare(
                     OP,
                 )
 
-    call = sharding.call(q, k, v, method, is_causal, dropout_p, softmax_scale, check)
+    call = sharding.call(q, k, v, method, is_causal, dropout_p, softmax_scale, masking, check)
     if call.world.is_distributed:
         sharding.agree(int(table[0]), call, () if rng_state is None else rng_state.tolist())
     return call
 
 
 def forward(
-    call: PlannedCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rng_state: torch.Tensor | None
+    call: PlannedCall,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rng_state: torch.Tensor | None,
+    sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output, like q, and lse ``(H_q, rows)``, both contiguous."""
     world, shape = call.world, (1, len(q), 0)
     with world.hanging_up():
-        step = ForwardCall(_rows(call, q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options)
+        step = ForwardCall(_rows(call, q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options, sinks)
         _follow(call, step)
         out, lse = step.outputs()
     return out, lse[0]
@@ -89,18 +99,25 @@ def backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     rng_state: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of q, and those of k and v beside each other: ``(rows, 2, H_kv, head_dim)``; contiguous."""
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The gradient of q, those of k and v beside each other, ``(rows, 2, H_kv, head_dim)``, and that of the sinks.
+
+    All are contiguous. That of the sinks is what the own rows do to them.
+    """
     own, new_grads = _rows(call, q, k, v), partial(Rows.new, q, k.shape[1])
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse[None]
     plan, rank, random = call.plan.backward(), call.world.rank, _random(rng_state)
     with call.world.hanging_up():
-        step = BackwardCall(own, new_grads, out, lse[None], dout, dlse, plan, rank, random, call.backward_options)
+        step = BackwardCall(
+            own, new_grads, out, lse[None], dout, dlse, plan, rank, random, call.backward_options, sinks
+        )
         _follow(call, step)
         grads = step.finish()
+        dsinks = None if sinks is None else step.sink_gradient().to(sinks.dtype)
     assert grads.kv is not None
-    return grads.q, grads.kv.unflatten(1, (2, -1))
+    return grads.q, grads.kv.unflatten(1, (2, -1)), dsinks
 
 
 def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
@@ -127,7 +144,7 @@ _library = torch.library.Library("hetu", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor v"
 _CALL = (
     "Tensor table, Tensor? rng_state, str split, str group, str method, bool is_causal, float dropout_p, "
-    "float? softmax_scale"
+    f"float? softmax_scale, {SCHEMA}"
 )
 # CUDA graphs can't hold what travels between ranks: torch.compile leaves the op out of them.
 _TAGS = tuple(
@@ -136,7 +153,7 @@ _TAGS = tuple(
 _library.define(f"parallel_attn({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=_TAGS)
 _library.define(
     f"parallel_attn_backward(Tensor? dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
-    "-> (Tensor dq, Tensor dkv)",
+    "-> (Tensor dq, Tensor dkv, Tensor dsinks)",
     tags=_TAGS,
 )
 _library.define("dispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=_TAGS)
@@ -144,56 +161,57 @@ _library.define("undispatch(Tensor x, Tensor like, Tensor table, str split, str 
 
 
 def _planned(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    table: torch.Tensor,
-    rng_state: torch.Tensor | None,
-    split: str,
-    group: str,
-    *options: Any,
-) -> PlannedCall:
-    return prepare(q, k, v, table, sharding_of(table, split, group), rng_state, *options)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple[Any, ...]
+) -> tuple[PlannedCall, torch.Tensor | None, torch.Tensor | None]:
+    """The plan of an op's call, the state of its dropout, and its sinks."""
+    (table, rng_state, split, group, *options), masking = parted(call)
+    planned = prepare(q, k, v, table, sharding_of(table, split, group), rng_state, *(*options, masking))
+    return planned, rng_state, masking.sinks
 
 
 @torch.library.impl("hetu::parallel_attn", "CompositeExplicitAutograd", lib=_library)
 def _forward_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return forward(_planned(q, k, v, *call), q, k, v, call[1])
+    planned, rng_state, sinks = _planned(q, k, v, call)
+    return forward(planned, q, k, v, rng_state, sinks)
 
 
 @torch.library.register_fake("hetu::parallel_attn", lib=_library)
 def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    _, rng_state, _, _, _, _, dropout_p, softmax_scale = call
+    _, rng_state, _, _, _, _, dropout_p, softmax_scale = call[:8]
     check_heads(q, k, v, OP)
     check_options(rng_state, dropout_p, softmax_scale, OP)
+    check_sinks(Masking(*call[8:]).sinks, q, OP)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
 
 
 @torch.library.impl("hetu::parallel_attn_backward", "CompositeExplicitAutograd", lib=_library)
 def _backward_op(
     dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse, *call = rest
-    return backward(_planned(q, k, v, *call), dout, dlse, q, k, v, out, lse, call[1])
+    planned, rng_state, sinks = _planned(q, k, v, tuple(call))
+    dq, dkv, dsinks = backward(planned, dout, dlse, q, k, v, out, lse, rng_state, sinks)
+    return dq, dkv, q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("hetu::parallel_attn_backward", lib=_library)
 def _backward_fake(
     dout: torch.Tensor | None, dlse: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, heads, head_dim = k.shape
-    return q.new_empty(q.shape), k.new_empty((rows, 2, heads, head_dim))
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (rows, heads, head_dim), sinks = k.shape, Masking(*rest[10:]).sinks
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
+    return q.new_empty(q.shape), k.new_empty((rows, 2, heads, head_dim)), dsinks
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, table, rng_state, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, for_backward(table), rng_state)
-    ctx.set_materialize_grads(False)
+    q, k, v, *call = inputs
+    save_call(ctx, (q, k, v, *output), tuple(call))
 
 
 def _differentiate(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Gradients:
-    dq, dkv = torch.ops.hetu.parallel_attn_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    return dq, *dkv.unbind(1), *(None,) * (len(ctx.options) + 2)
+    saved, call = saved_call(ctx)
+    dq, dkv, dsinks = torch.ops.hetu.parallel_attn_backward(dout, dlse, *saved, *call)
+    return dq, *dkv.unbind(1), *(None,) * (len(call) - 1), None if call[-1] is None else dsinks
 
 
 register_derivative(_library, OP, _save, _differentiate)

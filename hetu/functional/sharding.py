@@ -22,6 +22,7 @@ from hetu.backends.memory import copied_to
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.functional.attention import families
+from hetu.functional.masking import USUAL, Masking
 from hetu.parallel import AttnPlan, Heads, Layout, Mask, build_plan
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -83,6 +84,7 @@ class Sharding:
         is_causal: bool,
         dropout_p: float,
         softmax_scale: float | None,
+        masking: Masking,
         check: Callable[[], None],
     ) -> PlannedCall:
         """The plan of a call; seen again, it is neither checked nor agreed on again.
@@ -95,17 +97,29 @@ class Sharding:
             is_causal: Which mask.
             dropout_p: See :func:`hetu.functional.parallel_attn`.
             softmax_scale: Factor of the scores; None for ``1 / sqrt(head_dim)``.
+            masking: What else changes the scores.
             check: Refuses what can't be computed.
         """
         key = (
             *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
-            *(method, is_causal, dropout_p, softmax_scale, settings().backend, settings().verify_plans),
+            *(
+                method,
+                is_causal,
+                dropout_p,
+                softmax_scale,
+                None if masking is USUAL else masking.key,
+                settings().backend,
+                settings().verify_plans,
+            ),
         )
         found, world = self._calls.get(key), self.world
         if found is None or found.world is not world:
             with world.hanging_up():
                 check()
-                found = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale)
+                found = self._plan(world, q, k.shape[1], method, is_causal, dropout_p, softmax_scale, masking)
+            if len(self._calls) == _MOST_CALLS:  # of masks that change from step to step; all ranks forget at once
+                rows = self._agreed.get(None, 0)
+                self._calls, self._agreed = {}, {None: rows}
             self._calls[key] = found
         return found
 
@@ -118,13 +132,14 @@ class Sharding:
         is_causal: bool,
         dropout_p: float,
         softmax_scale: float | None,
+        masking: Masking,
     ) -> PlannedCall:
         _, num_q, head_dim = q.shape
-        plan = self.plan(method, Heads(num_q, num_kv, head_dim, q.element_size()), Mask.of(is_causal))
+        plan = self.plan(method, Heads(num_q, num_kv, head_dim, q.element_size()), masking.mask_of(is_causal))
         kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout_p > 0
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         options = [
-            Options(family.name, num_q, num_kv, head_dim, dropout_p, scale, False)
+            Options(family.name, num_q, num_kv, head_dim, dropout_p, scale, False, softcap=masking.softcap)
             for family in families(default_backend(q.device), *kind)
         ]
         facts = {
@@ -138,6 +153,8 @@ class Sharding:
             "the kind of device": q.device.type,
             "dropout_p": dropout_p,
             "softmax_scale": scale,
+            "softcap": masking.softcap,
+            "the dtype of the sinks": None if masking.sinks is None else str(masking.sinks.dtype),
         }
         return PlannedCall(world, plan, options[0], options[1], facts)
 
@@ -217,21 +234,25 @@ class Sharding:
         return self._on_device[key]
 
 
+_MOST_CALLS = 256
 _plans: LRU[AttnPlan] = LRU(512)
 _shardings: LRU[Sharding] = LRU(64)
 
 
-# The table: a serial number, rows of each member, and the cumulative lengths. Its second number says how many members
-# there are, its third whether lengths are given by pieces. The serial number tells the ContextParallels of a process
-# apart, and is no part of what they share.
+# The table: a serial number, rows of each member, the code of the mask that documents are weighed by, and the
+# cumulative lengths. Its second number says how many members there are, its third whether lengths are given by pieces,
+# its fourth how long the code is. The serial number tells the ContextParallels of a process apart, and is no part of
+# what they share.
 
 _serials = itertools.count(1)
+_NO_CODE = np.empty(0, np.int64)
 
 
-def table_of(tokens: Sequence[int], cu_seqlens: IntArray) -> torch.Tensor:
+def table_of(tokens: Sequence[int], cu_seqlens: IntArray, mask: Mask | None) -> torch.Tensor:
     """The table of a new ContextParallel."""
-    head = [next(_serials), len(tokens), cu_seqlens.ndim, *tokens]
-    return torch.from_numpy(np.concatenate([np.array(head, np.int64), cu_seqlens.reshape(-1)]))
+    code = _NO_CODE if mask is None else mask.code
+    head = [next(_serials), len(tokens), cu_seqlens.ndim, len(code), *tokens]
+    return torch.from_numpy(np.concatenate([np.array(head, np.int64), code, cu_seqlens.reshape(-1)]))
 
 
 def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
@@ -242,7 +263,9 @@ def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
 
 
 def _read(values: IntArray, split: str, group_name: str, rank: int) -> Sharding:
-    size, ndim = values[:2].tolist()
-    tokens, cu = values[2 : 2 + size].tolist(), np.array(values[2 + size :])
-    layout = Layout.build(tokens, [0] * size, split=split, cu_seqlens=cu.reshape(size, -1) if ndim == 2 else cu)
+    size, ndim, count = values[:3].tolist()
+    tokens, code, cu = (np.array(part) for part in np.split(values[3:], [size, size + count]))
+    mask = Mask.decoded(code) if count else None
+    cu = cu.reshape(size, -1) if ndim == 2 else cu
+    layout = Layout.build(tokens.tolist(), [0] * size, split=split, cu_seqlens=cu, mask=mask)
     return Sharding(layout, group_name, rank)

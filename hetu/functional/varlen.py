@@ -19,6 +19,8 @@ from hetu.functional import ops as _ops  # noqa: F401 # it registers torch.ops.h
 from hetu.functional.checks import check, check_storage, refuse
 from hetu.functional.derivatives import for_backward
 from hetu.functional.dispatch import cast_as_autocast, checked_options, is_plain, may_pass_by, rng_state_of
+from hetu.functional.masking import NO_CAP, NO_WINDOW, USUAL, Masking, check_sinks, checked_masking
+from hetu.parallel import Mask
 
 __all__ = ["attn_varlen"]
 
@@ -35,6 +37,10 @@ def attn_varlen(
     max_seqlen_k: int | None = None,
     *,
     is_causal: bool = False,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
+    sinks: torch.Tensor | None = None,
+    mask: Mask | None = None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -50,9 +56,10 @@ def attn_varlen(
     model that share them pay once a step. (Changes that torch doesn't count, through ``.data`` or by the replay of a
     CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
 
-    Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths recompile nothing, and under
-    ``torch.autocast``, where q, k and v are cast as ``scaled_dot_product_attention`` does. Can be differentiated once,
-    by reverse mode; under ``torch.vmap`` a batch is computed sample by sample.
+    Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths, windows and masks recompile
+    nothing (make masks outside of what is compiled), and under ``torch.autocast``, where q, k and v are cast as
+    ``scaled_dot_product_attention`` does. Can be differentiated once, by reverse mode; under ``torch.vmap`` a batch is
+    computed sample by sample.
 
     Args:
         q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
@@ -65,6 +72,13 @@ def attn_varlen(
         max_seqlen_q: Not needed; if given, it must be at least the longest query sequence.
         max_seqlen_k: Likewise for the keys.
         is_causal: Row i of n sees keys 0 .. i + m - n of m: aligned to the bottom right, as in FlashAttention.
+        window_size: ``(left, right)``: query i, counted as for is_causal, sees keys ``i - left .. i + right``; -1 is no
+            bound. ``is_causal`` makes the right bound 0.
+        softcap: Where it is positive, scores become ``softcap * tanh(score / softcap)`` before the softmax.
+        sinks: ``(H_q,)``, any floating-point type: one more logit per head, which takes weight and gives no value. Its
+            gradient has its type.
+        mask: Which keys a query sees: a ``hetu.Mask`` without symbols. It replaces ``is_causal``, and is not given
+            beside a window.
         dropout_p: Probability in [0, 1) with which each attention weight is dropped, whatever the mode of the model.
         softmax_scale: Factor of the scores; None means ``1 / sqrt(head_dim)``.
         return_lse: Whether to return the log-sum-exps too.
@@ -73,13 +87,13 @@ def attn_varlen(
 
     Returns:
         The output, like q. With ``return_lse`` also lse ``(H_q, T_q)``, natural logarithms of the softmax's
-        denominators, float32 (float64 for float64), through which gradients flow as well. A row that sees no key, or
-        belongs to no sequence, has output 0 and lse ``-inf``.
+        denominators, float32 (float64 for float64), through which gradients flow as well; they include the sinks. A row
+        that sees no key, or belongs to no sequence, has output 0, and as lse its head's sink, ``-inf`` without sinks.
 
     Raises:
         ShapeError: If ranks, head counts or numbers of rows don't fit.
         DTypeError: If an element type is not one of the above, or an argument is no tensor.
-        BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
+        BindingError: If the values of cu_seqlens or a max_seqlen don't fit, or the mask doesn't fit the lengths.
         HetuError: If devices differ, an option is out of its range, a tensor is nested or sparse, or has a tangent.
 
     Example:
@@ -112,7 +126,10 @@ def attn_varlen(
             _OP, is_causal, return_lse, dropout_p, softmax_scale, seed
         )
         max_seqlen_q, max_seqlen_k = _bound("max_seqlen_q", max_seqlen_q), _bound("max_seqlen_k", max_seqlen_k)
-    is_compiling = torch.compiler.is_compiling()
+    is_compiling, masking = torch.compiler.is_compiling(), USUAL
+    # The defaults are known by identity, which is what takes the least and what torch.compile doesn't follow.
+    if is_compiling or not (mask is None and sinks is None and window_size is NO_WINDOW and softcap is NO_CAP):
+        masking = checked_masking(_OP, window_size, softcap, sinks, mask)
     if is_compiling or is_any_autocast_enabled():  # asked first, because it takes the least
         q, k, v = cast_as_autocast(q, k, v)
     call = (
@@ -125,18 +142,22 @@ def attn_varlen(
         dropout_p,
         softmax_scale,
     )
-    if is_compiling or q.is_meta or not is_plain(q, k, v):
+    if is_compiling or q.is_meta or not is_plain(q, k, v, sinks):
         if not is_compiling:
             check_storage(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-        out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call)
+        out, lse = torch.ops.hetu.attn_varlen(q, k, v, *call, *masking)
         return (out, lse) if return_lse else out
     try:
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            out, lse = _apply_attention(q, k, v, attention.prepare(q, k, v, *call), call)
+        planned = attention.prepare(q, k, v, *call, masking)
+        if torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+        ):
+            out, lse = _apply_attention(q, k, v, sinks, planned, call, masking)
         else:
-            out, lse = attention.forward(attention.prepare(q, k, v, *call), q, k, v, return_lse)
+            out, lse = attention.forward(planned, q, k, v, sinks, return_lse)
     except (RuntimeError, TypeError):  # torch's, of tensors that have no strides or no values: what is checked says it
         check(q, k, v, *call[:3], dropout_p, softmax_scale)
+        check_sinks(sinks, q, _OP)
         raise
     return (out, lse) if return_lse else out
 
@@ -145,21 +166,32 @@ class _Attention(torch.autograd.Function):
     """What the op's autograd does, without the dispatcher: that adds 50 µs to the forward, this 6."""
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, planned: attention.Attention, call: tuple[Any, ...]) -> Any:
-        out, lse = attention.forward(planned, q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2])
-        ctx.planned, ctx.options = planned, call[3:]
+    def forward(
+        ctx: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        sinks: Any,
+        planned: attention.Attention,
+        call: tuple[Any, ...],
+        masking: Masking,
+    ) -> Any:
+        out, lse = attention.forward(planned, q, k, v, sinks)
+        ctx.save_for_backward(q, k, v, out, lse, for_backward(call[0]), for_backward(call[1]), call[2], sinks)
+        ctx.planned, ctx.options, ctx.masking = planned, call[3:], masking.without_sinks
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> Any:
-        saved = ctx.saved_tensors
+        *saved, sinks = ctx.saved_tensors
         if may_pass_by(dout, dlse):
-            results = attention.backward(ctx.planned, dout, dlse, *saved[:5])
+            results = attention.backward(ctx.planned, dout, dlse, *(*saved[:5], sinks))
         else:  # the op knows what to do, also if these gradients are to be differentiated
-            results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *saved, *ctx.options)
-        return *results, None, None
+            call = *saved, *ctx.options, *ctx.masking[:4], sinks
+            results = torch.ops.hetu.attn_varlen_backward(dout, dlse, *call)
+        dq, dk, dv, dsinks = results
+        return dq, dk, dv, None if sinks is None else dsinks, None, None, None
 
 
 _apply_attention = apply_of(_Attention)

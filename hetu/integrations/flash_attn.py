@@ -1,7 +1,7 @@
 """FlashAttention's functions, as flash_attn 2.8 has them, over hetu's kernels.
 
 Change one line: ``from flash_attn import flash_attn_func`` becomes ``from hetu.integrations.flash_attn import
-flash_attn_func``. Parameters, defaults, shapes and the alignment of the causal mask are flash_attn's. What is more:
+flash_attn_func``. Parameters, defaults, shapes, windows and the alignment of masks are flash_attn's. What is more:
 
 - float32 and float64 work too, and so does a CPU.
 - Any head_dim up to 256, and v may be narrower or wider than q and k (as in MLA): heads are padded with zeros inside,
@@ -9,7 +9,7 @@ flash_attn_func``. Parameters, defaults, shapes and the alignment of the causal 
 - Gradients flow through ``softmax_lse``. A row that sees no key has ``-inf`` there, where flash_attn has ``inf``.
 - ``deterministic`` changes nothing: two calls always give the same bits, in the backward too.
 
-What isn't there is refused by its name: windows, softcap, ALiBi, block tables, and S_dmask under dropout.
+What isn't there is refused by its name: ALiBi, block tables, and S_dmask under dropout.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from hetu.arguments import flag, integers, real, shown
+from hetu.arguments import flag, real, shown
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.functional import attn_varlen
 from hetu.functional.heads import padded_heads
+from hetu.functional.masking import NO_CAP, NO_WINDOW
 
 __all__ = [
     "flash_attn_func",
@@ -46,8 +47,8 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -62,8 +63,9 @@ def flash_attn_func(
             are dropped is drawn from torch's default CPU generator.
         softmax_scale: Factor of the scores; None means ``1 / sqrt(head_dim)``.
         causal: Whether query i sees keys up to ``i + seqlen_k - seqlen_q`` only.
-        window_size: Must be ``(-1, -1)``, which is no window.
-        softcap: Must be 0, which is no cap.
+        window_size: ``(left, right)``: query i sees keys ``i + seqlen_k - seqlen_q - left .. i + seqlen_k - seqlen_q +
+            right``; -1 is no bound. ``causal`` makes the right bound 0.
+        softcap: Where it is positive, scores become ``softcap * tanh(score / softcap)``.
         alibi_slopes: Must be None.
         deterministic: Changes nothing.
         return_attn_probs: Whether ``(out, softmax_lse, S_dmask)`` is returned; only without dropout.
@@ -122,8 +124,8 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -140,8 +142,8 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -164,8 +166,8 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -184,8 +186,8 @@ def flash_attn_varlen_func(
         dropout_p: As in :func:`flash_attn_func`, like all that follow but the last.
         softmax_scale: Factor of the scores.
         causal: Whether queries see earlier keys only.
-        window_size: Must be ``(-1, -1)``.
-        softcap: Must be 0.
+        window_size: Which keys around its own place a query sees.
+        softcap: Where scores are capped.
         alibi_slopes: Must be None.
         deterministic: Changes nothing.
         return_attn_probs: Whether ``(out, softmax_lse, S_dmask)`` is returned.
@@ -202,7 +204,7 @@ def flash_attn_varlen_func(
         _check_tensor(name, x, 3, "(total, heads, head_dim)")
     causal, return_attn_probs = flag(causal, "causal", op=_OP), flag(return_attn_probs, "return_attn_probs", op=_OP)
     flag(deterministic, "deterministic", op=_OP)
-    _refuse_what_is_not_there(window_size, softcap, alibi_slopes, block_table)
+    _refuse_what_is_not_there(alibi_slopes, block_table)
     if return_attn_probs and real(dropout_p, "dropout_p", op=_OP):
         fix = "give dropout_p=0, or call hetu.functional.attn_varlen with return_lse=True"
         _refuse(HetuError, "return_attn_probs asks for S_dmask under dropout, which isn't computed", fix)
@@ -224,6 +226,8 @@ def flash_attn_varlen_func(
         max_seqlen_q,
         max_seqlen_k,
         is_causal=causal,
+        window_size=window_size,
+        softcap=softcap,
         dropout_p=dropout_p,
         softmax_scale=softmax_scale,
         return_lse=return_attn_probs,
@@ -244,8 +248,8 @@ def flash_attn_varlen_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -278,8 +282,8 @@ def flash_attn_varlen_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
+    window_size: tuple[int, int] = NO_WINDOW,
+    softcap: float = NO_CAP,
     alibi_slopes: None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -327,12 +331,7 @@ def _check_tensor(name: str, x: Any, ndim: int, shape: str) -> None:
         _refuse(ShapeError, f"{name} has {x.ndim} dimensions {list(x.shape)}, expected {ndim}", f"give {shape}")
 
 
-def _refuse_what_is_not_there(window_size: Any, softcap: Any, alibi_slopes: Any, block_table: Any) -> None:
-    if window_size != (-1, -1) and integers(window_size, "window_size", op=_OP) != (-1, -1):
-        fix = "give (-1, -1), and causal=True if only later keys are to be hidden"
-        _refuse(HetuError, f"window_size is {shown(window_size)}, but there are no sliding windows", fix)
-    if softcap != 0.0 and real(softcap, "softcap", op=_OP) > 0:
-        _refuse(HetuError, f"softcap is {shown(softcap)}, but scores aren't capped", "give 0")
+def _refuse_what_is_not_there(alibi_slopes: Any, block_table: Any) -> None:
     if alibi_slopes is not None:
         _refuse(HetuError, "alibi_slopes are given, but there are no biases", "give None, and rotate q and k instead")
     if block_table is not None:

@@ -11,6 +11,8 @@ import torch
 from support import context_parallel as jobs
 from support.pool import Pool
 
+from hetu.parallel import Mask
+
 CASES = {
     "documents": [0, 5, 5, 17, 18, 40],
     "one": [0, 33],
@@ -62,6 +64,41 @@ def test_other_lengths_are_not_compiled_again(ranks: jobs.Ranks) -> None:
         assert graphs == 1
 
 
+MASKED: dict[str, dict[str, Any]] = {
+    "window": {"window_size": (6, 0)},
+    "window of both sides": {"window_size": (3, 4), "is_causal": False, "softcap": 2.0},
+    "chunked": {"mask": Mask.chunked(5), "softcap": 1.5},
+    "prefix": {"mask": Mask.prefix([3, 0, 7, 1, 9])},
+    "slices": {
+        "mask": Mask.slices([(0, 9), (9, 30), (30, 40)], [(0, 12), (5, 30), (0, 7)], ["causal", "bicausal", "full"])
+    },
+    "all": {"is_causal": False, "mask": Mask.full()},
+}
+
+
+@pytest.mark.parametrize("method", ["ring", "direct", "all_gather", "ulysses"])
+@pytest.mark.parametrize("kind", MASKED)
+def test_masks_softcaps_and_sinks(worlds: dict[int, jobs.Ranks], kind: str, method: str) -> None:
+    for split in ("sym", "balanced"):
+        case = {"cu": CASES["documents"], "split": split, "method": method, "options": MASKED[kind]}
+        assert max(worlds[2].run(jobs.attend_masked, case)) < 1e-11
+
+
+def test_documents_are_weighed_by_a_mask(worlds: dict[int, jobs.Ranks]) -> None:
+    case = {"cu": [0, 24, 32, 40], "mask": Mask.window(1, 0), "options": {"window_size": (1, 0)}}
+    assert max(worlds[2].run(jobs.attend_masked, case)) < 1e-11
+
+
+def test_other_masks_are_not_compiled_again(worlds: dict[int, jobs.Ranks]) -> None:
+    heads = {"heads": (4, 2, 24)}
+    prefixes = [{"cu": [0, n, 30], "options": {"mask": Mask.prefix([n, 5])}, **heads} for n in (5, 13, 11)]
+    windows = [{"cu": [0, n, 30], "options": {"window_size": (n, 0)}, **heads} for n in (5, 13, 11)]
+    for cases in (prefixes, windows):
+        for found, graphs in worlds[2].run(jobs.attend_masked_compiled, cases):
+            assert found < 1e-11
+            assert graphs == 1
+
+
 def test_groups_side_by_side(worlds: dict[int, jobs.Ranks]) -> None:
     assert max(worlds[4].run(jobs.attend_in_groups, [{"cu": [0, 5, 30]}, {"cu": [0, 41]}])) < 1e-12
 
@@ -86,6 +123,15 @@ DIFFERENT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, st
     "rows": ([{"cu": [0, 30]}, {"cu": [0, 30], "tokens": [10, 20]}], None, "the rows of all ranks must be the same"),
     "method": ([{"cu": [0, 30]}, {"cu": [0, 30], "method": "ring"}], None, "method must be the same"),
     "mask": ([{"cu": [0, 30]}], [CAUSAL, {"is_causal": False}], "the mask must be the same"),
+    "window": ([{"cu": [0, 30]}], [{"window_size": (r + 3, 0)} for r in range(2)], "the mask must be the same"),
+    "mask's lengths": ([{"cu": [0, 30]}], [{"mask": Mask.prefix([r])} for r in range(2)], "the mask must be the same"),
+    "softcap": ([{"cu": [0, 30]}], [{"softcap": r / 2} for r in range(2)], "softcap must be the same"),
+    "sinks": ([{"cu": [0, 30]}], [{"sinks": torch.ones(4)}, {}], "the dtype of the sinks must be the same"),
+    "weights": (
+        [{"cu": [0, 24, 32, 40]}, {"cu": [0, 24, 32, 40], "mask": Mask.window(1, 0)}],
+        None,
+        "the layout must be",
+    ),
     "scale": ([{"cu": [0, 30]}], [{"softmax_scale": 0.5}, {"softmax_scale": 0.25}], "softmax_scale must be the same"),
     "seed": ([{"cu": [0, 30]}], [{"dropout_p": 0.5, "seed": r} for r in range(2)], "the seed of dropout must be"),
 }

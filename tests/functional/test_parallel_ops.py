@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 import hetu
-from hetu.functional import ContextParallel, attn_varlen, parallel_attn
+from hetu.functional import ContextParallel, attn_varlen, parallel_attn, sharding
+from hetu.parallel import Mask
 
 LENGTHS = torch.tensor([0, 5, 5, 12])
 
@@ -47,6 +49,62 @@ def test_opcheck(requires_grad: bool, p: float) -> None:
     for dlse in (None, torch.randn_like(lse)):
         arguments = (torch.randn_like(out), dlse, *plain, out, lse, *call)
         torch.library.opcheck(torch.ops.hetu.parallel_attn_backward.default, arguments)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mask", [Mask.window(2, 1), Mask.prefix([3, 0, 2])], ids=repr)
+def test_one_process_computes_what_attn_varlen_does_under_a_mask(backend: str, mask: Mask) -> None:
+    cp, data = ContextParallel(LENGTHS), operands(torch.float32, requires_grad=True)
+    data.append(torch.linspace(-1, 1, 4, requires_grad=True))
+    options: dict[str, Any] = {"mask": mask, "softcap": 2.0, "return_lse": True}
+    with hetu.config(backend=backend):
+        found = parallel_attn(*data[:3], cp, sinks=data[3], **options)
+        want = attn_varlen(*data[:3], LENGTHS, LENGTHS, sinks=data[3], **options)
+    weights = [torch.randn_like(x) for x in found]
+    grads, wanted = (torch.autograd.grad(x, data, weights) for x in (found, want))
+    for a, b in zip((*found, *grads), (*want, *wanted), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_masks_and_sinks(requires_grad: bool) -> None:
+    cp, code = ContextParallel(LENGTHS), torch.from_numpy(Mask.prefix([3, 0, 2]).code)
+    sinks = torch.linspace(-1, 1, 4, dtype=torch.float64, requires_grad=requires_grad)
+    call = (cp.table, None, cp.split, cp.group_name, cp.method, True, 0.0, None, -1, -1, code, 2.0, sinks)
+    data = operands(requires_grad=requires_grad)
+    torch.library.opcheck(torch.ops.hetu.parallel_attn.default, (*data, *call))
+    plain, call = [x.detach() for x in data], (*call[:-1], sinks.detach())
+    out, lse = torch.ops.hetu.parallel_attn(*plain, *call)
+    arguments = (torch.randn_like(out), torch.randn_like(lse), *plain, out, lse, *call)
+    torch.library.opcheck(torch.ops.hetu.parallel_attn_backward.default, arguments)
+
+
+def test_checkpointing_and_inference_mode_under_a_mask() -> None:
+    cp, mask, (q, k, v) = ContextParallel(LENGTHS), Mask.chunked(3), operands(requires_grad=True)
+    with torch.inference_mode():
+        want = parallel_attn(q, k, v, cp, mask=mask)
+    found = checkpoint(lambda *x: parallel_attn(*x, cp, mask=mask), q, k, v, use_reentrant=False)
+    found.sum().backward()
+    assert torch.equal(found, want) and q.grad is not None
+
+
+def test_masks_that_change_at_each_step_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "_MOST_CALLS", 3)
+    cp, (q, k, v) = ContextParallel(torch.tensor([0, 3, 12])), operands()
+    cu = torch.tensor([0, 3, 12])
+    for n in (1, 2, 3, 4, 5, 1):
+        mask = Mask.prefix([0, n])
+        assert torch.equal(parallel_attn(q, k, v, cp, mask=mask), attn_varlen(q, k, v, cu, cu, mask=mask))
+        assert len(cp.sharding._calls) <= 3
+
+
+def test_plans_of_masks() -> None:
+    cp = ContextParallel(LENGTHS, mask=Mask.window(1, 0))
+    assert cp.plan(4, 2, 16, window_size=(3, 5)).mask == Mask.window(3, 0)
+    assert cp.plan(4, 2, 16, mask=Mask.chunked(3)).mask == Mask.chunked(3)
+    assert cp.plan(4, 2, 16).mask is cp.plan(4, 2, 16, mask=Mask.causal()).mask
+    with pytest.raises(hetu.HetuError, match="which has symbols"):
+        ContextParallel(LENGTHS, mask=Mask.chunked(hetu.IntSymbol("size")))
 
 
 @pytest.mark.parametrize("op", ["dispatch", "undispatch"])
@@ -135,10 +193,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no tensor": ({"k": np.zeros((12, 2, 16))}, hetu.DTypeError, "k must be a tensor"),
     "no context": ({"cp": LENGTHS}, hetu.HetuError, "cp to be a ContextParallel"),
     "scale of flash_attn 1": ({"softmax_scale": float("nan")}, hetu.HetuError, "give None for 1/sqrt"),
-    "window": ({"window_size": (128, 0)}, hetu.HetuError, "window_size"),
-    "softcap": ({"softcap": 30.0}, hetu.HetuError, "softcap"),
-    "sinks": ({"sinks": torch.zeros(4)}, hetu.HetuError, "sinks"),
+    "window": ({"window_size": (128, 0, 1)}, hetu.HetuError, "window_size"),
+    "softcap": ({"softcap": -30.0}, hetu.HetuError, "softcap"),
+    "sinks": ({"sinks": torch.zeros(3)}, hetu.ShapeError, r"sinks has shape \[3\], expected \[4\]"),
     "mask": ({"mask": "sliding"}, hetu.HetuError, "mask"),
+    "mask and window": ({"mask": Mask.full(), "window_size": (1, 0)}, hetu.HetuError, "mask and window_size were both"),
+    "prefixes": ({"mask": Mask.prefix([1])}, hetu.BindingError, "prefixes of 1 documents, but there are 3"),
+    "slices": ({"mask": Mask.slices([(0, 13)], [(0, 2)], ["full"])}, hetu.BindingError, "reach to position 13"),
     "dropout": ({"dropout_p": 1.0}, hetu.HetuError, "a probability"),
     "flag": ({"is_causal": "no"}, hetu.HetuError, "is_causal to be a bool"),
 }

@@ -214,10 +214,10 @@ Q, CU = torch.zeros(2, 4, 2, 16), cumulative([4, 4])
 
 
 MISSING: list[tuple[dict[str, Any], str]] = [
-    ({"window_size": (128, 0)}, "window_size is (128, 0), but there are no sliding windows"),
-    ({"window_size": [-1, 4]}, "window_size is [-1, 4], but there are"),
+    ({"window_size": (128, -2)}, "expected window_size[1] to be an int of at least -1"),
+    ({"window_size": (128,)}, "expected window_size to be (left, right)"),
     ({"window_size": None}, "expected window_size to be"),
-    ({"softcap": 30.0}, "softcap is 30.0, but scores aren't capped"),
+    ({"softcap": -1.0}, "expected softcap to be a finite number of at least 0"),
     ({"softcap": "no"}, "expected softcap to be a finite number"),
     ({"alibi_slopes": torch.ones(2)}, "alibi_slopes are given"),
     ({"deterministic": 1}, "expected deterministic to be a bool"),

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from support.hf_models import FAMILIES, SIZES, documents, make, results, tokens
+from support.hf_models import FAMILIES, documents, make, results, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
@@ -296,56 +296,12 @@ def test_a_compiled_model_refuses_pads_between_tokens() -> None:
 # What is refused
 
 
-def mistral(**changes: Any) -> Any:
-    attention.register()
-    config = transformers.MistralConfig(**(SIZES | changes))
-    config._attn_implementation = "hetu"
-    return transformers.MistralForCausalLM(config)
-
-
-def test_a_window_that_hides_nothing() -> None:
-    """A window of as many keys as there are, and documents that are shorter than it in more tokens."""
-    ids = tokens(1, 9)
-    found = []
-    for implementation in ("hetu", "sdpa"):
-        torch.manual_seed(0)
-        model = mistral(sliding_window=9)
-        model.set_attn_implementation(implementation)
-        found.append(model(ids).logits)
-        packed = documents([3, 9, 4])["position_ids"]
-        found.append(model(tokens(1, 16), position_ids=packed, use_cache=False).logits)
-    torch.testing.assert_close(found[:2], found[2:])
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {},
-        {"position_ids": documents([9, 7])["position_ids"], "use_cache": False},
-        {"attention_mask": torch.ones(1, 16)},
-    ],
-    ids=["one", "packed", "padded"],
-)
-def test_a_window_that_hides_keys_is_refused(inputs: dict[str, Any]) -> None:
-    with pytest.raises(hetu.HetuError, match="sliding_window=8") as error:
-        mistral(sliding_window=8)(tokens(1, 16), **inputs)
-    assert "test_transformers.py" in str(error.value)
-
-
-def test_a_window_is_refused_once_decoding_leaves_it() -> None:
-    with pytest.raises(hetu.HetuError, match="sliding_window"):
-        mistral(sliding_window=8).generate(tokens(1, 6), max_new_tokens=4, min_new_tokens=4)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("softcap", 30.0),
-        ("s_aux", torch.zeros(4)),
         ("position_bias", torch.zeros(1, 4, 9, 9)),
         ("head_mask", torch.ones(4)),
         ("output_attentions", True),
-        ("sliding_window", 4),
     ],
 )
 def test_what_a_layer_asks_for_is_refused_by_name(name: str, value: Any) -> None:

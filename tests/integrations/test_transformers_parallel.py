@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
 from support.context_parallel import Ranks
 from support.hf_parallel import difference, refusal, two_threads
 from support.pool import Pool
@@ -36,6 +37,21 @@ def test_every_split(ranks: Ranks, family: str, split: str) -> None:
 def test_every_family(ranks: Ranks, family: str) -> None:
     """Gemma's norms multiply by their weights in float32, whose gradients are sums of that over the rows."""
     assert max(ranks.run(difference, family, DOCUMENTS)) < (1e-6 if family == "Gemma" else 1e-12)
+
+
+@pytest.mark.parametrize("split", ["sym", "balanced"])
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Gemma3", "GptOss", "Cohere2"])
+def test_windows_softcaps_and_sinks(ranks: Ranks, family: str, split: str) -> None:
+    """Norms of some families are computed in float32, whose gradients are sums of that over the rows."""
+    if not hasattr(transformers, f"{family}ForCausalLM"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    assert max(ranks.run(difference, family, DOCUMENTS, split)) < 1e-6
+
+
+def test_chunks_that_hide_keys_are_refused(ranks: Ranks) -> None:
+    assert max(ranks.run(difference, "Llama4", [4, 3, 4])) < 1e-6
+    for said in ranks.run(refusal, [0, 5, 12], {"family": "Llama4"}):
+        assert "attention_chunk_size=4 that hides keys, under context_parallel" in said
 
 
 @pytest.mark.parametrize("method", ["ring", "direct", "all_gather", "ulysses"])
@@ -80,8 +96,6 @@ def test_a_rank_without_tokens_is_refused_on_all_ranks(ranks: Ranks) -> None:
         ({"input_ids": torch.ones(2, 6, dtype=torch.int64)}, "the model is given 2 x 6 tokens"),
         ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, "an attention_mask is given"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "cu_seq_lens_q is given under context_parallel"),
-        ({"changes": {"sliding_window": 6}}, "sliding_window=6"),
-        ({"changes": {"sliding_window": 7}}, "nothing"),
     ],
 )
 def test_what_is_not_this_ranks_is_refused(ranks: Ranks, inputs: dict[str, Any], text: str) -> None:

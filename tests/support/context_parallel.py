@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from support.dense_masks import Packs
 from support.pool import Pool
 from torch import nn
 
 import hetu
 from hetu.functional import ContextParallel, attn_varlen, parallel_attn
+from hetu.functional.masking import NO_WINDOW
+from hetu.parallel import Mask
 
 Case = dict[str, Any]
 
@@ -75,7 +78,7 @@ def inputs(case: Case) -> list[torch.Tensor]:
 
 def context_of(case: Case, group: Any = None) -> ContextParallel:
     """The context parallelism of a case."""
-    given = {name: case[name] for name in ("split", "method", "tokens") if name in case}
+    given = {name: case[name] for name in ("split", "method", "tokens", "mask") if name in case}
     return ContextParallel(torch.tensor(case.get("pieces", case["cu"])), group, **given)
 
 
@@ -104,9 +107,38 @@ def attend(case: Case, group: Any = None, call: Callable[..., Any] = parallel_at
     return worst(pairs + [(a, cp.dispatch(b)) for a, b in zip(grads, wanted_grads, strict=True)])
 
 
+def attend_masked(case: Case, call: Callable[..., Any] = parallel_attn) -> float:
+    """The same under a mask, a softcap and sinks, whose gradients ranks add up like those of any weight."""
+    cp, options, lengths = context_of(case), case["options"], np.diff(case["cu"]).tolist()
+    *given, dlse = inputs(case)
+    sinks = torch.linspace(-1, 1, given[0].shape[1], dtype=torch.float64)
+    whole = [x.clone().requires_grad_() for x in (*given[:3], sinks)]
+    is_causal = options.get("is_causal", True)
+    seen = Mask.given(is_causal, options.get("window_size", NO_WINDOW), options.get("mask"), "parallel_attn")
+    out, lse, _ = Packs(lengths, lengths, seen, options.get("softcap", 0.0)).attend(*whole)
+    wanted = torch.autograd.grad((out, lse), whole, [given[3], dlse.T])
+    own = [cp.dispatch(x).detach().requires_grad_() for x in given[:3]] + [sinks.clone().requires_grad_()]
+    found = call(*own[:3], cp, sinks=own[3], return_lse=True, **options)
+    *grads, dsinks = torch.autograd.grad(found, own, [cp.dispatch(given[3]), cp.dispatch(dlse, dim=1)])
+    if dist.is_initialized():
+        dist.all_reduce(dsinks)
+    pairs = [(found[0], cp.dispatch(out)), (found[1], cp.dispatch(lse.T, dim=1)), (dsinks, wanted[3])]
+    return worst(pairs + [(a, cp.dispatch(b)) for a, b in zip(grads, wanted[:3], strict=True)])
+
+
+def attend_masked_compiled(cases: list[Case]) -> tuple[float, int]:
+    """The same through torch.compile, and how often it compiled."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(parallel_attn, fullgraph=True, dynamic=True, backend="aot_eager")
+    found = max(attend_masked(case, compiled) for case in cases)
+    return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]  # type: ignore[no-untyped-call]
+
+
 def attend_compiled(cases: list[Case]) -> tuple[float, int]:
     """The same through torch.compile, and how often it compiled."""
     torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(parallel_attn, fullgraph=True, dynamic=True, backend="aot_eager")
     found = max(attend(case, call=compiled) for case in cases)
     return found, torch._dynamo.utils.counters["stats"]["unique_graphs"]  # type: ignore[no-untyped-call]

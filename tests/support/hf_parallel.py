@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support.hf_models import documents, make, results, tokens
+from support.hf_models import WINDOWED, documents, exact_softmax, make, results, results_of_each, tokens
 
 import hetu
 
@@ -20,7 +20,9 @@ def difference(
     checkpointing: str | None = None,
     compiled: bool = False,
 ) -> float:
-    """The largest difference between what ranks compute together and one process does with sdpa, of the largest number.
+    """The largest difference between ranks together and one process, which has an attention of transformers' own.
+
+    It is a part of the largest number.
 
     Args:
         family: Which model.
@@ -43,8 +45,12 @@ def difference(
         lengths = [n + step for n in lengths]
         ids, position_ids = tokens(1, sum(lengths)), documents(lengths)["position_ids"]
         weights = torch.linspace(0.5, 1.5, sum(lengths), dtype=torch.float64)[None]
-        other = make(family, "sdpa", **sizes)
-        logits, grads = results(other, weights, ids, position_ids=position_ids, use_cache=False)
+        if family in WINDOWED:
+            with exact_softmax():
+                logits, grads = results_of_each(make(family, "eager", **sizes), weights, ids, lengths)
+        else:
+            other = make(family, "sdpa", **sizes)
+            logits, grads = results(other, weights, ids, position_ids=position_ids, use_cache=False)
 
         cp = hetu.functional.ContextParallel(torch.tensor([0, *lengths]).cumsum(0), split=split, method=method)
         model.zero_grad()
@@ -84,28 +90,23 @@ def two_threads() -> list[bool]:
 
 
 def refusal(cu_seqlens: list[int], inputs: dict[str, Any]) -> str:
-    """What is said of a Llama that is given something else than this rank's rows.
+    """What is said of a model that is given something else than this rank's rows.
 
     Args:
         cu_seqlens: Of the documents.
-        inputs: Of the model instead of the right ones; None leaves one out. ``changes`` are those of its config.
+        inputs: Of the model instead of the right ones; None leaves one out. ``family`` is another one than Llama.
     """
-    import transformers
-
     from hetu.integrations.transformers import context_parallel
 
     inputs = dict(inputs)
-    changes = inputs.pop("changes", {})
+    family = inputs.pop("family", "Llama")
     cp = hetu.functional.ContextParallel(torch.tensor(cu_seqlens), split="sym")
     given = {
         "input_ids": cp.dispatch(tokens(1, cu_seqlens[-1]), dim=1),
         "position_ids": cp.position_ids[None],
         "use_cache": False,
     }
-    model = make("Llama")
-    if changes:
-        model = transformers.MistralForCausalLM(transformers.MistralConfig(**vars(model.config) | changes))
-        model.set_attn_implementation("hetu")
+    model = make(family)
     given = {name: value for name, value in (given | inputs).items() if value is not None}
     try:
         with context_parallel(cp):

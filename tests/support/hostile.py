@@ -308,6 +308,10 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
                 "max_seqlen_q": 3,
                 "max_seqlen_k": 3,
                 "is_causal": True,
+                "window_size": (-1, -1),
+                "softcap": 0.0,
+                "sinks": None,
+                "mask": None,
                 "dropout_p": 0.5,
                 "softmax_scale": 0.5,
                 "return_lse": True,
@@ -327,7 +331,7 @@ def _functional_calls(q: torch.Tensor) -> Iterator[tuple[str, Call]]:
     yield "functional.parallel_attn", (hetu.functional.parallel_attn, {**good, "return_lse": True})
     made = {"cu_seqlens": torch.tensor([0, rows]), "group": None, "split": "balanced", "method": "auto"}
     context = hetu.functional.ContextParallel
-    yield "functional.ContextParallel", (context, {**made, "tokens": [rows], "device": "cpu"})
+    yield "functional.ContextParallel", (context, {**made, "tokens": [rows], "mask": None, "device": "cpu"})
     ids = torch.arange(rows)
     yield "cp.dispatch", (cp.dispatch, {"x": ids, "dim": 0})
     yield "cp.undispatch", (cp.undispatch, {"y": ids, "dim": 0})
@@ -335,7 +339,7 @@ def _functional_calls(q: torch.Tensor) -> Iterator[tuple[str, Call]]:
     mean = {"loss_sum": torch.ones(()), "labels": ids, "group": None, "ignore_index": -100}
     yield "cp.token_mean", (cp.token_mean, mean)
     heads = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "dtype": torch.bfloat16, "is_causal": True}
-    yield "cp.plan", (cp.plan, heads)
+    yield "cp.plan", (cp.plan, {**heads, "window_size": (-1, -1), "mask": None})
 
 
 def run_calls(case: Case) -> Iterator[tuple[str, Call]]:

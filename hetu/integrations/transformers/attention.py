@@ -11,6 +11,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from hetu.errors import HetuError
 from hetu.functional import attn_varlen, parallel_attn
 from hetu.functional.heads import padded_heads
+from hetu.functional.masking import NO_CAP, NO_WINDOW
 from hetu.integrations.transformers.lengths import Lengths, fail, refuse
 from hetu.integrations.transformers.masks import (
     HetuMask,
@@ -23,7 +24,7 @@ from hetu.integrations.transformers.masks import (
 
 NAME = "hetu"
 
-_ABSENT = ("softcap", "s_aux", "position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions")
+_ABSENT = ("position_bias", "head_mask", "layer_head_mask", "alibi", "output_attentions")
 """What models may ask of an attention and hetu's doesn't have, by its name."""
 
 
@@ -47,6 +48,8 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
@@ -65,7 +68,9 @@ def attend(
             for a model that makes none.
         dropout: Probability with which a weight is dropped, in training.
         scaling: Factor of the scores; None for ``1 / sqrt(head_dim)``.
-        sliding_window: A window that hides keys is refused.
+        sliding_window: How many keys a query sees, its own among them, where the model's mask says nothing of a window.
+        softcap: Where scores are capped; None for nowhere.
+        s_aux: ``(H_q,)``, the sinks: one more logit per head, which takes weight and gives no value.
         is_causal: For a layer whose model makes no mask; None for what the layer says.
         position_ids: Compared under context parallelism.
         cu_seq_lens_q: Cumulative lengths of packed sequences, as ``DataCollatorWithFlattening`` gives them.
@@ -85,26 +90,34 @@ def attend(
     batch, _, q_length, _ = query.shape
     kv_length, head_dim = key.shape[2], value.shape[3]
     mask = _mask_of(module, attention_mask, batch, q_length, kv_length, is_causal)
-    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    window = mask.window
+    if window is None and sliding_window is not None:
+        if not mask.is_causal and mask.keep is not None:
+            refuse(f"sliding_window={sliding_window} to both sides of a layer whose mask knows pads only")
+        window = sliding_window - 1, 0 if mask.is_causal else sliding_window - 1
     q, k, v = padded_heads(*(x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)))
-    drop = dropout if module.training else 0.0
+    scores: dict[str, Any] = {
+        "is_causal": mask.is_causal,
+        "softcap": softcap or NO_CAP,
+        "sinks": s_aux,
+        "dropout_p": dropout if module.training else 0.0,
+        "softmax_scale": query.shape[3] ** -0.5 if scaling is None else scaling,
+    }
     if mask.cp is not None:
         if cu_seq_lens_q is not None:
             fail(HetuError, "cu_seq_lens_q is given under context_parallel", "leave it out: cp has the lengths")
-        if sliding_window is not None and longest_of(mask.cp) > sliding_window:
-            _refuse_window(sliding_window)
+        longest = None
         if not torch.compiler.is_compiling():
             check_positions(mask, position_ids)
-        out = parallel_attn(q, k, v, mask.cp, is_causal=mask.is_causal, dropout_p=drop, softmax_scale=scale)
+            longest = None if window is None else longest_of(mask.cp)
+        out = parallel_attn(q, k, v, mask.cp, window_size=_hiding(window, longest), **scores)
     else:
         lengths = mask.lengths()
         if cu_seq_lens_q is not None:
+            if mask.chunk is not None:
+                refuse(f"attention_chunk_size={mask.chunk} beside cu_seq_lens_q")
             lengths = _packed(lengths, cu_seq_lens_q, cu_seq_lens_k, max_length_k)
-        if sliding_window is not None and kv_length > sliding_window:
-            longest = lengths.longest
-            if longest is None or longest > sliding_window:
-                _refuse_window(sliding_window)
-        out = _attend(q, k, v, lengths, mask.is_causal, drop, scale)
+        out = _attend(q, k, v, lengths, window_size=_hiding(window, lengths.longest), **scores)
     assert isinstance(out, torch.Tensor)
     return out.unflatten(0, (batch, q_length))[..., :head_dim], None
 
@@ -129,6 +142,16 @@ def _mask_of(
     return of_padding(given, q_length, kv_length, is_causal)
 
 
+def _hiding(window: tuple[int, int] | None, longest: int | None) -> tuple[int, int]:
+    """The window of a layer; none if it hides nothing of sequences of at most so many keys.
+
+    It reaches as far forwards as backwards, or no further than the query itself.
+    """
+    if window is None or (longest is not None and window[0] + 1 >= longest):
+        return NO_WINDOW
+    return window
+
+
 def _packed(lengths: Lengths, cu_q: torch.Tensor, cu_k: torch.Tensor | None, longest: int | None) -> Lengths:
     """The lengths that a collator gives, which say more than the mask does."""
     if lengths.has_pads:
@@ -141,9 +164,7 @@ def _attend(
     k: torch.Tensor,
     v: torch.Tensor,
     lengths: Lengths,
-    is_causal: bool,
-    dropout_p: float,
-    scale: float,
+    **scores: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Rows that are left out get an output of 0."""
     order_q, order_k, count = lengths.order_q, lengths.order_k, len(q)
@@ -151,12 +172,6 @@ def _attend(
         k, v = k[order_k], v[order_k]
     if order_q is not None:
         q = q[order_q]
-    out = attn_varlen(
-        q, k, v, lengths.cu_q, lengths.cu_k, is_causal=is_causal, dropout_p=dropout_p, softmax_scale=scale
-    )
+    out = attn_varlen(q, k, v, lengths.cu_q, lengths.cu_k, **scores)
     assert isinstance(out, torch.Tensor)
     return out if order_q is None else out.new_zeros((count, *out.shape[1:])).index_copy(0, order_q, out)
-
-
-def _refuse_window(size: int) -> None:
-    refuse(f"sliding_window={size} that hides keys")

@@ -19,6 +19,9 @@ BoolArray = np.ndarray[Any, np.dtype[np.bool_]]
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 MaskFunction = Callable[..., torch.Tensor]
 
+ALL = -1
+"""A bound of a window that is none."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lengths:
@@ -54,7 +57,8 @@ def read(
     q_length: int,
     kv_length: int,
     q_offset: int | torch.Tensor,
-    is_causal: bool,
+    is_placed: bool,
+    reach: int,
     other: str,
 ) -> Lengths:
     """Those of a batch with pads, of several sequences per row, or of a cache that is not full.
@@ -68,49 +72,61 @@ def read(
         q_length: Queries per row.
         kv_length: Keys per row.
         q_offset: The place of the first query among the keys.
-        is_causal: Whether queries are at the places of the last keys, and see none after their own.
+        is_placed: Whether queries stand at places among the keys, from ``q_offset`` on, behind which no key counts.
+        reach: How many keys a query may see up to its own place; :data:`ALL` for all.
         other: What the mask is if ``starts`` says that it is no known one, for the error.
 
     Raises:
-        HetuError: If ``starts`` says that the mask is no known one; or, in what is compiled, if there are pads between
-            the tokens of a sequence.
+        HetuError: If ``starts`` says that the mask is no known one; if there are pads between the tokens of a sequence
+            that is longer than ``reach``; or, in what is compiled, if there are pads between tokens.
     """
     device = next((x.device for x in (keep, starts) if x is not None), None)
     if torch.compiler.is_compiling():
         place = q_offset if isinstance(q_offset, torch.Tensor) else torch.full((), q_offset, device="cpu")
-        found = torch.ops.hetu.lengths_of_mask(keep, starts, place, batch, q_length, kv_length, is_causal, other)
+        found = torch.ops.hetu.lengths_of_mask(keep, starts, place, batch, q_length, kv_length, is_placed, other)
         return Lengths(*found)
-    runs = _runs(_host(keep), _host(starts), batch, q_length, kv_length, int(q_offset), is_causal, other)
+    runs = _runs(_host(keep), _host(starts), batch, q_length, kv_length, int(q_offset), is_placed, reach, other)
     cu_q, cu_k = (torch.from_numpy(x) for x in _compact(runs.cu_q, runs.cu_k))
     order_q, order_k = (None if x is None else torch.from_numpy(x).to(device) for x in (runs.order_q, runs.order_k))
     return Lengths(cu_q, cu_k, order_q, order_k, int(np.diff(runs.cu_k).max(initial=0)), runs.has_pads)
 
 
-def find_starts(mask_function: MaskFunction, batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """Where the sequences of causal self-attention begin, by what a mask function says of a few places of each row.
+def find_starts(
+    mask_function: MaskFunction, batch: int, length: int, first: int, window: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """Where the sequences of self-attention begin, by what a mask function says of a few places of each row.
 
     Args:
         mask_function: ``(batch, head, query, key)``, tensors of indices, to whether the query sees the key.
         batch: Rows of the batch.
-        length: Tokens per row.
+        length: Keys per row.
+        first: The index of the first key.
+        window: How many keys before its own a token sees, and how many after it; -1 for all of its sequence.
         device: Where what it knows lies.
 
     Returns:
         bool ``(2, batch, length)``: whether a sequence begins at a token; and whether the token sees anything else than
-        all of its sequence up to itself, as far as the ends of this tell.
+        this window of its sequence, as far as the ends of the window and of this tell.
     """
     rows, one = torch.arange(batch, device=device)[:, None], torch.zeros(1, 1, dtype=torch.int64, device=device)
     token = torch.arange(length, device=device)[None]
+    left, right = window
 
     def sees(key: torch.Tensor) -> torch.Tensor:
-        return mask_function(rows, one, token, key).expand(batch, length)
+        is_there = (key >= 0) & (key < length)
+        key = key.clamp(0, length - 1)
+        return mask_function(rows, one, token + first, key + first).expand(batch, length) & is_there
 
-    is_start = ~sees((token - 1).clamp(min=0)) | (token == 0)
-    first = torch.where(is_start, token, 0).cummax(1).values
-    sees_next = sees((token + 1).clamp(max=length - 1)) & (token < length - 1)
-    sees_last = sees(token * 0 + length - 1) & (token < length - 1)
-    sees_others = sees((first - 1).clamp(min=0)) & (first > 0)
-    is_other = sees_next | sees_last | sees_others | ~sees(first) | ~sees(token) | (sees(token * 0) != (first == 0))
+    nothing = torch.zeros(batch, length, dtype=torch.bool, device=device)
+    is_start = nothing | (token == 0)
+    if right == 0:  # only masks of this kind pack several sequences into a row
+        is_start = is_start | ~sees(token - 1)
+    begin = torch.where(is_start, token, 0).cummax(1).values
+    begin = begin if left < 0 else torch.maximum(begin, token - left)
+    last = token * 0 + length - 1
+    end = last if right < 0 else torch.minimum(token + right, last)
+    is_other = ~sees(token) | ~sees(begin) | ~sees(end) | sees(begin - 1) | sees(end + 1)
+    is_other = is_other | (sees(token * 0) != (begin == 0)) | (sees(last) != (end == last))
     return torch.stack([is_start, is_other])
 
 
@@ -136,7 +152,8 @@ def _runs(
     q_length: int,
     kv_length: int,
     q_offset: int,
-    is_causal: bool,
+    is_placed: bool,
+    reach: int,
     other: str,
 ) -> _Runs:
     """Nothing is moved where pads stand before and after each sequence only.
@@ -150,7 +167,7 @@ def _runs(
             refuse(other)
         is_start |= starts[0]
     is_start[:, :1] = True
-    if is_causal:
+    if is_placed:
         kept[:, q_offset + q_length :] = False
         is_query = np.zeros_like(kept)
         is_query[:, q_offset : q_offset + q_length] = True
@@ -167,14 +184,18 @@ def _runs(
     if np.array_equal(_between(flat, first, last), counts):
         edges = np.stack([begins, first, last, ends], 1)
         keys, queries = np.diff(edges, axis=1), np.diff(_cumulated(is_query.reshape(-1))[edges], axis=1)
-        if not is_causal:
+        if not is_placed:
             queries = np.stack([np.zeros(batch, np.int64), np.full(batch, q_length), np.zeros(batch, np.int64)], 1)
         nothing = np.zeros(len(begins), np.int64)
         lengths_k = np.stack([nothing, keys[:, 0], keys[:, 1], nothing, keys[:, 2]], 1)
         lengths_q = np.stack([queries[:, 0], nothing, queries[:, 1], queries[:, 2], nothing], 1)
         return _Runs(_cumulated(lengths_q), _cumulated(lengths_k), None, None, bool(keys[:, [0, 2]].any()))
     order_k = np.flatnonzero(flat)
-    if not is_causal:
+    if reach != ALL:  # it counts pads too
+        after = np.maximum.reduceat(np.where(flat, np.arange(flat.size) + 1, 0), begins)
+        if (after - first).max() > reach:
+            refuse("a window over pads between tokens")
+    if not is_placed:
         return _Runs(np.arange(batch + 1) * q_length, _cumulated(counts), None, order_k, True)
     is_used = kept[:, q_offset : q_offset + q_length].reshape(-1)
     counts_q = _between((kept & is_query).reshape(-1), begins, ends)
@@ -221,7 +242,7 @@ def _is_users(frame: FrameType) -> bool:
 _library = torch.library.Library("hetu", "FRAGMENT")
 _library.define(
     "lengths_of_mask(Tensor? keep, Tensor? starts, Tensor q_offset, SymInt batch, SymInt q_length, SymInt kv_length, "
-    "bool is_causal, str other) -> (Tensor cu_q, Tensor cu_k)",
+    "bool is_placed, str other) -> (Tensor cu_q, Tensor cu_k)",
     tags=tuple(
         tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
     ),
@@ -238,8 +259,8 @@ def _most(keep: Any, starts: Any, batch: int, q_length: int, kv_length: int) -> 
 def _lengths_op(
     keep: torch.Tensor | None, starts: torch.Tensor | None, q_offset: torch.Tensor, *sizes: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, q_length, kv_length, is_causal, other = sizes
-    runs = _runs(_host(keep), _host(starts), batch, q_length, kv_length, int(q_offset), is_causal, other)
+    batch, q_length, kv_length, is_placed, other = sizes
+    runs = _runs(_host(keep), _host(starts), batch, q_length, kv_length, int(q_offset), is_placed, ALL, other)
     if runs.order_k is not None:
         fail(HetuError, "there is a pad between two tokens, in a compiled model", "put pads at the ends of rows")
     most = _most(keep, starts, batch, q_length, kv_length) + 1

@@ -20,7 +20,18 @@ from hetu.arguments import refuse as refuse_argument
 from hetu.errors import HetuError, ShapeError
 from hetu.functional import ContextParallel
 from hetu.functional.dispatch import version_of
-from hetu.integrations.transformers.lengths import OP, Lengths, MaskFunction, dense, fail, find_starts, read, refuse
+from hetu.functional.masking import NO_WINDOW
+from hetu.integrations.transformers.lengths import (
+    ALL,
+    OP,
+    Lengths,
+    MaskFunction,
+    dense,
+    fail,
+    find_starts,
+    read,
+    refuse,
+)
 
 _CAUSAL = masking_utils.causal_mask_function
 _BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)
@@ -39,7 +50,9 @@ class HetuMask:
         keep: bool ``(batch, kv_length)``, False for pads; None for no pads.
         starts: As :func:`~hetu.integrations.transformers.lengths.find_starts` gives it; None for one sequence per row.
         other: What the mask is if ``starts`` says that it is none of the usual kinds.
-        cp: How the rows lie on the ranks of a group; the rest says nothing then.
+        cp: How the rows lie on the ranks of a group; what is said of rows says nothing then.
+        window: How many keys before its own a query sees, and how many after it; -1 for all. None if no window is said.
+        chunk: How many tokens the chunks have that queries see keys of; None for no chunks.
 
     Attributes:
         shape: That of the mask that this stands for. transformers takes what has four dimensions for a mask that is
@@ -59,10 +72,12 @@ class HetuMask:
         starts: torch.Tensor | None = None,
         other: str = _OTHER,
         cp: ContextParallel | None = None,
+        window: tuple[int, int] | None = None,
+        chunk: int | None = None,
     ) -> None:
         self.batch, self.q_length, self.kv_length, self.q_offset = batch, q_length, kv_length, q_offset
         self.is_causal, self.keep, self.starts, self.other, self.cp = is_causal, keep, starts, other, cp
-        self.has_right_positions = False
+        self.window, self.chunk, self.has_right_positions = window, chunk, False
         self._lengths: Lengths | None = None
 
     @property
@@ -76,7 +91,10 @@ class HetuMask:
             if self.keep is None and self.starts is None and self._ends_with_keys():
                 self._lengths = dense(*sizes)
             else:
-                self._lengths = read(self.keep, self.starts, *sizes, self.q_offset, self.is_causal, self.other)
+                # Under a window queries of both directions stand at places too.
+                left, right = self.window or NO_WINDOW
+                is_placed, reach = self.is_causal or right != ALL, left if left == ALL else left + 1
+                self._lengths = read(self.keep, self.starts, *sizes, self.q_offset, is_placed, reach, self.other)
         return self._lengths
 
     def _ends_with_keys(self) -> bool:
@@ -116,32 +134,44 @@ def make_mask(
         q_offset = int(q_offset)  # now: a static cache counts in this very tensor
     if use_vmap:
         refuse("or_mask_function or and_mask_function, a mask of the model's own,")
+    q_offset = 0 if q_length == kv_length else q_offset - kv_offset
     # Only what makes a mask of both directions gives this option.
     is_causal = "allow_is_bidirectional_skip" not in options
     if device is None:
         device = next((x.device for x in (cache_position, attention_mask) if x is not None), torch.device("cpu"))
     is_usual = mask_function is (_CAUSAL if is_causal else _BIDIRECTIONAL)
+    window = chunk = None
+    if local_size is not None and not is_usual:
+        window = (local_size - 1, 0) if is_causal else (local_size, local_size)
+        chunk = local_size if getattr(options.get("config"), "attention_chunk_size", None) == local_size else None
     cp = current()
     if cp is not None:
-        _check_parallel(cp, batch_size, q_length, kv_length, attention_mask, local_size)
-        if not is_usual and not torch.compiler.is_compiling():
-            _check_rows(mask_function, is_causal, q_length, device)
-        return HetuMask(1, q_length, kv_length, is_causal=is_causal, cp=cp)
-    starts, other = None, _OTHER
-    if not is_usual:
-        if local_size is not None:
-            other = f"sliding_window={local_size} (or attention_chunk_size) that hides keys"
-        is_square = is_causal and q_length == kv_length and kv_offset == 0
-        if is_square:
-            starts = find_starts(mask_function, batch_size, q_length, torch.device(device))
-        elif local_size is None or kv_offset + kv_length > local_size:
-            refuse(other)
+        _check_parallel(cp, batch_size, q_length, kv_length, attention_mask)
+        if not is_usual and not (is_causal or window):
+            refuse(_OTHER)
+        if not is_usual and is_causal and not torch.compiler.is_compiling():
+            _check_rows(mask_function, q_length, device)
+        if chunk is not None and longest_of(cp) > chunk:
+            refuse(f"attention_chunk_size={chunk} that hides keys, under context_parallel,")
+        return HetuMask(1, q_length, kv_length, is_causal=is_causal, cp=cp, window=window)
+    starts = None
+    if not is_usual and not _is_step(q_length, window, options.get("config")):
+        if not is_causal and (window is None or q_length != kv_length):
+            refuse(_OTHER)
+        seen = window or (ALL, 0)
+        starts = find_starts(mask_function, batch_size, kv_length, kv_offset, seen, torch.device(device))
     if attention_mask is not None:
-        attention_mask = _fitted(attention_mask, kv_length)
-    mask = HetuMask(batch_size, q_length, kv_length, q_offset, is_causal, attention_mask, starts, other)
+        attention_mask = _fitted(attention_mask, kv_length, kv_offset)
+    sizes = batch_size, q_length, kv_length
+    mask = HetuMask(*sizes, q_offset, is_causal, attention_mask, starts, window=window, chunk=chunk)
     if torch.compiler.is_compiling():
         mask.lengths()  # here, once for all layers: a layer that is checkpointed may not change what it is given
     return mask
+
+
+def _is_step(q_length: Any, window: tuple[int, int] | None, config: Any) -> bool:
+    """Whether one token is decoded under a window that the configuration names: its mask can be nothing else."""
+    return q_length == 1 and window is not None and getattr(config, "sliding_window", None) == window[0] + 1
 
 
 def of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int, is_causal: bool) -> HetuMask:
@@ -168,12 +198,13 @@ def _version(x: torch.Tensor) -> int | None:
     return None if torch.compiler.is_compiling() or x.is_inference() else version_of(x)
 
 
-def _fitted(attention_mask: torch.Tensor, kv_length: int) -> torch.Tensor:
-    """A 2-D mask as bools, one per key; keys that it doesn't reach are not seen."""
+def _fitted(attention_mask: torch.Tensor, kv_length: int, kv_offset: int = 0) -> torch.Tensor:
+    """A 2-D mask as bools, one per key from ``kv_offset`` on; keys that it doesn't reach are not seen."""
     if attention_mask.ndim != 2:
         refuse(f"attention_mask of {attention_mask.ndim} dimensions, a mask of your own,")
-    missing = max(kv_length - attention_mask.shape[1], 0)
-    return torch.nn.functional.pad(attention_mask[:, :kv_length].bool(), (0, missing))
+    missing = max(kv_offset + kv_length - attention_mask.shape[1], 0)
+    kept = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
+    return torch.nn.functional.pad(kept, (0, missing))
 
 
 # Context parallelism
@@ -225,9 +256,7 @@ def context_parallel(cp: ContextParallel) -> Iterator[None]:
         _current.cp = before
 
 
-def _check_parallel(
-    cp: ContextParallel, batch: int, q_length: int, kv_length: int, attention_mask: Any, local_size: int | None
-) -> None:
+def _check_parallel(cp: ContextParallel, batch: int, q_length: int, kv_length: int, attention_mask: Any) -> None:
     """Refuses what doesn't fit a context parallelism."""
     rows = cp.position_ids.shape[0]  # a size, which is a symbol in what is compiled
     if batch != 1 or q_length != rows:
@@ -238,14 +267,10 @@ def _check_parallel(
         fail(HetuError, what, "give use_cache=False: context parallelism has no cache")
     if attention_mask is not None:
         fail(HetuError, "an attention_mask is given under context_parallel", "leave it out, and make pads a document")
-    if local_size is not None and (longest := longest_of(cp)) > local_size:
-        refuse(f"sliding_window={local_size} (or attention_chunk_size) that hides keys of {longest} tokens")
 
 
-def _check_rows(mask_function: MaskFunction, is_causal: bool, length: int, device: Any) -> None:
+def _check_rows(mask_function: MaskFunction, length: int, device: Any) -> None:
     """Refuses a mask that is known to be another. Where documents begin tells nothing here: rows lie on all ranks."""
-    if not is_causal:
-        refuse(_OTHER)
     zero, token = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.arange(length, device=device)[None]
     if mask_function(zero, zero, token[:, :-1], token[:, 1:]).any():
         refuse(_OTHER)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hetu.arguments import choice, flag, integer, items, refuse, shown
 from hetu.errors import HetuError, caller
-from hetu.parallel.mask import rules
+from hetu.parallel.mask import codes, rules
 from hetu.parallel.mask.bands import Bands
 from hetu.parallel.mask.drawing import draw_pairs
 from hetu.parallel.mask.rules import Chunked, Prefix, Rule, Size, Slices, Window
@@ -33,6 +33,8 @@ class Mask:
 
     Attributes:
         rule: The kind and its numbers; see :mod:`hetu.parallel.mask.rules`.
+        code: The same in int64 numbers, by which a compiled model takes masks; empty if one is a symbol. See
+            :mod:`hetu.parallel.mask.codes`.
 
     Example:
         >>> Mask.window(-1, 0) == Mask.causal(), Mask.window(4, 0)
@@ -46,6 +48,10 @@ class Mask:
     """
 
     rule: Rule
+    code: IntArray = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "code", codes.encode(self.rule))
 
     # Kinds
 
@@ -184,6 +190,16 @@ class Mask:
             what = f"mask and window_size were both given: {mask!r} and {shown(window_size)}"
             raise HetuError(what, op=op, where=caller(), fix="give one of them: a window is a mask, Mask.window(...)")
         return mask
+
+    @classmethod
+    def decoded(cls, code: IntArray) -> Mask:
+        """The mask that has this :attr:`code`.
+
+        Example:
+            >>> Mask.decoded(Mask.chunked(3).code)
+            Mask.chunked(3)
+        """
+        return cls(codes.decode(code))
 
     # What others ask
 
