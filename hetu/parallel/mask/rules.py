@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -40,13 +40,29 @@ class Rule(ABC):
     def sizes(self) -> tuple[Size, ...]:
         """The numbers that it is made of."""
 
+    @property
+    def words(self) -> tuple[int, ...]:
+        """What it is beside its sizes, as ints."""
+        return ()
+
+    @classmethod
+    def made(cls, words: tuple[int, ...], sizes: tuple[Size, ...]) -> Self:
+        """The rule with these words and sizes, unchecked."""
+        return cls(*sizes)
+
     @abstractmethod
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Rule:
-        """The same kind with other numbers; checks those that are ints.
+    def check(self) -> None:
+        """Checks those of its numbers that are ints.
 
         Raises:
             HetuError: If one is out of its range.
         """
+
+    def with_sizes(self, sizes: tuple[Size, ...]) -> Self:
+        """The same kind with other sizes, checked."""
+        made = self.made(self.words, sizes)
+        made.check()
+        return made
 
     @abstractmethod
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
@@ -77,10 +93,9 @@ class Window(Rule):
     def sizes(self) -> tuple[Size, ...]:
         return self.left, self.right
 
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Window:
-        for name, size in zip(("left", "right"), sizes, strict=True):
+    def check(self) -> None:
+        for name, size in zip(("left", "right"), self.sizes, strict=True):
             _demand(f"the window's {name} bound", size, -1, "give the number of keys, or -1 for no bound")
-        return Window(*sizes)
 
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
         (left, right), zeros, shift = _ints(self), np.zeros_like(q_len), k_len - q_len
@@ -106,9 +121,8 @@ class Chunked(Rule):
     def sizes(self) -> tuple[Size, ...]:
         return (self.size,)
 
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Chunked:
-        _demand("the size of a chunk", sizes[0], 1, "give its number of tokens")
-        return Chunked(*sizes)
+    def check(self) -> None:
+        _demand("the size of a chunk", self.size, 1, "give its number of tokens")
 
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
         (size,) = _ints(self)
@@ -143,13 +157,20 @@ class Prefix(Rule):
     def sizes(self) -> tuple[Size, ...]:
         return self.lengths
 
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Prefix:
-        if self.is_shared and len(sizes) != 1:
-            what = f"one prefix for all documents has {len(sizes)} lengths"
+    @property
+    def words(self) -> tuple[int, ...]:
+        return (int(self.is_shared),)
+
+    @classmethod
+    def made(cls, words: tuple[int, ...], sizes: tuple[Size, ...]) -> Self:
+        return cls(sizes, bool(words[0]))
+
+    def check(self) -> None:
+        if self.is_shared and len(self.lengths) != 1:
+            what = f"one prefix for all documents has {len(self.lengths)} lengths"
             raise HetuError(what, op="mask", where=caller(), fix="give one length")
-        for number, size in enumerate(sizes):
+        for number, size in enumerate(self.lengths):
             _demand("lengths" if self.is_shared else f"lengths[{number}]", size, 0, "give a number of tokens")
-        return Prefix(sizes, self.is_shared)
 
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
         given = np.array(_ints(self), np.int64)
@@ -199,13 +220,20 @@ class Slices(Rule):
     def sizes(self) -> tuple[Size, ...]:
         return self.ranges
 
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Slices:
-        made = Slices(sizes, self.kinds)
+    @property
+    def words(self) -> tuple[int, ...]:
+        return tuple(KINDS.index(kind) for kind in self.kinds)
+
+    @classmethod
+    def made(cls, words: tuple[int, ...], sizes: tuple[Size, ...]) -> Self:
+        return cls(sizes, tuple(KINDS[word] for word in words))
+
+    def check(self) -> None:
+        sizes = self.ranges
         if len(sizes) != 4 * len(self.kinds) or not set(self.kinds) <= set(KINDS):
             what = f"{len(sizes)} bounds of slices of the kinds {', '.join(map(str, self.kinds))}"
-            raise HetuError(
-                what, op="mask", where=caller(), fix=f"give four per slice, and kinds of {', '.join(KINDS)}"
-            )
+            fix = f"give four per slice, and kinds of {', '.join(KINDS)}"
+            raise HetuError(what, op="mask", where=caller(), fix=fix)
         for place, size in enumerate(sizes):
             _demand(f"slice {place // 4}: a range's bound", size, 0, "count positions of the pack, from 0")
         for number in range(len(self.kinds)):
@@ -214,12 +242,10 @@ class Slices(Rule):
                 if isinstance(start, int) and isinstance(stop, int) and stop < start:
                     what = f"slice {number}: its {name} end at {stop}, before they begin at {start}"
                     raise HetuError(what, op="mask", where=caller(), fix="give (start, stop) with start <= stop")
-        if all(isinstance(size, int) for size in sizes) and (shared := made._bands().first_shared()):
-            what = (
-                f"two slices let one query see one key: slices {shared[0]} and {shared[1]}, in order of their queries"
-            )
+        if all(isinstance(size, int) for size in sizes) and (shared := self._bands().first_shared()):
+            numbers = self._bands(np.arange(len(self.kinds))).sequence[list(shared)].tolist()
+            what = f"two slices let one query see one key: slices {numbers[0]} and {numbers[1]}"
             raise HetuError(what, op="mask", where=caller(), fix="cut one of them so that no pair is in both")
-        return made
 
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
         made = self._bands()
@@ -229,11 +255,12 @@ class Slices(Rule):
                 raise BindingError(what, op="mask", where=caller(), fix="count positions of the whole pack")
         return made
 
-    def _bands(self) -> Bands:
+    def _bands(self, sequence: IntArray | None = None) -> Bands:
+        """The bands of one sequence, or each of its own."""
         q0, q1, k0, k1 = np.array(_ints(self), np.int64).reshape(-1, 4).T
         has_upper, has_lower = (np.isin(self.kinds, [kind, "bicausal"]) for kind in ("causal", "inverse_causal"))
         lower, upper = np.where(has_lower, k0 - q0, k0 - q1), np.where(has_upper, k1 - q1, k1 - q0)
-        return Bands.of(np.zeros_like(q0), (q0, q1), (k0, k1), lower, upper)
+        return Bands.of(np.zeros_like(q0) if sequence is None else sequence, (q0, q1), (k0, k1), lower, upper)
 
     @property
     def typical_lengths(self) -> tuple[int, ...]:
@@ -243,6 +270,10 @@ class Slices(Rule):
         rows = [self.ranges[i : i + 4] for i in range(0, len(self.ranges), 4)]
         q, k = (", ".join(f"({row[i]}, {row[i + 1]})" for row in rows) for i in (0, 2))
         return f"slices([{q}], [{k}], {list(self.kinds)})"
+
+
+RULES: tuple[type[Rule], ...] = (Window, Chunked, Prefix, Slices)
+"""All kinds; a mask's code counts them."""
 
 
 def bound(rule: Rule, value: Callable[[IntSymbol], int]) -> Rule:

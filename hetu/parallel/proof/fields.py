@@ -19,7 +19,7 @@ from hetu.arguments import shown
 from hetu.errors import HetuError
 from hetu.parallel.layout.group import GroupLayout, Spans
 from hetu.parallel.layout.layout import Layout
-from hetu.parallel.mask.rules import Rule
+from hetu.parallel.mask.rules import RULES, Rule
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.instructions import Runs
 from hetu.parallel.plan.parts import PlanData
@@ -154,14 +154,13 @@ def _check_layout(value: Any, place: str, seen: set[int]) -> None:
 
 
 def _check_rule(value: Any, place: str, seen: set[int]) -> None:
-    kinds = {kind.__name__: kind for kind in Rule.__subclasses__()}
-    if kinds.get(type(value).__name__) is not type(value):
-        _refuse(value, place, " or ".join(kinds))
-    _check_of(type(value))(value, place, seen)
+    if type(value) not in RULES:
+        _refuse(value, place, " or ".join(kind.__name__ for kind in RULES))
+    _fields_of(type(value))(value, place, seen)
     if not all(isinstance(size, int) for size in value.sizes):
         refuse(f"{place} has numbers that are not bound, expected ints")
     try:
-        value.with_sizes(value.sizes)
+        value.check()
     except HetuError as error:
         refuse(f"{place} is no mask: {error.what}")
 

@@ -81,6 +81,12 @@ def test_slices_that_share_a_pair_are_refused_and_no_others() -> None:
     assert 50 < refused < 350
 
 
+def test_the_slices_that_share_a_pair_are_named_by_their_places() -> None:
+    q_ranges, k_ranges = [(0, 0), (4, 6), (0, 2), (5, 6)], [(0, 0), (0, 6), (0, 2), (3, 4)]
+    with pytest.raises(hetu.HetuError, match=r"one key: slices 1 and 3"):
+        Mask.slices(q_ranges, k_ranges, ["full", "causal", "full", "causal"])
+
+
 def test_slices_count_pairs_by_the_document_of_the_query() -> None:
     mask = Mask.slices([(0, 5), (3, 7)], [(0, 5), (5, 7)], ["causal", "full"])
     rows = mask.matrix(7, 7).sum(1)
