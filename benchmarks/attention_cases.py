@@ -54,6 +54,11 @@ class Case:
         return MASKS[0 if self.is_causal else 1] if self.window is None else f"window-{self.window}"
 
     @property
+    def window_size(self) -> tuple[int, int]:
+        """The window as FlashAttention's arguments have it; ``(-1, -1)`` for none."""
+        return (-1, -1) if self.window is None else (self.window, 0)
+
+    @property
     def documents(self) -> list[int]:
         return document_lengths(self.lengths, self.tokens)
 

@@ -42,9 +42,7 @@ def hetu(x: Inputs) -> Calls:
     """``hetu.functional.attn_varlen``; lengths on the CPU."""
     from hetu.functional import attn_varlen
 
-    options: dict[str, Any] = {"is_causal": x.case.is_causal}
-    if x.case.window is not None:
-        options["window_size"] = (x.case.window, 0)
+    options: dict[str, Any] = {"is_causal": x.case.is_causal, "window_size": x.case.window_size}
 
     def forward(q: torch.Tensor = x.q, k: torch.Tensor = x.k, v: torch.Tensor = x.v) -> torch.Tensor:
         out = attn_varlen(q, k, v, x.cu_seqlens, x.cu_seqlens, **options)
@@ -61,7 +59,7 @@ def flash_attention_2(x: Inputs) -> Calls:
     ops, lengths = torch.ops.aten, (x.cu_seqlens_there, x.cu_seqlens_there, x.longest, x.longest)
     options: dict[str, Any] = {"scale": x.scale}
     if x.case.window is not None:
-        options |= {"window_size_left": x.case.window, "window_size_right": 0}
+        options |= dict(zip(("window_size_left", "window_size_right"), x.case.window_size, strict=True))
 
     def forward() -> Any:
         return ops._flash_attention_forward(x.q, x.k, x.v, *lengths, 0.0, x.case.is_causal, False, **options)

@@ -267,6 +267,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--split", choices=list(SPLITS), default="balanced")
     parser.add_argument("--shares", default="3:2", help="of the tokens of mix, one a GPU")
+    parser.add_argument("--window", type=int, help="how many keys before its own a query sees; all if not given")
     parser.add_argument("--samples", type=int, default=20, help="of each row at most; long ones get fewer")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--tiny", action="store_true", help="few tokens and heads, on gloo in float32")
@@ -299,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(told(ranks, argv))
     speak: Callable[..., None] = partial(print, flush=True) if ranks.rank == 0 else lambda *_: None
     lines = arguments.heads, arguments.tokens, arguments.packs, arguments.shares, arguments.split
-    for case in spread_cases(*lines, ranks.size):
+    for case in spread_cases(*lines, ranks.size, window=arguments.window):
         for row in measure(case, arguments.peers, arguments.direction, arguments.samples, ranks, dtype):
             run.add(row)
             speak(row)

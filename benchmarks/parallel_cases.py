@@ -51,7 +51,13 @@ class Spread(Case):
 
 
 def spread_cases(
-    heads: str, tokens: Sequence[int], packs: Sequence[str], shares: str, split: str, size: int
+    heads: str,
+    tokens: Sequence[int],
+    packs: Sequence[str],
+    shares: str,
+    split: str,
+    size: int,
+    window: int | None = None,
 ) -> Iterator[Spread]:
     """Each number of tokens and each pack over ``size`` pipelines: ``one`` evenly, ``mix`` by shares, which repeat.
 
@@ -62,7 +68,7 @@ def spread_cases(
     uneven = shares.split(":")
     for total, pack in product(tokens, packs):
         own = [uneven[r % len(uneven)] if pack == "mix" else "1" for r in range(size)]
-        yield Spread(heads, total, pack, True, ":".join(own), split)
+        yield Spread(heads, total, pack, True, ":".join(own), split, window=window)
 
 
 class Ranks:

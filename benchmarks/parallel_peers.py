@@ -87,6 +87,7 @@ class Attention:
                 cu_seqlens_q=self.documents,
                 cu_seqlens_k=self.documents,
                 is_causal=self.case.is_causal,
+                window_size=self.case.window_size,
                 split=self.case.split,
                 method=method,
             )[0]
@@ -172,7 +173,9 @@ class Functional(Peer):
 
     def call(self, direction: str) -> Any:
         """The forward alone, without what a backward needs, or both."""
-        attend = partial(hetu.functional.parallel_attn, *self.leaves, self.cp, is_causal=self.case.is_causal)
+        case = self.case
+        options: dict[str, Any] = {"is_causal": case.is_causal, "window_size": case.window_size}
+        attend = partial(hetu.functional.parallel_attn, *self.leaves, self.cp, **options)
         if direction != BOTH:
             with torch.no_grad():
                 return (attend(),)
@@ -185,7 +188,8 @@ class Functional(Peer):
 
     def plans(self, direction: str) -> list[AttnPlan]:
         """The plan, and that of the gradients."""
-        plan = self.cp.plan(*self.case.shape, self.dtype, is_causal=self.case.is_causal)
+        case = self.case
+        plan = self.cp.plan(*case.shape, self.dtype, is_causal=case.is_causal, window_size=case.window_size)
         return [plan, plan.backward()] if direction == BOTH else [plan]
 
 
@@ -224,6 +228,8 @@ class ContextParallel(Peer):
         case = _spread(x)
         if len(case.documents) > 1:
             raise ValueError("knows no packed documents")
+        if case.window is not None:
+            raise ValueError("knows no windows")
         self.case, self.backend, self.rotation = case, backend, rotation
         self.mesh = init_device_mesh(x.q.device.type, (ranks.size,))
         self._context = context_parallel
