@@ -250,7 +250,9 @@ class Planner:
         name: str | None,
     ) -> tuple[Node, LayoutKey]:
         """A ``parallel_attn`` node and what its layout depends on, from symbols alone (see :meth:`hetu.Graph.plan`)."""
-        nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
+        nodes = [
+            node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn) and node.original is None
+        ]
         wanted = None if name is None else text(name, "node", op="layout")
         nodes = [node for node in nodes if wanted in (None, node.name)]
         if not nodes:

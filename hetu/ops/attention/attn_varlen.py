@@ -121,6 +121,7 @@ class AttnVarlen(_VarlenAttention):
     inputs = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")
     outputs = ("output", "softmax_lse", "p", "rng_state")
     is_random = True
+    is_attention = True
     precision = "low"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:

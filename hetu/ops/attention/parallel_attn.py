@@ -55,6 +55,7 @@ class ParallelAttn(_ParallelAttention):
     inputs = ("qkv", "cu_seqlens_q", "cu_seqlens_k")
     outputs = ("output", "softmax_lse", "rng_state", "p")
     is_random = True
+    is_attention = True
 
     # Building
 
