@@ -59,6 +59,7 @@ def gradients(
         again = Recomputation(nodes, targets, weights)
         with outside_of_scopes(again.key):
             found = _walk(nodes, seeds, sources, again)
+        again.finish()
     return found[0] if isinstance(xs, Tensor) else found
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def format_graph(graph: Graph) -> str:
     """One line per node: outputs with dtype and symbolic shape, the op with its arguments, the user's line.
 
-    With ``hetu.recompute`` it also says in which scopes a node stands, and whether a backward computes it again.
+    With ``hetu.recompute`` it also says in which scopes a node stands, and whether a backward computes it again or
+    reads what is kept of it.
     """
     marks = _recompute_marks(graph)
     lines = [(_outputs(node), _call(node), node.where.short + marks.get(node, "")) for node in graph.nodes]
@@ -34,19 +35,19 @@ def format_graph(graph: Graph) -> str:
 
 def _recompute_marks(graph: Graph) -> dict[Node, str]:
     """What a line says of recomputation, for the computations within scopes and for clones."""
-    scopes = list(dict.fromkeys(scope for node in graph.nodes for scope in node.scopes))
+    scopes = dict.fromkeys(scope for node in graph.nodes for scope in node.scopes)
     if not scopes:
         return {}
+    number = {scope: str(i) for i, scope in enumerate(scopes)}
     repeated = {node.original for node in graph.nodes if node.original is not None}
-    differentiated = {scope for node in repeated for scope in node.scopes}
+    kept = {tensor.op for node in graph.nodes if node.backward is not None for tensor in node.tensors}
     marks = {}
     for node in graph.nodes:
         if node.original is not None:
             marks[node] = f", {node.original.name} again"
         elif node.scopes and node.role is Role.COMPUTATION:
-            fate = "computed again" if node in repeated else "kept"
-            said = f": {fate}" if differentiated.intersection(node.scopes) else ""
-            marks[node] = f", recompute {'/'.join(str(scopes.index(scope)) for scope in node.scopes)}{said}"
+            fate = ": computed again" if node in repeated else ": kept" if node in kept else ""
+            marks[node] = f", recompute {'/'.join(number[scope] for scope in node.scopes)}{fate}"
     return marks
 
 

@@ -140,7 +140,8 @@ class Recomputation:
     It is asked node after node, from the last to the first. When it first meets a scope it adds clones of the scope's
     nodes to the graph, which read what is kept: the original's values, or those that the outer scope's clones made.
     Nodes are computed in the order in which they were added, so clones are computed when the backward gets there, and
-    what the forward made is freed after its last use in the forward. Clones that no gradient needs are dead nodes.
+    what the forward made is freed after its last use in the forward. Which clones gradients read is known at the end:
+    the others are taken back.
 
     Args:
         nodes: All nodes that the ys are computed from, in computing order.
@@ -155,6 +156,8 @@ class Recomputation:
                 self._members.setdefault(node.scopes[:depth], []).append(node)
         self._kept = _read_outside(nodes, ys) if self._members else {}
         self._again: dict[tuple[Scope, ...], dict[Tensor, Tensor]] = {}
+        self._graph = ys[0].graph if ys else None
+        self._start = len(self._graph.nodes) if self._graph else 0
         # Calls with the same ys share what they add; others would keep it alive from one's backward to the other's.
         self.key = (tuple(ys), tuple(weights)) if self._members else None
 
@@ -168,6 +171,24 @@ class Recomputation:
                 self._repeat(path[:depth])
         inputs = tuple([self._value(path, item) for item in node.inputs])
         return replace(node, inputs=inputs, outputs=tuple([self._value(path, item) for item in node.outputs]))
+
+    def finish(self) -> None:
+        """Takes back the clones that nothing reads."""
+        if not self._again or self._graph is None:
+            return
+        added = self._graph.nodes[self._start :]
+        del self._graph.nodes[self._start :]
+        read: set[Tensor] = set()
+        needed = []
+        for node in reversed(added):
+            if node.original is None or not read.isdisjoint(node.outputs):
+                needed.append(node)
+                read.update(node.tensors)
+            else:
+                self._graph._names.remove(node.name)
+        for node in reversed(needed):
+            node.id = len(self._graph.nodes)
+            self._graph.nodes.append(node)
 
     def _repeat(self, path: tuple[Scope, ...]) -> None:
         """Clones the nodes of a scope. Those around it have been cloned before."""
