@@ -77,6 +77,33 @@ def test_clones_come_when_the_backward_gets_there() -> None:
     assert places == sorted(places)
 
 
+def test_clones_that_nothing_reads_are_taken_back() -> None:
+    g, x = started()
+    with g:
+        with hetu.recompute():
+            y = hetu.sum((hetu.tanh(x, name="t") + 1) * 2)
+        before = len(g.nodes)
+        dx = hetu.gradients(y, x)
+        assert again(g) == ["t"]
+        assert [node.id for node in g.nodes] == list(range(len(g.nodes)))
+        hetu.tanh(dx, name="add_0.again_0")  # the name of what was taken back is free
+        hetu.gradients(y, x)
+    assert again(g) == ["t", "t"] and len(g.nodes) - before < 14
+    g.verify()
+
+
+def test_an_error_names_no_clones() -> None:
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder("float32", [6, 24], name="x")
+        with hetu.recompute(attention=True):
+            h = hetu.parallel_attn(x, 8, 1, [[6]], [[0]], name="one")[0]
+            h = hetu.parallel_attn(hetu.concat([h, h, h], 1), 8, 1, [[6]], [[1]], name="other")[0]
+            hetu.gradients(hetu.sum(hetu.tanh(h)), x)
+    assert again(g)
+    with pytest.raises(hetu.StrategyError, match=r"have different layouts: one, other\n"):
+        g.layout(0)
+
+
 def test_without_scopes_a_graph_is_as_it_was() -> None:
     g, x = started()
     with g:
