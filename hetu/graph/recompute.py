@@ -191,11 +191,14 @@ class Recomputation:
             self._graph.nodes.append(node)
 
     def _repeat(self, path: tuple[Scope, ...]) -> None:
-        """Clones the nodes of a scope. Those around it have been cloned before."""
+        """Clones the nodes of a scope. Those of the scopes around it have been cloned before.
+
+        Nothing reads what stands for a value that is kept anyway, so clones that give nothing else are taken back.
+        """
         scope, again = path[-1], self._again.setdefault(path, {})
         kept = self._kept.get(scope, set())
         for node in self._members[path]:
-            if scope.covers(node) and not kept.issuperset(node.outputs):
+            if scope.covers(node):
                 inputs = tuple([self._value(path, item) for item in node.inputs])
                 clone = node.graph._clone(node, inputs, (self.key, path))
                 pairs = zip(node.outputs, clone.outputs, strict=True)

@@ -63,6 +63,26 @@ def test_a_backward_reads_clones_and_what_is_read_outside() -> None:
     torch.testing.assert_close(g.run(dx, {x: X}), exact.grad, rtol=1e-12, atol=0)
 
 
+def test_of_several_outputs_those_are_kept_that_are_read_outside() -> None:
+    g, x = started()
+    with g:
+        with hetu.recompute():
+            p, q = hetu.split(hetu.tanh(x), [1, 2])
+            h = hetu.silu(p) + hetu.silu(q)
+            y = hetu.exp(hetu.sum(h), name="y")
+        z = hetu.sum(hetu.silu(p))
+        dx = hetu.gradients([y, z], x)
+    assert again(g) == ["tanh_0", "split_0"]  # y is there for who fetches it
+    (clone,) = [node for node in g.nodes if node.original is q.op]
+    read = [node.tensors[1] for node in g.nodes if node.definition.name == "silu_grad"]
+    assert set(read) == {p, clone.outputs[1]}
+    exact = torch.from_numpy(X).requires_grad_()
+    a, b = exact.tanh().split([1, 2])
+    silu = torch.nn.functional.silu
+    ((silu(a) + silu(b)).sum().exp() + silu(a).sum()).backward()
+    torch.testing.assert_close(g.run(dx, {x: X}), exact.grad, rtol=1e-12, atol=0)
+
+
 def test_clones_come_when_the_backward_gets_there() -> None:
     """Nodes are computed in the order of the list: the clones of the first layer come after the second's backward."""
     g, x = started()
