@@ -14,7 +14,7 @@ from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where,
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
-from hetu.graph.recompute import building
+from hetu.graph.recompute import NOWHERE, building
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
@@ -134,7 +134,8 @@ class Graph:
         specs = definition.infer(call)
         node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
         node.symbols, node.constraints = call.symbols, tuple(call.constraints)
-        node.scopes, node.backward = building.get()
+        if (now := building.get()) is not NOWHERE:
+            node.scopes, node.backward = now
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
         self._names.add(call.name)
         self.nodes.append(node)

@@ -28,9 +28,9 @@ class Building(NamedTuple):
     backward: Hashable = None
 
 
-_NOWHERE = Building()
+NOWHERE = Building()
 
-building: ContextVar[Building] = ContextVar("hetu_recompute", default=_NOWHERE)
+building: ContextVar[Building] = ContextVar("hetu_recompute", default=NOWHERE)
 
 
 class recompute(AbstractContextManager[None]):  # noqa: N801 - used like a function, as hetu.autocast is
