@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from hetu.arguments import flag, refuse, shown
+from hetu.arguments import flag, items, shown
 from hetu.errors import HetuError, caller
 from hetu.graph.node import Node
 from hetu.graph.opdef import OpDef, Role, registry
@@ -97,26 +97,26 @@ def _can_be_repeated(definition: OpDef) -> bool:
 
 
 def _checked(policy: Any, attention: bool) -> frozenset[str]:
-    if isinstance(policy, (str, bytes, Mapping)) or not isinstance(policy, Collection):
-        fix = 'write {"linear", "swiglu"}, or leave it out for all ops'
-        refuse(policy, "policy", "a set of names of ops", op="recompute", fix=fix)
+    wanted, fix = "a set of names of ops", 'write {"linear", "swiglu"}, or leave it out for all ops'
+    is_set = isinstance(policy, (set, frozenset))
+    names = list(policy) if is_set else items(policy, "policy", wanted, op="recompute", fix=fix)
     known = {name: op for name, op in registry().items() if op.is_public}
-    for name in policy:
+    for name in names:
         if not isinstance(name, str) or name not in known:
             near = get_close_matches(name, known, n=3) if isinstance(name, str) else []
             fix = f"did you mean {' or '.join(near)}?" if near else "print(g) shows the names of a graph's ops"
             _refuse(f"policy names {shown(name)}, and there is no such op", fix)
         if not _can_be_repeated(known[name]):
             _refuse(f"policy names {name}, whose output is always kept", f"leave {name} out")
-    named = sorted(name for name in policy if known[name].is_attention)
+    named = sorted(name for name in names if known[name].is_attention)
     if named and not attention:
         _refuse(f"policy names {named[0]}, which is kept without attention=True", "pass attention=True as well")
     if attention and not named:
         _refuse("attention is True, but policy names no attention", 'add "parallel_attn" or "attn_varlen" to it')
-    return frozenset(policy)
+    return frozenset(names)
 
 
-def _refuse(what: str, fix: str) -> None:
+def _refuse(what: str, fix: str) -> NoReturn:
     raise HetuError(what, op="recompute", where=caller(), fix=fix)
 
 

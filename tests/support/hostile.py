@@ -236,6 +236,7 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "graph of strategies", (hetu.graph, {"strategies": [hetu.Strategy([3], [0])], "device": "cpu"})
     yield "Strategy", (hetu.Strategy, {"lengths": [s, 3], "groups": [0, 0], "name": "two"})
     yield "autocast", (hetu.autocast, {"dtype": "bfloat16", "enabled": True})
+    yield "recompute", (hetu.recompute, {"policy": {"tanh", "parallel_attn"}, "attention": True})
     yield "config", (_configured, {"backend": None, "verify_plans": False, "deterministic": False})
     yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
     yield "manual_seed", (_seeded, {"seed": 3})
