@@ -59,7 +59,7 @@ def gradients(
         again = Recomputation(nodes, targets, weights)
         with outside_of_scopes(again.key):
             found = _walk(nodes, seeds, sources, again)
-        again.finish()
+        again.finish(found)
     return found[0] if isinstance(xs, Tensor) else found
 
 
@@ -155,7 +155,7 @@ def _differentiate(
 ) -> None:
     """Asks a node's op for the gradients of those inputs that matter.
 
-    The op looks at the node's stand-in, whose values may be computed again; what it gives belongs to the node's inputs.
+    The op looks at the node's stand-in, whose values may be computed again; the gradients are of the node's own inputs.
     """
     op = node.definition
     rule = None if type(op).gradient is OpDef.gradient else op.gradient(stand_in, grads)

@@ -43,8 +43,8 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     """Common-subexpression elimination: which tensor each duplicate can be replaced by.
 
     Two nodes are the same computation when op, operands (after replacement) and arguments are equal. Sources,
-    random ops, and ops with symbols or plans of their own are left alone. So is what is computed again for a backward,
-    but for nodes of the same backward and scope.
+    random ops, and ops with symbols or plans of their own are left alone. Nodes that a backward with recomputation
+    added are merged with those of the same backward and scope only.
 
     Args:
         nodes: In computing order.

@@ -34,7 +34,7 @@ def format_graph(graph: Graph) -> str:
 
 
 def _recompute_marks(graph: Graph) -> dict[Node, str]:
-    """What a line says of recomputation, for the computations within scopes and for clones."""
+    """Makes the text that a line adds for recomputation: for computations within scopes, and for clones."""
     scopes = dict.fromkeys(scope for node in graph.nodes for scope in node.scopes)
     if not scopes:
         return {}

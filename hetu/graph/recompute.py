@@ -1,4 +1,4 @@
-"""Recomputation: what ops give within ``hetu.recompute`` is computed again for the backward, and not kept for it."""
+"""Recomputation: the backward computes values of ops within ``hetu.recompute`` again, so that they are not kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hetu.graph.tensor import Tensor
 
 
 class Building(NamedTuple):
-    """What is noted in each node that is added to a graph.
+    """The state of building: each node notes it when it is added to a graph.
 
     Attributes:
-        scopes: The scopes that it stands in, the outermost first.
-        backward: What :func:`hetu.gradients` adds it for, see :attr:`Node.backward`; None outside of that.
+        scopes: The scopes that were entered and not left, the outermost first.
+        backward: The purpose of nodes that :func:`hetu.gradients` adds, see :attr:`Node.backward`; None for others.
     """
 
     scopes: tuple[Scope, ...] = ()
@@ -29,22 +29,23 @@ class Building(NamedTuple):
 
 
 NOWHERE = Building()
+"""The state outside of all scopes, where nodes have nothing to note."""
 
 building: ContextVar[Building] = ContextVar("hetu_recompute", default=NOWHERE)
 
 
 class recompute(AbstractContextManager[None]):  # noqa: N801 - used like a function, as hetu.autocast is
-    """What ops built within it give is not kept for the backward, which computes it again. The bits are the same.
+    """Values of ops built within it are not kept for the backward, which computes them again. The bits are the same.
 
-    What ops outside of it read is kept: the input of the next layer. So with one block around each layer the memory of
-    a step grows by a layer's input, and attention's output and lse, with each layer; the step takes up to one forward
-    more. Blocks may be nested: the backward of the outer one computes again what the inner one needs. Random ops draw
-    the same numbers again. ``print(g)`` shows which nodes are computed again, once there are gradients.
+    Values that ops outside of it read are kept: the input of the next layer. So with one block around each layer, each
+    layer adds its input, and attention's output and lse, to the memory of a step. The step takes up to one forward
+    more. Blocks may be nested: the backward of the outer one computes again all that the inner one reads. Random ops
+    draw the same numbers again. ``print(g)`` shows which nodes are computed again, once there are gradients.
 
     Args:
         policy: Names of the ops that are computed again, as ``print(g)`` shows them; None for all.
-        attention: Whether attention is computed again as well. It takes the most time, and its output and lse little
-            memory. Its exchange between pipelines is repeated with it; what other ops exchange is always kept.
+        attention: True if attention is computed again as well, with its exchange between pipelines. It takes the most
+            time, and its output and lse little memory. Results of other ops that exchange are always kept.
 
     Raises:
         HetuError: If the policy is no collection of names of ops that can be computed again, if it does not agree with
@@ -79,12 +80,12 @@ class recompute(AbstractContextManager[None]):  # noqa: N801 - used like a funct
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scope:
-    """One time that a :class:`recompute` was entered."""
+    """A :class:`recompute` that was entered: each time makes a scope of its own."""
 
     rule: recompute
 
     def covers(self, node: Node) -> bool:
-        """Whether the backward of this scope computes a node of it again, unless all that it gives is kept anyway."""
+        """True if the backward of this scope computes a node of it again, unless its outputs are kept anyway."""
         definition, rule = node.definition, self.rule
         if definition.is_attention and not rule.attention:
             return False
@@ -125,7 +126,7 @@ def outside_of_scopes(backward: Hashable = None) -> Iterator[None]:
     """Nodes added within it stand in no scope.
 
     Args:
-        backward: What the nodes are added for, see :attr:`Node.backward`.
+        backward: The purpose of these nodes, see :attr:`Node.backward`.
     """
     token = building.set(Building((), backward))
     try:
@@ -135,17 +136,17 @@ def outside_of_scopes(backward: Hashable = None) -> Iterator[None]:
 
 
 class Recomputation:
-    """What one call of ``hetu.gradients`` computes again.
+    """Adds the nodes that compute values again for one call of ``hetu.gradients``.
 
-    It is asked node after node, from the last to the first. When it first meets a scope it adds clones of the scope's
-    nodes to the graph, which read what is kept: the original's values, or those that the outer scope's clones made.
+    It is asked for node after node, from the last to the first. When it first meets a scope it adds clones of the
+    scope's nodes to the graph. They read kept values: those of originals, or of the clones that the outer scope made.
     Nodes are computed in the order in which they were added, so clones are computed when the backward gets there, and
-    what the forward made is freed after its last use in the forward. Which clones gradients read is known at the end:
-    the others are taken back.
+    values of originals are freed after their last use in the forward. At the end it is known which clones gradients
+    read, and the others are taken back.
 
     Args:
         nodes: All nodes that the ys are computed from, in computing order.
-        ys: What is differentiated.
+        ys: The tensors that are differentiated.
         weights: Their weights; None for ones.
     """
 
@@ -162,7 +163,7 @@ class Recomputation:
         self.key = (tuple(ys), tuple(weights)) if self._members else None
 
     def stand_in(self, node: Node) -> Node:
-        """The node as its gradient is to see it: in a scope it has the values that are computed again."""
+        """Gives the node as the rule of its gradient is to see it: in a scope with values that are computed again."""
         path = node.scopes
         if not path:
             return node
@@ -172,14 +173,17 @@ class Recomputation:
         inputs = tuple([self._value(path, item) for item in node.inputs])
         return replace(node, inputs=inputs, outputs=tuple([self._value(path, item) for item in node.outputs]))
 
-    def finish(self) -> None:
-        """Takes back the clones that nothing reads."""
+    def finish(self, results: Sequence[Tensor]) -> None:
+        """Takes back the clones that no gradient reads.
+
+        Args:
+            results: The gradients that were asked for.
+        """
         if not self._again or self._graph is None:
             return
         added = self._graph.nodes[self._start :]
         del self._graph.nodes[self._start :]
-        read: set[Tensor] = set()
-        needed = []
+        read, needed = set(results), []
         for node in reversed(added):
             if node.original is None or not read.isdisjoint(node.outputs):
                 needed.append(node)
@@ -193,7 +197,7 @@ class Recomputation:
     def _repeat(self, path: tuple[Scope, ...]) -> None:
         """Clones the nodes of a scope. Those of the scopes around it have been cloned before.
 
-        Nothing reads what stands for a value that is kept anyway, so clones that give nothing else are taken back.
+        Readers get kept values from the originals, so a clone all of whose outputs are kept is taken back at the end.
         """
         scope, again = path[-1], self._again.setdefault(path, {})
         kept = self._kept.get(scope, set())
@@ -205,7 +209,7 @@ class Recomputation:
                 again.update({old: new for old, new in pairs if old not in kept})
 
     def _value(self, path: tuple[Scope, ...], item: Any) -> Any:
-        """What stands for an operand within the backward of a scope: the innermost scope's that computes it again."""
+        """Gives the tensor that stands for an operand in the backward of a scope: from the innermost that clones it."""
         if isinstance(item, Tensor) and item.op.scopes:
             for depth in range(len(path), 0, -1):
                 found = self._again[path[:depth]].get(item)
@@ -215,7 +219,7 @@ class Recomputation:
 
 
 def _read_outside(nodes: Sequence[Node], ys: Sequence[Tensor]) -> dict[Scope, set[Tensor]]:
-    """For each scope those of its tensors that are kept anyway: nodes outside of it read them, or planning does."""
+    """Finds for each scope its tensors that are kept anyway: ys, and those that planning or nodes outside read."""
     kept: dict[Scope, set[Tensor]] = {}
 
     def keep(tensor: Tensor, reader: tuple[Scope, ...] = ()) -> None:

@@ -123,13 +123,14 @@ class Watching(TorchDispatchMode):
 
 
 def test_what_the_forward_made_is_gone_when_the_backward_starts() -> None:
-    def alive(scope: Any) -> list[int]:
+    def alive(scope: Any, outer: Any = None) -> list[int]:
         with hetu.graph("define_and_run", device="cpu") as g:
             x = hetu.placeholder("float32", [4], name="x")
             h = x
-            for _ in range(2):
-                with scope:
-                    h = hetu.tanh(hetu.tanh(hetu.tanh(h)))
+            with outer or nullcontext():
+                for _ in range(2):
+                    with scope:
+                        h = hetu.tanh(hetu.tanh(hetu.tanh(h)))
             dx = hetu.gradients(hetu.sum(hetu.exp(h)), x)
         feed = {x: torch.ones(4)}
         g.run(dx, feed)
@@ -141,3 +142,5 @@ def test_what_the_forward_made_is_gone_when_the_backward_starts() -> None:
     assert alive(nullcontext()) == [6, 6, 5, 4, 3, 2, 1]
     # The outputs of two layers; then those with a layer's own, which lasts until it is differentiated.
     assert alive(hetu.recompute()) == [2, 4, 3, 2, 3, 2, 1]
+    # The output of both; the first layer's comes back with the backward of the outer block.
+    assert alive(hetu.recompute(), hetu.recompute()) == [1, 4, 3, 2, 3, 2, 1]
