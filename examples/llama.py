@@ -89,13 +89,14 @@ def flat(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([empty, *documents]), np.concatenate([empty, *nexts])
 
 
-def build(config: Config, dtype: Any = hetu.float32, device: str | None = None) -> Model:
+def build(config: Config, dtype: Any = hetu.float32, device: str | None = None, recompute: bool = False) -> Model:
     """Builds the graph: once, for all lengths and strategies.
 
     Args:
         config: The model's sizes.
         dtype: float32, or bfloat16 for products and attention in it; parameters are float32 either way.
         device: Where it runs; None for CUDA if there is one.
+        recompute: Whether the backward computes each layer again, but for attention, instead of keeping what it gave.
     """
     rows, documents = hetu.IntSymbol("rows"), hetu.IntSymbol("documents")
     precision = nullcontext() if hetu.as_dtype(dtype) == hetu.float32 else hetu.autocast(dtype)
@@ -112,8 +113,10 @@ def build(config: Config, dtype: Any = hetu.float32, device: str | None = None) 
         position, _, _ = hetu.layout_tokens(tokens, cu_seqlens=cu_seqlens, **layout)
         x = hetu.embedding(tokens, weight("embedding", VOCABULARY, config.width))
         for i in range(config.layers):
-            x = x + attention(config, f"layer{i}.attention", norm(x, f"layer{i}.norm1"), position, cu_seqlens, layout)
-            x = x + feed_forward(config, f"layer{i}.mlp", norm(x, f"layer{i}.norm2"))
+            with hetu.recompute() if recompute else nullcontext():
+                normed = norm(x, f"layer{i}.norm1")
+                x = x + attention(config, f"layer{i}.attention", normed, position, cu_seqlens, layout)
+                x = x + feed_forward(config, f"layer{i}.mlp", norm(x, f"layer{i}.norm2"))
         logits = hetu.linear(norm(x, "norm"), weight("head", VOCABULARY, config.width))
         loss = hetu.token_mean_loss(logits, labels, ignore_index=IGNORED)
     return Model(g, tokens, labels, cu_seqlens, logits, loss)

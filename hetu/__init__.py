@@ -27,7 +27,7 @@ from hetu.errors import (
     StrategyError,
     UnboundSymbolError,
 )
-from hetu.graph import Graph, Tensor, autocast, gradients, require
+from hetu.graph import Graph, Tensor, autocast, gradients, recompute, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
 from hetu.parallel import Hardware, Layout, Mask, Strategy
@@ -274,6 +274,7 @@ __all__ = [
     "maximum",
     "minimum",
     "optim",
+    "recompute",
     "require",
     "save",
     "shutdown_distributed",

@@ -29,6 +29,7 @@ from hetu.graph.opdef import (
     register,
     registry,
 )
+from hetu.graph.recompute import recompute
 from hetu.graph.tensor import Tensor
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "current_graph",
     "find_op",
     "gradients",
+    "recompute",
     "register",
     "registry",
     "require",

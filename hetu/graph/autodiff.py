@@ -13,6 +13,7 @@ from hetu.graph.autocast import no_autocast
 from hetu.graph.node import Node
 from hetu.graph.opdef import OpDef
 from hetu.graph.passes import live_nodes
+from hetu.graph.recompute import Recomputation, outside_of_scopes
 from hetu.graph.tensor import Tensor
 
 
@@ -52,9 +53,13 @@ def gradients(
     weights = [None] * len(targets) if grad_ys is None else _several(grad_ys, "grad_ys")
     if len(weights) != len(targets):
         _refuse(ShapeError, f"{len(weights)} grad_ys for {len(targets)} ys", "give one a y, or None for ones")
-    with no_autocast():
+    with no_autocast(), outside_of_scopes():
         seeds = [(y, _seed(y, weight)) for y, weight in zip(targets, weights, strict=True)]
-        found = _walk(seeds, sources)
+        nodes = live_nodes(targets)
+        again = Recomputation(nodes, targets, weights)
+        with outside_of_scopes(again.key):
+            found = _walk(nodes, seeds, sources, again)
+        again.finish(found)
     return found[0] if isinstance(xs, Tensor) else found
 
 
@@ -95,9 +100,10 @@ def _check_like(grad: Tensor, dtype: DType, of: Tensor, what: str) -> None:
         _refuse(ShapeError, f"{what} has shape {list(grad.shape)}, expected {list(of.shape)}")
 
 
-def _walk(seeds: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor]) -> list[Tensor]:
+def _walk(
+    nodes: Sequence[Node], seeds: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor], again: Recomputation
+) -> list[Tensor]:
     """Goes from the ys backwards, over nodes that lie between an x and a y only."""
-    nodes = live_nodes(y for y, _ in seeds)
     between = _reached(nodes, sources)
     terms: dict[Tensor, list[Tensor]] = {}
     for y, seed in seeds:
@@ -110,7 +116,7 @@ def _walk(seeds: Sequence[tuple[Tensor, Tensor]], sources: Sequence[Tensor]) -> 
         if any(grad is not None for grad in grads):
             # What is summed up once is kept, for an output may be asked for as well.
             terms.update({item: [grad] for item, grad in zip(node.outputs, grads, strict=True) if grad is not None})
-            _differentiate(node, grads, between, terms)
+            _differentiate(node, again.stand_in(node), grads, between, terms)
     missing = [x for x in sources if x not in terms]
     if missing:
         _refuse(
@@ -141,11 +147,18 @@ def reached_by_gradients(y: Tensor) -> set[Tensor]:
 
 
 def _differentiate(
-    node: Node, grads: tuple[Tensor | None, ...], between: set[Tensor], terms: dict[Tensor, list[Tensor]]
+    node: Node,
+    stand_in: Node,
+    grads: tuple[Tensor | None, ...],
+    between: set[Tensor],
+    terms: dict[Tensor, list[Tensor]],
 ) -> None:
-    """Asks a node's op for the gradients of those inputs that matter."""
+    """Asks a node's op for the gradients of those inputs that matter.
+
+    The op looks at the node's stand-in, whose values may be computed again; the gradients are of the node's own inputs.
+    """
     op = node.definition
-    rule = None if type(op).gradient is OpDef.gradient else op.gradient(node, grads)
+    rule = None if type(op).gradient is OpDef.gradient else op.gradient(stand_in, grads)
     for place, item in enumerate(node.inputs):
         if not isinstance(item, Tensor) or item not in between:
             continue

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
 
@@ -13,6 +14,7 @@ from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where,
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
+from hetu.graph.recompute import NOWHERE, building
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
@@ -132,12 +134,24 @@ class Graph:
         specs = definition.infer(call)
         node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
         node.symbols, node.constraints = call.symbols, tuple(call.constraints)
+        if (now := building.get()) is not NOWHERE:
+            node.scopes, node.backward = now
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
         self._names.add(call.name)
         self.nodes.append(node)
         if definition.lists_strategies and self.listing is None:
             self.listing = node
         return node.outputs
+
+    def _clone(self, node: Node, inputs: tuple[Operand, ...], backward: Hashable) -> Node:
+        """Adds a node that computes another one again, for a backward, from the same values in other tensors."""
+        name = self._free_name(f"{node.name}.again")
+        clone = replace(node, id=len(self.nodes), inputs=inputs, name=name, scopes=(), original=node, backward=backward)
+        specs = [TensorSpec(item.dtype, item.symbolic_shape, item.on_cpu) for item in node.outputs]
+        clone.outputs = tuple(self._output(clone, spec, i, len(specs)) for i, spec in enumerate(specs))
+        self._names.add(name)
+        self.nodes.append(clone)
+        return clone
 
     def _autocast(self, definition: OpDef, operands: tuple[Operand, ...]) -> tuple[Operand, ...]:
         kept = [definition.inputs.index(name) for name in definition.uncast_inputs]

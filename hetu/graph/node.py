@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hetu.symbols import Constraint, IntSymbol
 if TYPE_CHECKING:
     from hetu.graph.graph import Graph
     from hetu.graph.opdef import OpDef, Role
+    from hetu.graph.recompute import Scope
 
 Operand = Tensor | IntSymbol | int | float | bool | None
 
@@ -31,6 +33,11 @@ class Node:
         outputs: What it makes.
         symbols: Symbols of its own that the op gives a value at run time (``batch``), by name.
         constraints: What must hold in every run that computes it.
+        scopes: The ``hetu.recompute`` blocks that it stands in, the outermost first.
+        original: The node that it computes again for a backward; None for all other nodes.
+        backward: In a graph with ``hetu.recompute``, which call of ``hetu.gradients`` and which scope it was added for.
+            Only nodes for which this is equal are merged: a clone that is merged with its original would keep what it
+            is there to free. None for a node of the forward.
     """
 
     graph: Graph
@@ -43,6 +50,9 @@ class Node:
     outputs: tuple[Tensor, ...] = ()
     symbols: dict[str, IntSymbol] = field(default_factory=dict)
     constraints: tuple[Constraint, ...] = ()
+    scopes: tuple[Scope, ...] = ()
+    original: Node | None = None
+    backward: Hashable = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

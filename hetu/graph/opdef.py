@@ -193,6 +193,8 @@ class OpDef:
             computed.
         is_public: Whether users call it; False for ops that only gradients are made of.
         stops_gradient: Whether what it gives counts as a constant when a graph is differentiated.
+        is_attention: Whether ``hetu.recompute`` leaves it alone unless it is asked for attention too. It may span
+            pipelines; other ops that do are never computed again.
         precision: What ``hetu.autocast`` does to its floating operands: ``"low"`` casts them to half precision,
             ``"high"`` to float32, ``"any"`` leaves them alone.
         uncast_inputs: Inputs that autocast leaves alone, whatever the precision.
@@ -214,6 +216,7 @@ class OpDef:
     is_step_wide: ClassVar[bool] = False
     is_public: ClassVar[bool] = True
     stops_gradient: ClassVar[bool] = False
+    is_attention: ClassVar[bool] = False
     precision: ClassVar[str] = "any"
     uncast_inputs: ClassVar[tuple[str, ...]] = ()
 

@@ -43,7 +43,8 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
     """Common-subexpression elimination: which tensor each duplicate can be replaced by.
 
     Two nodes are the same computation when op, operands (after replacement) and arguments are equal. Sources,
-    random ops, and ops with symbols or plans of their own are left alone.
+    random ops, and ops with symbols or plans of their own are left alone. Nodes that a backward with recomputation
+    added are merged with those of the same backward and scope only.
 
     Args:
         nodes: In computing order.
@@ -58,7 +59,8 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
         if node.role is not Role.COMPUTATION or definition.is_random or definition.has_plan or node.symbols:
             continue
         operands = tuple(_operand_key(item, replaced) for item in node.inputs)
-        key = (definition.name, operands, tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs)))
+        attrs = tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs))
+        key = (definition.name, operands, attrs, node.backward)
         original = first.setdefault(key, node)
         if original is not node:
             replaced.update(zip(node.outputs, original.outputs, strict=True))

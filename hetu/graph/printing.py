@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hetu.graph.node import Node
+from hetu.graph.opdef import Role
 from hetu.graph.tensor import Tensor
 
 if TYPE_CHECKING:
@@ -15,8 +16,13 @@ if TYPE_CHECKING:
 
 
 def format_graph(graph: Graph) -> str:
-    """One line per node: outputs with dtype and symbolic shape, the op with its arguments, the user's line."""
-    lines = [(_outputs(node), _call(node), node.where.short) for node in graph.nodes]
+    """One line per node: outputs with dtype and symbolic shape, the op with its arguments, the user's line.
+
+    With ``hetu.recompute`` it also says in which scopes a node stands, and whether a backward computes it again or
+    reads what is kept of it.
+    """
+    marks = _recompute_marks(graph)
+    lines = [(_outputs(node), _call(node), node.where.short + marks.get(node, "")) for node in graph.nodes]
     left = [f"  {outputs} = {call}" for outputs, call, _ in lines]
     width = min(max(map(len, left), default=0), 110)
     head = f"graph {graph.name}({graph.kind}, num_strategy={graph.num_strategy}):"
@@ -25,6 +31,24 @@ def format_graph(graph: Graph) -> str:
     rules = [f"  require {text}" for text in dict.fromkeys(map(str, demands))]
     rows = [f"  strategy {i}: {strategy}" for i, strategy in enumerate(graph.strategies)]
     return "\n".join([head, *rows, *body, *rules])
+
+
+def _recompute_marks(graph: Graph) -> dict[Node, str]:
+    """Makes the text that a line adds for recomputation: for computations within scopes, and for clones."""
+    scopes = dict.fromkeys(scope for node in graph.nodes for scope in node.scopes)
+    if not scopes:
+        return {}
+    number = {scope: str(i) for i, scope in enumerate(scopes)}
+    repeated = {node.original for node in graph.nodes if node.original is not None}
+    kept = {tensor.op for node in graph.nodes if node.backward is not None for tensor in node.tensors}
+    marks = {}
+    for node in graph.nodes:
+        if node.original is not None:
+            marks[node] = f", {node.original.name} again"
+        elif node.scopes and node.role is Role.COMPUTATION:
+            fate = ": computed again" if node in repeated else ": kept" if node in kept else ""
+            marks[node] = f", recompute {'/'.join(number[scope] for scope in node.scopes)}{fate}"
+    return marks
 
 
 def _outputs(node: Node) -> str:

@@ -253,7 +253,8 @@ class Planner:
 
         All of it from symbols alone; see :meth:`hetu.Graph.plan`.
         """
-        nodes = [node for node in self.graph.nodes if isinstance(node.definition, ParallelAttn)]
+        own = [node for node in self.graph.nodes if node.original is None]
+        nodes = [node for node in own if isinstance(node.definition, ParallelAttn)]
         wanted = None if name is None else text(name, "node", op="layout")
         nodes = [node for node in nodes if wanted in (None, node.name)]
         if not nodes:

@@ -32,11 +32,11 @@ class Subgraph:
         host_feeds: Placeholders whose values planning reads, directly or through nodes computed on the host.
         planned: Nodes with a plan.
         random: Random nodes, each with its place among all random nodes of the graph, so that a node
-            draws the same numbers whatever else is fetched.
+            draws the same numbers whatever else is fetched. What is computed again has its original's place.
         index_checks: What is known of the values of feeds and constants by which ops look something up.
         computes_indices: True if an op looks something up by what the graph computes.
         step_wide: Nodes whose value is made of the whole step before the rest is computed.
-        draws: How many random nodes the whole graph has: a run advances the generator by so much.
+        draws: How many random nodes the whole graph has, clones aside: a run advances the generator by so much.
         constraints: Relations that must hold in every run.
         binders: The binders of its runs, by strategy, number of pipelines and fed placeholders. The planner makes them.
         fed: For the placeholders that a user feeds, in the user's order, those of them that a run reads.
@@ -73,7 +73,8 @@ class Subgraph:
             for name in node.definition.host_inputs
             if isinstance(tensor := node.input(name), Tensor)
         ]
-        places = [node for node in graph.nodes if node.definition.is_random]
+        places = [node for node in graph.nodes if node.definition.is_random and node.original is None]
+        place = {node: i for i, node in enumerate(places)}
         return cls(
             fetches=tuple(fetches),
             nodes=tuple(kept),
@@ -82,7 +83,7 @@ class Subgraph:
             witnesses=_witnesses(graph, kept),
             host_feeds=_placeholders(live_nodes(hosts)),
             planned=tuple(planned),
-            random={node: i for i, node in enumerate(places) if node in set(kept)},
+            random={node: place[node.original or node] for node in kept if node.definition.is_random},
             step_wide=tuple(node for node in kept if node.definition.is_step_wide),
             draws=len(places),
             index_checks=index_checks(kept),

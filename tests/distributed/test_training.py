@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from llama import Model, build
-from support.jobs import float64_model, train
+from support.jobs import float64_model, recomputed, train
 from support.pool import Pool
 from support.same import assert_same
 from support.training import SMALL, steps
@@ -24,6 +24,15 @@ def test_steps_are_those_of_one_process(world: World, size: int, model: Callable
     (alone,) = world(1).run(train, model, steps())
     for rank in world(size).run(train, model, steps(), bucket_bytes=bucket_bytes):
         assert_same(rank, alone)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_steps_with_recomputation_are_those_without(world: World, model: Callable[[], Model]) -> None:
+    """Attention, and its dropout, is computed again and exchanges keys and values again."""
+    (alone,) = world(1).run(train, model, steps())
+    for size in (1, 3):
+        for rank in world(size).run(train, partial(recomputed, model), steps()):
+            assert_same(rank, alone)
 
 
 def test_a_checkpoint_of_rank_0_goes_on_in_another_world(world: World, tmp_path: Path) -> None:

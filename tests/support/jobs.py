@@ -151,6 +151,12 @@ def float64_model(p_dropout: float = 0.1, device: str = "cpu") -> Model:
     return Model(g, tokens, labels, cu, logits, loss)
 
 
+def recomputed(build: Callable[[], Model]) -> Model:
+    """A model of which the backward computes everything again, attention too."""
+    with hetu.recompute(attention=True):
+        return build()
+
+
 def train(
     build: Callable[[], Model],
     steps: Sequence[Step],

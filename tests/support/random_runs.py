@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import torch
 from support.hostile import hostile_values
+from support.scopes import RandomScopes
 
 import hetu
 
@@ -81,12 +82,16 @@ OPTIMIZERS: list[Callable[..., Any]] = [
 class Program:
     """A graph of random ops around one attention, with what it can be asked for.
 
+    Args:
+        seed: Draws it.
+        is_scoped: Whether it stands in random scopes of ``hetu.recompute``; all else is the same.
+
     Attributes:
         graph: The graph.
         fetches: All tensors that may be fetched, by name.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, is_scoped: bool = False) -> None:
         self.draw = random.Random(seed)
         count = self.draw.randint(1, 3)
         self.made = [self.draw.randrange(len(STRATEGIES)) for _ in range(count)]
@@ -94,10 +99,13 @@ class Program:
         self.packing = self.draw.random() < 0.4
         self.computed = self.draw.random() < 0.3
         self.dtype = self.draw.choice(["float32", "float32", "float64", "bfloat16"])
-        with hetu.graph("define_and_run", num_strategy=count, device="cpu") as self.graph:
-            self._build()
+        with (
+            hetu.graph("define_and_run", num_strategy=count, device="cpu") as self.graph,
+            RandomScopes(seed) as scopes,
+        ):
+            self._build(scopes.shift if is_scoped else lambda: None)
 
-    def _build(self) -> None:
+    def _build(self, shift: Callable[[], None]) -> None:
         rows = self.rows
         self.x = hetu.placeholder(self.dtype, [rows, WIDTH], name="x")
         self.ids = hetu.placeholder("int64", [rows], name="ids")
@@ -107,6 +115,7 @@ class Program:
         ids = self.ids + 1 - 1 if self.computed else self.ids
         h = hetu.embedding(ids, self.table) + self.x
         for _ in range(self.draw.randint(1, 5)):
+            shift()
             h = self._layer(h)
         lists = [STRATEGIES[i](self.s) for i in self.made]
         attended = hetu.parallel_attn(
@@ -117,7 +126,9 @@ class Program:
         )  # fmt: skip
         out = hetu.linear(attended[0], self._parameter("out", [WIDTH, 8]))
         for _ in range(self.draw.randint(0, 3)):
+            shift()
             out = self._layer(out)
+        shift()
         logits = hetu.linear(out, self._parameter("head", [IDS, WIDTH]), None)
         if self.draw.random() < 0.5:
             loss = hetu.token_mean_loss(logits, self.labels)

@@ -146,6 +146,7 @@ class AttnVarlen(_VarlenAttention):
     uncast_inputs = ("sinks",)
     outputs = ("output", "softmax_lse", "p", "rng_state")
     is_random = True
+    is_attention = True
     precision = "low"
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:

@@ -74,6 +74,7 @@ class ParallelAttn(_ParallelAttention):
     uncast_inputs = ("sinks",)
     outputs = ("output", "softmax_lse", "rng_state", "p")
     is_random = True
+    is_attention = True
 
     # Building
 
