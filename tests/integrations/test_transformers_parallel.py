@@ -12,11 +12,12 @@ pytest.importorskip("transformers")
 
 import transformers
 from support.context_parallel import Ranks
-from support.hf_parallel import difference, refusal, two_threads
+from support.hf_parallel import difference, make, refusal, tokens, two_threads
 from support.pool import Pool
 
 import hetu
 from hetu.integrations.transformers import context_parallel
+from hetu.integrations.transformers.losses import guard_losses
 
 DOCUMENTS = [3, 9, 1, 6]
 
@@ -96,6 +97,7 @@ def test_a_rank_without_tokens_is_refused_on_all_ranks(ranks: Ranks) -> None:
         ({"input_ids": torch.ones(2, 6, dtype=torch.int64)}, "the model is given 2 x 6 tokens"),
         ({"attention_mask": torch.ones(1, 6, dtype=torch.int64)}, "an attention_mask is given"),
         ({"cu_seq_lens_q": torch.tensor([0, 6])}, "cu_seq_lens_q is given under context_parallel"),
+        ({"labels": torch.ones(1, 6, dtype=torch.int64)}, "the model is given labels under context_parallel"),
     ],
 )
 def test_what_is_not_this_ranks_is_refused(ranks: Ranks, inputs: dict[str, Any], text: str) -> None:
@@ -106,3 +108,10 @@ def test_what_is_not_this_ranks_is_refused(ranks: Ranks, inputs: dict[str, Any],
 def test_something_else_than_a_context_parallel_is_refused() -> None:
     with pytest.raises(hetu.HetuError, match="expected cp to be a ContextParallel"), context_parallel(3):  # type: ignore[arg-type]
         pass
+
+
+def test_labels_are_as_ever_outside_of_a_context() -> None:
+    model, ids = make("Llama"), tokens(1, 6)
+    before = model(ids, labels=ids).loss
+    guard_losses(lambda: None)
+    assert torch.equal(model(ids, labels=ids).loss, before)

@@ -32,6 +32,7 @@ from hetu.integrations.transformers.lengths import (
     read,
     refuse,
 )
+from hetu.integrations.transformers.losses import guard_losses
 
 _CAUSAL = masking_utils.causal_mask_function
 _BIDIRECTIONAL = getattr(masking_utils, "bidirectional_mask_function", None)
@@ -242,13 +243,14 @@ def context_parallel(cp: ContextParallel) -> Iterator[None]:
 
     Raises:
         HetuError: If a rank of the group holds no tokens, which models of transformers don't take. Within it, if a
-            model is given what doesn't fit ``cp``, or doesn't ask for its mask as models of transformers do.
+            model is given what doesn't fit ``cp``, or labels, or doesn't ask for its mask as models of transformers do.
     """
     if not isinstance(cp, ContextParallel):
         refuse_argument(cp, "cp", "a ContextParallel", op=OP, fix="make one: hetu.functional.ContextParallel(...)")
     if not all(counts := cp.sharding.counts):  # all ranks see it
         what = f"rank {counts.index(0)} of the group holds no tokens, which models of transformers don't take"
         fail(HetuError, what, "add a document of as many pads as there are ranks, or choose tokens=")
+    guard_losses(current)
     before, _current.cp = _current.cp, cp
     try:
         yield
