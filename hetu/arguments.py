@@ -296,10 +296,21 @@ def integers(
     name: str,
     *,
     least: int | None = None,
+    wanted: str = "a list of ints",
     op: str | None = None,
     error: type[HetuError] = HetuError,
+    fix: str | None = None,
 ) -> tuple[int, ...]:
     """A sequence of ints.
+
+    Args:
+        value: What came.
+        name: The argument's name.
+        least: The smallest that an int may be; None for any.
+        wanted: What is expected, in words.
+        op: Who asks, for the error.
+        error: The class of the error.
+        fix: What to do if it is no sequence, for the error.
 
     Example:
         >>> integers(np.array([2, 3]), "seq_lens", least=0)
@@ -307,7 +318,7 @@ def integers(
     """
     if type(value) is tuple and _are_ints(value, least):
         return value  # what the layouts of every new set of lengths are made of
-    given = items(value, name, "a list of ints", op=op, error=error)
+    given = items(value, name, wanted, op=op, error=error, fix=fix)
     return tuple(integer(item, f"{name}[{place}]", least=least, op=op, error=error) for place, item in enumerate(given))
 
 

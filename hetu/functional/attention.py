@@ -32,7 +32,7 @@ from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError
 from hetu.functional.checks import LENGTH_DTYPES, VARLEN, check, check_longest, refuse
-from hetu.functional.masking import USUAL, Masking, check_sinks
+from hetu.functional.masking import USUAL, Masking, check_masking
 from hetu.ops.attention.common import cu_seqlens_fault, longest_of
 from hetu.parallel import Mask
 from hetu.parallel.plan.varlen import VarlenPlan
@@ -142,7 +142,7 @@ def _check(q: torch.Tensor, *call: Any) -> None:
     """Refuses a call by what its shapes and options tell."""
     *arguments, masking = call
     check(q, *arguments)
-    check_sinks(masking.sinks, q, VARLEN)
+    check_masking(masking, q, VARLEN)
 
 
 def _make(

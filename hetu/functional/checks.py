@@ -38,7 +38,7 @@ def check(
     check_heads(q, k, v)
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         _check_cu_seqlens(name, cu, has_values=q.device.type != "meta")
-    if _is_known(cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]):
+    if is_known(cu_seqlens_q.shape[0] != cu_seqlens_k.shape[0]):
         sizes = f"{cu_seqlens_q.shape[0]} and {cu_seqlens_k.shape[0]}"
         refuse(
             ShapeError,
@@ -55,12 +55,12 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, op: str = VAR
     if not q.ndim == k.ndim == v.ndim == 3:
         _refuse_ranks(q, k, v, op=op)
     (_, heads_q, head_dim), (rows_k, heads_k, dim_k), (rows_v, heads_v, dim_v) = q.shape, k.shape, v.shape
-    if _is_known(head_dim != dim_k) or _is_known(head_dim != dim_v):
+    if is_known(head_dim != dim_k) or is_known(head_dim != dim_v):
         sizes = f"{head_dim}, {dim_k} and {dim_v}"
         refuse(ShapeError, f"q, k and v have head_dim {sizes}, expected the same", _PAD, op)
-    if _is_known(head_dim < 8) or _is_known(head_dim > 256) or _is_known(head_dim % 8 != 0):
+    if is_known(head_dim < 8) or is_known(head_dim > 256) or is_known(head_dim % 8 != 0):
         refuse(ShapeError, f"head_dim is {head_dim}, expected a multiple of 8 from 8 to 256", _PAD, op)
-    if _is_known(rows_k != rows_v):
+    if is_known(rows_k != rows_v):
         what = f"k has {rows_k} rows and v has {rows_v} rows, expected as many"
         refuse(ShapeError, what, "give every key its value", op)
     if _has_wrong_heads(heads_q, heads_k, heads_v):
@@ -89,7 +89,7 @@ def check_options(
         refuse(HetuError, what, fix, op)
 
 
-def _is_known(condition: bool | torch.SymBool) -> bool:
+def is_known(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds; False where that depends on data that a trace doesn't have."""
     if isinstance(condition, bool):
         return condition
@@ -99,8 +99,8 @@ def _is_known(condition: bool | torch.SymBool) -> bool:
 
 
 def _has_wrong_heads(heads_q: int, heads_k: int, heads_v: int) -> bool:
-    is_empty = _is_known(heads_q == 0) or _is_known(heads_k == 0)
-    return is_empty or _is_known(heads_k != heads_v) or _is_known(heads_q % heads_k != 0)
+    is_empty = is_known(heads_q == 0) or is_known(heads_k == 0)
+    return is_empty or is_known(heads_k != heads_v) or is_known(heads_q % heads_k != 0)
 
 
 def check_storage(op: str = VARLEN, /, **tensors: torch.Tensor) -> None:
@@ -129,7 +129,7 @@ def _check_cu_seqlens(name: str, cu: torch.Tensor, has_values: bool) -> None:
         refuse(DTypeError, f"{name} is {name_of(cu.dtype)}, expected int32 or int64", f"{name}.to(torch.int32)")
     if cu.ndim != 1:
         refuse(ShapeError, f"{name} has {cu.ndim} dimensions {list(cu.shape)}, expected 1", f"{name}.flatten()")
-    if _is_known(cu.shape[0] == 0):
+    if is_known(cu.shape[0] == 0):
         refuse(ShapeError, f"{name} is empty, expected at least its first entry, 0", "give batch_size + 1 entries")
 
 

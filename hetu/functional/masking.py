@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
-from hetu.arguments import integers, real
+from hetu.arguments import integers
 from hetu.arguments import refuse as refuse_argument
 from hetu.errors import DTypeError, HetuError, ShapeError
-from hetu.functional.checks import check_tensor, name_of, refuse
+from hetu.functional.checks import check_tensor, is_known, name_of, refuse
+from hetu.ops.attention.common import is_softcap, softcap_of
 from hetu.parallel import Mask
 
 NO_WINDOW, NO_CAP = (-1, -1), 0.0
@@ -83,13 +84,25 @@ def checked_masking(op: str, window_size: Any, softcap: Any, sinks: Any, mask: A
             what, fix = f"mask is {mask!r}, which has symbols", "give it ints: only a graph binds symbols"
             refuse(HetuError, what, fix, op)
     left, right = _window(window_size, op)
-    softcap = real(softcap, "softcap", "a finite number of at least 0", _is_cap, op=op, fix="give 0 for no cap")
+    if not (type(softcap) is float and torch.compiler.is_compiling()):
+        softcap = softcap_of(softcap, op)
     if sinks is not None:
         check_tensor(sinks, "sinks", op)
     if torch.compiler.is_compiling() or not (code is None and sinks is None):
         return Masking(left, right, code, softcap, sinks)
     masking = Masking(left, right, None, softcap)
     return USUAL if masking == USUAL else masking
+
+
+def check_masking(masking: Masking, q: torch.Tensor, op: str) -> None:
+    """Refuses bounds and caps that are none, and sinks that don't fit ``q``; runs on fake tensors too."""
+    for name, bound in (("left", masking.left), ("right", masking.right)):
+        if is_known(bound < -1):
+            what = f"the window's {name} bound is {bound}, expected at least -1"
+            refuse(HetuError, what, "give the number of keys, or -1 for no bound", op)
+    if not is_softcap(masking.softcap):
+        softcap_of(masking.softcap, op)
+    check_sinks(masking.sinks, q, op)
 
 
 def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, op: str) -> None:
@@ -107,16 +120,9 @@ def check_sinks(sinks: torch.Tensor | None, q: torch.Tensor, op: str) -> None:
 
 def _window(window_size: Any, op: str) -> tuple[int, int]:
     """Two ints. Symbols are refused: only a graph binds them."""
-    bounds = integers(window_size, "window_size", least=-1, op=op)
-    if len(bounds) != 2:
-        _refuse_window(window_size, op)
-    return bounds[0], bounds[1]
-
-
-def _refuse_window(window_size: Any, op: str) -> NoReturn:
     fix = "give how many keys before its own a query sees, and how many after it; -1 for all"
-    refuse_argument(window_size, "window_size", "(left, right)", op=op, fix=fix)
-
-
-def _is_cap(value: float) -> bool:
-    return 0 <= value < float("inf")
+    least = None if torch.compiler.is_compiling() else -1  # what is traced, the op refuses: errors can't be traced
+    bounds = integers(window_size, "window_size", least=least, wanted="(left, right)", op=op, fix=fix)
+    if len(bounds) != 2:
+        refuse_argument(window_size, "window_size", "(left, right)", op=op, fix=fix)
+    return bounds[0], bounds[1]

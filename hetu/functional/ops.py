@@ -17,7 +17,7 @@ from hetu.functional.derivatives import (
     save_call,
     saved_call,
 )
-from hetu.functional.masking import SCHEMA, Masking, check_sinks, parted
+from hetu.functional.masking import SCHEMA, Masking, check_masking, parted
 
 _library = torch.library.Library("hetu", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor v"
@@ -76,11 +76,11 @@ def _backward_fake(
 
 def _check_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: tuple[Any, ...]) -> torch.Tensor | None:
     """Refuses what no values are needed for; gives the sinks."""
-    arguments, (_, _, _, _, sinks) = call[:8], Masking(*call[8:])
+    arguments, masking = call[:8], Masking(*call[8:])
     cu_seqlens_q, cu_seqlens_k, rng_state, _, _, _, dropout_p, softmax_scale = arguments
     check(q, k, v, cu_seqlens_q, cu_seqlens_k, rng_state, dropout_p, softmax_scale)
-    check_sinks(sinks, q, VARLEN)
-    return sinks
+    check_masking(masking, q, VARLEN)
+    return masking.sinks
 
 
 # What torch's transforms need

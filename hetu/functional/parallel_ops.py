@@ -26,7 +26,7 @@ from hetu.functional.derivatives import (
     save_call,
     saved_call,
 )
-from hetu.functional.masking import SCHEMA, Masking, check_sinks, parted
+from hetu.functional.masking import SCHEMA, Masking, check_masking, parted
 from hetu.functional.sharding import PlannedCall, Sharding, sharding_of
 
 OP = "parallel_attn"
@@ -56,7 +56,7 @@ def prepare(
         check_storage(OP, q=q, k=k, v=v)
         check_heads(q, k, v, OP)
         check_options(rng_state, dropout_p, softmax_scale, OP)
-        check_sinks(masking.sinks, q, OP)
+        check_masking(masking, q, OP)
         for name, x in (("q", q), ("k", k)):
             if len(x) != sharding.rows:
                 refuse(
@@ -180,7 +180,7 @@ def _forward_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *call: Any)
     _, rng_state, _, _, _, _, dropout_p, softmax_scale = call[:8]
     check_heads(q, k, v, OP)
     check_options(rng_state, dropout_p, softmax_scale, OP)
-    check_sinks(Masking(*call[8:]).sinks, q, OP)
+    check_masking(Masking(*call[8:]), q, OP)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q.dtype))
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hetu.arguments import int_of, shown, text
 from hetu.cache import LRU
 from hetu.config import settings
-from hetu.errors import HetuError, StrategyError, caller
+from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Graph, Node, Tensor
 from hetu.ops.attention.layout_key import LayoutKey
 from hetu.ops.attention.layout_op import LayoutOp, Value
@@ -238,7 +238,10 @@ class Planner:
     def plan_for(self, node: Node, key: Any) -> Any:
         """The plan of a node for a key, or the one made for an equal key before."""
         op = node.definition
-        plan = self.plans.get((op.plan_name or op.name, key), lambda: op.plan(key))
+        try:
+            plan = self.plans.get((op.plan_name or op.name, key), lambda: op.plan(key))
+        except BindingError as error:  # of a mask that doesn't fit the documents, which knows no node
+            raise BindingError(error.what, op=op.name, where=node.where, bound=error.bound, fix=error.fix) from error
         return _proven(op.derive(plan))
 
     def inspect(

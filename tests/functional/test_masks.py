@@ -269,9 +269,20 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"window_size": (3, -2)}, hetu.HetuError, r"expected window_size\[1\] to be an int of at least -1"),
     ({"window_size": (True, 0)}, hetu.HetuError, r"expected window_size\[0\] to be an int"),
     ({"window_size": (1.5, 0)}, hetu.HetuError, r"expected window_size\[0\] to be an int"),
-    ({"window_size": None}, hetu.HetuError, "expected window_size to be"),
+    (
+        {"window_size": None},
+        hetu.HetuError,
+        r"expected window_size to be \(left, right\), got None(.|\n)*how many keys before",
+    ),
+    (
+        {"window_size": 3},
+        hetu.HetuError,
+        r"expected window_size to be \(left, right\), got 3(.|\n)*how many keys before",
+    ),
     ({"softcap": -1.0}, hetu.HetuError, "expected softcap to be a finite number of at least 0"),
     ({"softcap": float("inf")}, hetu.HetuError, "expected softcap to be a finite number"),
+    ({"softcap": 1e-300}, hetu.HetuError, "that float32 holds, got 1e-300"),
+    ({"softcap": 1e39}, hetu.HetuError, r"that float32 holds, got 1e\+39"),
     ({"sinks": 3.0}, hetu.DTypeError, "sinks must be a tensor"),
     ({"sinks": torch.ones(4, dtype=torch.int64)}, hetu.DTypeError, "sinks is int64, expected a floating-point type"),
     ({"sinks": torch.ones(2)}, hetu.ShapeError, r"sinks has shape \[2\], expected \[4\]"),
@@ -288,6 +299,25 @@ def test_refusals(options: dict[str, Any], kind: type[Exception], message: str) 
             attn_varlen(q, k, v, cumulative(LENS_Q), cumulative(LENS_K), **options)
         assert "where:  test_masks.py" in str(caught.value)
         attn_varlen(q, k, v, cumulative(LENS_Q), cumulative(LENS_K), sinks=torch.ones(4))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_an_op_refuses_windows_and_caps_that_are_none(device: str) -> None:
+    x, cu = torch.ones(4, 2, 8, device=device), cumulative([4])
+    wrong = [(-2, 0, 0.0, "left bound is -2"), (0, -5, 0.0, "right bound is -5"), (0, 0, -1.0, "got -1.0")]
+    for left, right, softcap, message in [*wrong, (0, 0, float("nan"), "got nan")]:
+        call = (cu, cu, None, None, None, False, 0.0, None, left, right, None, softcap, None)
+        with pytest.raises(hetu.HetuError, match=message):
+            torch.ops.hetu.attn_varlen(x, x, x, *call)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"window_size": (-2, 0)}, "left bound is -2"), ({"softcap": -1.0}, "got -1.0")]
+)
+def test_a_trace_says_what_is_refused(options: dict[str, Any], message: str) -> None:
+    x, cu = torch.ones(4, 2, 8), cumulative([4])
+    with pytest.raises(Exception, match=message):
+        torch.compile(lambda x: attn_varlen(x, x, x, cu, cu, **options), backend="eager", fullgraph=True)(x)
 
 
 def test_an_op_refuses_what_no_mask_has_as_code() -> None:

@@ -207,11 +207,13 @@ class _Extras:
     def write_scores(self, scores: torch.Tensor, begin: int, first: int) -> None:
         """Writes ``(H, n, keys)`` from the span's row ``begin`` and the segment's key ``first`` on.
 
-        No other segment of the span has these keys.
+        Segments of a span may share keys, and share no pair.
         """
         if self.scores is not None:
             columns = self.column + self.keys(first, scores.shape[2], scores.device)
-            self.scores[:, begin : begin + scores.shape[1], columns] = scores
+            held = self.scores[:, begin : begin + scores.shape[1]]
+            # Hidden pairs are -inf here, and another segment may have written them; what none wrote is -inf too.
+            held[:, :, columns] = torch.maximum(held[:, :, columns], scores)
 
     def drop(self, weights: torch.Tensor, begin: int, first: int) -> torch.Tensor:
         """Applies dropout to ``(H, n, keys)`` from the span's row ``begin`` and the segment's key ``first`` on."""

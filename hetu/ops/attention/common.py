@@ -19,6 +19,8 @@ from hetu.parallel import Mask
 from hetu.symbols import IntSymbol, as_size, as_symbol, ceil_div
 
 FLOATS = (float16, bfloat16, float32, float64)
+_LEAST_CAP, _LARGEST_CAP = 2.0**-126, 2.0**128 - 2.0**104
+"""The normal numbers of float32."""
 
 
 def ceil128(size: int | IntSymbol) -> IntSymbol:
@@ -88,8 +90,7 @@ def check_options(call: Call) -> None:
     attrs["p_dropout"] = probability(call, "p_dropout")
     scale = real(attrs["softmax_scale"], "softmax_scale", op=call.op, fix="give -1 for 1/sqrt(head_dim)")
     attrs["softmax_scale"] = 1 / math.sqrt(head_dim) if scale == -1 else scale
-    wanted, fix = "a finite number of at least 0", "give 0 for no cap"
-    attrs["softcap"] = real(attrs["softcap"], "softcap", wanted, lambda cap: 0 <= cap < math.inf, op=call.op, fix=fix)
+    attrs["softcap"] = softcap_of(attrs["softcap"], call.op)
     for name in ("zero_tensors", "return_softmax"):
         if name in attrs:
             attrs[name] = flag(attrs[name], name, op=call.op)
@@ -103,6 +104,21 @@ def check_sinks(call: Call, value: Any, num_q: int) -> Tensor | None:
     what = f"sinks has {sinks.shape[0]} entries, expected one per query head: {num_q}"
     call.same(sinks.symbolic_shape[0], num_q, what, "give a tensor of shape (H_q,)")
     return sinks
+
+
+def softcap_of(value: Any, op: str) -> float:
+    """A cap of scores, checked: kernels divide by it in float32.
+
+    Raises:
+        HetuError: If it is negative, or neither 0 nor a normal number of float32.
+    """
+    wanted, fix = "a finite number of at least 0 that float32 holds", "give 0 for no cap"
+    return real(value, "softcap", wanted, is_softcap, op=op, fix=fix)
+
+
+def is_softcap(cap: float) -> bool:
+    """Whether scores can be capped so."""
+    return cap == 0 or _LEAST_CAP <= cap <= _LARGEST_CAP
 
 
 def bound_mask(node: Node, mask: Mask, value: Callable[[IntSymbol], int]) -> Mask:

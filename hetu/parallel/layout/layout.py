@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.arguments import flag, integer, integers, is_torch, shown
+from hetu.arguments import flag, integer, integers, is_torch, refuse, shown
 from hetu.arguments import index as index_of
 from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.arrays import arrays_of, check_alike, check_array
@@ -297,6 +297,8 @@ class Layout:
             computes: For each group ``(tokens,)``, which pipeline computes for each query.
             width: As of :meth:`draw`.
         """
+        if not isinstance(mask, Mask):
+            refuse(mask, "mask", "a hetu.Mask", op="layout", error=StrategyError)
         width, texts = integer(width, "width", least=1, op="layout"), []
         for group, who in zip(self.groups, computes, strict=True):
             bands = mask.bands(group.lengths, group.lengths)

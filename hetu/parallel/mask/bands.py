@@ -116,9 +116,9 @@ class Bands:
             self.lower[band],
             self.upper[band],
         )
-        return (
-            np.bincount(inside.sequence, inside.pairs(), minlength=cells[0] * cells[1]).astype(np.int64).reshape(cells)
-        )
+        pairs = np.zeros(cells[0] * cells[1], np.int64)
+        np.add.at(pairs, inside.sequence, inside.pairs())  # bincount would round large sums
+        return pairs.reshape(cells)
 
     def matrix(self, queries: int, keys: int) -> NDArray[np.bool_]:
         """``(queries, keys)``, which queries see which keys; for bands of one sequence."""

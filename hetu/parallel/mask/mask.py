@@ -20,16 +20,17 @@ from hetu.symbols import IntSymbol, as_size
 
 _OP = "mask"
 
-_MOST_DRAWN = 2**40
-"""Tokens of a document in a drawing: more are a mistake."""
+_MOST_DRAWN = 2**31
+"""The most tokens of a drawing: the pairs of one that is a single character still fit into 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
     """Which keys a query may see. Masks compare, hash and print by value; ``print(mask)`` draws one.
 
-    The rest of the house asks a mask what it needs to know and never which kind it is. Every number may be an
-    :class:`~hetu.IntSymbol`: in a graph it is bound when the graph runs.
+    The methods :meth:`causal`, :meth:`full`, :meth:`window`, :meth:`chunked`, :meth:`prefix` and :meth:`slices` make
+    one. Every number may be an :class:`~hetu.IntSymbol`: in a graph it is bound when the graph runs. The rest of the
+    house asks a mask what it needs to know and never which kind it is.
 
     Attributes:
         rule: The kind and its numbers; see :mod:`hetu.parallel.mask.rules`.
@@ -51,6 +52,10 @@ class Mask:
     code: IntArray = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rule, Rule):
+            refuse(
+                self.rule, "rule", "a rule", op=_OP, fix="make masks by hetu.Mask.causal(), hetu.Mask.window(...), ..."
+            )
         object.__setattr__(self, "code", codes.encode(self.rule))
 
     # Kinds
@@ -284,12 +289,14 @@ class Mask:
             lengths = self.rule.typical_lengths
         listed = items(lengths, "lengths", op=_OP) if _is_listed(lengths) else [lengths]
         tokens = np.array([integer(item, "lengths", least=0, most=_MOST_DRAWN, op=_OP) for item in listed], np.int64)
+        total = integer(int(tokens.sum()), "the sum of lengths", least=0, most=_MOST_DRAWN, op=_OP)
         bands, offsets = self.bands(tokens, tokens), tokens.cumsum() - tokens
         whole = bands if self.joins else bands.joined(offsets)
-        return draw_pairs(whole, int(tokens.sum()), integer(width, "width", least=1, op=_OP))
+        return draw_pairs(whole, total, integer(width, "width", least=1, op=_OP))
 
     def __str__(self) -> str:
-        return f"{self!r}\n{self.draw()}" if not self.symbols else repr(self)
+        is_drawn = not self.symbols and sum(self.rule.typical_lengths) <= _MOST_DRAWN
+        return f"{self!r}\n{self.draw()}" if is_drawn else repr(self)
 
     def __repr__(self) -> str:
         return f"Mask.{self.rule}"
@@ -306,9 +313,10 @@ NO_WINDOW: tuple[Size, Size] = (-1, -1)
 def _window(given: Any, op: str) -> tuple[Size, Size]:
     """A ``window_size``, checked."""
     name, wanted = "window_size", "(left, right)"
-    listed = items(given, name, wanted, op=op)
+    fix = "give how many keys before its own a query sees, and how many after it; -1 for all"
+    listed = items(given, name, wanted, op=op, fix=fix)
     if len(listed) != 2:
-        refuse(given, name, wanted, op=op, fix="give how many keys before its own a query sees, and how many after it")
+        refuse(given, name, wanted, op=op, fix=fix)
     left, right = (as_size(size, f"{name}[{i}]", op=op) for i, size in enumerate(listed))
     for i, size in enumerate((left, right)):
         if isinstance(size, int) and size < -1:
@@ -326,9 +334,10 @@ def _ranges(given: Sequence[Sequence[Size]], name: str) -> list[tuple[Size, ...]
     listed, ranges = items(given, name, "a list of (start, stop)", op=_OP), []
     for number, item in enumerate(listed):
         what = f"{name}[{number}]"
-        ends = items(item, what, "(start, stop)", op=_OP)
+        fix = "give the first position and the one after the last"
+        ends = items(item, what, "(start, stop)", op=_OP, fix=fix)
         if len(ends) != 2:
-            refuse(item, what, "(start, stop)", op=_OP, fix="give the first position and the one after the last")
+            refuse(item, what, "(start, stop)", op=_OP, fix=fix)
         ranges.append(_sizes(ends, (f"{what}[0]", f"{what}[1]")))
     return ranges
 

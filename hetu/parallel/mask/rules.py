@@ -176,6 +176,8 @@ class Prefix(Rule):
         given = np.array(_ints(self), np.int64)
         if self.is_shared:
             given = given.repeat(len(k_len))
+        elif not (q_len.any() or k_len.any()):  # without tokens a batch has no size: any number of lengths fits
+            given = np.zeros_like(k_len)
         elif len(given) != len(k_len):
             what = f"the mask has prefixes of {len(given)} documents, but there are {len(k_len)}"
             raise BindingError(what, op="mask", where=caller(), fix="give one length per document, or one for all")

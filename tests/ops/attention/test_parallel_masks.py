@@ -68,6 +68,22 @@ def test_slices_of_a_batch_count_sequence_after_sequence(method: str) -> None:
     check_masked(case, SHAPES["two-sided window with global tokens"])
 
 
+def test_a_group_without_tokens_has_no_batch_that_prefixes_could_not_fit() -> None:
+    check_masked(Case([3, 0, 2], [0, 1, 0], batch=2), Mask.prefix([4, 1]), sink_dtype=torch.float32)
+    check_masked(Case([0, 0], [0, 1]), Mask.prefix([4, 1]))
+
+
+def test_a_mask_that_does_not_fit_is_refused_at_the_line_of_its_op() -> None:
+    s = hetu.IntSymbol("s")
+    for mask in (Mask.prefix([1, 2]), Mask.slices([(0, 9)], [(0, 3)], ["full"])):
+        with hetu.graph("define_and_run", device="cpu") as g:
+            qkv = hetu.placeholder(hetu.float32, [s, 24])
+            out = hetu.parallel_attn(qkv, 8, 1, [[s]], [[0]], mask=mask)[0]  # the line
+        for call in (lambda: g.run(out, {qkv: torch.ones(4, 24)}), lambda: g.plan(0, int_symbol_dict={s: 4})):  # noqa: B023
+            with pytest.raises(hetu.BindingError, match=r"(?s)\[parallel_attn\] the mask.*# the line"):
+                call()
+
+
 def test_p_of_slices_and_a_batch_is_refused() -> None:
     case = Case([6, 6], [0, 0], batch=2, return_softmax=True)
     with pytest.raises(hetu.BindingError, match=r"return_softmax: p has columns .* all 2 sequences of the batch"):

@@ -110,6 +110,17 @@ def test_symbols_are_bound_later() -> None:
         Mask.chunked(w - 3).bound(lambda size: size.evaluate({w: 3}))
 
 
+def test_errors_say_what_to_do() -> None:
+    with pytest.raises(hetu.HetuError, match=r"(?s)expected rule to be a rule, got 'causal'.*hetu.Mask.causal\(\)"):
+        Mask("causal")  # type: ignore[arg-type]
+    with pytest.raises(
+        hetu.HetuError, match=r"(?s)q_ranges\[0\] to be \(start, stop\), got 0.*give the first position"
+    ):
+        Mask.slices([0, 4], [(0, 4)], ["full"])  # type: ignore[list-item]
+    with pytest.raises(hetu.HetuError, match=r"expected mask to be a hetu\.Mask, got 'causal'"):
+        hetu.Layout.build([2, 2], [0, 0]).draw("causal")  # type: ignore[arg-type]
+
+
 # Refusals
 
 
@@ -175,5 +186,27 @@ def test_a_drawing_of_many_tokens_shows_what_is_whole_and_what_is_not() -> None:
 
 
 def test_a_drawing_takes_no_memory_for_pairs() -> None:
-    assert len(Mask.window(2**30, 0).draw().splitlines()) <= 24
+    assert len(Mask.window(2**29, 0).draw().splitlines()) <= 24
     assert Mask.full().draw(0) == ""
+
+
+def test_a_drawing_counts_exactly_however_large_it_is() -> None:
+    assert Mask.window(2**29, 0).draw(2**31, width=8) == Mask.window(2**19, 0).draw(2**21, width=8)
+    assert Mask.full().draw(2**31, width=1) == "█"
+    assert Mask.slices([(0, 2**31), (0, 1)], [(0, 2**31 - 1), (2**31 - 1, 2**31)], ["full"] * 2).draw(width=1) == "▒"
+    for lengths in (2**31 + 1, [2**30, 2**30 + 1]):
+        with pytest.raises(hetu.HetuError, match="to be an int from 0 to 2147483648"):
+            Mask.full().draw(lengths)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask.chunked(2**40),
+        Mask.window(2**53, 2**53),
+        Mask.prefix([1, 2**53]),
+        Mask.slices([(0, 9)], [(0, 2**53)], ["full"]),
+    ],
+)
+def test_a_mask_too_large_to_draw_prints_its_numbers(mask: Mask) -> None:
+    assert str(mask) == repr(mask)
