@@ -108,7 +108,16 @@ class Bands:
     def pairs_in(self, q_edges: IntArray, k_edges: IntArray) -> IntArray:
         """``(Q, K)``, the allowed pairs in each cell of a grid of queries and keys; for bands of one sequence."""
         cells = len(q_edges) - 1, len(k_edges) - 1
-        band, q, k = (x.reshape(-1) for x in np.indices((len(self), *cells)))
+        pairs: IntArray = np.zeros(cells[0] * cells[1], np.int64)
+        if len(self) == 0 or len(pairs) == 0:
+            return pairs.reshape(cells)
+        # Only the cells that a band's rectangle meets: of many small bands these are few.
+        q_first, q_count = _met(q_edges, self.q_start, self.q_stop)
+        k_first, k_count = _met(k_edges, self.k_start, self.k_stop)
+        count = q_count * k_count
+        band = np.arange(len(self)).repeat(count)
+        number = np.arange(len(band)) - (count.cumsum() - count).repeat(count)
+        q, k = q_first[band] + number // k_count[band], k_first[band] + number % k_count[band]
         inside = Bands.of(
             q * cells[1] + k,
             (np.maximum(self.q_start[band], q_edges[q]), np.minimum(self.q_stop[band], q_edges[q + 1])),
@@ -116,7 +125,6 @@ class Bands:
             self.lower[band],
             self.upper[band],
         )
-        pairs = np.zeros(cells[0] * cells[1], np.int64)
         np.add.at(pairs, inside.sequence, inside.pairs())  # bincount would round large sums
         return pairs.reshape(cells)
 
@@ -141,6 +149,12 @@ class Bands:
             if shared.any():
                 return one, one + 1 + int(shared.argmax())
         return None
+
+
+def _met(edges: IntArray, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """The first cell between edges that each interval meets, and how many it meets."""
+    first = edges.searchsorted(start, "right") - 1
+    return first, edges.searchsorted(stop - 1, "right") - first
 
 
 def _up_to(rows: IntArray, keys: IntArray, diagonal: IntArray) -> IntArray:
