@@ -13,8 +13,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-# A python block, and the text block right under it, if any: what the code prints.
-BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+# A python block, and the text block right under it, if any: what the code prints. test_docs.py runs those with prompts.
+BLOCK = re.compile(
+    r"^```python\n(?!>>>)(?P<code>.*?)^```\n(?:\s*^```text\n(?P<output>.*?)^```\n)?", re.MULTILINE | re.DOTALL
+)
 
 
 def run_script(*arguments: str) -> str:

@@ -20,6 +20,9 @@ HEAD_DIMS = range(8, 257, 8)
 FLAGGED_HEAD_DIMS = frozenset((64, 128, 256))
 """Widths at which :func:`variants` gives lower diagonals, softcaps and sinks too, each alone."""
 
+FLAGGED_DTYPES = frozenset((torch.bfloat16, torch.float32))
+"""Their dtypes: float16 makes no difference to what bfloat16 compiles to, but for the type of products."""
+
 INTERPRETER = 0
 """Stands for Triton's interpreter where a compute capability is asked for."""
 
@@ -330,6 +333,8 @@ def variants(
         head_dims, dtypes, (False, True), (False, True), flags, flags
     ):
         yield Variant(head_dim, dtype, runs_on, more, dropout, scores)
-    for head_dim, dtype, flag in product(FLAGGED_HEAD_DIMS.intersection(head_dims), dtypes, _FLAGS if extras else ()):
+    for head_dim, dtype, flag in product(
+        FLAGGED_HEAD_DIMS.intersection(head_dims), FLAGGED_DTYPES.intersection(dtypes), _FLAGS if extras else ()
+    ):
         flagged: dict[str, Any] = {flag: True}
         yield Variant(head_dim, dtype, **flagged)

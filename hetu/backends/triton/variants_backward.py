@@ -12,6 +12,7 @@ import torch
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.variants import (
     DTYPES,
+    FLAGGED_DTYPES,
     FLAGGED_HEAD_DIMS,
     HEAD_DIMS,
     INTERPRETER,
@@ -194,6 +195,8 @@ def backward_variants(
         variant = BackwardVariant(head_dim, dtype, runs_on, dropout=dropout).of_work(more)
         if variant.more == more:
             yield variant
-    for head_dim, dtype, flag in product(FLAGGED_HEAD_DIMS.intersection(head_dims), dtypes, ("lower", "softcap")):
+    for head_dim, dtype, flag in product(
+        FLAGGED_HEAD_DIMS.intersection(head_dims), FLAGGED_DTYPES.intersection(dtypes), ("lower", "softcap")
+    ):
         flagged: dict[str, Any] = {flag: True}
         yield BackwardVariant(head_dim, dtype, **flagged)

@@ -373,7 +373,7 @@ def test_plain_tables_are_cut_as_any_other(
     """The short way gives the records of the long one, to the bit, and their documents."""
     cu_q, cu_k = (np.cumsum([0, *side]) for side in ([n for n, _ in lengths], [m for _, m in lengths]))
     spans, table = varlen_tables(cu_q, cu_q if is_self else cu_k, int(cu_q[-1]) + tail, mask, packed)
-    other = SegmentTable(*columns(table))
+    other = SegmentTable(*columns(table), table.lower)
     assert not other.is_plain_over(spans)
     for cut in (query_work, key_work):
         short, long = cut(spans, table, size), cut(spans, other, size)

@@ -44,11 +44,13 @@ class Step:
         self.steps += 1
         spans, table, total = self.part.spans, item.table, torch.zeros(grads.shape, dtype=torch.float64)
         named = torch.zeros(len(grads), dtype=torch.bool)
-        columns = (table.query, table.k_start, table.k_len, table.diagonal)
-        for query, k_start, k_len, diagonal in zip(*(column.tolist() for column in columns), strict=True):
+        columns = (table.query, table.k_start, table.k_len, table.diagonal, table.lower_over(spans))
+        for query, k_start, k_len, diagonal, lower in zip(*(column.tolist() for column in columns), strict=True):
             i, j = torch.arange(spans.length[query])[:, None], torch.arange(k_len)
             rows = slice(spans.start[query], spans.start[query] + spans.length[query])
-            w = torch.where(i + diagonal >= j, self.weights[rows][:, None], 0.0).sum(0)[:, None, None]
+            w = torch.where((i + lower <= j) & (j <= i + diagonal), self.weights[rows][:, None], 0.0).sum(0)[
+                :, None, None
+            ]
             seen = slice(k_start, k_start + k_len)
             total[seen, 0] += w
             total[seen, 1] += w * buffer[seen, 1]

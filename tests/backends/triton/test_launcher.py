@@ -92,7 +92,7 @@ def test_tensors_come_before_numbers(launch: Launcher) -> None:
     tensors, numbers = launch.arguments(**{name: name for name in names})
     assert [*tensors, *numbers] == names
     options = launch.kernel.kwargs if launch.kernel.__class__.__name__ == "InterpretedFunction" else vars(launch.kernel)
-    assert set(numbers) - {"scale", "keep_scale"} == set(options["do_not_specialize"])
+    assert set(numbers) - {"scale", "keep_scale", "softcap"} == set(options["do_not_specialize"])
 
 
 def test_the_first_call_of_a_key_goes_through_triton() -> None:
