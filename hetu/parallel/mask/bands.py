@@ -108,7 +108,12 @@ class Bands:
     def pairs_in(self, q_edges: IntArray, k_edges: IntArray) -> IntArray:
         """``(Q, K)``, the allowed pairs in each cell of a grid of queries and keys; for bands of one sequence."""
         cells = len(q_edges) - 1, len(k_edges) - 1
-        band, q, k = (x.reshape(-1) for x in np.indices((len(self), *cells)))
+        q_first, q_count = _cells_of(q_edges, self.q_start, self.q_stop)
+        k_first, k_count = _cells_of(k_edges, self.k_start, self.k_stop)
+        counts = q_count * k_count
+        band = np.arange(len(self)).repeat(counts)
+        cell = np.arange(len(band)) - (counts.cumsum() - counts)[band]
+        q, k = q_first[band] + cell // k_count[band], k_first[band] + cell % k_count[band]
         inside = Bands.of(
             q * cells[1] + k,
             (np.maximum(self.q_start[band], q_edges[q]), np.minimum(self.q_stop[band], q_edges[q + 1])),
@@ -141,6 +146,12 @@ class Bands:
             if shared.any():
                 return one, one + 1 + int(shared.argmax())
         return None
+
+
+def _cells_of(edges: IntArray, start: IntArray, stop: IntArray) -> tuple[IntArray, IntArray]:
+    """The first cell between rising edges that each range reaches into, and how many it does."""
+    first = np.maximum(edges.searchsorted(start, "right") - 1, 0)
+    return first, np.maximum(np.minimum(edges.searchsorted(stop, "left"), len(edges) - 1) - first, 0)
 
 
 def _up_to(rows: IntArray, keys: IntArray, diagonal: IntArray) -> IntArray:
