@@ -241,7 +241,8 @@ class Planner:
         try:
             plan = self.plans.get((op.plan_name or op.name, key), lambda: op.plan(key))
         except BindingError as error:  # of a mask that doesn't fit the documents, which knows no node
-            raise BindingError(error.what, op=op.name, where=node.where, bound=error.bound, fix=error.fix) from error
+            name = op.plan_name or op.name
+            raise BindingError(error.what, op=name, where=node.where, bound=error.bound, fix=error.fix) from error
         return _proven(op.derive(plan))
 
     def inspect(

@@ -112,9 +112,12 @@ def fold_segment(
 
 
 @jit
-def begun(row_max):
+def begun(row_max, SINKS: tl.constexpr):
     """The sums of rows that begin with a weight of 1 at ``row_max``; with nothing where that is -inf."""
-    return tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), 1.0, 0.0)
+    weight = 1.0
+    if SINKS:  # a maximum passes over NaN, so the sums have to keep that of a sink
+        weight = tl.where(row_max == row_max, 1.0, float("nan"))[:, None]
+    return tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), weight, 0.0)
 
 
 @jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
@@ -198,12 +201,12 @@ def forward_kernel(
         row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
         if SINKS:
             row_max = tl.where(token < merged, row_max, tl.load(sinks + head) * LOG2E)
-        row_sums = begun(row_max)
+        row_sums = begun(row_max, SINKS)
         row_max = kept(row_max, PRECISION)
     elif SINKS:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         row_max = tl.load(sinks + head) * LOG2E
-        row_sums = begun(row_max)
+        row_sums = begun(row_max, SINKS)
         row_max = kept(row_max, PRECISION)
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

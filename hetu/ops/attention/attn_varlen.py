@@ -329,7 +329,8 @@ def attn_varlen(
         return_softmax: Whether to compute ``p``, which takes memory quadratic in the lengths.
         name: The node's name, unique in the graph; None makes one up.
         window_size: ``(left, right)``: row i of n sees only the keys from ``left`` before number ``i + m - n`` to
-            ``right`` after it; -1 is no bound, and ``is_causal`` makes right 0. Each may be a symbol.
+            ``right`` after it; -1 is no bound, and ``is_causal`` makes right 0. Each may be a symbol;
+            one with ``min=-1`` may be no bound.
         softcap: Where positive, scores become ``softcap * tanh(score / softcap)`` before the softmax.
         sinks: Any of the floating dtypes, ``(H_q,)``: one more logit for each query head, which takes weight and gives
             no value. Its gradient has its dtype. None for none.

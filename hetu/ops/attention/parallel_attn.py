@@ -245,8 +245,8 @@ def parallel_attn(
         method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
             ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
         window_size: ``(left, right)``: a token sees only the keys from ``left`` before itself to ``right`` after it; -1
-            is no bound, and ``is_causal`` makes right 0. Each may be a symbol: another window is another plan, and no
-            other graph.
+            is no bound, and ``is_causal`` makes right 0. Each may be a symbol (one with ``min=-1`` may be no bound):
+            another window is another plan, and no other graph.
         softcap: Where positive, scores become ``softcap * tanh(score / softcap)`` before the softmax.
         sinks: Any of the floating dtypes, ``(H_q,)``, the same on all pipelines: one more logit for each query head,
             which takes weight and gives no value. Its gradient has its dtype, and is that of the pipeline's own rows.

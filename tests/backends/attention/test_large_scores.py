@@ -126,6 +126,23 @@ def test_no_scale_hides_nan(backend: str, scale: float) -> None:
     assert out.isnan().any(-1)[:, 0].tolist() == lse.isnan()[0].tolist() == [False, True, False, True, True]
 
 
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_in_a_sink_fills_its_head(backend: str, method: str) -> None:
+    """On one pipeline and on two; rows that see no key have it as lse."""
+    mask = hetu.Mask.slices([(0, 9)], [(2, 10)], ["causal"])
+    with hetu.config(backend=backend), hetu.graph("define_and_run", num_strategy=2, device="cpu") as g:
+        x, sinks = hetu.placeholder("float32", [hetu.IntSymbol("rows"), 48]), hetu.placeholder("float32", [2])
+        lens, groups = [[10], [4, 6]], [[0], [0, 0]]
+        fetches = hetu.parallel_attn(x, 8, 1, lens, groups, method=method, mask=mask, sinks=sinks)[:2]
+        data, given = random(10, 6, 8, torch.float32, 1).flatten(1), torch.tensor([NAN, 0.5])
+        one, one_lse = g.run(fetches, {x: data, sinks: given}, strategy=0)
+        out, lse = g.run(fetches, {x: hetu.Shards([data[:4], data[4:]]), sinks: given}, strategy=1)
+    for rows, sums in ((one, one_lse), (torch.cat(list(out)), torch.cat(list(lse), -1))):
+        assert rows[1:9, :8].isnan().all() and rows[:, 8:].isfinite().all()
+        assert sums[0, 0].isnan().all() and sums[0, 1].isfinite().all()
+
+
 # Scores of -inf
 
 

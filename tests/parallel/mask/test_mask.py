@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -188,6 +189,14 @@ def test_a_drawing_of_many_tokens_shows_what_is_whole_and_what_is_not() -> None:
 def test_a_drawing_takes_no_memory_for_pairs() -> None:
     assert len(Mask.window(2**29, 0).draw().splitlines()) <= 24
     assert Mask.full().draw(0) == ""
+
+
+def test_a_drawing_of_many_bands_takes_no_memory_for_all_their_cells() -> None:
+    tracemalloc.start()
+    drawing = Mask.chunked(1).draw(2000, width=50)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6 and drawing.count("▒") == 50 and drawing.count("·") == 2450
 
 
 def test_a_drawing_counts_exactly_however_large_it_is() -> None:
