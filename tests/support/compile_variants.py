@@ -39,7 +39,12 @@ AnyTile = TypeVar("AnyTile")
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
 
-def chosen() -> list[Variant]:
+def flagged_widths(capability: int) -> tuple[int, ...]:
+    """Where lower diagonals, softcaps and sinks are compiled, each alone: everywhere for what was measured."""
+    return (64, 128, 256) if capability >= 90 else (128,)
+
+
+def chosen(capability: int) -> list[Variant]:
     """All combinations without extras where speed matters most, and a sample of every other kind."""
     half, single = torch.bfloat16, torch.float32
     return [
@@ -50,13 +55,17 @@ def chosen() -> list[Variant]:
         *(Variant(d, torch.float16, runs_on=d % 16 != 0, scores=d == 24) for d in (8, 24, 32, 40, 72, 192, 256)),
         Variant(256, half),
         Variant(256, single, dropout=True),
-        *(Variant(d, half, **{flag: True}) for d in (64, 128, 256) for flag in ("lower", "softcap", "sinks")),
+        *(
+            Variant(d, half, **{flag: True})
+            for d in flagged_widths(capability)
+            for flag in ("lower", "softcap", "sinks")
+        ),
         Variant(128, half, True, True, lower=True, softcap=True, sinks=True),
         Variant(128, single, lower=True, softcap=True, sinks=True),
     ]
 
 
-def chosen_backward() -> list[BackwardVariant]:
+def chosen_backward(capability: int) -> list[BackwardVariant]:
     """The same for the backward."""
     half, single = torch.bfloat16, torch.float32
     flags = [(False, False, False), (True, False, False), (True, True, False), (True, True, True)]
@@ -67,7 +76,11 @@ def chosen_backward() -> list[BackwardVariant]:
         BackwardVariant(64, single, dropout=True),
         BackwardVariant(128, single, runs_on=True),
         BackwardVariant(256, single),
-        *(BackwardVariant(d, half, **{flag: True}) for d in (64, 128, 256) for flag in ("lower", "softcap")),
+        *(
+            BackwardVariant(d, half, **{flag: True})
+            for d in flagged_widths(capability)
+            for flag in ("lower", "softcap")
+        ),
         BackwardVariant(128, half, True, True, lower=True, softcap=True),
         BackwardVariant(64, single, lower=True, softcap=True),
     ]
@@ -139,9 +152,10 @@ def inner_loops(code: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for each in chosen():
-        for result in compiled(each, int(sys.argv[1])):
+    given = int(sys.argv[1])
+    for each in chosen(given):
+        for result in compiled(each, given):
             print(json.dumps(result), flush=True)
-    for backward in chosen_backward():
-        for result in compiled_backward(backward, int(sys.argv[1])):
+    for backward in chosen_backward(given):
+        for result in compiled_backward(backward, given):
             print(json.dumps(result), flush=True)

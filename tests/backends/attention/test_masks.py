@@ -109,7 +109,7 @@ def test_random_backward_on_torch(
     check_backward(case, "torch", dtype, 8, scale, p, seed, heads, softcap=softcap, has_sinks=has_sinks)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     seed=st.integers(0, 999),
     lengths=st.lists(st.integers(0, 20), max_size=2),
@@ -167,7 +167,7 @@ def sliding(lengths: list[int], left: int, right: int) -> Case:
 
 
 @pytest.mark.parametrize("tiles", [WIDE, SPLIT], ids=["keys and values", "apart"])
-@pytest.mark.parametrize(("left", "right"), [(40, 0), (0, 0), (100, 30), (3, 70)])
+@pytest.mark.parametrize(("left", "right"), [(0, 0), (100, 30), (3, 70)])
 def test_more_rows_than_a_block(
     family: str, left: int, right: int, tiles: BackwardTiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,8 @@ from hetu.backends.triton import (
 from hetu.backends.triton.launcher import Launcher
 from hetu.backends.triton.variants import (
     DTYPES,
+    FLAGGED_DTYPES,
+    FLAGGED_HEAD_DIMS,
     HEAD_DIMS,
     INTERPRETER,
     MAX_PACK,
@@ -212,4 +214,5 @@ def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:
 
 def test_variants_are_all_there() -> None:
     every = list(variants())
-    assert len(set(every)) == len(every) == len(DTYPES) * (len(HEAD_DIMS) * 16 + 3 * len(("lower", "softcap", "sinks")))
+    flagged = len(FLAGGED_HEAD_DIMS) * len(FLAGGED_DTYPES) * len(("lower", "softcap", "sinks"))
+    assert len(set(every)) == len(every) == len(DTYPES) * len(HEAD_DIMS) * 16 + flagged

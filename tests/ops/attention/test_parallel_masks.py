@@ -34,7 +34,7 @@ def test_any_mask_under_any_strategy(
     check_masked(*case_and_mask, softcap=softcap, sink_dtype=sink_dtype)
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(case_and_mask=masked_cases(), sink_dtype=st.sampled_from([None, torch.float32]))
 def test_any_mask_under_any_strategy_on_triton(
     case_and_mask: tuple[Case, Mask], sink_dtype: torch.dtype | None
