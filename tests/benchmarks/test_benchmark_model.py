@@ -1,4 +1,4 @@
-"""The benchmark of whole models: its parameters, how it deals documents, and a run on two processes."""
+"""The benchmark of whole models: its parameters, how it deals documents, and a run."""
 
 from __future__ import annotations
 
