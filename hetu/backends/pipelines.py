@@ -92,7 +92,7 @@ class _Call:
     ) -> None:
         self.own, self.dtype = own, own.q.dtype
         self.options, self.layout, self.mask, self.heads = options, plan.layout, plan.mask, plan.heads
-        self.sinks = None if sinks is None else wide_sinks(sinks, self.dtype)
+        self.sinks = wide_sinks(sinks, self.dtype)
         self.plan = plan.pipelines[pipeline]
         self.is_own = self.plan.queries == 0
         self.spans = self.plan.spans if self.is_own else plan.layout.query_spans(pipeline)

@@ -13,11 +13,12 @@ from hetu.arguments import device as checked_device
 from hetu.backends.comm.groups import GroupWorld, world_of
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, StrategyError, caller
 from hetu.functional.checks import check_tensor
-from hetu.functional.masking import NO_CAP, NO_WINDOW, checked_masking
+from hetu.functional.masking import NO_CAP, checked_masking
 from hetu.functional.sharding import Sharding, sharding_of, table_of
 from hetu.ops.attention.common import cu_seqlens_fault
 from hetu.parallel import AttnPlan, Heads, Layout, Mask
 from hetu.parallel.layout.splits import SPLITS
+from hetu.parallel.mask.mask import NO_WINDOW
 from hetu.parallel.methods import METHODS
 from hetu.planning.arrays import host_array
 

@@ -12,9 +12,22 @@ from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.functional.checks import check_tensor, is_known, name_of, refuse
 from hetu.ops.attention.common import is_softcap, softcap_of
 from hetu.parallel import Mask
+from hetu.parallel.mask.mask import NO_WINDOW
 
-NO_WINDOW, NO_CAP = (-1, -1), 0.0
-"""Defaults."""
+__all__ = [
+    "NO_CAP",
+    "NO_WINDOW",
+    "SCHEMA",
+    "USUAL",
+    "Masking",
+    "check_masking",
+    "check_sinks",
+    "checked_masking",
+    "parted",
+]
+
+NO_CAP = 0.0
+"""The default of ``softcap``; that of ``window_size`` is :data:`hetu.parallel.mask.mask.NO_WINDOW`."""
 
 
 class Masking(NamedTuple):

@@ -13,9 +13,10 @@ from hetu.functional.checks import check_storage, check_tensor
 from hetu.functional.context_parallel import ContextParallel
 from hetu.functional.derivatives import for_backward
 from hetu.functional.dispatch import cast_as_autocast, checked_options, is_plain, may_pass_by, rng_state_of
-from hetu.functional.masking import NO_CAP, NO_WINDOW, USUAL, Masking, checked_masking
+from hetu.functional.masking import NO_CAP, USUAL, Masking, checked_masking
 from hetu.functional.sharding import PlannedCall
 from hetu.parallel import Mask
+from hetu.parallel.mask.mask import NO_WINDOW
 
 _OP = ops.OP
 

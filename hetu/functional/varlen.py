@@ -19,8 +19,9 @@ from hetu.functional import ops as _ops  # noqa: F401 # it registers torch.ops.h
 from hetu.functional.checks import check, check_storage, refuse
 from hetu.functional.derivatives import for_backward
 from hetu.functional.dispatch import cast_as_autocast, checked_options, is_plain, may_pass_by, rng_state_of
-from hetu.functional.masking import NO_CAP, NO_WINDOW, USUAL, Masking, check_sinks, checked_masking
+from hetu.functional.masking import NO_CAP, USUAL, Masking, check_sinks, checked_masking
 from hetu.parallel import Mask
+from hetu.parallel.mask.mask import NO_WINDOW
 
 __all__ = ["attn_varlen"]
 

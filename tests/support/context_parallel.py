@@ -20,8 +20,8 @@ from torch import nn
 
 import hetu
 from hetu.functional import ContextParallel, attn_varlen, parallel_attn
-from hetu.functional.masking import NO_WINDOW
 from hetu.parallel import Mask
+from hetu.parallel.mask.mask import NO_WINDOW
 
 Case = dict[str, Any]
 

@@ -13,7 +13,7 @@ from hetu.arguments import array as array_of
 from hetu.arguments import int_of, integers, is_torch, refuse, shown
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError, caller
 from hetu.parallel.layout.strategy import by_group
-from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.mask.segments import IntArray, count_up
 
 MAX_TOKENS = 2**31 - 1
 """Kernels count rows in int32; products of two such numbers fit int64 exactly."""
@@ -228,7 +228,7 @@ def _check_partition(
         what = f"document {document[i]} has {counts[document[i]]} tokens, but a span reaches position {last[i]}"
         _refuse(StrategyError, what, "give spans within their documents")
     offsets = counts.cumsum() - counts
-    number = np.arange(length.sum()) - (length.cumsum() - length).repeat(length)
+    number = count_up(length)
     tokens = (offsets[document] + start).repeat(length) + number * step.repeat(length)
     times = np.bincount(tokens, minlength=int(counts.sum()))
     if (times != 1).any():

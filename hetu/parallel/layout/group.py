@@ -11,7 +11,7 @@ from hetu.arguments import index
 from hetu.errors import StrategyError
 from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import Parts
-from hetu.parallel.mask.segments import IntArray, QuerySpans
+from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +40,7 @@ class Spans:
     @property
     def positions(self) -> IntArray:
         """The position of every token, span after span."""
-        ends = self.length.cumsum()
-        number = np.arange(ends[-1] if len(ends) else 0) - (ends - self.length).repeat(self.length)
-        return self.start.repeat(self.length) + number * self.step.repeat(self.length)
+        return self.start.repeat(self.length) + count_up(self.length) * self.step.repeat(self.length)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.parallel.mask.segments import IntArray, QuerySpans
+from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +99,7 @@ class Bands:
         begin, end = ends.searchsorted(self.q_start, "right"), ends.searchsorted(self.q_stop - 1, "right")
         count = end - begin + 1
         of = np.arange(len(self)).repeat(count)
-        stretch = begin.repeat(count) + np.arange(len(of)) - (count.cumsum() - count).repeat(count)
+        stretch = begin.repeat(count) + count_up(count)
         stop = ends[stretch]
         start = np.where(stretch > 0, ends[np.maximum(stretch - 1, 0)], 0)
         queries = np.maximum(self.q_start[of], start), np.minimum(self.q_stop[of], stop)
@@ -116,7 +116,7 @@ class Bands:
         k_first, k_count = _met(k_edges, self.k_start, self.k_stop)
         count = q_count * k_count
         band = np.arange(len(self)).repeat(count)
-        number = np.arange(len(band)) - (count.cumsum() - count).repeat(count)
+        number = count_up(count)
         q, k = q_first[band] + number // k_count[band], k_first[band] + number % k_count[band]
         inside = Bands.of(
             q * cells[1] + k,
@@ -187,7 +187,7 @@ def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[Quer
     begin, end = (_place(edge, sequence, position) for position in (spans.position, last))
     count = end - begin + 1
     of = np.arange(len(spans)).repeat(count)
-    number = np.arange(len(of)) - (count.cumsum() - count).repeat(count)
+    number = count_up(count)
     place = begin[of] + number - 1  # the edge at which each part begins, but for the first part of a span
     first: IntArray = np.where(
         number == 0, 0, -((spans.position[of] - edge[1].take(place, mode="clip")) // spans.step[of])
@@ -215,7 +215,7 @@ def cut_spans(spans: QuerySpans, sequence: IntArray, bands: Bands) -> tuple[Quer
     has_own = sequence[of] >= 0
     times = np.where(has_own, high - low, 0)
     span = np.arange(len(of)).repeat(times)
-    pick = np.arange(len(span)) - (times.cumsum() - times).repeat(times) + low.repeat(times)
+    pick = count_up(times) + low.repeat(times)
     return cut, of, span, band[pick]
 
 
@@ -235,7 +235,7 @@ def _intervals(bands: Bands) -> tuple[tuple[IntArray, IntArray], IntArray, IntAr
     begin, end = number[: len(bands)], number[len(bands) :]
     count = end - begin
     band = np.arange(len(bands)).repeat(count)
-    interval = begin.repeat(count) + np.arange(len(band)) - (count.cumsum() - count).repeat(count)
+    interval = begin.repeat(count) + count_up(count)
     by_interval = interval.argsort(kind="stable")
     return (sequence[is_new], query[is_new]), interval[by_interval], band[by_interval]
 

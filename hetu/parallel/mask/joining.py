@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from hetu.parallel.mask.bands import Bands
-from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.mask.segments import IntArray, count_up
 
 
 class Runs(NamedTuple):
@@ -75,8 +75,8 @@ def join_runs(queries: Runs, keys: Runs, bands: Bands, band: IntArray) -> Seen:
     whole = ((k_len > 0) & (low <= diagonal)).nonzero()[0]
     of_rectangles = [column[whole] for column in (np.arange(len(q)), all_first, k_len, diagonal, low)]
     alone = [np.maximum(all_first - first, 0), np.maximum(end - all_end, 0)]
-    item = np.arange(len(q)).repeat(alone[0] + alone[1])
-    number = np.arange(len(item)) - np.searchsorted(item, item)
+    stairs = alone[0] + alone[1]
+    item, number = np.arange(len(q)).repeat(stairs), count_up(stairs)
     key = number + np.where(number < alone[0][item], first[item], (all_end + 1 - alone[0])[item])
     of_stairs = _stairs(item, key, k[item] + key * b[item] - q[item], a[item], rows[item], (lower, upper))
 

@@ -306,7 +306,7 @@ CAUSAL, FULL = Mask(Window(-1, 0)), Mask(Window(-1, -1))
 """One object per mask: comparing an object with itself costs nothing."""
 
 
-NO_WINDOW: tuple[Size, Size] = (-1, -1)
+NO_WINDOW: tuple[int, int] = (-1, -1)
 """The ``window_size`` that bounds nothing."""
 
 

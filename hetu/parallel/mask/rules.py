@@ -16,7 +16,7 @@ import numpy as np
 
 from hetu.errors import BindingError, HetuError, caller
 from hetu.parallel.mask.bands import Bands
-from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.mask.segments import IntArray, count_up
 from hetu.symbols import IntSymbol
 
 Size = int | IntSymbol
@@ -128,7 +128,7 @@ class Chunked(Rule):
         (size,) = _ints(self)
         chunks = -(-k_len // size)
         sequence = np.arange(len(q_len)).repeat(chunks)
-        begin = (np.arange(len(sequence)) - (chunks.cumsum() - chunks).repeat(chunks)) * size
+        begin = count_up(chunks) * size
         end, shift = np.minimum(begin + size, k_len[sequence]), (k_len - q_len)[sequence]
         queries = np.maximum(begin - shift, 0), np.maximum(end - shift, 0)
         return Bands.of(sequence, queries, (begin, end), None, shift)

@@ -175,6 +175,16 @@ def _twice_up_to(end: IntArray, k_len: IntArray) -> IntArray:
     return side * (end + end - side + 1)
 
 
+def count_up(counts: IntArray) -> IntArray:
+    """0, 1, 2, ... for each count, one after the other.
+
+    Example:
+        >>> count_up(np.array([2, 0, 3])).tolist()
+        [0, 1, 0, 1, 2]
+    """
+    return np.arange(int(counts.sum())) - (counts.cumsum() - counts).repeat(counts)
+
+
 def least(values: NDArray[Any]) -> int:
     """The smallest of some integers, 0 if there are none: a third of the time of ``min``, which new lengths wait for.
 

@@ -10,7 +10,7 @@ from hetu.parallel.layout.group import GroupLayout, Spans
 from hetu.parallel.mask.bands import Bands, cut_spans
 from hetu.parallel.mask.joining import Runs, join_runs, only_if_needed
 from hetu.parallel.mask.mask import Mask
-from hetu.parallel.mask.segments import IntArray, QuerySpans, unite
+from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up, unite
 from hetu.parallel.methods.reach import Reach
 
 
@@ -119,7 +119,7 @@ def _meet(cut: QuerySpans, span: IntArray, bands: Bands, band: IntArray, keys: _
     end = (keys.sequence * wide + keys.start).searchsorted(place + high, "right")
     count = np.maximum(end - begin, 0)
     item = np.arange(len(span)).repeat(count)
-    return item, np.arange(len(item)) - (count.cumsum() - count).repeat(count) + begin.repeat(count)
+    return item, count_up(count) + begin.repeat(count)
 
 
 def _melt(

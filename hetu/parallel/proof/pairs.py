@@ -13,7 +13,7 @@ import numpy as np
 
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.bands import cut_spans
-from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, count_up
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.transfers import Tokens, refuse
 
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
 def seen_by(table: SegmentTable, spans: QuerySpans, buffer: IntArray) -> Seen:
     """What an attend to a buffer of token numbers sees."""
     span = table.query.repeat(table.k_len)
-    number = _count_up(table.k_len)
+    number = count_up(table.k_len)
     keys = buffer[table.k_start.repeat(table.k_len) + number]
     since, until = np.maximum(number - table.diagonal.repeat(table.k_len), 0), spans.length[span] - 1
     if table.lower is not None:
@@ -88,7 +88,7 @@ def _allowed(plan: PlanData, group: GroupLayout, spans: QuerySpans) -> Seen:
     lower, upper, last = bands.lower[band], bands.upper[band], position + (rows - 1) * step
     first = np.maximum(bands.k_start[band], position + lower)
     count = np.maximum(np.minimum(bands.k_stop[band], last + upper + 1) - first, 0)
-    number, before = _count_up(count), (cut.start - spans.start[of])[part]  # rows of the span that were cut off before
+    number, before = count_up(count), (cut.start - spans.start[of])[part]  # rows of the span that were cut off before
     since = _in_steps(number + (first - position - upper).repeat(count) - 1, step, count) + 1
     until = _in_steps(number + (first - position - lower).repeat(count), step, count)
     np.maximum(since, 0, out=since)
@@ -150,8 +150,3 @@ def _beyond(seen: Seen, other: Seen) -> tuple[int, int] | None:
     )
     lacks = upto < seen.until
     return (int(lacks.argmax()), int(upto[lacks.argmax()]) + 1) if lacks.any() else None
-
-
-def _count_up(counts: IntArray) -> IntArray:
-    """0, 1, 2, ... for each count, one after the other."""
-    return np.arange(int(counts.sum())) - (counts.cumsum() - counts).repeat(counts)

@@ -86,17 +86,12 @@ def pairs_of_keys(work: WorkList, has_lower: bool = False) -> Counter[tuple[int,
 def pairs_of_table(spans: QuerySpans, table: SegmentTable) -> Counter[tuple[int, int]]:
     """The same by definition."""
     found: Counter[tuple[int, int]] = Counter()
-    of_segments = zip(*map(np.ndarray.tolist, (*columns(table), lower_of(spans, table))), strict=True)
+    of_segments = zip(*map(np.ndarray.tolist, (*columns(table), table.lower_over(spans))), strict=True)
     for query, k_start, k_len, diagonal, lower in of_segments:
         for i in range(int(spans.length[query])):
             sees = range(max(i + lower, 0), min(k_len, i + diagonal + 1))
             found.update((int(spans.start[query]) + i, k_start + j) for j in sees)
     return found
-
-
-def lower_of(spans: QuerySpans, table: SegmentTable) -> np.ndarray:
-    """The lower diagonals, also of a table that needs none."""
-    return 1 - spans.length[table.query] if table.lower is None else table.lower
 
 
 def columns(table: SegmentTable) -> tuple[np.ndarray, ...]:
@@ -245,7 +240,7 @@ def test_both_kinds_joined() -> None:
 def places(spans: QuerySpans, table: SegmentTable) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     """For each span what it is sorted by, the first two of which are its document's, and its segments."""
     segments = [np.flatnonzero(table.query == span).tolist() for span in range(len(spans))]
-    most = np.minimum(table.k_len, table.diagonal - lower_of(spans, table) + 1)  # keys that a row sees
+    most = np.minimum(table.k_len, table.diagonal - table.lower_over(spans) + 1)  # keys that a row sees
     keys = [sum(most[own].tolist()) for own in segments]
     document = spans.document.tolist()
     most = {d: max(k for k, other in zip(keys, document, strict=True) if other == d) for d in document}
@@ -257,7 +252,7 @@ def queries_by_definition(
 ) -> list[tuple[list[int], list[list[int]]]]:
     """Fields of each item but those of its segment, and its segments, one after the other in plain Python."""
     found = []
-    lower = lower_of(spans, table)
+    lower = table.lower_over(spans)
     place, segments = places(spans, table)
     for *_, span in sorted(place):
         for offset in reversed(range(0, int(spans.length[span]), tokens)):
