@@ -85,7 +85,7 @@ class Mask:
             HetuError: If a bound is less than -1.
         """
         sizes = _sizes((left, right), ("left", "right"))
-        return cls(Window(*sizes).with_sizes(sizes))
+        return cls._checked(Window(*sizes))
 
     @classmethod
     def chunked(cls, size: Size) -> Mask:
@@ -95,7 +95,7 @@ class Mask:
             HetuError: If the size is not positive.
         """
         sizes = _sizes((size,), ("size",))
-        return cls(Chunked(*sizes).with_sizes(sizes))
+        return cls._checked(Chunked(*sizes))
 
     @classmethod
     def prefix(cls, lengths: Size | Sequence[Size]) -> Mask:
@@ -111,7 +111,7 @@ class Mask:
         is_shared = isinstance(lengths, IntSymbol) or not _is_listed(lengths)
         listed = [lengths] if is_shared else items(lengths, "lengths", "a number, or one per document", op=_OP)
         sizes = _sizes(listed, [f"lengths[{i}]" for i in range(len(listed))])
-        return cls(Prefix(sizes, is_shared).with_sizes(sizes))
+        return cls._checked(Prefix(sizes, is_shared))
 
     @classmethod
     def slices(
@@ -151,7 +151,12 @@ class Mask:
             what = f"there are {len(queries)} q_ranges, {len(keys)} k_ranges and {len(named)} kinds"
             raise HetuError(what, op=_OP, where=caller(), fix="give as many of each, one per slice")
         sizes = tuple(size for q, k in zip(queries, keys, strict=True) for size in (*q, *k))
-        return cls(Slices(sizes, named).with_sizes(sizes))
+        return cls._checked(Slices(sizes, named))
+
+    @classmethod
+    def _checked(cls, rule: Rule) -> Mask:
+        rule.check()
+        return cls(rule)
 
     @classmethod
     def of(cls, is_causal: bool, window_size: tuple[Size, Size] = (-1, -1)) -> Mask:

@@ -58,12 +58,6 @@ class Rule(ABC):
             HetuError: If one is out of its range.
         """
 
-    def with_sizes(self, sizes: tuple[Size, ...]) -> Self:
-        """The same kind with other sizes, checked."""
-        made = self.made(self.words, sizes)
-        made.check()
-        return made
-
     @abstractmethod
     def bands(self, q_len: IntArray, k_len: IntArray) -> Bands:
         """The bands for sequences of these lengths, if no number is a symbol.
@@ -279,8 +273,10 @@ RULES: tuple[type[Rule], ...] = (Window, Chunked, Prefix, Slices)
 
 
 def bound(rule: Rule, value: Callable[[IntSymbol], int]) -> Rule:
-    """A rule with its symbols' values."""
-    return rule.with_sizes(tuple(size if isinstance(size, int) else value(size) for size in rule.sizes))
+    """A rule with its symbols' values, checked."""
+    made = rule.made(rule.words, tuple(size if isinstance(size, int) else value(size) for size in rule.sizes))
+    made.check()
+    return made
 
 
 def _ints(rule: Rule) -> tuple[int, ...]:
