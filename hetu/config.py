@@ -13,7 +13,7 @@ from typing import Any
 from hetu.arguments import flag, shown
 from hetu.errors import HetuError, caller
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("gluon", "triton", "torch")
 """The kernel families by name, in the order in which a call is offered to them: a line here and a folder make one more,
 see ``hetu/backends/families.py``. The last one takes every call."""
 

@@ -22,13 +22,14 @@ _SPAN_FIELDS = ("document", "position", "step", "slot", "slot_row")
 
 QUERY_FIELDS = (
     "row", "rows", *_SPAN_FIELDS, "column",
-    "k_start", "k_len", "reach", "low", "", "more_begin", "more_end", "role",
+    "k_start", "k_len", "reach", "low", "blocks", "more_begin", "more_end", "role",
 )  # fmt: skip
 """A block of query rows: its first row of q and how many it has, fields of its span as of its first row (``position``,
 ``slot_row``), then a segment: its first key, how many, and the last key that the block's first row sees (the next row
 sees one more). Where tables have a lower diagonal, the segment begins with the first key that the block's first row
 sees, or with its own first one, and ``low`` is the first key that this row may see, counted from there: 0, or negative
-where some rows more see that key too. ``more_begin .. more_end`` are the rows with further segments, of which only the
+where some rows more see that key too. ``blocks`` is for kernels that want to know how many blocks of keys they will see: 0
+until they write it. ``more_begin .. more_end`` are the rows with further segments, of which only the
 segment counts."""
 
 KEY_FIELDS = (
@@ -49,6 +50,7 @@ is one; see :class:`hetu.parallel.mask.segments.Turn`."""
 
 MORE = slice(QUERY_FIELDS.index("more_begin"), QUERY_FIELDS.index("more_end") + 1)
 ROLE = QUERY_FIELDS.index("role")
+BLOCKS = QUERY_FIELDS.index("blocks")
 assert len(QUERY_FIELDS) == len(KEY_FIELDS) == WIDTH
 assert KEY_FIELDS.index("more_begin") == MORE.start and KEY_FIELDS.index("role") == ROLE
 

@@ -1,0 +1,46 @@
+"""Descriptors of tensors for TMA, and which tensors can have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from hetu.backends.triton.variants import row_strides
+
+_BYTES = 16
+
+
+class Box(TensorDescriptor):  # type: ignore[misc]
+    """Boxes of a ``(T, heads, D)`` tensor, of which TMA copies one at a time.
+
+    Triton's own checks take longer than the launch: :func:`is_describable` is asked once a call instead.
+    """
+
+    def __init__(self, x: torch.Tensor, box: list[int], layout: Any) -> None:
+        self.base = x
+        self.shape = x.shape
+        self.strides = (*row_strides(x), 1)
+        self.block_shape = box
+        self.layout = layout
+        self.padding = "zero"
+
+    def data_ptr(self) -> int:
+        """The address of the first element, as a tensor has it."""
+        address: int = self.base.data_ptr()
+        return address
+
+
+def is_describable(x: torch.Tensor) -> bool:
+    """Whether TMA takes a ``(T, heads, D)`` tensor: 16-byte addresses and strides, and neither broadcast nor empty.
+
+    Source: ``cuTensorMapEncodeTiled`` in NVIDIA's CUDA driver API.
+    """
+    size = x.element_size()
+    strides = row_strides(x)
+    return (
+        x.numel() > 0
+        and x.data_ptr() % _BYTES == 0
+        and all(0 < stride and stride * size % _BYTES == 0 and stride * size < 2**40 for stride in strides)
+    )

@@ -1,0 +1,390 @@
+"""The forward kernel for Hopper: two groups of warps compute, a third one loads for them.
+
+Persistent programs of 12 warps. Each takes tiles of 128 rows (tokens of ``PACK`` heads that share a key head), one after
+the other. A *producer* warp copies queries, keys and values into shared memory by TMA; two *consumers* of four warps,
+each with 64 of the rows, multiply on tensor cores (wgmma) out of it. A consumer issues the scores of the next block of
+keys together with the weighted sum of the present one, and the first scores of its next tile before it scales and stores
+the present one, so that tensor cores work while it computes exponentials. The two consumers need no order between
+them: one's products run during the other's softmax.
+
+Records, the running softmax in base 2 and merging are those of ``hetu/backends/triton/kernels.py``. Of each segment the
+last block of keys comes first: it is the one that ends and diagonals cut.
+
+Source: the roles of warps are those of Shah and others, "FlashAttention-3", 2024.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# (what a kernel takes has types of the GPU, which its docstring gives)
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hetu.backends.attention import records
+from hetu.backends.gluon.schedule import (
+    advanced,
+    barriers,
+    item_at,
+    last_block,
+    record_at,
+    segment_of,
+    turns,
+)
+from hetu.backends.gluon.softmax import (
+    LN2,
+    LOG2E,
+    LOWEST,
+    clean_rows,
+    masked,
+    opaque,
+    softmax,
+    tanh,
+)
+
+MERGES = gl.constexpr(records.MERGES)
+CONTINUES = gl.constexpr(records.CONTINUES)
+ROWS = gl.constexpr(64)
+"""Rows of a consumer: what one wgmma takes."""
+
+
+@gluon.jit
+def load_queries(desc, buffers, full, empty, i, row, head, ROW_BYTES: gl.constexpr, BUFFERS: gl.constexpr):
+    """Loads the i-th tile's queries, each consumer's into a buffer of its own as soon as that is free."""
+    tokens: gl.constexpr = desc.block_shape[0]
+    for group in gl.static_range(2):
+        at = BUFFERS * group + i % BUFFERS
+        mbarrier.wait(empty.index(at), ((i // BUFFERS) & 1) ^ 1)
+        mbarrier.expect(full.index(at), ROWS * ROW_BYTES)
+        tma.async_copy_global_to_shared(desc, [row + group * tokens, head, 0], full.index(at), buffers.index(at))
+
+
+@gluon.jit
+def load_block(desc, buffers, full, empty, stage, phase, row, head, BYTES: gl.constexpr):
+    """Loads a block of keys or values as soon as its buffer is free."""
+    mbarrier.wait(empty.index(stage), phase)
+    mbarrier.expect(full.index(stage), BYTES)
+    tma.async_copy_global_to_shared(desc, [row, head, 0], full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def produce(descs, buffers, bars, records, items, C: gl.constexpr):
+    """Loads what the consumers read, in their order."""
+    q_desc, k_desc, v_desc, _o_desc = descs
+    q_s, k_s, v_s = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    ROW_BYTES: gl.constexpr = C.HEAD_DIM * 2
+    BLOCK_BYTES: gl.constexpr = C.BLOCK_N * ROW_BYTES
+    stage, phase, total = 0, 1, turns(items * C.SETS)
+    for i in range(total):
+        item, first_head = item_at(i, items, C)
+        record = record_at(records, item)
+        row, rows = gl.load(record), gl.load(record + 1)
+        k_start, k_len, reach = segment_of(record)
+        blocks, more = gl.load(record + 12), gl.load(record + 13)
+        kv_head = first_head // C.GROUP
+        n = last_block(k_len, reach, rows, C)
+        for j in range(blocks):
+            if C.MORE:
+                if n < 0:
+                    k_start, k_len, reach = segment_of(record_at(records, more))
+                    n = last_block(k_len, reach, rows, C)
+                    more += 1
+            at = k_start + n * C.BLOCK_N
+            load_block(k_desc, k_s, k_full, k_empty, stage, phase, at, kv_head, BLOCK_BYTES)
+            if j == 0:
+                load_queries(q_desc, q_s, q_full, q_empty, i, row, first_head, ROW_BYTES, C.Q_BUFFERS)
+            load_block(v_desc, v_s, v_full, v_empty, stage, phase, at, kv_head, BLOCK_BYTES)
+            n -= 1
+            stage, phase = advanced(stage, phase, C.STAGES)
+    if C.PREFETCHES:  # scores past the last tile, which nothing uses
+        load_block(k_desc, k_s, k_full, k_empty, stage, phase, 0, 0, BLOCK_BYTES)
+        load_queries(q_desc, q_s, q_full, q_empty, total, 0, 0, ROW_BYTES, C.Q_BUFFERS)
+
+
+@gluon.jit
+def load_item(records, turn, items, C: gl.constexpr):
+    """What a consumer knows of its tile in a turn, a tuple; nothing of a turn past the last one."""
+    item, head = item_at(turn, items, C)
+    record = record_at(records, gl.minimum(item, items - 1))
+    low, more, role = gl.load(record + 11), gl.load(record + 13), gl.load(record + 15)
+    row, rows, slot, slot_row = gl.load(record), gl.load(record + 1), gl.load(record + 5), gl.load(record + 6)
+    _k_start, k_len, reach = segment_of(record)
+    return row, rows, slot, slot_row, k_len, reach, low, more, role, gl.load(record + 12), head
+
+
+@gluon.constexpr_function
+def scores_layout(C):
+    """How a consumer's threads hold its scores: four warps of 16 rows."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
+
+
+@gluon.constexpr_function
+def out_layout(C):
+    """How they hold its accumulator."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.HEAD_DIM, 16])
+
+
+@gluon.jit
+def seen_scores(s, tile, n, token, first_token, inner, C: gl.constexpr):
+    """The scores of block ``n`` as the softmax takes them: capped, and -inf where they are hidden."""
+    rows, k_len, reach, low = tile
+    if C.SOFTCAP:
+        s = tanh(s * inner)
+    first = n * C.BLOCK_N
+    is_cut = first + C.BLOCK_N > gl.minimum(k_len, reach + first_token + 1)
+    if C.LOWER:
+        is_cut = is_cut | (first < low + rows - 1)
+    if is_cut:
+        s = masked(s, first, token, k_len, reach, low, C.LOWER)
+    return s
+
+
+@gluon.jit
+def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks, C: gl.constexpr):
+    """The accumulator, sums and maxima of rows before their first key: nothing, a sink, or what earlier steps found."""
+    row, rows, role, first_head = tile
+    SCORES: gl.constexpr = scores_layout(C)
+    OUT: gl.constexpr = out_layout(C)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    acc = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, OUT)
+    row_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
+    row_sum = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
+    if C.RUNS_ON or C.SINKS:
+        begins = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
+        merged = 0
+        if C.SINKS:
+            begins = gl.load(sinks + first_head + member) * LOG2E
+        if C.RUNS_ON:
+            merged = gl.where((role & MERGES) != 0, rows, 0)
+            before = gl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
+            begins = gl.where(token < merged, before, begins)
+            places, live = places_of(acc_state, row, first_head, first_token, merged, C)
+            acc = gl.load(places, mask=live, other=0.0)
+        # A maximum passes over NaN, so the sums have to keep that of a sink.
+        row_sum = gl.where(begins == float("-inf"), 0.0, gl.where(begins == begins, 1.0, float("nan")))
+        row_max = gl.maximum(begins, LOWEST)
+    return acc, row_sum, row_max
+
+
+@gluon.jit
+def places_of(acc_state, row, first_head, first_token, rows, C: gl.constexpr):
+    """Pointers to a consumer's accumulator in the running results, and which of its rows are before ``rows``."""
+    OUT: gl.constexpr = out_layout(C)
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    column = gl.arange(0, C.HEAD_DIM, layout=gl.SliceLayout(0, OUT))
+    token = first_token + r // C.PACK
+    offsets = (token * C.HEADS + r % C.PACK) * C.HEAD_DIM
+    base = acc_state + (row.to(gl.int64) * C.HEADS + first_head) * C.HEAD_DIM
+    return base + offsets[:, None] + column[None, :], (token < rows)[:, None]
+
+
+@gluon.jit
+def finish(tile, acc, buffer, o_desc, out, acc_state, first_token, C: gl.constexpr):
+    """Stores the rows of a tile, where they go on as running results and else in ``out``; ``buffer`` is free for it."""
+    row, rows, role, first_head = tile
+    TOKENS: gl.constexpr = ROWS // C.PACK
+    goes_on = False
+    if C.RUNS_ON:
+        goes_on = (role & CONTINUES) != 0
+        if goes_on:
+            places, live = places_of(acc_state, row, first_head, first_token, rows, C)
+            gl.store(places, acc, mask=live)
+    if not goes_on:
+        flat = buffer.reshape([ROWS, C.HEAD_DIM])
+        flat.store(acc.to(buffer.dtype))
+        if rows >= first_token + TOKENS:
+            fence_async_shared()
+            tma.async_copy_shared_to_global(o_desc, [row + first_token, first_head, 0], buffer)
+        else:
+            start = out + row.to(gl.int64) * C.OUT_STRIDE_T + first_head.to(gl.int64) * C.OUT_STRIDE_H
+            store_live(flat, start, first_token, rows, C)
+
+
+@gluon.jit
+def store_live(buffer, out, first_token, rows, C: gl.constexpr):
+    """Stores the live rows of a buffer: those after them belong to others."""
+    WIDTH: gl.constexpr = C.HEAD_DIM
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    STEP: gl.constexpr = 16
+    for at in gl.static_range(0, ROWS, STEP):
+        part = buffer.slice(at, STEP).load(LAYOUT)
+        r = at + gl.arange(0, STEP, layout=gl.SliceLayout(1, LAYOUT))
+        token, member = first_token + r // C.PACK, r % C.PACK
+        column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+        places = (token.to(gl.int64) * C.OUT_STRIDE_T + member * C.OUT_STRIDE_H)[:, None] + column[None, :]
+        gl.store(out + places, part, mask=(token < rows)[:, None])
+
+
+@gluon.jit
+def consume(
+    GROUP: gl.constexpr, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C: gl.constexpr
+):
+    """Computes 64 of the rows of each tile, those of consumer GROUP."""
+    _q_desc, _k_desc, _v_desc, o_desc = descs
+    q_s, k_s, v_s = buffers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    scale, softcap, stride_lb, stride_lh = numbers
+    SCORES: gl.constexpr = scores_layout(C)
+    OUT: gl.constexpr = out_layout(C)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
+    BY_OUT: gl.constexpr = gl.SliceLayout(1, OUT)
+    KEYS: gl.constexpr = [C.BLOCK_N, C.HEAD_DIM]
+    QUERIES: gl.constexpr = [ROWS, C.HEAD_DIM]
+    TURNS: gl.constexpr = C.Q_BUFFERS
+    inner = scale
+    if C.SOFTCAP:  # the softmax is then one of `tanh(s * inner)`, by the scale `softcap`
+        inner = scale / softcap
+        scale = softcap
+    scale *= LOG2E
+    zero = gl.full([ROWS, C.BLOCK_N], 0.0, gl.float32, SCORES)
+    first_token = GROUP * (ROWS // C.PACK)
+    r = gl.arange(0, ROWS, layout=BY_ROW)
+    token, member = first_token + r // C.PACK, r % C.PACK
+
+    stage, phase, total = 0, 0, turns(items * C.SETS)
+    tile = load_item(records, 0, items, C)
+    s = zero
+    if C.PREFETCHES:
+        s = first_scores(q_s.index(TURNS * GROUP), q_full.index(TURNS * GROUP), 0, k_s, k_full, 0, 0, zero, C)
+        s = warpgroup_mma_wait(0, [s])
+        mbarrier.arrive(k_empty.index(0), count=1)
+    for i in range(total):
+        row, rows, slot, slot_row, k_len, reach, low, more, role, blocks, first_head = tile
+        at = TURNS * GROUP + i % TURNS
+        q = q_s.index(at).reshape(QUERIES)
+        lse_rows = lse + slot.to(gl.int64) * stride_lb + slot_row + (first_head + member).to(gl.int64) * stride_lh + token
+        has_lse = token < gl.where(slot >= 0, rows, 0)
+        n = last_block(k_len, reach, rows, C)
+        if not C.PREFETCHES:
+            s = first_scores(q_s.index(at), q_full.index(at), i & 1, k_s, k_full, stage, phase, zero, C)
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+        acc, row_sum, row_max = begun(
+            (row, rows, role, first_head), lse_rows, has_lse, token, member, first_token, acc_state, sinks, C
+        )
+        s = seen_scores(s, (rows, k_len, reach, low), n, token, first_token, inner, C)
+        p, row_max, fade = softmax(s, row_max, scale)
+        row_sum = row_sum * fade + gl.sum(p, 1)
+        weights = gl.convert_layout(p.to(o_desc.dtype), WEIGHTS)
+        if C.PREFETCHES:  # the tile before is out: its buffer can take the queries of the tile after this one
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(TURNS * GROUP + ((i & 1) ^ 1)), count=1, pred=i > 0)
+        if C.RUNS_ON:
+            acc = acc * gl.convert_layout(fade, BY_OUT)[:, None]
+        left = gl.minimum(k_len, reach + rows) - n * C.BLOCK_N
+        if left < C.BLOCK_N:
+            mbarrier.wait(v_full.index(stage), phase)
+            clean_rows(v_s.index(stage).reshape(KEYS), left)
+        # Triton 3.6 takes a value that is nothing but the bound of an inner loop for one that nobody needs, and keeps
+        # that of the first turn for all turns.
+        for _j in range(1, opaque(blocks)):
+            n -= 1
+            if C.MORE:
+                if n < 0:
+                    record = record_at(records, more)
+                    _k_start, k_len, reach = segment_of(record)
+                    if C.LOWER:
+                        low = gl.load(record + 11)
+                    n = last_block(k_len, reach, rows, C)
+                    more += 1
+            k_stage, k_phase = advanced(stage, phase, C.STAGES)
+            mbarrier.wait(k_full.index(k_stage), k_phase)
+            s = warpgroup_mma(q, k_s.index(k_stage).reshape(KEYS).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(stage), phase)
+            acc = warpgroup_mma(weights, v_s.index(stage).reshape(KEYS), acc, is_async=True)
+            s = warpgroup_mma_wait(1, [s])
+            mbarrier.arrive(k_empty.index(k_stage), count=1)
+            s = seen_scores(s, (rows, k_len, reach, low), n, token, first_token, inner, C)
+            p, row_max, fade = softmax(s, row_max, scale)
+            row_sum = row_sum * fade + gl.sum(p, 1)
+            acc = warpgroup_mma_wait(0, [acc])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            acc = acc * gl.convert_layout(fade, BY_OUT)[:, None]
+            weights = gl.convert_layout(p.to(o_desc.dtype), WEIGHTS)
+            if C.MORE:
+                left = gl.minimum(k_len, reach + rows) - n * C.BLOCK_N
+                if left < C.BLOCK_N:
+                    mbarrier.wait(v_full.index(k_stage), k_phase)
+                    clean_rows(v_s.index(k_stage).reshape(KEYS), left)
+            stage, phase = k_stage, k_phase
+        tile = load_item(records, i + 1, items, C)
+        k_stage, k_phase = advanced(stage, phase, C.STAGES)
+        mbarrier.wait(v_full.index(stage), phase)
+        last = warpgroup_mma(weights, v_s.index(stage).reshape(KEYS), acc, is_async=True)
+        if C.PREFETCHES:
+            there = TURNS * GROUP + ((i + 1) & 1)
+            s = first_scores(
+                q_s.index(there), q_full.index(there), ((i + 1) >> 1) & 1, k_s, k_full, k_stage, k_phase, zero, C
+            )
+        is_empty = row_sum == 0.0
+        row_sum = gl.where(is_empty, 1.0, row_sum)
+        gl.store(lse_rows, gl.where(is_empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2), mask=has_lse)
+        last = warpgroup_mma_wait(1 if C.PREFETCHES else 0, [last])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        acc = last * gl.convert_layout(1.0 / row_sum, BY_OUT)[:, None]
+        finish((row, rows, role, first_head), acc, q_s.index(at), o_desc, out, acc_state, first_token, C)
+        if C.PREFETCHES:
+            s = warpgroup_mma_wait(0, [s])
+            mbarrier.arrive(k_empty.index(k_stage), count=1)
+        else:
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(at), count=1)
+        stage, phase = k_stage, k_phase
+    tma.store_wait(0)
+
+
+@gluon.jit
+def first_scores(queries, q_full, q_phase, k_s, k_full, stage, phase, zero, C: gl.constexpr):
+    """Begins the scores of a tile with its first block of keys, as soon as both are there."""
+    mbarrier.wait(q_full, q_phase)
+    mbarrier.wait(k_full.index(stage), phase)
+    q = queries.reshape([ROWS, C.HEAD_DIM])
+    k = k_s.index(stage).reshape([C.BLOCK_N, C.HEAD_DIM])
+    return warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit(do_not_specialize=["items", "stride_lb", "stride_lh"])
+def forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, out, lse, acc_state, sinks, records,
+    items, stride_lb, stride_lh, scale, softcap, C: gl.constexpr,
+):  # fmt: skip
+    """One step of attention, merged into the running (acc, lse). The grid has at most ``items * SETS`` programs.
+
+    Args:
+        q_desc, o_desc: Boxes of ``(64 // PACK, PACK, HEAD_DIM)`` in tensors ``(T_q, HEADS, HEAD_DIM)``.
+        k_desc, v_desc: Boxes of ``(BLOCK_N, 1, HEAD_DIM)`` in tensors ``(T_k, heads, HEAD_DIM)``.
+        out: What ``o_desc`` describes, for rows that a whole box would overwrite others with.
+        lse: float32 ``(slots, HEADS, S)``, rows contiguous.
+        acc_state: float32 and contiguous, of out's shape: running results. None without RUNS_ON.
+        sinks: float32 ``(HEADS,)``, or None without SINKS.
+        records: int32 rows; see ``hetu/backends/attention/records.py``.
+        items: How many of them are items.
+        stride_lb, stride_lh: Of lse.
+        scale: Of the scores; positive.
+        softcap: What scores are capped by, with SOFTCAP.
+        C: A :class:`hetu.backends.gluon.variants.Constants`.
+    """
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * C.Q_BUFFERS, ROWS // C.PACK, C.PACK, C.HEAD_DIM], q_desc.layout)
+    k_s = gl.allocate_shared_memory(k_desc.dtype, [C.STAGES, C.BLOCK_N, 1, C.HEAD_DIM], k_desc.layout)
+    v_s = gl.allocate_shared_memory(v_desc.dtype, [C.STAGES, C.BLOCK_N, 1, C.HEAD_DIM], v_desc.layout)
+    q_full, q_empty = barriers(2 * C.Q_BUFFERS, 1), barriers(2 * C.Q_BUFFERS, 1)
+    k_full, k_empty = barriers(C.STAGES, 1), barriers(C.STAGES, 2)
+    v_full, v_empty = barriers(C.STAGES, 1), barriers(C.STAGES, 2)
+    fence_async_shared()
+    descs, buffers = (q_desc, k_desc, v_desc, o_desc), (q_s, k_s, v_s)
+    bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    numbers = (scale, softcap, stride_lb, stride_lh)
+    gl.warp_specialize([  # registers of the first: what is left of 12 warps * 168, so 240 too
+        (consume, (0, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C)),
+        (consume, (1, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C)),
+        (produce, (descs, buffers, bars, records, items, C)),
+    ], [4, 1], [240, 24])  # fmt: skip

@@ -1,0 +1,171 @@
+"""The variants that the Gluon kernels are compiled in: compile-time constants and how to compile without a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hetu.backends.triton.variants import PackedHeads, Variant
+
+ROWS = 64
+"""Rows of a consumer: what one product of four warps takes."""
+
+CONSUMERS = 2
+
+HEAD_DIMS = (64, 128, 256)
+DTYPES = (torch.float16, torch.bfloat16)
+
+OPTIONS = {"num_warps": 4, "maxnreg": 168}
+"""Of the compiler: 65,536 registers for 12 warps; ``gl.warp_specialize`` deals them out."""
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a forward kernel is compiled for. The names are in capitals, as those of Triton's constants are.
+
+    Attributes:
+        HEAD_DIM: 64, 128 or 256.
+        HEADS: Query heads.
+        GROUP: Query heads that share a key head.
+        PACK: Heads of a tile.
+        BLOCK_N: Keys of a block.
+        STAGES: Buffers for blocks of keys and of values.
+        Q_BUFFERS: Buffers for the queries of a consumer.
+        CHUNK: Items that programs take for some heads before they take them for the next ones.
+        OUT_STRIDE_T: Elements between tokens of the output.
+        OUT_STRIDE_H: Elements between its heads.
+        RUNS_ON: Whether there are running results, of earlier steps or for later ones.
+        MORE: Whether a block of rows sees several segments.
+        LOWER: Whether segments have a lower diagonal.
+        SOFTCAP: Whether scores are capped.
+        SINKS: Whether each head has a sink.
+    """
+
+    HEAD_DIM: int
+    HEADS: int
+    GROUP: int
+    PACK: int
+    BLOCK_N: int
+    STAGES: int
+    Q_BUFFERS: int
+    CHUNK: int
+    OUT_STRIDE_T: int
+    OUT_STRIDE_H: int
+    RUNS_ON: bool
+    MORE: bool
+    LOWER: bool
+    SOFTCAP: bool
+    SINKS: bool
+
+    @property
+    def SETS(self) -> int:  # noqa: N802 - a constant of kernels
+        """Sets of heads that an item of the work list is computed for, one after the other."""
+        return self.HEADS // self.PACK
+
+    @property
+    def PREFETCHES(self) -> bool:  # noqa: N802
+        """Whether a tile's first scores are computed while the tile before is stored."""
+        return self.Q_BUFFERS == 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How the forward kernel cuts its work.
+
+    Attributes:
+        block_n: Keys of a block.
+        stages: Buffers for blocks of keys and of values.
+        q_buffers: Buffers for the queries of a consumer.
+        chunk: As of :attr:`Constants.CHUNK`.
+    """
+
+    block_n: int = 128
+    stages: int = 2
+    q_buffers: int = 2
+    chunk: int = 16
+
+    @property
+    def block_m(self) -> int:
+        """Query rows of a program: tokens times packed heads."""
+        return CONSUMERS * ROWS
+
+
+def tile(variant: Variant, keys_per_row: float) -> Tile:
+    """The tile of a variant: the fastest of those measured on an H200.
+
+    Args:
+        variant: What the kernel is specialised for.
+        keys_per_row: Keys that a query row sees on average.
+    """
+    if variant.head_dim == 256:  # 192 KB of shared memory already with one buffer for queries
+        return Tile(block_n=64, q_buffers=1)
+    return Tile()
+
+
+def constants(variant: Variant, heads: PackedHeads, tile: Tile, out_strides: tuple[int, int]) -> Constants:
+    """The kernel's constants; ``out_strides`` are those of the output over tokens and heads."""
+    return Constants(
+        HEAD_DIM=variant.head_dim,
+        HEADS=heads.num_q,
+        GROUP=heads.group,
+        PACK=heads.pack,
+        BLOCK_N=tile.block_n,
+        STAGES=tile.stages,
+        Q_BUFFERS=tile.q_buffers,
+        CHUNK=tile.chunk,
+        OUT_STRIDE_T=out_strides[0],
+        OUT_STRIDE_H=out_strides[1],
+        RUNS_ON=variant.runs_on,
+        MORE=variant.more,
+        LOWER=variant.lower,
+        SOFTCAP=variant.softcap,
+        SINKS=variant.sinks,
+    )
+
+
+def boxes(of: Constants) -> tuple[list[int], list[int]]:
+    """The boxes that TMA copies: of queries and outputs, and of keys and values."""
+    return [ROWS // of.PACK, of.PACK, of.HEAD_DIM], [of.BLOCK_N, 1, of.HEAD_DIM]
+
+
+def source(kernel: Any, types: dict[str, str], of: Constants, dtype: torch.dtype) -> Any:
+    """What ``triton.compile`` compiles, without a GPU, as a launch would.
+
+    Args:
+        kernel: The kernel.
+        types: Triton's names of its arguments' types, but for descriptors; what isn't there is None.
+        of: Its constants.
+        dtype: Of queries, keys, values and the output.
+    """
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    queries, keys = boxes(of)
+    described = {"q_desc": queries, "o_desc": queries, "k_desc": keys, "v_desc": keys}
+    signature: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    divisible = {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in described:
+            signature[name] = descriptor_type(described[name], dtype)
+        elif name == "C" or name not in types:
+            signature[name], values[name] = "constexpr", of if name == "C" else None
+        else:
+            signature[name] = types[name]
+            if types[name].startswith("*"):
+                divisible[(place,)] = [["tt.divisibility", 16]]
+    return GluonASTSource(kernel, signature, values, divisible)
+
+
+def descriptor_type(box: list[int], dtype: torch.dtype) -> str:
+    """Triton's name of the type of a tensor's descriptor."""
+    name = "fp16" if dtype == torch.float16 else "bf16"
+    return f"tensordesc<{name}{box},{layout(tuple(box))!r}>"
+
+
+def layout(box: tuple[int, ...]) -> Any:
+    """How a box lies in shared memory: in swizzled rows of 128 bytes, as tensor cores read them."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float16)
