@@ -28,9 +28,9 @@ QUERY_FIELDS = (
 ``slot_row``), then a segment: its first key, how many, and the last key that the block's first row sees (the next row
 sees one more). Where tables have a lower diagonal, the segment begins with the first key that the block's first row
 sees, or with its own first one, and ``low`` is the first key that this row may see, counted from there: 0, or negative
-where some rows more see that key too. ``blocks`` is for kernels that want to know how many blocks of keys they will see: 0
-until they write it. ``more_begin .. more_end`` are the rows with further segments, of which only the
-segment counts."""
+where some rows more see that key too. ``blocks`` is how many blocks of keys the rows see, for kernel families that
+want to know it beforehand, and write it. ``more_begin .. more_end`` are the rows with further segments, of which only
+the segment counts."""
 
 KEY_FIELDS = (
     "k_row", "rows", "start", "length", *_SPAN_FIELDS,

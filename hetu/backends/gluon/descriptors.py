@@ -42,5 +42,5 @@ def is_describable(x: torch.Tensor) -> bool:
     return (
         x.numel() > 0
         and x.data_ptr() % _BYTES == 0
-        and all(0 < stride and stride * size % _BYTES == 0 and stride * size < 2**40 for stride in strides)
+        and all(stride > 0 and stride * size % _BYTES == 0 and stride * size < 2**40 for stride in strides)
     )

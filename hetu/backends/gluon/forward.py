@@ -1,11 +1,11 @@
-"""The forward kernel for Hopper: two groups of warps compute, a third one loads for them.
+"""The forward kernel for Hopper: groups of warps that compute, and one that loads for them.
 
-Persistent programs of 12 warps. Each takes tiles of 128 rows (tokens of ``PACK`` heads that share a key head), one after
-the other. A *producer* warp copies queries, keys and values into shared memory by TMA; two *consumers* of four warps,
-each with 64 of the rows, multiply on tensor cores (wgmma) out of it. A consumer issues the scores of the next block of
-keys together with the weighted sum of the present one, and the first scores of its next tile before it scales and stores
-the present one, so that tensor cores work while it computes exponentials. The two consumers need no order between
-them: one's products run during the other's softmax.
+Persistent programs take tiles of 128 or 192 rows (tokens of PACK heads that share a key head), one after the other. A
+*producer* warp copies queries, keys and values into shared memory by TMA; two or three *consumers* of four warps, each
+with 64 of the rows, multiply on tensor cores (wgmma) out of it. A consumer issues the scores of the next block of keys
+together with the weighted sum of the present one, and the first scores of its next tile before it scales and stores
+the present one, so that tensor cores work while it computes exponentials. Consumers need no order between them: one's
+products run during the other's softmax.
 
 Records, the running softmax in base 2 and merging are those of ``hetu/backends/triton/kernels.py``. Of each segment the
 last block of keys comes first: it is the one that ends and diagonals cut.
@@ -31,6 +31,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from hetu.backends.attention import records
 from hetu.backends.gluon.schedule import (
     advanced,
+    async_load,
+    async_store,
     barriers,
     item_at,
     last_block,
@@ -42,9 +44,15 @@ from hetu.backends.gluon.softmax import (
     LN2,
     LOG2E,
     LOWEST,
+    by_eighth,
     clean_rows,
+    first_eighth,
     masked,
     opaque,
+    out_layout,
+    rescaled,
+    row_layout,
+    scores_layout,
     softmax,
     tanh,
 )
@@ -56,14 +64,14 @@ ROWS = gl.constexpr(64)
 
 
 @gluon.jit
-def load_queries(desc, buffers, full, empty, i, row, head, ROW_BYTES: gl.constexpr, BUFFERS: gl.constexpr):
+def load_queries(desc, buffers, full, empty, i, row, head, C: gl.constexpr):
     """Loads the i-th tile's queries, each consumer's into a buffer of its own as soon as that is free."""
-    tokens: gl.constexpr = desc.block_shape[0]
-    for group in gl.static_range(2):
-        at = BUFFERS * group + i % BUFFERS
-        mbarrier.wait(empty.index(at), ((i // BUFFERS) & 1) ^ 1)
-        mbarrier.expect(full.index(at), ROWS * ROW_BYTES)
-        tma.async_copy_global_to_shared(desc, [row + group * tokens, head, 0], full.index(at), buffers.index(at))
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    for group in gl.static_range(CONSUMERS):
+        at = C.Q_BUFFERS * group + i % C.Q_BUFFERS
+        mbarrier.wait(empty.index(at), ((i // C.Q_BUFFERS) & 1) ^ 1)
+        mbarrier.expect(full.index(at), ROWS * C.HEAD_DIM * 2)
+        async_load(desc, [row + group * (ROWS // C.PACK), head, 0], full.index(at), buffers.index(at))
 
 
 @gluon.jit
@@ -71,7 +79,7 @@ def load_block(desc, buffers, full, empty, stage, phase, row, head, BYTES: gl.co
     """Loads a block of keys or values as soon as its buffer is free."""
     mbarrier.wait(empty.index(stage), phase)
     mbarrier.expect(full.index(stage), BYTES)
-    tma.async_copy_global_to_shared(desc, [row, head, 0], full.index(stage), buffers.index(stage))
+    async_load(desc, [row, head, 0], full.index(stage), buffers.index(stage))
 
 
 @gluon.jit
@@ -80,8 +88,7 @@ def produce(descs, buffers, bars, records, items, C: gl.constexpr):
     q_desc, k_desc, v_desc, _o_desc = descs
     q_s, k_s, v_s = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    ROW_BYTES: gl.constexpr = C.HEAD_DIM * 2
-    BLOCK_BYTES: gl.constexpr = C.BLOCK_N * ROW_BYTES
+    BLOCK_BYTES: gl.constexpr = C.BLOCK_N * C.HEAD_DIM * 2
     stage, phase, total = 0, 1, turns(items * C.SETS)
     for i in range(total):
         item, first_head = item_at(i, items, C)
@@ -100,13 +107,13 @@ def produce(descs, buffers, bars, records, items, C: gl.constexpr):
             at = k_start + n * C.BLOCK_N
             load_block(k_desc, k_s, k_full, k_empty, stage, phase, at, kv_head, BLOCK_BYTES)
             if j == 0:
-                load_queries(q_desc, q_s, q_full, q_empty, i, row, first_head, ROW_BYTES, C.Q_BUFFERS)
+                load_queries(q_desc, q_s, q_full, q_empty, i, row, first_head, C)
             load_block(v_desc, v_s, v_full, v_empty, stage, phase, at, kv_head, BLOCK_BYTES)
             n -= 1
             stage, phase = advanced(stage, phase, C.STAGES)
     if C.PREFETCHES:  # scores past the last tile, which nothing uses
         load_block(k_desc, k_s, k_full, k_empty, stage, phase, 0, 0, BLOCK_BYTES)
-        load_queries(q_desc, q_s, q_full, q_empty, total, 0, 0, ROW_BYTES, C.Q_BUFFERS)
+        load_queries(q_desc, q_s, q_full, q_empty, total, 0, 0, C)
 
 
 @gluon.jit
@@ -118,18 +125,6 @@ def load_item(records, turn, items, C: gl.constexpr):
     row, rows, slot, slot_row = gl.load(record), gl.load(record + 1), gl.load(record + 5), gl.load(record + 6)
     _k_start, k_len, reach = segment_of(record)
     return row, rows, slot, slot_row, k_len, reach, low, more, role, gl.load(record + 12), head
-
-
-@gluon.constexpr_function
-def scores_layout(C):
-    """How a consumer's threads hold its scores: four warps of 16 rows."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
-
-
-@gluon.constexpr_function
-def out_layout(C):
-    """How they hold its accumulator."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.HEAD_DIM, 16])
 
 
 @gluon.jit
@@ -148,6 +143,25 @@ def seen_scores(s, tile, n, token, first_token, inner, C: gl.constexpr):
 
 
 @gluon.jit
+def weigh(s, tile, n, token, first_token, inner, scale, row_max, row_sums, DTYPE: gl.constexpr, C: gl.constexpr):
+    """Folds the scores of block ``n`` into the softmax; their weights come as an operand of the next product."""
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, out_layout(C), 2)
+    s = seen_scores(s, tile, n, token, first_token, inner, C)
+    p, row_max, row_sums, fade = softmax(s, row_max, row_sums, scale)
+    return gl.convert_layout(p.to(DTYPE), WEIGHTS), row_max, row_sums, fade
+
+
+@gluon.jit
+def clean_values(values, full, phase, tile, n, C: gl.constexpr):
+    """Cleans a block of values, once it is there, of rows past the last key that a row of the tile sees."""
+    rows, k_len, reach, _low = tile
+    left = gl.minimum(k_len, reach + rows) - n * C.BLOCK_N
+    if left < C.BLOCK_N:
+        mbarrier.wait(full, phase)
+        clean_rows(values.reshape([C.BLOCK_N, C.HEAD_DIM]), left)
+
+
+@gluon.jit
 def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks, C: gl.constexpr):
     """The accumulator, sums and maxima of rows before their first key: nothing, a sink, or what earlier steps found."""
     row, rows, role, first_head = tile
@@ -155,8 +169,8 @@ def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks,
     OUT: gl.constexpr = out_layout(C)
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     acc = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, OUT)
-    row_max = gl.full([ROWS], LOWEST, gl.float32, BY_ROW)
-    row_sum = gl.full([ROWS], 0.0, gl.float32, BY_ROW)
+    row_max = gl.full([ROWS, 8], LOWEST, gl.float32, row_layout(C.BLOCK_N))
+    row_sums = gl.full([ROWS, 8], 0.0, gl.float32, row_layout(C.BLOCK_N))
     if C.RUNS_ON or C.SINKS:
         begins = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
         merged = 0
@@ -169,9 +183,10 @@ def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks,
             places, live = places_of(acc_state, row, first_head, first_token, merged, C)
             acc = gl.load(places, mask=live, other=0.0)
         # A maximum passes over NaN, so the sums have to keep that of a sink.
-        row_sum = gl.where(begins == float("-inf"), 0.0, gl.where(begins == begins, 1.0, float("nan")))
-        row_max = gl.maximum(begins, LOWEST)
-    return acc, row_sum, row_max
+        weight = gl.where(begins == float("-inf"), 0.0, gl.where(begins == begins, 1.0, float("nan")))
+        row_sums = first_eighth(weight, C.BLOCK_N)
+        row_max = by_eighth(gl.maximum(begins, LOWEST), C.BLOCK_N)
+    return acc, row_sums, row_max
 
 
 @gluon.jit
@@ -202,7 +217,7 @@ def finish(tile, acc, buffer, o_desc, out, acc_state, first_token, C: gl.constex
         flat.store(acc.to(buffer.dtype))
         if rows >= first_token + TOKENS:
             fence_async_shared()
-            tma.async_copy_shared_to_global(o_desc, [row + first_token, first_head, 0], buffer)
+            async_store(o_desc, [row + first_token, first_head, 0], buffer)
         else:
             start = out + row.to(gl.int64) * C.OUT_STRIDE_T + first_head.to(gl.int64) * C.OUT_STRIDE_H
             store_live(flat, start, first_token, rows, C)
@@ -224,19 +239,17 @@ def store_live(buffer, out, first_token, rows, C: gl.constexpr):
 
 
 @gluon.jit
-def consume(
-    GROUP: gl.constexpr, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C: gl.constexpr
-):
+def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
     """Computes 64 of the rows of each tile, those of consumer GROUP."""
     _q_desc, _k_desc, _v_desc, o_desc = descs
     q_s, k_s, v_s = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    records, lse, out, acc_state, sinks = pointers
     scale, softcap, stride_lb, stride_lh = numbers
     SCORES: gl.constexpr = scores_layout(C)
-    OUT: gl.constexpr = out_layout(C)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    DTYPE: gl.constexpr = o_desc.dtype
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    BY_OUT: gl.constexpr = gl.SliceLayout(1, OUT)
+    BY_OUT: gl.constexpr = gl.SliceLayout(1, out_layout(C))
     KEYS: gl.constexpr = [C.BLOCK_N, C.HEAD_DIM]
     QUERIES: gl.constexpr = [ROWS, C.HEAD_DIM]
     TURNS: gl.constexpr = C.Q_BUFFERS
@@ -261,29 +274,27 @@ def consume(
         row, rows, slot, slot_row, k_len, reach, low, more, role, blocks, first_head = tile
         at = TURNS * GROUP + i % TURNS
         q = q_s.index(at).reshape(QUERIES)
-        lse_rows = lse + slot.to(gl.int64) * stride_lb + slot_row + (first_head + member).to(gl.int64) * stride_lh + token
+        lse_rows = (
+            lse + slot.to(gl.int64) * stride_lb + slot_row + (first_head + member).to(gl.int64) * stride_lh + token
+        )
         has_lse = token < gl.where(slot >= 0, rows, 0)
         n = last_block(k_len, reach, rows, C)
         if not C.PREFETCHES:
             s = first_scores(q_s.index(at), q_full.index(at), i & 1, k_s, k_full, stage, phase, zero, C)
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(stage), count=1)
-        acc, row_sum, row_max = begun(
+        acc, row_sums, row_max = begun(
             (row, rows, role, first_head), lse_rows, has_lse, token, member, first_token, acc_state, sinks, C
         )
-        s = seen_scores(s, (rows, k_len, reach, low), n, token, first_token, inner, C)
-        p, row_max, fade = softmax(s, row_max, scale)
-        row_sum = row_sum * fade + gl.sum(p, 1)
-        weights = gl.convert_layout(p.to(o_desc.dtype), WEIGHTS)
+        weights, row_max, row_sums, fade = weigh(
+            s, (rows, k_len, reach, low), n, token, first_token, inner, scale, row_max, row_sums, DTYPE, C
+        )
         if C.PREFETCHES:  # the tile before is out: its buffer can take the queries of the tile after this one
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(TURNS * GROUP + ((i & 1) ^ 1)), count=1, pred=i > 0)
         if C.RUNS_ON:
-            acc = acc * gl.convert_layout(fade, BY_OUT)[:, None]
-        left = gl.minimum(k_len, reach + rows) - n * C.BLOCK_N
-        if left < C.BLOCK_N:
-            mbarrier.wait(v_full.index(stage), phase)
-            clean_rows(v_s.index(stage).reshape(KEYS), left)
+            acc = rescaled(acc, fade)
+        clean_values(v_s.index(stage), v_full.index(stage), phase, (rows, k_len, reach, low), n, C)
         # Triton 3.6 takes a value that is nothing but the bound of an inner loop for one that nobody needs, and keeps
         # that of the first turn for all turns.
         for _j in range(1, opaque(blocks)):
@@ -303,18 +314,15 @@ def consume(
             acc = warpgroup_mma(weights, v_s.index(stage).reshape(KEYS), acc, is_async=True)
             s = warpgroup_mma_wait(1, [s])
             mbarrier.arrive(k_empty.index(k_stage), count=1)
-            s = seen_scores(s, (rows, k_len, reach, low), n, token, first_token, inner, C)
-            p, row_max, fade = softmax(s, row_max, scale)
-            row_sum = row_sum * fade + gl.sum(p, 1)
+            fresh, row_max, row_sums, fade = weigh(
+                s, (rows, k_len, reach, low), n, token, first_token, inner, scale, row_max, row_sums, DTYPE, C
+            )
             acc = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
-            acc = acc * gl.convert_layout(fade, BY_OUT)[:, None]
-            weights = gl.convert_layout(p.to(o_desc.dtype), WEIGHTS)
+            acc = rescaled(acc, fade)
+            weights = fresh
             if C.MORE:
-                left = gl.minimum(k_len, reach + rows) - n * C.BLOCK_N
-                if left < C.BLOCK_N:
-                    mbarrier.wait(v_full.index(k_stage), k_phase)
-                    clean_rows(v_s.index(k_stage).reshape(KEYS), left)
+                clean_values(v_s.index(k_stage), v_full.index(k_stage), k_phase, (rows, k_len, reach, low), n, C)
             stage, phase = k_stage, k_phase
         tile = load_item(records, i + 1, items, C)
         k_stage, k_phase = advanced(stage, phase, C.STAGES)
@@ -325,9 +333,11 @@ def consume(
             s = first_scores(
                 q_s.index(there), q_full.index(there), ((i + 1) >> 1) & 1, k_s, k_full, k_stage, k_phase, zero, C
             )
+        row_sum = gl.convert_layout(gl.sum(row_sums, 1), BY_ROW)
         is_empty = row_sum == 0.0
         row_sum = gl.where(is_empty, 1.0, row_sum)
-        gl.store(lse_rows, gl.where(is_empty, float("-inf"), (row_max + gl.log2(row_sum)) * LN2), mask=has_lse)
+        top = gl.convert_layout(gl.max(row_max, 1), BY_ROW)
+        gl.store(lse_rows, gl.where(is_empty, float("-inf"), (top + gl.log2(row_sum)) * LN2), mask=has_lse)
         last = warpgroup_mma_wait(1 if C.PREFETCHES else 0, [last])
         mbarrier.arrive(v_empty.index(stage), count=1)
         acc = last * gl.convert_layout(1.0 / row_sum, BY_OUT)[:, None]
@@ -360,31 +370,45 @@ def forward_kernel(
     """One step of attention, merged into the running (acc, lse). The grid has at most ``items * SETS`` programs.
 
     Args:
-        q_desc, o_desc: Boxes of ``(64 // PACK, PACK, HEAD_DIM)`` in tensors ``(T_q, HEADS, HEAD_DIM)``.
-        k_desc, v_desc: Boxes of ``(BLOCK_N, 1, HEAD_DIM)`` in tensors ``(T_k, heads, HEAD_DIM)``.
+        q_desc: Boxes of ``(64 // PACK, PACK, HEAD_DIM)`` in ``(T_q, HEADS, HEAD_DIM)``.
+        k_desc: Boxes of ``(BLOCK_N, 1, HEAD_DIM)`` in ``(T_k, heads, HEAD_DIM)``.
+        v_desc: As k_desc.
+        o_desc: As q_desc.
         out: What ``o_desc`` describes, for rows that a whole box would overwrite others with.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         acc_state: float32 and contiguous, of out's shape: running results. None without RUNS_ON.
         sinks: float32 ``(HEADS,)``, or None without SINKS.
         records: int32 rows; see ``hetu/backends/attention/records.py``.
         items: How many of them are items.
-        stride_lb, stride_lh: Of lse.
+        stride_lb: Elements of lse between slots.
+        stride_lh: Elements of lse between heads.
         scale: Of the scores; positive.
         softcap: What scores are capped by, with SOFTCAP.
         C: A :class:`hetu.backends.gluon.variants.Constants`.
     """
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2 * C.Q_BUFFERS, ROWS // C.PACK, C.PACK, C.HEAD_DIM], q_desc.layout)
+    Q_BUFFERS: gl.constexpr = C.CONSUMERS * C.Q_BUFFERS
+    q_s = gl.allocate_shared_memory(q_desc.dtype, [Q_BUFFERS, ROWS // C.PACK, C.PACK, C.HEAD_DIM], q_desc.layout)
     k_s = gl.allocate_shared_memory(k_desc.dtype, [C.STAGES, C.BLOCK_N, 1, C.HEAD_DIM], k_desc.layout)
     v_s = gl.allocate_shared_memory(v_desc.dtype, [C.STAGES, C.BLOCK_N, 1, C.HEAD_DIM], v_desc.layout)
-    q_full, q_empty = barriers(2 * C.Q_BUFFERS, 1), barriers(2 * C.Q_BUFFERS, 1)
-    k_full, k_empty = barriers(C.STAGES, 1), barriers(C.STAGES, 2)
-    v_full, v_empty = barriers(C.STAGES, 1), barriers(C.STAGES, 2)
+    q_full, q_empty = barriers(Q_BUFFERS, 1), barriers(Q_BUFFERS, 1)
+    k_full, k_empty = barriers(C.STAGES, 1), barriers(C.STAGES, C.CONSUMERS)
+    v_full, v_empty = barriers(C.STAGES, 1), barriers(C.STAGES, C.CONSUMERS)
     fence_async_shared()
     descs, buffers = (q_desc, k_desc, v_desc, o_desc), (q_s, k_s, v_s)
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     numbers = (scale, softcap, stride_lb, stride_lh)
-    gl.warp_specialize([  # registers of the first: what is left of 12 warps * 168, so 240 too
-        (consume, (0, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C)),
-        (consume, (1, descs, buffers, bars, records, items, lse, out, acc_state, sinks, numbers, C)),
-        (produce, (descs, buffers, bars, records, items, C)),
-    ], [4, 1], [240, 24])  # fmt: skip
+    pointers = (records, lse, out, acc_state, sinks)
+    # Registers of the first consumer are what the others leave of the kernel's: as many as theirs, or a few more.
+    if C.CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+            (produce, (descs, buffers, bars, records, items, C)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (2, descs, buffers, bars, pointers, items, numbers, C)),
+            (produce, (descs, buffers, bars, records, items, C)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 
 from hetu.backends.attention.contract import AttentionState
 from hetu.backends.attention.family import AttendCall
-from hetu.backends.attention.records import BLOCKS, WorkList
+from hetu.backends.attention.records import BLOCKS, MORE, QUERY_FIELDS, Int32Array, WorkList
 from hetu.backends.attention.work import query_work
 from hetu.backends.gluon import variants
 from hetu.backends.gluon.descriptors import Box, is_describable
@@ -20,35 +20,50 @@ from hetu.backends.memory import device_copies
 from hetu.backends.triton import launch as portable
 from hetu.backends.triton.launch import DeviceWork, LaunchKind, keys_per_row
 from hetu.backends.triton.launcher import Constants, Launcher
-from hetu.backends.triton.variants import PackedHeads, Variant, rounded_keys, row_strides
+from hetu.backends.triton.variants import PackedHeads, Variant, row_strides
+
+_ROWS, _K_LEN, _REACH = (QUERY_FIELDS.index(name) for name in ("rows", "k_len", "reach"))
 
 _forward = Launcher(forward_kernel, "items")
+
+Kind = LaunchKind[Variant, Tile]
+Work = DeviceWork[Variant, Tile]
 
 
 def attend(call: AttendCall, state: AttentionState) -> None:
     """One step of attention in Gluon; see :meth:`hetu.backends.attention.family.KernelFamily.attend`.
 
-    Tensors that TMA doesn't take, such as views that begin at odd addresses, go to the portable kernels.
+    Calls go to the portable kernels if those are faster, or if a tensor is none for TMA, such as a view that begins at
+    an odd address.
     """
-    if not all(map(is_describable, (call.q, call.k, call.v, state.out))):
+    kind = _kind_of(call)
+    if kind is None or not all(map(is_describable, (call.q, call.k, call.v, state.out))):
         portable.attend(call, state)
         return
-    q, turn = call.q, call.turn
-    key = ("gluon", q.device, q.dtype, *q.shape[1:], call.k.shape[1], call.softcap > 0, call.sinks is not None)
     if call.softmax_scale <= 0:
         call = call.with_positive_scale()
-    owner = call.table if turn is None else turn
+    owner = call.table if call.turn is None else call.turn
+    key = ("gluon", kind.keys)
     work = owner.copies.get(key)
     if work is None:
-        work = _prepared(call, *key[1:])
+        work = _prepared(call, kind)
         device_copies.keep(owner, key, work, work.records.nbytes)
     _run(work, call, state)
 
 
-def _run(work: DeviceWork[Variant, Tile], call: AttendCall, state: AttentionState) -> None:
+def _kind_of(call: AttendCall) -> Kind | None:
+    """What calls share that differ in their lengths alone; None for those that the portable kernels are faster for."""
+    q, turn = call.q, call.turn
+    runs_on, lower = turn is not None and turn.runs_on, call.table.lower is not None
+    flags = (runs_on, lower, call.softcap > 0, call.sinks is not None)
+    is_long = keys_per_row(call.spans, call.table) >= variants.LONG
+    return _kind(*q.shape[1:], call.k.shape[1], q.dtype, flags, q.device, is_long)
+
+
+def _run(work: Work, call: AttendCall, state: AttentionState) -> None:
     if work.programs == 0:
         return
-    q, out, heads = call.q, state.out, work.kind.heads
+    q, out = call.q, state.out
     of = _constants_of(work.kind, work.variant, row_strides(out))
     queries, keys = boxes(of)
     over_slots, over_heads, _ = state.lse.stride()
@@ -78,51 +93,58 @@ def _run(work: DeviceWork[Variant, Tile], call: AttendCall, state: AttentionStat
 
 
 def _arguments(of: variants.Constants) -> Constants:
-    return {"C": of}, variants.OPTIONS
+    return {"C": of}, variants.options(of.CONSUMERS)
 
 
 @cache
-def _constants_of(
-    kind: LaunchKind[Variant, Tile], variant: Variant, out_strides: tuple[int, int]
-) -> variants.Constants:
+def _constants_of(kind: Kind, variant: Variant, out_strides: tuple[int, int]) -> variants.Constants:
     return constants(variant, kind.heads, kind.shape, out_strides)
 
 
-def _prepared(
-    call: AttendCall, device: torch.device, dtype: torch.dtype, num_q: int, head_dim: int, num_kv: int, *extras: bool
-) -> DeviceWork[Variant, Tile]:
-    """Chooses the tile, and puts the work list on the device; ``extras``: a softcap and sinks."""
-    spans, table, turn = call.spans, call.table, call.turn
-    flags = (turn is not None and turn.runs_on, table.lower is not None, *extras)
-    kind = _kind(num_q, num_kv, head_dim, dtype, flags, device, rounded_keys(keys_per_row(spans, table)))
-    work = query_work(spans, table, kind.shape.block_m // kind.heads.pack, turn)
-    count_blocks(work, kind.shape.block_n)
-    return DeviceWork.of(kind, work, device)
+def _prepared(call: AttendCall, kind: Kind) -> Work:
+    """Puts the work list on the device."""
+    work = query_work(call.spans, call.table, kind.shape.block_m // kind.heads.pack, call.turn)
+    return DeviceWork.of(kind, arranged(work, kind.shape.block_n), call.q.device)
 
 
-@cache
+@cache  # so that calls of a kind find the same object
 def _kind(
-    num_q: int, num_kv: int, head_dim: int, dtype: torch.dtype, flags: tuple[bool, ...], device: torch.device, keys: int
-) -> LaunchKind[Variant, Tile]:
+    num_q: int,
+    head_dim: int,
+    num_kv: int,
+    dtype: torch.dtype,
+    flags: tuple[bool, ...],
+    device: torch.device,
+    is_long: bool,
+) -> Kind | None:
     runs_on, lower, softcap, sinks = flags
     variant = Variant(head_dim, dtype, runs_on, lower=lower, softcap=softcap, sinks=sinks)
-    shape = variants.tile(variant, keys)
+    shape = variants.tile(variant, is_long)
+    if shape is None:
+        return None
     return LaunchKind(PackedHeads(num_q, num_kv), shape, (variant, replace(variant, more=True)), ("gluon", device))
 
 
-def count_blocks(work: WorkList, block_n: int) -> None:
-    """Writes into each item how many blocks of keys its rows see, in all its segments; at least one."""
+def arranged(work: WorkList, block_n: int) -> WorkList:
+    """A work list for persistent programs: items know how many blocks of keys they see, and those with most come first.
+
+    Turns then have items of about the same weight, whatever their documents, and deal them out evenly. Weights differ
+    by two blocks before they count, so that items that share keys stay together.
+    """
     items, further = work.items, work.further
 
-    def blocks(records: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        k_len, reach = records[:, 9], records[:, 10]
+    def blocks(records: Int32Array, rows: Int32Array) -> Int32Array:
+        k_len, reach = records[:, _K_LEN], records[:, _REACH]
         return np.maximum(-(-np.minimum(k_len, reach + rows) // block_n), 1)
 
-    count = blocks(items, items[:, 1])
+    count = blocks(items, items[:, _ROWS])
     if work.has_more:
-        own = np.arange(len(items)).repeat(items[:, 14] - items[:, 13])
-        count += np.bincount(own, blocks(further, items[own, 1]), minlength=len(items)).astype(np.int32)
+        begin, end = items[:, MORE].T
+        own = np.arange(len(items)).repeat(end - begin)
+        count += np.bincount(own, blocks(further, items[own, _ROWS]), minlength=len(items)).astype(np.int32)
     items[:, BLOCKS] = count
+    order = (-((count + 1) // 2)).argsort(kind="stable")
+    return WorkList(items.take(order, axis=0), further, work.documents[order])
 
 
 @cache

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from hetu.backends.attention import records
+
+# Triton 3.9 has other names.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 RECORD_WIDTH = gl.constexpr(records.WIDTH)
 
@@ -31,13 +35,14 @@ def turns(tiles):
 def item_at(turn, items, C: gl.constexpr):
     """The item of the work list and the first head of this program's tile in a turn.
 
-    Tiles are ordered as the programs of ``hetu/backends/triton/tiles.py`` are: CHUNK items for a set of PACK heads, then
-    the same items for the next one, so that those of a time read keys that the L2 cache holds.
+    Tiles are ordered much as the programs of ``hetu/backends/triton/tiles.py`` are: CHUNK items for a set of PACK
+    heads, then the same items for the next one, so that those of a time read keys that the L2 cache holds. Where items
+    are few it does so anyway, and all sets of an item follow each other, so that turns have tiles of the same weight.
     """
     tile = turn * gl.num_programs(0) + place_in(turn)
     begin = tile // (C.CHUNK * C.SETS) * C.CHUNK
     place = tile - begin * C.SETS
-    is_whole = (begin + C.CHUNK <= items) & (items >= 8 * C.CHUNK)
+    is_whole = (begin + C.CHUNK <= items) & (items >= 16 * C.CHUNK)
     item = begin + gl.where(is_whole, place % C.CHUNK, place // C.SETS)
     chosen = gl.where(is_whole, place // C.CHUNK, place % C.SETS)
     return item, chosen * C.PACK

@@ -1,4 +1,9 @@
-"""The running softmax of a consumer's rows, and which of their scores a mask hides."""
+"""The running softmax of a consumer's rows, and which of their scores a mask hides.
+
+The maximum lags behind, as in ``hetu/backends/triton/running_max.py``, whose instructions these are: while no row of a
+warp has a score more than 8 (in base 2) above it, nothing is asked of other threads and nothing is rescaled. It is kept
+as a row of eight equal columns, of which a thread has two, and so are the sums, of which each has its own part.
+"""
 
 # mypy: disable-error-code="no-untyped-def"
 # (what a kernel takes has types of the GPU, which its docstring gives)
@@ -9,17 +14,128 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
+from hetu.backends.triton.running_max import _raise, _rescale, _rescale_operands
+
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
 LOWEST = gl.constexpr(-3.4028234663852886e38)
 """The maximum of no scores: finite, so that differences of two of them are 0 and no NaN."""
 
 
+@gluon.constexpr_function
+def scores_layout(C):
+    """How a consumer's threads hold its scores: four warps of 16 rows."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.BLOCK_N, 16])
+
+
+@gluon.constexpr_function
+def out_layout(C):
+    """How they hold its accumulator."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C.HEAD_DIM, 16])
+
+
+@gluon.constexpr_function
+def eighths_layout(columns):
+    """How they hold ``(rows, columns / 8, 8)``: as they hold the tile of which it is another view."""
+    registers = [[0, 0, 1], [8, 0, 0], *([0, 1 << i, 0] for i in range((columns // 8).bit_length() - 1))]
+    lanes = [[0, 0, 2], [0, 0, 4], [1, 0, 0], [2, 0, 0], [4, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0], [32, 0, 0]], [], [64, columns // 8, 8])
+
+
+@gluon.constexpr_function
+def row_layout(columns):
+    """How they hold ``(rows, 8)``, what is known of rows: each thread has two columns of the rows of its scores."""
+    return gl.SliceLayout(1, eighths_layout(columns))
+
+
 @gluon.jit
-def softmax(s, row_max, scale):
-    """Scores as weights, the maximum with them in base 2, and the factor for what was summed up before."""
-    new_max = gl.maximum(row_max, gl.max(s, 1) * scale)
-    return gl.exp2(s * scale - new_max[:, None]), new_max, gl.exp2(row_max - new_max)
+def eighths(x):
+    """A tile ``(rows, columns)`` as ``(rows, columns / 8, 8)``, without a move between threads."""
+    SHAPE: gl.constexpr = [x.shape[0], x.shape[1] // 8, 8]
+    LAYOUT: gl.constexpr = eighths_layout(x.shape[1])
+    return gl.convert_layout(x.reshape(SHAPE), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def whole(x, LAYOUT: gl.constexpr):
+    """The tile that :func:`eighths` made another view of."""
+    SHAPE: gl.constexpr = [x.shape[0], x.shape[1] * 8]
+    return gl.convert_layout(x.reshape(SHAPE), LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def tops(s):
+    """The largest of each eighth column: ``(rows, 8)`` of ``(rows, columns)``. A tree: a chain waits for itself."""
+    LAYOUT: gl.constexpr = row_layout(s.shape[1])
+    for _ in gl.static_range(5):
+        if s.shape[1] > 8:
+            left, right = s.reshape([s.shape[0], 2, s.shape[1] // 2]).permute((0, 2, 1)).split()
+            s = gl.maximum(left, right)
+    return gl.convert_layout(s, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def softmax(s, row_max, row_sums, scale):
+    """Folds scores into the running softmax.
+
+    Args:
+        s: ``(rows, keys)``; -inf where a row sees nothing.
+        row_max: ``(rows, 8)``, the maximum before in base 2, or up to 8 less.
+        row_sums: ``(rows, 8)``, the sum of weights before, of which each column has a part.
+        scale: Of the scores, in base 2; positive.
+
+    Returns:
+        The weights, the maximum, the sums, and the factor for what was summed up before, ``(rows, 8)``.
+    """
+    LAYOUT: gl.constexpr = s.type.layout
+    factor = gl.full_like(row_max, 0.0) + scale
+    row_max, fade = gl.inline_asm_elementwise(
+        _raise(),
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [tops(s), row_max, factor],
+        dtype=(gl.float32, gl.float32),
+        is_pure=True,
+        pack=4,
+    )
+    p = gl.exp2(eighths(s) * scale - gl.expand_dims(row_max, 1))
+    return whole(p, LAYOUT), row_max, row_sums * fade + gl.sum(p, 1), fade
+
+
+@gluon.jit
+def rescaled(acc, fade):
+    """An accumulator ``(rows, columns)`` times the factors of :func:`softmax`; warps all of whose are 1 leave it out.
+
+    Source: the conditional rescaling of FlashAttention-4.
+    """
+    LAYOUT: gl.constexpr = acc.type.layout
+    ELEMENTS: gl.constexpr = acc.shape[1] // 2
+    factors = gl.convert_layout(fade, row_layout(acc.shape[1]), assert_trivial=True)
+    parts = gl.inline_asm_elementwise(
+        _rescale(ELEMENTS),
+        _rescale_operands(ELEMENTS),
+        [eighths(acc), gl.expand_dims(factors, 1)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=ELEMENTS,
+    )
+    return whole(parts, LAYOUT)
+
+
+@gluon.jit
+def by_eighth(x, COLUMNS: gl.constexpr):
+    """What is known of rows, ``(rows,)``, as eight equal columns, ``(rows, 8)``, beside a tile of so many columns."""
+    LAYOUT: gl.constexpr = row_layout(COLUMNS)
+    return gl.expand_dims(gl.convert_layout(x, gl.SliceLayout(1, LAYOUT)), 1) + gl.full(
+        [x.shape[0], 8], 0.0, x.dtype, LAYOUT
+    )
+
+
+@gluon.jit
+def first_eighth(x, COLUMNS: gl.constexpr):
+    """``(rows, 8)`` of parts that add up to ``(rows,)``."""
+    LAYOUT: gl.constexpr = row_layout(COLUMNS)
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT))
+    return gl.where(column[None, :] == 0, by_eighth(x, COLUMNS), 0.0)
 
 
 @gluon.jit
@@ -59,10 +175,10 @@ def clean_rows(buffer, left):
     LENGTH: gl.constexpr = buffer.shape[0]
     WIDTH: gl.constexpr = buffer.shape[1]
     STEP: gl.constexpr = 16
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     for row in gl.static_range(0, LENGTH, STEP):
         part = buffer.slice(row, STEP)
         if row + STEP > left:
-            here = row + gl.arange(0, STEP, layout=gl.SliceLayout(1, layout))
-            part.store(gl.where((here < left)[:, None], part.load(layout), 0.0))
+            here = row + gl.arange(0, STEP, layout=gl.SliceLayout(1, LAYOUT))
+            part.store(gl.where((here < left)[:, None], part.load(LAYOUT), 0.0))
     fence_async_shared()

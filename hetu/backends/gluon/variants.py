@@ -12,13 +12,13 @@ from hetu.backends.triton.variants import PackedHeads, Variant
 ROWS = 64
 """Rows of a consumer: what one product of four warps takes."""
 
-CONSUMERS = 2
-
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 
-OPTIONS = {"num_warps": 4, "maxnreg": 168}
-"""Of the compiler: 65,536 registers for 12 warps; ``gl.warp_specialize`` deals them out."""
+
+def options(consumers: int) -> dict[str, Any]:
+    """The compiler's options: 65,536 registers for all warps, which ``gl.warp_specialize`` deals out."""
+    return {"num_warps": 4, "maxnreg": {2: 168, 3: 128}[consumers]}
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Constants:
         HEADS: Query heads.
         GROUP: Query heads that share a key head.
         PACK: Heads of a tile.
+        CONSUMERS: Groups of warps that compute; each has 64 of the rows of a tile.
         BLOCK_N: Keys of a block.
         STAGES: Buffers for blocks of keys and of values.
         Q_BUFFERS: Buffers for the queries of a consumer.
@@ -47,6 +48,7 @@ class Constants:
     HEADS: int
     GROUP: int
     PACK: int
+    CONSUMERS: int
     BLOCK_N: int
     STAGES: int
     Q_BUFFERS: int
@@ -75,12 +77,14 @@ class Tile:
     """How the forward kernel cuts its work.
 
     Attributes:
+        consumers: As of :attr:`Constants.CONSUMERS`.
         block_n: Keys of a block.
         stages: Buffers for blocks of keys and of values.
         q_buffers: Buffers for the queries of a consumer.
         chunk: As of :attr:`Constants.CHUNK`.
     """
 
+    consumers: int = 2
     block_n: int = 128
     stages: int = 2
     q_buffers: int = 2
@@ -89,16 +93,25 @@ class Tile:
     @property
     def block_m(self) -> int:
         """Query rows of a program: tokens times packed heads."""
-        return CONSUMERS * ROWS
+        return self.consumers * ROWS
 
 
-def tile(variant: Variant, keys_per_row: float) -> Tile:
-    """The tile of a variant: the fastest of those measured on an H200.
+LONG = 8192
+"""Keys that a row sees on average from which on the kernel is ahead of the portable one at head_dim 64.
+
+It is bound by exponentials there, of which two consumers cannot compute more than the portable one's four programs.
+"""
+
+
+def tile(variant: Variant, is_long: bool) -> Tile | None:
+    """The tile of a variant, the fastest of those measured on an H200; None where the portable kernels are faster.
 
     Args:
         variant: What the kernel is specialised for.
-        keys_per_row: Keys that a query row sees on average.
+        is_long: Whether a query row sees :data:`LONG` keys or more on average.
     """
+    if variant.head_dim == 64:
+        return Tile(consumers=3) if is_long else None
     if variant.head_dim == 256:  # 192 KB of shared memory already with one buffer for queries
         return Tile(block_n=64, q_buffers=1)
     return Tile()
@@ -111,6 +124,7 @@ def constants(variant: Variant, heads: PackedHeads, tile: Tile, out_strides: tup
         HEADS=heads.num_q,
         GROUP=heads.group,
         PACK=heads.pack,
+        CONSUMERS=tile.consumers,
         BLOCK_N=tile.block_n,
         STAGES=tile.stages,
         Q_BUFFERS=tile.q_buffers,

@@ -34,7 +34,8 @@ from hetu.backends.triton.variants_backward import BackwardTiles, BackwardVarian
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 
 AnyVariant = TypeVar("AnyVariant", Variant, BackwardVariant)
-AnyTile = TypeVar("AnyTile", Tile, BackwardTiles)
+AnyTile = TypeVar("AnyTile")
+FoundTile = TypeVar("FoundTile", Tile, BackwardTiles)
 
 
 def attend(call: AttendCall, state: AttentionState) -> None:
@@ -116,16 +117,16 @@ ForwardWork = DeviceWork[Variant, Tile]
 
 
 def searched(
-    kind: LaunchKind[AnyVariant, AnyTile],
+    kind: LaunchKind[AnyVariant, FoundTile],
     keys_per_row: float,
-    candidates: Iterable[AnyTile],
-    made: Callable[[LaunchKind[AnyVariant, AnyTile]], DeviceWork[AnyVariant, AnyTile]],
-    run: Callable[[DeviceWork[AnyVariant, AnyTile]], None],
+    candidates: Iterable[FoundTile],
+    made: Callable[[LaunchKind[AnyVariant, FoundTile]], DeviceWork[AnyVariant, FoundTile]],
+    run: Callable[[DeviceWork[AnyVariant, FoundTile]], None],
     device: torch.device,
-) -> LaunchKind[AnyVariant, AnyTile]:
+) -> LaunchKind[AnyVariant, FoundTile]:
     """A kind with the fastest shape that is known or found on the device; see :func:`autotune.tuned`."""
 
-    def trial(shape: AnyTile) -> float:
+    def trial(shape: FoundTile) -> float:
         work = made(replace(kind, shape=shape))
         return autotune.milliseconds(lambda: run(work))
 
