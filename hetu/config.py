@@ -23,8 +23,8 @@ class Settings:
     """What ``hetu.config`` sets.
 
     Attributes:
-        backend: ``"torch"``, ``"triton"`` or None: triton on CUDA and torch elsewhere. What it has no kernel for goes
-            to the next one of :data:`BACKENDS`.
+        backend: One of :data:`BACKENDS`, or None: the first one on CUDA and torch elsewhere. What it has no kernel for
+            goes to the next one.
         verify_plans: Whether every new plan is proven by ``plan.verify()`` before it is followed.
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so

@@ -33,7 +33,7 @@ def test_a_thread_has_its_own() -> None:
 
 def test_the_default_follows_the_device() -> None:
     assert default_backend(torch.device("cpu")) == "torch"
-    assert default_backend(torch.device("cuda")) == "triton"
+    assert default_backend(torch.device("cuda")) == "gluon"
 
 
 def test_the_environment_chooses_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,13 +162,10 @@ def clean_values(values, full, phase, tile, n, C: gl.constexpr):
 
 
 @gluon.jit
-def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks, C: gl.constexpr):
-    """The accumulator, sums and maxima of rows before their first key: nothing, a sink, or what earlier steps found."""
-    row, rows, role, first_head = tile
-    SCORES: gl.constexpr = scores_layout(C)
-    OUT: gl.constexpr = out_layout(C)
-    BY_ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    acc = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, OUT)
+def begun(tile, lse_rows, has_lse, token, member, sinks, C: gl.constexpr):
+    """The sums and maxima of rows before their first key: of nothing, of a sink, or of what earlier steps found."""
+    _row, rows, role, first_head = tile
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(C))
     row_max = gl.full([ROWS, 8], LOWEST, gl.float32, row_layout(C.BLOCK_N))
     row_sums = gl.full([ROWS, 8], 0.0, gl.float32, row_layout(C.BLOCK_N))
     if C.RUNS_ON or C.SINKS:
@@ -180,13 +177,11 @@ def begun(tile, lse_rows, has_lse, token, member, first_token, acc_state, sinks,
             merged = gl.where((role & MERGES) != 0, rows, 0)
             before = gl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
             begins = gl.where(token < merged, before, begins)
-            places, live = places_of(acc_state, row, first_head, first_token, merged, C)
-            acc = gl.load(places, mask=live, other=0.0)
         # A maximum passes over NaN, so the sums have to keep that of a sink.
         weight = gl.where(begins == float("-inf"), 0.0, gl.where(begins == begins, 1.0, float("nan")))
         row_sums = first_eighth(weight, C.BLOCK_N)
         row_max = by_eighth(gl.maximum(begins, LOWEST), C.BLOCK_N)
-    return acc, row_sums, row_max
+    return row_sums, row_max
 
 
 @gluon.jit
@@ -283,17 +278,18 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             s = first_scores(q_s.index(at), q_full.index(at), i & 1, k_s, k_full, stage, phase, zero, C)
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(stage), count=1)
-        acc, row_sums, row_max = begun(
-            (row, rows, role, first_head), lse_rows, has_lse, token, member, first_token, acc_state, sinks, C
-        )
+        row_sums, row_max = begun((row, rows, role, first_head), lse_rows, has_lse, token, member, sinks, C)
         weights, row_max, row_sums, fade = weigh(
             s, (rows, k_len, reach, low), n, token, first_token, inner, scale, row_max, row_sums, DTYPE, C
         )
         if C.PREFETCHES:  # the tile before is out: its buffer can take the queries of the tile after this one
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(TURNS * GROUP + ((i & 1) ^ 1)), count=1, pred=i > 0)
-        if C.RUNS_ON:
-            acc = rescaled(acc, fade)
+        acc = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, out_layout(C))
+        if C.RUNS_ON:  # after the softmax, which needs the registers
+            merged = gl.where((role & MERGES) != 0, rows, 0)
+            places, live = places_of(acc_state, row, first_head, first_token, merged, C)
+            acc = rescaled(gl.load(places, mask=live, other=0.0), fade)
         clean_values(v_s.index(stage), v_full.index(stage), phase, (rows, k_len, reach, low), n, C)
         # Triton 3.6 takes a value that is nothing but the bound of an inner loop for one that nobody needs, and keeps
         # that of the first turn for all turns.

@@ -13,7 +13,8 @@ ROWS = 64
 """Rows of a consumer: what one product of four warps takes."""
 
 HEAD_DIMS = (64, 128, 256)
-DTYPES = (torch.float16, torch.bfloat16)
+DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+"""The element types that the kernels take, by Triton's names."""
 
 
 def options(consumers: int) -> dict[str, Any]:
@@ -144,6 +145,14 @@ def boxes(of: Constants) -> tuple[list[int], list[int]]:
     return [ROWS // of.PACK, of.PACK, of.HEAD_DIM], [of.BLOCK_N, 1, of.HEAD_DIM]
 
 
+def types(variant: Variant) -> dict[str, str]:
+    """Triton's names of the types of a forward's arguments, but for descriptors."""
+    numbers = {"items": "i32", "stride_lb": "i32", "stride_lh": "i32", "scale": "fp32", "softcap": "fp32"}
+    pointers = {"out": f"*{DTYPES[variant.dtype]}", "lse": "*fp32", "records": "*i32"}
+    pointers |= {"acc_state": "*fp32"} if variant.runs_on else {}
+    return {**pointers, **({"sinks": "*fp32"} if variant.sinks else {}), **numbers}
+
+
 def source(kernel: Any, types: dict[str, str], of: Constants, dtype: torch.dtype) -> Any:
     """What ``triton.compile`` compiles, without a GPU, as a launch would.
 
@@ -174,8 +183,7 @@ def source(kernel: Any, types: dict[str, str], of: Constants, dtype: torch.dtype
 
 def descriptor_type(box: list[int], dtype: torch.dtype) -> str:
     """Triton's name of the type of a tensor's descriptor."""
-    name = "fp16" if dtype == torch.float16 else "bf16"
-    return f"tensordesc<{name}{box},{layout(tuple(box))!r}>"
+    return f"tensordesc<{DTYPES[dtype]}{box},{layout(tuple(box))!r}>"
 
 
 def layout(box: tuple[int, ...]) -> Any:
