@@ -22,10 +22,19 @@ What the last attends computed would travel while nobody computes. So a pipeline
 see :mod:`hetu.parallel.methods.hold_back`, and attend to it while the last gradients travel that it sends or that come
 to it.
 
-Why this can't deadlock, even if all that computes waits for the transfers under way (see
-:mod:`hetu.parallel.proof.follow`): instructions are appended to the pipelines in one common order, in which a wait
-stands after both ends of its transfer are posted, and so does whatever a pipeline computes after it posted an end. So
-of all the instructions that are not followed yet, the first in that order can always be followed.
+Why this can't deadlock, see :mod:`hetu.parallel.methods.method`: what is appended to the pipelines in turn is the
+common order. A wait is appended after both ends of its transfer. As to what computes or begins a batch that packs:
+
+* The forward's instructions are appended when both ends are posted of all keys and values that the pipeline has under
+  way (:class:`_Order`), and sums at the end of rounds for which this holds.
+* Gradients are sent, and received by their owners, between two rounds: so in each round all of them that are under way
+  have both ends. They are packed after an attend, before which nothing was open, or after a wave.
+* Gradients that are received early, for the order of messages, are sent before the keys and values that are received
+  with them. While the former are open the latter are, and the pipeline does not compute.
+* An owner that can't compute yet posts receives of gradients all the same, for their sources wait for that. They go
+  into the batch of what it posted last, before its waits (:meth:`_BackwardPart.post_up_to`). At the end they would
+  begin the batch of what it packs next. That is packed before any of it is posted, so the receives would have to wait
+  until the pipeline may pack; it may be these sources that it waits for.
 """
 
 from __future__ import annotations
@@ -227,7 +236,7 @@ class _BackwardPart:
             # Gradients that the peer sends before these keys and values are received before them.
             first = self.unposted.get(item.peer, ())
             while first and first[0].before <= self.received[item.peer]:
-                self._post(first[0])
+                self._post(first[0], len(self.instructions))
             self.received[item.peer] += 1
         elif isinstance(item, Attend):  # nothing reads any more what it overwrites
             self._wait_for([ret for ret in self.sent if ret.buffer == item.buffer])
@@ -243,9 +252,20 @@ class _BackwardPart:
         self.sent.append(ret)
 
     def post_up_to(self, ret: Return) -> None:
-        """Sees to it that a return has a receive, after those of what its source sends earlier."""
+        """Sees to it that a return has a receive, after those of what its source sends earlier.
+
+        Where the pipeline has only waited since its last transfer, the receive goes into the batch of that transfer.
+        """
         while ret.landing is None:
-            self._post(self.unposted[ret.source][0])
+            self._post(self.unposted[ret.source][0], self._end_of_batch())
+
+    def _end_of_batch(self) -> int:
+        """Behind the last transfer, if it has only waited since; else the end of all instructions."""
+        place = len(self.instructions)
+        while place and isinstance(self.instructions[place - 1], Wait):
+            place -= 1
+        follows = place > 0 and isinstance(self.instructions[place - 1], (Send, Receive))
+        return place if follows else len(self.instructions)
 
     def add_up(self, before: tuple[int, int]) -> None:
         """Waits for and adds what was sent in earlier rounds and waves."""
@@ -258,12 +278,13 @@ class _BackwardPart:
             self.added += 1
             self.free.append(ret.landing)
 
-    def _post(self, ret: Return) -> None:
+    def _post(self, ret: Return, place: int) -> None:
         if not self.free:
             self.free.append(len(self.forward.buffers) + len(self.landing))
         ret.landing, rows, heads = self.free.popleft(), ret.home.rows, self.forward.heads
         self.landing[ret.landing] = max(self.landing.get(ret.landing, 0), rows)
-        self.instructions.append(Receive(ret.transfer, ret.source, ret.landing, 0, rows, Payload.KV_GRADS, heads))
+        receive = Receive(ret.transfer, ret.source, ret.landing, 0, rows, Payload.KV_GRADS, heads)
+        self.instructions.insert(place, receive)
         self.unposted[ret.source].popleft()
 
     def _wait_for(self, sent: list[Return]) -> None:

@@ -1,4 +1,8 @@
-"""``direct``: each owner sends what is needed straight to who needs it."""
+"""``direct``: each owner sends what is needed straight to who needs it.
+
+It can't deadlock (see :mod:`hetu.parallel.methods.method`): all that a member sends and receives is one batch, its
+first instructions. In the common order all members' batches come first, before which nothing is under way.
+"""
 
 from __future__ import annotations
 

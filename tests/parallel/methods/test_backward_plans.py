@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
+from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout, sparse_layout
 from support.plans import (
     KV_METHODS,
     attends,
@@ -86,6 +86,15 @@ def test_invented_layouts(method: str, seed: int, mask: Mask, held: bool) -> Non
     check(random_custom_layout(np.random.default_rng(seed), longest=10), method, mask, held)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "broadcast"])
+@given(seed=SEEDS, mask=st.sampled_from(MASKS), held=st.booleans())
+def test_sparse_documents(method: str, seed: int, mask: Mask, held: bool) -> None:
+    """Who holds little of what travels is often at another hop than its neighbours, and waits while they compute."""
+    plan = build(sparse_layout(np.random.default_rng(seed)), method, mask)
+    with holding_back(held):
+        proven(plan)
+
+
 @settings(max_examples=100)
 @given(
     seed=SEEDS, mask=st.sampled_from(MASKS), send_first=st.booleans(), num_buffers=st.integers(1, 3), held=st.booleans()
@@ -99,6 +108,13 @@ def test_members_that_attend_in_any_order(
     if not error_of(plan.verify):  # half of such orders can be followed
         with holding_back(held):
             plan.backward().verify()
+
+
+def proven(plan: AttnPlan) -> AttnPlan:
+    """Proves a plan and its backward; gives the latter."""
+    plan.verify()
+    plan.backward().verify()
+    return plan.backward()
 
 
 def error_of(call: Callable[[], None]) -> str:
@@ -147,6 +163,20 @@ def test_a_ring_in_which_some_attend_late() -> None:
     backward = sparse_ring().backward()
     backward.verify()
     assert sum(backward.grad_rows_received(r) for r in range(6)) == 16
+
+
+def test_gradients_that_come_before_an_owner_may_pack() -> None:
+    """Pipeline 4 passes on what it can't pack yet, for 0 computes; 0 waits until 4 receives the gradients of that.
+
+    The receive must not stand in the batch of what 4 passes on: what is sent together is packed before any of it is
+    posted.
+    """
+    pieces = [[0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0], [0, 1, 1, 1, 0, 0], [0, 0, 0, 1, 0, 0], [1, 2, 1, 2, 0, 1]]
+    cu = np.concatenate([np.zeros((5, 1), int), np.cumsum(pieces, axis=1)], axis=1)
+    layout = Layout.build(np.sum(pieces, axis=1).tolist(), [0] * 5, split="balanced", cu_seqlens=[cu])
+    backward = proven(build_plan(layout, method="ring", heads=HEADS))
+    items, first = find(backward, Receive, 4, grads=True)
+    assert isinstance(items[first - 1], Send) and isinstance(items[first + 2], Wait)
 
 
 def test_made_once() -> None:
