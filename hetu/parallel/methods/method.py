@@ -13,7 +13,7 @@ Then of all instructions that are not followed yet the first one can always be f
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetu.parallel.layout.group import GroupLayout
@@ -72,8 +72,8 @@ class Method:
 
     Attributes:
         forward: Builds the parts of some members of a group, which are given as a slice.
-        backward: Builds all parts of the backward of a plan that ``forward`` built.
+        backward: Builds the parts of the given pipelines, or more, of the backward of a plan that ``forward`` built.
     """
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]
-    backward: Callable[[PlanData], tuple[PipelinePlan, ...]]
+    backward: Callable[[PlanData, Sequence[int]], list[PipelinePlan]]
