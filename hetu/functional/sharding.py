@@ -136,6 +136,7 @@ class Sharding:
     ) -> PlannedCall:
         _, num_q, head_dim = q.shape
         plan = self.plan(method, Heads(num_q, num_kv, head_dim, q.element_size()), masking.mask_of(is_causal))
+        plan.need([self.rank])  # here, where others hear of it if it fails
         kind = q.dtype, q.device, head_dim, num_q, num_kv, dropout_p > 0
         scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         options = [

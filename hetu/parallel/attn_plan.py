@@ -6,7 +6,9 @@ data, and those that read it: the proof and the views.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hetu.arguments import index, integer, refuse, shown
@@ -16,7 +18,7 @@ from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
-from hetu.parallel.plan.parts import PipelinePlan, PlanData
+from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
 from hetu.parallel.views import report
 from hetu.parallel.views.cost import Cost, Hardware, predict
@@ -31,7 +33,8 @@ class AttnPlan(PlanData):
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
-        pipelines: One part per pipeline, in order.
+        pipelines: One part per pipeline, in order. It is built when it is first asked for: whoever follows one part
+            needs no other.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
     """
 
@@ -59,7 +62,9 @@ class AttnPlan(PlanData):
                 "this plan is a backward already", op="plan", fix="call .backward() of the forward's plan, once"
             )
         if "backward" not in self.memo:
-            parts = METHODS[self.method].backward(self)
+            parts = Parts(len(self.pipelines), partial(METHODS[self.method].backward, self))
+            if not isinstance(self.pipelines, Parts):  # a plan by hand is whole, and so is its backward
+                parts.need(range(len(parts)))
             self.memo["backward"] = replace(self, pipelines=parts, is_backward=True, memo={})
         plan: AttnPlan = self.memo["backward"]
         return plan
@@ -175,7 +180,7 @@ def _checked(hardware: Hardware) -> Hardware:
 def build_plan(
     layout: Layout, *, method: str = "auto", mask: Mask = CAUSAL, heads: Heads, topology: Topology | None = None
 ) -> AttnPlan:
-    """What every pipeline does.
+    """What every pipeline does; each one's part is built when it is first asked for.
 
     Args:
         layout: Which token lies where.
@@ -188,6 +193,7 @@ def build_plan(
 
     Raises:
         StrategyError: If there is no such method.
+        BindingError: If the mask doesn't fit the documents of some group.
 
     Example:
         >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
@@ -196,11 +202,19 @@ def build_plan(
     """
     name, chosen = _find(method)
     spec = _spec(layout, mask, heads, topology)
-    parts: dict[int, PipelinePlan] = {}
-    for group in layout.groups:
-        for part in chosen.forward(group, slice(0, len(group.members)), spec):
-            parts[part.pipeline] = part
-    return AttnPlan(layout, name, mask, heads, tuple(parts[r] for r in range(layout.num_pipelines)))
+    for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
+        mask.bands(group.lengths, group.lengths)
+    return AttnPlan(layout, name, mask, heads, Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec)))
+
+
+def _forward(layout: Layout, method: Method, spec: AttnSpec, pipelines: Sequence[int]) -> Iterator[PipelinePlan]:
+    """Parts of a plan; where many of a group are asked for, those between them too, since it takes less time."""
+    members: dict[int, list[int]] = {}
+    for pipeline in pipelines:
+        group, member = layout.place(pipeline)
+        members.setdefault(group.index, []).append(member)
+    for number, some in members.items():
+        yield from method.forward(layout.groups[number], slice(min(some), max(some) + 1), spec)
 
 
 def build_pipeline_plan(
@@ -220,9 +234,7 @@ def build_pipeline_plan(
         >>> [type(item).__name__ for item in part.instructions]
         ['Receive', 'Attend', 'Wait', 'Attend']
     """
-    group, member = layout.place(pipeline)
-    spec = _spec(layout, mask, heads, topology)
-    return _find(method)[1].forward(group, slice(member, member + 1), spec)[0]
+    return build_plan(layout, method=method, mask=mask, heads=heads, topology=topology).part(pipeline)
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -54,10 +54,18 @@ class Prepared:
     def num_pipelines(self) -> int:
         return len(self.bindings)
 
+    def attention_plans(self) -> Iterator[AttnPlan]:
+        """The plans that span all pipelines."""
+        return (plan for plans in self.plans.values() for plan in plans if isinstance(plan, AttnPlan))
+
+    def build_parts(self, pipelines: Sequence[int]) -> None:
+        """Builds what some pipelines do in the attention plans, before anything is computed or sent."""
+        for plan in self.attention_plans():
+            plan.need(pipelines)
+
     def predicted_time(self, hardware: Hardware) -> float:
         """Seconds that the attention plans will take: what ``strategy="auto"`` compares."""
-        plans = [plan for group in self.plans.values() for plan in group if isinstance(plan, AttnPlan)]
-        return sum(plan.cost(hardware).time for plan in plans)
+        return sum(plan.cost(hardware).time for plan in self.attention_plans())
 
 
 class Planner:

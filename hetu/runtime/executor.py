@@ -170,6 +170,7 @@ class Executor:
         is_unseen = subgraph.computes_indices
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
             prepared, feeds = self._planner.prepare_read(subgraph, read, symbols, request.strategy)
+            prepared.build_parts(world.pipelines(prepared.num_pipelines))
             if feeds.unseen or feeds.is_unseen_elsewhere:
                 is_unseen = True
                 if waits:  # they are copied to the host in any case

@@ -22,6 +22,7 @@ import attention_cases  # noqa: E402
 import attention_peers  # noqa: E402
 import attention_report  # noqa: E402
 import host  # noqa: E402
+import own_parts  # noqa: E402
 import tables  # noqa: E402
 from attention_cases import HEADS, LENGTHS, MASKS, TOKENS, Case, Inputs, document_lengths  # noqa: E402
 from attention_peers import YARDSTICK, Calls  # noqa: E402
@@ -51,6 +52,11 @@ def test_what_is_measured_of_the_host_runs() -> None:
     rows = [*host.planning(repeats=10), *host.small_ops(repeats=10), *host.building(repeats=1, nodes=300)]
     torch.set_num_threads(threads)
     assert len(rows) == 7 and all(row.samples and row.median > 0 for row in rows)
+
+
+def test_what_is_measured_of_own_parts_runs() -> None:
+    rows = [*own_parts.own_part(8, "balanced"), own_parts.proof(3, "sym")]
+    assert [row.limit for row in rows] == [None, None, None, 0.5, 2.0] and all(row.median > 0 for row in rows)
 
 
 # cases

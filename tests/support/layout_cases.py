@@ -145,6 +145,17 @@ def random_case(rng: np.random.Generator, longest: int = 50, most: int = 9) -> C
     return Case(lens, cp_groups, split, [1] * len(members), cus)
 
 
+def sparse_layout(rng: np.random.Generator, most: int = 12) -> Layout:
+    """Short documents, each on up to three of up to ``most`` pipelines of one group, wherever these stand in it."""
+    count, documents = int(rng.integers(2, most + 1)), int(rng.integers(1, 9))
+    pieces = np.zeros((count, documents), np.int64)
+    for document in range(documents):
+        who = rng.choice(count, min(count, int(rng.integers(1, 4))), replace=False)
+        pieces[who, document] = rng.integers(1, 4, len(who))
+    cu = np.concatenate([np.zeros((count, 1), np.int64), pieces.cumsum(1)], axis=1)
+    return Layout.build(pieces.sum(1).tolist(), [0] * count, split=str(rng.choice(list(SPLITS))), cu_seqlens=[cu])
+
+
 def random_custom_layout(rng: np.random.Generator, longest: int = 16) -> Layout:
     """Each token of each document on any pipeline: all steps there are, meeting each other in every way."""
     count = int(rng.integers(1, 5))

@@ -74,12 +74,15 @@ def in_orders(
                     part.wait_for(c)
                     part.attend(buffers[c], tables[i * R + c], [(c, moved.landed[i][c])])
             parts[part.pipeline] = part.finish()
-    # The backward of "direct" turns whatever moves keys and values round.
-    return AttnPlan(layout, "direct", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
+    # The backward of "ring" turns whatever moves keys and values round.
+    return AttnPlan(layout, "ring", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))
 
 
 def by_halves(plan: AttnPlan) -> AttnPlan:
-    """A forward plan in which keys and values travel twice, of half of the heads each time, into the same rows."""
+    """A forward plan in which keys and values travel twice, of half of the heads each time, into the same rows.
+
+    The backward of "ring" turns it round, too.
+    """
     q, heads = plan.heads.num_q, plan.heads
     halves = heads.range(0, q // 2), heads.range(q // 2, q)
     parts = []
@@ -99,7 +102,7 @@ def by_halves(plan: AttnPlan) -> AttnPlan:
                 else:
                     items.append(Wait(number))
         parts.append(dataclasses.replace(part, instructions=tuple(items)))
-    return dataclasses.replace(plan, pipelines=tuple(parts))
+    return dataclasses.replace(plan, method="ring", pipelines=tuple(parts), memo={})
 
 
 def with_instructions(plan: AttnPlan, r: int, instructions: list[Instruction]) -> AttnPlan:

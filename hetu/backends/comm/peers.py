@@ -17,7 +17,7 @@ from hetu.backends.comm.transfers import DistributedComm
 from hetu.backends.comm.watch import Awaited, Gpu, Watch
 from hetu.errors import CommunicationError
 from hetu.parallel.attn_plan import AttnPlan
-from hetu.parallel.plan.instructions import Send
+from hetu.parallel.plan.instructions import Receive, Send
 
 PERIOD = 0.05
 """Seconds between two looks for a failure."""
@@ -157,17 +157,19 @@ class Peers:
                 byte = torch.zeros(1, dtype=torch.uint8, device="cpu")
                 if self.rank == source:
                     connection.send([byte.to(self.device)], target, 0).wait()
-                elif self.rank == target:
+                else:
                     connection.recv([byte.to(self.device)], source, 0).wait()
                 self._links.add((source, target))
         except RuntimeError as error:
             self.control.lost("connecting to the other ranks", error)
 
     def _links_of(self, plan: AttnPlan) -> Iterator[tuple[int, int]]:
-        for part in plan.pipelines:
-            for item in part.instructions:
-                if isinstance(item, Send) and part.pipeline % self.size != item.peer % self.size:
-                    yield part.pipeline % self.size, item.peer % self.size
+        """Those that begin or end here, as (source, target)."""
+        for r in self.pipelines(len(plan.pipelines)):
+            for item in plan.part(r).instructions:
+                if isinstance(item, (Send, Receive)) and item.peer % self.size != self.rank:
+                    ends = self.rank, item.peer % self.size
+                    yield ends if isinstance(item, Send) else ends[::-1]
 
     # Leaving
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import numpy as np
@@ -126,13 +126,22 @@ class GroupLayout:
         bounds: list[int] = self.spans.member.searchsorted(np.arange(len(self.members) + 1)).tolist()
         return bounds
 
-    @cached_property
-    def _slots(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Slot, slot_row and column of every span; see :class:`~hetu.parallel.mask.segments.QuerySpans`."""
-        spans, zeros = self.spans, np.zeros(len(self.spans), np.int64)
-        if self.is_packed:
-            return zeros, spans.row, self.offsets.take(spans.document)
-        return spans.document, spans.row - spans.document * self.seq_lens.take(spans.member), zeros
+    def spans_of(self, member: int) -> Spans:
+        """A member's spans; of a split they are found without those of the others."""
+        parts = self.parts
+        if parts is None:
+            own = slice(self.bounds[member], self.bounds[member + 1])
+            return Spans(*(getattr(self.spans, item.name)[own] for item in fields(Spans)))
+        length = parts.length[member]
+        part = length.nonzero()[0]
+        return Spans(
+            member=np.full(len(part), member),
+            document=parts.document.take(part),
+            start=parts.start[member].take(part),
+            length=length.take(part),
+            step=parts.step[member].take(part),
+            row=(length.cumsum() - length).take(part),
+        )
 
     def query_spans(self, member: int, joins: bool = False) -> QuerySpans:
         """A member's rows as query spans.
@@ -143,21 +152,24 @@ class GroupLayout:
         """
         if type(member) is not int or not 0 <= member < len(self.members):
             member = index(member, "member", len(self.members), op="layout", error=StrategyError)
-        own, spans = slice(self.bounds[member], self.bounds[member + 1]), self.spans
-        slot, slot_row, column = self._slots
-        document, position = spans.document[own], spans.start[own]
+        spans = self.spans_of(member)
+        document, position, slot, slot_row = spans.document, spans.start, spans.document, spans.row
+        column = zeros = np.zeros(len(spans), np.int64)
+        if self.is_packed:
+            slot, column = zeros, self.offsets.take(document)
+        else:
+            slot_row = slot_row - document * self.seq_lens[member]
         if joins:
-            document, position = np.zeros_like(document), position + self.offsets.take(document)
-            column = np.zeros_like(column)
+            document, position, column = zeros, position + self.offsets.take(document), zeros
         return QuerySpans(
-            start=spans.row[own],
-            length=spans.length[own],
+            start=spans.row,
+            length=spans.length,
             document=document,
             position=position,
-            step=spans.step[own],
-            slot=slot[own],
-            slot_row=slot_row[own],
-            column=column[own],
+            step=spans.step,
+            slot=slot,
+            slot_row=slot_row,
+            column=column,
         )
 
     @cached_property

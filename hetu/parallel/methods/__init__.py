@@ -4,15 +4,14 @@ A method's parts depend on the layout alone, never on which other parts are buil
 only its own.
 """
 
-from hetu.parallel.methods import backward, ulysses
+from hetu.parallel.methods import backward, direct, ulysses
 from hetu.parallel.methods.all_gather import all_gather
-from hetu.parallel.methods.direct import direct
 from hetu.parallel.methods.method import AttnSpec, Method, Topology
 from hetu.parallel.methods.ring import ring
 
 METHODS = {
     "ring": Method(ring, backward.build_backward),
-    "direct": Method(direct, backward.build_backward),
+    "direct": Method(direct.direct, direct.build_backward),
     "all_gather": Method(all_gather, backward.build_backward),
     "ulysses": Method(ulysses.ulysses, ulysses.build_backward),
 }

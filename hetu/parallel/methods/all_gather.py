@@ -1,4 +1,7 @@
-"""``all_gather``: what is needed of all peers lands in one buffer."""
+"""``all_gather``: what is needed of all peers lands in one buffer.
+
+It can't deadlock, for the same reason as ``direct``: a member posts all that travels at once, before all else.
+"""
 
 from __future__ import annotations
 

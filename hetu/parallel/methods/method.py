@@ -1,8 +1,19 @@
-"""A method as a value: a builder of the forward's parts and one of the backward's, and what they build from."""
+"""A method as a value: a builder of the forward's parts and one of the backward's, and what they build from.
+
+Pipelines that follow a plan must never wait for each other in a circle, even if all that computes waits for the
+transfers under way (:mod:`hetu.parallel.proof.follow`). Whoever writes a builder shows one *common order* of the
+instructions of all pipelines, which keeps the order of each, and in which
+
+* a wait stands after both ends of its transfer, and
+* what computes, and the first instruction of a batch that packs, stands after both ends of everything that its pipeline
+  has posted and not waited for.
+
+Then of all instructions that are not followed yet the first one can always be followed: nobody waits for ever.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetu.parallel.layout.group import GroupLayout
@@ -61,8 +72,8 @@ class Method:
 
     Attributes:
         forward: Builds the parts of some members of a group, which are given as a slice.
-        backward: Builds all parts of the backward of a plan that ``forward`` built.
+        backward: Builds the parts of the given pipelines, or more, of the backward of a plan that ``forward`` built.
     """
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]
-    backward: Callable[[PlanData], tuple[PipelinePlan, ...]]
+    backward: Callable[[PlanData, Sequence[int]], list[PipelinePlan]]

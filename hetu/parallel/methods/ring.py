@@ -1,4 +1,10 @@
-"""``ring``: shards hop from neighbour to neighbour."""
+"""``ring``: shards hop from neighbour to neighbour.
+
+It can't deadlock (see :mod:`hetu.parallel.methods.method`): the common order goes hop by hop. At each hop first all
+members wait for what came by it, then all post the batches of the next hop, then all attend. Both ends of a hop are in
+these batches, or in none, for both members know how many rows make it. So when a hop begins, both ends of all hops
+before are posted.
+"""
 
 from __future__ import annotations
 

@@ -45,14 +45,21 @@ def _prefixes(group: GroupLayout, parts: Parts, receivers: slice, owners: slice,
 
     Keys that a member uses of a document are those that its last query sees, so this looks at one part per document.
     """
-    has_queries = (group.pieces[receivers] != 0)[:, None]
+    extents = np.zeros((receivers.stop - receivers.start, owners.stop - owners.start, group.pieces.shape[1]), np.int64)
+    kept = (group.pieces[owners] != 0).any(0).nonzero()[0]  # no keys are used of documents of which no owner has tokens
+    has_queries = (group.pieces[receivers].take(kept, axis=1) != 0)[:, None]
     if not mask.hides_later:
-        return group.pieces[owners] * has_queries
-    present = parts.length[receivers] != 0
-    K = present.shape[1]
-    if K == 0:
-        return np.zeros((*present.shape[:1], owners.stop - owners.start, 0), np.int64)
-    last = np.maximum.reduceat(np.arange(K) * present, parts.first, axis=1)[:, None]
+        extents[..., kept] = group.pieces[owners].take(kept, axis=1) * has_queries
+        return extents
+    is_kept = np.zeros(group.pieces.shape[1], bool)
+    is_kept[kept] = True
+    column = is_kept.take(parts.document).nonzero()[0]
+    if len(column) == 0:
+        return extents
+    present = parts.length[receivers].take(column, axis=1) != 0
+    first = parts.document.take(column).searchsorted(kept)
+    last = column.take(np.maximum.reduceat(np.arange(len(column)) * present, first, axis=1)[:, None])
+    K = parts.length.shape[1]
     rows = np.arange(receivers.start, receivers.stop)[:, None, None] * K
     cells = np.arange(owners.start, owners.stop)[:, None] * K + last
     rows = rows + last
@@ -64,7 +71,8 @@ def _prefixes(group: GroupLayout, parts: Parts, receivers: slice, owners: slice,
     np.maximum(seen, 0, out=seen)
     seen += group.part_offset.take(cells)
     seen *= has_queries
-    return seen
+    extents[..., kept] = seen
+    return extents
 
 
 def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, mask: Mask) -> Reach:
@@ -76,8 +84,13 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     blocks the one lies wholly before the other: all of the part or nothing of it is seen. In each case this is one
     segment with the diagonal ``before + max(lead, -1)``.
     """
-    # Dense arrays of (receiver, owner, part) take half the memory traffic as int32; lengths are bounded to fit.
-    start, length, before = (x.astype(np.int32) for x in (parts.start, parts.length, group.part_offset))
+    B = group.pieces.shape[1]
+    # Parts of which no receiver has tokens show nothing. Dense arrays of (receiver, owner, part) take half the memory
+    # traffic as int32; lengths are bounded to fit.
+    kept = (parts.length[receivers] != 0).any(0).nonzero()[0]
+    columns = (parts.start, parts.length, group.part_offset)
+    start, length, before = (x.take(kept, axis=1).astype(np.int32) for x in columns)
+    document = parts.document.take(kept)
     q_length, before = length[receivers, None], before[owners]
     present = q_length != 0
     if mask.hides_later:
@@ -92,7 +105,7 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
         np.maximum(lead, -1, out=lead)
         lead += before
     else:
-        seen = group.pieces[owners].take(parts.document, axis=1) * present
+        seen = group.pieces[owners].take(document, axis=1) * present
     n, m, K = seen.shape
     cell = (seen.reshape(-1) != 0).nonzero()[0]
     edge = cell.searchsorted(np.arange(n * m + 1) * K)
@@ -107,13 +120,13 @@ def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice
     if mask.hides_later:
         np.minimum(diagonal, lead.take(cell), out=diagonal)
     part = cell - (pair * K).repeat(count)
-    B, owner = group.pieces.shape[1], pair.repeat(count)
+    owner = pair.repeat(count)
     return Reach(
         spans=[group.query_spans(member) for member in range(receivers.start, receivers.stop)],
         shape=(n, m, B),
         rows=group.piece_row[owners],
         pair=owner,
-        place=owner * B + parts.document.take(part),
+        place=owner * B + document.take(part),
         query=query.take(cell - shift.repeat(count)),
         row=np.zeros(len(cell), np.int64),
         k_len=k_len,

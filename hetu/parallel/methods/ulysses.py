@@ -25,6 +25,7 @@ computes on the way to the others waits only for what everybody posts before tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -73,17 +74,17 @@ def ulysses(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan
     return parts
 
 
-def build_backward(plan: PlanData) -> tuple[PipelinePlan, ...]:
-    """See :meth:`hetu.parallel.attn_plan.AttnPlan.backward`; for plans of this method."""
+def build_backward(plan: PlanData, pipelines: Sequence[int]) -> list[PipelinePlan]:
+    """See :attr:`hetu.parallel.methods.method.Method.backward`; for plans of this method."""
     parts = []
-    for part in plan.pipelines:
+    for part in map(plan.part, pipelines):
         group, member = plan.layout.place(part.pipeline)
-        ranges = [plan.pipelines[r].heads for r in group.members]
+        ranges = deal(plan.heads, len(group.members))
         if len(ranges) > 1:
             parts.append(_turned(part, group, member, ranges, plan))
         else:  # nothing travels, and the gradients of its step are written where they belong
             parts.append(replace(part, buffers=(shard(part.rows, plan.heads, is_backward=True),)))
-    return tuple(parts)
+    return parts
 
 
 def _turned(

@@ -20,9 +20,9 @@ finished and are put there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 
@@ -127,6 +127,42 @@ def _find_turns(part: PipelinePlan) -> dict[int, Turn | None]:
     return found
 
 
+class Parts(Sequence[PipelinePlan]):
+    """The parts of all pipelines, in order; each is built when it is first asked for, and kept.
+
+    Args:
+        count: How many pipelines there are.
+        build: Builds the parts of some of them, or of more. A part must not depend on which others are asked for.
+    """
+
+    def __init__(self, count: int, build: Callable[[Sequence[int]], Iterable[PipelinePlan]]) -> None:
+        self._count, self._build = count, build
+        self._built: dict[int, PipelinePlan] = {}
+
+    def need(self, pipelines: Iterable[int]) -> None:
+        """Builds the parts of several pipelines at once, those that are not built yet: faster than one by one."""
+        missing = [r for r in pipelines if r not in self._built]
+        for part in self._build(missing) if missing else ():
+            self._built.setdefault(part.pipeline, part)  # another thread may have been faster
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, number: int) -> PipelinePlan: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[PipelinePlan, ...]: ...
+    def __getitem__(self, number: int | slice) -> PipelinePlan | tuple[PipelinePlan, ...]:
+        found = range(self._count)[number]
+        pipelines = (found,) if isinstance(found, int) else found
+        self.need(pipelines)
+        parts = tuple([self._built[r] for r in pipelines])
+        return parts if isinstance(found, range) else parts[0]
+
+    def __iter__(self) -> Iterator[PipelinePlan]:
+        return iter(self[:])
+
+
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PlanData:
     """What a plan says; :class:`~hetu.parallel.attn_plan.AttnPlan` is what users hold.
@@ -136,7 +172,7 @@ class PlanData:
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
-        pipelines: One part per pipeline, in order.
+        pipelines: One part per pipeline, in order: a tuple, or :class:`Parts` that are built when they are asked for.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
     """
 
@@ -144,9 +180,18 @@ class PlanData:
     method: str
     mask: Mask
     heads: Heads
-    pipelines: tuple[PipelinePlan, ...]
+    pipelines: Sequence[PipelinePlan]
     is_backward: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def need(self, pipelines: Iterable[int]) -> None:
+        """Builds the parts of several pipelines at once, those that are not built yet; the others wait for who asks."""
+        if isinstance(self.pipelines, Parts):
+            self.pipelines.need(pipelines)
+
+    def whole(self) -> Self:
+        """This plan with all parts built, in a tuple."""
+        return replace(self, pipelines=self.pipelines[:]) if isinstance(self.pipelines, Parts) else self
 
     def part(self, pipeline: int) -> PipelinePlan:
         """What one pipeline does.
@@ -196,10 +241,19 @@ class PlanData:
         sends = [item for item in self.part(pipeline).instructions if isinstance(item, Send)]
         return sum(item.rows * self.heads.row_bytes(item.payload, item.heads) for item in sends)
 
-    def hash(self) -> str:
-        """A digest of all that the plan says: equal on every machine for equal plans."""
+    def digest(self) -> str:
+        """A digest of what the plan is made from: of plans that hetu built, equal if and only if these are equal.
+
+        No part is built for it.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        values = (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads, self.pipelines)
+        _feed(digest.update, (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads))
+        return digest.hexdigest()
+
+    def hash(self) -> str:
+        """A digest of all that the plan says: equal on every machine for equal plans. All parts are built for it."""
+        digest = hashlib.blake2b(digest_size=16)
+        values = (self.digest(), tuple(self.pipelines))
         _feed(digest.update, values)
         return digest.hexdigest()
 

@@ -7,7 +7,7 @@ are no part of a value, which are not shown, are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -58,8 +58,8 @@ def _check_of(hint: Any) -> Check:
         return _check_layout
     if get_origin(hint) in (Union, UnionType):
         return _any_of(get_args(hint))
-    if get_origin(hint) is tuple and get_args(hint)[1:] == (...,):
-        return _each(get_args(hint)[0])
+    if get_origin(hint) is Sequence or (get_origin(hint) is tuple and get_args(hint)[1:] == (...,)):
+        return _each(get_args(hint)[0])  # parts that are built when they are asked for were asked for
     if hint is Rule:
         return _check_rule
     if is_dataclass(hint):

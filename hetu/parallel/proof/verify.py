@@ -39,6 +39,7 @@ from hetu.parallel.proof.transfers import Tokens, pair_transfers, refuse
 
 def verify(plan: PlanData, max_bytes: int | None = None) -> None:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.verify`."""
+    plan = plan.whole()
     check_fields(plan)
     check_heads(plan)
     check_layout(plan)

@@ -1,11 +1,11 @@
 """Agreement before traffic: what the ranks of a distributed run tell each other before anything is computed or sent.
 
 Each rank says what it was asked for, and the shapes of its feeds with the contents of those that planning reads.
-What must be equal is compared. The rest makes the feeds of all pipelines, so that every rank binds and plans the whole
-run as one process would: it comes to the same plan, or to the same error, as all others. What is agreed on for the
-first time is confirmed once more after planning, by the hash of the plans and the values that symbols have by default;
-a rank that can't go on says so instead. So is what a run needs of the graph's state, where a rank made or loaded it
-since it was last compared.
+What must be equal is compared. The rest makes the feeds of all pipelines, so that every rank binds the whole run as one
+process would: it comes to the same layouts and masks, or to the same error, as all others. Of the plans that are made
+from these it builds its own part. What is agreed on for the first time is confirmed once more after planning, by a hash
+of what plans are made from and the values that symbols have by default; a rank that can't go on says so instead. So is
+what a run needs of the graph's state, where a rank made or loaded it since it was last compared.
 """
 
 from __future__ import annotations
@@ -181,8 +181,7 @@ class Agreement:
         assert made is not None
         refuse_whole_rows([one["rows"] for one in heard], prepared(made))
         for item in prepared(made):
-            plans = [plan for group in item.plans.values() for plan in group if isinstance(plan, AttnPlan)]
-            self.world.prepare(item.num_pipelines, plans)
+            self.world.prepare(item.num_pipelines, list(item.attention_plans()))
         self.state.note(self.request)
         if len(self.world.agreed) >= MOST_AGREED:
             self.world.agreed.clear()
@@ -265,7 +264,7 @@ def _plan_text(prepared: Prepared) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for plans in prepared.plans.values():
         for plan in plans:
-            digest.update(plan.hash().encode() if hasattr(plan, "hash") else b"-")
+            digest.update(plan.digest().encode() if isinstance(plan, AttnPlan) else b"-")
     return f"strategy {prepared.strategy}, {prepared.num_pipelines} pipelines, {digest.hexdigest()}"
 
 

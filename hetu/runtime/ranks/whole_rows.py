@@ -12,7 +12,6 @@ from typing import Any
 from hetu.arguments import is_torch
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.errors import StrategyError, caller
-from hetu.parallel import AttnPlan
 from hetu.parallel.layout.group import GroupLayout
 from hetu.planning.arrays import host_array
 from hetu.planning.feeds import Feeds
@@ -79,8 +78,7 @@ def refuse_whole_rows(told: Sequence[Sequence[Told]], prepared: Sequence[Prepare
 
 def _groups(prepared: Prepared) -> Sequence[GroupLayout]:
     """The context groups of a run's attention."""
-    plans = (plan for plans in prepared.plans.values() for plan in plans if isinstance(plan, AttnPlan))
-    first = next(plans, None)
+    first = next(prepared.attention_plans(), None)
     return () if first is None else first.layout.groups
 
 

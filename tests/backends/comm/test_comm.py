@@ -110,7 +110,7 @@ def expected(layout: Layout, r: int, mask: Mask, kv: torch.Tensor, weights: list
 def check(layout: Layout, method: str, mask: Mask, dtype: torch.dtype, held: bool) -> None:
     build = broadcast(layout, mask) if method == "broadcast" else None
     with holding_back(held):
-        plan = (build or build_plan(layout, method=method, mask=mask, heads=HEADS)).backward()
+        plan = (build or build_plan(layout, method=method, mask=mask, heads=HEADS)).backward().whole()
     kv, weights, grads = run(plan, dtype)
     for r, mine in enumerate(grads):
         wanted = expected(layout, r, mask, kv[r], weights)
@@ -147,7 +147,7 @@ def test_sums_have_the_same_bits_whoever_is_faster(lens: list[int], method: str)
     layout = Layout.build(lens, [0] * len(lens), split="sym", cu_seqlens=[0, 11, 26])
     build = broadcast(layout, Mask.full()) if method == "broadcast" else None
     with holding_back(True):
-        plan = (build or build_plan(layout, method=method, mask=Mask.full(), heads=HEADS)).backward()
+        plan = (build or build_plan(layout, method=method, mask=Mask.full(), heads=HEADS)).backward().whole()
     exact = run(plan, torch.float32)[2]
     results = [run(plan, torch.float32, turn=turn, step=Rounding)[2] for turn in range(4)]
     assert not torch.equal(results[0][0], exact[0])

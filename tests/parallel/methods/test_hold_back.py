@@ -38,7 +38,7 @@ LARGE = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)
 def backward(plan: AttnPlan, held: bool = True) -> AttnPlan:
     """The backward of a forward, made anew."""
     with holding_back(held):
-        made = dataclasses.replace(plan, memo={}).backward()
+        made = dataclasses.replace(plan, memo={}).backward().whole()
     made.verify()
     return made
 
@@ -225,7 +225,7 @@ def test_own_rows_that_are_attended_to_otherwise_are_left_alone() -> None:
     made = backward(with_instructions(plan, 0, [*items[:at], *halves, *items[at + 1 :]]))
     assert [item for item in attends(made, 0) if not item.buffer] == halves and holding(made) == [0, 1]
     with holding_back(True):
-        made = with_instructions(plan, 0, [*items[:at], *items[at + 1 :]]).backward()
+        made = with_instructions(plan, 0, [*items[:at], *items[at + 1 :]]).backward().whole()
     assert own_attends(made, 0) == [] and holding(made) == [1]
 
 

@@ -87,7 +87,7 @@ def plans(seed: int) -> Iterator[AttnPlan]:
                 break
         plan = build_plan(layout, method=methods[number % len(methods)], mask=draw.choice(MASKS), heads=HEADS)
         with holding_back(draw.random() < 0.5):
-            yield plan.backward() if number // len(methods) % 2 else plan
+            yield (plan.backward() if number // len(methods) % 2 else plan).whole()
 
 
 @pytest.mark.parametrize("seed", range(LONGER))
