@@ -122,7 +122,7 @@ class Placement:
     @property
     def is_cut(self) -> bool:
         """Whether ranks hold different elements."""
-        return len(set(self.boxes)) > 1
+        return any(boxes != self.boxes[0] for boxes in self.boxes)
 
 
 def _unit(shape: Sequence[int], ranks: int) -> int:

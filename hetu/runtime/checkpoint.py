@@ -118,24 +118,25 @@ def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, t
     for name, grads in given["gradients"].items():
         update = _find_update(state, updates, name, grads)
         fresh.waiting[update] = _waiting(fresh, update, grads, losses[name])
-        _note_origin(fresh, update, "gradients", grads)
+        _note_loaded(fresh, update, "gradients", grads)
     for name, saved in given["optimizers"].items():
         names = [parameter for group in saved["groups"] for parameter in group["params"]]
         update = _find_update(state, updates, name, names)
         if len(names) > len(set(names)):
             refuse(f"a parameter of {name} is in two groups of the state")
         load_optimizer(fresh, update, saved)
-        _note_origin(fresh, update, "state", saved["state"])
+        _note_loaded(fresh, update, "state", saved["state"])
     most = 2**63 - 1
     seed = integer(given["rng"]["seed"], "the generator's seed", least=0, most=most, op="load")
     offset = integer(given["rng"]["offset"], "the generator's offset", least=0, most=most, op="load")
     return fresh, (seed, offset)
 
 
-def _note_origin(fresh: GraphState, update: Node, part: str, whole: Mapping[str, Any]) -> None:
+def _note_loaded(fresh: GraphState, update: Node, part: str, whole: Mapping[str, Any]) -> None:
     """Notes what something was cut from, so that ranks can compare it: what they have of it differs."""
     if is_elsewhere(fresh, [update]):
-        fresh.origins.setdefault(update.name, {})[part] = state_parts(whole)
+        lines = (line.partition(" = ") for line in state_parts(whole))
+        fresh.loaded.setdefault(update.name, {})[part] = {path: text for path, _, text in lines}
 
 
 def _load_parameters(fresh: GraphState, given: Mapping[str, Any]) -> None:

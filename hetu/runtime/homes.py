@@ -82,6 +82,10 @@ class Homes:
         self._world, self._places = world, now
         return now
 
+    def check(self) -> None:
+        """Refuses to go on where something was cut over others; see :attr:`places`."""
+        _ = self.places
+
     def of(self, node: Node, stage: int = 0) -> Placements:
         """Where a parameter lies, and what belongs to it.
 

@@ -14,7 +14,7 @@ from hetu.backends.comm import World
 from hetu.backends.comm.boxes import assemble
 from hetu.backends.comm.world import Named
 from hetu.graph import Node
-from hetu.parallel.placement import Box, Placement
+from hetu.parallel.placement import STAGES, Box, Placement
 from hetu.runtime.homes import stage_of
 from hetu.runtime.state import GraphState
 
@@ -67,6 +67,7 @@ def is_elsewhere(state: GraphState, updates: Sequence[Node]) -> bool:
     return any(
         homes.is_elsewhere(homes.of(node, stage_of(update)).state)
         for update in updates
+        if STAGES[stage_of(update)].cuts_state
         for node in state.parameters_of(update)
     )
 

@@ -61,7 +61,7 @@ def bring_home(
 def has_norm_elsewhere(store: ParameterStore, update: Node, nodes: Sequence[Node]) -> bool:
     """Whether other ranks have a part of an update's gradients, and so of their norm."""
     homes, stage = store.homes, stage_of(update)
-    return any(homes.is_elsewhere(homes.of(node, stage).gradient) for node in nodes)
+    return STAGES[stage].cuts_gradients and any(homes.is_elsewhere(homes.of(node, stage).gradient) for node in nodes)
 
 
 def norms_of_all(own: Sequence[torch.Tensor], world: World, device: torch.device) -> list[torch.Tensor]:
@@ -80,6 +80,8 @@ def norms_of_all(own: Sequence[torch.Tensor], world: World, device: torch.device
 def values_elsewhere(store: ParameterStore, update: Node, nodes: Sequence[Node]) -> list[Node]:
     """The parameters of which this rank keeps what other ranks update."""
     homes, stage = store.homes, stage_of(update)
+    if not STAGES[stage].cuts_state:
+        return []
     placements = [(node, homes.of(node, stage)) for node in nodes]
     return [node for node, one in placements if one.value != one.state and homes.is_elsewhere(one.state)]
 

@@ -53,7 +53,7 @@ class GraphState:
         waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
         version: Changes whenever something is made, loaded or forgotten, and never for a step.
-        origins: For each update by name, a line for each value of a loaded state that was cut for it.
+        loaded: For each update by name, digests of what was cut for it from a loaded state.
         unseen: Runs of which a device has yet to say whether their indices were in range.
         lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
@@ -63,7 +63,7 @@ class GraphState:
         self.parameters = ParameterStore(graph, device, rule)
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
-        self.origins: dict[str, dict[str, list[str]]] = {}
+        self.loaded: dict[str, dict[str, dict[str, str]]] = {}
         self.unseen = UnseenRuns()
         self.lock = threading.RLock()
         self._new_optimizers: list[Node] = []
@@ -76,7 +76,7 @@ class GraphState:
     def become(self, other: GraphState) -> None:
         """Takes the place of another state of the graph."""
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
-        self.origins, self._new_optimizers = other.origins, []
+        self.loaded, self._new_optimizers = other.loaded, []
         self.unseen.forget()
 
     def look(self, waits: bool = False) -> None:

@@ -45,6 +45,7 @@ class Step:
 
     def prepare(self) -> None:
         """Makes the optimisers, so that options that torch refuses are refused before anything is computed."""
+        self.state.parameters.homes.check()
         if self.fetched.run_level == "update":
             for node in self.fetched.updates:
                 self.state.optimizer(node)

@@ -33,11 +33,11 @@ class Script:
         return self.graph.run(self.fetches, self.feeds, int_symbol_dict={S: TOKENS}, run_level=run_level, **options)
 
 
-def script(kind: str = "SGD", schedule: Any = None, init: Any = torch.nn.init.normal_) -> Script:
+def script(kind: str = "SGD", schedule: Any = None, init: Any = torch.nn.init.normal_, stage: int = 0) -> Script:
     """Feeds the rank's own shard, or all shards where there is no other rank, or nothing where it has no pipeline."""
     world = hetu.init_distributed()
     parts = [S // 2, S - S // 2]
-    make = partial(getattr(hetu.optim, kind), lr=0.1, **OPTIMIZERS[kind])
+    make = partial(getattr(hetu.optim, kind), lr=0.1, zero_stage=stage, **OPTIMIZERS[kind])
     with hetu.graph("define_and_run", device="cpu") as g:
         x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="x")
         a, b = (hetu.parameter(init, [24], name=name) for name in "ab")
@@ -127,14 +127,16 @@ def refused(run: Callable[[], Any]) -> Told:
     raise AssertionError("it was not refused")
 
 
-def train(kind: str, mishap: str | None = None, who: Collection[int] = (), run_level: str = "update") -> Any:
+def train(
+    kind: str, mishap: str | None = None, who: Collection[int] = (), run_level: str = "update", stage: int = 0
+) -> Any:
     """Trains for two steps, the first of two runs, with a run between them that fails on some ranks.
 
     Returns:
         What was told of that run, and the state in the end.
     """
     hetu.manual_seed(5)
-    made, told = script(kind), None
+    made, told = script(kind, stage=stage), None
     made.run()
     made.run("grad")
     if mishap is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from support.states import is_same
 
 import hetu
 from hetu.backends.comm import current_world, reduce
@@ -160,3 +162,91 @@ def held_bytes(graph: hetu.Graph) -> dict[str, int]:
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     """Of all memory that the tensors keep alive."""
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+# What may go wrong
+
+
+_kept: list[tuple[Model, Any]] = []
+
+
+def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None:
+    """A run that fails on some ranks when updated values are on their way, or have come."""
+    plain = current_world().gather_flat
+
+    def gather(*arguments: Any) -> Any:
+        found = plain(*arguments) if is_done else None
+        if current_world().rank in who:
+            raise ValueError("lost on the way")
+        return found if is_done else plain(*arguments)
+
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(STEPS[0], 0)
+        _kept[:] = [(model, copy.deepcopy(_here(model)))]
+        with patch.object(current_world(), "gather_flat", gather):
+            model.run(STEPS[1], 1)
+
+
+def is_as_before() -> bool:
+    """Whether that run changed nothing of what lies here."""
+    ((model, before),) = _kept
+    return is_same(_here(model), before)
+
+
+def _here(model: Model) -> list[Any]:
+    """What this process holds, without asking others."""
+    state = model.graph.executor.state
+    values = [list(state.parameters.storages(node).values()) for node in state.parameters.nodes]
+    return [values, [list(own.values()) for one in state.optimizers.values() for own in one.optimizer.state.values()]]
+
+
+def loads(stage: int, path: Path, who: Sequence[int], part: str) -> str:
+    """What a rank is told if some load another state than the others; "" if a run goes on from it."""
+    case = Case()
+    with cut_finely(case):
+        model, state = Model(case, stage), hetu.load(path)
+        if current_world().rank in who:
+            of = state["gradients"]["train"] if part == "gradients" else state["optimizers"]["train"]["state"]["w0"]
+            next(iter(of.values())).add_(1.0)
+        model.graph.load_state_dict(state)
+        try:
+            model.run(STEPS[0], 0)
+        except hetu.HetuError as error:
+            return str(error)
+        return ""
+
+
+def asks_alone(stage: int) -> None:
+    """Rank 0 asks for a state that lies on others, too."""
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(STEPS[0], 0)
+        if current_world().rank == 0:
+            model.graph.state_dict()
+
+
+def joins_late(stage: int) -> list[str]:
+    """A process trains by itself, then with others; then it goes on from its state."""
+    case, said = Case(pipelines=(2,)), list[str]()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(Step(0), 0)
+        state = model.graph.state_dict()
+        hetu.init_distributed("gloo", timeout=30.0)
+        for _ in range(2):
+            try:
+                model.run(Step(0), 1)
+                said.append("")
+            except hetu.HetuError as error:
+                said.append(str(error))
+            model.graph.load_state_dict(state)
+        model.run(Step(0), 1)
+        hetu.shutdown_distributed()
+        try:
+            model.run(Step(0), 2)
+        except hetu.HetuError as error:
+            said.append(str(error))
+    return said

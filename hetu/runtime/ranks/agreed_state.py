@@ -59,8 +59,8 @@ class AgreedState:
             nodes, updates = _needed(self.state, request)
             homes = self.state.parameters.homes
             pieces = own_pieces(self.state, updates, lambda placement: not homes.is_elsewhere(placement))
-            origins = {update.name: self.state.origins.get(update.name, {}) for update in updates}
-            return state_parts({**parts_of(self.state, nodes, updates, pieces), "origins": origins})
+            loaded = {update.name: self.state.loaded.get(update.name, {}) for update in updates}
+            return state_parts({**parts_of(self.state, nodes, updates, pieces), "loaded": loaded})
 
     def options(self, request: RunRequest) -> list[str] | None:
         """What a run's updates do that may have changed since they were made; None if not all optimisers are made.
