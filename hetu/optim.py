@@ -207,7 +207,7 @@ class SGD(Optimizer):
             ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)``; it steps after every update.
         zero_stage: What is cut over all ranks instead of being whole on each: 0 for nothing, 1 for the optimiser's
             state, 2 for gradients too. Losses and parameters are those of stage 0. ``g.state_dict()`` is then called on
-            all ranks. See docs/training.md.
+            all ranks. It needs an optimiser that is elementwise. See docs/training.md.
         **options: What the torch class takes: ``momentum``, ``weight_decay``, ...
     """
 
