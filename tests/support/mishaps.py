@@ -10,10 +10,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from support.jobs import hidden_ids
 from support.states import is_same
 
 import hetu
 from hetu import rng
+from hetu.backends.comm import current_world
 
 OPTIMIZERS = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {"amsgrad": True}}
 S = hetu.IntSymbol("s")
@@ -166,6 +168,25 @@ def makes(what: str, who: Collection[int]) -> Told:
         told = refused(made.run)
     script().run()
     return told
+
+
+def unseen(who: Collection[int], stage: int = 0) -> bool:
+    """Whether a run that fails on some ranks changes nothing, where only devices know if ids are in range."""
+    with hidden_ids():
+        hetu.manual_seed(3)
+        size = current_world().size
+        with hetu.graph("define_and_run", strategies=[hetu.Strategy([2] * size, [0] * size)], device="cpu") as g:
+            ids = hetu.placeholder("int64", [2], name="ids")
+            rows = hetu.embedding(ids, hetu.parameter(torch.ones(50, 20), [50, 20], name="table"))
+            train = hetu.optim.SGD(lr=0.1, zero_stage=stage).minimize(hetu.sum(rows * rows), name="train")
+        feeds = {ids: torch.tensor([0, 41])}
+        g.run(train, feeds)
+        before = g.state_dict()
+        with step("SGD", is_done=True) if current_world().rank in who else nullcontext():
+            refused(partial(g.run, train, feeds))
+        is_kept = is_same(g.state_dict(), before)
+        g.run(train, feeds)
+        return is_kept and not is_same(g.state_dict(), before)
 
 
 _kept: list[tuple[Script, Any]] = []
