@@ -14,6 +14,7 @@ from support import mishaps, zero
 from support.pool import Pool, assert_lost
 from support.same import assert_same
 from support.states import is_same
+from support.unseen import check_unseen_ids
 from support.zero import STEPS, Case
 
 World = Callable[..., Pool]
@@ -132,6 +133,13 @@ def test_a_graph_that_trained_alone_goes_on_with_others_from_its_state(stage: in
             assert "what this graph trains is cut over one process, but now this is rank" in first
             assert "load_state_dict" in first and second == ""
             assert re.search("is cut over rank . of 2, but now this is one process", third)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_ids_that_only_a_device_knows(world: World, stage: int) -> None:
+    """What the owner's device takes back is what the others get."""
+    for wrong in (0, 1, 2):
+        check_unseen_ids(world, wrong, 2, stage=stage)
 
 
 def test_small_parameters_have_one_owner_each(world: World) -> None:

@@ -335,12 +335,13 @@ def hidden_ids() -> Iterator[None]:
         yield
 
 
-def unseen_ids(wrong: int, device: str) -> list[Any]:
+def unseen_ids(wrong: int, device: str, stage: int = 0) -> list[Any]:
     """What a rank's runs say, and what is left, where one rank has an id out of range that its device alone knows.
 
     Args:
         wrong: The rank that is fed one; none if there is no such rank.
         device: Where it runs; on a CPU ids are hidden from the host as if they lay on a device.
+        stage: The ``zero_stage``.
     """
     with hidden_ids() if device == "cpu" else nullcontext():
         hetu.manual_seed(3)
@@ -348,7 +349,7 @@ def unseen_ids(wrong: int, device: str) -> list[Any]:
         with hetu.graph("define_and_run", strategies=[hetu.Strategy([2] * size, [0] * size)], device=device) as g:
             ids = hetu.placeholder("int64", [2], name="ids")
             rows = hetu.embedding(ids, hetu.parameter(torch.ones(5, 2), [5, 2], name="table"))
-            train = hetu.optim.Adam(lr=0.1).minimize(hetu.sum(rows * rows), name="train")
+            train = hetu.optim.Adam(lr=0.1, zero_stage=stage).minimize(hetu.sum(rows * rows), name="train")
         good = torch.tensor([0, 4], device=device)
         bad = torch.tensor([7, 1], device=device) if current_world().rank == wrong else good
         g.run(train, {ids: good})
