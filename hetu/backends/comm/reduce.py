@@ -218,7 +218,7 @@ def scatter_over(
     """
     own = pieces[rank]
     # As bytes: the network moves them whatever the type, bfloat16 and half too.
-    sent = torch.cat([_bytes(piece) for piece in pieces])
+    sent = _bytes(torch.cat([piece.reshape(-1) for piece in pieces]))
     size = own.shape[1] * own.itemsize
     rows = [len(pipelines) for pipelines in held]
     received = own.new_empty((sum(rows), own.shape[1]))
@@ -230,4 +230,4 @@ def scatter_over(
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1).view(torch.uint8)
+    return x.view(-1).view(torch.uint8)
