@@ -6,6 +6,7 @@ two, on three of unequal lengths, on four in two context groups. The loss goes o
     python examples/train_lm.py                                       # 60 steps on a CPU
     python examples/train_lm.py --checkpoint lm.safetensors           # saves there; --resume goes on from there
     python examples/train_lm.py --recompute                           # the same losses in less memory
+    torchrun --nproc-per-node 4 examples/train_lm.py --zero 2         # each rank keeps a part of Adam's state
     python examples/train_lm.py --dtype bfloat16 --layers 4 --width 1024 --heads 16 --kv-heads 4 --head-dim 64 \
         --hidden 2816 --tokens 32768 --steps 500                      # on a GPU
     torchrun --nproc-per-node 4 examples/train_lm.py                  # in four processes, with the same losses
@@ -42,6 +43,7 @@ def main() -> None:
         lr=arguments.lr,
         betas=(0.9, 0.95),
         max_grad_norm=1.0,
+        zero_stage=arguments.zero,
         schedule=lambda torch_optimizer: torch.optim.lr_scheduler.LambdaLR(
             torch_optimizer, lambda step: warmup_and_cosine(step, arguments.steps)
         ),
@@ -67,10 +69,10 @@ def main() -> None:
             losses.append(run_step(model, train, index, batch))
             rate = sum(len(document) for pack in batch for document in pack) / (time.perf_counter() - began)
             bar.update(task, advance=1, loss=losses[-1], rate=rate, strategy=STRATEGIES[index].name)
-            if arguments.checkpoint and is_first and (step + 1) % arguments.save_every == 0:
-                save(model, losses, arguments.checkpoint)
-    if arguments.checkpoint and is_first:
-        save(model, losses, arguments.checkpoint)
+            if arguments.checkpoint and (step + 1) % arguments.save_every == 0:
+                save(model, losses, arguments.checkpoint, is_first)
+    if arguments.checkpoint:
+        save(model, losses, arguments.checkpoint, is_first)
     report(console, losses, first, time.perf_counter() - start)
     if is_first:
         drawn = plot(losses, [order[step % len(order)] for step in range(len(losses))], arguments.plot)
@@ -98,9 +100,11 @@ def warmup_and_cosine(step: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1.0))
 
 
-def save(model: Model, losses: list[float], path: Path) -> None:
-    """Writes all that the run needs to go on, and the losses so far."""
-    hetu.save({**model.graph.state_dict(), "losses": losses}, path)
+def save(model: Model, losses: list[float], path: Path, is_first: bool) -> None:
+    """Writes all that the run needs to go on, and the losses so far: all ranks gather it, and the first one writes."""
+    state = model.graph.state_dict()
+    if is_first:
+        hetu.save({**state, "losses": losses}, path)
 
 
 def resume(model: Model, path: Path | None, console: Console) -> list[float]:
@@ -168,6 +172,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--recompute", action="store_true", help="keep less for the backward: it computes layers again")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="1: cut Adam's state, 2: gradients too")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; CUDA if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="safetensors file to save to")

@@ -143,7 +143,8 @@ def save(what: Graph | Mapping[str, Any], path: str | os.PathLike[str]) -> None:
 
     Args:
         what: A graph, or a state as ``g.state_dict()`` gives it. It may have more entries: tensors, numbers, strings,
-            None, and dicts, lists and tuples of them, which :func:`load` gives back as they were.
+            None, and dicts, lists and tuples of them, which :func:`load` gives back as they were. Of a graph of which
+            several ranks hold parts (``zero_stage``), all ranks make the state, and one of them saves it.
         path: The file; by convention it ends in ``.safetensors``.
 
     Raises:

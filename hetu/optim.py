@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from hetu.arguments import flag, is_torch, items, number_of, real, refuse, shown, text
+from hetu.arguments import flag, integer, is_torch, items, number_of, real, refuse, shown, text
 from hetu.dtypes import bfloat16, float16, float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Role, Tensor, TensorSpec, gradients, register
 from hetu.graph.autodiff import reached_by_gradients
 from hetu.graph.passes import live_nodes, nodes_of
 from hetu.ops import all_reduce, cast
+from hetu.parallel.placement import STAGES
 
 Groups = Sequence[Tensor] | Sequence[Mapping[str, Any]]
 
@@ -34,6 +35,7 @@ class Optimizer:
         options: Its arguments.
         max_grad_norm: See :class:`SGD`.
         schedule: See :class:`SGD`.
+        zero_stage: See :class:`SGD`.
         where: The line of the user's script that made it.
     """
 
@@ -47,6 +49,7 @@ class Optimizer:
         *,
         max_grad_norm: float | None = None,
         schedule: Callable[[Any], Any] | None = None,
+        zero_stage: int = 0,
         **options: Any,
     ) -> None:
         self.options = self._checked({"lr": lr, **options}, {})
@@ -60,6 +63,17 @@ class Optimizer:
                 f"schedule is {shown(schedule)}, expected a function of the optimiser",
                 "write schedule=functools.partial(torch.optim.lr_scheduler.StepLR, step_size=10)",
             )
+        self.zero_stage = self._checked_stage(zero_stage)
+
+    def _checked_stage(self, given: Any) -> int:
+        stage = integer(given, "zero_stage", least=0, most=len(STAGES) - 1, op="minimize")
+        if STAGES[stage].cuts_values:
+            what = f"zero_stage={stage} cuts parameters, which this version does not do yet"
+            self._refuse(HetuError, what, f"use zero_stage={stage - 1}, which cuts gradients and the optimiser's state")
+        if STAGES[stage].cuts_state and not self.is_elementwise:
+            what = f"zero_stage={stage} cuts parameters for their updates, but {self.kind} needs them whole"
+            self._refuse(HetuError, what, "use an optimiser that is elementwise, or zero_stage=0")
+        return stage
 
     def _checked(self, options: Mapping[str, Any], of_all: Mapping[str, Any]) -> dict[str, Any]:
         """Options as copies, refused where torch would refuse them later or not at all.
@@ -123,13 +137,22 @@ class Optimizer:
         params = [item for group in groups for item in group["params"]]
         # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to say.
         # The sums are in at least float32: small parts would be lost in bfloat16, and large ones overflow in float16.
-        grads = [all_reduce(_widened(grad)) for grad in gradients(loss, params)]
+        grads = [
+            self._summed(_widened(grad), param) for grad, param in zip(gradients(loss, params), params, strict=True)
+        ]
         attrs = {
             "optimizer": self,
             "parameters": tuple(item.op.name for item in params),
             "groups": tuple((len(g["params"]), {k: v for k, v in g.items() if k != "params"}) for g in groups),
         }
         return loss.graph.apply("update", (loss, *grads), attrs, name)[0]
+
+    def _summed(self, grad: Tensor, param: Tensor) -> Tensor:
+        """A gradient's sum over the pipelines, or the part of it that each rank keeps."""
+        if not STAGES[self.zero_stage].cuts_gradients:
+            return all_reduce(grad)
+        attrs = {"parameter": param.op.name, "zero_stage": self.zero_stage}
+        return grad.graph.apply("reduce_scatter", (grad,), attrs)[0]
 
     def _groups(self, loss: Tensor, parameters: Groups | None) -> list[dict[str, Any]]:
         """Parameters in groups with options of their own."""
@@ -170,7 +193,8 @@ class Optimizer:
         raise error(what, op="minimize", where=caller(), fix=fix)
 
     def __repr__(self) -> str:
-        return f"hetu.optim.{self.kind}({', '.join(f'{name}={value!r}' for name, value in self.options.items())})"
+        options = {**self.options, **({"zero_stage": self.zero_stage} if self.zero_stage else {})}
+        return f"hetu.optim.{self.kind}({', '.join(f'{name}={value!r}' for name, value in options.items())})"
 
 
 class SGD(Optimizer):
@@ -181,6 +205,9 @@ class SGD(Optimizer):
         max_grad_norm: The gradients of a step are scaled down to this Euclidean norm if theirs is larger.
         schedule: A function from the torch optimiser to one of ``torch.optim.lr_scheduler``, such as
             ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)``; it steps after every update.
+        zero_stage: What is cut over all ranks instead of being whole on each: 0 for nothing, 1 for the optimiser's
+            state, 2 for gradients too. Losses and parameters are those of stage 0. ``g.state_dict()`` is then called on
+            all ranks. It needs an optimiser that is elementwise. See docs/training.md.
         **options: What the torch class takes: ``momentum``, ``weight_decay``, ...
     """
 

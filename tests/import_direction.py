@@ -32,7 +32,14 @@ FLOORS: Floors = (
 )
 
 INSIDE: Mapping[str, Floors] = {
-    "parallel": (("mask",), ("layout",), ("plan",), ("methods", "proof", "views"), ("attn_plan",), ("__init__",)),
+    "parallel": (
+        ("mask", "placement"),
+        ("layout",),
+        ("plan",),
+        ("methods", "proof", "views"),
+        ("attn_plan",),
+        ("__init__",),
+    ),
     "backends": (
         ("torch_private",),
         ("dtypes", "memory", "precision"),

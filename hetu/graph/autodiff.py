@@ -108,7 +108,6 @@ def _walk(
     terms: dict[Tensor, list[Tensor]] = {}
     for y, seed in seeds:
         terms.setdefault(y, []).append(seed)
-    wanted = set(sources)
     for node in reversed(nodes):
         if node.definition.stops_gradient or not any(item in between for item in node.tensors):
             continue
@@ -124,7 +123,7 @@ def _walk(
             f"no y depends on {missing[0].name} through floating tensors (made at {missing[0].op.where.short})",
             "ask only for the gradients of what the ys are computed from",
         )
-    sums = {x: _sum(terms[x]) for x in wanted}
+    sums = {x: _sum(terms[x]) for x in dict.fromkeys(sources)}  # in an order that all ranks share
     return [sums[x] for x in sources]
 
 

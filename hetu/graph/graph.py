@@ -353,7 +353,11 @@ class Graph:
 
         Returns:
             A nested dict of torch tensors, numbers and strings. ``hetu.save(g, path)`` writes it, ``hetu.load(path)``
-            reads it.
+            reads it. If an optimiser has a ``zero_stage`` and there are several ranks, all of them call it, and all get
+            whole tensors; what other ranks had parts of lies on the CPU.
+
+        Raises:
+            CommunicationError: If the ranks hold parts, and one of them does not call it, or refuses.
         """
         return self.executor.state_dict()
 

@@ -1,4 +1,4 @@
-"""Ops over all pipelines of a strategy: all_reduce; and over all micro-batches too: step_sum."""
+"""Ops over all pipelines of a strategy: all_reduce, reduce_scatter; and over all micro-batches too: step_sum."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, RunView, Tensor, TensorSpec, register
 from hetu.graph.passes import live_nodes
 from hetu.ops.common.build import build, floating, output, tensor
+from hetu.ops.common.layers import GradientOp
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
@@ -75,6 +76,25 @@ class AllReduce(OpDef):
             BadSample(lambda: all_reduce(1.0), DTypeError, "x to be a tensor, got 1.0"),  # type: ignore[arg-type]
         ]
         return good, bad
+
+
+@register
+class ReduceScatter(GradientOp):
+    """The sum of a parameter's gradient over the strategy's pipelines, of which each rank gets what it is to keep.
+
+    Which boxes that are is the parameter's placement's to say, when the graph runs. The output has the shape of the
+    gradient; what a run gives for it lies flat, one box after the other, and only an update takes that.
+    """
+
+    name = "reduce_scatter"
+    inputs = ("x",)
+    spans_pipelines = True
+    overlaps = True
+    stops_gradient = True
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        x = tensor(call, 0, "x")
+        return [output(call, x.dtype, x.symbolic_shape)]
 
 
 @register

@@ -22,7 +22,7 @@ class Before:
     are put back, but no further object is followed: it might lead to all of the user's program.
 
     Args:
-        objects: What is about to be changed.
+        objects: What is about to be changed: tensors, or objects with attributes.
 
     Example:
         >>> schedule = torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.zeros(2)]), 1)
@@ -41,7 +41,7 @@ class Before:
         self._rows: list[tuple[Any, list[Any]]] = []  # lists and deques
         self._sets: list[tuple[set[Any], set[Any]]] = []
         self._others: list[Any] = []
-        self._follow([getattr(item, "__dict__", None) for item in objects])
+        self._follow([x if isinstance(x, torch.Tensor) else getattr(x, "__dict__", None) for x in objects])
         for item in self._others:
             attributes = getattr(getattr(item, "__self__", item), "__dict__", None)  # a bound method's are its object's
             if callable(item) and isinstance(attributes, dict):

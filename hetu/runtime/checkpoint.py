@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from hetu import rng
 from hetu.arguments import int_of, integer, number_of
+from hetu.backends.comm import current_world
+from hetu.backends.comm.boxes import cut
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.runtime.copies import copied, dense, refuse
+from hetu.runtime.homes import stage_of
 from hetu.runtime.optimizers import BoundOptimizer
 from hetu.runtime.parameters import ByBox, sum_dtype
+from hetu.runtime.pieces import Pieces, everyones_pieces, is_elsewhere, own_pieces, whole_tensors
+from hetu.runtime.ranks.digests import state_parts
 from hetu.runtime.saved_optimizers import check_names, load_optimizer
 from hetu.runtime.state import GraphState, Waiting, as_sum
 
 FORMAT = 1
 
 
-def state_dict(state: GraphState, copy: bool = True) -> dict[str, Any]:
+def state_dict(state: GraphState, copy: bool = True, op: str = "state_dict") -> dict[str, Any]:
     """See :meth:`hetu.Graph.state_dict`; without ``copy`` its tensors are the graph's own."""
-    with state.lock:
+    with at_rest(state):
+        updates = _updates_of(state)
+        if is_elsewhere(state, updates):
+            pieces = everyones_pieces(state, updates, current_world(), op)
+        else:
+            pieces = own_pieces(state, updates, lambda _: True)
+        parts = parts_of(state, state.parameters.nodes, updates, pieces)
         seed, offset = rng.get_state()
-        parts = parts_of(state, state.parameters.nodes, list(dict.fromkeys([*state.waiting, *state.optimizers])))
         state.settle()  # it made all parameters, and what was told of them must stay true
         if not state.waiting:
             del parts["waiting_losses"]
@@ -33,35 +44,48 @@ def state_dict(state: GraphState, copy: bool = True) -> dict[str, Any]:
         return copied(found, with_tensors=copy)
 
 
-def parts_of(state: GraphState, nodes: Sequence[Node], updates: Sequence[Node]) -> dict[str, Any]:
+@contextmanager
+def at_rest(state: GraphState) -> Iterator[None]:
+    """A block in which nobody changes the state. What it locks for messages, it locks first, as runs do."""
+    is_cut = is_elsewhere(state, _updates_of(state))
+    with current_world().lock if is_cut else nullcontext(), state.lock:
+        yield
+
+
+def _updates_of(state: GraphState) -> list[Node]:
+    """The updates for which something is kept."""
+    return list(dict.fromkeys([*state.waiting, *state.optimizers]))
+
+
+def parts_of(state: GraphState, nodes: Sequence[Node], updates: Sequence[Node], pieces: Pieces) -> dict[str, Any]:
     """What a state has of some parameters and of some updates, with its own tensors.
 
     Args:
         state: The state. Parameters that were never needed before are made.
         nodes: The parameters.
         updates: Nodes that ``minimize`` made.
+        pieces: What is told of the updates' gradients and optimisers.
     """
-    store = state.parameters
 
-    def of_optimizer(bound: BoundOptimizer) -> dict[str, Any]:
+    def of_optimizer(update: Node, bound: BoundOptimizer) -> dict[str, Any]:
         return {
             "kind": bound.spec.kind,
-            "state": bound.named_state(store),
+            "state": whole_tensors(pieces, "optimizers", update),
             "groups": bound.named_groups(),
             "schedule": None if bound.schedule is None else bound.schedule.state_dict(),
         }
 
-    def of_gradients(update: Node, grads: ByBox) -> dict[str, Any]:
-        nodes = state.parameters_of(update)
-        return {node.name: store.gather(node, {box: grads[node, box] for box in store.boxes(node)}) for node in nodes}
+    def of_gradients(update: Node) -> dict[str, Any]:
+        named = whole_tensors(pieces, "gradients", update)
+        return {name: one for name, (one,) in ((name, values.values()) for name, values in named.items())}
 
     waiting = {update: state.waiting[update] for update in updates if update in state.waiting}
     optimizers = {update: state.optimizers[update] for update in updates if update in state.optimizers}
     return {
-        "parameters": {node.name: store.whole(node) for node in nodes},
-        "gradients": {update.name: of_gradients(update, one.grads) for update, one in waiting.items()},
+        "parameters": {node.name: state.parameters.value(node) for node in nodes},
+        "gradients": {update.name: of_gradients(update) for update in waiting},
         "waiting_losses": {update.name: one.loss for update, one in waiting.items()},
-        "optimizers": {update.name: of_optimizer(bound) for update, bound in optimizers.items()},
+        "optimizers": {update.name: of_optimizer(update, bound) for update, bound in optimizers.items()},
     }
 
 
@@ -94,16 +118,25 @@ def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, t
     for name, grads in given["gradients"].items():
         update = _find_update(state, updates, name, grads)
         fresh.waiting[update] = _waiting(fresh, update, grads, losses[name])
+        _note_loaded(fresh, update, "gradients", grads)
     for name, saved in given["optimizers"].items():
         names = [parameter for group in saved["groups"] for parameter in group["params"]]
         update = _find_update(state, updates, name, names)
         if len(names) > len(set(names)):
             refuse(f"a parameter of {name} is in two groups of the state")
         load_optimizer(fresh, update, saved)
+        _note_loaded(fresh, update, "state", saved["state"])
     most = 2**63 - 1
     seed = integer(given["rng"]["seed"], "the generator's seed", least=0, most=most, op="load")
     offset = integer(given["rng"]["offset"], "the generator's offset", least=0, most=most, op="load")
     return fresh, (seed, offset)
+
+
+def _note_loaded(fresh: GraphState, update: Node, part: str, whole: Mapping[str, Any]) -> None:
+    """Notes what something was cut from, so that ranks can compare it: what they have of it differs."""
+    if is_elsewhere(fresh, [update]):
+        lines = (line.partition(" = ") for line in state_parts(whole))
+        fresh.loaded.setdefault(update.name, {})[part] = {path: text for path, _, text in lines}
 
 
 def _load_parameters(fresh: GraphState, given: Mapping[str, Any]) -> None:
@@ -122,7 +155,9 @@ def _waiting(fresh: GraphState, update: Node, grads: Mapping[str, Any], loss: An
         dtypes = (sum_dtype(node), TORCH_DTYPES[node.attrs["dtype"]])
         whole = _like(grads[node.name], node, f"the gradient of {node.name}", dtypes)
         whole = whole.to(store.device(), dtypes[0], copy=True, memory_format=torch.contiguous_format)
-        parts |= store.cut(node, whole)
+        parts |= {
+            (node, box): cut(whole, box) for box in store.homes.here(store.homes.of(node, stage_of(update)).gradient)
+        }
     if isinstance(loss, torch.Tensor):
         loss = dense(loss, f"the waiting loss of {update.name}")
         if loss.ndim or not loss.is_floating_point():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import count
@@ -18,8 +19,9 @@ from hetu.arguments import choice, is_dense, real, refuse
 from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
-from hetu.backends.comm.world import LocalWorld, World, current_world, set_world
+from hetu.backends.comm.world import LocalWorld, Named, World, current_world, set_world
 from hetu.backends.torch_private import count_process_groups
+from hetu.errors import CommunicationError, caller
 from hetu.runtime.ranks.joining import Others
 from hetu.shards import Shards
 
@@ -142,13 +144,26 @@ def gather_shards(value: Any) -> Shards:
         >>> len(hetu.gather_shards(torch.ones(2)))
         1
     """
-    world = current_world()
-    read = partial(_values_of, value)
-    return Shards(world.gather_values(read) if isinstance(world, DistributedWorld) else read())
+    by_rank = current_world().gather_values(partial(_values_of, value), "gather_shards", _check_counts)
+    size, total = len(by_rank), sum(map(len, by_rank))
+    return Shards([by_rank[r % size][r // size][1] for r in range(total)])
 
 
-def _values_of(value: Any) -> list[torch.Tensor]:
-    """The tensors of the pipelines that run here."""
+def _check_counts(counts: Sequence[int]) -> None:
+    """Demands that the ranks hold the values of a strategy's pipelines."""
+    if all(count == len(range(rank, sum(counts), len(counts))) for rank, count in enumerate(counts)):
+        return
+    raise CommunicationError(
+        "the ranks hold values of different things: pipeline r runs on the rank of its number modulo their count",
+        op="gather_shards",
+        where=caller(),
+        bound=[f"rank {rank}: {count} value{'s' * (count != 1)}" for rank, count in enumerate(counts)],
+        fix="give what one run gave of one tensor, on all ranks; None where it gave None",
+    )
+
+
+def _values_of(value: Any) -> list[Named]:
+    """The tensors of the pipelines that run here; their order is name enough."""
     own = list(value) if isinstance(value, Shards) else [] if value is None else [value]
     for item in own:
         if not isinstance(item, torch.Tensor) or not is_dense(item) or item.is_complex():
@@ -159,4 +174,4 @@ def _values_of(value: Any) -> list[torch.Tensor]:
                 op="gather_shards",
                 fix="fetch it by g.run(...); of several tensors, or several micro-batches, gather each by itself",
             )
-    return own
+    return [(None, item) for item in own]

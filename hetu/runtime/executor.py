@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,9 +41,6 @@ _ANY_KERNELS = nullcontext()
 
 _NO_LOCK = nullcontext()
 """The context of a run that leaves the state as it is."""
-
-_NO_GUARD = nullcontext()
-"""The context of a run that nobody else has to be told of."""
 
 
 @dataclass(slots=True)
@@ -130,7 +127,7 @@ class Executor:
                 request = open_request()
                 readers = [partial(read_feeds, request.subgraph, feeds) for feeds, _ in request.batches]
                 with self.state.lock if request.fetches.changes_state else _NO_LOCK:
-                    found = self._compute(self._prepare(world, request, readers), _NO_GUARD)
+                    found = self._compute(self._prepare(world, request, readers))
         except BaseException:
             self.state.unsettle()
             if self.state.unseen.runs and world.is_distributed:  # perhaps another rank has seen its own index
@@ -157,7 +154,7 @@ class Executor:
                     lambda: self._prepare(world, request, readers),
                     lambda run: [prepared for prepared, _ in run.prepared],
                 )
-                return self._compute(run, world.hanging_up())
+                return self._compute(run)
         except Exception:  # the others know of it
             raise
         except BaseException as error:  # Ctrl-C, say, wherever it came
@@ -180,7 +177,7 @@ class Executor:
         if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
             for launcher in filter(None, launchers):
                 self.state.parameters.make(launcher.parameters)
-        step = Step(request.fetches, self.state, world)
+        step = Step(request.fetches, self.state, world, request.device)
         step.prepare()
         flags = IndexFlags() if is_unseen and not waits else None
         return ReadyRun(request, world, step, ready, launchers, flags)
@@ -192,12 +189,11 @@ class Executor:
         pipelines = world.pipelines(num_pipelines)
         return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
 
-    def _compute(self, run: ReadyRun, guard: AbstractContextManager[None]) -> Any:
+    def _compute(self, run: ReadyRun) -> Any:
         """Draws random numbers, launches every micro-batch, and ends the step.
 
         Args:
             run: What is computed.
-            guard: Sees what raises while messages are under way, as it was raised.
 
         Raises:
             HetuError: If anything raises: an op, an optimiser, a schedule. Nothing has changed then.
@@ -210,7 +206,7 @@ class Executor:
                 seed, first = rng.take(draws * count)
             random = [(seed, first + i * draws) for i in range(count)]
             with deterministic(request.device) if settings().deterministic else _ANY_KERNELS:
-                with guard:
+                with run.world.hanging_up():  # it sees what raises as it was raised
                     self._compute_with(run, random)
                 return run.step.finish()
         except BaseException as error:
@@ -223,12 +219,12 @@ class Executor:
 
     def _compute_with(self, run: ReadyRun, random: Sequence[tuple[int, int]]) -> None:
         """Computes all that takes messages, with each micro-batch's random numbers: the seed, and the first offset."""
-        subgraph, device, step = run.request.subgraph, run.request.device, run.step
+        subgraph, step = run.request.subgraph, run.step
         values = self._step_values(run, random) if subgraph.step_wide else {}
         for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
             flat = self._launch(run, prepared, feeds, launcher, draws, values)
-            step.collect(flat, prepared.num_pipelines, device)
-        step.gather_losses(device)
+            step.collect(flat, prepared.num_pipelines)
+        step.gather_losses()
         if run.flags is not None:
             self._judge_later(run, run.flags, random[0])
 

@@ -15,6 +15,7 @@ from hetu.backends.lower.lowering import (
     Executable,
     FeedInput,
     FlagsInput,
+    HomeInput,
     Input,
     ParameterInput,
     PlanInput,
@@ -104,6 +105,8 @@ class ModuleLauncher:
                     values[position] = seed, offset + prepared.subgraph.random[node]
                 case ParameterInput(node):
                     values[position] = store.value(node).to(device)
+                case HomeInput(node):
+                    values[position] = store.homes.of_sum(node)
                 case StepInput(node):
                     values[position] = step_values[node]
                 case FlagsInput():

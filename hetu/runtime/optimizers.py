@@ -10,15 +10,17 @@ from typing import Any
 
 import torch
 
+from hetu.backends.comm.boxes import within
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.errors import HetuError, caller
 from hetu.graph import Node
 from hetu.optim import Optimizer
+from hetu.parallel.placement import Box
 from hetu.runtime.before import Before
 from hetu.runtime.copies import copied
+from hetu.runtime.homes import stage_of
 from hetu.runtime.modes import on_cpu_by_default
 from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore, new_number
-from hetu.runtime.placement import Box
 
 NamedState = Mapping[str, Mapping[str, Any]]
 """An optimiser's state by the name of the parameter and the name of the state: of whole parameters, on all ranks."""
@@ -31,8 +33,8 @@ class BoundOptimizer:
     Attributes:
         spec: What the user made.
         groups: The parameters, in groups with options of their own.
-        params: Their storages on this rank, by box, in the order of the groups.
-        optimizer: That of torch, of the same storages in the same order.
+        params: What of them is updated in this process, by box, in the order of the groups.
+        optimizer: That of torch, of the same tensors in the same order.
         schedule: That of torch, or None.
         number: See :func:`~hetu.runtime.parameters.new_number`.
     """
@@ -57,11 +59,12 @@ class BoundOptimizer:
             HetuError: If torch refuses its options, or it needs whole parameters and this rank holds parts.
         """
         spec: Optimizer = update.attrs["optimizer"]
-        rest, groups, options = iter(parameters), [], []
+        rest, groups, options, params = iter(parameters), [], [], ByBox()
         for count, own in update.attrs["groups"]:
             groups.append([next(rest) for _ in range(count)])
-            options.append({"params": list(store.storages(groups[-1]).values()), **copied(own)})
-        params = store.storages(parameters)
+            own_params = store.updated(groups[-1], stage_of(update))
+            params |= own_params
+            options.append({"params": list(own_params.values()), **copied(own)})
         if not spec.is_elementwise:
             _refuse_parts(spec, params)
         with _told("minimize", spec):
@@ -115,7 +118,7 @@ class BoundOptimizer:
         """All that :meth:`step` may change, as it is now."""
         return Before(self.optimizer, self.schedule)
 
-    def step(self, grads: ByBox, loss: torch.Tensor) -> torch.Tensor:
+    def step(self, grads: ByBox, norm: torch.Tensor, loss: torch.Tensor) -> None:
         """Clips and applies gradients.
 
         They are in at least float32 and are narrowed to the parameters' dtypes only when nothing is left but to apply
@@ -123,14 +126,13 @@ class BoundOptimizer:
 
         Args:
             grads: They are changed.
+            norm: That of the gradients of all ranks.
             loss: What a schedule may look at.
-
-        Returns:
-            The norm of the gradients before they were clipped.
         """
-        params = list(self.params.values())
-        own = [grads[key].to(param.device) for key, param in self.params.items()]
-        norm = torch.nn.utils.get_total_norm(own)
+        params, by_node = list(self.params.values()), dict[Node, dict[Box, torch.Tensor]]()
+        for (node, box), grad in grads.items():
+            by_node.setdefault(node, {})[box] = grad
+        own = [within(by_node[node], box).to(param.device) for (node, box), param in self.params.items()]
         try:
             if self.spec.max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(_holders(params, own), self.spec.max_grad_norm, norm)
@@ -142,7 +144,6 @@ class BoundOptimizer:
             for param in params:
                 param.grad = None
         self.step_schedule(loss)
-        return norm
 
     def step_schedule(self, loss: torch.Tensor) -> None:
         """Steps the schedule, if there is one; it may look at the loss."""
@@ -151,14 +152,6 @@ class BoundOptimizer:
         elif self.schedule is not None:
             self.schedule.step()
 
-    def named_state(self, store: ParameterStore) -> dict[str, dict[str, Any]]:
-        """The state of whole parameters, by names. Parameters that never were updated have none."""
-        by_node: dict[Node, dict[Box, Mapping[str, Any]]] = {}
-        for (node, box), param in self.params.items():
-            if param in self.optimizer.state:
-                by_node.setdefault(node, {})[box] = self.optimizer.state[param]
-        return {node.name: _gathered(node, boxes, store) for node, boxes in by_node.items()}
-
     def named_groups(self) -> list[dict[str, Any]]:
         """The options of each group, with the names of its parameters."""
         return [
@@ -166,23 +159,21 @@ class BoundOptimizer:
             for group, nodes in zip(self.optimizer.param_groups, self.groups, strict=True)
         ]
 
-    def load(self, state: NamedState, options: Sequence[Mapping[str, Any]], store: ParameterStore) -> None:
+    def load(self, state: NamedState, options: Sequence[Mapping[str, Any]]) -> None:
         """Goes on from a state.
 
         Args:
-            state: What :meth:`named_state` gave, on however many ranks. Nothing of it is kept: tensors are copied.
+            state: Of whole parameters. Nothing of it is kept: what this process needs of it is copied.
             options: The options of each group.
-            store: Says which part of each tensor this rank keeps.
         """
-        own: dict[ParameterBox, dict[str, Any]] = {key: {} for key in self.params}
-        for node in dict.fromkeys(node for node, _ in self.params):
-            for name, value in state.get(node.name, {}).items():
-                for key, part in _cut(node, value, store).items():
-                    own[key][name] = part
+        own: dict[ParameterBox, dict[str, Any]] = {
+            (node, box): {name: _part(value, box) for name, value in state.get(node.name, {}).items()}
+            for node, box in self.params
+        }
         # torch numbers the parameters of an optimiser, and only its own loading converts and completes a state.
         number = {key: i for i, key in enumerate(self.params)}
         groups = [
-            {**group, "params": [number[key] for key in store.storages(nodes)]}
+            {**group, "params": [number[key] for key in self.params if key[0] in set(nodes)]}
             for group, nodes in zip(options, self.groups, strict=True)
         ]
         states = {number[key]: values for key, values in own.items() if values}
@@ -229,25 +220,12 @@ def _holders(params: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> l
     return holders
 
 
-def _gathered(node: Node, boxes: Mapping[Box, Mapping[str, Any]], store: ParameterStore) -> dict[str, Any]:
-    """A parameter's state: what has an element for each of the parameter's is gathered, the rest is the same in all."""
-    first = next(iter(boxes.values()))
-    return {
-        name: store.gather(node, {box: own[name] for box, own in boxes.items()}) if _is_elementwise(value) else value
-        for name, value in first.items()
-    }
-
-
-def _cut(node: Node, value: Any, store: ParameterStore) -> dict[ParameterBox, Any]:
-    """The inverse of :func:`_gathered`, of one value."""
-    if _is_elementwise(value):
-        return dict(store.cut(node, value.clone(memory_format=torch.contiguous_format)))
-    # Each box counts its own steps, in place.
-    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key in store.storages([node])}
-
-
-def _is_elementwise(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0
+def _part(value: Any, box: Box) -> Any:
+    """What belongs to a box of a value of a whole parameter's state, copied: each box counts its own steps in place."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    part = value[box.slices_in(Box.whole(value.shape))] if value.ndim else value
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def _refuse_parts(spec: Optimizer, params: ByBox) -> None:

@@ -1,4 +1,4 @@
-"""The store of parameters: what a parameter's value is here, how its gradient is reduced, how it is gathered."""
+"""The store of parameters: what a parameter's value is here, and what of it is updated here."""
 
 from __future__ import annotations
 
@@ -12,22 +12,19 @@ import numpy as np
 import torch
 
 from hetu import rng
-from hetu.backends.comm import World, current_world
+from hetu.backends.comm.boxes import assemble, cut, within
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
-from hetu.runtime.placement import Box, Placements, replicated
+from hetu.parallel.placement import Box, placed
+from hetu.runtime.homes import Homes, PlacementRule
 
 ParameterBox = tuple[Node, Box]
 """A box of a parameter: what storages, gradients and updates are kept by."""
 
 ByBox = dict[ParameterBox, torch.Tensor]
 """A tensor for each box of some parameters."""
-
-PlacementRule = Callable[[Sequence[int], int], Placements]
-"""Places a parameter of a shape over so many ranks."""
-
 
 _counter = itertools.count(1)
 
@@ -47,14 +44,12 @@ class _Stored:
 
     Attributes:
         number: That of its first value; see :func:`new_number`.
-        storages: The storage of each box that this rank holds at home: an allocation of its own.
-        read: The box that computations on this rank read.
-        value: The storage of that box; None if it is put together from several for every use.
+        storages: The storage of each box of the value that lies here: an allocation of its own.
+        value: All of the value; None if it is put together from several storages for every use.
     """
 
     number: int
     storages: dict[Box, torch.Tensor]
-    read: Box
     value: torch.Tensor | None
 
 
@@ -67,12 +62,13 @@ class ParameterStore:
         rule: Says where a parameter lies.
 
     Attributes:
+        homes: Where they lie, and what belongs to them.
         fresh: Those whose first value was made, and may be forgotten if the run fails that asked for it.
         version: Changes whenever a first value is made, set or forgotten, and never for a step.
     """
 
-    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
-        self.graph, self.device, self.rule = graph, device, rule
+    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = placed) -> None:
+        self.graph, self.device, self.homes = graph, device, Homes(graph, rule)
         self._stored: dict[Node, _Stored] = {}
         self.fresh: list[Node] = []
         self.version = new_number()
@@ -94,9 +90,9 @@ class ParameterStore:
         return None if stored is None else stored.number
 
     def value(self, node: Node) -> torch.Tensor:
-        """What computations on this rank read of a parameter. It is made if it was never needed before."""
+        """All of a parameter's value, as computations read it. It is made if it was never needed before."""
         stored = self._find(node)
-        return stored.value if stored.value is not None else assemble(stored.read, stored.storages)
+        return stored.value if stored.value is not None else whole_of(node, stored.storages)
 
     def make(self, nodes: Sequence[Node]) -> None:
         """Makes the values that were never needed before, so that an initialiser that fails does so now."""
@@ -104,16 +100,26 @@ class ParameterStore:
             if node not in self._stored:
                 self._find(node)
 
-    def storages(self, nodes: Sequence[Node]) -> ByBox:
-        """The storages of parameters on this rank: what an optimiser updates."""
-        return {(node, box): own for node in nodes for box, own in self._find(node).storages.items()}
+    def storages(self, node: Node) -> Mapping[Box, torch.Tensor]:
+        """The storages of a parameter in this process."""
+        return self._find(node).storages
 
-    def boxes(self, node: Node) -> list[Box]:
-        """The boxes of a parameter that this rank holds at home."""
-        return list(self._find(node).storages)
+    def updated(self, nodes: Sequence[Node], stage: int) -> ByBox:
+        """What an optimiser of this process updates: storages, or views of parts of them.
+
+        Args:
+            nodes: The parameters, in the order of the result.
+            stage: The optimiser's ``zero_stage``.
+        """
+        homes = self.homes
+        return {
+            (node, box): within(self._find(node).storages, box)
+            for node in nodes
+            for box in homes.here(homes.of(node, stage).state)
+        }
 
     def set_whole(self, node: Node, whole: torch.Tensor) -> None:
-        """Gives a parameter its value, of which this rank keeps what it holds at home."""
+        """Gives a parameter its value, of which this process keeps what it holds."""
         self._make(node, whole.to(self.device()))
 
     def _find(self, node: Node) -> _Stored:
@@ -126,56 +132,15 @@ class ParameterStore:
     def _make(self, node: Node, whole: torch.Tensor | None = None) -> _Stored:
         if whole is None:
             whole = initial_value(node).to(self.device())
-        world = current_world()
-        work, home = self.rule(node.attrs["shape"], world.size)
-        storages = {box: cut(whole, box) for box in home.held_by(world.rank)}
-        (read,) = work.held_by(world.rank)
+        storages = {box: cut(whole, box) for box in self.homes.here(self.homes.of(node).value)}
         self.version = number = new_number()
-        stored = self._stored[node] = _Stored(number, storages, read, storages.get(read))
+        stored = self._stored[node] = _Stored(number, storages, storages.get(Box.whole(node.attrs["shape"])))
         return stored
 
-    def cut(self, node: Node, whole: torch.Tensor) -> ByBox:
-        """What this rank keeps of a tensor that has an element for each of a parameter's: its gradient, or a state."""
-        return {(node, box): cut(whole, box) for box in self._find(node).storages}
 
-    def gather(self, node: Node, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
-        """The inverse of :meth:`cut`: a tensor for all of a parameter, as a checkpoint holds it."""
-        return assemble(Box.whole(node.attrs["shape"]), parts)
-
-    def whole(self, node: Node) -> torch.Tensor:
-        """All of a parameter's value, as a checkpoint holds it."""
-        return self.gather(node, self._find(node).storages)
-
-    def reduce(
-        self,
-        nodes: Sequence[Node],
-        grads: Sequence[torch.Tensor] | None,
-        num_pipelines: int,
-        world: World,
-        device: torch.device,
-    ) -> ByBox:
-        """Brings the gradients of parameters to where the parameters are at home.
-
-        The graph itself adds them up over the pipelines of the strategy (``minimize`` builds the sums, which start
-        while other gradients are still computed). What is left is to give them to ranks without a pipeline.
-
-        Args:
-            nodes: The parameters.
-            grads: The gradient of each; None on a rank that has no pipeline.
-            num_pipelines: How many pipelines the strategy has.
-            world: The processes that run them.
-            device: Where the gradients lie.
-
-        Returns:
-            The gradient of each box that this rank holds at home.
-        """
-        like = [(tuple(node.attrs["shape"]), sum_dtype(node)) for node in nodes]
-        shared = world.share(grads, like, num_pipelines, device)
-        found = ByBox()
-        for node, grad in zip(nodes, shared, strict=True):
-            for box in self._find(node).storages:
-                found[node, box] = cut(grad, box)
-        return found
+def whole_of(node: Node, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
+    """A tensor for all of a parameter, as a checkpoint holds it, that is put together from parts."""
+    return assemble(Box.whole(node.attrs["shape"]), parts)
 
 
 def sum_dtype(node: Node) -> torch.dtype:
@@ -184,31 +149,9 @@ def sum_dtype(node: Node) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
-def cut(whole: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a tensor: the tensor itself if that is all of it, else a copy that keeps no memory of the rest."""
-    if box.stop == whole.shape and not any(box.start):
-        return whole
-    return whole[box.slices_in(Box.whole(whole.shape))].clone(memory_format=torch.contiguous_format)
-
-
-def assemble(wanted: Box, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
-    """A box that is put together from parts, which have no element in common.
-
-    Args:
-        wanted: The box.
-        parts: Tensors by their boxes. Together they have each element of the wanted box.
-
-    Returns:
-        The part of that box itself if there is one, else a new tensor.
-    """
-    if wanted in parts:
-        return parts[wanted]
-    common = {box: box.common(wanted) for box in parts}
-    assert sum(inner.numel for inner in common.values()) == wanted.numel, f"the parts don't make up {wanted}"
-    made = next(iter(parts.values())).new_empty(wanted.shape)
-    for box, inner in common.items():
-        made[inner.slices_in(wanted)] = parts[box][inner.slices_in(box)]
-    return made
+def widest(nodes: Sequence[Node]) -> torch.dtype:
+    """The dtype of a number that is made of the gradients of all of some parameters."""
+    return max(map(sum_dtype, nodes), key=lambda dtype: dtype.itemsize)
 
 
 def initial_value(node: Node) -> torch.Tensor:

@@ -55,7 +55,7 @@ def load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) ->
     averages = _checked_averages(bound, update, options, saved["state"])
     known = [set(group) for group in bound.optimizer.param_groups]
     try:
-        bound.load(averages, options, state.parameters)
+        bound.load(averages, options)
     except (KeyError, TypeError, ValueError) as error:
         refuse(f"torch refuses the state of {update.name}: {error!r}")
     for group, wanted in zip(bound.optimizer.param_groups, known, strict=True):  # torch adds what older ones lack

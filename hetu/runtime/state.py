@@ -11,10 +11,11 @@ import torch
 from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.optim import parameters_of
+from hetu.parallel.placement import placed
 from hetu.runtime.before import Before
+from hetu.runtime.homes import PlacementRule
 from hetu.runtime.optimizers import BoundOptimizer
-from hetu.runtime.parameters import ByBox, ParameterStore, PlacementRule
-from hetu.runtime.placement import replicated
+from hetu.runtime.parameters import ByBox, ParameterStore
 from hetu.runtime.unseen import UnseenRun, UnseenRuns
 
 
@@ -52,15 +53,17 @@ class GraphState:
         waiting: For each update node the gradients that wait to be applied.
         optimizers: For each update node its optimiser, made at its first use.
         version: Changes whenever something is made, loaded or forgotten, and never for a step.
+        loaded: For each update by name, digests of what was cut for it from a loaded state.
         unseen: Runs of which a device has yet to say whether their indices were in range.
         lock: Held while the state is changed, or read as a whole. A schedule may read it in the midst of a change.
     """
 
-    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = replicated) -> None:
+    def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = placed) -> None:
         self.graph = graph
         self.parameters = ParameterStore(graph, device, rule)
         self.waiting: dict[Node, Waiting] = {}
         self.optimizers: dict[Node, BoundOptimizer] = {}
+        self.loaded: dict[str, dict[str, dict[str, str]]] = {}
         self.unseen = UnseenRuns()
         self.lock = threading.RLock()
         self._new_optimizers: list[Node] = []
@@ -68,12 +71,12 @@ class GraphState:
 
     def blank(self) -> GraphState:
         """A state of the same graph, on the same device and by the same rule, in which nothing was made yet."""
-        return GraphState(self.graph, self.parameters.device, self.parameters.rule)
+        return GraphState(self.graph, self.parameters.device, self.parameters.homes.rule)
 
     def become(self, other: GraphState) -> None:
         """Takes the place of another state of the graph."""
         self.parameters, self.waiting, self.optimizers = other.parameters, other.waiting, other.optimizers
-        self._new_optimizers = []
+        self.loaded, self._new_optimizers = other.loaded, []
         self.unseen.forget()
 
     def look(self, waits: bool = False) -> None:
@@ -93,18 +96,24 @@ class GraphState:
             flags, later = found
             flags.refuse(f" of an earlier run{f' ({later} came after it)' if later else ''}")
 
+    def refuse(self, run: UnseenRun) -> None:
+        """Looks at the indices of a run that makes parameters or optimisers, for which its device is waited for.
+
+        Raises:
+            HetuError: If an index is out of range.
+        """
+        if not self.is_settled and run.is_flagged():
+            run.flags.refuse()
+
     def protect(self, run: UnseenRun, before: Sequence[Before]) -> None:
         """Adds a run whose indices its device has yet to judge, before what it changed is committed.
+
+        From here on its device takes back what it has changed there, and :class:`Before` can't any more.
 
         Args:
             run: The run.
             before: What its updates have changed, as it was.
-
-        Raises:
-            HetuError: If an index is out of range. A run that makes parameters or optimisers is waited for.
         """
-        if not self.is_settled and run.is_flagged():
-            run.flags.refuse()
         run.protect(before, self.unseen.last)
         waiting = self.waiting
         run.undo_by(lambda: setattr(self, "waiting", waiting))

@@ -21,7 +21,7 @@ import torch
 from hetu import arguments
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph
-from hetu.runtime.checkpoint import state_dict
+from hetu.runtime.checkpoint import at_rest, state_dict
 from hetu.runtime.copies import dense, refuse
 from hetu.runtime.files import refuse_special, replacing
 from hetu.runtime.modes import in_own_modes
@@ -42,8 +42,8 @@ def save(what: Graph | Mapping[str, Any], path: PATH) -> None:
     target = arguments.path(path, op="save")
     if isinstance(what, Graph):
         state = what.executor.state
-        with state.lock:
-            encoder = _Encoder(state_dict(state, copy=False))
+        with at_rest(state):
+            encoder = _Encoder(state_dict(state, copy=False, op="save"))
     elif isinstance(what, Mapping):
         encoder = _Encoder(what)
     else:

@@ -39,6 +39,13 @@ def test_an_update_is_made_on_all_ranks_or_on_none(world: World, kind: str, mish
                 )
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_update_of_unseen_ids_is_made_on_all_ranks_or_on_none(world: World, stage: int) -> None:
+    """What devices take back of runs with wrong ids, hosts take back of a run that another rank failed."""
+    for who in ({1}, {0, 2}):
+        assert all(world(3).run(mishaps.unseen, who, stage))
+
+
 def test_gradients_wait_on_all_ranks_or_on_none(world: World) -> None:
     ((_, alone),) = world(1).run(mishaps.train, "SGD")
     for rank, (told, state) in enumerate(world(3).run(mishaps.train, "SGD", "the norm", {1}, "grad")):

@@ -57,6 +57,15 @@ def test_several_ys_and_xs() -> None:
     np.testing.assert_allclose(d_x, [4.0] * 3)
 
 
+def test_uses_are_summed_up_in_an_order_that_all_processes_share() -> None:
+    """That of the xs, and not of a set: ranks that build other graphs can't run together."""
+    with hetu.graph("define_and_run") as g:
+        xs = [hetu.placeholder(hetu.float32, [2], name=f"x{i}") for i in range(12)]
+        grads = hetu.gradients([hetu.tanh(x) * x for x in xs], xs)
+    assert [grad.op.id for grad in grads] == sorted(grad.op.id for grad in grads)
+    g.verify()
+
+
 def test_weights_of_ys() -> None:
     with hetu.graph("define_and_run", device="cpu") as g:
         x, w = hetu.placeholder("float64", [3]), hetu.placeholder("float64", [3])

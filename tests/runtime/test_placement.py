@@ -12,17 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hetu
-from hetu.runtime.parameters import assemble, cut
-from hetu.runtime.placement import Box, Placement, Placements
+from hetu.backends.comm.boxes import assemble, cut
+from hetu.parallel.placement import Box, Placement, Placements
 from hetu.runtime.state import GraphState
 
 
-def in_parts(shape: Sequence[int], ranks: int) -> Placements:
+def in_parts(shape: Sequence[int], ranks: int, stage: int) -> Placements:
     """Computations read the whole tensor; it is kept in uneven boxes, cut along all axes, some of them empty."""
     edges = [sorted([0, min(1, n), min(1, n), n]) for n in shape]
     axes = [list(pairwise(row)) for row in edges]
     boxes = tuple(Box(*zip(*parts, strict=True)) if parts else Box((), ()) for parts in product(*axes))
-    return Placements(Placement.replicated(shape, ranks), Placement((boxes,) * ranks))
+    placement = Placement((boxes,) * ranks)
+    return Placements(placement, placement, placement)
 
 
 class Training:
@@ -85,10 +86,11 @@ def test_each_box_has_memory_of_its_own() -> None:
     made = Training(in_parts)
     made.run(0)
     store = made.graph.executor.state.parameters
-    assert {(node.name, len(store.boxes(node))) for node in store.nodes} == {
+    assert {(node.name, len(store.storages(node))) for node in store.nodes} == {
         ("weight", 9), ("bias", 3), ("scale", 1), ("nothing", 3),
     }  # fmt: skip
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in store.storages(store.nodes).values())
+    storages = [x for node in store.nodes for x in store.storages(node).values()]
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in storages)
 
 
 def test_an_optimiser_that_is_not_elementwise_wants_whole_parameters() -> None:

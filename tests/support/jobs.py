@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -327,24 +327,29 @@ def whole_rows(kind: str, size: int, batch: int = 1) -> list[Any]:
     return [*given, own(g.run(out, {**feeds, x: right}, int_symbol_dict=symbols))]
 
 
-def unseen_ids(wrong: int, device: str) -> list[Any]:
+@contextmanager
+def hidden_ids() -> Iterator[None]:
+    """Ids in tensors on the CPU are hidden from the host, as if they lay on a device."""
+    hidden = mock.patch.object(indices, "is_on_host", lambda value: not isinstance(value, torch.Tensor))
+    with mock.patch.object(index_flags, "DEFERRED", {"cpu"}), hidden:
+        yield
+
+
+def unseen_ids(wrong: int, device: str, stage: int = 0) -> list[Any]:
     """What a rank's runs say, and what is left, where one rank has an id out of range that its device alone knows.
 
     Args:
         wrong: The rank that is fed one; none if there is no such rank.
         device: Where it runs; on a CPU ids are hidden from the host as if they lay on a device.
+        stage: The ``zero_stage``.
     """
-    with ExitStack() as stack:
-        if device == "cpu":
-            stack.enter_context(mock.patch.object(index_flags, "DEFERRED", {"cpu"}))
-            hidden = mock.patch.object(indices, "is_on_host", lambda value: not isinstance(value, torch.Tensor))
-            stack.enter_context(hidden)
+    with hidden_ids() if device == "cpu" else nullcontext():
         hetu.manual_seed(3)
         size = current_world().size
         with hetu.graph("define_and_run", strategies=[hetu.Strategy([2] * size, [0] * size)], device=device) as g:
             ids = hetu.placeholder("int64", [2], name="ids")
             rows = hetu.embedding(ids, hetu.parameter(torch.ones(5, 2), [5, 2], name="table"))
-            train = hetu.optim.Adam(lr=0.1).minimize(hetu.sum(rows * rows), name="train")
+            train = hetu.optim.Adam(lr=0.1, zero_stage=stage).minimize(hetu.sum(rows * rows), name="train")
         good = torch.tensor([0, 4], device=device)
         bad = torch.tensor([7, 1], device=device) if current_world().rank == wrong else good
         g.run(train, {ids: good})

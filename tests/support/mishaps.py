@@ -10,10 +10,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from support.jobs import hidden_ids
 from support.states import is_same
 
 import hetu
 from hetu import rng
+from hetu.backends.comm import current_world
 
 OPTIMIZERS = {"SGD": {"momentum": 0.9}, "Adam": {}, "AdamW": {"amsgrad": True}}
 S = hetu.IntSymbol("s")
@@ -33,11 +35,11 @@ class Script:
         return self.graph.run(self.fetches, self.feeds, int_symbol_dict={S: TOKENS}, run_level=run_level, **options)
 
 
-def script(kind: str = "SGD", schedule: Any = None, init: Any = torch.nn.init.normal_) -> Script:
+def script(kind: str = "SGD", schedule: Any = None, init: Any = torch.nn.init.normal_, stage: int = 0) -> Script:
     """Feeds the rank's own shard, or all shards where there is no other rank, or nothing where it has no pipeline."""
     world = hetu.init_distributed()
     parts = [S // 2, S - S // 2]
-    make = partial(getattr(hetu.optim, kind), lr=0.1, **OPTIMIZERS[kind])
+    make = partial(getattr(hetu.optim, kind), lr=0.1, zero_stage=stage, **OPTIMIZERS[kind])
     with hetu.graph("define_and_run", device="cpu") as g:
         x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 24], name="x")
         a, b = (hetu.parameter(init, [24], name=name) for name in "ab")
@@ -127,14 +129,16 @@ def refused(run: Callable[[], Any]) -> Told:
     raise AssertionError("it was not refused")
 
 
-def train(kind: str, mishap: str | None = None, who: Collection[int] = (), run_level: str = "update") -> Any:
+def train(
+    kind: str, mishap: str | None = None, who: Collection[int] = (), run_level: str = "update", stage: int = 0
+) -> Any:
     """Trains for two steps, the first of two runs, with a run between them that fails on some ranks.
 
     Returns:
         What was told of that run, and the state in the end.
     """
     hetu.manual_seed(5)
-    made, told = script(kind), None
+    made, told = script(kind, stage=stage), None
     made.run()
     made.run("grad")
     if mishap is not None:
@@ -164,6 +168,25 @@ def makes(what: str, who: Collection[int]) -> Told:
         told = refused(made.run)
     script().run()
     return told
+
+
+def unseen(who: Collection[int], stage: int = 0) -> bool:
+    """Whether a run that fails on some ranks changes nothing, where only devices know if ids are in range."""
+    with hidden_ids():
+        hetu.manual_seed(3)
+        size = current_world().size
+        with hetu.graph("define_and_run", strategies=[hetu.Strategy([2] * size, [0] * size)], device="cpu") as g:
+            ids = hetu.placeholder("int64", [2], name="ids")
+            rows = hetu.embedding(ids, hetu.parameter(torch.ones(50, 20), [50, 20], name="table"))
+            train = hetu.optim.SGD(lr=0.1, zero_stage=stage).minimize(hetu.sum(rows * rows), name="train")
+        feeds = {ids: torch.tensor([0, 41])}
+        g.run(train, feeds)
+        before = g.state_dict()
+        with step("SGD", is_done=True) if current_world().rank in who else nullcontext():
+            refused(partial(g.run, train, feeds))
+        is_kept = is_same(g.state_dict(), before)
+        g.run(train, feeds)
+        return is_kept and not is_same(g.state_dict(), before)
 
 
 _kept: list[tuple[Script, Any]] = []

@@ -9,10 +9,10 @@ from support.pool import Pool
 
 
 def check_unseen_ids(
-    world: Callable[..., Pool], wrong: int, size: int, backend: str = "gloo", device: str = "cpu"
+    world: Callable[..., Pool], wrong: int, size: int, backend: str = "gloo", device: str = "cpu", stage: int = 0
 ) -> None:
     """That all ranks refuse one run, and that what one has seen is told by its line and number."""
-    for rank, (said, is_kept, _) in enumerate(world(size, backend).run(unseen_ids, wrong, device)):
+    for rank, (said, is_kept, _) in enumerate(world(size, backend).run(unseen_ids, wrong, device, stage)):
         if wrong >= size:
             assert said == ["", ""] and not is_kept
             continue

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from hetu.backends.comm.boxes import flat, flat_boxes
 from hetu.backends.comm.compare import refuse_errors
 from hetu.backends.comm.connect import Connection
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.peers import Peers
-from hetu.backends.comm.reduce import Reducer, Started, reduce_over
-from hetu.backends.comm.world import Spec
+from hetu.backends.comm.reduce import Reducer, Started, reduce_over, scatter_over
+from hetu.backends.comm.world import Named, Spec
 from hetu.errors import CommunicationError, caller, in_words, ranks_in_words
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.placement import Placement
 
 
 class DistributedWorld(Peers):
@@ -35,7 +37,7 @@ class DistributedWorld(Peers):
         self.lock = threading.RLock()
         self.runs = 0
         self._some: dict[tuple[int, ...], Connection] = {}
-        self._reducer = Reducer(self._reduce)
+        self._reducer = Reducer(self._reduce, self._scatter, self.rank)
 
     def _between(self, ranks: Sequence[int]) -> Connection:
         """The connection between some of them."""
@@ -63,12 +65,17 @@ class DistributedWorld(Peers):
         """Rank 0 and those without a pipeline."""
         return [0, *range(max(count, 1), self.size)]
 
-    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Started | torch.Tensor:
-        """Puts the tensor into a bucket, which travels once it is full."""
+    def start_reduce(
+        self, parts: Sequence[torch.Tensor], op: str, count: int, home: Placement | None = None
+    ) -> Started | torch.Tensor:
+        """Puts the tensor into a bucket, which travels once it is full.
+
+        What is at home on a rank without a pipeline is added up by one of the others.
+        """
         if count == 1:
-            return parts[0]
+            return parts[0] if home is None else flat_boxes(parts[0], home.over(1))
         try:
-            return self._reducer.start(parts, op, count)
+            return self._reducer.start(parts, op, count, home and home.over(len(self._active(count))))
         except RuntimeError as error:
             self.control.lost("adding up gradients", error)
 
@@ -82,9 +89,74 @@ class DistributedWorld(Peers):
             self.control.lost("adding up gradients", error)
 
     def _reduce(self, own: torch.Tensor, op: str, count: int) -> torch.Tensor:
+        return reduce_over(own, op, *self._among(count))
+
+    def _scatter(self, pieces: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
+        return scatter_over(pieces, op, *self._among(count))
+
+    def _among(self, count: int) -> tuple[Any, ...]:
+        """Who takes part in a sum over a strategy's pipelines, for :func:`reduce_over`."""
         active = self._active(count)
         held = [range(rank, count, self.size) for rank in active]
-        return reduce_over(own, op, held, self._between(active), lambda x: self.expect([x], "adding up gradients"))
+        return held, self.rank, self._between(active), lambda x: self.expect([x], "adding up gradients")
+
+    def deliver(
+        self,
+        sums: Sequence[torch.Tensor] | None,
+        homes: Sequence[Placement],
+        dtypes: Sequence[torch.dtype],
+        count: int,
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """Rank r has what ranks r + n, r + 2n, ... are to get, where n ranks have pipelines."""
+        ranks = len(self._active(count))
+        if ranks == self.size:
+            return list(sums or ())
+        found: dict[int, torch.Tensor] = {}
+        for dtype in dict.fromkeys(dtypes):
+            indices = [i for i, one in enumerate(dtypes) if one == dtype]
+            own = None if sums is None else [sums[i] for i in indices]
+            delivered = self._deliver(
+                own, [homes[i] for i in indices], ranks, torch.empty(0, dtype=dtype, device=device)
+            )
+            found.update(zip(indices, delivered, strict=True))
+        return [found[i] for i in range(len(dtypes))]
+
+    def _deliver(
+        self, sums: Sequence[torch.Tensor] | None, homes: Sequence[Placement], ranks: int, like: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """The same for tensors of the dtype and the device of ``like``, where so many ranks have pipelines."""
+        sizes = [[home.numel_of(rank) for home in homes] for rank in range(self.size)]
+        kept, gone = list[torch.Tensor](), dict.fromkeys(range(self.size), like)
+        if sums is not None:
+            served = range(self.rank, self.size, ranks)
+            parts = [x.split([sizes[rank][i] for rank in served]) for i, x in enumerate(sums)]
+            kept = [part[0].clone() for part in parts]  # what goes away shall leave no memory behind
+            for k, rank in enumerate(served):
+                gone[rank] = flat([part[k] for part in parts], like) if k else like
+        mine = sizes[self.rank] if sums is None else []
+        landed = like.new_empty(sum(mine))
+        splits = [landed.nbytes if rank == self.rank % ranks else 0 for rank in range(self.size)]
+        sent = torch.cat([x.view(torch.uint8) for x in gone.values()])
+
+        def message() -> None:
+            bytes_sent = [x.nbytes for x in gone.values()]
+            self.everyone.alltoall_base(landed.view(torch.uint8), sent, splits, bytes_sent).wait()
+
+        self.say("getting gradients", message, [landed])
+        return kept if sums is not None else list(landed.split(mine))
+
+    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Every rank sends as many elements as the one with the most has."""
+        sent = own.new_zeros(max(sizes))
+        sent[: len(own)] = own
+        whole = own.new_empty((self.size, len(sent)))
+
+        def message() -> None:
+            self.everyone._allgather_base(whole.view(-1).view(torch.uint8), sent.view(torch.uint8)).wait()
+
+        self.say("getting parameters", message, [whole])
+        return [row[:size] for row, size in zip(whole, sizes, strict=True)]
 
     def gather(
         self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
@@ -127,20 +199,16 @@ class DistributedWorld(Peers):
         self.say(doing, lambda: self.everyone.allreduce([summed]).wait(), [summed])
         return list(summed)
 
-    def gather_values(self, read: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
-        """Tensors of any shapes, those of all pipelines in order, on every rank.
-
-        Args:
-            read: Gives those of the pipelines that run here; may raise, of which all ranks are told.
-
-        Raises:
-            CommunicationError: If another rank refuses, or the ranks don't hold the values of a strategy's pipelines.
-        """
-        what, failure, own = "gather_shards", None, list[torch.Tensor]()
+    def gather_values(
+        self, read: Callable[[], Sequence[Named]], what: str, check: Callable[[Sequence[int]], None] | None = None
+    ) -> list[Sequence[Named]]:
+        """The ranks tell each other what they have; then each sends it to all."""
+        failure, own = None, list[Named]()
         with self.lock:
             try:
                 own = list(read())
-                message: dict[str, Any] = {"values": [[list(x.shape), str(x.dtype), x.device.type] for x in own]}
+                kinds = [[name, list(x.shape), str(x.dtype), x.device.type] for name, x in own]
+                message: dict[str, Any] = {"values": kinds}
             except Exception as error:
                 failure, message = error, {"error": in_words(error)}
             with self.hanging_up():
@@ -148,24 +216,21 @@ class DistributedWorld(Peers):
             if failure is not None:
                 raise failure
             refuse_errors(said, what, what, "nothing was gathered")
-            kinds = [one["values"] for one in said]
-            total = sum(map(len, kinds))
-            if any(len(theirs) != len(range(rank, total, self.size)) for rank, theirs in enumerate(kinds)):
-                _refuse_counts(list(map(len, kinds)))
+            if check is not None:
+                check([len(one["values"]) for one in said])
             with self.hanging_up():
-                return self._gather_values(own, kinds)
+                return [self._values_of(rank, one["values"], own) for rank, one in enumerate(said)]
 
-    def _gather_values(self, own: Sequence[torch.Tensor], kinds: Sequence[Any]) -> list[torch.Tensor]:
-        """The same, once the shape, the dtype and the kind of device of each rank's values are known."""
-        found: dict[int, torch.Tensor] = {}
-        for rank, theirs in enumerate(kinds):
-            for i, (shape, dtype, kind) in enumerate(theirs):
-                is_own, dtype = rank == self.rank, getattr(torch, dtype.removeprefix("torch."))
-                place = own[i].detach().contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
-                there = place.to(self.device)  # rng_state lies on the CPU, there and here
-                self._broadcast(there, rank, range(self.size))
-                found[rank + i * self.size] = own[i] if is_own else there.cpu() if kind == "cpu" else there
-        return [found[r] for r in sorted(found)]
+    def _values_of(self, rank: int, kinds: Sequence[Any], own: Sequence[Named]) -> Sequence[Named]:
+        """A rank's values, whose names, shapes, dtypes and kinds of device are known."""
+        found = list[Named]()
+        for i, (name, shape, dtype, kind) in enumerate(kinds):
+            is_own, dtype = rank == self.rank, getattr(torch, dtype.removeprefix("torch."))
+            place = own[i][1].detach().contiguous() if is_own else torch.empty(shape, dtype=dtype, device=self.device)
+            there = place.to(self.device)  # rng_state lies on the CPU, there and here
+            self._broadcast(there, rank, range(self.size))
+            found.append(own[i] if is_own else (name, there.cpu() if kind == "cpu" else there))
+        return found
 
     def _broadcast(self, x: torch.Tensor, source: int, ranks: Sequence[int]) -> None:
         if x.numel() == 0:
@@ -210,13 +275,3 @@ class DistributedWorld(Peers):
             torch.cuda.synchronize(self.device)
             with suppress(CommunicationError):  # whoever left without a word needs nothing any more
                 self.control.exchange(b"", "shutdown_distributed")
-
-
-def _refuse_counts(counts: Sequence[int]) -> NoReturn:
-    raise CommunicationError(
-        "the ranks hold values of different things: pipeline r runs on the rank of its number modulo their count",
-        op="gather_shards",
-        where=caller(),
-        bound=[f"rank {rank}: {count} value{'s' * (count != 1)}" for rank, count in enumerate(counts)],
-        fix="give what one run gave of one tensor, on all ranks; None where it gave None",
-    )

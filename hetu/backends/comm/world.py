@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
+from hetu.backends.comm.boxes import flat_boxes
 from hetu.backends.comm.interpreter import Communicator
 from hetu.backends.comm.local import LocalComm
+from hetu.parallel.placement import Placement
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
+
+
+Named = tuple[Any, torch.Tensor]
+"""A tensor with a name: plain values, as the control plane sends them."""
+
+_NO_GUARD = nullcontext()
 
 
 class World(Protocol):
@@ -25,6 +34,7 @@ class World(Protocol):
         size: How many processes there are.
         device: Where graphs that name no device run; None for torch's choice.
         is_distributed: Whether there are other processes.
+        lock: Held while messages are exchanged, which those of several threads would mix up.
     """
 
     @property
@@ -39,6 +49,9 @@ class World(Protocol):
     @property
     def is_distributed(self) -> bool: ...
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]: ...
+
     def pipelines(self, count: int) -> Sequence[int]:
         """Which pipelines of a strategy of ``count`` run here, in order; none on a rank that is past the last."""
 
@@ -48,20 +61,70 @@ class World(Protocol):
     def communicator(self, count: int) -> Communicator:
         """What carries the rows of one attention, forward or backward, of a strategy of ``count`` pipelines."""
 
-    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> Any:
+    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int, home: Placement | None = None) -> Any:
         """Starts to add up, or average, a tensor over a strategy's pipelines, in their order.
 
         Args:
             parts: The values of the pipelines that run here; they are not changed before the end.
             op: ``"sum"`` or ``"mean"``.
             count: Pipelines of the strategy.
+            home: Which boxes of the result each rank is to get; None for all of it on each that has pipelines.
 
         Returns:
             What :meth:`finish_reduce` takes.
         """
 
     def finish_reduce(self, started: Any) -> torch.Tensor:
-        """The sum or the mean, the same on all pipelines."""
+        """The sum or the mean, the same on all pipelines. With a ``home`` it is what :meth:`deliver` takes."""
+
+    def deliver(
+        self,
+        sums: Sequence[torch.Tensor] | None,
+        homes: Sequence[Placement],
+        dtypes: Sequence[torch.dtype],
+        count: int,
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """Brings sums to their homes: what ranks without a pipeline are to get lies on one that has some.
+
+        Args:
+            sums: What :meth:`finish_reduce` gave of each tensor; None on a rank that has no pipeline.
+            homes: Which boxes of each tensor each rank gets.
+            dtypes: Of the tensors.
+            count: Pipelines of the strategy.
+            device: Where they lie.
+
+        Returns:
+            The boxes of each tensor that this rank gets, one after the other.
+        """
+
+    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Flat tensors of all ranks, on every rank.
+
+        Args:
+            own: ``(n,)``, that of this rank.
+            sizes: The n of each rank.
+
+        Returns:
+            That of each rank.
+        """
+
+    def gather_values(
+        self, read: Callable[[], Sequence[Named]], what: str, check: Callable[[Sequence[int]], None] | None = None
+    ) -> list[Sequence[Named]]:
+        """Named tensors of any shapes of all ranks, on every rank.
+
+        Args:
+            read: Gives those of this rank; may raise, of which all ranks are told.
+            what: The function that the user called, for errors.
+            check: Refuses numbers of values, of all ranks, before any is sent; alike on all ranks.
+
+        Returns:
+            Those of each rank.
+
+        Raises:
+            CommunicationError: If another rank refuses, or can't be reached.
+        """
 
     def gather(
         self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device
@@ -86,6 +149,9 @@ class World(Protocol):
     def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Sums of int64 tensors without dimensions over all ranks."""
 
+    def hanging_up(self) -> AbstractContextManager[None]:
+        """A block in which messages are under way: the others hear of an error in it that only this rank has."""
+
     def confirm(self, failure: BaseException | None) -> None:
         """Ends what each rank did by itself: the others hear how that went here.
 
@@ -100,7 +166,7 @@ class World(Protocol):
 class LocalWorld:
     """One process that runs all pipelines, in lock step."""
 
-    rank, size, device, is_distributed = 0, 1, None, False
+    rank, size, device, is_distributed, lock = 0, 1, None, False, nullcontext()
 
     def pipelines(self, count: int) -> Sequence[int]:
         """All of them."""
@@ -113,9 +179,12 @@ class LocalWorld:
         """A mailbox of its own for each attention."""
         return LocalComm()
 
-    def start_reduce(self, parts: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
-        """Adds them up."""
-        return reduce_in_order(parts, op)
+    def start_reduce(
+        self, parts: Sequence[torch.Tensor], op: str, count: int, home: Placement | None = None
+    ) -> torch.Tensor:
+        """Adds them up; all boxes are at home here."""
+        total = reduce_in_order(parts, op)
+        return total if home is None else flat_boxes(total, home)
 
     def finish_reduce(self, started: torch.Tensor) -> torch.Tensor:
         """The sum."""
@@ -133,9 +202,34 @@ class LocalWorld:
         """There is no other rank."""
         return list(tensors or ())
 
+    def deliver(
+        self,
+        sums: Sequence[torch.Tensor] | None,
+        homes: Sequence[Placement],
+        dtypes: Sequence[torch.dtype],
+        count: int,
+        device: torch.device,
+    ) -> list[torch.Tensor]:
+        """There is no other rank."""
+        return list(sums or ())
+
+    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """There is no other rank."""
+        return [own]
+
+    def gather_values(
+        self, read: Callable[[], Sequence[Named]], what: str, check: Callable[[Sequence[int]], None] | None = None
+    ) -> list[Sequence[Named]]:
+        """There is no other rank."""
+        return [read()]
+
     def total(self, numbers: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """There is no other rank."""
         return list(numbers)
+
+    def hanging_up(self) -> AbstractContextManager[None]:
+        """There is no other rank."""
+        return _NO_GUARD
 
     def confirm(self, failure: BaseException | None) -> None:
         """There is no other rank."""

@@ -134,6 +134,13 @@ class ParameterInput:
 
 
 @dataclass(frozen=True, slots=True)
+class HomeInput:
+    """A module input: where the gradient of a parameter is at home, whose sums a node starts."""
+
+    node: Node
+
+
+@dataclass(frozen=True, slots=True)
 class StepInput:
     """A module input: the value of a node that is made of the whole step before the module runs."""
 
@@ -150,7 +157,9 @@ class WorldInput:
     """A module input: the world, through which pipelines reach each other."""
 
 
-Input = FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | StepInput | FlagsInput | WorldInput
+Input = (
+    FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | HomeInput | StepInput | FlagsInput | WorldInput
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -278,6 +287,10 @@ class NodeLowering:
     def parameter(self) -> fx.Node:
         """The module input that brings the value of the node, a parameter."""
         return self.builder.input(ParameterInput(self.node), self.node.name)
+
+    def home(self) -> fx.Node:
+        """The module input that says where what the node sums up is at home."""
+        return self.builder.input(HomeInput(self.node), f"{self.node.name}_home")
 
     def step_value(self) -> fx.Node:
         """The module input that brings the node's value, which is made of the whole step."""

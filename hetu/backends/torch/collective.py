@@ -11,11 +11,14 @@ from torch import fx
 
 from hetu.backends.comm import World
 from hetu.backends.lower.lowering import Deferred, NodeLowering, lowering
+from hetu.parallel.placement import Placement
 
 
-def hetu_start_reduce(parts: Sequence[torch.Tensor], op: str, count: int, world: World) -> Any:
+def hetu_start_reduce(
+    parts: Sequence[torch.Tensor], op: str, count: int, world: World, home: Placement | None = None
+) -> Any:
     """Starts a sum or a mean over a strategy's ``count`` pipelines; ``parts`` are the values of those that run here."""
-    return world.start_reduce(parts, op, count)
+    return world.start_reduce(parts, op, count, home)
 
 
 def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
@@ -26,6 +29,12 @@ def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
 @lowering("step_sum", backend="torch")
 def _step_sum(cx: NodeLowering, x: fx.Node) -> fx.Node:
     return cx.step_value()
+
+
+@lowering("reduce_scatter", backend="torch")
+def _reduce_scatter(cx: NodeLowering, parts: Sequence[fx.Node]) -> list[Deferred]:
+    started = cx.call(hetu_start_reduce, parts, "sum", cx.num_pipelines, cx.world(), cx.home())
+    return [Deferred(partial(cx.call, hetu_finish_reduce, started, cx.world()))] * len(cx.pipelines)
 
 
 @lowering("all_reduce", backend="torch")

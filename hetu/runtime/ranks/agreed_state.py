@@ -12,6 +12,7 @@ from hetu.graph import Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.planning.planner import STRUCTURES
 from hetu.runtime.checkpoint import parts_of
+from hetu.runtime.pieces import own_pieces
 from hetu.runtime.ranks.digests import state_parts
 from hetu.runtime.request import Fetches, RunRequest
 from hetu.runtime.state import GraphState
@@ -55,7 +56,11 @@ class AgreedState:
     def tell(self, request: RunRequest) -> list[str]:
         """What this rank has of all that a run needs, a line for each value; makes parameters that are not made yet."""
         with self.state.lock:
-            return state_parts(parts_of(self.state, *_needed(self.state, request)))
+            nodes, updates = _needed(self.state, request)
+            homes = self.state.parameters.homes
+            pieces = own_pieces(self.state, updates, lambda placement: not homes.is_elsewhere(placement))
+            loaded = {update.name: self.state.loaded.get(update.name, {}) for update in updates}
+            return state_parts({**parts_of(self.state, nodes, updates, pieces), "loaded": loaded})
 
     def options(self, request: RunRequest) -> list[str] | None:
         """What a run's updates do that may have changed since they were made; None if not all optimisers are made.

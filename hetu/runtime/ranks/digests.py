@@ -151,7 +151,7 @@ def value_text(value: Any, symbol: Callable[[IntSymbol], str] = str) -> str:
             case functools.partial():
                 return f"partial({text([value.func, value.args, value.keywords])})"
             case Optimizer():
-                return f"{value.kind}({text([value.options, value.max_grad_norm, value.schedule])})"
+                return f"{value.kind}({text([value.options, value.max_grad_norm, value.schedule, value.zero_stage])})"
         if isinstance(value, torch.Tensor):
             return array_text(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

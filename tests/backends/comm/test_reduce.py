@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ import hetu
 from hetu.backends.comm import reduce_in_order
 from hetu.backends.comm.reduce import BUCKET_BYTES, Reducer
 from hetu.backends.torch.collective import hetu_finish_reduce, hetu_start_reduce
+from hetu.parallel.placement import Box, Placement
 
 
 class Log:
@@ -54,6 +57,28 @@ def test_a_full_bucket_leaves_before_anybody_waits(device: str) -> None:
     assert [shape[1] for shape, _, _ in log.asked] == [len(large) + 1]
     assert torch.equal(reducer.finish(third).cpu(), torch.ones(2))
     assert len(reducer.finish(first)) == len(large)
+
+
+def test_what_has_a_home_is_cut_for_each_process_and_let_go_of() -> None:
+    """Process 1 of 2: of each tensor it gets its boxes, one after the other. Packed gradients are let go of."""
+    sent: list[list[list[float]]] = []
+
+    def scatter(pieces: Sequence[torch.Tensor], op: str, count: int) -> torch.Tensor:
+        sent.append([piece.tolist() for piece in pieces])
+        return reduce_in_order(list(pieces[1]), op)
+
+    reducer = Reducer(Log(), scatter, rank=1)
+    a, b = torch.arange(6.0).view(3, 2), torch.tensor(7.0)
+    boxes = Box((0, 0), (1, 2)), Box((1, 0), (3, 1)), Box((1, 1), (3, 2))
+    homes = [Placement((boxes[:1], boxes[1:])), Placement(((), (Box((), ()),)))]
+    alive = weakref.ref(a)
+    started = [reducer.start([x, 10 * x], "sum", 2, home) for x, home in zip((a, b), homes, strict=True)]
+    whole = reducer.start([b, b], "sum", 2)
+    del a
+    assert reducer.finish(started[0]).tolist() == [22, 44, 33, 55] and reducer.finish(started[1]).tolist() == [77]
+    assert reducer.finish(whole).item() == 14
+    assert sent == [[[[0, 1], [0, 10]], [[2, 4, 3, 5, 7], [20, 40, 30, 50, 70]]]]
+    assert alive() is None
 
 
 def test_kinds_do_not_mix() -> None:

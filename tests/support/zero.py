@@ -1,0 +1,252 @@
+"""Small models that train at a stage of sharded state, in one process or on a rank of several."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from support.states import is_same
+
+import hetu
+from hetu.backends.comm import current_world, reduce
+from hetu.parallel import placement
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and what it is trained by.
+
+    Attributes:
+        shapes: Of its weights, each ``(rows, columns)`` with the columns of the first.
+        pipelines: Of each strategy.
+        kind: The optimiser.
+        options: Its options.
+        dtype: Of the weights.
+        unit: Elements between which nothing is cut.
+        bucket_bytes: What travels together.
+    """
+
+    shapes: Sequence[tuple[int, int]] = ((5, 4), (1, 4), (3, 4))
+    pipelines: Sequence[int] = (1, 2, 3)
+    kind: str = "AdamW"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    dtype: str = "float32"
+    unit: int = 1
+    bucket_bytes: int = reduce.BUCKET_BYTES
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run: its strategy, how many micro-batches, what it does with gradients."""
+
+    strategy: int
+    micro_batches: int = 1
+    run_level: str = "update"
+
+
+STEPS = (Step(2), Step(1, 2), Step(0, 1, "grad"), Step(1, 1, "grad"), Step(2, 2), Step(0), Step(2, 1, "grad"))
+"""All strategies in turns; gradients that wait for an update, and some that wait in the end."""
+
+
+@contextmanager
+def cut_finely(case: Case) -> Iterator[None]:
+    """Cuts what is small, too."""
+    with patch.object(placement, "UNIT", case.unit), patch.object(reduce, "BUCKET_BYTES", case.bucket_bytes):
+        yield
+
+
+class Model:
+    """Weights of several shapes, one of them used twice, one frozen, one without axes and one without elements."""
+
+    def __init__(self, case: Case, stage: int) -> None:
+        self.case = case
+        columns = case.shapes[0][1]
+        strategies = [hetu.Strategy([4] * count, [0] * count) for count in case.pipelines]
+        hetu.manual_seed(7)
+        with hetu.graph("define_and_run", strategies=strategies, device="cpu") as self.graph:
+            self.x = hetu.placeholder(case.dtype, [hetu.IntSymbol("rows"), columns], name="x")
+            init = torch.nn.init.normal_
+            weights = [
+                hetu.parameter(init, shape, case.dtype, name=f"w{i}", requires_grad=i != 1)
+                for i, shape in enumerate(case.shapes)
+            ]
+            scale = hetu.parameter(0.5, [], case.dtype, name="scale")
+            nothing = hetu.parameter(0.0, [0, 3], case.dtype, name="nothing")
+            out = self.x * scale
+            for weight in weights:
+                out = hetu.tanh(hetu.matmul(hetu.linear(out, weight), weight)) + out  # tied
+            loss = hetu.sum(out * out) + hetu.sum(nothing)
+            optimizer = getattr(hetu.optim, case.kind)(lr=0.05, zero_stage=stage, **case.options)
+            self.train = optimizer.minimize(loss, name="train")
+        self.norm = hetu.optim.grad_norm(self.train)
+
+    def run(self, step: Step, seed: int) -> list[torch.Tensor]:
+        """Loss and norm of a step; each rank feeds what it has of the shards of all pipelines."""
+        generator = torch.Generator().manual_seed(seed)
+        rows = [(seed * 5 + 3 * i) % 4 + 1 for i in range(step.micro_batches)]
+        count, columns = self.case.pipelines[step.strategy], self.case.shapes[0][1]
+        dtype = getattr(torch, self.case.dtype)
+        batches = [
+            hetu.Shards(
+                [torch.randn(n, columns, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
+            )
+            for n in rows
+        ]
+        feeds = {self.x: batches if len(batches) > 1 else batches[0]}
+        fetches = [self.train, self.norm]
+        found: list[torch.Tensor] = self.graph.run(
+            fetches, feeds, strategy=step.strategy, num_micro_batches=len(batches), run_level=step.run_level
+        )
+        return found
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank has in the end."""
+
+    numbers: list[list[torch.Tensor]]
+    state: dict[str, Any]
+    bytes: dict[str, int]
+
+
+def train(
+    case: Case,
+    stage: int,
+    steps: Sequence[Step] = STEPS,
+    first: int = 0,
+    begin: Path | None = None,
+    end: Path | None = None,
+) -> Trained:
+    """Trains a model.
+
+    Args:
+        case: The model.
+        stage: Its ``zero_stage``.
+        steps: The runs.
+        first: The number of the first of them, which says what it sees.
+        begin: A file to go on from.
+        end: A file that rank 0 writes.
+    """
+    with cut_finely(case):
+        model = Model(case, stage)
+        if begin is not None:
+            model.graph.load_state_dict(hetu.load(begin))
+        numbers = [model.run(step, first + i) for i, step in enumerate(steps)]
+        state = model.graph.state_dict()
+        if end is not None and current_world().rank == 0:
+            hetu.save(state, end)
+        return Trained(numbers, state, held_bytes(model.graph))
+
+
+def held_bytes(graph: hetu.Graph) -> dict[str, int]:
+    """Bytes that this process keeps from run to run: each memory once."""
+    state = graph.executor.state
+    values = [x for node in state.parameters.nodes for x in state.parameters.storages(node).values()]
+    states = [
+        x
+        for bound in state.optimizers.values()
+        for own in bound.optimizer.state.values()
+        for x in own.values()
+        if x.ndim or x.numel() > 1
+    ]
+    grads = [x for waiting in state.waiting.values() for x in waiting.grads.values()]
+    return {"values": _bytes(values), "state": _bytes(states), "gradients": _bytes(grads)}
+
+
+def _bytes(tensors: Sequence[torch.Tensor]) -> int:
+    """Of all memory that the tensors keep alive."""
+    return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+# What may go wrong
+
+
+_kept: list[tuple[Model, Any]] = []
+
+
+def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None:
+    """A run that fails on some ranks when updated values are on their way, or have come."""
+    plain = current_world().gather_flat
+
+    def gather(*arguments: Any) -> Any:
+        found = plain(*arguments) if is_done else None
+        if current_world().rank in who:
+            raise ValueError("lost on the way")
+        return found if is_done else plain(*arguments)
+
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(STEPS[0], 0)
+        _kept[:] = [(model, copy.deepcopy(_here(model)))]
+        with patch.object(current_world(), "gather_flat", gather):
+            model.run(STEPS[1], 1)
+
+
+def is_as_before() -> bool:
+    """Whether that run changed nothing of what lies here."""
+    ((model, before),) = _kept
+    return is_same(_here(model), before)
+
+
+def _here(model: Model) -> list[Any]:
+    """What this process holds, without asking others."""
+    state = model.graph.executor.state
+    values = [list(state.parameters.storages(node).values()) for node in state.parameters.nodes]
+    return [values, [list(own.values()) for one in state.optimizers.values() for own in one.optimizer.state.values()]]
+
+
+def loads(stage: int, path: Path, who: Sequence[int], part: str) -> str:
+    """What a rank is told if some load another state than the others; "" if a run goes on from it."""
+    case = Case()
+    with cut_finely(case):
+        model, state = Model(case, stage), hetu.load(path)
+        if current_world().rank in who:
+            of = state["gradients"]["train"] if part == "gradients" else state["optimizers"]["train"]["state"]["w0"]
+            next(iter(of.values())).add_(1.0)
+        model.graph.load_state_dict(state)
+        try:
+            model.run(STEPS[0], 0)
+        except hetu.HetuError as error:
+            return str(error)
+        return ""
+
+
+def asks_alone(stage: int) -> None:
+    """Rank 0 asks for a state that lies on others, too."""
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(STEPS[0], 0)
+        if current_world().rank == 0:
+            model.graph.state_dict()
+
+
+def joins_late(stage: int) -> list[str]:
+    """A process trains by itself, then with others; then it goes on from its state."""
+    case, said = Case(pipelines=(2,)), list[str]()
+    with cut_finely(case):
+        model = Model(case, stage)
+        model.run(Step(0), 0)
+        state = model.graph.state_dict()
+        hetu.init_distributed("gloo", timeout=30.0)
+        for _ in range(2):
+            try:
+                model.run(Step(0), 1)
+                said.append("")
+            except hetu.HetuError as error:
+                said.append(str(error))
+            model.graph.load_state_dict(state)
+        model.run(Step(0), 1)
+        hetu.shutdown_distributed()
+        try:
+            model.run(Step(0), 2)
+        except hetu.HetuError as error:
+            said.append(str(error))
+    return said
