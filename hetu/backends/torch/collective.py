@@ -10,14 +10,18 @@ import torch
 from torch import fx
 
 from hetu.backends.comm import World
-from hetu.backends.lower.lowering import Deferred, NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import aside
+from hetu.backends.lower.values import Deferred
 
 
+@aside
 def hetu_start_reduce(parts: Sequence[torch.Tensor], op: str, count: int, world: World) -> Any:
     """Starts a sum or a mean over a strategy's ``count`` pipelines; ``parts`` are the values of those that run here."""
     return world.start_reduce(parts, op, count)
 
 
+@aside
 def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
     """Its result."""
     return world.finish_reduce(started)
