@@ -29,8 +29,8 @@ class Settings:
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so
             torch code in other threads finds it on as well as long as such a run lasts.
-        compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a structure,
-            for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
+        compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a
+            structure, for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
     """
 
     backend: str | None = None
@@ -81,7 +81,7 @@ _BACKEND, _COMPILE = raw_name("HETU_BACKEND"), raw_name("HETU_COMPILE")
 
 
 def settings() -> Settings:
-    """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``, ``HETU_COMPILE``)."""
+    """The settings in force: those of ``hetu.config``, else of ``HETU_BACKEND`` and ``HETU_COMPILE``."""
     return _settings.get() or _from_environment(raw_environment.get(_BACKEND), raw_environment.get(_COMPILE))
 
 

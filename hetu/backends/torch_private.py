@@ -217,8 +217,13 @@ op_overload: type[Any] = type(torch.ops.aten.add.Tensor)
 check: Callable[[Any], None] = _private("_check", None)
 """Tells torch what holds of a symbolic size."""
 
-standalone_compile: Callable[..., Callable[..., Any]] | None = _private("_inductor.standalone_compile", None)
-"""Inductor's compiler of graphs of ATen's ops that were traced with symbolic sizes."""
+
+def find_inductor() -> Callable[..., Callable[..., Any]] | None:
+    """Inductor's compiler of graphs of ATen's ops with symbolic sizes; None if this torch lacks it.
+
+    Importing it takes seconds, so it is looked for where it is needed.
+    """
+    return _find("_inductor.standalone_compile")
 
 
 class SymbolicSizes:

@@ -8,7 +8,6 @@ from weakref import WeakValueDictionary
 import torch
 
 from hetu.backends import default_backend
-from hetu.backends.compile.fuse import fuse
 from hetu.backends.lower.lowering import Executable, lower
 from hetu.cache import LRU
 from hetu.config import settings
@@ -66,7 +65,11 @@ class Executables:
                 backend=backend,
                 constants=self._constants,
             )
-            return fuse(executable, device) if is_compiled else executable
+            if not is_compiled:
+                return executable
+            from hetu.backends.compile.fuse import fuse  # it imports what takes torch long to import
+
+            return fuse(executable, device)
 
         key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled
         return self.launchers.get(key, lambda: ModuleLauncher(make()))

@@ -1,1 +1,1 @@
-"""A module's parts that are neither attention nor communication, through Inductor: once a structure, for all lengths."""
+"""Inductor for a module's parts that are neither attention nor communication: once a structure, for all lengths."""

@@ -14,7 +14,7 @@ import torch
 
 from hetu.backends.compile.regions import Region
 from hetu.backends.compile.tracing import trace
-from hetu.backends.torch_private import standalone_compile
+from hetu.backends.torch_private import find_inductor
 from hetu.cache import LRU
 from hetu.errors import in_words
 
@@ -65,7 +65,8 @@ def compile_region(region: Region, device: torch.device) -> Compiled:
 
 
 def _compile(region: Region, device: torch.device) -> Compiled:
-    if standalone_compile is None:
+    inductor = find_inductor()
+    if inductor is None:
         return Compiled(None, reason=f"torch {torch.__version__} has no torch._inductor.standalone_compile")
     try:
         traced = trace(region, device)
@@ -74,7 +75,7 @@ def _compile(region: Region, device: torch.device) -> Compiled:
                 node.meta["example_value"] = node.meta["val"]  # where it looks for the sizes' symbols
         options = {"config_patches": _OPTIONS}
         with torch.no_grad():
-            call = standalone_compile(traced.module, traced.inputs, dynamic_shapes="from_graph", options=options)
+            call = inductor(traced.module, traced.inputs, dynamic_shapes="from_graph", options=options)
     except Exception as error:  # whatever torch raises: it refuses an op, finds no compiler, can't write to the disk
         return Compiled(None, reason=in_words(error))
     return Compiled(call, traced.outputs)

@@ -1,11 +1,11 @@
 """Which calls of a module are compiled together.
 
-Calls that :mod:`hetu.backends.lower.traced` does not know stay as they are, in their order. What lies between two of them is
-a region. A call that takes long or much memory, attention above all, divides those before it from those after it, so
-that nothing is computed, and held, earlier than in the module as it was lowered. One that is done *aside* divides only
-what it reads from what reads it: so the gradients of a layer are one region, although a sum over the pipelines starts
-as soon as each is there. Nodes that a backward computes again stay apart from the originals, whose values they are there
-not to keep.
+Calls that :mod:`hetu.backends.lower.traced` does not know stay as they are, in their order. What lies between two of
+them is a region, one for each pipeline. A call that takes long or much memory, attention above all, divides those
+before it from those after it, so that nothing is computed, and held, earlier than in the module as it was lowered. One
+that is done *aside* divides only what it reads from what reads it: so the gradients of a layer are one region, although
+a sum over the pipelines starts as soon as each is there. Nodes that a backward computes again stay apart from the
+originals, whose values they are there not to keep.
 """
 
 from __future__ import annotations
@@ -153,11 +153,12 @@ def _is_traceable(node: fx.Node) -> bool:
     value = node.meta.get(VALUE)
     if value is not None and value[0].on_cpu:
         return False
-    target = node.target
+    target: Any = node.target
     if MADE_BY not in node.meta:
         return False
     if target is operator.getitem:  # an item of what several are, or a slice of one
-        source, index = node.args
+        source: Any = node.args[0]
+        index: Any = node.args[1]
         return isinstance(index, int) or (VALUE in source.meta and not _reads_sizes(index))
     if target is torch.clone:  # the memory of its own that a result needs
         return False
@@ -209,8 +210,9 @@ class _Places:
         return places
 
     def _of_fused(self, node: fx.Node, reads: Sequence[fx.Node], places: Mapping[fx.Node, int]) -> int:
-        if node.target is operator.getitem and node.args[0] in self._fused and isinstance(node.args[1], int):
-            return places[node.args[0]]  # an item stays with what it is an item of
+        source: Any = node.args[0] if node.args else None
+        if node.target is operator.getitem and source in self._fused and isinstance(node.args[1], int):
+            return places[source]  # an item stays with what it is an item of
         made_by = node.meta[MADE_BY][0]
         if made_by.original is not None and made_by.backward != self._repeated:
             self._repeated = made_by.backward  # here a backward begins to compute others again

@@ -96,14 +96,19 @@ class _Sizes:
 
 
 def _merge_outputs(graph: fx.Graph) -> list[int]:
-    """Leaves one of outputs that are computed alike, which Inductor would give the same memory; tells which is which."""
+    """Leaves one of outputs that are computed alike, which Inductor would merge; tells which item is which output."""
     numbers: dict[fx.Node, int] = {}
     known: dict[Any, int] = {}
+
+    def numbered(node: fx.Node) -> Any:
+        return "node", numbers[node]
+
     for node in graph.nodes:
-        args = fx.map_arg((node.args, node.kwargs), lambda x: ("node", numbers[x]))
-        key = (node.target, repr(args)) if node.op == "call_function" else node
+        key: Any = (
+            (node.target, repr(fx.map_arg((node.args, node.kwargs), numbered))) if node.op == "call_function" else node
+        )
         numbers[node] = known.setdefault(key, len(known))
-    output = graph.output_node()
+    output: Any = graph.output_node()
     kept: dict[int, tuple[int, Any]] = {}
     which = []
     for node in output.args[0]:

@@ -1,8 +1,8 @@
 """What Inductor may see of the calls that lowerings emit.
 
-``hetu.config(compile=True)`` gives Inductor the parts of a module that are made of torch's functions, and of hetu's that
-are entered here. All others are called as they are: attention, what exchanges values between pipelines, what checks
-indices, random numbers, and scattered sums, whose order would not be the same every time.
+``hetu.config(compile=True)`` gives Inductor the parts of a module that are made of torch's functions, and of hetu's
+that are entered here. All others are called as they are: attention, what exchanges values between pipelines, what
+checks indices, random numbers, and scattered sums, whose order would not be the same every time.
 """
 
 from __future__ import annotations

@@ -10,9 +10,11 @@ from torch import fx
 from hetu.graph import Tensor
 
 MADE_BY, VALUE, SIZE = "made_by", "value", "size"
-"""Entries of the ``meta`` of a module's nodes, for who reads the module later: the hetu node that a call was emitted
-for, and the pipeline, as ``(node, pipeline)``; the tensor that the value is, and whose, as ``(tensor, pipeline)``; the size that an int is, as ``(expression,
-pipeline)``."""
+"""Entries of the ``meta`` of a module's nodes, for who reads the module later.
+
+The first is the hetu node that a call was emitted for and the pipeline, ``(node, pipeline)``; the second the tensor
+that the value is and whose, ``(tensor, pipeline)``; the third the size that an int is, ``(expression, pipeline)``.
+"""
 
 
 class Deferred:
