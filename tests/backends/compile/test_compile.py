@@ -146,7 +146,7 @@ def test_one_compilation_serves_all_layers_pipelines_strategies_and_lengths(trac
 
 
 def test_inductor_compiles_once_for_all_lengths(empty: None) -> None:
-    """Inductor itself: lengths 0 and 1, growing and shrinking, two strategies, dropout, and more threads than before."""
+    """Inductor itself: lengths 0 and 1, growing and shrinking, two strategies, dropout, more threads than before."""
     s, rows = hetu.IntSymbol("s"), hetu.IntSymbol("rows")
     normal = functools.partial(torch.nn.init.normal_, std=0.3)
 
@@ -215,7 +215,7 @@ def test_a_failed_run_changes_nothing(traced_only: None) -> None:
 
 
 def test_no_result_shares_memory_with_an_input_or_another(monkeypatch: pytest.MonkeyPatch, empty: None) -> None:
-    """Inductor gives an input itself where nothing is done to it; a gradient that is changed in place would change it."""
+    """Inductor may give an input itself; what is then changed in place, a gradient say, would change it."""
 
     def lazy(module: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         return lambda x: [x, *module(x)[1:]]
