@@ -7,9 +7,10 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.traced import traced_as
+from hetu.backends.lower.traced import aside, traced_as
 
 
+@aside
 def hetu_rotary_table(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> torch.Tensor:
     """Cosines and sines ``(T, 2, head_dim / 2)``; angles in float64, for float32 has no fractions at 2 ** 23."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
