@@ -1,6 +1,6 @@
-"""A training step of the example's model, by hetu and by the same model in plain torch, on the CPU.
+"""A training step of the example's model, by hetu, compiled and not, and by the same model in plain torch, on the CPU.
 
-Both start from the same parameters and take the same packs in turns; that they compute the same is checked first. Time
+All start from the same parameters and take the same packs in turns; that they compute the same is checked first. Time
 is that of a whole step: feeds, forward, backward, clipping, AdamW. Memory is what a process takes at its peak over what
 it held before its first step, in a process of its own for each.
 
@@ -32,14 +32,18 @@ Step = Callable[[Pack], float]
 RATE, NORM = 3e-3, 1.0
 
 
-def hetu_step(config: Config) -> tuple[Step, hetu.Graph]:
+PEERS = ("torch", "hetu", "compiled")
+
+
+def hetu_step(config: Config, compiles: bool = False) -> tuple[Step, hetu.Graph]:
     """A step of the example on one pipeline."""
     model = build(config, device="cpu")
     train = hetu.optim.AdamW(lr=RATE, max_grad_norm=NORM).minimize(model.loss)
 
     def step(pack: Pack) -> float:
         feeds, symbols = model.feeds(0, pack)
-        return float(model.graph.run(train, feeds, int_symbol_dict=symbols, strategy=0))
+        with hetu.config(compile=compiles):
+            return float(model.graph.run(train, feeds, int_symbol_dict=symbols, strategy=0))
 
     return step, model.graph
 
@@ -62,33 +66,42 @@ def torch_step(config: Config, values: dict[str, torch.Tensor]) -> Step:
 
 
 def steps_of(config: Config) -> dict[str, Step]:
-    """Both steps, from the same parameters."""
+    """All steps, from the same parameters."""
     hetu.manual_seed(0)
     by_hetu, graph = hetu_step(config)
-    return {"hetu": by_hetu, "torch": torch_step(config, graph.state_dict()["parameters"])}
+    by_torch = torch_step(config, graph.state_dict()["parameters"])
+    hetu.manual_seed(0)
+    return {"torch": by_torch, "hetu": by_hetu, "compiled": hetu_step(config, compiles=True)[0]}
 
 
 def time_rows(config: Config, packs: list[Pack], warmup: int = 3) -> list[Row]:
-    """Times of both, in turns, and their ratio."""
+    """Times of all, in turns, and their ratios."""
     steps = steps_of(config)
     losses = {name: [step(pack) for pack in packs[:warmup]] for name, step in steps.items()}
-    np.testing.assert_allclose(losses["hetu"], losses["torch"], rtol=1e-4)
-    times: dict[str, list[float]] = {"hetu": [], "torch": []}
+    for name in ("hetu", "compiled"):
+        np.testing.assert_allclose(losses[name], losses["torch"], rtol=1e-4)
+    times: dict[str, list[float]] = {name: [] for name in PEERS}
     for i, pack in enumerate(packs[warmup:]):
-        for name in ("hetu", "torch") if i % 2 else ("torch", "hetu"):
+        for name in PEERS if i % 2 else PEERS[::-1]:
             times[name].append(timed(lambda name=name, pack=pack: steps[name](pack), 1e3))
-    ratios = [a / b for a, b in zip(times["hetu"], times["torch"], strict=True)]
     return [
         Row.of("training step, by torch", "ms", times["torch"]),
         Row.of("training step, by hetu", "ms", times["hetu"]),
-        Row.of("training step, hetu over torch", "times", ratios, limit=1.15),
+        Row.of("training step, by hetu compiled", "ms", times["compiled"]),
+        Row.of("training step, hetu over torch", "times", ratios(times["hetu"], times["torch"]), limit=1.15),
+        Row.of("training step, compiled over torch", "times", ratios(times["compiled"], times["torch"]), limit=0.9),
     ]
+
+
+def ratios(ours: list[float], theirs: list[float]) -> list[float]:
+    """Of what was measured in turns."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 def peak(name: str, config: Config, packs: list[Pack]) -> float:
     """MB that this process takes at its peak over what it held before the first step."""
     hetu.manual_seed(0)
-    step, graph = hetu_step(config)
+    step, graph = hetu_step(config, compiles=name == "compiled")
     if name == "torch":
         step = torch_step(config, graph.state_dict()["parameters"])
     step([packs[0][-1][:64]])  # libraries load and optimisers make their state
@@ -108,17 +121,17 @@ def memory(field: str) -> float:
 
 
 def memory_rows(arguments: list[str], repeats: int = 3) -> list[Row]:
-    """Peaks of both, each in a process of its own."""
-    peaks: dict[str, list[float]] = {"torch": [], "hetu": []}
+    """Peaks of all, each in a process of its own."""
+    peaks: dict[str, list[float]] = {name: [] for name in PEERS}
     for _ in range(repeats):
         for name, own in peaks.items():
             command = [sys.executable, __file__, *arguments, "--peak", name]
             own.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    ratios = [a / b for a, b in zip(peaks["hetu"], peaks["torch"], strict=True)]
     return [
         Row.of("peak memory of steps, by torch", "MB", peaks["torch"]),
         Row.of("peak memory of steps, by hetu", "MB", peaks["hetu"]),
-        Row.of("peak memory of steps, hetu over torch", "times", ratios, limit=1.1),
+        Row.of("peak memory of steps, by hetu compiled", "MB", peaks["compiled"]),
+        Row.of("peak memory of steps, hetu over torch", "times", ratios(peaks["hetu"], peaks["torch"]), limit=1.1),
     ]
 
 
@@ -126,7 +139,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a pack")
     parser.add_argument("--steps", type=int, default=30, help="steps that are timed")
-    parser.add_argument("--peak", choices=("hetu", "torch"), help="print the peak of one, and nothing else")
+    parser.add_argument("--peak", choices=PEERS, help="print the peak of one, and nothing else")
     parser.add_argument("--write-docs", action="store_true", help=f"also write into {DOCS.relative_to(ROOT)}")
     arguments = parser.parse_args()
     packs = make_packs(cut(read_files(), longest=1024), arguments.tokens, arguments.steps + 3)

@@ -7,6 +7,7 @@ two, on three of unequal lengths, on four in two context groups. The loss goes o
     python examples/train_lm.py --checkpoint lm.safetensors           # saves there; --resume goes on from there
     python examples/train_lm.py --recompute                           # the same losses in less memory
     torchrun --nproc-per-node 4 examples/train_lm.py --zero 2         # each rank keeps a part of Adam's state
+    python examples/train_lm.py --compile                             # what is not attention goes through Inductor
     python examples/train_lm.py --dtype bfloat16 --layers 4 --width 1024 --heads 16 --kv-heads 4 --head-dim 64 \
         --hidden 2816 --tokens 32768 --steps 500                      # on a GPU
     torchrun --nproc-per-node 4 examples/train_lm.py                  # in four processes, with the same losses
@@ -37,6 +38,8 @@ def main() -> None:
     is_first = world.rank == 0  # the others compute the same losses, and keep quiet
     console = Console(quiet=not is_first)
     hetu.manual_seed(arguments.seed)
+    if arguments.compile:
+        hetu.config(compile=True)
     config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
     model = build(config, arguments.dtype, arguments.device, arguments.recompute)
     optimizer = hetu.optim.AdamW(
@@ -173,6 +176,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--recompute", action="store_true", help="keep less for the backward: it computes layers again")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="1: cut Adam's state, 2: gradients too")
+    parser.add_argument("--compile", action="store_true", help="compile what is not attention: once, for all lengths")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; CUDA if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", type=Path, help="safetensors file to save to")

@@ -29,16 +29,22 @@ class Settings:
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so
             torch code in other threads finds it on as well as long as such a run lasts.
+        compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a
+            structure, for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
     """
 
     backend: str | None = None
     verify_plans: bool = False
     deterministic: bool = False
+    compile: bool = False
 
 
 @cache
-def _from_environment(backend: Any) -> Settings:
-    return _checked(Settings(), {"backend": (backend and os.environ["HETU_BACKEND"]) or None})
+def _from_environment(backend: Any, compiles: Any) -> Settings:
+    text = (compiles and os.environ["HETU_COMPILE"]) or "0"
+    if text not in ("0", "1"):
+        raise HetuError(f"HETU_COMPILE is {shown(text)}, expected 0 or 1", where=caller(), fix="unset it for 0")
+    return _checked(Settings(), {"backend": (backend and os.environ["HETU_BACKEND"]) or None, "compile": text == "1"})
 
 
 def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
@@ -71,12 +77,12 @@ raw_environment, raw_name = _raw(os.environ)
 ``os.environ.get`` takes 1.4 µs, because it translates names and values each time.
 """
 
-_BACKEND = raw_name("HETU_BACKEND")
+_BACKEND, _COMPILE = raw_name("HETU_BACKEND"), raw_name("HETU_COMPILE")
 
 
 def settings() -> Settings:
-    """The settings in force: those of ``hetu.config``, else those of the environment (``HETU_BACKEND``)."""
-    return _settings.get() or _from_environment(raw_environment.get(_BACKEND))
+    """The settings in force: those of ``hetu.config``, else of ``HETU_BACKEND`` and ``HETU_COMPILE``."""
+    return _settings.get() or _from_environment(raw_environment.get(_BACKEND), raw_environment.get(_COMPILE))
 
 
 class config:  # noqa: N801 - used like a function, as torch.no_grad is

@@ -48,7 +48,7 @@ INSIDE: Mapping[str, Floors] = {
         ("families",),
         ("pipelines",),
         ("lower",),
-        ("torch",),
+        ("torch", "compile"),
         ("__init__",),
     ),
 }

@@ -207,3 +207,41 @@ _world: Any = _private("distributed.distributed_c10d._world", None)
 def count_process_groups() -> int | None:
     """How many process groups torch has, its world included; None if that can't be known."""
     return None if _world is None else len(_world.pg_map)
+
+
+# Compiling: without any of these modules run as they were lowered
+
+op_overload: type[Any] = type(torch.ops.aten.add.Tensor)
+"""The type of ATen's ops."""
+
+check: Callable[[Any], None] = _private("_check", None)
+"""Tells torch what holds of a symbolic size."""
+
+
+def find_inductor() -> Callable[..., Callable[..., Any]] | None:
+    """Inductor's compiler of graphs of ATen's ops with symbolic sizes; None if this torch lacks it.
+
+    Importing it takes seconds, so it is looked for where it is needed.
+    """
+    return _find("_inductor.standalone_compile")
+
+
+class SymbolicSizes:
+    """Tensors without values, of shapes without values.
+
+    Raises:
+        ImportError: If this torch has none, or has them elsewhere.
+    """
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        self._sizes = ShapeEnv()
+        self.tensors: AbstractContextManager[Any] = FakeTensorMode(shape_env=self._sizes)
+        """The context in which tensors that are made have no values. It may be entered again."""
+
+    def new(self) -> Any:
+        """A size of which nothing is known, as torch takes it for an int."""
+        with self._sizes.ignore_fresh_unbacked_symbols():
+            return self._sizes.create_unbacked_symint()

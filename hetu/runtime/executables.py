@@ -8,8 +8,9 @@ from weakref import WeakValueDictionary
 import torch
 
 from hetu.backends import default_backend
-from hetu.backends.lower.lowering import lower
+from hetu.backends.lower.lowering import Executable, lower
 from hetu.cache import LRU
+from hetu.config import settings
 from hetu.graph import Node
 from hetu.planning.planner import STRUCTURES
 from hetu.planning.subgraph import Subgraph
@@ -35,6 +36,7 @@ class Executables:
         pipelines: Sequence[int],
         device: torch.device,
         backend: str | None = None,
+        is_compiled: bool | None = None,
     ) -> ModuleLauncher:
         """What computes some of a strategy's pipelines.
 
@@ -44,23 +46,30 @@ class Executables:
             pipelines: Those that run here.
             device: Where they run.
             backend: The wanted backend; None for the one in force.
+            is_compiled: Whether Inductor compiles what it can; None for the setting in force.
 
         Raises:
             LoweringError: If no backend takes a node.
         """
         backend, pipelines = backend or default_backend(device), tuple(pipelines)
-        return self.launchers.get(
-            (subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend),
-            lambda: ModuleLauncher(
-                lower(
-                    subgraph.nodes,
-                    subgraph.fetches,
-                    subgraph.replaced,
-                    num_pipelines=num_pipelines,
-                    pipelines=pipelines,
-                    device=device,
-                    backend=backend,
-                    constants=self._constants,
-                )
-            ),
-        )
+        is_compiled = settings().compile if is_compiled is None else is_compiled
+
+        def make() -> Executable:
+            executable = lower(
+                subgraph.nodes,
+                subgraph.fetches,
+                subgraph.replaced,
+                num_pipelines=num_pipelines,
+                pipelines=pipelines,
+                device=device,
+                backend=backend,
+                constants=self._constants,
+            )
+            if not is_compiled:
+                return executable
+            from hetu.backends.compile.fuse import fuse  # it imports what takes torch long to import
+
+            return fuse(executable, device)
+
+        key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled
+        return self.launchers.get(key, lambda: ModuleLauncher(make()))

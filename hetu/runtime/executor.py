@@ -291,7 +291,9 @@ class Executor:
             arrays: A pipeline's fed arrays.
             bound: The pipeline's symbols, as far as they are bound.
         """
-        return self._executables.get(subgraph, 1, (0,), torch.device("cpu"), "torch").compute_on_host(arrays, bound)
+        return self._executables.get(subgraph, 1, (0,), torch.device("cpu"), "torch", False).compute_on_host(
+            arrays, bound
+        )
 
 
 def _always(feeds: FeedSet) -> FeedReader:

@@ -248,7 +248,7 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "Mask.draw", (hetu.Mask.window(2, 0).draw, {"lengths": [3, 2], "width": 4})
     yield "autocast", (hetu.autocast, {"dtype": "bfloat16", "enabled": True})
     yield "recompute", (hetu.recompute, {"policy": {"tanh", "parallel_attn"}, "attention": True})
-    yield "config", (_configured, {"backend": None, "verify_plans": False, "deterministic": False})
+    yield "config", (_configured, {"backend": None, "verify_plans": False, "deterministic": False, "compile": False})
     yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
     yield "manual_seed", (_seeded, {"seed": 3})
     yield "gradients", (hetu.gradients, {"ys": x * 2, "xs": x, "grad_ys": x})

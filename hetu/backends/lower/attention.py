@@ -14,6 +14,7 @@ from hetu.backends.attention.options import Options, Random, as_heads, signature
 from hetu.backends.comm import World, run_lock_step
 from hetu.backends.families import choose, family
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import aside
 from hetu.backends.pipelines import ForwardCall, Rows
 from hetu.parallel import AttnPlan
 from hetu.parallel.plan.varlen import VarlenPlan
@@ -67,11 +68,13 @@ def hetu_attn_varlen(
     return (*outputs, finish_softmax(state, plan.spans, dropout, q.dtype)) if options.return_softmax else outputs
 
 
+@aside
 def hetu_no_softmax(q: torch.Tensor) -> torch.Tensor:
     """What stands for p where it was not asked for."""
     return q.new_empty(0)
 
 
+@aside
 def hetu_rng_state(random: Random) -> torch.Tensor:
     """Seed and offset as a tensor; a call of its own, so that nothing is made where nobody fetches it."""
     return torch.tensor(random, dtype=torch.int64, device="cpu")

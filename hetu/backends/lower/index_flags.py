@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import torch
 
+from hetu.backends.lower.traced import aside
 from hetu.errors import BindingError, HetuError, Where
 from hetu.planning.indices import refuse_outside
 
@@ -121,6 +122,7 @@ class IndexFlags:
         raise HetuError(f"indices{of} were out of range on another rank", op="run", fix="see that rank's error")
 
 
+@aside
 def hetu_guarded_indices(
     flags: IndexFlags | None,
     index: torch.Tensor,
@@ -153,6 +155,7 @@ def hetu_guarded_indices(
     return flags.guarded(index, size, ignored, name, op, Where(filename, lineno))
 
 
+@aside
 def hetu_poisoned(
     flags: IndexFlags | None, out: torch.Tensor, index: torch.Tensor, size: int, ignored: int | None
 ) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hetu.backends.lower.values import MADE_BY, SIZE, VALUE, Deferred, finished
 from hetu.errors import LoweringError
 from hetu.graph import Node, Tensor
 from hetu.symbols import IntSymbol, compile_exprs
@@ -33,28 +34,6 @@ class Lowering:
     backend: str
     lower: Lower
     declines: Declines | None
-
-
-class Deferred:
-    """A value that is on its way: what ends the waiting is emitted where somebody reads it first.
-
-    Args:
-        finish: Emits that.
-    """
-
-    def __init__(self, finish: Callable[[], fx.Node]) -> None:
-        self._finish = finish
-        self._value: fx.Node | None = None
-
-    def value(self) -> fx.Node:
-        """The finished value."""
-        if self._value is None:
-            self._value = self._finish()
-        return self._value
-
-
-def _read(value: Any) -> Any:
-    return value.value() if isinstance(value, Deferred) else value
 
 
 _lowerings: dict[str, list[Lowering]] = {}
@@ -250,7 +229,9 @@ class NodeLowering:
 
     def call(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Emits a call."""
-        return self.builder.graph.call_function(fn, args, kwargs)
+        made = self.builder.graph.call_function(fn, args, kwargs)
+        made.meta[MADE_BY] = self.node, self.pipeline
+        return made
 
     def is_read(self, index: int, but_by: str = "") -> bool:
         """Whether output ``index`` of the node is fetched, or read by an op other than ``but_by``."""
@@ -258,7 +239,7 @@ class NodeLowering:
 
     def item(self, value: fx.Node, index: int) -> fx.Node:
         """Emits ``value[index]``."""
-        return self.builder.graph.call_function(operator.getitem, (value, index))
+        return self.call(operator.getitem, value, index)
 
     def size(self, expr: IntSymbol | int, pipeline: int | None = None) -> Any:
         """A size: an int if it is the same in every run, else an input of the module."""
@@ -269,7 +250,9 @@ class NodeLowering:
         which = self.pipeline if pipeline is None else pipeline
         assert which is not None, "a node that spans the pipelines names the pipeline"
         index = self.builder.exprs.setdefault(expr, len(self.builder.exprs))
-        return self.builder.input(SizeInput(index, which), f"size{index}_p{which}")
+        made = self.builder.input(SizeInput(index, which), f"size{index}_p{which}")
+        made.meta[SIZE] = expr, which
+        return made
 
     def shape(self, index: int = 0, pipeline: int | None = None) -> list[Any]:
         """Sizes of the node's output ``index``."""
@@ -404,7 +387,7 @@ def _results(
         is_foreign = root.op.definition.is_source or root.op.definition.is_step_wide
         is_copied = is_repeated or is_foreign or root in taken
         taken.add(root)
-        for value in map(_read, values[tensor]):
+        for value in map(finished, values[tensor]):
             # Pipelines may share a value, and tensors that nothing else shows to be one.
             own = is_copied or value in taken
             results.append(builder.graph.call_function(torch.clone, (value,)) if own else value)
@@ -433,7 +416,9 @@ def _lower_node(
     def operand(item: Any, cx: NodeLowering) -> Any:
         if isinstance(item, Tensor):
             shards = values[replaced.get(item, item)]
-            return list(map(_read, shards)) if cx.pipeline is None else _read(shards[pipelines.index(cx.pipeline)])
+            return (
+                list(map(finished, shards)) if cx.pipeline is None else finished(shards[pipelines.index(cx.pipeline)])
+            )
         return cx.size(item) if isinstance(item, IntSymbol) else item
 
     def emit(pipeline: int | None) -> Any:
@@ -446,3 +431,8 @@ def _lower_node(
         results = [emit(pipeline) for pipeline in pipelines]
     for index, tensor in enumerate(node.outputs):
         values[tensor] = [item[index] if isinstance(item, (tuple, list)) else item for item in results]
+        for pipeline, value in zip(pipelines, values[tensor], strict=True):
+            if isinstance(value, fx.Node):
+                value.meta.setdefault(VALUE, (tensor, pipeline))
+            elif isinstance(value, Deferred) and value.known is None:
+                value.known = tensor, pipeline

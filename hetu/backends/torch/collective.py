@@ -10,10 +10,13 @@ import torch
 from torch import fx
 
 from hetu.backends.comm import World
-from hetu.backends.lower.lowering import Deferred, NodeLowering, lowering
+from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import aside
+from hetu.backends.lower.values import Deferred
 from hetu.parallel.placement import Placement
 
 
+@aside
 def hetu_start_reduce(
     parts: Sequence[torch.Tensor], op: str, count: int, world: World, home: Placement | None = None
 ) -> Any:
@@ -21,6 +24,7 @@ def hetu_start_reduce(
     return world.start_reduce(parts, op, count, home)
 
 
+@aside
 def hetu_finish_reduce(started: Any, world: World) -> torch.Tensor:
     """Its result."""
     return world.finish_reduce(started)

@@ -12,6 +12,8 @@ from torch import fx
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.index_flags import hetu_guarded_indices, hetu_poisoned, is_deferred
 from hetu.backends.lower.lowering import NodeLowering
+from hetu.backends.lower.traced import aside
+from hetu.backends.lower.values import VALUE
 from hetu.dtypes import DType
 from hetu.errors import Where
 from hetu.graph import Tensor
@@ -68,6 +70,7 @@ def number(cx: NodeLowering, item: Any, value: Any, floating: bool) -> Any:
     return hetu_scalar(value) if isinstance(value, int) else cx.call(hetu_scalar, value)
 
 
+@aside
 def hetu_scalar(size: int) -> int | float:
     """A size as torch takes it as a number in a floating computation."""
     return size if -(2**63) <= size < 2**63 else float(size)
@@ -95,9 +98,13 @@ def checked_indices(cx: NodeLowering, index: fx.Node, name: str) -> fx.Node:
     op, where = node.definition.name.removesuffix("_grad"), node.where
     site = name, op, where.filename, where.lineno
     if waits:
-        return cx.call(hetu_checked_indices, index, *_range(cx, name), *site)
-    of = None if source is None else source.name
-    return cx.call(hetu_guarded_indices, cx.flags(), index, *_range(cx, name), of, *site)
+        checked = cx.call(hetu_checked_indices, index, *_range(cx, name), *site)
+    else:
+        of = None if source is None else source.name
+        checked = cx.call(hetu_guarded_indices, cx.flags(), index, *_range(cx, name), of, *site)
+    if VALUE in index.meta:
+        checked.meta[VALUE] = index.meta[VALUE]  # of the same dtype and shape
+    return checked
 
 
 def looked_up(cx: NodeLowering, out: fx.Node, index: fx.Node, name: str) -> fx.Node:
@@ -111,6 +118,7 @@ def _range(cx: NodeLowering, name: str) -> tuple[Any, int | None]:
     return cx.size(known.size), known.ignored
 
 
+@aside
 def hetu_checked_indices(
     index: torch.Tensor, size: int, ignored: int | None, name: str, op: str, filename: str, lineno: int
 ) -> torch.Tensor:

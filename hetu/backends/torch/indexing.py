@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import traced
 from hetu.backends.torch.common import at_least_float32, checked_indices, looked_up
 
 
@@ -23,6 +24,7 @@ def _slice(cx: NodeLowering, x: fx.Node, start: Any, stop: Any) -> fx.Node:
     return cx.call(operator.getitem, x, _places(cx.node.attrs["dim"], start, stop, cx.node.attrs["step"]))
 
 
+@traced
 def hetu_slice_grad(
     grad: torch.Tensor, shape: Sequence[int], dim: int, start: int, stop: int, step: int
 ) -> torch.Tensor:

@@ -9,10 +9,12 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import aside
 from hetu.backends.memory import copied_to, device_copies
 from hetu.parallel.layout.tokens import TokenTable
 
 
+@aside
 def hetu_layout_tokens(table: TokenTable, pipelines: Sequence[int], device: torch.device) -> list[torch.Tensor]:
     """Each pipeline's int64 ``(3, rows)`` table; a copy on the device, for what a run returns is the caller's."""
     return [_copy(table, r, device).clone() for r in pipelines]

@@ -9,6 +9,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import traced_as
 from hetu.backends.torch.common import as_rows, checked_indices, looked_up
 
 _BLOCK_ENTRIES = {"cpu": 2**20, "cuda": 2**26}
@@ -26,6 +27,17 @@ def _compute_dtype(logits: torch.Tensor) -> torch.dtype:
     return torch.float32 if logits.itemsize == 2 else logits.dtype
 
 
+def _plain_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
+    rows, targets = as_rows(logits), labels.reshape(-1, 1).long()
+    counted = targets != ignore_index
+    log_p = torch.log_softmax(rows, -1, dtype=_compute_dtype(logits))
+    losses = torch.where(counted, -log_p.gather(1, torch.where(counted, targets, 0)), 0.0).squeeze(1)
+    if reduction == "none":
+        return losses.reshape(labels.shape)
+    return losses.sum() if reduction == "sum" else losses.sum() / counted.sum()
+
+
+@traced_as(_plain_cross_entropy)
 def hetu_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str) -> torch.Tensor:
     """The losses of all rows, or their sum or mean, in float32 at least."""
     rows, targets, dtype = as_rows(logits), labels.reshape(-1).long(), _compute_dtype(logits)
@@ -38,6 +50,19 @@ def hetu_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index:
     return losses.sum() if reduction == "sum" else losses.sum() / (targets != ignore_index).sum()
 
 
+def _plain_cross_entropy_grad(
+    grad: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str
+) -> torch.Tensor:
+    rows, targets = as_rows(logits), labels.reshape(-1, 1).long()
+    counted, scale = targets != ignore_index, grad.reshape(-1, 1)
+    if reduction == "mean":
+        scale = scale / counted.sum()
+    places = torch.arange(rows.shape[1], device=rows.device)
+    part = torch.softmax(rows, -1, dtype=_compute_dtype(logits)) - (places == targets).to(_compute_dtype(logits))
+    return torch.where(counted, part * scale, 0.0).to(logits.dtype).reshape(logits.shape)
+
+
+@traced_as(_plain_cross_entropy_grad)
 def hetu_cross_entropy_grad(
     grad: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int, reduction: str
 ) -> torch.Tensor:

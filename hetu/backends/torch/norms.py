@@ -6,11 +6,20 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import traced, traced_as
 from hetu.backends.torch.common import as_rows, at_least_float32, outputs_of
 
 aten = torch.ops.aten
 
 
+def _plain_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = at_least_float32(x)
+    rstd = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    out = wide * rstd
+    return (out if weight is None else out * weight).to(x.dtype), rstd
+
+
+@traced_as(_plain_rms_norm)
 def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """``x * rstd * weight``, and ``rstd = 1 / sqrt(mean(x ** 2) + eps)`` of each row, ``(..., 1)``."""
     width = x.shape[-1]
@@ -22,6 +31,17 @@ def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     return (out if weight is None else out.mul_(weight)).to(x.dtype), rstd
 
 
+def _plain_rms_norm_grad(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    dy, wide, width = at_least_float32(grad), at_least_float32(x), x.shape[-1]
+    normed = wide * rstd
+    scaled = dy if weight is None else dy * weight
+    d_x = (rstd * (scaled - normed * ((scaled * normed).sum(-1, keepdim=True) / width))).to(x.dtype)
+    return (d_x,) if weight is None else (d_x, as_rows(dy * normed).sum(0).to(weight.dtype))
+
+
+@traced_as(_plain_rms_norm_grad)
 def hetu_rms_norm_grad(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, rstd: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
@@ -40,6 +60,7 @@ def hetu_rms_norm_grad(
     return d_x.mul_(scale).to(x.dtype).view(x.shape), *d_weight
 
 
+@traced
 def hetu_layer_norm(
     x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,6 +70,7 @@ def hetu_layer_norm(
     return out.to(x.dtype), mean, rstd
 
 
+@traced
 def hetu_layer_norm_grad(
     grad: torch.Tensor,
     x: torch.Tensor,

@@ -7,8 +7,10 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import aside, traced_as
 
 
+@aside
 def hetu_rotary_table(positions: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype) -> torch.Tensor:
     """Cosines and sines ``(T, 2, head_dim / 2)``; angles in float64, for float32 has no fractions at 2 ** 23."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device)
@@ -18,6 +20,22 @@ def hetu_rotary_table(positions: torch.Tensor, head_dim: int, base: float, dtype
     return table
 
 
+def _plain_rotary(
+    x: torch.Tensor, table: torch.Tensor, head_dim: int, num_heads: int, interleaved: bool, inverse: bool
+) -> torch.Tensor:
+    heads = x if x.ndim == 3 else x.unflatten(1, (x.shape[1] // head_dim, head_dim))
+    wide, (cos, sin) = heads[:, :num_heads].to(table.dtype), table.unsqueeze(2).unbind(1)
+    sin = -sin if inverse else sin
+    if interleaved:
+        a, b = wide.unflatten(-1, (head_dim // 2, 2)).unbind(-1)
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    else:
+        a, b = wide.chunk(2, -1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+    return torch.cat([turned.to(x.dtype), heads[:, num_heads:]], 1).view(x.shape)
+
+
+@traced_as(_plain_rotary)
 def hetu_rotary(
     x: torch.Tensor, table: torch.Tensor, head_dim: int, num_heads: int, interleaved: bool, inverse: bool
 ) -> torch.Tensor:

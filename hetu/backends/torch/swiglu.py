@@ -7,6 +7,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import traced, traced_as
 from hetu.backends.torch.common import outputs_of
 
 aten = torch.ops.aten
@@ -17,6 +18,7 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., :half], x[..., half:]
 
 
+@traced
 def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     """``silu(gate) * up`` in one allocation."""
     if up is None:
@@ -24,6 +26,15 @@ def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     return functional.silu(gate).mul_(up)
 
 
+def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    is_one = up is None
+    if up is None:
+        gate, up = _halves(gate)
+    grads = aten.silu_backward(grad * up, gate), functional.silu(gate) * grad
+    return (torch.cat(grads, -1),) if is_one else grads
+
+
+@traced_as(_plain_swiglu_grad)
 def hetu_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The gradients, computed in the memory that they are returned in."""
     outputs = tuple(x.new_empty(x.shape) for x in (gate, up) if x is not None)

@@ -125,7 +125,13 @@ class Agreement:
     def _same(self, request: RunRequest) -> str:
         """A digest of what must be the same and has no lengths in it, so that most runs find it made."""
         asked = request.fetches, request.graph.version, request.strategy, len(request.batches)
-        key = (*asked, request.device.type, default_backend(request.device), settings().deterministic)
+        key = (
+            *asked,
+            request.device.type,
+            default_backend(request.device),
+            settings().deterministic,
+            settings().compile,
+        )
         return self.state.digests.get(key, lambda: digest_of(to_text(_what_is_same(request))))
 
     def _refuse_difference(self, request: RunRequest, heard: Sequence[Mapping[str, Any]]) -> None:
@@ -247,6 +253,7 @@ def _what_is_same(request: RunRequest) -> dict[str, Any]:
         "the kind of device": request.device.type,
         "the backend": default_backend(request.device),
         "hetu.config(deterministic=...)": settings().deterministic,
+        "hetu.config(compile=...)": settings().compile,
         "the number of micro-batches": len(request.batches),
     }
 
