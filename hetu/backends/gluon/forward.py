@@ -44,7 +44,6 @@ from hetu.backends.gluon.softmax import (
     LN2,
     LOG2E,
     LOWEST,
-    by_eighth,
     clean_rows,
     first_eighth,
     is_blind,
@@ -190,7 +189,7 @@ def begun(tile, lse_rows, has_lse, token, member, sinks, unit, C: gl.constexpr):
 
 @gluon.jit
 def load_running(tile, before, first_token, acc_state, C: gl.constexpr):
-    """The accumulator that earlier steps left; 0 where they saw nothing, or scores of -inf alone, which weigh nothing."""
+    """The accumulator that earlier steps left; 0 where they saw nothing, or only scores of -inf, which weigh nothing."""
     row, rows, _role, first_head = tile
     heard = gl.convert_layout((before != float("-inf")).to(gl.int32), gl.SliceLayout(1, out_layout(C)))
     places, live = places_of(acc_state, row, first_head, first_token, rows, C)
@@ -210,7 +209,8 @@ def ended(tile, row_sums, base, shift, blind, unit, token, member, acc_state, C:
     if C.RUNS_ON:  # an earlier step may have seen scores of -inf: what it left is NaN
         merged = gl.where((role & MERGES) != 0, rows, 0)
         first = acc_state + (row.to(gl.int64) * C.HEADS + first_head) * C.HEAD_DIM
-        was = gl.load(first + (token * C.HEADS + member) * C.HEAD_DIM, mask=is_empty & (token < merged), other=0.0)
+        places = first + (token * C.HEADS + member) * C.HEAD_DIM
+        was = gl.load(places, mask=is_empty & (token < merged), other=0.0)
         blind = blind & (was == was)
     above = gl.convert_layout(gl.max(shift, 1), BY_ROW) + gl.log2(gl.where(is_empty, 1.0, row_sum))
     top = gl.convert_layout(gl.max(base, 1), BY_ROW)
@@ -364,8 +364,8 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             s = first_scores(
                 q_s.index(there), q_full.index(there), ((i + 1) >> 1) & 1, k_s, k_full, k_stage, k_phase, zero, C
             )
-        row_sum, total = ended(own, row_sums, base, shift, blind, scale, token, member, acc_state, C)
-        gl.store(lse_rows, total, mask=has_lse)
+        row_sum, own_lse = ended(own, row_sums, base, shift, blind, scale, token, member, acc_state, C)
+        gl.store(lse_rows, own_lse, mask=has_lse)
         last = warpgroup_mma_wait(1 if C.PREFETCHES else 0, [last])
         mbarrier.arrive(v_empty.index(stage), count=1)
         acc = last * gl.convert_layout(1.0 / row_sum, BY_OUT)[:, None]

@@ -94,7 +94,7 @@ def softmax(s, base, shift, row_sums, factor):
     OWN: gl.constexpr = s.shape[1] // 2
     base, shift, fade = gl.inline_asm_elementwise(
         raise_ptx(),
-        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f",
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
         [tops(s), base, shift, gl.full_like(base, 0.0) + factor],
         dtype=(gl.float32, gl.float32, gl.float32),
         is_pure=True,

@@ -108,7 +108,7 @@ def spread(x, COLUMNS: tl.constexpr):
 
 
 @triton.constexpr_function
-def _raise():
+def raise_ptx():
     """PTX for a thread's two columns of two rows.
 
     $0-3, $4-7 and $8-11 are what :func:`raised` gives, $12-15 the tops, $16-19 and $20-23 base and shift before, $24
@@ -162,7 +162,7 @@ def raised(base, shift, s, factor, OWN: tl.constexpr):
         fade = tl.math.exp2((base - new_base) * factor + (shift - new_shift))
     else:
         new_base, new_shift, fade = tl.inline_asm_elementwise(
-            _raise(),
+            raise_ptx(),
             "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
             [tops(s), base, shift, zeros_and(factor, base)],
             dtype=(tl.float32, tl.float32, tl.float32),
@@ -179,7 +179,7 @@ def in_place(elements):
 
 
 @triton.constexpr_function
-def _take(scores):
+def take_ptx(scores):
     """PTX that takes their bases from so many scores, if any row of a thread's two has one.
 
     $0 .. are the scores, in place, and the last ones the bases.
@@ -203,13 +203,13 @@ def taken(s, base, OWN: tl.constexpr):
         result = s - spread(base, s.shape[1])
     else:
         result = tl.inline_asm_elementwise(
-            _take(OWN), in_place(OWN), [s, spread(base, s.shape[1])], dtype=tl.float32, is_pure=True, pack=OWN
+            take_ptx(OWN), in_place(OWN), [s, spread(base, s.shape[1])], dtype=tl.float32, is_pure=True, pack=OWN
         )
     return result
 
 
 @triton.constexpr_function
-def _rescale(elements):
+def rescale_ptx(elements):
     """PTX that multiplies so many accumulators by their factors, if any thread of the warp has one that isn't 1.
 
     $0 .. are the accumulators, in place, and the last ones the factors.
@@ -235,7 +235,7 @@ def rescaled(acc, fade, ELEMENTS: tl.constexpr):
         result = acc * spread(fade, acc.shape[1])
     else:
         result = tl.inline_asm_elementwise(
-            _rescale(ELEMENTS),
+            rescale_ptx(ELEMENTS),
             in_place(ELEMENTS),
             [acc, spread(fade, acc.shape[1])],
             dtype=tl.float32,
