@@ -44,7 +44,8 @@ INSIDE: Mapping[str, Floors] = {
         ("torch_private",),
         ("dtypes", "memory", "precision"),
         ("attention",),
-        ("comm", "triton", "eager", "gluon"),  # gluon is to come
+        ("comm", "triton", "eager"),
+        ("gluon",),
         ("families",),
         ("pipelines",),
         ("lower",),

@@ -259,14 +259,18 @@ def _plain(
             s.masked_fill_(i + diagonal < j[first:seen], -torch.inf)
         if lower is not None and first < end - 1 + lower:
             s.masked_fill_(i + lower > j[first:seen], -torch.inf)
-        lse = s.logsumexp(-1)
-        shift = lse  # of scores of -inf alone the weights are NaN, as -inf - -inf is
+        top = s.amax(-1)  # of scores of -inf alone the weights are NaN, as -inf - -inf is
         if begin + diagonal < 0:  # but of no keys 0
-            shift = lse.clone()
-            shift[..., : -diagonal - begin] = 0.0
-        weights = (s - shift.unsqueeze(-1)).exp_().flatten(0, 1)
+            top[..., : -diagonal - begin] = 0.0
+        weights = (s - top.unsqueeze(-1)).exp_()
+        # By their own sum and not by the lse, which large scores round.
+        total = weights.sum(-1)
+        weights = weights.flatten(0, 1)
         if extras is not None:
             extras.write_scores(s.flatten(0, 1), begin, first)
             weights = extras.drop(weights, begin, first)
-        out = weights.view(num_kv, -1, seen - first) @ v[:, 0, first:seen]
-        yield begin, out.unflatten(1, (group, -1)), lse
+        out = (weights.view(num_kv, -1, seen - first) @ v[:, 0, first:seen]).unflatten(1, (group, -1))
+        lse = torch.where(top == -torch.inf, top, total.log() + top)
+        if begin + diagonal < 0:
+            total[..., : -diagonal - begin] = 1.0
+        yield begin, out.div_(total.unsqueeze(-1)), lse

@@ -44,9 +44,10 @@ from hetu.backends.gluon.softmax import (
     LN2,
     LOG2E,
     LOWEST,
-    by_eighth,
     clean_rows,
     first_eighth,
+    is_blind,
+    kept,
     masked,
     opaque,
     out_layout,
@@ -143,12 +144,12 @@ def seen_scores(s, tile, n, token, first_token, inner, C: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, tile, n, token, first_token, inner, scale, row_max, row_sums, DTYPE: gl.constexpr, C: gl.constexpr):
+def weigh(s, tile, n, token, first_token, inner, factor, base, shift, row_sums, DTYPE: gl.constexpr, C: gl.constexpr):
     """Folds the scores of block ``n`` into the softmax; their weights come as an operand of the next product."""
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, out_layout(C), 2)
     s = seen_scores(s, tile, n, token, first_token, inner, C)
-    p, row_max, row_sums, fade = softmax(s, row_max, row_sums, scale)
-    return gl.convert_layout(p.to(DTYPE), WEIGHTS), row_max, row_sums, fade
+    p, base, shift, row_sums, fade = softmax(s, base, shift, row_sums, factor)
+    return gl.convert_layout(p.to(DTYPE), WEIGHTS), base, shift, row_sums, fade
 
 
 @gluon.jit
@@ -162,26 +163,59 @@ def clean_values(values, full, phase, tile, n, C: gl.constexpr):
 
 
 @gluon.jit
-def begun(tile, lse_rows, has_lse, token, member, sinks, C: gl.constexpr):
-    """The sums and maxima of rows before their first key: of nothing, of a sink, or of what earlier steps found."""
+def begun(tile, lse_rows, has_lse, token, member, sinks, unit, C: gl.constexpr):
+    """Sums, base and shift of rows before their first key, and the log-sum-exps with which earlier steps left them."""
     _row, rows, role, first_head = tile
     BY_ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(C))
-    row_max = gl.full([ROWS, 8], LOWEST, gl.float32, row_layout(C.BLOCK_N))
-    row_sums = gl.full([ROWS, 8], 0.0, gl.float32, row_layout(C.BLOCK_N))
+    before = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
     if C.RUNS_ON or C.SINKS:
-        begins = gl.full([ROWS], float("-inf"), gl.float32, BY_ROW)
-        merged = 0
+        start = before
         if C.SINKS:
-            begins = gl.load(sinks + first_head + member) * LOG2E
+            start = gl.load(sinks + first_head + member)
         if C.RUNS_ON:
             merged = gl.where((role & MERGES) != 0, rows, 0)
-            before = gl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
-            begins = gl.where(token < merged, before, begins)
+            before = gl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf"))
+            start = gl.where(token < merged, before, start)
         # A maximum passes over NaN, so the sums have to keep that of a sink.
-        weight = gl.where(begins == float("-inf"), 0.0, gl.where(begins == begins, 1.0, float("nan")))
+        weight = gl.where(start == float("-inf"), 0.0, gl.where(start == start, 1.0, float("nan")))
         row_sums = first_eighth(weight, C.BLOCK_N)
-        row_max = by_eighth(gl.maximum(begins, LOWEST), C.BLOCK_N)
-    return row_sums, row_max
+        base, shift = kept(start, unit, C.BLOCK_N)
+    else:
+        base = gl.full([ROWS, 8], LOWEST, gl.float32, row_layout(C.BLOCK_N))
+        shift = base
+        row_sums = gl.full([ROWS, 8], 0.0, gl.float32, row_layout(C.BLOCK_N))
+    return row_sums, base, shift, before
+
+
+@gluon.jit
+def load_running(tile, before, first_token, acc_state, C: gl.constexpr):
+    """The accumulator that earlier steps left; 0 where they saw nothing, or only scores of -inf, which weigh nothing."""
+    row, rows, _role, first_head = tile
+    heard = gl.convert_layout((before != float("-inf")).to(gl.int32), gl.SliceLayout(1, out_layout(C)))
+    places, live = places_of(acc_state, row, first_head, first_token, rows, C)
+    return gl.load(places, mask=live & (heard == 1)[:, None], other=0.0)
+
+
+@gluon.jit
+def ended(tile, row_sums, base, shift, blind, unit, token, member, acc_state, C: gl.constexpr):
+    """The denominators and the log-sum-exps of rows, ``(rows,)``.
+
+    A row that saw nothing has 1 and -inf; one whose scores are all -inf has 0, of which the output becomes NaN.
+    """
+    row, rows, role, first_head = tile
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, scores_layout(C))
+    row_sum = gl.convert_layout(gl.sum(row_sums, 1), BY_ROW)
+    is_empty = row_sum == 0.0
+    if C.RUNS_ON:  # an earlier step may have seen scores of -inf: what it left is NaN
+        merged = gl.where((role & MERGES) != 0, rows, 0)
+        first = acc_state + (row.to(gl.int64) * C.HEADS + first_head) * C.HEAD_DIM
+        places = first + (token * C.HEADS + member) * C.HEAD_DIM
+        was = gl.load(places, mask=is_empty & (token < merged), other=0.0)
+        blind = blind & (was == was)
+    above = gl.convert_layout(gl.max(shift, 1), BY_ROW) + gl.log2(gl.where(is_empty, 1.0, row_sum))
+    top = gl.convert_layout(gl.max(base, 1), BY_ROW)
+    total = gl.fma(top, gl.full_like(top, 0.0) + unit, above * LN2)
+    return gl.where(is_empty & blind, 1.0, row_sum), gl.where(is_empty, float("-inf"), total)
 
 
 @gluon.jit
@@ -252,7 +286,7 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
     if C.SOFTCAP:  # the softmax is then one of `tanh(s * inner)`, by the scale `softcap`
         inner = scale / softcap
         scale = softcap
-    scale *= LOG2E
+    factor = scale * LOG2E
     zero = gl.full([ROWS, C.BLOCK_N], 0.0, gl.float32, SCORES)
     first_token = GROUP * (ROWS // C.PACK)
     r = gl.arange(0, ROWS, layout=BY_ROW)
@@ -278,18 +312,18 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             s = first_scores(q_s.index(at), q_full.index(at), i & 1, k_s, k_full, stage, phase, zero, C)
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(stage), count=1)
-        row_sums, row_max = begun((row, rows, role, first_head), lse_rows, has_lse, token, member, sinks, C)
-        weights, row_max, row_sums, fade = weigh(
-            s, (rows, k_len, reach, low), n, token, first_token, inner, scale, row_max, row_sums, DTYPE, C
+        own = (row, rows, role, first_head)
+        row_sums, base, shift, before = begun(own, lse_rows, has_lse, token, member, sinks, scale, C)
+        blind = is_blind(token, rows, k_len, reach, low, C.LOWER)
+        weights, base, shift, row_sums, fade = weigh(
+            s, (rows, k_len, reach, low), n, token, first_token, inner, factor, base, shift, row_sums, DTYPE, C
         )
         if C.PREFETCHES:  # the tile before is out: its buffer can take the queries of the tile after this one
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(TURNS * GROUP + ((i & 1) ^ 1)), count=1, pred=i > 0)
         acc = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, out_layout(C))
         if C.RUNS_ON:  # after the softmax, which needs the registers
-            merged = gl.where((role & MERGES) != 0, rows, 0)
-            places, live = places_of(acc_state, row, first_head, first_token, merged, C)
-            acc = rescaled(gl.load(places, mask=live, other=0.0), fade)
+            acc = rescaled(load_running(own, before, first_token, acc_state, C), fade)
         clean_values(v_s.index(stage), v_full.index(stage), phase, (rows, k_len, reach, low), n, C)
         # Triton 3.6 takes a value that is nothing but the bound of an inner loop for one that nobody needs, and keeps
         # that of the first turn for all turns.
@@ -303,6 +337,7 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
                         low = gl.load(record + 11)
                     n = last_block(k_len, reach, rows, C)
                     more += 1
+                    blind = blind & is_blind(token, rows, k_len, reach, low, C.LOWER)
             k_stage, k_phase = advanced(stage, phase, C.STAGES)
             mbarrier.wait(k_full.index(k_stage), k_phase)
             s = warpgroup_mma(q, k_s.index(k_stage).reshape(KEYS).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -310,8 +345,8 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             acc = warpgroup_mma(weights, v_s.index(stage).reshape(KEYS), acc, is_async=True)
             s = warpgroup_mma_wait(1, [s])
             mbarrier.arrive(k_empty.index(k_stage), count=1)
-            fresh, row_max, row_sums, fade = weigh(
-                s, (rows, k_len, reach, low), n, token, first_token, inner, scale, row_max, row_sums, DTYPE, C
+            fresh, base, shift, row_sums, fade = weigh(
+                s, (rows, k_len, reach, low), n, token, first_token, inner, factor, base, shift, row_sums, DTYPE, C
             )
             acc = warpgroup_mma_wait(0, [acc])
             mbarrier.arrive(v_empty.index(stage), count=1)
@@ -329,15 +364,12 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             s = first_scores(
                 q_s.index(there), q_full.index(there), ((i + 1) >> 1) & 1, k_s, k_full, k_stage, k_phase, zero, C
             )
-        row_sum = gl.convert_layout(gl.sum(row_sums, 1), BY_ROW)
-        is_empty = row_sum == 0.0
-        row_sum = gl.where(is_empty, 1.0, row_sum)
-        top = gl.convert_layout(gl.max(row_max, 1), BY_ROW)
-        gl.store(lse_rows, gl.where(is_empty, float("-inf"), (top + gl.log2(row_sum)) * LN2), mask=has_lse)
+        row_sum, own_lse = ended(own, row_sums, base, shift, blind, scale, token, member, acc_state, C)
+        gl.store(lse_rows, own_lse, mask=has_lse)
         last = warpgroup_mma_wait(1 if C.PREFETCHES else 0, [last])
         mbarrier.arrive(v_empty.index(stage), count=1)
         acc = last * gl.convert_layout(1.0 / row_sum, BY_OUT)[:, None]
-        finish((row, rows, role, first_head), acc, q_s.index(at), o_desc, out, acc_state, first_token, C)
+        finish(own, acc, q_s.index(at), o_desc, out, acc_state, first_token, C)
         if C.PREFETCHES:
             s = warpgroup_mma_wait(0, [s])
             mbarrier.arrive(k_empty.index(k_stage), count=1)

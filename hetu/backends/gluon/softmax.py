@@ -1,8 +1,9 @@
 """The running softmax of a consumer's rows, and which of their scores a mask hides.
 
-The maximum lags behind, as in ``hetu/backends/triton/running_max.py``, whose instructions these are: while no row of a
-warp has a score more than 8 (in base 2) above it, nothing is asked of other threads and nothing is rescaled. It is kept
-as a row of eight equal columns, of which a thread has two, and so are the sums, of which each has its own part.
+It is that of ``hetu/backends/triton/running_max.py``, which says what base and shift of a maximum are, and whose
+instructions these are: the maximum lags behind, and while no row of a warp has a score more than 8 (in base 2) above
+it, nothing is asked of other threads and nothing is rescaled. Both are kept as rows of eight equal columns, of which a
+thread has two, and so are the sums, of which each has its own part.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -14,12 +15,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hetu.backends.triton.running_max import _raise, _rescale, _rescale_operands
+from hetu.backends.triton import running_max
+from hetu.backends.triton.running_max import in_place, raise_ptx, rescale_ptx, take_ptx
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-LOWEST = gl.constexpr(-3.4028234663852886e38)
-"""The maximum of no scores: finite, so that differences of two of them are 0 and no NaN."""
+LOWEST = gl.constexpr(running_max.LOWEST.value)
+LARGE = gl.constexpr(running_max.LARGE.value)
 
 
 @gluon.constexpr_function
@@ -75,30 +77,50 @@ def tops(s):
 
 
 @gluon.jit
-def softmax(s, row_max, row_sums, scale):
+def softmax(s, base, shift, row_sums, factor):
     """Folds scores into the running softmax.
 
     Args:
         s: ``(rows, keys)``; -inf where a row sees nothing.
-        row_max: ``(rows, 8)``, the maximum before in base 2, or up to 8 less.
+        base: ``(rows, 8)``, with ``shift`` the maximum before, or up to 8 less in base 2.
+        shift: ``(rows, 8)``.
         row_sums: ``(rows, 8)``, the sum of weights before, of which each column has a part.
-        scale: Of the scores, in base 2; positive.
+        factor: Of the scores in base 2; positive.
 
     Returns:
-        The weights, the maximum, the sums, and the factor for what was summed up before, ``(rows, 8)``.
+        The weights, base, shift, the sums, and the factor for what was summed up before, ``(rows, 8)``.
     """
     LAYOUT: gl.constexpr = s.type.layout
-    factor = gl.full_like(row_max, 0.0) + scale
-    row_max, fade = gl.inline_asm_elementwise(
-        _raise(),
-        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f",
-        [tops(s), row_max, factor],
-        dtype=(gl.float32, gl.float32),
+    OWN: gl.constexpr = s.shape[1] // 2
+    base, shift, fade = gl.inline_asm_elementwise(
+        raise_ptx(),
+        "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
+        [tops(s), base, shift, gl.full_like(base, 0.0) + factor],
+        dtype=(gl.float32, gl.float32, gl.float32),
         is_pure=True,
         pack=4,
     )
-    p = gl.exp2(eighths(s) * scale - gl.expand_dims(row_max, 1))
-    return whole(p, LAYOUT), row_max, row_sums * fade + gl.sum(p, 1), fade
+    parts = gl.inline_asm_elementwise(
+        take_ptx(OWN),
+        in_place(OWN),
+        [eighths(s), gl.expand_dims(base, 1)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=OWN,
+    )
+    p = gl.exp2(parts * factor - gl.expand_dims(shift, 1))
+    return whole(p, LAYOUT), base, shift, row_sums * fade + gl.sum(p, 1), fade
+
+
+@gluon.jit
+def kept(start, unit, COLUMNS: gl.constexpr):
+    """Base and shift of rows that begin with the log-sum-exps ``start``, ``(rows,)``; see ``running_max.kept``."""
+    shift = start * LOG2E
+    is_large = gl.abs(shift) >= LARGE
+    base = gl.where(is_large, gl.minimum(gl.maximum(start / unit, LOWEST), -LOWEST), 0.0)
+    shift = gl.where(is_large, gl.fma(-base, gl.full_like(base, 0.0) + unit, start) * LOG2E, shift)
+    shift = gl.minimum(gl.maximum(shift, LOWEST), -LOWEST)
+    return by_eighth(base, COLUMNS), by_eighth(shift, COLUMNS)
 
 
 @gluon.jit
@@ -111,8 +133,8 @@ def rescaled(acc, fade):
     ELEMENTS: gl.constexpr = acc.shape[1] // 2
     factors = gl.convert_layout(fade, row_layout(acc.shape[1]), assert_trivial=True)
     parts = gl.inline_asm_elementwise(
-        _rescale(ELEMENTS),
-        _rescale_operands(ELEMENTS),
+        rescale_ptx(ELEMENTS),
+        in_place(ELEMENTS),
         [eighths(acc), gl.expand_dims(factors, 1)],
         dtype=gl.float32,
         is_pure=True,
@@ -164,6 +186,16 @@ def masked(s, first, token, k_len, reach, low, LOWER: gl.constexpr):
     if LOWER:
         seen = seen & (key[None, :] >= (token + low)[:, None])
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def is_blind(token, rows, k_len, reach, low, LOWER: gl.constexpr):
+    """Which rows see no key of a segment."""
+    last = gl.minimum(token + reach, gl.minimum(k_len, reach + rows) - 1)
+    blind = last < 0
+    if LOWER:
+        blind = blind | (last < token + low)
+    return blind
 
 
 @gluon.jit

@@ -16,12 +16,12 @@ from __future__ import annotations
 import triton.language as tl
 
 from hetu.backends.triton.interpreter import jit
+from hetu.backends.triton.large_scores import ASKED, asked, exponents
 from hetu.backends.triton.masking import is_cut, is_partly_seen, is_seen, is_visible
 from hetu.backends.triton.tiles import (
     CONTINUES,
     KEYS,
     KEYS_ONLY,
-    LOG2E,
     MERGES,
     QUERIES,
     RECORD_WIDTH,
@@ -55,7 +55,7 @@ def fold_queries(
     stride_lh, HEADS: tl.constexpr, PACK: tl.constexpr, PLANES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     ROLE: tl.constexpr, STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Adds what rows ``begin .. length`` of a query span do to the gradients of a block of keys.
 
@@ -78,6 +78,7 @@ def fold_queries(
     delta += token * HEADS + head
     rows = tl.where(column == 0, lse[:, None], delta[:, None])
     next_rows = tl.where(column == 0, TOKENS, TOKENS * HEADS)
+    units = tl.where(column == 0, ASKED if OWN else 1.0, 1.0)
     since = first - lower - (TOKENS - 1)
     inner = scale
     if SOFTCAP:  # as in the forward
@@ -88,8 +89,10 @@ def fold_queries(
         q_tile = load_rows(q, q_offsets, live, HEAD_DIM, BLOCK_D)
         dout_tile = load_rows(dout, d_offsets, live, HEAD_DIM, BLOCK_D)
         # Rows past the end have scores, log-sum-exps and gradients of 0, and so add nothing.
-        lse_row, delta_row = first_columns(tl.load(rows, mask=live[:, None] & (column < COLUMNS), other=0.0))
-        lse_row *= LOG2E
+        row = tl.load(rows, mask=live[:, None] & (column < COLUMNS), other=0.0)
+        if OWN:
+            row *= units
+        lse_row, delta_row = first_columns(row)
         s = dot(k_tile, tl.trans(q_tile), None, PRECISION)
         if SOFTCAP:
             s = tanh(s * inner, PRECISION)
@@ -99,9 +102,9 @@ def fold_queries(
             lse_row = tl.where(lse_row == float("-inf"), float("inf"), lse_row)  # of rows that see nothing
             if is_partly_seen(i, whole, since, LOWER):
                 s = tl.where(is_seen(first + j, last_key, i + token, diagonal, lower, LOWER), s, float("-inf"))
-            p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
+            p = tl.math.exp2(exponents(s, scale, lse_row, True, OWN))
         else:
-            p = tl.math.exp2(s * (scale * LOG2E) - lse_row[None, :])
+            p = tl.math.exp2(exponents(s, scale, lse_row, True, OWN))
             if MASKS_ALL or is_partly_seen(i, whole, since, LOWER):
                 p = tl.where(is_seen(first + j, last_key, i + token, diagonal, lower, LOWER), p, 0.0)
         kept = p
@@ -137,7 +140,7 @@ def key_gradients(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     PLANES: tl.constexpr, ROLE: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
-    MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of keys, of its values, or of both, of one key head; arguments as of the kernel."""
     TOKENS: tl.constexpr = BLOCK_M // PACK
@@ -200,7 +203,7 @@ def key_gradients(
                 key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_QT=STRIDE_QT, STRIDE_QH=STRIDE_QH,
                 STRIDE_DT=STRIDE_DT, STRIDE_DH=STRIDE_DH, stride_lh=stride_lh, HEADS=HEADS, PACK=PACK, PLANES=PLANES,
                 BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, ROLE=ROLE, STAGES=STAGES,
-                MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, PRECISION=PRECISION,
+                MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, PRECISION=PRECISION, OWN=OWN,
             )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -219,7 +222,7 @@ def fold_keys(
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
-    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Adds what the keys of a segment do to the gradients of a block of query rows.
 
@@ -245,7 +248,7 @@ def fold_keys(
         dp = dot(dout, tl.trans(v_tile), None, PRECISION)
         if SOFTCAP:
             s = tanh(s * inner, PRECISION)
-        p = tl.math.exp2(s * (scale * LOG2E) - lse[:, None])
+        p = tl.math.exp2(exponents(s, scale, lse, False, OWN))
         if MASKS_ALL or is_cut(n, whole, hidden, LOWER):
             p = tl.where(is_visible(j, token, reach - n, left, low - n, LOWER), p, 0.0)
         if DROPOUT:
@@ -273,7 +276,7 @@ def query_gradients(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
     MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
-    RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a block of query rows; arguments as of the kernel."""
     first_head = set * PACK
@@ -296,7 +299,7 @@ def query_gradients(
     queries = tl.load(record + 3) + token * tl.load(record + 4)
     lse_rows = lse + slot.to(tl.int64) * stride_lb + tl.load(record + 6) + head.to(tl.int64) * stride_lh + token
     has_lse = token < tl.where(slot >= 0, rows, 0)
-    lse_row = tl.load(lse_rows, mask=has_lse, other=float("inf")) * LOG2E
+    lse_row = asked(tl.load(lse_rows, mask=has_lse, other=float("inf")), OWN)
     delta_row = tl.load(delta + row * HEADS + token * HEADS + head, mask=live, other=0.0)
     q_offsets = tile_offsets(token, member, STRIDE_QT, STRIDE_QH, BLOCK_D)
     q_tile = load_rows(q + row * STRIDE_QT + far_head * STRIDE_QH, q_offsets, live, HEAD_DIM, BLOCK_D)
@@ -328,7 +331,7 @@ def query_gradients(
             key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale, STRIDE_KT=STRIDE_KT,
             STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N,
             HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, STAGES=STAGES, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
-            DROPOUT=DROPOUT, PRECISION=PRECISION,
+            DROPOUT=DROPOUT, PRECISION=PRECISION, OWN=OWN,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -364,6 +367,7 @@ def backward_kernel(
     QUERY_M: tl.constexpr, QUERY_N: tl.constexpr, QUERY_STAGES: tl.constexpr,
     SPLIT: tl.constexpr, MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr,
     RUNS_ON: tl.constexpr, MORE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    KEY_OWN: tl.constexpr, VALUE_OWN: tl.constexpr, QUERY_OWN: tl.constexpr,
 ):  # fmt: skip
     """The backward of one step of attention. The grid is ``(records * HEADS // PACK,)``.
 
@@ -385,6 +389,7 @@ def backward_kernel(
         MASKS_ALL, LOWER: As of the forward.
         SPLIT: Whether keys and values are roles of their own, of which each holds half the accumulators and computes
             the scores anew: what wide heads need. VALUE_M, VALUE_N and VALUE_STAGES are of values' programs then.
+        KEY_OWN, VALUE_OWN, QUERY_OWN: As of ``large_scores.exponents``.
     """
     SETS: tl.constexpr = HEADS // PACK
     item, set = item_and_set(CHUNK, SETS)
@@ -401,7 +406,7 @@ def backward_kernel(
             STRIDE_DQH=STRIDE_DQH, STRIDE_DST=STRIDE_DST, STRIDE_DSH=STRIDE_DSH, HEADS=HEADS, GROUP=GROUP, PACK=PACK,
             HEAD_DIM=HEAD_DIM, BLOCK_M=QUERY_M, BLOCK_N=QUERY_N, BLOCK_D=BLOCK_D, STAGES=QUERY_STAGES,
             MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP, RUNS_ON=RUNS_ON, MORE=MORE, DROPOUT=DROPOUT,
-            PRECISION=PRECISION,
+            PRECISION=PRECISION, OWN=QUERY_OWN,
         )  # fmt: skip
     elif set < HEADS // GROUP:
         if role == VALUES_ONLY:
@@ -416,7 +421,7 @@ def backward_kernel(
                     STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS, GROUP=GROUP, PACK=PACK,
                     HEAD_DIM=HEAD_DIM, BLOCK_M=VALUE_M, BLOCK_N=VALUE_N, BLOCK_D=BLOCK_D, STAGES=VALUE_STAGES,
                     PLANES=THREADS // VALUE_M, ROLE=VALUES_ONLY, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
-                    MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
+                    MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION, OWN=VALUE_OWN,
                 )  # fmt: skip
         else:
             key_gradients(
@@ -428,5 +433,5 @@ def backward_kernel(
                 STRIDE_DKT=STRIDE_DKT, STRIDE_DKH=STRIDE_DKH, STRIDE_DVT=STRIDE_DVT, STRIDE_DVH=STRIDE_DVH, HEADS=HEADS,
                 GROUP=GROUP, PACK=PACK, HEAD_DIM=HEAD_DIM, BLOCK_M=KEY_M, BLOCK_N=KEY_N, BLOCK_D=BLOCK_D,
                 STAGES=KEY_STAGES, PLANES=THREADS // KEY_M, ROLE=KEY_ROLE, MASKS_ALL=MASKS_ALL, LOWER=LOWER,
-                SOFTCAP=SOFTCAP, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION,
+                SOFTCAP=SOFTCAP, MORE=MORE, DROPOUT=DROPOUT, PRECISION=PRECISION, OWN=KEY_OWN,
             )  # fmt: skip

@@ -134,6 +134,7 @@ _TILE: Mapping[str, Callable[[Any], bool]] = {
     "max_registers": lambda value: value is None or _is_int(value, 16, 255),
     "precision": lambda value: type(value) is str,  # compared with that of another tile for the same kind
     "masks_all": _is_flag,
+    "knows_threads": _is_flag,
     "skips_rescaling": _is_flag,
     "chunk": lambda value: _is_int(value, 1, 2**12),
 }

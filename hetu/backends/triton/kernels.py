@@ -7,9 +7,9 @@ many rows then spans fewer tokens: less of it is cut off by diagonals and by the
 One loop walks the keys of a segment, and masks where a diagonal or an end cuts through the block. Two loops, one of
 them without masks, are slower: the registers of both are taken at once, and each fills its pipeline anew.
 
-The running softmax is kept in base 2, where the hardware's exponential lives: ``row_max`` is the largest score
-of a row times log2(e), or a little less (running_max.py), ``row_sum`` the sum of ``2**(score - row_max)``, ``acc`` the
-matching sum of value rows. A partial result of earlier steps enters as ``row_max = lse``, ``row_sum = 1``,
+The running softmax is kept in base 2, where the hardware's exponential lives: ``base`` and ``shift`` are the largest
+score of a row, or a little less (running_max.py), ``row_sum`` the sum of 2 to the power of what scores are above it,
+``acc`` the matching sum of value rows. A partial result of earlier steps enters as a score of its lse, ``row_sum = 1``,
 ``acc = out``, so that merging costs no pass of its own. A sink enters in a row's first step as one of which
 ``acc`` is 0.
 """
@@ -22,8 +22,8 @@ from __future__ import annotations
 import triton.language as tl
 
 from hetu.backends.triton.interpreter import jit
-from hetu.backends.triton.masking import is_cut, is_visible
-from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread
+from hetu.backends.triton.masking import is_blind, is_cut, is_visible
+from hetu.backends.triton.running_max import by_row, kept, raised, rescaled, spread, taken, zeros_and
 from hetu.backends.triton.tiles import (
     CONTINUES,
     LN2,
@@ -46,12 +46,12 @@ from hetu.backends.triton.tiles import (
 
 @jit
 def fold_segment(
-    acc, row_sums, row_max, q, k, v, kv_head, k_len, reach, low, token, rows, scale, softcap,
+    acc, row_sums, base, shift, q, k, v, kv_head, k_len, reach, low, token, rows, scale, softcap,
     scores, key_position, queries, document, head, key_low, key_high, threshold, keep_scale,
     STRIDE_KT: tl.constexpr, STRIDE_KH: tl.constexpr, STRIDE_VT: tl.constexpr, STRIDE_VH: tl.constexpr,
     KV_HEADS: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr,
-    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Folds the keys of a segment into the running softmax of a block of rows.
 
@@ -92,11 +92,10 @@ def fold_segment(
         if SCORES:
             places = scores[:, None] + keys[None, :]
             tl.store(places, s * scale, mask=(token < rows)[:, None] & (s != float("-inf")))
-        new_max, fade = raised(row_max, s, scale * LOG2E, ELEMENTS)
-        p = tl.math.exp2(s * (scale * LOG2E) - spread(new_max, BLOCK_N))
+        base, shift, fade = raised(base, shift, s, scale * LOG2E, OWN)
+        p = tl.math.exp2(taken(s, base, OWN) * (scale * LOG2E) - spread(shift, BLOCK_N))
         # A thread adds up its own columns of p, each eighth pair: threads are asked for theirs once, after the loop.
         row_sums = row_sums * spread(fade, 8) + tl.sum(tl.reshape(p, [q.shape[0], BLOCK_N // 8, 8]), 1)
-        row_max = new_max
         if DROPOUT:
             keeps = dropout_keeps(
                 key_low, key_high, threshold, document, head[:, None], queries[:, None], keys[None, :]
@@ -108,16 +107,16 @@ def fold_segment(
         if BLOCK_D == 128:
             k += BLOCK_N * STRIDE_KT
             v += BLOCK_N * STRIDE_VT
-    return acc, row_sums, row_max
+    return acc, row_sums, base, shift
 
 
 @jit
-def begun(row_max, SINKS: tl.constexpr):
-    """The sums of rows that begin with a weight of 1 at ``row_max``; with nothing where that is -inf."""
+def begun(start, SINKS: tl.constexpr):
+    """The sums of rows that begin with a weight of 1 at ``start``; with nothing where that is -inf."""
     weight = 1.0
     if SINKS:  # a maximum passes over NaN, so the sums have to keep that of a sink
-        weight = tl.where(row_max == row_max, 1.0, float("nan"))[:, None]
-    return tl.where((row_max[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), weight, 0.0)
+        weight = tl.where(start == start, 1.0, float("nan"))[:, None]
+    return tl.where((start[:, None] != float("-inf")) & (tl.arange(0, 8)[None, :] == 0), weight, 0.0)
 
 
 @jit(do_not_specialize=["stride_lb", "stride_lh", "stride_sb", "stride_sh", "stride_sm",
@@ -132,7 +131,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
     MASKS_ALL: tl.constexpr, LOWER: tl.constexpr, RUNS_ON: tl.constexpr, MORE: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, DROPOUT: tl.constexpr, SCORES: tl.constexpr,
-    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, ELEMENTS: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """One step of attention, merged into the running (acc, lse). The grid is ``(items * HEADS // PACK,)``.
 
@@ -156,7 +155,7 @@ def forward_kernel(
         head_start: What dropout counts the heads from.
         softcap: What scores are capped by, with SOFTCAP.
         LOWER: Whether segments have a lower diagonal.
-        ELEMENTS: As of ``running_max.rescaled``.
+        ELEMENTS, OWN: As of ``running_max.rescaled`` and ``running_max.taken``.
         CHUNK: Items that programs take for one set of PACK heads before they take them for the next one.
         MASKS_ALL: Whether scores that nothing hides are masked too: a branch around it keeps Triton from seeing, for
             tensor cores before sm_90, that one dot follows the other, and probabilities then change threads.
@@ -190,6 +189,12 @@ def forward_kernel(
     acc_offsets = tile_offsets(token, member, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
     ends = live
     continues = live
+    unit = softcap if SOFTCAP else scale
+    merged = 0
+    start = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if SINKS:
+        start = tl.load(sinks + head)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if RUNS_ON:
         role = tl.load(record + 15)
         merged = tl.where((role & MERGES) != 0, rows, 0)
@@ -197,21 +202,12 @@ def forward_kernel(
         ends = token < ending
         continues = token < rows - ending
         acc_base += (row * HEADS + far_head) * HEAD_DIM
-        acc = load_rows(acc_base, acc_offsets, token < merged, HEAD_DIM, BLOCK_D)
-        row_max = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf")) * LOG2E
-        if SINKS:
-            row_max = tl.where(token < merged, row_max, tl.load(sinks + head) * LOG2E)
-        row_sums = begun(row_max, SINKS)
-        row_max = kept(row_max, PRECISION)
-    elif SINKS:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_max = tl.load(sinks + head) * LOG2E
-        row_sums = begun(row_max, SINKS)
-        row_max = kept(row_max, PRECISION)
-    else:
-        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        row_sums = tl.zeros([BLOCK_M, 8], tl.float32)
-        row_max = kept(tl.full([BLOCK_M], float("-inf"), tl.float32), PRECISION)
+        before = tl.load(lse_rows, mask=has_lse & (token < merged), other=float("-inf"))
+        start = tl.where(token < merged, before, start)
+        # The acc of what saw scores of -inf alone is NaN, and weighs nothing.
+        acc = load_rows(acc_base, acc_offsets, before != float("-inf"), HEAD_DIM, BLOCK_D)
+    row_sums = begun(start, SINKS)
+    base, shift = kept(start, unit, PRECISION)
     score_rows = head
     if SCORES:
         score_rows = scores + slot.to(tl.int64) * stride_sb + tl.load(record + 7) + head.to(tl.int64) * stride_sh
@@ -228,14 +224,14 @@ def forward_kernel(
         positions = key_position
         if DROPOUT or SCORES:
             positions += k_start
-        acc, row_sums, row_max = fold_segment(
-            acc=acc, row_sums=row_sums, row_max=row_max, q=q_tile, k=k + k_start * STRIDE_KT, v=v + v_start * STRIDE_VT,
-            kv_head=first_head // GROUP, k_len=k_len, reach=reach, low=low, token=token, rows=rows, scale=scale,
+        acc, row_sums, base, shift = fold_segment(
+            acc=acc, row_sums=row_sums, base=base, shift=shift, q=q_tile, k=k + k_start * STRIDE_KT,
+            v=v + v_start * STRIDE_VT, kv_head=first_head // GROUP, k_len=k_len, reach=reach, low=low, token=token, rows=rows, scale=scale,
             softcap=softcap, scores=score_rows, key_position=positions, queries=queries, document=document,
             head=head_start + head, key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
             STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP,
             BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
-            DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS,
+            DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, OWN=OWN,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
@@ -248,10 +244,26 @@ def forward_kernel(
 
     row_sum = tl.sum(row_sums, 1)
     empty = row_sum == 0.0
-    row_max = by_row(row_max)
-    row_sum = tl.where(empty, 1.0, row_sum)
-    acc = acc / row_sum[:, None]
-    tl.store(lse_rows, tl.where(empty, float("-inf"), (row_max + tl.math.log2(row_sum)) * LN2), mask=has_lse)
+    blind = live
+    if not MORE:  # loaded again: of the loop's own bounds LLVM makes code in which each product waits for another
+        low = load_again(record + 11) if LOWER else 0
+        blind = is_blind(token, rows, load_again(record + 10), load_again(record + 9), low, LOWER)
+    else:
+        if tl.max((empty & live).to(tl.int32), 0) == 1:
+            record = records + item * RECORD_WIDTH
+            for further in loop(more_begin - 1, more_end):
+                if LOWER:
+                    low = tl.load(record + 11)
+                blind = blind & is_blind(token, rows, tl.load(record + 10), tl.load(record + 9), low, LOWER)
+                record = records + (further + 1) * RECORD_WIDTH
+    if RUNS_ON:  # an earlier step may have seen scores of -inf
+        was = tl.load(acc_base + (token * HEADS + member) * HEAD_DIM, mask=empty & (token < merged), other=0.0)
+        blind = blind & (was == was)
+    row_sum = tl.where(empty & blind, 1.0, row_sum)
+    acc = acc / row_sum[:, None]  # NaN where all scores are -inf
+    above = by_row(shift) + tl.math.log2(tl.where(empty, 1.0, row_sum))
+    total = tl.fma(by_row(base), zeros_and(unit, row_sum), above * LN2)
+    tl.store(lse_rows, tl.where(empty, float("-inf"), total), mask=has_lse)
     o_offsets = tile_offsets(token, member, STRIDE_OT, STRIDE_OH, BLOCK_D)
     store_rows(out + row * STRIDE_OT + far_head * STRIDE_OH, o_offsets, acc, ends, HEAD_DIM, BLOCK_D)
     if RUNS_ON:

@@ -14,7 +14,7 @@ from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.attention.work import key_work, query_work
 from hetu.backends.memory import device_copies, empty
-from hetu.backends.triton import autotune
+from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.launch import (
     NO_DROPOUT,
@@ -67,7 +67,7 @@ def attend_backward(
     _run(work, call, state, dk, dv)
 
 
-_backward = Launcher(backward_kernel, "stride_lb")
+_backward = Launcher(backward_kernel, "stride_lb", running_max.check)
 _row_dot = Launcher(row_dot_kernel, "rows")
 
 

@@ -35,6 +35,16 @@ def is_visible(j, token, reach, left, low, LOWER: tl.constexpr):
 
 
 @jit
+def is_blind(token, rows, reach, k_len, low, LOWER: tl.constexpr):
+    """Which of a block's rows see no key of a segment: ``(tokens,)``."""
+    last = tl.minimum(token + reach, tl.minimum(k_len, reach + rows) - 1)
+    blind = last < 0
+    if LOWER:
+        blind = blind | (last < token + low)
+    return blind
+
+
+@jit
 def is_partly_seen(i, whole, since, LOWER: tl.constexpr):
     """Whether rows from i on see only some keys of a block: before ``whole``, and with LOWER past ``since``."""
     cut = i < whole

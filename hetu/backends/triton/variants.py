@@ -43,8 +43,10 @@ class Tile:
         precision: Of dots: ``"tf32"`` for half types; for float32 ``"ieee"``, without tensor cores, or ``"tf32x3"``,
             three products on them that together keep float32's digits.
         masks_all: Whether scores are masked without asking whether anything hides some; see ``forward_kernel``.
-        skips_rescaling: Of the forward: whether warps rescale nothing where their rows' maxima stay, if they have 16
-            rows each; see ``running_max.rescaled``.
+        knows_threads: Whether the kernel has instructions for the elements that a thread has of a tile of scores, for
+            what few warps need; see ``running_max.py``. In the forward only if a warp has 16 rows.
+        skips_rescaling: Of the forward: whether warps rescale nothing where their rows' maxima stay, if threads are
+            known; see ``running_max.rescaled``.
         chunk: Of the forward: items that programs take for some heads before they take them for the next ones.
     """
 
@@ -55,6 +57,7 @@ class Tile:
     max_registers: int | None = None
     precision: str = "tf32"
     masks_all: bool = False
+    knows_threads: bool = False
     skips_rescaling: bool = False
     chunk: int = 16
 
@@ -115,6 +118,7 @@ class Variant:
 
     def constants(self, heads: PackedHeads, tile: Tile, strides: dict[str, int]) -> dict[str, Any]:
         """The kernel's compile-time arguments. ``strides``: of q, k, v and out, by :func:`named_strides`."""
+        knows = tile.knows_threads and tile.block_m == 16 * tile.num_warps  # a warp then has 16 rows
         return {
             **strides,
             "HEADS": heads.num_q,
@@ -129,7 +133,8 @@ class Variant:
             "LOWER": self.lower,
             "SOFTCAP": self.softcap,
             "SINKS": self.sinks,
-            "ELEMENTS": _elements(self, tile),
+            "ELEMENTS": self.block_d // 2 if knows and tile.skips_rescaling else 0,
+            "OWN": tile.block_n // 2 if knows else 0,
             "RUNS_ON": self.runs_on,
             "MORE": self.more,
             "DROPOUT": self.dropout,
@@ -152,12 +157,6 @@ class Variant:
         q, kv = heads.num_q, heads.num_kv
         strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "O": q})
         return source(forward_kernel, types, self.constants(heads, tile, strides))
-
-
-def _elements(variant: Variant, tile: Tile) -> int:
-    """Accumulators of a thread, where their rescaling is skipped, else 0; see ``running_max.rescaled``."""
-    has_two_rows = tile.block_m == 16 * tile.num_warps
-    return variant.block_d // 2 if tile.skips_rescaling and has_two_rows else 0
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int]:
@@ -244,9 +243,10 @@ def tile(variant: Variant, capability: int, keys_per_row: float = 0.0, pack: int
     if is_small(capability):
         return _small_tile(variant)
     chosen = _half_tile(variant, keys_per_row, pack)
-    # Which rows a thread has is known of the tensor cores of sm_90. With eight warps at head_dim 256 it is slower.
-    skips = capability == 90 and not (variant.block_d == 256 and chosen.num_warps == 8)
-    return replace(chosen, skips_rescaling=skips)
+    # Which rows a thread has is known of the tensor cores of sm_90. Eight warps at head_dim 256 had better not skip.
+    knows = capability == 90
+    skips = knows and not (variant.block_d == 256 and chosen.num_warps == 8)
+    return replace(chosen, knows_threads=knows, skips_rescaling=skips)
 
 
 def _half_tile(variant: Variant, keys_per_row: float, pack: int) -> Tile:

@@ -108,6 +108,9 @@ class BackwardVariant:
             "MORE": self.more,
             "DROPOUT": self.dropout,
             "PRECISION": tiles.keys.precision,
+            "KEY_OWN": _own(tiles.keys, tiles.keys.block_n),
+            "VALUE_OWN": _own(tiles.values, tiles.values.block_n),
+            "QUERY_OWN": _own(tiles.queries, tiles.queries.block_m),
         }
 
     def source(self, heads: PackedHeads, tiles: BackwardTiles) -> dict[str, Any]:
@@ -124,6 +127,12 @@ class BackwardVariant:
         q, kv = heads.num_q, heads.num_kv
         strides = whole_strides(self.head_dim, {"Q": q, "K": kv, "V": kv, "D": q, "DQ": q, "DS": q, "DK": kv, "DV": kv})
         return source(backward_kernel, types, self.constants(heads, tiles, strides))
+
+
+def _own(tile: Tile, rows: int) -> int:
+    """Scores of a thread, where the kernel knows which: where a warp has whole ones of the ``rows`` of its tile."""
+    knows = tile.knows_threads and rows >= 16 * tile.num_warps
+    return tile.block_m * tile.block_n // (32 * tile.num_warps) if knows else 0
 
 
 def backward_options(tiles: BackwardTiles) -> dict[str, Any]:
@@ -162,9 +171,19 @@ def backward_tile(variant: BackwardVariant, capability: int, keys_per_row: float
         if width == 128:
             return BackwardTiles(Tile(32, 64, 8, 1), Tile(64, 32, 8, 2))
         return BackwardTiles(Tile(32, 32, 8, 1), Tile(32, 32, 8, 1))
+    tiles = _half_tiles(width, variant.softcap, keys_per_row)
+    if capability > 90:  # the elements of a thread are known of the tensor cores of sm_90
+        return tiles
+    values = replace(tiles.own_values, knows_threads=True) if tiles.own_values else None
+    keys, queries = (replace(tile, knows_threads=True) for tile in (tiles.keys, tiles.queries))
+    return replace(tiles, keys=keys, queries=queries, own_values=values)
+
+
+def _half_tiles(width: int, has_softcap: bool, keys_per_row: float) -> BackwardTiles:
+    """For the tensor cores of sm_90 and later; see :func:`backward_tile`."""
     if width <= 64:
         # Registers for three programs a multiprocessor. A cap needs some, which larger blocks would spill.
-        if keys_per_row < 1536 or variant.softcap:
+        if keys_per_row < 1536 or has_softcap:
             return BackwardTiles(Tile(32, 64, 4, 3, max_registers=168), Tile(64, 64, 4, 3))
         return BackwardTiles(Tile(32, 128, 4, 3), Tile(128, 64, 4, 3))
     if width == 128:

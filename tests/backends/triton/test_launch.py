@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -172,37 +173,52 @@ def test_keys_of_the_rows_that_a_step_attends_for() -> None:
     assert launch.keys_per_row(spans, SegmentTable(*np.empty((4, 0), np.int64))) == 0
 
 
+KNOWN = {"knows_threads": True, "skips_rescaling": True}
+
+
 def test_tiles_that_were_tuned() -> None:
     half = torch.bfloat16
-    assert tile(Variant(64, half), 90, 200, pack=4) == Tile(64, 32, 4, 4, skips_rescaling=True)
+    assert tile(Variant(64, half), 90, 200, pack=4) == Tile(64, 32, 4, 4, **KNOWN)
     for keys, pack in ((0, 1), (200, 1), (256, 2), (2000, 4), (9999, 1)):
-        chosen = Tile(64, 64, 4, 3, max_registers=128, skips_rescaling=True)
+        chosen = Tile(64, 64, 4, 3, max_registers=128, **KNOWN)
         assert tile(Variant(64, half), 90, keys, pack) == chosen
     for keys, runs_on in product((200, 511), (False, True)):
-        chosen = Tile(64, 32, 4, 3, max_registers=168, skips_rescaling=True, chunk=1)
+        chosen = Tile(64, 32, 4, 3, max_registers=168, **KNOWN, chunk=1)
         assert tile(Variant(128, torch.float16, runs_on=runs_on), 90, keys) == chosen
     for keys, pack in ((512, 1), (9999, 1), (5000, 4)):
-        assert tile(Variant(128, half), 90, keys, pack) == Tile(64, 64, 4, 3, skips_rescaling=True)
-    assert tile(Variant(256, half), 90, 256) == Tile(64, 32, 4, 2, skips_rescaling=True, chunk=1)
-    assert tile(Variant(256, half), 90, 512) == Tile(128, 64, 8, 2)
+        assert tile(Variant(128, half), 90, keys, pack) == Tile(64, 64, 4, 3, **KNOWN)
+    assert tile(Variant(256, half), 90, 256) == Tile(64, 32, 4, 2, **KNOWN, chunk=1)
+    assert tile(Variant(256, half), 90, 512) == Tile(128, 64, 8, 2, knows_threads=True)
 
 
 def test_tiles_of_the_backward_that_were_tuned() -> None:
     chosen = {(d, k): backward_tile(BackwardVariant(d, torch.bfloat16), 90, k) for d in (64, 128) for k in (1535, 1536)}
-    short = BackwardTiles(Tile(32, 64, 4, 3, max_registers=168), Tile(64, 64, 4, 3))
-    assert chosen[64, 1535] == short and chosen[64, 1536] == BackwardTiles(Tile(32, 128, 4, 3), Tile(128, 64, 4, 3))
-    assert chosen[128, 1535] == chosen[128, 1536] == BackwardTiles(Tile(32, 64, 4, 3), Tile(64, 64, 4, 2))
+    known = partial(Tile, knows_threads=True)
+    short = BackwardTiles(known(32, 64, 4, 3, max_registers=168), known(64, 64, 4, 3))
+    assert chosen[64, 1535] == short and chosen[64, 1536] == BackwardTiles(known(32, 128, 4, 3), known(128, 64, 4, 3))
+    assert chosen[128, 1535] == chosen[128, 1536] == BackwardTiles(known(32, 64, 4, 3), known(64, 64, 4, 2))
     wide = backward_tile(BackwardVariant(256, torch.bfloat16), 90)
-    assert wide.is_split and wide.values == Tile(64, 128, 8, 2)
-    assert wide.keys == Tile(32, 128, 8, 3) and wide.queries == Tile(128, 32, 8, 3)
+    assert wide.is_split and wide.values == known(64, 128, 8, 2)
+    assert wide.keys == known(32, 128, 8, 3) and wide.queries == known(128, 32, 8, 3)
 
 
-def test_rescaling_is_skipped_where_threads_are_known_to_have_two_rows() -> None:
-    for variant, capability, keys in product(variants(), (INTERPRETER, 80, 90, 100, 120), KEYS_PER_ROW):
+def test_instructions_for_a_thread_are_where_its_elements_are_known() -> None:
+    """Where warps have whole rows of tensor cores of sm_90."""
+    capabilities = (INTERPRETER, 80, 90, 100, 120)
+    for variant, capability, keys in product(variants(), capabilities, KEYS_PER_ROW):
         chosen = tile(variant, capability, keys)
-        if chosen.skips_rescaling:
-            assert capability == 90 and variant.dtype != torch.float32
+        assert chosen.knows_threads == (capability == 90 and variant.dtype != torch.float32)
+        assert chosen.knows_threads or not chosen.skips_rescaling
+        if chosen.knows_threads:
             assert chosen.block_m == 16 * chosen.num_warps
+    for backward, capability, keys in product(backward_variants(), capabilities, KEYS_PER_ROW):
+        tiles = backward_tile(backward, capability, keys)
+        own = {
+            key: value
+            for key, value in backward.constants(PackedHeads(8, 2), tiles, {}).items()
+            if key.endswith("_OWN")
+        }
+        assert all(own.values()) if capability == 90 and backward.dtype != torch.float32 else not any(own.values())
 
 
 def test_consumers_blackwell_has_as_little_shared_memory_as_ampere() -> None:
