@@ -189,7 +189,7 @@ def begun(tile, lse_rows, has_lse, token, member, sinks, unit, C: gl.constexpr):
 
 @gluon.jit
 def load_running(tile, before, first_token, acc_state, C: gl.constexpr):
-    """The accumulator that earlier steps left; 0 where they saw nothing, or only scores of -inf, which weigh nothing."""
+    """The accumulator that earlier steps left; 0 where they saw nothing, or scores of -inf, which weigh nothing."""
     row, rows, _role, first_head = tile
     heard = gl.convert_layout((before != float("-inf")).to(gl.int32), gl.SliceLayout(1, out_layout(C)))
     places, live = places_of(acc_state, row, first_head, first_token, rows, C)
