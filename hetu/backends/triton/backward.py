@@ -299,7 +299,7 @@ def query_gradients(
     queries = tl.load(record + 3) + token * tl.load(record + 4)
     lse_rows = lse + slot.to(tl.int64) * stride_lb + tl.load(record + 6) + head.to(tl.int64) * stride_lh + token
     has_lse = token < tl.where(slot >= 0, rows, 0)
-    lse_row = asked(tl.load(lse_rows, mask=has_lse, other=float("inf")), OWN)
+    lse_row = asked(tl.load(lse_rows, mask=has_lse, other=0.0), OWN)  # rows past the end aren't stored
     delta_row = tl.load(delta + row * HEADS + token * HEADS + head, mask=live, other=0.0)
     q_offsets = tile_offsets(token, member, STRIDE_QT, STRIDE_QH, BLOCK_D)
     q_tile = load_rows(q + row * STRIDE_QT + far_head * STRIDE_QH, q_offsets, live, HEAD_DIM, BLOCK_D)

@@ -226,12 +226,12 @@ def forward_kernel(
             positions += k_start
         acc, row_sums, base, shift = fold_segment(
             acc=acc, row_sums=row_sums, base=base, shift=shift, q=q_tile, k=k + k_start * STRIDE_KT,
-            v=v + v_start * STRIDE_VT, kv_head=first_head // GROUP, k_len=k_len, reach=reach, low=low, token=token, rows=rows, scale=scale,
-            softcap=softcap, scores=score_rows, key_position=positions, queries=queries, document=document,
-            head=head_start + head, key_low=key_low, key_high=key_high, threshold=threshold, keep_scale=keep_scale,
-            STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH, KV_HEADS=HEADS // GROUP,
-            BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL, LOWER=LOWER, SOFTCAP=SOFTCAP,
-            DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, OWN=OWN,
+            v=v + v_start * STRIDE_VT, kv_head=first_head // GROUP, k_len=k_len, reach=reach, low=low, token=token,
+            rows=rows, scale=scale, softcap=softcap, scores=score_rows, key_position=positions, queries=queries,
+            document=document, head=head_start + head, key_low=key_low, key_high=key_high, threshold=threshold,
+            keep_scale=keep_scale, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH,
+            KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL,
+            LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, OWN=OWN,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
