@@ -231,7 +231,8 @@ def forward_kernel(
             document=document, head=head_start + head, key_low=key_low, key_high=key_high, threshold=threshold,
             keep_scale=keep_scale, STRIDE_KT=STRIDE_KT, STRIDE_KH=STRIDE_KH, STRIDE_VT=STRIDE_VT, STRIDE_VH=STRIDE_VH,
             KV_HEADS=HEADS // GROUP, BLOCK_N=BLOCK_N, HEAD_DIM=HEAD_DIM, BLOCK_D=BLOCK_D, MASKS_ALL=MASKS_ALL,
-            LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS, OWN=OWN,
+            LOWER=LOWER, SOFTCAP=SOFTCAP, DROPOUT=DROPOUT, SCORES=SCORES, PRECISION=PRECISION, ELEMENTS=ELEMENTS,
+            OWN=OWN,
         )  # fmt: skip
         if MORE:
             record = records + (further + 1) * RECORD_WIDTH
