@@ -35,14 +35,14 @@ def compiled(variant: Variant, heads: PackedHeads) -> dict[str, Any]:
     with redirect_stdout(log):
         kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=variants.options(shape.consumers))
     spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", log.getvalue())
-    carried = re.search(r"scf.yield (.*%tile.*) :", kernel.asm["ttgir"])
+    carried = re.search(r"scf.yield .*%tile.* : (.*)", kernel.asm["ttgir"])
     assert spills is not None and carried is not None, log.getvalue()
     return {
         "variant": str(variant),
         "stack": int(spills.group(1)),
         "spills": int(spills.group(2)),
         "serial": re.findall(r"C75\d\d", log.getvalue()),
-        "carried": carried.group(1).count("%tile"),
+        "carried": len(re.findall(r"\bi32\b", carried.group(1))),
         "shared": kernel.metadata.shared,
     }
 
