@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hetu.backends.attention import records
+from hetu.backends.gluon import variants
 from hetu.backends.gluon.schedule import (
     advanced,
     async_load,
@@ -41,9 +41,6 @@ from hetu.backends.gluon.schedule import (
     turns,
 )
 from hetu.backends.gluon.softmax import (
-    LN2,
-    LOG2E,
-    LOWEST,
     clean_rows,
     first_eighth,
     is_blind,
@@ -57,11 +54,10 @@ from hetu.backends.gluon.softmax import (
     softmax,
     tanh,
 )
+from hetu.backends.triton.running_max import LOWEST
+from hetu.backends.triton.tiles import CONTINUES, LN2, LOG2E, MERGES
 
-MERGES = gl.constexpr(records.MERGES)
-CONTINUES = gl.constexpr(records.CONTINUES)
-ROWS = gl.constexpr(64)
-"""Rows of a consumer: what one wgmma takes."""
+ROWS = gl.constexpr(variants.ROWS)
 
 
 @gluon.jit

@@ -9,13 +9,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from hetu.backends.attention import records
+from hetu.backends.triton.tiles import RECORD_WIDTH
 
 # Triton 3.9 has other names.
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
-
-RECORD_WIDTH = gl.constexpr(records.WIDTH)
 
 
 @gluon.jit

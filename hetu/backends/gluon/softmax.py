@@ -15,13 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from hetu.backends.triton import running_max
-from hetu.backends.triton.running_max import in_place, raise_ptx, rescale_ptx, take_ptx
-
-LOG2E = gl.constexpr(1.4426950408889634)
-LN2 = gl.constexpr(0.6931471805599453)
-LOWEST = gl.constexpr(running_max.LOWEST.value)
-LARGE = gl.constexpr(running_max.LARGE.value)
+from hetu.backends.triton.running_max import LARGE, LOWEST, in_place, raise_ptx, rescale_ptx, take_ptx
+from hetu.backends.triton.tiles import LOG2E
 
 
 @gluon.constexpr_function
@@ -77,6 +72,21 @@ def tops(s):
 
 
 @gluon.jit
+def changed(ptx: gl.constexpr, x, rows):
+    """A tile as eighths, changed by instructions that take what is known of its rows, ``(rows, 8)``."""
+    ELEMENTS: gl.constexpr = x.shape[1] // 2
+    factors = gl.convert_layout(rows, row_layout(x.shape[1]), assert_trivial=True)
+    return gl.inline_asm_elementwise(
+        ptx,
+        in_place(ELEMENTS),
+        [eighths(x), gl.expand_dims(factors, 1)],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=ELEMENTS,
+    )
+
+
+@gluon.jit
 def softmax(s, base, shift, row_sums, factor):
     """Folds scores into the running softmax.
 
@@ -91,7 +101,6 @@ def softmax(s, base, shift, row_sums, factor):
         The weights, base, shift, the sums, and the factor for what was summed up before, ``(rows, 8)``.
     """
     LAYOUT: gl.constexpr = s.type.layout
-    OWN: gl.constexpr = s.shape[1] // 2
     base, shift, fade = gl.inline_asm_elementwise(
         raise_ptx(),
         "=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,=&f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f,f",
@@ -100,14 +109,7 @@ def softmax(s, base, shift, row_sums, factor):
         is_pure=True,
         pack=4,
     )
-    parts = gl.inline_asm_elementwise(
-        take_ptx(OWN),
-        in_place(OWN),
-        [eighths(s), gl.expand_dims(base, 1)],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=OWN,
-    )
+    parts = changed(take_ptx(s.shape[1] // 2), s, base)
     p = gl.exp2(parts * factor - gl.expand_dims(shift, 1))
     return whole(p, LAYOUT), base, shift, row_sums * fade + gl.sum(p, 1), fade
 
@@ -130,16 +132,7 @@ def rescaled(acc, fade):
     Source: the conditional rescaling of FlashAttention-4.
     """
     LAYOUT: gl.constexpr = acc.type.layout
-    ELEMENTS: gl.constexpr = acc.shape[1] // 2
-    factors = gl.convert_layout(fade, row_layout(acc.shape[1]), assert_trivial=True)
-    parts = gl.inline_asm_elementwise(
-        rescale_ptx(ELEMENTS),
-        in_place(ELEMENTS),
-        [eighths(acc), gl.expand_dims(factors, 1)],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=ELEMENTS,
-    )
+    parts = changed(rescale_ptx(acc.shape[1] // 2), acc, fade)
     return whole(parts, LAYOUT)
 
 

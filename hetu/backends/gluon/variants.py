@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 
 from hetu.backends.triton.variants import PackedHeads, Variant
+from hetu.backends.triton.variants import source as portable_source
 
 ROWS = 64
 """Rows of a consumer: what one product of four warps takes."""
@@ -164,21 +166,9 @@ def source(kernel: Any, types: dict[str, str], of: Constants, dtype: torch.dtype
     """
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    queries, keys = boxes(of)
+    queries, keys = (descriptor_type(box, dtype) for box in boxes(of))
     described = {"q_desc": queries, "o_desc": queries, "k_desc": keys, "v_desc": keys}
-    signature: dict[str, str] = {}
-    values: dict[str, Any] = {}
-    divisible = {}
-    for place, name in enumerate(kernel.arg_names):
-        if name in described:
-            signature[name] = descriptor_type(described[name], dtype)
-        elif name == "C" or name not in types:
-            signature[name], values[name] = "constexpr", of if name == "C" else None
-        else:
-            signature[name] = types[name]
-            if types[name].startswith("*"):
-                divisible[(place,)] = [["tt.divisibility", 16]]
-    return GluonASTSource(kernel, signature, values, divisible)
+    return GluonASTSource(**portable_source(kernel, {**types, **described}, {"C": of}))
 
 
 def descriptor_type(box: list[int], dtype: torch.dtype) -> str:
@@ -186,6 +176,7 @@ def descriptor_type(box: list[int], dtype: torch.dtype) -> str:
     return f"tensordesc<{DTYPES[dtype]}{box},{layout(tuple(box))!r}>"
 
 
+@cache  # every launch asks for it
 def layout(box: tuple[int, ...]) -> Any:
     """How a box lies in shared memory: in swizzled rows of 128 bytes, as tensor cores read them."""
     from triton.experimental.gluon import language as gl

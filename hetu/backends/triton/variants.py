@@ -214,7 +214,8 @@ def source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dic
             values.setdefault(name, None)
             continue
         signature[name] = types.get(name, "i32")
-        if signature[name] != "fp32" and not parameter.do_not_specialize:
+        is_pointer_or_size = signature[name].startswith(("*", "i"))  # neither a number nor a tensor's descriptor
+        if is_pointer_or_size and not parameter.do_not_specialize:
             divisible[(place,)] = [["tt.divisibility", 16]]
     return {"fn": kernel, "signature": signature, "constexprs": values, "attrs": divisible}
 
