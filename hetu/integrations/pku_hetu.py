@@ -31,7 +31,6 @@ import hetu
 from hetu.arguments import device as as_device
 from hetu.arguments import flag, integer, shown, text
 from hetu.errors import HetuError, StrategyError, caller
-from hetu.graph import current_graph
 
 __all__ = [
     "AdamOptimizer",
@@ -149,7 +148,7 @@ class Graph(hetu.Graph):
         if num_micro_batches == 1:
             feeds, sizes = _unlisted(feeds), _unlisted(sizes)
         values = super().run(
-            list(fetches),  # type: ignore[arg-type]
+            list(fetches),
             feeds,
             int_symbol_dict=sizes,
             strategy=cur_strategy_id,
@@ -284,10 +283,11 @@ def data_transfer(dtype: Any, input: hetu.Tensor, device: str | None = None) -> 
     Raises:
         HetuError: If it is another one.
     """
-    wanted = current_graph((input,), "data_transfer").device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device is not None and torch.device(as_device(device, op="data_transfer")).type != torch.device(wanted).type:
+    wanted = input.graph.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    other = as_device(device, op="data_transfer")
+    if other is not None and torch.device(other).type != torch.device(wanted).type:
         raise HetuError(
-            f"the graph runs on {wanted}, and its tensors can't be moved to {shown(device)}",
+            f"the graph runs on {wanted}, and its tensors can't be moved to {shown(other)}",
             op="data_transfer",
             where=caller(),
             fix="leave the device out",

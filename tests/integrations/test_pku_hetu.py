@@ -22,39 +22,29 @@ def prefix() -> str:
     return f"test{next(_numbers)}"
 
 
-ROWS = 4
-
-
-def model(graph: Any, ns: Any, minimize: Callable[[hetu.Tensor], hetu.Tensor]) -> tuple[hetu.Tensor, ...]:
+def model(graph: Any, ns: Any, rows: Any, minimize: Callable[[hetu.Tensor], hetu.Tensor]) -> tuple[hetu.Tensor, ...]:
     """The same model by the names of either module."""
+    seeded = torch.Generator().manual_seed(1)
     with graph:
-        ids, labels = (ns.placeholder(ns.int64, [n], name=name) for name, n in (("ids", ROWS), ("labels", ROWS)))
-        w = ns.parameter(
-            lambda p: torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1)), [7, 6], name="w"
-        )
+        ids, labels = (ns.placeholder(ns.int64, [rows], name=name) for name in ("ids", "labels"))
+        w = ns.parameter(lambda p: torch.nn.init.normal_(p, generator=seeded), [7, 6], name="w")
         loss = ns.mean(ns.cross_entropy(ns.matmul(ns.embedding(ids, w), ns.transpose(w, 0, 1)), labels))
         return ids, labels, w, loss, minimize(loss)
 
 
 def test_a_training_script_is_hetus(prefix: str) -> None:
-    old = ht.graph("define_and_run", create_new=True, prefix=prefix)
-    ids, labels, w, loss, train = model(old, ht, ht.AdamOptimizer(0.1, beta1=0.8).minimize)
-    new = hetu.graph("define_and_run")
-    n = hetu.IntSymbol("n")
-    with new:
-        ids2, labels2 = hetu.placeholder(hetu.int64, [n], name="ids"), hetu.placeholder(hetu.int64, [n], name="labels")
-        w2 = hetu.parameter(
-            lambda p: torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1)), [7, 6], name="w"
-        )
-        loss2 = hetu.mean(hetu.cross_entropy(hetu.matmul(hetu.embedding(ids2, w2), hetu.transpose(w2, 0, 1)), labels2))
-        train2 = hetu.optim.Adam(lr=0.1, betas=(0.8, 0.999)).minimize(loss2)
+    old, new = ht.graph("define_and_run", create_new=True, prefix=prefix), hetu.Graph("define_and_run")
+    ids, labels, w, loss, train = model(old, ht, 4, ht.AdamOptimizer(0.1, beta1=0.8).minimize)
+    n, adam = hetu.IntSymbol("n"), hetu.optim.Adam(lr=0.1, betas=(0.8, 0.999))
+    ids2, labels2, w2, loss2, train2 = model(new, hetu, n, adam.minimize)
+    of_train: Any = train.graph
     rng = np.random.default_rng(0)
     for count, level in ((1, "update"), (2, "grad"), (3, "update"), (1, "compute_only")):
         batches = [(rng.integers(0, 7, size), rng.integers(0, 7, size)) for size in rng.integers(1, 9, count)]
         feeds, feeds2 = (
             {a: [x for x, _ in batches], b: [y for _, y in batches]} for a, b in ((ids, labels), (ids2, labels2))
         )
-        got = train.graph.run(
+        got = of_train.run(
             loss,
             [loss, train],
             feed_dict=feeds,
@@ -87,7 +77,8 @@ def test_the_split_is_the_variables(
     rows = np.random.default_rng(3).standard_normal((9, 48)).astype(np.float32)
     (whole,) = g.run(out, [out], {qkv: rows})
     layout = g.layout(1, int_symbol_dict={s: 9})
-    (shards,) = g.graph.run(out, [out], {qkv: [hetu.Shards(layout.scatter(rows))]}, {s: [9]}, 1, 1)
+    of_graph: Any = g.graph
+    (shards,) = of_graph.run(out, [out], {qkv: [hetu.Shards(layout.scatter(rows))]}, {s: [9]}, 1, 1)
     np.testing.assert_allclose(layout.gather(shards), whole, atol=1e-6)
 
 
@@ -106,13 +97,14 @@ def test_graphs_are_found_again(prefix: str) -> None:
     assert ht.graph("define_and_run") is ht.graph("define_and_run")
     with ht.graph("define_and_run", create_new=True, prefix=f"{prefix}tmp", tmp=True) as forgotten:
         assert ht.graph("define_and_run", prefix=f"{prefix}tmp") is forgotten
-    for call, match in [
+    refused: list[tuple[Callable[[], Any], str]] = [
         (lambda: ht.graph("define_and_run", prefix=f"{prefix}tmp"), "there is no graph 'define_and_run' of prefix"),
         (lambda: ht.graph(made, num_strategy=3), "has 2 strategies, not 3"),
         (lambda: ht.graph(made, create_new=True), "can't be made new"),
         (lambda: ht.graph("define_and_run", tmp=True), "tmp needs a new graph"),
         (lambda: ht.graph("no kind", create_new=True, prefix=prefix), "kind"),
-    ]:
+    ]
+    for call, match in refused:
         with pytest.raises(HetuError, match=match):
             call()
 
