@@ -100,7 +100,9 @@ def time_rows(config: Config, packs: list[Pack], warmup: int = 3) -> list[Row]:
         Row.of("training step, by hetu compiled", "ms", times["compiled"]),
         Row.of("training step, hetu over torch", "times", ratios(times["hetu"], times["torch"]), limit=1.15),
         Row.of("training step, compiled over torch", "times", ratios(times["compiled"], times["torch"]), limit=0.9),
-        Row.of("training step, compiled over torch.compile", "times", ratios(times["compiled"], times["torch.compile"])),
+        Row.of(
+            "training step, compiled over torch.compile", "times", ratios(times["compiled"], times["torch.compile"])
+        ),
     ]
 
 

@@ -66,6 +66,9 @@ VARIABLES = {
     "HETU_DEVICE_COPIES_MB": Variable(
         "a whole number, MiB", "256", "bounds the memory that copies of plans take on devices; read once, on import"
     ),
+    "HETU_PARALLEL_ATTN_SPLIT_PATTERN": Variable(
+        "NORMAL, SYM, STRIPE", "NORMAL", "is the split of `hetu.integrations.pku_hetu.parallel_attn`, read at each call"
+    ),
 }
 """Every environment variable of hetu's, by its name: a test finds one that is read and not listed."""
 

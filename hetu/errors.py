@@ -1,7 +1,8 @@
 """The errors that hetu raises, and the places in the user's script that they point at.
 
 Every message answers four questions: what was expected and what came (``what``), where it was asked
-for (``where``), which bound values led there (``bound``), and what to do (``fix``). Tracebacks end with a link to its page::
+for (``where``), which bound values led there (``bound``), and what to do (``fix``). A traceback ends with a
+link to the page of its kind::
 
     BindingError: [attn_varlen] max_seqlen_q is 512, but sequence 3 of cu_seqlens_q has 700 tokens
       where:  train.py:41   out = hetu.attn_varlen(q, k, v, 64, cu, cu, max_q, max_q)

@@ -62,8 +62,17 @@ def test_a_traceback_ends_with_a_link_to_a_page_and_an_anchor_that_are_there(kin
 
 def test_the_address_of_the_documentation_is_said_once() -> None:
     """The site's own address is this one, by ``docs/tools/hooks.py``."""
-    files = [*(ROOT / "hetu").rglob("*.py"), *(ROOT / "docs").rglob("*.py"), ROOT / "mkdocs.yml", ROOT / "pyproject.toml"]
-    said = [path.name for path in files if re.search(r"^[^#\n]*= ?\"https://[^\"]*readthedocs", path.read_text("utf-8"), re.M)]
+    files = [
+        *(ROOT / "hetu").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.py"),
+        ROOT / "mkdocs.yml",
+        ROOT / "pyproject.toml",
+    ]
+    said = [
+        path.name
+        for path in files
+        if re.search(r"^[^#\n]*= ?\"https://[^\"]*readthedocs", path.read_text("utf-8"), re.M)
+    ]
     assert said == ["errors.py"]
 
 

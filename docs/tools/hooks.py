@@ -1,4 +1,4 @@
-"""What mkdocs does beside its own: the site's address, pages that are made from other files, and roles in docstrings."""
+"""What mkdocs does beside its own: the site's address, pages made from other files, and roles in docstrings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws the pictures of README and docs from hetu's own layouts, plans and results: ``python docs/tools/pictures.py``."""
+"""Draws the pictures of README and docs from layouts, plans and results: ``python docs/tools/pictures.py``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def packed(split: str = "sym") -> hetu.Layout:
 
 
 def matrix(picture: Picture, drawn: str, x: float, y: float, cell: int) -> None:
-    """Draws what ``layout.draw`` and ``plan.draw`` say in characters: who holds each token, and who computes each pair."""
+    """Draws what ``layout.draw`` and ``plan.draw`` say in characters: who holds a token, who computes a pair."""
     lines = [line.split() for line in drawn.splitlines()[1:]]
     held = lines[0][2]
     for i, holder in enumerate(held):
@@ -48,7 +48,12 @@ def packed_batch() -> Picture:
         picture.text(x + (begin + length / 2) * cell, 60, f"doc {number}", "small", "middle")
         begin += length
     matrix(picture, plan.draw(), x, y, cell)
-    picture.text(40, y + 24 * cell + 16, "row: query; column: key; margins: who holds the token; 1:6 is token 6 of doc 1", "small")
+    picture.text(
+        40,
+        y + 24 * cell + 16,
+        "row: query; column: key; margins: who holds the token; 1:6 is token 6 of doc 1",
+        "small",
+    )
     left = 462
     for rank, colour in enumerate(RANKS):
         top = 88 + rank * 84
@@ -130,7 +135,9 @@ def plans() -> Picture:
         for rank in range(4):
             picture.text(88, 30 + 156 * i + 26 + rank * 30, f"rank {rank}", "small", "end")
     bottom = 30 + 156 * len(methods)
-    picture.text(24, bottom + 6, "thick: computes; thin: what it receives is under way. 8,192 tokens, causal, forward", "small")
+    picture.text(
+        24, bottom + 6, "thick: computes; thin: what it receives is under way. 8,192 tokens, causal, forward", "small"
+    )
     return picture
 
 
@@ -138,7 +145,9 @@ def memory() -> Picture:
     """What each rank holds at most, by method."""
     picture = Picture(760, 196, "Peak memory of a plan by method")
     layout = hetu.Layout.build([2048] * 8, [0] * 8, split="sym")
-    picture.text(24, 28, "what a rank holds at most, its own rows included: 16,384 tokens over 8 ranks, forward", "bold")
+    picture.text(
+        24, 28, "what a rank holds at most, its own rows included: 16,384 tokens over 8 ranks, forward", "bold"
+    )
     sizes = {name: build_plan(layout, method=name, heads=HEADS) for name in ("direct", "ring", "all_gather", "ulysses")}
     most = max(plan.peak_bytes(0) for plan in sizes.values())
     for i, (name, plan) in enumerate(sizes.items()):

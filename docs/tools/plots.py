@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,12 +55,13 @@ def speed() -> Picture:
         for name, words in LENGTHS.items():
             theirs, ours = rows[name]
             shown: list[Bar] = [
-                (words, ours, RANKS[0], f"{ours:.0f} ({ours / theirs:.1f}×)"),
+                (words, ours, RANKS[0], f"{ours:.0f} ({ours / theirs:.1f} times)"),
                 ("", theirs, GREY, f"{theirs:.0f}"),
             ]
             y = bars(picture, shown, left, y, 160, most) + 10
     _legend(picture, 256, [("hetu", RANKS[0]), ("FlashAttention-2, as torch has it", GREY)])
-    note = "32,768 tokens, causal, bfloat16, 32:8 heads of 128; benchmarks/results/gluon_forward_h200.json, attention_h100.json"
+    note = "32,768 tokens, causal, bfloat16, 32:8 heads of 128; "
+    note += "benchmarks/results/gluon_forward_h200.json, attention_h100.json"
     picture.text(24, 284, note, "small")
     return picture
 
@@ -88,14 +88,14 @@ def step() -> Picture:
     picture = Picture(760, 176, "A training step against torch: time and memory")
     kinds = (("training step, by", "ms", 150), ("peak memory of steps, by", "MB", 500))
     for name, unit, left in kinds:
-        picture.text(left, 30, f"{'time' if unit == 'ms' else 'peak memory'} of a training step, {unit}", "bold")
+        picture.text(left, 30, f"{'time' if unit == 'ms' else 'peak memory'} of a step, {unit}", "bold")
         rows = {row["name"].removeprefix(f"{name} "): row["median"] for row in kept["rows"] if row["unit"] == unit}
         most, y = max(rows.values()), 48.0
         for peer, words in STEPS.items():
             if peer in rows:
                 colour = RANKS[0] if "hetu" in peer else GREY
                 y = bars(picture, [(words, rows[peer], colour, f"{rows[peer]:.0f}")], left, y, 160, most) + 4
-    note = f"examples/llama.py on {re.sub('[(]R[)]', '', kept['device'])}, {kept['date']}; benchmarks/results/training.json"
+    note = f"examples/llama.py on {kept['device']}, {kept['date']}; benchmarks/results/training.json"
     picture.text(24, 164, note, "small")
     return picture
 
@@ -112,14 +112,20 @@ PARTS = {
 def parallel() -> Picture:
     """What part of twice one GPU's speed two GPUs reach, forward and backward."""
     picture = Picture(760, 310, "Two GPUs against twice the speed of one")
-    picture.text(24, 28, "two H200, forward and backward: what part of twice the speed of one (by hetu) is reached", "bold")
+    picture.text(
+        24, 28, "two H200, forward and backward: what part of twice the speed of one (by hetu) is reached", "bold"
+    )
     rows = [row for row in read("parallel_h200")["rows"] if row["direction"] == "forward+backward"]
     for i, (lengths, words) in enumerate((("one", "one document"), ("mix", "real lengths, tokens 3:2"))):
         for j, tokens in enumerate((8192, 32768)):
             left, y = 160 + 370 * j, 62.0 + 130 * i
             picture.text(left - 60, y - 10, f"{words}, {tokens:,} tokens", "small")
-            found = {row["peer"]: row["of_ideal"] for row in rows if (row["lengths"], row["tokens"]) == (lengths, tokens)}
-            shown = [(peer, found[peer], colour, f"{found[peer]:.2f}") for peer, colour in PARTS.items() if peer in found]
+            found = {
+                row["peer"]: row["of_ideal"] for row in rows if (row["lengths"], row["tokens"]) == (lengths, tokens)
+            }
+            shown = [
+                (peer, found[peer], colour, f"{found[peer]:.2f}") for peer, colour in PARTS.items() if peer in found
+            ]
             bars(picture, shown, left, y, 130, 1.3)
     picture.text(24, 294, "causal, bfloat16, 32:8 heads of 128; benchmarks/results/parallel_h200.json", "small")
     return picture

@@ -27,6 +27,7 @@ MODULES = {
     "hetu.parallel": "parallel",
     "hetu.integrations.flash_attn": "integrations",
     "hetu.integrations.transformers": "integrations",
+    "hetu.integrations.pku_hetu": "integrations",
 }
 """Public modules beside ``hetu`` itself, each with the page of its names."""
 
@@ -106,7 +107,12 @@ def index(named: dict[str, list[tuple[str, Any]]]) -> str:
     dtypes = ", ".join(f"`hetu.{name}`" for name in public(hetu) if isinstance(getattr(hetu, name), hetu.DType))
     kinds = ", ".join(f"`{name}`" for name in public(hetu) if name.endswith("Error"))
     lines = ["# API reference", "", "Made from the docstrings. Every public name is here.", ""]
-    lines += [f"**Element types**: {dtypes}.", "", "`hetu.tensor` is `hetu.Tensor`; `hetu.graph(...)` makes a `hetu.Graph`.", ""]
+    lines += [
+        f"**Element types**: {dtypes}.",
+        "",
+        "`hetu.tensor` is `hetu.Tensor`; `hetu.graph(...)` makes a `hetu.Graph`.",
+        "",
+    ]
     lines += [f"**Errors**: {kinds}; see [errors](../errors.md).", ""]
     for page, (title, about) in TITLES.items():
         links = ", ".join(f"[`{name}`]({page}.md#{anchor(name, found)})" for name, found in named[page])
