@@ -16,6 +16,7 @@ from hetu.arguments import items
 from hetu.errors import ShapeError, caller
 from hetu.parallel import Mask
 from hetu.parallel.mask.rules import Chunked, Prefix, Slices, Window
+from hetu.symbols.int_symbol import as_int
 
 
 def allowed_pairs(mask: Mask, lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None) -> NDArray[np.bool_]:
@@ -39,7 +40,7 @@ def allowed_pairs(mask: Mask, lengths_q: Sequence[int], lengths_k: Sequence[int]
     lengths_k = lengths_q if lengths_k is None else lengths_k
     seen = np.zeros((sum(lengths_q), sum(lengths_k)), bool)
     if isinstance(mask.rule, Slices):
-        bounds = np.reshape(mask.rule.ranges, (-1, 4)).tolist()
+        bounds: list[list[int]] = np.reshape(np.array(mask.rule.ranges, int), (-1, 4)).tolist()
         for (q0, q1, k0, k1), kind in zip(bounds, mask.rule.kinds, strict=True):
             i, j = np.arange(q0, q1)[:, None], np.arange(k0, k1)
             ends, begins = (j - k1 <= i - q1) | (kind in ("full", "inverse_causal")), j - k0 >= i - q0
@@ -56,7 +57,7 @@ def _in_document(mask: Mask, number: int, i: NDArray[Any], j: NDArray[Any]) -> N
     """Whether queries at positions i see keys at positions j of a document."""
     rule = mask.rule
     if isinstance(rule, Window):
-        left, right = int(rule.left), int(rule.right)
+        left, right = map(as_int, (rule.left, rule.right))
         seen: NDArray[np.bool_] = ((left < 0) | (j >= i - left)) & ((right < 0) | (j <= i + right))
     elif isinstance(rule, Chunked):
         seen = (i >= 0) & (i // rule.size == j // rule.size) & (j <= i)
@@ -129,7 +130,7 @@ def attention(
     total = torch.where(sees, total, 1.0)  # nobody divides by 0, nor does a gradient
     lse = torch.where(sees, total.log() + top, -torch.inf).squeeze(-1)
     p = (parts / total)[..., :-1]
-    return torch.einsum("ihj,jhd->ihd", p if weights is None else p * weights, v), lse, p
+    return torch.einsum("ihj,jhd->ihd", p if weights is None else p * weights.double(), v), lse, p
 
 
 def _lengths(cu_seqlens: Any, rows: int, name: str) -> list[int]:

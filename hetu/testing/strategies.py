@@ -76,16 +76,18 @@ def assert_strategies_agree(
         if whole is None:
             whole = got
         for tensor, value, expected in zip(wanted, got, whole, strict=True):
-            torch.testing.assert_close(
-                value,
-                torch.as_tensor(expected, device=value.device).to(value.dtype),
-                rtol=rtol,
-                atol=atol,
-                equal_nan=True,
-                msg=lambda text, name=tensor.name, index=strategy: f"{name} under strategy {index}: {text}",
-            )
+            _compare(value, expected, rtol, atol, f"{tensor.name} under strategy {strategy}")
     assert whole is not None
     return whole
+
+
+def _compare(value: torch.Tensor, expected: Any, rtol: float, atol: float, name: str) -> None:
+    wanted = torch.as_tensor(expected, device=value.device).to(value.dtype)
+
+    def named(text: str) -> str:
+        return f"{name}: {text}"
+
+    torch.testing.assert_close(value, wanted, rtol=rtol, atol=atol, equal_nan=True, msg=named)
 
 
 def _run(

@@ -36,7 +36,7 @@ class Packs:
         keep = (
             torch.ones(len(q), q.shape[1], len(k), dtype=torch.bool) if self.dropout is None else self._kept(q.shape[1])
         )
-        weights = None if self.dropout is None else keep * self.dropout.scale
+        weights = None if self.dropout is None else keep.double() * self.dropout.scale
         starts = [np.cumsum([0, *lens]) for lens in (self.lens_q, self.lens_k)]
         options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": sinks, "weights": weights}
         out, lse, p = attention(q, k, v, *starts, mask=self.mask, **options)

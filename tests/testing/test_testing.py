@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +78,7 @@ def test_all_strategies_give_the_oracle(lengths: list[int]) -> None:
     q, k, v = (x.unflatten(1, (x.shape[1] // 8, 8)) for x in qkv.split([16, 8, 8], 1))
     out, lse, p = attention(q, k, v, ends, mask=hetu.Mask.window(4, 0), softcap=3.0)
     feeds = {of["qkv"]: qkv, of["cu"]: ends}
-    options = {"cu_seqlens": ends, "rtol": 1e-12, "atol": 1e-12}
+    options: dict[str, Any] = {"cu_seqlens": ends, "rtol": 1e-12, "atol": 1e-12}
     one, _ = assert_strategies_agree(
         g, [of["out"], of["scale"]], feeds, [{s: total}] * 2, reference=[out.reshape(total, 16), [2.0]], **options
     )
@@ -101,7 +104,7 @@ def test_a_strategy_that_differs_is_named() -> None:
 
 def test_what_is_made_anew_is_counted() -> None:
     g, of, s = two_strategies()
-    feeds = lambda n: {of["qkv"]: np.ones((n, 32))}  # noqa: E731
+    feeds: Callable[[int], dict[hetu.Tensor, Any]] = lambda n: {of["qkv"]: np.ones((n, 32))}  # noqa: E731
     with counting(g) as first:
         g.run(of["out"], feeds(4), int_symbol_dict={s: 4}, strategy=0)
     with counting(g) as second:
