@@ -22,6 +22,7 @@ MODULES = (
     "hetu.integrations.transformers",
     "hetu.optim",
     "hetu.parallel",
+    "hetu.testing",
 )
 
 

@@ -18,6 +18,7 @@ TITLES = {
     "parallel": ("Layouts, masks and plans", "Integers only: which token lies where, who sees what, who sends what."),
     "distributed": ("Several processes", "Joining the processes that a launcher started."),
     "integrations": ("Integrations", "Adapters to other libraries."),
+    "testing": ("Testing", "For tests of one's own graphs: what binds to what, oracles, strategies compared, counts."),
 }
 """Pages of ``reference/``, in order: title and what is there."""
 
@@ -28,6 +29,7 @@ MODULES = {
     "hetu.integrations.flash_attn": "integrations",
     "hetu.integrations.transformers": "integrations",
     "hetu.integrations.pku_hetu": "integrations",
+    "hetu.testing": "testing",
 }
 """Public modules beside ``hetu`` itself, each with the page of its names."""
 
