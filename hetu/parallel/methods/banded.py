@@ -20,7 +20,7 @@ def see_bands(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -
     Query spans are cut where bands begin and end.
     """
     bands = mask.bands(group.lengths, group.lengths)
-    whole = [group.query_spans(member, mask.joins) for member in range(receivers.start, receivers.stop)]
+    whole = group.all_query_spans(receivers, mask.joins)
     queries = _joined(whole)
     cut, of, span, band = cut_spans(queries, queries.document, bands)
     receiver = np.arange(len(whole)).repeat([len(spans) for spans in whole])[of]

@@ -36,10 +36,10 @@ def direct(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])
         part.send_all([(r, moved.sent[r][i]) for r in around(R, member, 1) if given[r][i]])
-        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
+        part.attend(0, tables[i][member], [(member, whole(group.rows[member]))])
         for buffer, c in enumerate(sources, 1):
             part.wait_for(c)
-            part.attend(buffer, tables[i * R + c], [(c, moved.landed[i][c])])
+            part.attend(buffer, tables[i][c], [(c, moved.landed[i][c])])
         parts.append(part.finish())
     return parts
 

@@ -71,7 +71,8 @@ def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
     """
     n, m, B = length.shape
     cell = (length.reshape(-1) != 0).nonzero()[0]
-    starts, lengths = start.reshape(-1).take(cell % start.size), length.reshape(-1).take(cell)
+    starts = start.reshape(-1).take(cell if start.size == length.size else cell % start.size)
+    lengths = length.reshape(-1).take(cell).astype(np.int64)
     bounds = cell.searchsorted(np.arange(n * m + 1) * B)
     is_first = np.ones(len(cell), bool)
     np.not_equal(starts[1:], (starts + lengths)[:-1], out=is_first[1:])

@@ -24,13 +24,13 @@ class Reach:
         shape: ``(n, m, C)``: numbers of receivers, of owners of keys, and of cells.
         rows: ``(m, C)`` the row of the owner's shard at which each cell begins; they never decrease.
         pair: ``receiver * m + owner``, both counted among those that were asked for.
-        place: ``pair * C + cell``; None if any other cutting into cells may be asked for.
+        place: ``pair * C + cell``; None where ``row`` says it, so that any other cutting into cells may be asked for.
         query: Index into the receiver's query spans.
-        row: First key: its row of the owner's shard, or of the cell where ``place`` says which.
+        row: First key: its row of the owner's shard; None where it is the first of the cell that ``place`` says.
         k_len: Keys.
         diagonal: As in ``SegmentTable``.
         lower: As in ``SegmentTable``, for all segments together.
-        needed: What :meth:`extents` gives; None if it follows from the places.
+        needed: ``(n, m, C)`` rows that each receiver needs of each cell of each owner, from its beginning.
     """
 
     spans: list[QuerySpans]
@@ -39,25 +39,11 @@ class Reach:
     pair: IntArray
     place: IntArray | None
     query: IntArray
-    row: IntArray
+    row: IntArray | None
     k_len: IntArray
     diagonal: IntArray
+    needed: IntArray
     lower: IntArray | None = None
-    needed: IntArray | None = None
-
-    def extents(self) -> IntArray:
-        """``(n, m, C)`` rows that each receiver needs of each cell of each owner, from its beginning."""
-        place = self.place
-        if place is None:
-            assert self.needed is not None, "whatever cuts the shards anew says what is needed of them"
-            return self.needed.copy()
-        extents = np.zeros(self.shape, np.int64)
-        # The segments of one place follow each other, and the last one reaches furthest: later queries see more.
-        is_last = np.ones(len(place), bool)
-        np.not_equal(place[1:], place[:-1], out=is_last[:-1])
-        last = is_last.nonzero()[0]
-        extents.reshape(-1)[place.take(last)] = self.row.take(last) + self.k_len.take(last)
-        return extents
 
     def tables(self, first: IntArray, rows: IntArray) -> list[SegmentTable]:
         """One table per pair.
@@ -67,13 +53,12 @@ class Reach:
                 their order, without gaps between those that are neighbours in the shard.
             rows: ``(m, C)`` as the attribute; another cutting only if ``place`` is None.
         """
-        place, offset = self.place, self.row
-        if place is None:
+        if self.row is None:
+            k_start = first.take(self.place)
+        else:
             owner = self.pair % max(len(rows), 1)
             cell = _last_at(rows, owner, self.row)
-            place, offset = self.pair * rows.shape[1] + cell, self.row - rows[owner, cell]
-        k_start = first.take(place)
-        k_start += offset
+            k_start = first.take(self.pair * rows.shape[1] + cell) + self.row - rows[owner, cell]
         n, m, _ = self.shape
         bounds = self.pair.searchsorted(np.arange(n * m + 1)).tolist()
         query, k_len, diagonal, lower = self.query, self.k_len, self.diagonal, self.lower
