@@ -12,7 +12,7 @@ import numpy as np
 from hetu.arguments import index
 from hetu.errors import StrategyError
 from hetu.parallel.layout.printing import bracketed, count
-from hetu.parallel.layout.splits import SPLITS, Parts, RunsOf
+from hetu.parallel.layout.splits import SPLITS, Ints, Parts, RunsOf
 from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
 
 
@@ -52,14 +52,14 @@ class Held:
     Attributes:
         members: Which members, as a slice of step 1 with its bounds given.
         documents: ``(C,)`` the documents' numbers in the group.
-        rows: ``(R, C)`` local row of each piece's first token, on every member of the group.
+        rows: int32 ``(R, C)`` local row of each piece's first token, on every member of the group.
         parts: Which tokens the pieces are.
         runs: The runs of ``members``.
     """
 
     members: slice
     documents: IntArray
-    rows: IntArray
+    rows: Ints
     parts: Parts
     runs: RunsOf
 
@@ -131,9 +131,9 @@ class GroupLayout:
         assert self.split is not None
         first = self.totals[members]
         documents = (first[:, 1:] > first[:, :-1]).any(0).nonzero()[0]
-        rows = self.totals.take(documents, axis=1)
         # Half the bytes: groups have fewer tokens than int32 counts.
-        pieces = np.subtract(self.totals.take(documents + 1, axis=1), rows, dtype=np.int32, casting="unsafe")
+        rows, ends = (self.totals.take(each, axis=1).astype(np.int32) for each in (documents, documents + 1))
+        pieces = ends - rows
         parts = SPLITS[self.split].parts(pieces)
         return Held(members, documents, rows, parts, parts.runs(members))
 

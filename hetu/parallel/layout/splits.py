@@ -54,7 +54,7 @@ class Parts(ABC):
         """The runs of some members."""
 
     @abstractmethod
-    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints]:
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
         """What causal queries of a member see of the pieces of some members, which are in order of position.
 
         Args:
@@ -64,7 +64,7 @@ class Parts(ABC):
 
         Returns:
             ``(m, k)`` keys that the last query of the run sees of the owner's piece; and the diagonals, where there are
-            any: the i-th query sees the keys up to number ``i + diagonal``, and no more than the last one.
+            any: the i-th query sees the keys up to number ``i + diagonal``. None if all queries see the same.
         """
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Blocks(Parts):
         shape = shape[0], shape[1] * shape[2]
         return RunsOf(start.reshape(shape), length.reshape(shape), np.ones(shape, np.int64))
 
-    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints]:
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
         # A table of all edges, in which each column finds what it sees of owners on either side of the member.
         own = self.pieces[owners]
         table = np.concatenate([np.zeros((len(own), 1), own.dtype), *(edge[owners] for edge in self.edges)], axis=1)
@@ -129,10 +129,12 @@ class Blocks(Parts):
         seen = np.empty((len(own), len(columns)), own.dtype)
         for side, column in zip(_sides(member, owners), (np.where(falls, begin, end), np.where(falls, end, begin)), strict=True):
             table[side].take(column, axis=1, out=seen[side], mode="clip")
+        if not owners.start <= member < owners.stop:
+            return seen, None
+        row = member - owners.start
+        seen[row] = table[row].take(end)
         diagonal = seen - 1
-        if owners.start <= member < owners.stop:
-            row = member - owners.start
-            seen[row], diagonal[row] = table[row].take(end), table[row].take(begin)
+        diagonal[row] = table[row].take(begin)
         return seen, diagonal
 
     def used(self, members: slice, owners: slice) -> Ints:
@@ -165,7 +167,7 @@ class Deals(Parts):
         step = np.broadcast_to(np.maximum(active.sum(0), 1), rank.shape)
         return RunsOf(rank + np.minimum(held, self.low).sum(0), own * (self.high - self.low).astype(np.int64), step)
 
-    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints]:
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
         held = self.pieces[owners].take(self.document.take(columns), axis=1)
         high, diagonal = self.high.take(columns), np.minimum(held, self.low.take(columns))
         upto, after = _sides(member, owners)

@@ -45,7 +45,7 @@ def see_bands(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -
         spans=[_part(cut, begin, end) for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)],
         shape=needed.shape,
         rows=cells,
-        pair=pair,
+        bounds=pair.searchsorted(np.arange(len(whole) * m + 1)),
         place=None,
         query=at - bounds[receiver[at]],
         row=row,

@@ -14,7 +14,7 @@ from hetu.parallel.methods.part import cut_runs
 from hetu.parallel.methods.tables import held_by, needed, see
 from hetu.parallel.plan.instructions import Runs
 
-_CELLS = 2**18
+_CELLS = 2**17
 """How many cells of dense tables are worked on at once: as many as a core's own cache holds. Where everybody is
 everybody's neighbour there are millions."""
 
@@ -56,7 +56,7 @@ def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
         given, rows = needed(group, receivers, who, mask, held)
         for member in range(max(who.start, receivers.start), min(who.stop, receivers.stop)):
             given[member - receivers.start, member - who.start] = 0
-        found.given.extend(given.sum(2).tolist())
+        found.given.extend(given.sum(2, dtype=given.dtype).tolist())
         found.sent.extend(cut_runs(rows, given))
     return found
 
@@ -67,10 +67,10 @@ def _take(found: Exchange, group: GroupLayout, who: slice, owners: slice, mask: 
     taken = reach.needed
     both = np.arange(max(who.start, owners.start), min(who.stop, owners.stop))
     taken[both - who.start, both - owners.start] = 0
-    first = taken.cumsum(2, dtype=np.int64)
+    first = taken.cumsum(2, dtype=taken.dtype)
     first -= taken
     first[both - who.start, both - owners.start] = reach.rows[both - owners.start]
-    tables, sizes, landed = reach.tables(first, reach.rows), taken.sum(2).tolist(), cut_runs(reach.rows, taken)
+    tables, sizes, landed = reach.tables(first, reach.rows), taken.sum(2, dtype=taken.dtype).tolist(), cut_runs(reach.rows, taken)
     for i in range(who.stop - who.start):
         found.taken[i] += sizes[i]
         found.landed[i] += landed[i]

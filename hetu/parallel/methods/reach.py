@@ -17,13 +17,14 @@ class Reach:
     The rows of each owner's shard are cut into *cells*, and each receiver needs some first rows of a cell: under a
     plain mask cells are the pieces of documents, under others what a receiver needs wholly or not at all.
 
-    Segments are ordered by ``pair``, then ``query``, then ``row``; in normal form, as those of a ``SegmentTable``.
+    Segments are ordered by pair, then ``query``, then ``row``; in normal form, as those of a ``SegmentTable``.
 
     Attributes:
         spans: The query spans of each receiver.
         shape: ``(n, m, C)``: numbers of receivers, of owners of keys, and of cells.
         rows: ``(m, C)`` the row of the owner's shard at which each cell begins; they never decrease.
-        pair: ``receiver * m + owner``, both counted among those that were asked for.
+        bounds: ``(n * m + 1,)`` where the segments of each pair begin and the last ones end. A pair's number is
+            ``receiver * m + owner``, both counted among those that were asked for.
         place: ``pair * C + cell``; None where ``row`` says it, so that any other cutting into cells may be asked for.
         query: Index into the receiver's query spans.
         row: First key: its row of the owner's shard; None where it is the first of the cell that ``place`` says.
@@ -36,7 +37,7 @@ class Reach:
     spans: list[QuerySpans]
     shape: tuple[int, int, int]
     rows: IntArray
-    pair: IntArray
+    bounds: IntArray
     place: IntArray | None
     query: IntArray
     row: IntArray | None
@@ -53,18 +54,19 @@ class Reach:
                 their order, without gaps between those that are neighbours in the shard.
             rows: ``(m, C)`` as the attribute; another cutting only if ``place`` is None.
         """
-        if self.row is None:
-            k_start = first.take(self.place)
+        if self.place is not None:
+            k_start = first.take(self.place).astype(np.int64, copy=False)
         else:
-            owner = self.pair % max(len(rows), 1)
+            assert self.row is not None, "one of the two says where the keys lie"
+            pair = self._pairs()
+            owner = pair % max(len(rows), 1)
             cell = _last_at(rows, owner, self.row)
-            k_start = first.take(self.pair * rows.shape[1] + cell) + self.row - rows[owner, cell]
-        n, m, _ = self.shape
-        bounds = self.pair.searchsorted(np.arange(n * m + 1)).tolist()
+            k_start = first.take(pair * rows.shape[1] + cell) + self.row - rows[owner, cell]
+        bounds = self.bounds.tolist()
         query, k_len, diagonal, lower = self.query, self.k_len, self.diagonal, self.lower
         if lower is None:
             return [SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j]) for i, j in pairwise(bounds)]
-        hides = np.append(0, (lower > 1 - self._lengths()).cumsum()).take(bounds).tolist()
+        hides = np.append(0, (lower > 1 - self._lengths()).cumsum()).take(self.bounds).tolist()
         return [
             SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j], lower[i:j] if more > less else None)
             for (i, j), (less, more) in zip(pairwise(bounds), pairwise(hides), strict=True)
@@ -74,7 +76,11 @@ class Reach:
         """``(segments,)`` rows of the query span of each."""
         lengths = np.concatenate([spans.length for spans in self.spans])
         first = np.cumsum([0] + [len(spans) for spans in self.spans])
-        return lengths.take(first.take(self.pair // max(self.shape[1], 1)) + self.query)
+        return lengths.take(first.take(self._pairs() // max(self.shape[1], 1)) + self.query)
+
+    def _pairs(self) -> IntArray:
+        """``(segments,)`` the pair of each."""
+        return np.arange(len(self.bounds) - 1).repeat(np.diff(self.bounds))
 
 
 def _last_at(rows: IntArray, owner: IntArray, row: IntArray) -> IntArray:

@@ -64,21 +64,22 @@ def _see_parts(group: GroupLayout, held: Held, receivers: slice, owners: slice, 
     document = held.parts.document.take(columns)
     seen, diagonals = _seen(held, receivers, owners, columns, present, mask)
     n, m, K = seen.shape
+    C, pairs = len(held.documents), np.arange(n * m + 1)
     cell = (seen.reshape(-1) != 0).nonzero()[0]
-    pairs = np.arange(n * m)
-    edges = cell.searchsorted(np.arange(n * m + 1) * K)
-    pair = pairs.repeat(edges[1:] - edges[:-1])
-    column = query = cell - pair * K
+    bounds = cell.searchsorted(pairs * K)
+    count = bounds[1:] - bounds[:-1]
+    column = query = cell - (pairs[:-1] * K).repeat(count)
+    place = document.take(column)
+    place += (pairs[:-1] * C).repeat(count)
     if n > 1:
-        receiver = pair // m
-        query = (present.cumsum(1) - 1).take(receiver * K + column)
+        query = (present.cumsum(1) - 1).take(column + (pairs[:-1] // m * K).repeat(count))
     k_len = seen.take(cell).astype(np.int64)
     return Reach(
         spans=group.all_query_spans(receivers, held=held),
-        shape=(n, m, len(held.documents)),
+        shape=(n, m, C),
         rows=held.rows[owners],
-        pair=pair,
-        place=pair * len(held.documents) + document.take(column),
+        bounds=bounds,
+        place=place,
         query=query,
         row=None,
         k_len=k_len,
@@ -90,13 +91,17 @@ def _see_parts(group: GroupLayout, held: Held, receivers: slice, owners: slice, 
 def _seen(
     held: Held, receivers: slice, owners: slice, columns: IntArray, present: Ints, mask: Mask
 ) -> tuple[Ints, Ints | None]:
-    """``(n, m, K)`` keys that spans see of owners' pieces, 0 for those that are not there; and diagonals, if any."""
+    """``(n, m, K)`` keys that spans see of owners' pieces, 0 for those that are not there; and the diagonals.
+
+    None stands for diagonals that hide nothing.
+    """
     parts = held.parts
     if not mask.hides_later:
         return parts.pieces[owners].take(parts.document.take(columns), axis=1) * present[:, None], None
     found = [parts.seen(member, owners, columns) for member in range(receivers.start, receivers.stop)]
     if len(found) == 1:
-        return found[0][0][None], found[0][1][None]
-    seen, diagonals = (np.stack(tables) for tables in zip(*found, strict=True))
+        return found[0][0][None], found[0][1]
+    seen = np.stack([one for one, _ in found])
+    diagonals = np.stack([one - 1 if diagonal is None else diagonal for one, diagonal in found])
     seen *= present[:, None]
     return seen, diagonals
