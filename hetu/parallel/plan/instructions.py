@@ -53,10 +53,13 @@ class Runs:
         """Every row number, in packing order."""
         if len(self.start) == 1 and self.step is None:
             return np.arange(self.start[0], self.start[0] + self.length[0])
-        number = np.arange(self.rows) - np.repeat(np.cumsum(self.length) - self.length, self.length)
-        if self.step is not None:
-            number *= self.step.repeat(self.length)
-        return number + self.start.repeat(self.length)
+        before = self.length.cumsum() - self.length
+        if self.step is None:
+            rows: IntArray = (self.start - before).repeat(self.length)
+            rows += np.arange(len(rows))
+            return rows
+        number = np.arange(self.rows) - before.repeat(self.length)
+        return number * self.step.repeat(self.length) + self.start.repeat(self.length)
 
 
 @dataclass(slots=True, eq=False)

@@ -48,10 +48,10 @@ def _check_pieces(group: GroupLayout, name: str, rows: list[int]) -> None:
         what = f"totals of shape {totals.shape} and lengths of shape {lens.shape}"
         refuse(f"{name} has {what}, expected a row per member of {len(group.members)}")
     pieces, held = group.pieces, totals[:, -1].tolist()
-    if totals[:, 0].any() or not np.array_equal(pieces.sum(0), group.lengths):
-        refuse(f"the documents of {name} have {group.lengths.tolist()} tokens, but {pieces.sum(0).tolist()} lie on it")
     if (pieces < 0).any() or held != rows:
         refuse(f"the documents of {name} have {held} tokens on its pipelines, but their shards have {rows} rows")
+    if totals[:, 0].any() or not np.array_equal(pieces.sum(0), group.lengths):
+        refuse(f"the documents of {name} have {group.lengths.tolist()} tokens, but {pieces.sum(0).tolist()} lie on it")
     if (lens != held).any() if group.is_packed else (pieces != lens[:, None]).any():
         refuse(f"{name} has sequences of {lens.tolist()} tokens, which is not what its documents have")
 
