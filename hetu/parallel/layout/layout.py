@@ -98,7 +98,9 @@ class Layout:
                 lengths = np.full(batches[index], lens.sum())
                 totals = lens[:, None] * np.arange(batches[index] + 1)
             else:
-                lengths, totals = PackedDocuments(value, members, lens, cus[index]).totals(partial(chosen.cut, mask=mask))
+                lengths, totals = PackedDocuments(value, members, lens, cus[index]).totals(
+                    partial(chosen.cut, mask=mask)
+                )
                 if cus[index].ndim == 2:
                     cut_by = None
                 elif chosen.weighs and mask is not None:

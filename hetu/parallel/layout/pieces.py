@@ -1,8 +1,8 @@
 """How many tokens of each document lie on each member of a group: its *pieces*, of each split.
 
-Each function here gives them as running totals, ``(R, B + 1)``: entry ``[r, d]`` counts the tokens that member r holds of
-the documents before d. So a row is the ``cu_seqlens`` of a member, and it says in which rows of the member's shard the
-pieces lie; a piece is the difference of two neighbours.
+Each function here gives them as running totals, ``(R, B + 1)``: entry ``[r, d]`` counts the tokens that member r holds
+of the documents before d. So a row is the ``cu_seqlens`` of a member, and it says in which rows of the member's shard
+the pieces lie; a piece is the difference of two neighbours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How a document lies over the members of a group: ``normal``, ``sym``, ``stripe`` and ``balanced``.
 
-First each document is cut into *pieces*, one per member, of which :mod:`hetu.parallel.layout.pieces` says how large they
-are. Then a split says which tokens these are, as *parts*: intervals of the document, of which each member holds a run.
+First each document is cut into *pieces*, one per member; :mod:`hetu.parallel.layout.pieces` says how large they are.
+Then a split says which tokens these are, as *parts*: intervals of the document, of which each member holds a run.
 All in closed form: nothing here loops over tokens or documents. Parts are those of the documents that pieces are given
 of, so a member that asks for its own documents only gets no others.
 """
@@ -127,7 +127,9 @@ class Blocks(Parts):
         end = 1 + document + number * own.shape[1]
         falls = np.array(self.falls)[number]
         seen = np.empty((len(own), len(columns)), own.dtype)
-        for side, column in zip(_sides(member, owners), (np.where(falls, begin, end), np.where(falls, end, begin)), strict=True):
+        for side, column in zip(
+            _sides(member, owners), (np.where(falls, begin, end), np.where(falls, end, begin)), strict=True
+        ):
             table[side].take(column, axis=1, out=seen[side], mode="clip")
         if not owners.start <= member < owners.stop:
             return seen, None

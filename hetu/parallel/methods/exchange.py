@@ -70,7 +70,11 @@ def _take(found: Exchange, group: GroupLayout, who: slice, owners: slice, mask: 
     first = taken.cumsum(2, dtype=taken.dtype)
     first -= taken
     first[both - who.start, both - owners.start] = reach.rows[both - owners.start]
-    tables, sizes, landed = reach.tables(first, reach.rows), taken.sum(2, dtype=taken.dtype).tolist(), cut_runs(reach.rows, taken)
+    tables, sizes, landed = (
+        reach.tables(first, reach.rows),
+        taken.sum(2, dtype=taken.dtype).tolist(),
+        cut_runs(reach.rows, taken),
+    )
     for i in range(who.stop - who.start):
         found.taken[i] += sizes[i]
         found.landed[i] += landed[i]

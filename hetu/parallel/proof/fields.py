@@ -36,7 +36,7 @@ _INTS: Any = IntArray
 _INT64 = np.dtype(np.int64)
 
 
-class _Wrong(Exception):
+class _WrongFieldError(Exception):
     """A field that has another type. Whoever looked into a value on the way there adds the name by which it did.
 
     So texts are made of places that are wrong only, and not of all the thousands that a plan has.
@@ -76,7 +76,7 @@ Check = Callable[[Any, _Walk], None]
 """Checks a value.
 
 Raises:
-    _Wrong: If it is not what it should be.
+    _WrongFieldError: If it is not what it should be.
 """
 
 
@@ -91,7 +91,7 @@ def check_fields(plan: PlanData) -> None:
         check(plan, walk)
         if not walk.in_range():
             check(plan, _Walk(None))
-    except _Wrong as wrong:
+    except _WrongFieldError as wrong:
         refuse(f"plan{''.join(reversed(wrong.path))}{wrong.what}")
 
 
@@ -156,9 +156,10 @@ def _each(hint: Any) -> Check:
             _refuse(value, "tuple")
         number = 0
         try:
-            for number, item in enumerate(value if walk.is_new(value) else ()):
+            for item in value if walk.is_new(value) else ():
                 check_one(item, walk)
-        except _Wrong as wrong:
+                number += 1
+        except _WrongFieldError as wrong:
             wrong.path.append(f"[{number}]")
             raise
 
@@ -177,7 +178,7 @@ def _fields_of(kind: Any) -> Check:
         try:
             for name, check_one in checks if walk.is_new(value) else ():
                 check_one(getattr(value, name), walk)
-        except _Wrong as wrong:
+        except _WrongFieldError as wrong:
             wrong.path.append(f".{name}")
             raise
         if kind in _COLUMNS:
@@ -192,7 +193,7 @@ def _check_array(value: Any, walk: _Walk) -> None:
     if walk.arrays is not None:
         walk.arrays.append(value)
     elif value.size and not (value.min() >= -MOST and value.max() <= MOST):
-        raise _Wrong(f" holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
+        raise _WrongFieldError(f" holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
 
 
 def _check_columns(value: Any, columns: list[str]) -> None:
@@ -201,7 +202,7 @@ def _check_columns(value: Any, columns: list[str]) -> None:
         column = getattr(value, name)
         if column is not None and (column.shape != shape or len(shape) != 1):
             what = f".{name} has shape {column.shape}, expected one dimension, and as many entries as in {columns[0]}"
-            raise _Wrong(what)
+            raise _WrongFieldError(what)
 
 
 def _check_layout(value: Any, walk: _Walk) -> None:
@@ -209,7 +210,7 @@ def _check_layout(value: Any, walk: _Walk) -> None:
         _refuse(value, "Layout")
     try:
         _check_of(tuple[GroupLayout, ...])(value.groups, walk)
-    except _Wrong as wrong:
+    except _WrongFieldError as wrong:
         wrong.path.append(".groups")
         raise
 
@@ -219,14 +220,14 @@ def _check_rule(value: Any, walk: _Walk) -> None:
         _refuse(value, " or ".join(kind.__name__ for kind in RULES))
     _fields_of(type(value))(value, walk)
     if not all(isinstance(size, int) for size in value.sizes):
-        raise _Wrong(" has numbers that are not bound, expected ints")
+        raise _WrongFieldError(" has numbers that are not bound, expected ints")
     try:
         value.check()
     except HetuError as error:
-        raise _Wrong(f" is no mask: {error.what}") from error
+        raise _WrongFieldError(f" is no mask: {error.what}") from error
 
 
 def _refuse(value: Any, wanted: str) -> NoReturn:
     if isinstance(value, np.ndarray):
-        raise _Wrong(f" is a {value.dtype} array ({type(value).__name__}), expected {wanted}")
-    raise _Wrong(f" is {shown(value)} ({type(value).__name__}), expected {wanted}")
+        raise _WrongFieldError(f" is a {value.dtype} array ({type(value).__name__}), expected {wanted}")
+    raise _WrongFieldError(f" is {shown(value)} ({type(value).__name__}), expected {wanted}")

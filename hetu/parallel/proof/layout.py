@@ -44,7 +44,11 @@ def check_layout(plan: PlanData) -> None:
 
 def _check_pieces(group: GroupLayout, name: str, rows: list[int]) -> None:
     totals, lens = group.totals, group.seq_lens
-    if totals.ndim != 2 or totals.shape != (len(group.members), group.lengths.size + 1) or lens.shape != totals.shape[:1]:
+    if (
+        totals.ndim != 2
+        or totals.shape != (len(group.members), group.lengths.size + 1)
+        or lens.shape != totals.shape[:1]
+    ):
         what = f"totals of shape {totals.shape} and lengths of shape {lens.shape}"
         refuse(f"{name} has {what}, expected a row per member of {len(group.members)}")
     pieces, held = group.pieces, totals[:, -1].tolist()
@@ -75,4 +79,3 @@ def _check_spans(group: GroupLayout, name: str) -> None:
     before = (pieces.sum(1).cumsum() - pieces.sum(1))[spans.member]
     if not np.array_equal(pieces, group.pieces) or not np.array_equal(spans.row, ends - spans.length - before):
         refuse(f"the spans of {name} don't cover its pieces row after row")
-
