@@ -16,6 +16,9 @@ from hetu.parallel.layout.splits import SPLITS, Ints, Parts, RunsOf
 from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
 
 
+_Columns = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
     """Runs of evenly spaced tokens, none empty. Struct of arrays, ordered by member and then by row.
@@ -130,7 +133,7 @@ class GroupLayout:
         """What some members need to know of a layout that is a split."""
         assert self.split is not None
         first = self.totals[members]
-        documents = (first[:, 1:] > first[:, :-1]).any(0).nonzero()[0]
+        documents = np.flatnonzero((first[:, 1:] > first[:, :-1]).any(0))
         # Half the bytes: groups have fewer tokens than int32 counts.
         rows, ends = (self.totals.take(each, axis=1).astype(np.int32) for each in (documents, documents + 1))
         pieces = ends - rows
@@ -195,10 +198,8 @@ class GroupLayout:
         if joins:
             document, position, column = zeros, position + self.offsets.take(document), zeros
         columns = spans.row, spans.length, document, position, spans.step, slot, slot_row, column
-        if members.stop - members.start == 1:
-            return [QuerySpans(*columns)]
         bounds = spans.member.searchsorted(np.arange(members.start, members.stop + 1)).tolist()
-        return [QuerySpans(*(column[i:j] for column in columns)) for i, j in pairwise(bounds)]
+        return [QuerySpans(*_cut(columns, i, j)) for i, j in pairwise(bounds)]
 
     @cached_property
     def _by_row(self) -> tuple[IntArray, IntArray]:
@@ -228,3 +229,8 @@ class GroupLayout:
                 shown.append(f"... {end - begin - longest} more")
             lines.append(f"  pipeline {pipeline}: {count(self.rows[member], 'token')}   {' '.join(shown)}".rstrip())
         return lines
+
+
+def _cut(columns: _Columns, begin: int, end: int) -> _Columns:
+    row, length, document, position, step, slot, slot_row, column = (one[begin:end] for one in columns)
+    return row, length, document, position, step, slot, slot_row, column

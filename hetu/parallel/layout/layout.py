@@ -93,7 +93,8 @@ class Layout:
         for index, (value, members) in enumerate(by_value.items()):
             own = [seq_lens[r] for r in members]
             check_total(value, sum(own) * batches[index], batches[index])  # as Python's ints, which don't overflow
-            lens, cut_by = np.array(own, np.int64), b""
+            lens = np.array(own, np.int64)
+            cut_by: bytes | None = b""
             if cus is None:
                 lengths = np.full(batches[index], lens.sum())
                 totals = lens[:, None] * np.arange(batches[index] + 1)

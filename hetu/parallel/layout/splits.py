@@ -115,8 +115,8 @@ class Blocks(Parts):
             outside = _total(end[first]) - _total(begin[first])
             start[..., number] = own_before - own + outside + before
             before = _total(end)
-        shape = shape[0], shape[1] * shape[2]
-        return RunsOf(start.reshape(shape), length.reshape(shape), np.ones(shape, np.int64))
+        flat = shape[0], shape[1] * shape[2]
+        return RunsOf(start.reshape(flat), length.reshape(flat), np.ones(flat, np.int64))
 
     def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
         # A table of all edges, in which each column finds what it sees of owners on either side of the member.
@@ -167,7 +167,8 @@ class Deals(Parts):
         own = active[members]
         rank = active[: members.start].sum(0) + own.cumsum(0) - 1
         step = np.broadcast_to(np.maximum(active.sum(0), 1), rank.shape)
-        return RunsOf(rank + np.minimum(held, self.low).sum(0), own * (self.high - self.low).astype(np.int64), step)
+        length: IntArray = own * (self.high - self.low).astype(np.int64)
+        return RunsOf(rank + np.minimum(held, self.low).sum(0), length, step)
 
     def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
         held = self.pieces[owners].take(self.document.take(columns), axis=1)

@@ -45,7 +45,7 @@ def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
     """What goes straight from owners to receivers, for members given as a slice."""
     R, n = len(group.members), who.stop - who.start
     held = held_by(group, who, mask)
-    found = Exchange(*([[] for _ in range(n)] for _ in range(3)))
+    found = Exchange([[] for _ in range(n)], [[] for _ in range(n)], [[] for _ in range(n)])
     for owners in _blocks(R, n, held):
         _take(found, group, who, owners, mask, held)
     if n == R:  # who builds all parts knows already what every receiver takes

@@ -35,6 +35,9 @@ _INTS: Any = IntArray
 
 _INT64 = np.dtype(np.int64)
 
+_SHORT = 2**16
+"""Arrays up to this size are joined to be checked: a long one may be a view of a single number."""
+
 
 class _WrongFieldError(Exception):
     """A field that has another type. Whoever looked into a value on the way there adds the name by which it did.
@@ -190,7 +193,7 @@ def _fields_of(kind: Any) -> Check:
 def _check_array(value: Any, walk: _Walk) -> None:
     if type(value) is not np.ndarray or value.dtype != _INT64:
         _refuse(value, "an int64 array")
-    if walk.arrays is not None:
+    if walk.arrays is not None and value.size <= _SHORT:
         walk.arrays.append(value)
     elif value.size and not (value.min() >= -MOST and value.max() <= MOST):
         raise _WrongFieldError(f" holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
