@@ -15,7 +15,6 @@ from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Ints, Parts, RunsOf
 from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
 
-
 _Columns = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]
 
 
