@@ -134,7 +134,9 @@ class _Members:
         need = self.work - mean * self.room
         over = weight - mean  # by how much a token lowers its member's need
         # Who needs more may take more: if the neediest with room may not have it whole, nobody may.
-        neediest = int(np.where(self.room >= length, need, -np.inf).argmax())
+        neediest = int(need.argmax())
+        if self.room.item(neediest) < length:
+            neediest = int(np.where(self.room >= length, need, -np.inf).argmax())
         if self.room.item(neediest) >= length and (
             over <= 0 or int(max(need.item(neediest) + self.slack, 0.0) / over) >= (1 - SLACK) * length
         ):

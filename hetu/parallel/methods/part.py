@@ -72,8 +72,8 @@ def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
     """
     n, m, B = length.shape
     cell = (length.reshape(-1) != 0).nonzero()[0]
-    starts = np.broadcast_to(start, length.shape).reshape(-1).take(cell)
     ends = (start + length).reshape(-1).take(cell)
+    starts = ends - length.reshape(-1).take(cell)
     bounds = cell.searchsorted(np.arange(n * m + 1) * B)
     is_first = np.ones(len(cell) + 1, bool)
     np.not_equal(starts[1:], ends[:-1], out=is_first[1:-1])
