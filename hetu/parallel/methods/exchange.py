@@ -11,7 +11,7 @@ from hetu.parallel.layout.group import GroupLayout, Held
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.part import cut_runs
-from hetu.parallel.methods.tables import held_by, needed, see
+from hetu.parallel.methods.tables import extents, held_by, see
 from hetu.parallel.plan.instructions import Runs
 
 _CELLS = 2**17
@@ -53,7 +53,7 @@ def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
         found.sent.extend(found.landed)
         return found
     for receivers in _blocks(R, n, held):
-        given, rows = needed(group, receivers, who, mask, held)
+        given, rows = extents(group, receivers, who, mask, held)
         for member in range(max(who.start, receivers.start), min(who.stop, receivers.stop)):
             given[member - receivers.start, member - who.start] = 0
         found.given.extend(given.sum(2, dtype=given.dtype).tolist())

@@ -14,7 +14,7 @@ from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder, cut_runs
 from hetu.parallel.methods.peers import whole
-from hetu.parallel.methods.tables import held_by, needed, see
+from hetu.parallel.methods.tables import extents, held_by, see
 from hetu.parallel.plan.parts import PipelinePlan
 
 
@@ -29,7 +29,7 @@ def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     everyone = slice(0, R)
     hops, owners = np.arange(R)[:, None], np.arange(R)
     held = held_by(group, everyone, spec.mask)
-    use, cells = needed(group, everyone, everyone, spec.mask, held)
+    use, cells = extents(group, everyone, everyone, spec.mask, held)
     carried = use[(owners + hops) % R, owners]
     carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
     carried[0] = 0  # at home nothing has travelled

@@ -23,7 +23,7 @@ def held_by(group: GroupLayout, members: slice, mask: Mask) -> Held | None:
     return group.held_by(members) if group.split is not None and mask.is_plain else None
 
 
-def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None) -> Reach:
+def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None = None) -> Reach:
     """What the query spans of some members see of the keys of some members.
 
     Args:
@@ -31,17 +31,19 @@ def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: H
         receivers: Members whose queries are asked for, as a slice of step 1 with its bounds given.
         owners: Members whose keys are asked for.
         mask: Which keys a query sees.
-        held: What :func:`held_by` gives for the receivers, or for more members.
+        held: What :func:`held_by` gives for the receivers, or for more members; None takes all members.
     """
+    held = held or held_by(group, slice(0, len(group.members)), mask)
     if held is None:
         return see_bands(group, receivers, owners, mask)
     return _see_parts(group, held, receivers, owners, mask)
 
 
-def needed(
-    group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None
+def extents(
+    group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None = None
 ) -> tuple[IntArray, IntArray]:
     """``Reach.needed`` and ``Reach.rows`` of what :func:`see` gives; ``held`` may be that of the owners as well."""
+    held = held or held_by(group, slice(0, len(group.members)), mask)
     if held is None:
         reach = see_bands(group, receivers, owners, mask)
         return reach.needed, reach.rows
