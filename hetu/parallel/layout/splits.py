@@ -167,7 +167,7 @@ class Deals(Parts):
         own = active[members]
         rank = active[: members.start].sum(0) + own.cumsum(0) - 1
         step = np.broadcast_to(np.maximum(active.sum(0), 1), rank.shape)
-        length: IntArray = own * (self.high - self.low).astype(np.int64)
+        length = own.astype(np.int64) * (self.high - self.low).astype(np.int64)
         return RunsOf(rank + np.minimum(held, self.low).sum(0), length, step)
 
     def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
