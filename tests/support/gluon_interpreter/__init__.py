@@ -16,19 +16,6 @@ that nobody waits for; accesses outside of tensors, and to what other programs w
 
 **What it doesn't**: layouts, registers and speed, to which compiling holds kernels; the approximations of exponentials
 and tangents; the order in which tensor cores add; threads of one partition among themselves, which Triton orders.
-
-Example:
-    >>> import torch
-    >>> from triton.experimental import gluon
-    >>> from triton.experimental.gluon import language as gl
-    >>> @gluon.jit
-    ... def double(x, out, BLOCK: gl.constexpr):
-    ...     at = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK)
-    ...     gl.store(out + at, gl.load(x + at) * 2)
-    >>> x, out = torch.arange(4), torch.zeros(4, dtype=torch.int64)
-    >>> interpreted(double)[(2,)](x=x, out=out, BLOCK=2)
-    >>> out
-    tensor([0, 2, 4, 6])
 """
 
 from __future__ import annotations

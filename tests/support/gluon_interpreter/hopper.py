@@ -10,9 +10,8 @@ import numpy as np
 from support.gluon_interpreter import machine
 from support.gluon_interpreter.memory import Descriptor
 from support.gluon_interpreter.scheduler import Knowledge, Task
-from support.gluon_interpreter.shared import Barrier, Buffer
-from support.gluon_interpreter.values import KernelError, Value, bfloat16, float16, float32, value
-from triton.experimental.gluon import language as gl
+from support.gluon_interpreter.shared import BARRIER_LAYOUT, Barrier, Buffer
+from support.gluon_interpreter.values import KernelError, Type, Value, bfloat16, float16, float32, value
 
 
 def _is_wanted(pred: Any) -> bool:
@@ -110,7 +109,7 @@ def _wait(barrier: Barrier, phase: Any, pred: Any = True, deps: Any = ()) -> Non
 
 
 mbarrier = SimpleNamespace(
-    init=_init, expect=_expect, arrive=_arrive, wait=_wait, MBarrierLayout=gl.nvidia.hopper.mbarrier.MBarrierLayout
+    init=_init, expect=_expect, arrive=_arrive, wait=_wait, MBarrierLayout=lambda: BARRIER_LAYOUT
 )
 
 
@@ -121,14 +120,19 @@ def fence_async_shared(cluster: bool = False) -> None:
 
 
 class Product:
-    """The result of a product under way: an operand of the next one as its accumulator, and of nothing else."""
+    """The result of a product under way: the accumulator of the next one, and an operand of nothing else."""
+
+    type = Type()
 
     def __init__(self, data: Any, event: int) -> None:
         self.data, self.event, self.is_over = data, event, False
 
+    def __getattr__(self, name: str) -> Any:
+        raise KernelError(f"{name} of a product under way, which needs warpgroup_mma_wait first")
+
     @property
-    def shape(self) -> list[int]:
-        return list(self.data.shape)
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
 
 
 def warpgroup_mma(a: Any, b: Buffer, acc: Any, *, use_acc: Any = True, is_async: bool = False) -> Any:
@@ -141,12 +145,11 @@ def warpgroup_mma(a: Any, b: Buffer, acc: Any, *, use_acc: Any = True, is_async:
     left = a.read(task.knows, event, "a product") if isinstance(a, Buffer) else value(a).data
     right = b.read(task.knows, event, "a product")
     is_used = _is_wanted(use_acc)
-    if a.shape[0] % 64 or a.shape[1] % 16 or b.shape[1] % 8 or acc.shape != [a.shape[0], b.shape[1]]:
+    if a.shape[0] % 64 or a.shape[1] % 16 or b.shape[1] % 8 or acc.shape != (a.shape[0], b.shape[1]):
         raise KernelError(f"no warp group multiplies {a.shape} by {b.shape} into {acc.shape}")
-    with np.errstate(all="ignore"):
-        data = np.matmul(left, right, dtype=np.float32)
-        if is_used:
-            data = data + (acc.data if isinstance(acc, Product) else value(acc).data)
+    data = np.matmul(left, right, dtype=np.float32)
+    if is_used:
+        data = data + (acc.data if isinstance(acc, Product) else value(acc).data)
     product = Product(data, event)
     task.products.append(product)
     return product if is_async else warpgroup_mma_wait(0, [product])

@@ -80,7 +80,7 @@ class Pointer:
         self.memory, self.at = memory, at
 
     @property
-    def shape(self) -> list[int]:
+    def shape(self) -> tuple[int, ...]:
         return self.at.shape
 
     def __add__(self, offset: Any) -> Pointer:
@@ -97,7 +97,7 @@ class Descriptor:
 
     def __init__(self, host: Any, memory: Memory) -> None:
         self.memory, self.first = memory, host.base.storage_offset()
-        self.sizes, self.strides, self.block_shape = tuple(host.shape), tuple(host.strides), list(host.block_shape)
+        self.sizes, self.strides, self.block_shape = tuple(host.shape), tuple(host.strides), tuple(host.block_shape)
         self.layout, self.dtype = host.layout, memory.dtype
 
     @property

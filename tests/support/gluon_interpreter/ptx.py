@@ -136,19 +136,17 @@ class _Threads:
 
     def read(self, operand: str, kind: str) -> Array:
         """A register or a number as float32, bits or truths."""
-        if operand.startswith("0f"):
+        name = self._name(operand)
+        if name in self.registers:
+            if self._is_shared and name.startswith("$") and int(name[1:]) not in self._late:
+                raise KernelError(f"{operand} is read after an output is written, whose register it may have without &")
+            bits = self.registers[name]
+        elif operand.startswith("0f"):
             bits = np.uint32(int(operand[2:], 16))
-        elif re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", operand) and operand not in self.registers:
+        elif re.fullmatch(r"-?(0x)?[0-9a-fA-F]+", operand):
             bits = np.uint32(int(operand, 0) & 0xFFFFFFFF)
         else:
-            name = self._name(operand)
-            if name not in self.registers:
-                raise KernelError(f"register {operand} is read before it is written")
-            if self._is_shared and name.startswith("$") and int(name[1:]) not in self._late:
-                raise KernelError(
-                    f"{operand} is read after an output is written, which may be in its register without '&'"
-                )
-            bits = self.registers[name]
+            raise KernelError(f"register {operand} is read before it is written")
         return bits if kind in ("pred", "b32") else np.asarray(bits).view(np.float32 if kind == "f32" else np.uint32)
 
     def write(self, operand: str, data: Any, active: Array) -> None:
@@ -173,20 +171,19 @@ def _run(
     for at, data in enumerate(inputs, outputs):
         threads.registers[f"${places[at]}"] = data
     active, waiting = np.ones(inputs[0].shape, np.bool_), dict[str, Array]()
-    with np.errstate(all="ignore"):
-        for one in program:
-            if one.label:
-                active = active | waiting.pop(one.label, np.False_)
-            elif active.any():
-                who = active
-                if one.guard:
-                    truth = threads.read(one.guard.removeprefix("!"), "pred")
-                    who = active & (~truth if one.guard.startswith("!") else truth)
-                if one.name == "bra":
-                    waiting[one.operands[0]] = waiting.get(one.operands[0], np.False_) | who
-                    active = active & ~who
-                else:
-                    _TABLE[one.name](threads, one.operands, who)
+    for one in program:
+        if one.label:
+            active = active | waiting.pop(one.label, np.False_)
+        elif active.any():
+            who = active
+            if one.guard:
+                truth = threads.read(one.guard.removeprefix("!"), "pred")
+                who = active & (~truth if one.guard.startswith("!") else truth)
+            if one.name == "bra":
+                waiting[one.operands[0]] = waiting.get(one.operands[0], np.False_) | who
+                active = active & ~who
+            else:
+                _TABLE[one.name](threads, one.operands, who)
     if waiting:
         raise KernelError(f"a branch leads back, or nowhere: {list(waiting)}")
     return [threads.registers[f"${at}"] for at in range(outputs)]

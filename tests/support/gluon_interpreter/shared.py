@@ -13,6 +13,9 @@ import numpy as np
 from support.gluon_interpreter.scheduler import Knowledge, Scheduler
 from support.gluon_interpreter.values import KernelError, Value, rounded, value
 
+BARRIER_LAYOUT = object()
+"""Of what is allocated for barriers."""
+
 
 class Rows:
     """Who accessed the rows of an allocation.
@@ -45,8 +48,8 @@ class Buffer:
         return Buffer(machine, np.full(whole, np.nan, np.float32), numbers, Rows(rows), dtype, layout)
 
     @property
-    def shape(self) -> list[int]:
-        return list(self._data.shape)
+    def shape(self) -> tuple[int, ...]:
+        return self._data.shape
 
     @property
     def numbers(self) -> list[int]:

@@ -70,25 +70,22 @@ def rounded(data: Any, dtype: Dtype) -> Any:
 
 
 class Type:
-    """What ``x.type`` has."""
+    """What ``x.type`` has: a layout, for which nothing asks here."""
 
-    layout: Any = None
+    layout = None
 
 
 class Value:
     """A scalar or a tensor, with Triton's operators: broadcasting only over sizes 1, division of integers as in C."""
 
     __hash__ = None  # type: ignore[assignment]
-    __slots__ = ("data", "dtype")
+    __slots__ = ("data", "dtype", "shape")
     type = Type()
 
-    def __init__(self, data: Any, dtype: Any) -> None:
+    def __init__(self, data: Any, dtype: Dtype) -> None:
         self.data = rounded(data, dtype)
         self.dtype = dtype
-
-    @property
-    def shape(self) -> list[int]:
-        return list(np.shape(self.data))
+        self.shape: tuple[int, ...] = self.data.shape
 
     def __bool__(self) -> bool:
         if self.shape:
@@ -137,31 +134,40 @@ def value(x: Any) -> Value:
         return Value(x, int32 if -(2**31) <= x < 2**31 else int64)
     if isinstance(x, float | np.floating):
         return Value(x, float32)
-    raise KernelError(f"{type(x).__name__} is no value; a product in flight needs warpgroup_mma_wait first")
+    raise KernelError(f"{type(x).__name__} is no value; a product under way needs warpgroup_mma_wait first")
+
+
+def common(*operands: Any) -> tuple[list[Any], Dtype]:
+    """The numbers of operands that broadcast, and the dtype of what is computed of them.
+
+    A Python number has the dtype of what it meets, but for a float that meets an integer.
+    """
+    found, dtype, number, shape = [], None, int1, None
+    for x in operands:
+        own = value(x)
+        found.append(own.data)
+        if own.shape:
+            shape = _broadcast(shape, own.shape)
+        if own is not x:
+            number = max(number, own.dtype, key=_rank)
+        elif dtype is None or own.dtype.rank > dtype.rank:
+            dtype = own.dtype
+        elif own.dtype.rank == dtype.rank and own.dtype is not dtype:
+            raise KernelError("float16 meets bfloat16")
+    if dtype is None or (number is float32 and not dtype.is_floating()) or (number is int32 and dtype is int1):
+        dtype = number
+    return found, dtype
 
 
 _rank = attrgetter("rank")
 
 
-def common(*operands: Any) -> tuple[list[Any], Any]:
-    """The numbers of operands that broadcast, and the dtype of what is computed of them.
-
-    A Python number has the dtype of what it meets, but for a float that meets an integer.
-    """
-    values = [value(x) for x in operands]
-    typed = [own for own, x in zip(values, operands, strict=True) if isinstance(x, Value)]
-    dtype = max((x.dtype for x in typed or values), key=_rank)
-    if len({x.dtype for x in typed if x.dtype in _HALVES}) > 1:
-        raise KernelError("float16 meets bfloat16")
-    if any(x.dtype is float32 for x in values) and not dtype.is_floating():
-        dtype = float32
-    elif dtype is int1 and any(x.dtype is int32 for x in values):
-        dtype = int32
-    shapes = [x.shape for x in values if x.shape]
-    for one in shapes:
-        if len(one) != len(shapes[0]) or any(1 not in (a, b) and a != b for a, b in zip(one, shapes[0], strict=True)):
-            raise KernelError(f"shapes {shapes} do not broadcast in Gluon")
-    return [x.data for x in values], dtype
+def _broadcast(shape: tuple[int, ...] | None, other: tuple[int, ...]) -> tuple[int, ...]:
+    if shape is None or shape == other:
+        return other
+    if len(shape) != len(other) or any(1 not in (a, b) and a != b for a, b in zip(shape, other, strict=True)):
+        raise KernelError(f"shapes {shape} and {other} do not broadcast in Gluon")
+    return tuple(map(max, shape, other))
 
 
 def _quotient(a: Any, b: Any) -> Any:
@@ -169,59 +175,55 @@ def _quotient(a: Any, b: Any) -> Any:
     return np.sign(a) * np.sign(b) * (np.abs(a) // np.abs(b))
 
 
+def _remainder(a: Any, b: Any) -> Any:
+    """Of the sign of a."""
+    return a - b * _quotient(a, b)
+
+
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
     "floordiv": _quotient,
-    "mod": lambda a, b: a - b * _quotient(a, b),
+    "mod": _remainder,
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
     "lshift": operator.lshift,
     "rshift": operator.rshift,
 }
-_COMPARISONS = {name: getattr(operator, name) for name in ("lt", "le", "gt", "ge", "eq", "ne")}
 
 
-def _define() -> None:
-    """Gives values their operators."""
+_NUMBERS = (Value, int, float, np.generic)
 
-    def arithmetic(compute: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-        def apply(a: Any, b: Any) -> Any:
-            if not isinstance(a, Value) and not isinstance(b, Value):  # a pointer, which knows how to add
-                return NotImplemented
-            if any(not isinstance(x, Value | int | float | np.generic) for x in (a, b)):
-                return NotImplemented
-            (left, right), dtype = common(a, b)
-            if compute in (_ARITHMETIC["floordiv"], _ARITHMETIC["mod"]) and dtype.is_floating():
-                raise KernelError("// and % are of integers")
-            with np.errstate(all="ignore"):
-                return Value(compute(left, right), dtype)
 
-        return apply, lambda a, b: apply(b, a)
+def _arithmetic(compute: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """An operator, and that of a number and a value."""
 
-    def comparison(compute: Callable[[Any, Any], Any]) -> Any:
-        def apply(a: Any, b: Any) -> Value:
-            (left, right), _ = common(a, b)
-            return Value(compute(left, right), int1)
-
-        return apply
-
-    for name, compute in _ARITHMETIC.items():
-        forward, reverse = arithmetic(compute)
-        setattr(Value, f"__{name}__", forward)
-        setattr(Value, f"__r{name}__", reverse)
-    for name, compute in _COMPARISONS.items():
-        setattr(Value, f"__{name}__", comparison(compute))
-
-    def divide(a: Any, b: Any) -> Value:
+    def apply(a: Any, b: Any) -> Any:
+        if not isinstance(a, _NUMBERS) or not isinstance(b, _NUMBERS):  # a pointer, which knows how to add
+            return NotImplemented
         (left, right), dtype = common(a, b)
-        with np.errstate(all="ignore"):
-            return Value(np.float32(left) / np.float32(right), dtype if dtype.is_floating() else float32)
+        if compute in (_quotient, _remainder) and dtype.is_floating():
+            raise KernelError("// and % are of integers")
+        return Value(compute(left, right), dtype)
 
-    Value.__truediv__ = divide  # type: ignore[attr-defined]
-    Value.__rtruediv__ = lambda a, b: divide(b, a)  # type: ignore[attr-defined]
+    return apply, lambda a, b: apply(b, a)
 
 
-_define()
+def _comparison(compute: Callable[[Any, Any], Any]) -> Any:
+    return lambda a, b: Value(compute(*common(a, b)[0]), int1)
+
+
+def _divide(a: Any, b: Any) -> Value:
+    (left, right), dtype = common(a, b)
+    return Value(np.float32(left) / np.float32(right), dtype if dtype.is_floating() else float32)
+
+
+for _name, _compute in _ARITHMETIC.items():
+    for _prefix, _operator in zip(("", "r"), _arithmetic(_compute), strict=True):
+        setattr(Value, f"__{_prefix}{_name}__", _operator)
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Value, f"__{_name}__", _comparison(getattr(operator, _name)))
+Value.__truediv__ = _divide  # type: ignore[attr-defined]
+Value.__rtruediv__ = lambda a, b: _divide(b, a)  # type: ignore[attr-defined]
