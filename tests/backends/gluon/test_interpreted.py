@@ -12,9 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.gluon_interpreter import Edit, interpreted
+from support.gluon_interpreter import Edit, KernelError, interpreted
+from support.gluon_interpreter.ptx import elementwise
+from support.gluon_interpreter.values import float32
 from support.table_checks import check_forward, whole_documents
 from support.tables_by_definition import Case, Step, buffers, dense, random_case, rows_of, run
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from hetu.backends.gluon import launch, variants
 from hetu.backends.gluon.forward import forward_kernel
@@ -149,3 +153,40 @@ def test_what_is_broken_is_found(name: str, interpret: Interpret) -> None:
 def test_the_interpreter_finds_nothing_in_what_is_whole(interpret: Interpret) -> None:
     interpret(0, [], {64: Tile(block_n=32)}, programs=1)
     check_forward("gluon", two_documents(), (1, 1), 64, torch.bfloat16)
+
+
+@gluon.jit
+def divided(x, out, BLOCK: gl.constexpr):
+    at = gl.program_id(0) * BLOCK + gl.arange(0, BLOCK)
+    number = gl.load(x + at, mask=at < 3, other=-7)
+    gl.store(out + at, number // 2 * 10 + number % 2)
+
+
+def test_integers_are_those_of_the_device() -> None:
+    x, out = torch.tensor([7, -7, -8], dtype=torch.int32), torch.zeros(4, dtype=torch.int64)
+    interpreted(divided)[(2,)](x=x, out=out, BLOCK=2)
+    assert out.tolist() == [31, -31, -40, -31]
+    with pytest.raises(KernelError, match="leaves its range"):
+        interpreted(divided)[(2,)](x=x + 2**30, out=out, BLOCK=2)
+    with pytest.raises(KernelError, match="powers of two"):
+        interpreted(divided)[(1,)](x=x, out=out, BLOCK=3)
+    with pytest.raises(KernelError, match="outside of the tensors"):
+        interpreted(divided)[(3,)](x=x, out=out, BLOCK=2)
+    with pytest.raises(KernelError, match="two programs"):
+        interpreted(divided, edits=[Edit("divided", "gl.program_id(0) * BLOCK", "0")])[(2,)](x=x, out=out, BLOCK=2)
+
+
+@pytest.mark.parametrize(
+    ("asm", "message"),
+    [
+        ("fma.rz.f32 $0, $1, $1, $1;", "does not know fma.rz"),
+        ("add.f32 $0, $1, t;", "t is read before"),
+        ("mov.f32 $0, $1; add.f32 $0, $0, $1;", "without &"),
+        ("BACK: mov.f32 $0, $1; bra BACK;", "leads back"),
+        ("shfl.sync.bfly.b32 $0, $1, 1, 0x1f, -1;", "whole warp"),
+    ],
+)
+def test_assembly_is_not_guessed(asm: str, message: str) -> None:
+    one = np.ones(4, np.float32)
+    with pytest.raises(KernelError, match=message):
+        elementwise(asm, "=f,f", [(one, float32)], [float32], 1)

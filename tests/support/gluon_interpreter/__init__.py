@@ -45,7 +45,7 @@ class Edit:
     """A change of the source of a function that a kernel calls.
 
     Attributes:
-        function: Its name.
+        function: Its name, with that of its module before it where several have one of that name.
         before: A piece of its source, which is there once.
         after: What takes its place.
         is_made: Whether the function was called for, and so changed.
@@ -109,7 +109,8 @@ class _Made:
         return call
 
     def _code(self, fn: Any) -> types.CodeType:
-        edits = [edit for edit in self._edits if edit.function == fn.__name__]
+        names = fn.__name__, f"{fn.__module__.rsplit('.')[-1]}.{fn.__name__}"
+        edits = [edit for edit in self._edits if edit.function in names]
         if not edits:
             return fn.__code__
         source = textwrap.dedent(inspect.getsource(fn))
@@ -129,6 +130,7 @@ class _Kernel:
 
     def __init__(self, kernel: Any, seed: int, edits: Sequence[Edit]) -> None:
         self.arg_names = kernel.arg_names
+        self._constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
         self._made = _Made(edits)
         self._body = self._made.function(kernel.fn)
         self._rng = random.Random(seed)
@@ -138,7 +140,10 @@ class _Kernel:
 
         def launched(**named: Any) -> None:
             memories = Memories()
-            given = {name: _argument(named[name], memories) for name in self.arg_names}
+            given = {
+                name: named[name] if name in self._constants else _argument(named[name], memories)
+                for name in self.arg_names
+            }
             for program in self._rng.sample(range(programs), programs):
                 scheduler = Scheduler(self._rng.randrange(2**32), program, programs)
                 with machine.running(scheduler):
@@ -152,7 +157,7 @@ def _argument(x: Any, memories: Memories) -> Any:
         return Pointer(memories.of(x), Value(x.storage_offset(), int64))
     if hasattr(x, "block_shape"):
         return Descriptor(x, memories.of(x.base))
-    if isinstance(x, int | float) and not isinstance(x, bool):
+    if isinstance(x, int | float):
         return Value(x, float32 if isinstance(x, float) else int32)
     return x
 
