@@ -15,7 +15,9 @@ missing or a wrong wait, a release too early, a missing fence; a deadlock, with 
 that nobody waits for; accesses outside of tensors, and to what other programs write.
 
 **What it doesn't**: layouts, registers and speed, to which compiling holds kernels; the approximations of exponentials
-and tangents; the order in which tensor cores add; threads of one partition among themselves, which Triton orders.
+and tangents; the order in which tensor cores add; threads of one partition among themselves, which Triton orders. An
+ordinary load and an ordinary store of two partitions that nothing orders are found only where the store comes first:
+the load then gives NaN, which does no harm if it is masked.
 """
 
 from __future__ import annotations
