@@ -155,9 +155,10 @@ class Scheduler:
         elif following is not task:
             self.current = following
             following.turn.release()
-        if task is None or task.is_done or following is task:
+        if task is None or task.is_done:
             return
-        task.turn.acquire()
+        if following is not task:
+            task.turn.acquire()
         if self._failure is not None:
             raise _EndedError
 

@@ -6,6 +6,7 @@ TMA until that lands. A store that leaves a row as it is does no harm to others,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -195,8 +196,6 @@ class Barrier:
 class Barriers:
     """Several barriers."""
 
-    made = 0
-
     def __init__(self, machine: Scheduler, count: int) -> None:
         self._all = [Barrier(machine, f"barrier {at} of {count}, made at {_place()}") for at in range(count)]
 
@@ -210,13 +209,11 @@ class Barriers:
 
 def _place() -> str:
     """The line of the kernel that allocates; the frames between are of the interpreter."""
-    import sys
-
     frame = sys._getframe(1)
     lines = []
     while frame is not None and len(lines) < 2:
         name = frame.f_code.co_filename
-        if "gluon_interpreter" not in name and "<listcomp>" not in name:
+        if "gluon_interpreter" not in name:
             lines.append(f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}")
         frame = frame.f_back  # type: ignore[assignment]
     return " from ".join(lines)
