@@ -33,7 +33,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_losses_and_state_are_those_of_one_process_at_stage_0(world: World, case: Case, stage: int) -> None:
     """Also on ranks without a pipeline, which own their part all the same."""
@@ -46,7 +46,7 @@ def test_losses_and_state_are_those_of_one_process_at_stage_0(world: World, case
             assert_same(rank.state, alone.state)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_clipping_is_that_of_one_process_up_to_rounding(world: World, stage: int) -> None:
     case = Case(dtype="float64", options={"max_grad_norm": 0.1})
     (alone,) = world(1).run(zero.train, case, 0)
@@ -60,9 +60,9 @@ def test_clipping_is_that_of_one_process_up_to_rounding(world: World, stage: int
 def test_a_state_goes_on_over_other_ranks_at_another_stage(world: World, tmp_path: Path) -> None:
     case, path, again = Case(), tmp_path / "state.safetensors", tmp_path / "again.safetensors"
     (alone,) = world(1).run(zero.train, case, 0)
-    world(3).run(zero.train, case, 2, STEPS[:4], end=path)  # with gradients that wait
+    world(3).run(zero.train, case, 3, STEPS[:4], end=path)  # with gradients that wait
     world(2).run(zero.train, case, 1, STEPS[4:5], first=4, begin=path, end=again)
-    for size, stage in ((1, 0), (3, 2)):
+    for size, stage in ((1, 0), (3, 2), (2, 3)):
         for rank in world(size).run(zero.train, case, stage, STEPS[5:], first=5, begin=again):
             assert_same([loss for loss, _ in rank.numbers], [loss for loss, _ in alone.numbers[5:]])
             assert_same(rank.state, alone.state)
@@ -86,7 +86,7 @@ def test_what_a_rank_keeps_is_what_the_formula_says(world: World, size: int) -> 
 
 
 @pytest.mark.parametrize("mishap", ["the first step, half done", "the norm", "clipping", "the schedule"])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_an_update_is_made_on_all_ranks_or_on_none(world: World, stage: int, mishap: str) -> None:
     (_, wanted), *_ = world(3).run(mishaps.train, "AdamW", stage=stage)
     for who in ({1}, {0, 2}):
@@ -99,10 +99,12 @@ def test_an_update_is_made_on_all_ranks_or_on_none(world: World, stage: int, mis
             assert said in told.text
 
 
-@pytest.mark.parametrize("is_done", [False, True])
-def test_values_that_are_lost_on_the_way_change_nothing(is_done: bool) -> None:
+@pytest.mark.parametrize(("stage", "is_done"), [(1, False), (2, True), (3, True)])
+def test_values_that_are_lost_on_the_way_change_nothing(stage: int, is_done: bool) -> None:
     with Pool(3) as pool:
-        for rank, outcome in enumerate(pool.outcomes(partial(zero.fails_while_spreading, 1, [1], is_done), limit=30.0)):
+        for rank, outcome in enumerate(
+            pool.outcomes(partial(zero.fails_while_gathering, stage, [1], is_done), limit=30.0)
+        ):
             if rank == 1:
                 assert outcome.raised is not None and "lost on the way" in outcome.raised.text
             else:
@@ -126,7 +128,7 @@ def test_a_state_that_only_one_rank_asks_for() -> None:
         assert_lost(pool.outcomes(partial(zero.asks_alone, 1))[0], "state_dict")
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_graph_that_trained_alone_goes_on_with_others_from_its_state(stage: int) -> None:
     with Pool(2, backend=None) as pool:
         for first, second, third in pool.run(zero.joins_late, stage):
@@ -135,7 +137,7 @@ def test_a_graph_that_trained_alone_goes_on_with_others_from_its_state(stage: in
             assert re.search("is cut over rank . of 2, but now this is one process", third)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_ids_that_only_a_device_knows(world: World, stage: int) -> None:
     """What the owner's device takes back is what the others get."""
     for wrong in (0, 1, 2):

@@ -170,9 +170,9 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 _kept: list[tuple[Model, Any]] = []
 
 
-def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None:
-    """A run that fails on some ranks when updated values are on their way, or have come."""
-    plain = current_world().gather_flat
+def fails_while_gathering(stage: int, who: Sequence[int], is_done: bool) -> None:
+    """A run that fails on some ranks when values are on their way, or have come."""
+    plain = current_world().finish_gather
 
     def gather(*arguments: Any) -> Any:
         found = plain(*arguments) if is_done else None
@@ -185,7 +185,7 @@ def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None
         model = Model(case, stage)
         model.run(STEPS[0], 0)
         _kept[:] = [(model, copy.deepcopy(_here(model)))]
-        with patch.object(current_world(), "gather_flat", gather):
+        with patch.object(current_world(), "finish_gather", gather):
             model.run(STEPS[1], 1)
 
 
@@ -196,9 +196,10 @@ def is_as_before() -> bool:
 
 
 def _here(model: Model) -> list[Any]:
-    """What this process holds, without asking others."""
+    """What this process owns, without asking others: of what others have updated it may have got a part."""
     state = model.graph.executor.state
-    values = [list(state.parameters.storages(node).values()) for node in state.parameters.nodes]
+    sources = [(node, state.parameters.homes.source(node)) for node in state.parameters.nodes]
+    values = [state.parameters.own(node, source) for node, source in sources if source is not None]
     return [values, [list(own.values()) for one in state.optimizers.values() for own in one.optimizer.state.values()]]
 
 
