@@ -7,18 +7,18 @@ update.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from hetu.backends.comm import World
-from hetu.backends.comm.boxes import unflat
+from hetu.backends.comm.boxes import assemble, unflat
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.gathers import Bucket, Gathered
 from hetu.parallel.placement import Box
 from hetu.runtime.homes import Source
-from hetu.runtime.parameters import ParameterStore, whole_of
+from hetu.runtime.parameters import ParameterStore
 
 
 class Started(NamedTuple):
@@ -55,44 +55,33 @@ class Gathering:
         wanted = [(item, source) for item, source in zip(bucket, sources, strict=True) if source is not None]
         if not wanted:
             return Started(bucket, sources, None)
-        own = [
-            part.to(_dtype(item)).reshape(-1)
-            for item, source in wanted
-            for part in self.store.own(item.parameter, source)
-        ]
-        sent = torch.cat([part.view(torch.uint8) for part in own]) if own else self._nothing()
-        processes = range(len(wanted[0][1].boxes))
-        sizes = [sum(source.numel(i) * item.dtype.itemsize for item, source in wanted) for i in processes]
+        parts = [(item, part) for item, source in wanted for part in self.store.own(item.parameter, source)]
+        sent = torch.cat([_bytes(part.to(_dtype(item))) for item, part in parts]) if parts else self._nothing()
+        processes = range(len(wanted[0][1].sizes))
+        sizes = [sum(source.sizes[i] * item.dtype.itemsize for item, source in wanted) for i in processes]
         return Started(bucket, sources, self.world.start_gather(sent, sizes))
 
     def finish(self, started: Started) -> list[torch.Tensor]:
         """The whole of each parameter in the bucket."""
-        pairs = list(zip(started.bucket, started.sources, strict=True))
         rows = [] if started.message is None else self.world.finish_gather(started.message)
-        parts: dict[Gathered, dict[Box, torch.Tensor]] = {}
-        for process, row in enumerate(rows):
-            place = 0
-            for item, source in ((item, source) for item, source in pairs if source is not None):
-                size = source.numel(process) * item.dtype.itemsize
-                boxes = source.boxes[process]
-                own = unflat(row[place : place + size].view(_dtype(item)), boxes)
-                parts.setdefault(item, {}).update(zip(boxes, own, strict=True))
-                place += size
-        return [self._whole(item, source, parts.get(item, {})) for item, source in pairs]
+        places = [0] * len(rows)
+        found = []
+        for item, source in zip(started.bucket, started.sources, strict=True):
+            if source is not None:
+                ends = [i + n * item.dtype.itemsize for i, n in zip(places, source.sizes, strict=True)]
+                parts = [row[i:j].view(_dtype(item)) for row, i, j in zip(rows, places, ends, strict=True)]
+                places = ends
+                if not source.is_kept:
+                    found.append(_joined(source, parts).to(self.device))
+                    continue
+                self.store.keep(item.parameter, _joined(source, parts, self.store.value(item.parameter)))
+            found.append(self.store.value(item.parameter).to(self.device))
+        return found
 
     def serve(self) -> None:
         """Gathers all of it for the others, on a rank that computes nothing."""
         for number in range(len(self.buckets)):
             self.finish(self.start(number))
-
-    def _whole(self, item: Gathered, source: Source | None, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:
-        node = item.parameter
-        if source is not None and not source.is_kept:
-            whole = whole_of(node, parts)
-            return (whole.clone() if len(parts) == 1 else whole).to(self.device)  # it keeps nothing else of its bucket
-        if source is not None:
-            self.store.keep(node, {box: part for box, part in parts.items() if box not in source.here})
-        return self.store.value(node).to(self.device)
 
     def _nothing(self) -> torch.Tensor:
         return torch.empty(0, dtype=torch.uint8, device=self.store.device())
@@ -100,3 +89,19 @@ class Gathering:
 
 def _dtype(item: Gathered) -> torch.dtype:
     return TORCH_DTYPES[item.dtype]
+
+
+def _bytes(part: torch.Tensor) -> torch.Tensor:
+    return part.reshape(-1).view(torch.uint8)
+
+
+def _joined(source: Source, parts: Sequence[torch.Tensor], into: torch.Tensor | None = None) -> torch.Tensor:
+    """A whole parameter of what each process gives, in memory of its own or in that of another tensor."""
+    if source.is_in_order and into is not None:
+        torch.cat(list(parts), out=into.view(-1))
+        return into
+    if source.is_in_order:
+        return torch.cat(list(parts)).view(source.shape)
+    pairs = zip(source.boxes, parts, strict=True)
+    boxes = {box: x for own, part in pairs for box, x in zip(own, unflat(part, own), strict=True)}
+    return assemble(Box.whole(source.shape), boxes)

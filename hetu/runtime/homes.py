@@ -48,18 +48,18 @@ class Source(NamedTuple):
     Attributes:
         shape: Of the whole.
         boxes: The boxes that each process gives, in their order.
+        sizes: How many elements these have.
         here: Those of this process.
+        is_in_order: Whether what they give, one after the other, is the whole in row-major order.
         is_kept: Whether the whole stays here once it was gathered; it is then gathered when it has changed elsewhere.
     """
 
     shape: tuple[int, ...]
     boxes: Sequence[Sequence[Box]]
+    sizes: Sequence[int]
     here: Sequence[Box]
+    is_in_order: bool
     is_kept: bool
-
-    def numel(self, process: int) -> int:
-        """How many elements a process gives."""
-        return sum(box.numel for box in self.boxes[process])
 
 
 class Homes:
@@ -159,19 +159,21 @@ class Homes:
 
     def source(self, node: Node) -> Source | None:
         """From where all of a parameter's value is gathered; None if it always lies here."""
-        places, stages = self.places, self.stages
+        _, stages = self.places, self.stages  # they forget what does not hold any more
         if node not in stages:
             return None
         if node not in self._sources:
             value, _, state = self.of(node)
-            owners = value if value.is_cut else state
-            found = None
-            if value.is_cut or self.is_elsewhere(state):
-                ranks = range(places.total) if places.is_distributed else ()
-                boxes = [owners.held_by(rank) for rank in ranks] or [tuple(self.here(owners))]
-                found = Source(tuple(node.attrs["shape"]), boxes, self.here(owners), not value.is_cut)
-            self._sources[node] = found
+            is_needed = value.is_cut or self.is_elsewhere(state)
+            self._sources[node] = self._source(node, value if value.is_cut else state, value) if is_needed else None
         return self._sources[node]
+
+    def _source(self, node: Node, owners: Placement, value: Placement) -> Source:
+        shape, places = tuple(node.attrs["shape"]), self.places
+        here = self.here(owners)
+        boxes = [owners.held_by(rank) for rank in range(places.total)] if places.is_distributed else [here]
+        sizes = [sum(box.numel for box in own) for own in boxes]
+        return Source(shape, boxes, sizes, here, owners.is_in_order(shape), not value.is_cut)
 
     @property
     def gathered(self) -> frozenset[tuple[Node, bool]]:

@@ -114,11 +114,12 @@ class ParameterStore:
         storages = self._find(node).storages
         return [within(storages, box) for box in source.here]
 
-    def keep(self, node: Node, parts: Mapping[Box, torch.Tensor]) -> None:
-        """Takes the parts of a parameter's value that other ranks have changed."""
+    def keep(self, node: Node, whole: torch.Tensor) -> None:
+        """Takes a parameter's value, of which other ranks have changed their parts; it may lie in :meth:`value`."""
         stored = self._find(node)
-        for box, part in parts.items():
-            within(stored.storages, box).copy_(part)
+        for box, storage in stored.storages.items():
+            if storage is not whole:
+                storage.copy_(whole[box.slices_in(Box.whole(whole.shape))])
         stored.is_stale = False
 
     def note_updated(self, nodes: Sequence[Node]) -> None:

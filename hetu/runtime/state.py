@@ -167,6 +167,7 @@ class GraphState:
         if update not in self.optimizers:
             self.optimizers[update] = BoundOptimizer.of(update, self.parameters_of(update), self.parameters)
             self._new_optimizers.append(update)
+        self.optimizers[update].check_places(update, self.parameters)
         return self.optimizers[update]
 
     def commit(self, waiting: dict[Node, Waiting], updated: Sequence[Node]) -> None:

@@ -1,9 +1,8 @@
 """When a module gathers parameters of which a rank holds no more than a part, and when it lets go of them.
 
-Such a parameter is put together shortly before the first call that reads it. After that it is there for calls nearby:
-once more than a bucket of others was gathered since it was last read, it is gathered anew, so that the forward lets go
-of it and the backward gets it again. Neighbours travel together, and a bucket is on its way while calls read the one
-before it.
+Such a parameter is put together shortly before the first call that reads it. After that it is there for calls nearby,
+until more than a bucket of others was read; then it is gathered anew, so that the forward lets go of it and the backward
+gets it again. Neighbours travel together, and a bucket is on its way while calls read the one before it.
 
 All of this is decided by the order of the nodes alone, before anything is lowered: a rank without a pipeline has no
 module, and serves the others by the same list.
@@ -85,19 +84,15 @@ class Gathers:
             is_kept: The parameters that are gathered, and for each whether it stays here once it was.
         """
         roots, views = _made_of(nodes, replaced, is_kept)
-        last: dict[
-            Gathered, tuple[int, int]
-        ] = {}  # the number of its last gather, and the bytes gathered when it was last read
-        order, uses, total = list[Gathered](), dict[tuple[Node | None, Gathered], int](), 0
+        recent = _Recent(is_kept)
+        order, uses = list[Gathered](), dict[tuple[Node | None, Gathered], int]()
         for reader, tensor in _reads(nodes, fetches, replaced):
             item = roots.get(tensor) or views.get(tensor)
             if item is None or (reader is not None and _is_made_of(reader, roots, views)):
                 continue
-            number, since = last.get(item, (-1, 0))
-            if number < 0 or (total - since > reduce.BUCKET_BYTES and not is_kept[item.parameter]):
-                number, total = len(order), total + item.nbytes
+            if item not in recent:
                 order.append(item)
-            last[item], uses[reader, item] = (number, total), number
+            uses[reader, item] = recent.read(item, len(order) - 1)
         places, buckets = _packed(order)
         return cls(buckets, roots, views, {key: places[number] for key, number in uses.items()})
 
@@ -112,6 +107,40 @@ class Gathers:
 
 
 NO_GATHERS = Gathers()
+
+
+class _Recent:
+    """What is there at a point of a module: what was read last, as much as a bucket of it beside what is read now.
+
+    Args:
+        is_kept: The parameters, and for each whether it stays here once it was gathered.
+    """
+
+    def __init__(self, is_kept: Mapping[Node, bool]) -> None:
+        self._is_kept = is_kept
+        self._kept: dict[Gathered, int] = {}
+        self._loose: dict[Gathered, int] = {}  # what was read last comes last
+
+    def __contains__(self, item: Gathered) -> bool:
+        return item in self._kept or item in self._loose
+
+    def read(self, item: Gathered, number: int) -> int:
+        """Reads something; gives the number of its gather.
+
+        Args:
+            item: What is read.
+            number: That of the last gather, which is its own if it was not there.
+        """
+        if self._is_kept[item.parameter]:
+            return self._kept.setdefault(item, number)
+        number = self._loose.pop(item, number)
+        size = sum(other.nbytes for other in self._loose)
+        while size > reduce.BUCKET_BYTES:
+            oldest = next(iter(self._loose))
+            del self._loose[oldest]
+            size -= oldest.nbytes
+        self._loose[item] = number
+        return number
 
 
 def _made_of(
@@ -208,7 +237,7 @@ class GatherCalls:
 
     def __init__(self, gathers: Gathers, graph: fx.Graph, gathering: Callable[[], fx.Node], pipeline: int) -> None:
         self.gathers, self._graph, self._gathering, self._pipeline = gathers, graph, gathering, pipeline
-        self._tensors = {item: tensor for tensor, item in reversed(gathers.roots.items())}
+        self._tensors = {item: tensor for tensor, item in reversed(list(gathers.roots.items()))}
         self._started: list[fx.Node] = []
         self._values: list[list[fx.Node]] = []
         if gathers.buckets:
@@ -232,12 +261,12 @@ class GatherCalls:
 
     def _finish(self) -> None:
         bucket = self.gathers.buckets[len(self._values)]
-        if len(self._started) < len(self.gathers.buckets):  # the next one travels while this one is read
-            self._start()
-        call = self._graph.call_function(hetu_finish_gather, (self._gathering(), self._started[len(self._values)]))
+        call = self._graph.call_function(hetu_finish_gather, (self._gathering(), self._started[-1]))
         values = []
         for number, item in enumerate(bucket):
             value = self._graph.call_function(operator.getitem, (call, number))
             value.meta[VALUE] = self._tensors[item], self._pipeline
             values.append(value)
         self._values.append(values)
+        if len(self._started) < len(self.gathers.buckets):  # the next one travels while this one is read
+            self._start()
