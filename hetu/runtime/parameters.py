@@ -47,7 +47,7 @@ class _Stored:
         number: That of its first value; see :func:`new_number`.
         storages: The storage of each box of the value that lies here: an allocation of its own.
         value: All of the value; None if it is put together from several storages for every use.
-        first: What the first value was, in a few words, where no rank has all of it.
+        first: What the value is that it was cut from, in a few words; "" once steps have changed it.
         is_stale: Whether other ranks have changed their parts since.
     """
 
@@ -102,8 +102,9 @@ class ParameterStore:
 
     def source(self, node: Node) -> Source | None:
         """From where all of a parameter's value must be gathered now; None if it lies here. Alike on all ranks."""
-        source = self.homes.source(node)
-        return source if source is not None and (not source.is_kept or self._find(node).is_stale) else None
+        source, stored = self.homes.source(node), self._stored.get(node)
+        is_here = source is None or (source.is_kept and (stored is None or not stored.is_stale))
+        return None if is_here else source
 
     def is_elsewhere(self, node: Node) -> bool:
         """Whether only other ranks have a part of a parameter's value as it is now. Alike on all ranks."""
@@ -127,6 +128,7 @@ class ParameterStore:
         for node in nodes:
             source = self.homes.source(node)
             self._stored[node].is_stale = source is not None and source.is_kept
+            self._stored[node].first = ""
 
     def told(self, node: Node) -> torch.Tensor | str:
         """What ranks compare of a parameter: its value, or what is known of it where no rank has all of it."""

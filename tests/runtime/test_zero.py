@@ -30,6 +30,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, list[Step]]:
     pipelines = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     kind, options = draw(st.sampled_from(OPTIMIZERS))
     unit, dtype = draw(st.sampled_from([1, 2, 5])), draw(st.sampled_from(["float32", "float64"]))
+    is_mixed = draw(st.booleans())
     step = st.builds(
         Step,
         st.integers(0, len(pipelines) - 1),
@@ -37,7 +38,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, list[Step]]:
         st.sampled_from(["update", "update", "grad", "compute_only"]),
     )
     bucket_bytes = draw(st.sampled_from([1, 40, 100, 10_000]))
-    case = Case([(n, columns) for n in rows], pipelines, kind, options, dtype, unit, bucket_bytes)
+    case = Case([(n, columns) for n in rows], pipelines, kind, options, dtype, unit, bucket_bytes, is_mixed)
     return case, draw(st.lists(step, min_size=2, max_size=4))
 
 
@@ -50,6 +51,8 @@ def test_losses_and_state_are_those_of_stage_0(drawn: tuple[Case, list[Step]], s
     for (_, norm), (_, wanted) in zip(cut.numbers, whole.numbers, strict=True):
         torch.testing.assert_close(norm, wanted, equal_nan=True)
     assert_same(cut.state, whole.state)
+    largest = max(rows * columns for rows, columns in case.shapes) * getattr(torch, case.dtype).itemsize
+    assert cut.gathered <= 3 * max(case.bucket_bytes, largest) * (stage == 3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -125,6 +128,28 @@ def test_two_updates_may_have_other_stages() -> None:
 
     for stages in ((1, 2), (3, 2), (0, 3)):
         assert_same(state(stages), state((0, 0)))
+
+
+def test_an_update_that_cuts_what_another_one_trained() -> None:
+    """It is refused by name; a state goes on."""
+    hetu.manual_seed(2)
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([1] * 3, [0] * 3)], device="cpu") as g:
+        w = hetu.parameter(torch.nn.init.normal_, [600], name="w")
+        frozen = hetu.parameter(torch.nn.init.normal_, [600], name="frozen", requires_grad=False)
+        loss = hetu.sum(w * w * frozen)
+        first = hetu.optim.Adam(lr=0.1).minimize(loss, name="first")
+    g.run(first)
+    before, state = g.run([w, frozen, first], run_level="compute_only"), g.state_dict()
+    with g:
+        second = hetu.optim.Adam(lr=0.1, zero_stage=3).minimize(loss, name="second")
+    g.run(second)  # it has no past, and takes what there is
+    with pytest.raises(hetu.HetuError, match="first has trained parameters that an update with a zero_stage, added"):
+        g.run(first)
+    g.load_state_dict(state)
+    assert_same(g.run([w, frozen, first], run_level="compute_only"), before)
+    g.run(first)
+    store = g.executor.state.parameters
+    assert [max(box.numel for box in store.storages(node)) for node in store.nodes] == [256, 256]
 
 
 class Whitening(hetu.optim.Optimizer):

@@ -276,9 +276,30 @@ def loads(stage: int, path: Path, who: Sequence[int], part: str) -> str:
     with cut_finely(case):
         model, state = Model(case, stage), hetu.load(path)
         if current_world().rank in who:
-            of = state["gradients"]["train"] if part == "gradients" else state["optimizers"]["train"]["state"]["w0"]
-            next(iter(of.values())).add_(1.0)
+            of = {
+                "parameters": state["parameters"],
+                "gradients": state["gradients"]["train"],
+                "state": state["optimizers"]["train"]["state"]["w0"],
+            }[part]
+            of["w0" if "w0" in of else "exp_avg"].add_(1.0)
         model.graph.load_state_dict(state)
+        try:
+            model.run(STEPS[0], 0)
+        except hetu.HetuError as error:
+            return str(error)
+        return ""
+
+
+def goes_back_alone(stage: int) -> str:
+    """What a rank is told if rank 1 goes back to where the others began."""
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        begin = model.graph.state_dict()
+        model.graph.load_state_dict(begin)
+        model.run(STEPS[0], 0)
+        if current_world().rank == 1:
+            model.graph.load_state_dict(begin)
         try:
             model.run(STEPS[0], 0)
         except hetu.HetuError as error:

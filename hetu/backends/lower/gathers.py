@@ -1,8 +1,8 @@
 """When a module gathers parameters of which a rank holds no more than a part, and when it lets go of them.
 
 Such a parameter is put together shortly before the first call that reads it. After that it is there for calls nearby,
-until more than a bucket of others was read; then it is gathered anew, so that the forward lets go of it and the backward
-gets it again. Neighbours travel together, and a bucket is on its way while calls read the one before it.
+until more than a bucket of others was read; then it is gathered anew, so that the forward lets go of it and the
+backward gets it again. Neighbours travel together, and a bucket is on its way while calls read the one before it.
 
 All of this is decided by the order of the nodes alone, before anything is lowered: a rank without a pipeline has no
 module, and serves the others by the same list.

@@ -67,6 +67,10 @@ def lower(
     notes = tuple(
         f"{node.name} ({node.definition.name}, {node.where.short}): {text}" for node, text in builder.notes.items()
     )
+    notes += tuple(
+        f"gather {i}: {', '.join(f'{x.parameter.name} ({x.dtype.name})' for x in bucket)}"
+        for i, bucket in enumerate(gathers.buckets)
+    )
     sizes = compile_exprs(exprs, leaves)
     return Executable(module, tuple(builder.inputs), leaves, sizes, notes, gathers.buckets)
 
