@@ -18,8 +18,8 @@ from hetu.planning.planner import STRUCTURES
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime.launch import ModuleLauncher
 
-Gathered = frozenset[tuple[Node, bool]]
-"""The parameters that a graph gathers, and of each whether the whole of it stays here."""
+Scattered = frozenset[tuple[Node, bool]]
+"""The parameters of which ranks have parts, and of each whether the whole of it stays where it was gathered."""
 
 
 class Executables:
@@ -43,7 +43,7 @@ class Executables:
         device: torch.device,
         backend: str | None = None,
         is_compiled: bool | None = None,
-        gathered: Gathered = frozenset(),
+        scattered: Scattered = frozenset(),
     ) -> ModuleLauncher:
         """What computes some of a strategy's pipelines.
 
@@ -54,7 +54,7 @@ class Executables:
             device: Where they run.
             backend: The wanted backend; None for the one in force.
             is_compiled: Whether Inductor compiles what it can; None for the setting in force.
-            gathered: See :meth:`gathers`.
+            scattered: See :meth:`gathers`.
 
         Raises:
             LoweringError: If no backend takes a node.
@@ -72,7 +72,7 @@ class Executables:
                 device=device,
                 backend=backend,
                 constants=self._constants,
-                gathers=self.gathers(subgraph, gathered),
+                gathers=self.gathers(subgraph, scattered),
             )
             if not is_compiled:
                 return executable
@@ -80,23 +80,23 @@ class Executables:
 
             return fuse(executable, device)
 
-        key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled, gathered
+        key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled, scattered
         return self.launchers.get(key, lambda: ModuleLauncher(make()))
 
-    def gathers(self, subgraph: Subgraph, gathered: Gathered) -> Gathers:
+    def gathers(self, subgraph: Subgraph, scattered: Scattered) -> Gathers:
         """What a subgraph gathers, on whichever rank: also on those that compute none of it.
 
         Args:
             subgraph: What is computed.
-            gathered: The parameters of which ranks have parts.
+            scattered: The parameters of which ranks have parts.
         """
-        if not gathered:
+        if not scattered:
             return NO_GATHERS
 
         def make() -> Gathers:
             order = computing_order(subgraph.nodes, subgraph.replaced)
             live = set(subgraph.nodes)
-            own = {node: is_kept for node, is_kept in gathered if node in live}
+            own = {node: is_kept for node, is_kept in scattered if node in live}
             return Gathers.of(order, subgraph.fetches, subgraph.replaced, own)
 
-        return self._gathers.get((subgraph.fetches, len(subgraph.nodes), gathered), make)
+        return self._gathers.get((subgraph.fetches, len(subgraph.nodes), scattered), make)

@@ -179,7 +179,7 @@ class Executor:
             for launcher in filter(None, launchers):
                 self.state.parameters.make(launcher.parameters)
             if None in launchers:  # it serves the others
-                gathered = self._executables.gathers(subgraph, self.state.parameters.homes.gathered)
+                gathered = self._executables.gathers(subgraph, self.state.parameters.homes.scattered)
                 self.state.parameters.make(gathered.parameters)
         step = Step(request.fetches, self.state, world, request.device)
         step.prepare()
@@ -193,8 +193,8 @@ class Executor:
         pipelines = world.pipelines(num_pipelines)
         if not pipelines:
             return None
-        gathered = self.state.parameters.homes.gathered
-        return self._executables.get(subgraph, num_pipelines, pipelines, request.device, gathered=gathered)
+        scattered = self.state.parameters.homes.scattered
+        return self._executables.get(subgraph, num_pipelines, pipelines, request.device, scattered=scattered)
 
     def _compute(self, run: ReadyRun) -> Any:
         """Draws random numbers, launches every micro-batch, and ends the step.
@@ -274,7 +274,7 @@ class Executor:
         run.world.begin()
         device, store = run.request.device, self.state.parameters
         if launcher is None:
-            gathers = self._executables.gathers(prepared.subgraph, store.homes.gathered)
+            gathers = self._executables.gathers(prepared.subgraph, store.homes.scattered)
             Gathering(store, run.world, gathers.buckets, device).serve()
             return [() for _ in prepared.subgraph.fetches]
         if run.flags is not None:

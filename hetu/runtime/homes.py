@@ -79,7 +79,7 @@ class Homes:
         self.version = 0
         self._found: dict[tuple[Node, int], Placements] = {}
         self._sources: dict[Node, Source | None] = {}
-        self._gathered: frozenset[tuple[Node, bool]] | None = None
+        self._scattered: frozenset[tuple[Node, bool]] | None = None
         self._world: World | None = None
         self._places: Places | None = None
         self._is_cut = False
@@ -114,7 +114,7 @@ class Homes:
     def _forget(self) -> None:
         self._found.clear()
         self._sources.clear()
-        self._gathered = None
+        self._scattered = None
         self.version += 1
 
     def check(self) -> None:
@@ -176,13 +176,13 @@ class Homes:
         return Source(shape, boxes, sizes, here, owners.is_in_order(shape), not value.is_cut)
 
     @property
-    def gathered(self) -> frozenset[tuple[Node, bool]]:
-        """The parameters that are gathered, and of each whether the whole of it stays here."""
+    def scattered(self) -> frozenset[tuple[Node, bool]]:
+        """The parameters of which ranks have parts, and of each whether the whole of it stays where it was gathered."""
         _, stages = self.places, self.stages  # they forget what does not hold any more
-        if self._gathered is None:
+        if self._scattered is None:
             sources = [(node, self.source(node)) for node in stages]
-            self._gathered = frozenset((node, source.is_kept) for node, source in sources if source is not None)
-        return self._gathered
+            self._scattered = frozenset((node, source.is_kept) for node, source in sources if source is not None)
+        return self._scattered
 
     def of_sum(self, node: Node) -> Placement:
         """Where the gradient is at home that a node ``reduce_scatter`` sums up."""

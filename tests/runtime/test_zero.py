@@ -139,14 +139,14 @@ def test_an_update_that_cuts_what_another_one_trained() -> None:
         loss = hetu.sum(w * w * frozen)
         first = hetu.optim.Adam(lr=0.1).minimize(loss, name="first")
     g.run(first)
-    before, state = g.run([w, frozen, first], run_level="compute_only"), g.state_dict()
+    state = g.state_dict()
     with g:
         second = hetu.optim.Adam(lr=0.1, zero_stage=3).minimize(loss, name="second")
     g.run(second)  # it has no past, and takes what there is
     with pytest.raises(hetu.HetuError, match="first has trained parameters that an update with a zero_stage, added"):
         g.run(first)
     g.load_state_dict(state)
-    assert_same(g.run([w, frozen, first], run_level="compute_only"), before)
+    assert_same(g.state_dict(), state)
     g.run(first)
     store = g.executor.state.parameters
     assert [max(box.numel for box in store.storages(node)) for node in store.nodes] == [256, 256]

@@ -28,7 +28,7 @@ ALIGNMENT = 16
 """What ranks send begins at multiples of so many bytes, where it lands."""
 
 
-class Gathering(NamedTuple):
+class FlatGather(NamedTuple):
     """Flat tensors of all ranks that are on their way.
 
     Attributes:
@@ -179,7 +179,7 @@ class DistributedWorld(Peers):
         self.say("getting gradients", message, [landed])
         return kept if sums is not None else list(landed.split(mine))
 
-    def start_gather(self, own: torch.Tensor, sizes: Sequence[int]) -> Gathering:
+    def start_gather(self, own: torch.Tensor, sizes: Sequence[int]) -> FlatGather:
         """Every rank sends as many bytes as the one with the most has, over a connection of these messages' own."""
         row = (max(sizes) // ALIGNMENT + 1) * ALIGNMENT
         sent = own.new_zeros(row)
@@ -190,9 +190,9 @@ class DistributedWorld(Peers):
             work = self._gathering._allgather_base(whole.view(-1), sent)
         except RuntimeError as error:
             self.control.lost(GATHERING, error)
-        return Gathering(work, sent, whole, sizes)
+        return FlatGather(work, sent, whole, sizes)
 
-    def finish_gather(self, started: Gathering) -> list[torch.Tensor]:
+    def finish_gather(self, started: FlatGather) -> list[torch.Tensor]:
         """Waits for it: over gloo the host, over NCCL the stream that computes."""
         self.say(GATHERING, started.work.wait, [started.whole])
         return [row[:size] for row, size in zip(started.whole, started.sizes, strict=True)]
