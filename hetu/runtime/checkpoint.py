@@ -64,25 +64,30 @@ def parts_of(state: GraphState, nodes: Sequence[Node], updates: Sequence[Node], 
         state: The state. Parameters that were never needed before are made.
         nodes: The parameters.
         updates: Nodes that ``minimize`` made.
-        pieces: What is told of the updates' gradients and optimisers.
+        pieces: What is told of the updates' gradients and optimisers, and of parameters of which ranks have parts. Of
+            these a few words are told where there is no piece.
     """
+    parameters = whole_tensors(pieces, "parameters", "")
+
+    def of_parameter(node: Node) -> Any:
+        return parameters[node.name][""] if node.name in parameters else state.parameters.told(node)
 
     def of_optimizer(update: Node, bound: BoundOptimizer) -> dict[str, Any]:
         return {
             "kind": bound.spec.kind,
-            "state": whole_tensors(pieces, "optimizers", update),
+            "state": whole_tensors(pieces, "optimizers", update.name),
             "groups": bound.named_groups(),
             "schedule": None if bound.schedule is None else bound.schedule.state_dict(),
         }
 
     def of_gradients(update: Node) -> dict[str, Any]:
-        named = whole_tensors(pieces, "gradients", update)
+        named = whole_tensors(pieces, "gradients", update.name)
         return {name: one for name, (one,) in ((name, values.values()) for name, values in named.items())}
 
     waiting = {update: state.waiting[update] for update in updates if update in state.waiting}
     optimizers = {update: state.optimizers[update] for update in updates if update in state.optimizers}
     return {
-        "parameters": {node.name: state.parameters.value(node) for node in nodes},
+        "parameters": {node.name: of_parameter(node) for node in nodes},
         "gradients": {update.name: of_gradients(update) for update in waiting},
         "waiting_losses": {update.name: one.loss for update, one in waiting.items()},
         "optimizers": {update.name: of_optimizer(update, bound) for update, bound in optimizers.items()},
@@ -145,7 +150,7 @@ def _load_parameters(fresh: GraphState, given: Mapping[str, Any]) -> None:
     for node in store.nodes:
         dtype = TORCH_DTYPES[node.attrs["dtype"]]
         whole = _like(given[node.name], node, f"parameter {node.name}", (dtype,))
-        store.set_whole(node, whole.to(store.device(), copy=True, memory_format=torch.contiguous_format))
+        store.set_whole(node, whole)
 
 
 def _waiting(fresh: GraphState, update: Node, grads: Mapping[str, Any], loss: Any) -> Waiting:

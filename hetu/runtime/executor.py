@@ -26,6 +26,7 @@ from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
+from hetu.runtime.gathering import Gathering
 from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.modes import in_own_modes
 from hetu.runtime.ranks.agreed_state import AgreedState
@@ -177,6 +178,9 @@ class Executor:
         if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
             for launcher in filter(None, launchers):
                 self.state.parameters.make(launcher.parameters)
+            if None in launchers:  # it serves the others
+                gathered = self._executables.gathers(subgraph, self.state.parameters.homes.scattered)
+                self.state.parameters.make(gathered.parameters)
         step = Step(request.fetches, self.state, world, request.device)
         step.prepare()
         flags = IndexFlags() if is_unseen and not waits else None
@@ -187,7 +191,10 @@ class Executor:
     ) -> ModuleLauncher | None:
         """What computes the pipelines that run in this process; None if there are none."""
         pipelines = world.pipelines(num_pipelines)
-        return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
+        if not pipelines:
+            return None
+        scattered = self.state.parameters.homes.scattered
+        return self._executables.get(subgraph, num_pipelines, pipelines, request.device, scattered=scattered)
 
     def _compute(self, run: ReadyRun) -> Any:
         """Draws random numbers, launches every micro-batch, and ends the step.
@@ -265,11 +272,13 @@ class Executor:
     ) -> list[tuple[torch.Tensor, ...]]:
         """Gives for each fetched tensor one value per pipeline that runs here, none on a rank without pipelines."""
         run.world.begin()
+        device, store = run.request.device, self.state.parameters
         if launcher is None:
+            gathers = self._executables.gathers(prepared.subgraph, store.homes.scattered)
+            Gathering(store, run.world, gathers.buckets, device).serve()
             return [() for _ in prepared.subgraph.fetches]
         if run.flags is not None:
             run.flags.unseen = feeds.unseen
-        device, store = run.request.device, self.state.parameters
         return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
 
     @in_own_modes
