@@ -6,9 +6,11 @@ A family's ``__all__`` lists the functions that users call, so an op that joins 
 from typing import TYPE_CHECKING
 
 from hetu.ops.activations import *
+from hetu.ops.along import *
 from hetu.ops.arithmetic import *
 from hetu.ops.attention.attn_varlen import *
 from hetu.ops.attention.parallel_attn import *
+from hetu.ops.choice import *
 from hetu.ops.collective import *
 from hetu.ops.compare import *
 from hetu.ops.indexing import *
@@ -22,6 +24,7 @@ from hetu.ops.pointwise import *
 from hetu.ops.random import *
 from hetu.ops.reduce import *
 from hetu.ops.rotary import *
+from hetu.ops.rounding import *
 from hetu.ops.shape import *
 from hetu.ops.sources import *
 from hetu.ops.swiglu import *

@@ -147,15 +147,18 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
     x, y, weight, vector, ids, cu = (t[name] for name in ("x", "y", "weight", "vector", "ids", "cu"))
     for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"):
         yield name, (getattr(hetu, name), {"a": x, "b": y})
-    for name in ("relu", "sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "stop_gradient"):
+    for name in ("relu", "sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "sin", "cos"):
         yield name, (getattr(hetu, name), {"x": x})
-    for name in ("sum", "mean", "max"):
+    for name in ("abs", "floor", "round", "stop_gradient"):
+        yield name, (getattr(hetu, name), {"x": x})
+    for name in ("sum", "mean", "max", "min", "logsumexp", "argmax"):
         yield name, (getattr(hetu, name), {"x": x, "dim": 1, "keepdim": False})
     attention = {"p_dropout": 0.0, "softmax_scale": -1.0, "return_softmax": False}
     attention |= {"window_size": (2, 1), "softcap": 0.5, "mask": None}
     lists = {"multi_seq_lens_symbol": [[4]], "multi_cp_group_symbol": [[0]]}
     calls: dict[str, dict[str, Any]] = {
         "all_reduce": {"x": x, "op": "sum"},
+        "arange": {"start": 1, "stop": 4, "step": 2, "dtype": "int64"},
         "attn_varlen": {
             "q": x,
             "k": y,
@@ -172,9 +175,11 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         },
         "broadcast_to": {"x": vector, "shape": [4, 24]},
         "cast": {"x": x, "dtype": "float64"},
+        "clamp": {"x": x, "min": -1, "max": y},
         "concat": {"tensors": [x, y], "dim": 0},
         "constant": {"value": [1.0, 2.0], "dtype": "float32"},
         "cross_entropy": {"logits": x, "labels": ids, "ignore_index": -100, "reduction": "mean"},
+        "cumsum": {"x": x, "dim": 0},
         "dropout": {"x": x, "p": 0.5, "tokens": ids},
         "embedding": {"ids": ids, "weight": weight},
         "full": {"shape": [2, 3], "value": 1.0, "dtype": "float32"},
@@ -183,7 +188,9 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "layer_norm": {"x": x, "weight": vector, "bias": vector, "eps": 1e-5},
         "layout_tokens": {"x": x, **lists, "packing": True, "cu_seqlens": cu, "split": "normal"},
         "linear": {"x": x, "weight": weight, "bias": vector},
+        "masked_fill": {"x": x, "mask": t["condition"], "value": 0.5},
         "matmul": {"a": x, "b": weight},
+        "one_hot": {"ids": ids, "num_classes": 4},
         "parallel_attn": {
             "qkv": x,
             "head_dim": 8,
@@ -208,10 +215,12 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "rotary": {"x": x, "positions": ids, "head_dim": 8, "num_heads": 2, "base": 1e4, "interleaved": False},
         "slice": {"x": y, "dim": 0, "start": 1, "stop": 3, "step": 1},
         "softmax": {"x": x, "dim": -1},
+        "sort": {"x": x, "dim": -1, "descending": True},
         "split": {"x": y, "sizes": [1, 3], "dim": 0},
         "step_sum": {"x": ids, "least": 0},
         "swiglu": {"gate": x, "up": y},
         "token_mean_loss": {"logits": x, "labels": ids, "ignore_index": -100},
+        "topk": {"x": x, "k": 3, "dim": -1, "largest": True},
         "transpose": {"x": y, "dim0": 0, "dim1": 1},
         "where": {"condition": t["condition"], "a": x, "b": y},
     }
