@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetu.dtypes import DType
@@ -11,10 +12,30 @@ from hetu.symbols import IntSymbol
 if TYPE_CHECKING:
     from hetu.graph.graph import Graph
     from hetu.graph.node import Node
+    from hetu.ops import (
+        activations,
+        along,
+        arithmetic,
+        choice,
+        compare,
+        indexing,
+        joining,
+        linalg,
+        methods,
+        nn,
+        pointwise,
+        reduce,
+        rounding,
+    )
+    from hetu.ops import shape as shapes
 
 
 class Tensor:
     """A value of a graph. Ops make tensors; ``Graph.run`` gives their data.
+
+    The ops are its methods too, in the call forms of PyTorch: ``x.reshape(2, -1)``, ``x.sum(0)``, ``x[:, 2:]``,
+    ``x @ y``; ``dir(hetu.Tensor)`` lists them. Where PyTorch's method of a name gives something else than hetu's
+    function (``x.max(dim)`` has no indices), it is hetu's function that is meant.
 
     Attributes:
         name: Unique in its graph.
@@ -29,7 +50,13 @@ class Tensor:
     __array_ufunc__ = None  # so that "array * tensor" asks the tensor and is not tried on each element
 
     def __init__(
-        self, name: str, dtype: DType, shape: tuple[IntSymbol, ...], op: Node, index: int, on_cpu: bool = False
+        self,
+        name: str,
+        dtype: DType,
+        shape: tuple[IntSymbol, ...],
+        op: Node,
+        index: builtins.int,
+        on_cpu: builtins.bool = False,
     ) -> None:
         self.name, self.dtype, self.symbolic_shape = name, dtype, shape
         self.op, self.index, self.on_cpu = op, index, on_cpu
@@ -40,13 +67,22 @@ class Tensor:
         return self.op.graph
 
     @property
-    def shape(self) -> tuple[int | IntSymbol, ...]:
+    def shape(self) -> tuple[builtins.int | IntSymbol, ...]:
         """The shape with plain ints where a dimension is the same in every run."""
         return tuple(dim if dim.constant is None else dim.constant for dim in self.symbolic_shape)
 
     @property
-    def ndim(self) -> int:
+    def ndim(self) -> builtins.int:
         return len(self.symbolic_shape)
+
+    @property
+    def T(self) -> Tensor:  # noqa: N802 - torch's name
+        """A matrix with rows and columns swapped."""
+        return self.t()
+
+    def dim(self) -> builtins.int:
+        """How many dimensions it has."""
+        return self.ndim
 
     def __repr__(self) -> str:
         return f"hetu.Tensor({self.name}: {self.dtype.name}[{', '.join(map(str, self.shape))}])"
@@ -56,6 +92,20 @@ class Tensor:
             f"the graph's tensor {self.name} has no value while the graph is built, so it is neither true nor false",
             where=caller(),
             fix="fetch it with g.run(...) and decide on the result",
+        )
+
+    def __array__(self, *_: Any, **__: Any) -> NoReturn:
+        raise HetuError(
+            f"the graph's tensor {self.name} has no value while the graph is built, so it is no array",
+            where=caller(),
+            fix="fetch it with g.run(...) and convert the result",
+        )
+
+    def __contains__(self, item: Any) -> NoReturn:
+        raise HetuError(
+            f"what is in the graph's tensor {self.name} is known only when the graph runs",
+            where=caller(),
+            fix="compare with hetu.eq(...), and fetch that with g.run(...)",
         )
 
     def _apply(self, op: str, *inputs: Any, **attrs: Any) -> Tensor:
@@ -110,3 +160,27 @@ class Tensor:
 
     def __ge__(self, other: Any) -> Tensor:
         return self._apply("ge", self, other)
+
+    if TYPE_CHECKING:  # what hetu.ops.methods gives the class
+        abs, clamp, floor, round = rounding.abs, rounding.clamp, rounding.floor, rounding.round
+        sum, mean, max, min, logsumexp = reduce.sum, reduce.mean, reduce.max, reduce.min, reduce.logsumexp
+        argmax, cumsum, sort, topk = along.argmax, along.cumsum, along.sort, along.topk
+        add, sub, mul, div = arithmetic.add, arithmetic.sub, arithmetic.mul, arithmetic.div
+        eq, ne, lt, le, gt, ge = compare.eq, compare.ne, compare.lt, compare.le, compare.gt, compare.ge
+        exp, log, sqrt, rsqrt, pow = pointwise.exp, pointwise.log, pointwise.sqrt, pointwise.rsqrt, pointwise.pow
+        sin, cos, relu, sigmoid, tanh = (
+            pointwise.sin,
+            pointwise.cos,
+            activations.relu,
+            activations.sigmoid,
+            activations.tanh,
+        )
+        masked_fill, gather, split, matmul = choice.masked_fill, indexing.gather, joining.split, linalg.matmul
+        softmax, broadcast_to, transpose = nn.softmax, shapes.broadcast_to, shapes.transpose
+        detach, reshape, view, expand = shapes.stop_gradient, methods.reshape, methods.view, methods.expand
+        permute, flatten, unsqueeze, squeeze = methods.permute, methods.flatten, methods.unsqueeze, methods.squeeze
+        to, neg, square, t, size = methods.to, methods.neg, methods.square, methods.t, methods.size
+        numel, contiguous, bool, int = methods.numel, methods.contiguous, methods.as_bool, methods.as_int
+        long, half, bfloat16 = methods.as_long, methods.as_half, methods.as_bfloat16
+        float, double = methods.as_float, methods.as_double
+        __getitem__, __len__, __iter__, __abs__ = methods.getitem, methods.length, methods.iterate, rounding.abs

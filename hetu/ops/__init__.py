@@ -5,6 +5,7 @@ A family's ``__all__`` lists the functions that users call, so an op that joins 
 
 from typing import TYPE_CHECKING
 
+from hetu.ops import methods as methods
 from hetu.ops.activations import *
 from hetu.ops.along import *
 from hetu.ops.arithmetic import *

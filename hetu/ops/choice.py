@@ -93,9 +93,7 @@ class MaskedFill(OpDef):
             call.fail(DTypeError, f"expected mask to be bool, got {mask.dtype}", fix)
         if value is None or (isinstance(value, Tensor) and value.ndim):
             what = "None" if value is None else f"shape {show(value.shape)}"
-            call.fail(
-                ShapeError, f"expected value to be a number or without dimensions, got {what}", "see hetu.where"
-            )
+            call.fail(ShapeError, f"expected value to be a number or without dimensions, got {what}", "see hetu.where")
         if result_type((x, value)) != x.dtype:
             call.fail(DTypeError, f"expected value to fit {x.dtype}, got {value}", f"cast {x.name} first")
         check_fits(call, value, x.dtype, "value")
