@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from difflib import get_close_matches
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar, overload
 
-from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, shown, text
+from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, flag, integer, number_of, refuse, shown, text
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
@@ -24,6 +25,21 @@ if TYPE_CHECKING:
     from hetu.parallel import AttnPlan, Layout, Strategy
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
+
+
+class LoadedNames(NamedTuple):
+    """Names that :meth:`Graph.load_parameters` found on one side only.
+
+    Attributes:
+        missing_keys: The graph's parameters that were not given.
+        unexpected_keys: What was given and is no parameter of the graph.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+Key = TypeVar("Key", bound=Hashable)
 
 entered: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
@@ -85,6 +101,7 @@ class Graph:
         self.constraints: list[Constraint] = []
         self.listing: Node | None = None
         self._names: set[str] = set()
+        self._found: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._planner: Planner | None = None
         self._executor: Executor | None = None
@@ -266,6 +283,31 @@ class Graph:
 
         return to_networkx(self)
 
+    def find(self, name: str, what: str = "name") -> Tensor:
+        """The tensor of a name: ``"linear_0"``, or ``"parallel_attn_0.out"`` where an op has several outputs.
+
+        Args:
+            name: The name, as ``print(g)`` shows it.
+            what: The argument that it stands in, for the error.
+
+        Raises:
+            HetuError: If there is none.
+
+        Example:
+            >>> import hetu
+            >>> with hetu.graph("define_and_run") as g:
+            ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+            >>> g.find("x") is x
+            True
+        """
+        found = self._found.get(text(name, what, op="find"))
+        if found is None or found.op.id >= len(self.nodes) or self.nodes[found.op.id] is not found.op:
+            named = {item.name: item for node in self.nodes for item in node.outputs}
+            if name not in named:
+                _refuse_name(self, name, what, list(named))
+            self._found, found = named, named[name]
+        return found
+
     # Running
 
     @property
@@ -287,8 +329,8 @@ class Graph:
     @overload
     def run(
         self,
-        fetches: Tensor,
-        feed_dict: Mapping[Tensor, Any] | None = None,
+        fetches: Tensor | str,
+        feed_dict: Mapping[Tensor | str, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -300,8 +342,21 @@ class Graph:
     @overload
     def run(
         self,
-        fetches: Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
+        fetches: Mapping[Key, Tensor | str],
+        feed_dict: Mapping[Tensor | str, Any] | None = None,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
+        strategy: int | str | None = None,
+        num_micro_batches: int = 1,
+        device: str | None = None,
+        run_level: str = "update",
+    ) -> dict[Key, Any]: ...
+
+    @overload
+    def run(
+        self,
+        fetches: Sequence[Tensor | str],
+        feed_dict: Mapping[Tensor | str, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -312,8 +367,8 @@ class Graph:
 
     def run(
         self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
+        fetches: Any,
+        feed_dict: Mapping[Any, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -324,11 +379,11 @@ class Graph:
         """Computes tensors.
 
         Args:
-            fetches: A tensor, or a list of them.
-            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array
-                per pipeline, a dict with one array per context group by the group's value, or one array that all
-                get, which is refused where each pipeline needs its own rows. With micro-batches: a list with one
-                value each.
+            fetches: A tensor or its name, a list of them, or a dict of them.
+            feed_dict: Values of placeholders, which stand in it themselves or by their names: numpy arrays or torch
+                tensors; ``hetu.Shards`` with one array per pipeline, a dict with one array per context group by the
+                group's value, or one array that all get, which is refused where each pipeline needs its own rows. With
+                micro-batches: a list with one value each.
             int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
             strategy: An index, the name of one of the graph's ``strategies``, ``"auto"`` (the cheapest feasible one) or
                 None (0 if there is one, else ``"auto"``).
@@ -339,7 +394,8 @@ class Graph:
                 not compute them.
 
         Returns:
-            For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
+            For a single tensor its value, for a list a list in the same order, for a dict a dict with the same keys. A
+            value is a torch tensor,
             ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one per
             micro-batch, when there are several.
 
@@ -372,10 +428,39 @@ class Graph:
         """
         self.executor.load_state_dict(state)
 
+    def load_parameters(self, given: Mapping[str, Any], *, strict: bool = True) -> LoadedNames:
+        """Gives parameters their values, by name, as ``torch.nn.Module.load_state_dict``; nothing else is changed.
+
+        Args:
+            given: Torch tensors or numpy arrays by the parameters' names, of the parameters' shapes and of any floating
+                dtype: the ``state_dict()`` of a PyTorch module with the same names, say. They are copied.
+            strict: Whether all names must be the graph's, and all of the graph's be there.
+
+        Returns:
+            A pair of lists, ``missing_keys`` and ``unexpected_keys``; both are empty if it is strict.
+
+        Raises:
+            ShapeError: If an array has another shape than its parameter.
+            DTypeError: If it is no array of floating numbers.
+            HetuError: If it is strict and names differ. Nothing is changed, whatever is wrong.
+
+        Where several ranks hold parts of the optimiser's state (``zero_stage``), all of them call it.
+
+        Example:
+            >>> import hetu, torch
+            >>> with hetu.graph("define_and_run", device="cpu") as g:
+            ...     w = hetu.parameter(0.0, [2], name="w")
+            >>> g.load_parameters({"w": torch.ones(2), "b": torch.ones(1)}, strict=False)
+            LoadedNames(missing_keys=[], unexpected_keys=['b'])
+            >>> g.run("w")
+            tensor([1., 1.])
+        """
+        return self.executor.load_parameters(given, flag(strict, "strict", op="load_parameters"))
+
     def prepare(
         self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
+        fetches: Any,
+        feed_dict: Mapping[Any, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -385,7 +470,7 @@ class Graph:
         Returns:
             The :class:`~hetu.planning.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
         """
-        subgraph = self.planner.subgraph(fetches)
+        subgraph = self.planner.asked(fetches)
         return self.planner.prepare(subgraph, feed_dict, int_symbol_dict, strategy)[0]
 
     def layout(
@@ -428,6 +513,13 @@ class Graph:
         Takes the arguments of :meth:`layout`.
         """
         return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
+
+
+def _refuse_name(graph: Graph, name: str, what: str, known: Sequence[str]) -> NoReturn:
+    outputs = [item.name for node in graph.nodes if node.name == name for item in node.outputs]
+    near = outputs or get_close_matches(name, known, n=3)
+    fix = f"did you mean {' or '.join(near)}?" if near else "print(g) shows the names of its tensors"
+    raise HetuError(f"the graph has no tensor named {shown(name)}, as {what} says", where=caller(), fix=fix)
 
 
 def _refuse_requirement(given: Any, where: Where) -> NoReturn:
