@@ -16,7 +16,7 @@ from hetu.backends.comm.boxes import cut
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Node
-from hetu.graph.graph import LoadedNames
+from hetu.graph.running import LoadedNames
 from hetu.runtime.copies import copied, dense, refuse
 from hetu.runtime.homes import stage_of
 from hetu.runtime.optimizers import BoundOptimizer
@@ -110,10 +110,8 @@ def load_parameters(state: GraphState, given: Any, strict: bool) -> LoadedNames:
     values = mapping(given, "given", "parameters' names and arrays", op=op)
     missing, unexpected = [name for name in nodes if name not in values], [key for key in values if key not in nodes]
     if strict and (missing or unexpected):
-        parts = [
-            f"{what}: {', '.join(map(str, names))}" for what, names in (("missing", missing), ("unknown", unexpected))
-        ]
-        told = "; ".join(part for part, names in zip(parts, (missing, unexpected), strict=True) if names)
+        sides = {"missing": missing, "unknown": unexpected}
+        told = "; ".join(f"{side}: {', '.join(map(str, names))}" for side, names in sides.items() if names)
         what, fix = f"given are not the parameters of the graph; {told}", "pass strict=False to load those of both"
         raise HetuError(what, op=op, where=caller(), fix=fix)
     found = {name: _read(values[name], node, op) for name, node in nodes.items() if name in values}
@@ -125,11 +123,7 @@ def load_parameters(state: GraphState, given: Any, strict: bool) -> LoadedNames:
 
 def _read(value: Any, node: Node, op: str) -> torch.Tensor:
     """An array of any floating dtype as a parameter's value."""
-    what, shape, dtype = (
-        f"the value of {node.name} in given",
-        tuple(node.attrs["shape"]),
-        TORCH_DTYPES[node.attrs["dtype"]],
-    )
+    what, shape = f"the value of {node.name} in given", tuple(node.attrs["shape"])
     read = array(value, what, op=op)
     if isinstance(read, np.ndarray):
         read = torch.from_numpy(read.astype(np.float32) if read.dtype.name == "bfloat16" else read)
@@ -139,7 +133,7 @@ def _read(value: Any, node: Node, op: str) -> torch.Tensor:
     if tuple(read.shape) != shape:
         text, fix = f"expected {what} to have shape {list(shape)}, got {list(read.shape)}", "transpose or cut it first"
         raise ShapeError(text, op=op, where=caller(), fix=fix)
-    return read.to(dtype)
+    return read.to(TORCH_DTYPES[node.attrs["dtype"]])
 
 
 def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, tuple[int, int]]:

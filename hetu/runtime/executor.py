@@ -19,7 +19,7 @@ from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
-from hetu.graph.graph import LoadedNames
+from hetu.graph.running import LoadedNames
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
