@@ -61,7 +61,7 @@ class Running:
     def run(
         self,
         fetches: Tensor | str,
-        feed_dict: Mapping[Tensor | str, Any] | None = None,
+        feed_dict: Mapping[Any, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -74,7 +74,7 @@ class Running:
     def run(
         self,
         fetches: Mapping[Key, Tensor | str],
-        feed_dict: Mapping[Tensor | str, Any] | None = None,
+        feed_dict: Mapping[Any, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,
@@ -87,7 +87,7 @@ class Running:
     def run(
         self,
         fetches: Sequence[Tensor | str],
-        feed_dict: Mapping[Tensor | str, Any] | None = None,
+        feed_dict: Mapping[Any, Any] | None = None,
         *,
         int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
         strategy: int | str | None = None,

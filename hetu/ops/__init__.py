@@ -21,6 +21,7 @@ from hetu.ops.linalg import *
 from hetu.ops.loss import *
 from hetu.ops.nn import *
 from hetu.ops.norms import *
+from hetu.ops.own import *
 from hetu.ops.pointwise import *
 from hetu.ops.random import *
 from hetu.ops.reduce import *

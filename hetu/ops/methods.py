@@ -147,16 +147,39 @@ def contiguous(x: Tensor) -> Tensor:
     return x
 
 
-def _to(name: str) -> Callable[[Tensor], Tensor]:
-    def convert(x: Tensor) -> Tensor:
-        return to(x, name)
-
-    convert.__doc__ = f"The same values as {name}."
-    return convert
+def as_bool(x: Tensor) -> Tensor:
+    """The same values as bool."""
+    return to(x, "bool")
 
 
-as_bool, as_int, as_long = _to("bool"), _to("int32"), _to("int64")
-as_half, as_bfloat16, as_float, as_double = _to("float16"), _to("bfloat16"), _to("float32"), _to("float64")
+def as_int(x: Tensor) -> Tensor:
+    """The same values as int32."""
+    return to(x, "int32")
+
+
+def as_long(x: Tensor) -> Tensor:
+    """The same values as int64."""
+    return to(x, "int64")
+
+
+def as_half(x: Tensor) -> Tensor:
+    """The same values as float16."""
+    return to(x, "float16")
+
+
+def as_bfloat16(x: Tensor) -> Tensor:
+    """The same values as bfloat16."""
+    return to(x, "bfloat16")
+
+
+def as_float(x: Tensor) -> Tensor:
+    """The same values as float32."""
+    return to(x, "float32")
+
+
+def as_double(x: Tensor) -> Tensor:
+    """The same values as float64."""
+    return to(x, "float64")
 
 
 # Indexing

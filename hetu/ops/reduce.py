@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -224,14 +225,16 @@ class LogSumExp(_Reduction):
         return [weighted]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def over(dim: int | tuple[int, ...] | None, keepdim: bool = False) -> Callable[[np.ndarray], np.ndarray]:
-            return lambda x: np.logaddexp.reduce(x, dim, keepdims=keepdim, initial=-np.inf)
+        def over(dim: int, **options: Any) -> Callable[[np.ndarray], Any]:
+            return lambda x: np.logaddexp.reduce(x, dim, initial=-np.inf, **options)
 
         nothing = np.array([[-np.inf, -np.inf], [1.0, -np.inf]])
         good = [
             GoodSample(logsumexp, [eighths(3, 5)], lambda x: over(0)(x.reshape(-1)), [(0, 0)]),
             GoodSample(lambda x: logsumexp(x, -1), [eighths(3, 5)], over(-1), [(0, 0), (0, 1)]),
-            GoodSample(lambda x: logsumexp(x, 0, keepdim=True), [1000 * eighths(3, 5)], over(0, True)),  # exp overflows
+            GoodSample(
+                lambda x: logsumexp(x, 0, keepdim=True), [1000 * eighths(3, 5)], over(0, keepdims=True)
+            ),  # exp overflows
             GoodSample(lambda x: logsumexp(x, 0), [eighths(300, 2, dtype="float16")], over(0)),
             GoodSample(lambda x: logsumexp(x, 1), [eighths(3, 0)], over(1), smooth=False),
             GoodSample(lambda x: logsumexp(x, 1), [nothing], over(1), smooth=False),

@@ -103,13 +103,13 @@ class Clamp(OpDef):
         given = [item for item in call.inputs if item is not None]
         if len(given) == 1:
             call.fail(DTypeError, "expected min or max to be a tensor or a number, got None for both", "give a bound")
-        dtype, shape = result_type(given), x.symbolic_shape
+        dtype, shape = result_type(given), x.shape
         if dtype == bool_:
             call.fail(DTypeError, "can't clamp bools", "cast them to an int dtype")
         for what, item in zip(self.inputs, call.inputs, strict=True):
             check_fits(call, item, dtype, what)
             if isinstance(item, Tensor):
-                shape = broadcast(call, shape, item.symbolic_shape)
+                shape = broadcast(call, shape, item.shape)
         return [output(call, dtype, shape)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:

@@ -191,6 +191,7 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "masked_fill": {"x": x, "mask": t["condition"], "value": 0.5},
         "matmul": {"a": x, "b": weight},
         "one_hot": {"ids": ids, "num_classes": 4},
+        "op": {"function": torch.relu, "shape": [4, 24], "dtype": "float32"},
         "parallel_attn": {
             "qkv": x,
             "head_dim": 8,
@@ -225,7 +226,10 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "where": {"condition": t["condition"], "a": x, "b": y},
     }
     for name, given in calls.items():
-        yield name, (getattr(hetu, name), given)
+        if name == "op":
+            yield name, (lambda function, shape, dtype, name=None: hetu.op(function, shape, dtype, name)(y), given)
+        else:
+            yield name, (getattr(hetu, name), given)
 
 
 def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
