@@ -101,9 +101,10 @@ def _smaller(expr: Any) -> Iterator[tuple[int, Any]]:
         yield times, sympy.expand(add(*kept, *(_floor_bound(n * times, item) for n, item in chosen)))
     low = [(n, item) for n, item in pairs if isinstance(item, Extremum) and (n > 0) == isinstance(item, Max)]
     counts = Counter(operand for _, item in low for operand in item.args)
+    tried = list(counts)
     if len(counts) > _FEW and len(low) > 1:  # of many only those that cancel something
-        counts = Counter({operand: count for operand, count in counts.items() if count > 1}.most_common(_FEW))
-    for operand in counts:  # max(a, b) is at least a, and at least b
+        tried = [operand for operand, count in counts.most_common(_FEW) if count > 1]
+    for operand in tried:  # max(a, b) is at least a, and at least b
         exchanged = expr
         for n, item in low:
             if operand in item.args:

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 
 from hetu.errors import UnboundSymbolError, Where, caller
 from hetu.symbols.analysis import bounds_of, difference_of, never_zero
-from hetu.symbols.expr import Leaf, interval_of_difference, make_int, names_of, subtract, terms, text_of
+from hetu.symbols.expr import Leaf, interval_of_difference, make_int, subtract, terms
 from hetu.symbols.int_symbol import IntSymbol, as_symbol
 from hetu.symbols.interval import Interval
+from hetu.symbols.text import names_of, text_of
 
 _STEPS, _MOST_KNOWN = 3, 8
 """How many known relations are put together for a decision, and of how many."""

@@ -24,12 +24,11 @@ from hetu.symbols.expr import (
     make_int,
     make_leaf,
     multiply,
-    names_of,
     refuse_pickle,
     subtract,
-    text_of,
 )
 from hetu.symbols.interval import Interval, leaf_range
+from hetu.symbols.text import names_of, text_of
 
 if TYPE_CHECKING:
     from hetu.symbols.constraint import Constraint

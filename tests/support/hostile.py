@@ -265,6 +265,8 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
     yield "manual_seed", (_seeded, {"seed": 3})
     yield "gradients", (hetu.gradients, {"ys": x * 2, "xs": x, "grad_ys": x})
+    yield from _module_calls(x)
+    yield from _method_calls(case)
     yield "Shards", (hetu.Shards, {"arrays": [np.ones(2)]})
     yield "Hardware", (hetu.Hardware, {"flops": 1e12, "link_bytes": 1e9, "latency": 1e-6, "memory_bytes": 1e9})
     yield (
@@ -336,6 +338,48 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield from _functional_calls(q)
 
 
+def _module_calls(x: hetu.Tensor) -> Iterator[tuple[str, Call]]:
+    """Good uses of modules; x is (rows, 24)."""
+    lists: dict[str, Any] = {"multi_seq_lens_symbol": [[x.shape[0]]], "multi_cp_group_symbol": [[0]]}
+    kind = {"dtype": "float32", "name": None}
+    uses: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "Linear": (hetu.nn.Linear, {"in_features": 24, "out_features": 4, "bias": True}, {}),
+        "RMSNorm": (hetu.nn.RMSNorm, {"normalized_shape": 24, "eps": 1e-5}, {}),
+        "SwiGLU": (hetu.nn.SwiGLU, {"in_features": 24, "hidden_features": 4, "bias": True}, {}),
+        "Attention": (
+            hetu.nn.Attention,
+            {"embed_dim": 24, "num_heads": 3, "num_kv_heads": 1, "head_dim": 8, "bias": True},
+            lists,
+        ),
+    }
+    for name, (module, good, options) in uses.items():
+        yield (
+            f"a nn.{name}",
+            (lambda module=module, options=options, **given: module(**given)(x, **options), good | kind),
+        )
+    rows = {"num_embeddings": 4, "embedding_dim": 2, **kind}
+    yield "a nn.Embedding", (lambda **given: hetu.nn.Embedding(**given), rows)
+
+
+def _use_module(module: Any, x: hetu.Tensor, options: dict[str, Any], **given: Any) -> hetu.Tensor:
+    return module(**given)(x, **options)
+
+
+def _method_calls(case: Case) -> Iterator[tuple[str, Call]]:
+    """Methods of tensors that are no functions of hetu, and indexing."""
+    y = case.tensors["y"]
+    yield "a Tensor.index", (lambda index: y[index], {"index": 1})
+    yield "a Tensor.slice", (lambda start, stop, step: y[start:stop:step], {"start": 1, "stop": 3, "step": 1})
+    yield "a Tensor.reshape", (lambda shape: y.reshape(shape), {"shape": [24, 4]})
+    yield "a Tensor.expand", (lambda shape: y.expand(shape), {"shape": [2, -1, 24]})
+    yield "a Tensor.permute", (lambda dims: y.permute(dims), {"dims": [1, 0]})
+    yield "a Tensor.flatten", (y.flatten, {"start_dim": 0, "end_dim": 1})
+    for name in ("unsqueeze", "squeeze", "size"):
+        yield f"a Tensor.{name}", (getattr(y, name), {"dim": 0})
+    yield "a Tensor.to", (y.to, {"dtype": "float64"})
+    yield "Graph.find", (case.graph.find, {"name": "x"})
+
+
 def _functional_calls(q: torch.Tensor) -> Iterator[tuple[str, Call]]:
     """Good calls of context parallelism."""
     rows = len(q)
@@ -368,6 +412,7 @@ def run_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "Graph.prepare", (case.graph.prepare, prepared)
     more = {"num_micro_batches": 1, "device": "cpu", "run_level": "update"}
     yield "Graph.run", (case.graph.run, {**prepared, **more})
+    yield "Graph.load_parameters", (case.graph.load_parameters, {"given": {}, "strict": True})
     (rows,) = case.symbols
     yield "a value", (lambda rows_: case.graph.run(y, case.feeds, int_symbol_dict={rows: rows_}), {"rows_": 4})
     x = case.tensors["x"]

@@ -10,6 +10,7 @@ from support.expressions import INTS, SYMBOLS, SYMPY, Tree, Unknowns, build, tre
 
 import hetu
 from hetu.symbols import IntSymbol, as_symbol, compile_exprs
+from hetu.symbols.text import names_of
 
 
 def plain(tree: Tree, given_: Unknowns) -> int:
@@ -69,7 +70,7 @@ def test_names_that_python_does_not_take_are_told_apart() -> None:
     """``#`` would begin a comment, and what follows it would be lost."""
     leaves = [IntSymbol(name) for name in ("s", "s", "s_1", "seq len", "class", "2nd", "")]
     whole = sum(leaves, start=as_symbol(0)) + leaves[0] // 2
-    names = hetu.symbols.expr.names_of(leaf.expr for leaf in leaves)
+    names = names_of(leaf.expr for leaf in leaves)
     assert len(set(names.values())) == len(leaves)
     assert eval(str(whole), {names[leaf.expr]: leaf for leaf in leaves}) == whole
     assert str(IntSymbol("a") + 10**3000).endswith(hex(10**3000)[2:])
