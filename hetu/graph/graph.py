@@ -13,6 +13,7 @@ from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
+from hetu.graph.eager import EagerValues, check_eager
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
@@ -33,7 +34,8 @@ class Graph(Running):
     """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
 
     Args:
-        kind: ``"define_and_run"``, the only kind.
+        kind: ``"define_and_run"``, or ``"eager"``: each op is run when it is built, once, and tensors have ``numpy()``.
+            For debugging and small tools: it has no placeholders, strategies or optimisers.
         num_strategy: How many parallel strategies its ``parallel_attn`` ops list; at most 65,536.
         strategies: The strategies themselves, instead of their number: ops then need no lists, and ``strategy=`` takes
             their names too.
@@ -44,6 +46,7 @@ class Graph(Running):
         nodes: In an order in which they can be computed.
         constraints: Relations that ``hetu.require`` demands of every run. Those that ops demand stand in their nodes.
         strategies: The strategies that it was given; empty where ops list them.
+        eager: The values of an eager graph; None for all others.
         listing: The first node that lists strategies, and so says how many pipelines each has; None if there is none.
 
     Raises:
@@ -73,7 +76,7 @@ class Graph(Running):
         device: str | None = None,
         name: str = "graph",
     ) -> None:
-        self.kind = choice(kind, "kind", ("define_and_run",), op="graph")
+        self.kind = choice(kind, "kind", ("define_and_run", "eager"), op="graph")
         count = integer(num_strategy, "num_strategy", least=1, most=MAX_COUNT, op="graph", error=StrategyError)
         self.strategies = () if strategies is None else type(self).check_strategies(strategies, count)
         self.num_strategy = len(self.strategies) or count
@@ -84,6 +87,9 @@ class Graph(Running):
         self._names: set[str] = set()
         self._found: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self.eager = EagerValues(self._small_graph) if self.kind == "eager" else None
+        if self.eager is not None:
+            check_eager(self.num_strategy, self.strategies)
         super().__init__()
 
     # Building
@@ -131,14 +137,22 @@ class Graph(Running):
         specs = definition.infer(call)
         node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
         node.symbols, node.constraints = call.symbols, tuple(call.constraints)
-        if (now := building.get()) is not NOWHERE:
+        if self.eager is not None:
+            specs, values = self.eager.compute(node, specs)
+        elif (now := building.get()) is not NOWHERE:
             node.scopes, node.backward = now
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
+        if self.eager is not None:
+            self.eager.keep(node.outputs, values)
         self._names.add(call.name)
         self.nodes.append(node)
         if definition.lists_strategies and self.listing is None:
             self.listing = node
         return node.outputs
+
+    def _small_graph(self) -> Graph:
+        """An empty graph that runs where this one does."""
+        return Graph("define_and_run", device=self.device, name=self.name)
 
     def _clone(self, node: Node, inputs: tuple[Operand, ...], backward: Hashable) -> Node:
         """Adds a node that computes another one again, for a backward, from the same values in other tensors."""

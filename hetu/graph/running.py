@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, overload
 
 from hetu.arguments import flag
+from hetu.graph.eager import EagerValues, refuse_run
 from hetu.graph.tensor import Tensor
 from hetu.symbols import IntSymbol
 
@@ -37,6 +38,8 @@ class Running:
     executor_factory: ClassVar[Callable[[Any], Executor]]
     """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
 
+    eager: EagerValues | None
+
     def __init__(self) -> None:
         self._planner: Planner | None = None
         self._executor: Executor | None = None
@@ -44,6 +47,8 @@ class Running:
     @property
     def planner(self) -> Planner:
         """What binds and plans the runs of this graph, without torch."""
+        if self.eager is not None:
+            raise refuse_run()
         if self._planner is None:
             self._planner = type(self).planner_factory(self)
         return self._planner
@@ -51,6 +56,8 @@ class Running:
     @property
     def executor(self) -> Executor:
         """What lowers and runs this graph; its ``stats()`` tell what was cached, planner included."""
+        if self.eager is not None:
+            raise refuse_run()
         if self._executor is None:
             self._executor = type(self).executor_factory(self)
         return self._executor

@@ -1,9 +1,13 @@
-"""The graph's tensor: a name, an element type and a symbolic shape; never any data."""
+"""The graph's tensor: a name, an element type and a symbolic shape. It holds no data; an eager graph knows its own."""
 
 from __future__ import annotations
 
 import builtins
+import math
 from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
 
 from hetu.dtypes import DType
 from hetu.errors import HetuError, caller
@@ -85,21 +89,56 @@ class Tensor:
         return self.ndim
 
     def __repr__(self) -> str:
-        return f"hetu.Tensor({self.name}: {self.dtype.name}[{', '.join(map(str, self.shape))}])"
+        text = f"{self.name}: {self.dtype.name}[{', '.join(map(str, self.shape))}]"
+        eager = self.graph.eager
+        return f"hetu.Tensor({text})" if eager is None else f"hetu.Tensor({text}, {eager[self]!r})"
 
-    def __bool__(self) -> NoReturn:
+    def numpy(self) -> NDArray[Any]:
+        """The value of a tensor of an eager graph, copied; bfloat16, which numpy lacks, as float32.
+
+        Raises:
+            HetuError: If the graph is none: then only runs have values.
+
+        Example:
+            >>> import hetu
+            >>> with hetu.graph("eager", device="cpu"):
+            ...     (hetu.constant([1.0, 2.0]) * 3).numpy()
+            array([3., 6.], dtype=float32)
+        """
+        value = self._value("has no numbers")
+        if self.dtype.name == "bfloat16":
+            value = value.float()
+        return np.array(value.cpu().numpy())
+
+    def item(self) -> builtins.bool | builtins.int | builtins.float:
+        """The number that a tensor with one element is, in an eager graph.
+
+        Raises:
+            HetuError: If the graph is none, or there are more elements.
+        """
+        value = self._value("is no number")
+        if math.prod(value.shape) != 1:
+            what = f"expected one element, got {self!r}"
+            raise HetuError(what, op="item", where=caller(), fix="take one by an index")
+        return value.item()
+
+    def _value(self, what: str) -> Any:
+        """The value in an eager graph."""
+        if self.graph.eager is not None:
+            return self.graph.eager[self]
         raise HetuError(
-            f"the graph's tensor {self.name} has no value while the graph is built, so it is neither true nor false",
+            f"the graph's tensor {self.name} has no value while the graph is built, so it {what}",
             where=caller(),
-            fix="fetch it with g.run(...) and decide on the result",
+            fix="fetch it with g.run(...), and decide and convert then",
         )
 
-    def __array__(self, *_: Any, **__: Any) -> NoReturn:
-        raise HetuError(
-            f"the graph's tensor {self.name} has no value while the graph is built, so it is no array",
-            where=caller(),
-            fix="fetch it with g.run(...) and convert the result",
-        )
+    def __bool__(self) -> builtins.bool:
+        self._value("is neither true nor false")
+        return builtins.bool(self.item())
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
+        self._value("is no array")
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     def __contains__(self, item: Any) -> NoReturn:
         raise HetuError(

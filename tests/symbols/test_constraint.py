@@ -60,7 +60,7 @@ def test_a_decision_is_right_for_every_value(pair: tuple[Tree, Tree], given_: Un
 
 
 @given(pairs(), st.lists(pairs(), min_size=1, max_size=3), unknowns(), st.sampled_from(sorted(OPERATORS)))
-@settings(max_examples=200)
+@settings(max_examples=80)
 def test_a_decision_by_requirements_is_right_wherever_they_hold(
     pair: tuple[Tree, Tree], required: list[tuple[Tree, Tree]], given_: Unknowns, op: str
 ) -> None:
