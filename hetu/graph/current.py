@@ -33,7 +33,7 @@ def _requirements() -> Sequence[Constraint]:
     return stack[-1].constraints if stack else ()
 
 
-Constraint.requirements = staticmethod(_requirements)  # type: ignore[assignment]  # mypy knows no such attribute
+Constraint.requirements = staticmethod(_requirements)
 
 
 def require(constraint: Constraint) -> None:

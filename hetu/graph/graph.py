@@ -280,6 +280,8 @@ class Graph(Running):
     def find(self, name: str, what: str = "name") -> Tensor:
         """The tensor of a name: ``"linear_0"``, or ``"parallel_attn_0.out"`` where an op has several outputs.
 
+        The name that ``minimize`` was given is that of the step's loss, which it returned.
+
         Args:
             name: The name, as ``print(g)`` shows it.
             what: The argument that it stands in, for the error.
@@ -296,7 +298,8 @@ class Graph(Running):
         """
         found = self._found.get(text(name, what, op="find"))
         if found is None or found.op.id >= len(self.nodes) or self.nodes[found.op.id] is not found.op:
-            named = {item.name: item for node in self.nodes for item in node.outputs}
+            named = {node.name: node.outputs[0] for node in self.nodes if node.role is Role.UPDATE}
+            named |= {item.name: item for node in self.nodes for item in node.outputs}
             if name not in named:
                 _refuse_name(self, name, what, list(named))
             self._found, found = named, named[name]

@@ -107,7 +107,7 @@ class Own(OpDef):
         bad = [
             BadSample(lambda: op("relu", same), HetuError, "expected function to be a function"),  # type: ignore[arg-type]
             BadSample(lambda: op(abs, 3)(_float(2)), ShapeError, "shape to be a list of sizes"),  # type: ignore[arg-type]
-            BadSample(lambda: op(abs, [0.5])(_float(2)), ShapeError, "shape[0] to be an int"),  # type: ignore[list-item]
+            BadSample(lambda: op(abs, [0.5])(_float(2)), ShapeError, "shape[0] to be an int"),
             BadSample(lambda: op(abs, [-1])(_float(2)), ShapeError, "sizes of at least 0 in shape, got -1"),
             BadSample(lambda: op(abs, lambda x: x.nothing)(_float(2)), ShapeError, "a function, raised AttributeError"),
             BadSample(lambda: op(abs, [2])(2), DTypeError, "operands to hold a graph tensor"),
@@ -180,8 +180,11 @@ def op(
     """
     if not callable(function):
         refuse(function, "function", "a function of torch tensors", op="op", fix="pass torch.nn.functional.mish, say")
-    several = isinstance(dtype, (list, tuple))
-    kinds = tuple(map(as_dtype, dtype)) if several else None if dtype is None else as_dtype(dtype)
+    kinds: Any = None
+    if isinstance(dtype, (list, tuple)):
+        kinds = tuple(map(as_dtype, dtype))
+    elif dtype is not None:
+        kinds = as_dtype(dtype)
     rule = partial(shape) if callable(shape) else shape  # what is partial has a hash, whatever it is made of
     attrs = {"function": partial(function), "shape": rule, "dtype": kinds}
 

@@ -17,7 +17,7 @@ from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
 from hetu.ops.choice import where
 from hetu.ops.common.build import Dim, axes, build, floating, output, show, tensor
-from hetu.ops.common.gradients import single, to_shape
+from hetu.ops.common.gradients import single, to_dtype, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.compare import eq
 from hetu.ops.pointwise import exp
@@ -218,9 +218,11 @@ class LogSumExp(_Reduction):
 
         def weighted() -> Tensor:
             """The gradient by each element's share of the sum; of a sum of nothing but zeros there are no shares."""
-            total = to_shape(node.outputs[0], kept)
-            is_nothing = eq(total, -math.inf)
-            return to_shape(grad, kept) * where(is_nothing, 0.0, exp(x - where(is_nothing, 0.0, total)))
+            wide = to_dtype(x, float32) if x.dtype.itemsize == 2 else x  # half a rounding would be one of the share
+            total = node.outputs[0] if wide is x else logsumexp(wide, node.attrs["dim"] or None)
+            is_nothing = eq(to_shape(total, kept), -math.inf)
+            shares = exp(wide - where(is_nothing, 0.0, to_shape(total, kept)))
+            return to_dtype(to_shape(grad, kept) * where(is_nothing, 0.0, shares), x.dtype)
 
         return [weighted]
 

@@ -203,7 +203,7 @@ def split_by_size(a: Any, b: Any) -> tuple[Any, Any]:
     at_once = _quotient(a, b)
     if at_once is not None:
         return at_once, make_int(0)
-    whole, rest = [], []
+    whole, rest = list[Any](), list[Any]()
     for item in sympy.Add.make_args(a):
         factor = _quotient(item, b)
         (rest if factor is None else whole).append(item if factor is None else factor)
