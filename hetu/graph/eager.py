@@ -90,7 +90,12 @@ class EagerValues:
             for item in node.inputs
         )
         attrs = tuple((name, value_key(value)) for name, value in sorted(node.attrs.items()))
-        return self._kept.get((node.definition.name, operands, attrs), make)
+        key = node.definition.name, operands, attrs
+        try:
+            hash(key)
+        except TypeError:  # an argument without a hash
+            return make()
+        return self._kept.get(key, make)
 
     def keep(self, outputs: Sequence[Tensor], values: Sequence[Any]) -> None:
         """Keeps the values of new tensors."""

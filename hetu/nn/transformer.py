@@ -117,7 +117,7 @@ class Attention(Module):
             columns // heads if head_dim is None else integer(head_dim, "head_dim", least=1, most=256, op=op)
         )
         self.num_heads, self.num_kv_heads = heads, key_heads
-        rows = (heads + 2 * key_heads) * self.head_dim
+        rows = width((heads + 2 * key_heads) * self.head_dim, "the width of all num_heads and num_kv_heads", op)
         has_bias, name, kind = flag(bias, "bias", op=op), prefix(name, op), as_dtype(dtype)
         xavier = uniform((6 / (rows + columns)) ** 0.5)
         self.in_proj_weight = parameter(xavier, [rows, columns], kind, name=named(name, "in_proj_weight"))

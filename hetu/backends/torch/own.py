@@ -24,12 +24,25 @@ def _caller(function: Callable[..., Any], where: Where) -> Callable[..., Any]:
         """What the user's function gives, as it was promised, in memory of its own: a tensor, or a list of several."""
         tensors = [item for item in operands if isinstance(item, torch.Tensor)]
         versions = _versions(tensors)
-        with torch.no_grad():
-            given = function(*operands)
+        try:
+            with torch.no_grad():
+                given = function(*operands)
+        except (HetuError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # it is the user's
+            what = f"function raised {type(error).__name__}: {error}"
+            raise HetuError(what, op="op", where=where, fix="see what it is given") from error
         if versions != _versions(tensors):
             fix = "compute with copies: x.clone(), x + 1 instead of x += 1"
             raise HetuError("function changed an operand in place, which others read", op="op", where=where, fix=fix)
-        own = _with_own_memory(_as_promised(given, promised, where), tensors)
+        results = _as_promised(given, promised, where)
+        if strays := {str(item.device) for item in results} - {str(item.device) for item in tensors}:
+            what, fix = (
+                f"function gave a tensor on {strays.pop()}",
+                "make tensors where the operands are: device=x.device",
+            )
+            raise HetuError(what, op="op", where=where, fix=fix)
+        own = _with_own_memory(results, tensors)
         return own if len(promised) > 1 else own[0]
 
     return hetu_op
