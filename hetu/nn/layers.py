@@ -192,7 +192,7 @@ class RMSNorm(Module):
         >>> with hetu.graph("define_and_run"):
         ...     norm = hetu.nn.RMSNorm(8, name="norm")
         ...     norm(hetu.placeholder(hetu.float32, [3, 8], name="x"))
-        hetu.Tensor(rms_norm_0: float32[3, 8])
+        hetu.Tensor(rms_norm_0.out: float32[3, 8])
     """
 
     def __init__(
