@@ -125,8 +125,9 @@ def test_equal_functions_are_one_object_as_long_as_somebody_holds_it() -> None:
 def test_sizes_are_formatted_as_text() -> None:
     s = IntSymbol("s")
     assert f"{s:>6}|{s + 1:<8}|{s:^5}|{s}" == "     s|s + 1   |  s  |s"
+    assert f"{s:d}|{s:4,}" == "s|   s", "what a run knows as an int may be written as one before"
     with pytest.raises(ValueError, match="format"):
-        f"{s:d}"
+        f"{s:z}"
 
 
 def test_unknowns_of_one_name_are_told_apart() -> None:
