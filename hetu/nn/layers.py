@@ -14,8 +14,8 @@ from hetu.ops import embedding, linear, parameter, rms_norm
 MOST = 2**31
 """The largest width of a weight."""
 
-_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-"""What follows 1 in each floating dtype, less 1: torch's default for RMSNorm."""
+_EPS = {"float64": 2.0**-52}
+"""What follows 1, less 1, in the dtype that a norm is computed in: torch's default. That is float32 but for float64."""
 
 
 class Module:
@@ -176,7 +176,7 @@ class RMSNorm(Module):
 
     Args:
         normalized_shape: The width.
-        eps: What is added to the mean; None for what follows 1 in x's dtype, less 1.
+        eps: What is added to the mean; None for what follows 1, less 1, in float32, and in float64 for float64.
         dtype: A floating element type.
         name: What its parameter's name begins with; None makes one up.
 
@@ -206,5 +206,5 @@ class RMSNorm(Module):
         """Takes ``(..., normalized_shape)``, gives the same shape."""
         eps = self.eps
         if eps is None and isinstance(x, Tensor):
-            eps = _EPS.get(x.dtype.name, 0.0)
+            eps = _EPS.get(x.dtype.name, 2.0**-23)
         return rms_norm(x, self.weight, 0.0 if eps is None else eps)

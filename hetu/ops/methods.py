@@ -201,7 +201,7 @@ def getitem(x: Tensor, key: Any) -> Tensor:
             sizes.append(1)
             continue
         if isinstance(entry, slice):
-            start, stop, step = entry.start, entry.stop, entry.step
+            start, stop, step = _bound(x, dim, entry.start), _bound(x, dim, entry.stop), entry.step
             if not (start is None and stop is None and step is None):
                 x = indexing.slice(x, dim, 0 if start is None else start, stop, 1 if step is None else step)
             sizes.append(x.shape[dim])
@@ -233,8 +233,18 @@ def _entries(x: Tensor, key: Any) -> list[Any]:
 
 def _from_front(x: Tensor, dim: int, entry: Any) -> Dim:
     """An index counted from the front."""
-    index = as_size(entry, "an index", op="index", error=ShapeError)
-    return x.shape[dim] + index if isinstance(index, int) and index < 0 else index
+    index, size = as_size(entry, "an index", op="index", error=ShapeError), x.shape[dim]
+    if isinstance(index, int) and isinstance(size, int) and not -size <= index < size:
+        what = f"expected an index from {-size} to {size - 1} in dim {dim} of {show(x.shape)}, got {index}"
+        raise ShapeError(what, op="index", where=caller(), fix="indices are not cut to fit")
+    is_from_end = index < 0 if isinstance(index, int) else index.max is not None and index.max < 0
+    return size + index if is_from_end else index
+
+
+def _bound(x: Tensor, dim: int, bound: Any) -> Any:
+    """A bound of a slice; symbols that are below 0 whatever their values count from the end, as ints do."""
+    is_from_end = isinstance(bound, IntSymbol) and bound.max is not None and bound.max < 0
+    return x.shape[dim] + bound if is_from_end else bound
 
 
 def length(x: Tensor) -> int:
