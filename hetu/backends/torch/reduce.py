@@ -8,7 +8,6 @@ import torch
 from torch import fx
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.traced import traced
 from hetu.backends.torch.common import at_least_float32
 
 
@@ -26,9 +25,8 @@ lowering("max", backend="torch")(_reduction(torch.amax))
 lowering("min", backend="torch")(_reduction(torch.amin))
 
 
-@traced
 def hetu_logsumexp(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The logarithm of the sum of exponentials, in float32 at least."""
+    """The logarithm of the sum of exponentials, in float32 at least. Torch asks whether it is of nothing: not traced."""
     wide = at_least_float32(x)
     return (torch.logsumexp(wide, dim, keepdim) if dim else wide).to(x.dtype)
 
