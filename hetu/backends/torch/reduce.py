@@ -26,7 +26,7 @@ lowering("min", backend="torch")(_reduction(torch.amin))
 
 
 def hetu_logsumexp(x: torch.Tensor, dim: tuple[int, ...] = (), keepdim: bool = False) -> torch.Tensor:
-    """The logarithm of the sum of exponentials, in float32 at least. Torch asks whether it is of nothing: not traced."""
+    """The logarithm of the sum of exponentials, in float32 at least. Torch asks for its size, so it is not traced."""
     wide = at_least_float32(x)
     return (torch.logsumexp(wide, dim, keepdim) if dim else wide).to(x.dtype)
 
