@@ -185,7 +185,10 @@ def op(
         kinds = tuple(map(as_dtype, dtype))
     elif dtype is not None:
         kinds = as_dtype(dtype)
-    rule = partial(shape) if callable(shape) else shape  # what is partial has a hash, whatever it is made of
+    if callable(shape):
+        rule: Any = partial(shape)  # what is partial has a hash, whatever it is made of
+    else:
+        rule = items(shape, "shape", _SHAPES, op="op", error=ShapeError)
     attrs = {"function": partial(function), "shape": rule, "dtype": kinds}
 
     def build_op(*operands: Any) -> Any:

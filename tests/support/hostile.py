@@ -7,6 +7,7 @@ import fractions
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -355,7 +356,7 @@ def _module_calls(x: hetu.Tensor) -> Iterator[tuple[str, Call]]:
     for name, (module, good, options) in uses.items():
         yield (
             f"a nn.{name}",
-            (lambda module=module, options=options, **given: module(**given)(x, **options), good | kind),
+            (partial(_use_module, module, x, options), good | kind),
         )
     rows = {"num_embeddings": 4, "embedding_dim": 2, **kind}
     yield "a nn.Embedding", (lambda **given: hetu.nn.Embedding(**given), rows)
