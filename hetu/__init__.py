@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hetu import graph, optim
+from hetu import graph, nn, optim
 from hetu.config import config
 from hetu.dtypes import DType, as_dtype, bfloat16, float16, float32, float64, int8, int16, int32, int64, uint8
 from hetu.dtypes import bool_ as bool
@@ -66,7 +66,6 @@ _OTHER_HETU = {
     "UniformInitializer": "a function of the tensor as hetu.parameter's init",
     "Variable": "hetu.parameter",
     "XavierUniformInitializer": "a function of the tensor as hetu.parameter's init",
-    "arange": "hetu.constant(numpy.arange(...))",
     "array_reshape": "hetu.reshape",
     "array_set": "hetu.full",
     "as_strided": "hetu.slice, hetu.transpose and hetu.reshape",
@@ -89,8 +88,6 @@ _OTHER_HETU = {
     "init_comm_group": "hetu.init_distributed",
     "layernorm": "hetu.layer_norm",
     "local_device": "hetu.init_distributed, which returns the world with its device",
-    "masked_fill": "hetu.where",
-    "nn": "functions such as hetu.linear, with weights made by hetu.parameter",
     "nll_loss": "hetu.cross_entropy",
     "ones": "hetu.full(shape, 1.0)",
     "ones_like": "hetu.full(x.symbolic_shape, 1.0)",
@@ -280,6 +277,7 @@ __all__ = [
     "manual_seed",
     "maximum",
     "minimum",
+    "nn",
     "optim",
     "recompute",
     "require",

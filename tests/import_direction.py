@@ -23,7 +23,7 @@ FLOORS: Floors = (
     ("symbols",),
     ("graph", "parallel"),
     ("ops",),
-    ("optim",),
+    ("optim", "nn"),
     ("planning",),
     ("backends",),
     ("runtime", "functional"),

@@ -23,6 +23,7 @@ from hetu.planning.arrays import host_array
 from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds, split_micro_batches, tensors_of
 from hetu.planning.indices import check_indices
+from hetu.planning.names import find_feeds, find_fetches
 from hetu.planning.pipelines import Pipelines, placeholders_of_rows
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol, check_leaf
@@ -111,6 +112,10 @@ class Planner:
         tensors = tensors_of(fetches)
         return self.subgraphs.get((tensors, self.graph.version), lambda: self._cut(tensors))
 
+    def asked(self, fetches: Any) -> Subgraph:
+        """What is needed for that which a user asks for: tensors or their names, a list or a dict of them."""
+        return self.subgraph(find_fetches(self.graph, fetches)[0])
+
     def _cut(self, tensors: tuple[Any, ...]) -> Subgraph:
         for tensor in tensors:
             if tensor.graph is not self.graph:
@@ -125,12 +130,12 @@ class Planner:
     def prepare(
         self,
         subgraph: Subgraph,
-        feed_dict: Mapping[Tensor, Any] | None,
+        feed_dict: Mapping[Any, Any] | None,
         symbols: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects, binds and plans a run that is fed in this process; see :meth:`prepare_read`."""
-        ((feeds, given),) = split_micro_batches(feed_dict, symbols, 1)
+        ((feeds, given),) = split_micro_batches(find_feeds(self.graph, feed_dict), symbols, 1)
         return self.prepare_read(subgraph, partial(read_feeds, subgraph, feeds), given, strategy)
 
     def prepare_read(

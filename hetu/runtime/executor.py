@@ -19,6 +19,7 @@ from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
+from hetu.graph.running import LoadedNames
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
@@ -97,8 +98,8 @@ class Executor:
     @in_own_modes
     def run(
         self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None,
+        fetches: Any,
+        feed_dict: Mapping[Any, Any] | None,
         int_symbol_dict: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
         num_micro_batches: int,
@@ -291,6 +292,12 @@ class Executor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`hetu.Graph.load_state_dict`."""
         checkpoint.load_state_dict(self.state, state)
+
+    @in_own_modes
+    def load_parameters(self, given: Mapping[str, Any], strict: bool) -> LoadedNames:
+        """See :meth:`hetu.Graph.load_parameters`."""
+        self.state.look(waits=True)
+        return checkpoint.load_parameters(self.state, given, strict)
 
     def compute_on_host(self, subgraph: Subgraph, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
         """Computes on the CPU what planning reads and the graph makes: ``cu_seqlens`` from lengths, say.
