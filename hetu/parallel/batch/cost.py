@@ -1,0 +1,99 @@
+"""What documents cost the pipelines that hold them: the only place that a planned batch is priced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.views.cost import Hardware
+
+Floats = NDArray[np.float64]
+
+PAIR_FLOPS = 4 + 10
+"""FLOPs per pair, query head and number of a head: of the forward and of the backward."""
+
+WAITS = 3
+"""How often a pipeline waits for a first byte: for keys and values in both directions, and for gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCost:
+    """Seconds that one layer's forward and backward take, per unit of what a pipeline does.
+
+    A pipeline computes the rest of the layer for its tokens, and attends. The keys and values of documents that others
+    hold pieces of travel meanwhile; what of their time is longer than attending is waited for.
+
+    Attributes:
+        token: Of a token, without attention.
+        pair: Of a query and a key that it sees.
+        row: That the keys and values of a token, and their gradients, take over a link.
+        latency: That a pipeline waits for first bytes, if it holds a piece of a document.
+    """
+
+    token: float
+    pair: float
+    row: float
+    latency: float
+
+    @classmethod
+    def of(
+        cls, hardware: Hardware, num_heads: int, num_kv_heads: int, head_dim: int, itemsize: int, token_flops: float
+    ) -> BatchCost:
+        """The cost on some hardware.
+
+        Args:
+            hardware: What a device can do.
+            num_heads: Query heads.
+            num_kv_heads: Heads of keys and values.
+            head_dim: Numbers of a head.
+            itemsize: Bytes of one of them; gradients travel in float32, or in float64 if that is the type.
+            token_flops: FLOPs per token of the rest of a layer, forward and backward.
+        """
+        numbers = 2 * num_kv_heads * head_dim
+        return cls(
+            token=token_flops / hardware.flops,
+            pair=PAIR_FLOPS * num_heads * head_dim / hardware.flops,
+            row=numbers * (2 * itemsize + max(itemsize, 4)) / hardware.link_bytes,
+            latency=WAITS * hardware.latency,
+        )
+
+    def overhead(self, length: int, attention: float, parts: int) -> float:
+        """What each of ``parts`` pipelines waits for, if it holds as much of a document as the others, and no other.
+
+        Args:
+            length: Tokens of the document.
+            attention: Seconds that its attention takes on one pipeline.
+            parts: Over how many pipelines it is cut.
+        """
+        if parts == 1:
+            return 0.0
+        return self.latency + max(0.0, (self.row * length * (parts - 1) - attention) / parts)
+
+    def seconds(self, tokens: int, attention: float, rows: int, is_cut: bool) -> float:
+        """What a pipeline takes for all that it holds of a micro-batch.
+
+        Args:
+            tokens: That it holds.
+            attention: Seconds that it attends.
+            rows: Tokens whose keys and values come, or as many as go if these are more.
+            is_cut: Whether it holds a piece of a document of which others hold pieces.
+        """
+        return self.token * tokens + max(attention, self.row * rows) + self.latency * is_cut
+
+    def least_seconds(self, lengths: IntArray, attention: Floats, pipelines: int, max_tokens: int) -> float:
+        """What no plan is faster than: the mean of all work, or the document that takes longest at its best group."""
+        work = self.token * lengths + attention
+        longest = max(
+            (
+                min(
+                    float(work[d]) / parts + self.overhead(int(lengths[d]), float(attention[d]), parts)
+                    for parts in range(-(-int(lengths[d]) // max_tokens) or 1, pipelines + 1)
+                )
+                for d in np.argsort(-work)[:1].tolist()
+            ),
+            default=0.0,
+        )
+        return max(float(work.sum()) / pipelines, longest)
