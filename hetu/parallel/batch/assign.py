@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterator
 from itertools import accumulate
 
-from hetu.parallel.batch.cost import BatchCost
-from hetu.parallel.batch.finish import Documents, Place, finish
+from hetu.parallel.batch.cost import BatchCost, Documents
+from hetu.parallel.batch.finish import Place, finish
 from hetu.parallel.batch.pour import pour, whole_tokens
 
 SLACK = 1 / 64
@@ -58,7 +58,8 @@ def _tries(documents: Documents, pipelines: int, max_tokens: int, least: float) 
     fewest = max(-(-sum(documents.lengths) // whole), sum(2 * length > whole for length in documents.lengths), 1)
     counts, slack = sorted({math.ceil(fewest * more) for more in MORE}), SLACK
     # A pipeline that holds nothing but short documents is full before the others are done if this is below 1.
-    reach = max_tokens * documents.lighter_half * pipelines / sum(documents.work) if documents.work else 1.0
+    mean = sum(documents.work) / pipelines
+    reach = max_tokens * documents.lighter_half / mean if mean else 1.0
     while slack < MOST_SLACK:
         for count in counts:
             if reach * count >= 1 - 6 * slack:
@@ -110,7 +111,7 @@ class Greedy:
             if micro_batch >= 0:
                 self.rooms[micro_batch][r] -= length
                 heapq.heapreplace(heap, (seconds + work, r))
-                found = Place(micro_batch, [(r, length)])
+                found = Place(micro_batch, ((r, length),))
                 break
             passed.append(heapq.heappop(heap))
         for item in passed:
@@ -131,7 +132,9 @@ class Greedy:
                 if top + overhead <= self.limit:
                     pieces = whole_tokens(tokens, length, sizes[:parts])
                     held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
-                    return self._take(micro_batch, held, work / length, self.cost.overhead(length, attention, len(held)))
+                    return self._take(
+                        micro_batch, held, work / length, self.cost.overhead(length, attention, len(held))
+                    )
         return None
 
     def _take(self, micro_batch: int, held: list[tuple[int, int]], density: float, overhead: float) -> Place:
@@ -141,4 +144,4 @@ class Greedy:
             rooms[r] -= tokens
         self.heap = [(s + more[r] * density + overhead, r) if r in more else (s, r) for s, r in self.heap]
         heapq.heapify(self.heap)
-        return Place(micro_batch, held)
+        return Place(micro_batch, tuple(held))

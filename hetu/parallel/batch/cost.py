@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.views.cost import Hardware
-
-Floats = NDArray[np.float64]
 
 PAIR_FLOPS = 4 + 10
 """FLOPs per pair, query head and number of a head: of the forward and of the backward."""
 
 WAITS = 3
 """How often a pipeline waits for a first byte: for keys and values in both directions, and for gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Documents, those with most work first.
+
+    Attributes:
+        lengths: Tokens of each.
+        attention: Seconds that the attention of each takes on one pipeline.
+        work: Seconds that each takes on one pipeline.
+    """
+
+    lengths: list[int]
+    attention: list[float]
+    work: list[float]
+
+    @property
+    def lighter_half(self) -> float:
+        """Seconds per token of the documents with least work per token that hold half of all tokens."""
+        tokens, seconds, half = 0, 0.0, sum(self.lengths) / 2
+        for length, work in zip(reversed(self.lengths), reversed(self.work), strict=True):
+            tokens, seconds = tokens + length, seconds + work
+            if tokens >= half:
+                break
+        return seconds / max(tokens, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +102,14 @@ class BatchCost:
         """
         return self.token * tokens + max(attention, self.row * rows) + self.latency * is_cut
 
-    def least_seconds(self, lengths: IntArray, attention: Floats, pipelines: int, max_tokens: int) -> float:
+    def least_seconds(self, documents: Documents, pipelines: int, max_tokens: int) -> float:
         """What no plan is faster than: the mean of all work, or the document that takes longest at its best group."""
-        work = self.token * lengths + attention
-        longest = max(
-            (
-                min(
-                    float(work[d]) / parts + self.overhead(int(lengths[d]), float(attention[d]), parts)
-                    for parts in range(-(-int(lengths[d]) // max_tokens) or 1, pipelines + 1)
-                )
-                for d in np.argsort(-work)[:1].tolist()
-            ),
-            default=0.0,
+        mean = sum(documents.work) / pipelines
+        if not documents.lengths:
+            return mean
+        length, attention, work = documents.lengths[0], documents.attention[0], documents.work[0]
+        fewest = max(-(-length // max_tokens), 1)
+        return max(
+            mean,
+            min(work / parts + self.overhead(length, attention, parts) for parts in range(fewest, pipelines + 1)),
         )
-        return max(float(work.sum()) / pipelines, longest)

@@ -5,32 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetu.parallel.batch.cost import BatchCost
-
-
-@dataclass(frozen=True, slots=True)
-class Documents:
-    """Documents, those with most work first.
-
-    Attributes:
-        lengths: Tokens of each.
-        attention: Seconds that the attention of each takes on one pipeline.
-        work: Seconds that each takes on one pipeline.
-    """
-
-    lengths: list[int]
-    attention: list[float]
-    work: list[float]
-
-    @property
-    def lighter_half(self) -> float:
-        """Seconds per token of the documents with least work per token that hold half of all tokens."""
-        tokens, seconds, half = 0, 0.0, sum(self.lengths) / 2
-        for length, work in zip(reversed(self.lengths), reversed(self.work), strict=True):
-            tokens, seconds = tokens + length, seconds + work
-            if tokens >= half:
-                break
-        return seconds / max(tokens, 1)
+from hetu.parallel.batch.cost import BatchCost, Documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +18,7 @@ class Place:
     """
 
     micro_batch: int
-    pieces: list[tuple[int, int]]
+    pieces: tuple[tuple[int, int], ...]
 
 
 def finish(
@@ -81,9 +56,7 @@ def _seconds(
                 came[r] += length - x
                 went[r] += x * (len(pieces) - 1)
                 is_cut[r] = True
-    return [
-        cost.seconds(tokens[r], attention[r], max(came[r], went[r]), bool(is_cut[r])) for r in range(pipelines)
-    ]
+    return [cost.seconds(tokens[r], attention[r], max(came[r], went[r]), bool(is_cut[r])) for r in range(pipelines)]
 
 
 def joined(sets: Sequence[Sequence[int]]) -> list[list[int]]:
