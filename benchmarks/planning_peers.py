@@ -114,7 +114,7 @@ def zigzag(batch: Batch) -> Spread:
 
 
 def powers_of_two(batch: Batch) -> Spread:
-    """Longest first, each to the group that has least to do, of the smallest size at which nobody does over the mean."""
+    """Longest first, each to the group with least to do, of the smallest size at which nobody does over the mean."""
     documents = batch.longest_first
     mean = sum(documents.work) / batch.pipelines
     levels, rooms = [0.0] * batch.pipelines, [[batch.max_tokens] * batch.pipelines]
@@ -203,7 +203,7 @@ def _round(batch: Batch, documents: Documents, left: Sequence[int]) -> list[tupl
 
 
 def planned(batch: Batch) -> Spread:
-    """hetu's plan."""
+    """As ``hetu.plan_batch`` does."""
     plan = hetu.plan_batch(batch.lengths, batch.pipelines, batch.hardware, max_tokens=batch.max_tokens)
     return Spread(batch.documents(batch.lengths), list(plan.places), plan.num_micro_batches)
 

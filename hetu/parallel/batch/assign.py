@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from math import inf
 
 from hetu.parallel.batch.cost import BatchCost, Documents
 from hetu.parallel.batch.finish import Place, finish
 from hetu.parallel.batch.pour import pour, whole_tokens
 
-SLACK = 1 / 64
-"""How much longer than the least time a pipeline may take before a document is cut, as a part of that time."""
+SLACKS = tuple(x / 128 for x in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512))
+"""How much longer than the least time pipelines may take, as a part of it: what is tried, one after the other.
+
+Below that no document is cut which fits whole.
+"""
 
 MORE = 1, 1.25, 1.5, 2, 3
 """How many times as many micro-batches as are needed at least are tried."""
-
-MOST_SLACK = 64
-"""From which slack on there is no limit."""
 
 
 def assign(
@@ -26,8 +27,8 @@ def assign(
 ) -> tuple[int, list[Place]]:
     """Places documents such that the slowest pipeline is done early.
 
-    First no pipeline may take more than :data:`SLACK` longer than the least time. Where that can't be, with as few
-    micro-batches as there is room in or with a few more, twice as much longer is tried, and so on.
+    First no pipeline may take much longer than the least time. Where that can't be, with as few micro-batches as there
+    is room in or with a few more, a longer time is tried, and so on, until every document over all pipelines is better.
 
     Args:
         documents: Each of at most ``pipelines * max_tokens`` tokens.
@@ -39,35 +40,73 @@ def assign(
     Returns:
         The number of micro-batches, and each document's place.
     """
-    best, soonest = None, float("inf")
-    for limit, micro_batches in _tries(documents, pipelines, max_tokens, least):
-        if soonest <= limit:
+    best, soonest = None, inf
+    spread = over_all_seconds(documents, pipelines, max_tokens, cost)
+    for slack in SLACKS:
+        limit = least * (1 + slack)
+        if min(soonest, spread) <= limit:
             break
-        places = Greedy(documents, pipelines, micro_batches, max_tokens, cost, limit).place_all()
-        if places is not None:
-            done = max(finish(documents, places, pipelines, micro_batches, cost))
-            if done < soonest:
+        for micro_batches in _counts(documents, pipelines, max_tokens, slack):
+            greedy = Greedy(documents, pipelines, micro_batches, max_tokens, cost, limit)
+            places = greedy.place_all()
+            if places is None and greedy.lacks_time:
+                break  # more room would not help
+            done = inf if places is None else max(finish(documents, places, pipelines, micro_batches, cost))
+            if places is not None and done < soonest:
                 best, soonest = (micro_batches, places), done
-    assert best is not None  # a micro-batch per document is enough
-    return best
+            if soonest <= limit:
+                break
+    return _over_all(documents, pipelines, max_tokens) if best is None or spread < soonest else best
 
 
-def _tries(documents: Documents, pipelines: int, max_tokens: int, least: float) -> Iterator[tuple[float, int]]:
-    """Limits, and numbers of micro-batches, in the order in which they are tried."""
-    whole = pipelines * max_tokens
-    fewest = max(-(-sum(documents.lengths) // whole), sum(2 * length > whole for length in documents.lengths), 1)
-    counts, slack = sorted({math.ceil(fewest * more) for more in MORE}), SLACK
+def _counts(documents: Documents, pipelines: int, max_tokens: int, slack: float) -> list[int]:
+    """The numbers of micro-batches that are worth a try if pipelines may take so much longer than the mean."""
+    fewest = -(-sum(documents.lengths) // (pipelines * max_tokens))
+    counts = sorted({max(math.ceil(fewest * more), 1) for more in MORE})
     # A pipeline that holds nothing but short documents is full before the others are done if this is below 1.
     mean = sum(documents.work) / pipelines
     reach = max_tokens * documents.lighter_half / mean if mean else 1.0
-    while slack < MOST_SLACK:
-        for count in counts:
-            if reach * count >= 1 - 6 * slack:
-                yield least * (1 + slack), count
-        slack *= 2
-    while True:
-        yield float("inf"), counts[-1]
-        counts.append(counts[-1] * 2)
+    return [count for count in counts if reach * count >= 1 - 6 * slack]
+
+
+def _packs(documents: Documents, room: int) -> list[list[int]]:
+    """The numbers of the documents of micro-batches that are filled one after the other."""
+    packs: list[list[int]] = [[]]
+    rooms = [room]
+    for d, length in enumerate(documents.lengths):
+        number = next((i for i, room in enumerate(rooms) if room >= length), len(rooms))
+        if number == len(rooms):
+            rooms.append(room)
+            packs.append([])
+        rooms[number] -= length
+        packs[number].append(d)
+    return packs
+
+
+def _over_all(documents: Documents, pipelines: int, max_tokens: int) -> tuple[int, list[Place]]:
+    """Every document over all pipelines, evenly."""
+    packs = _packs(documents, pipelines * max_tokens)
+    places = [Place(0, ())] * len(documents.lengths)
+    for number, pack in enumerate(packs):
+        dealt = 0
+        for d in pack:
+            each, more = divmod(documents.lengths[d], pipelines)
+            pieces = ((r, each + ((r - dealt) % pipelines < more)) for r in range(pipelines))  # the rest in turns
+            places[d] = Place(number, tuple((r, tokens) for r, tokens in pieces if tokens) or ((0, 0),))
+            dealt += more
+    return len(packs), places
+
+
+def over_all_seconds(documents: Documents, pipelines: int, max_tokens: int, cost: BatchCost) -> float:
+    """When every document over all pipelines is done, but for the tokens that don't divide."""
+    total = 0.0
+    for pack in _packs(documents, pipelines * max_tokens):
+        own = [(documents.lengths[d], documents.attention[d]) for d in pack]
+        tokens, is_cut = sum(length for length, _ in own), pipelines > 1
+        attention = sum(x / pipelines + (cost.edge(length, x) if is_cut and length else 0.0) for length, x in own)
+        rows = tokens * (pipelines - 1) // pipelines
+        total += cost.seconds(tokens / pipelines, attention, rows, is_cut)
+    return total
 
 
 class Greedy:
@@ -81,6 +120,7 @@ class Greedy:
         limit: Seconds that no pipeline may take.
         rooms: Tokens that each pipeline still takes in each micro-batch.
         heap: ``(seconds, pipeline)``: what each takes.
+        lacks_time: Whether a document could not be placed because of the limit, however much room there were.
     """
 
     def __init__(
@@ -89,6 +129,7 @@ class Greedy:
         self.documents, self.cost, self.limit = documents, cost, limit
         self.rooms = [[max_tokens] * pipelines for _ in range(micro_batches)]
         self.heap = [(0.0, r) for r in range(pipelines)]
+        self.lacks_time = False
 
     def place_all(self) -> list[Place] | None:
         """The place of every document; None if some pipeline would take too long, or there is no room."""
@@ -121,21 +162,32 @@ class Greedy:
     def _cut(self, length: int, work: float, attention: float) -> Place | None:
         """Cuts a document over the fewest of the pipelines with least to do that stay below the limit."""
         self.heap.sort()  # a sorted list is a heap
+        if min(self._tops(self.heap, length, work, attention)) > self.limit:
+            self.lacks_time = True
+            return None
         for micro_batch, rooms in enumerate(self.rooms):
-            free = [(seconds, r) for seconds, r in self.heap if rooms[r]]
-            levels, sizes = [seconds for seconds, _ in free], [rooms[r] for _, r in free]
-            for parts, (room, level) in enumerate(zip(accumulate(sizes), accumulate(levels), strict=True), 1):
-                overhead = self.cost.overhead(length, attention, parts)
-                if room < length or (work + level) / parts + overhead > self.limit:
+            free = [item for item in self.heap if rooms[item[1]]]
+            sizes = [rooms[r] for _, r in free]
+            tops = self._tops(free, length, work, attention)
+            for parts, (room, top) in enumerate(zip(accumulate(sizes), tops, strict=True), 1):
+                if room < length or top > self.limit:
                     continue
-                top, tokens = pour(length, levels[:parts], sizes[:parts], work / length)
+                overhead = self.cost.overhead(length, attention, parts)
+                levels = [seconds for seconds, _ in free[:parts]]
+                top, tokens = pour(length, levels, sizes[:parts], work / length)
                 if top + overhead <= self.limit:
                     pieces = whole_tokens(tokens, length, sizes[:parts])
                     held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
-                    return self._take(
-                        micro_batch, held, work / length, self.cost.overhead(length, attention, len(held))
-                    )
+                    overhead = self.cost.overhead(length, attention, len(held))
+                    return self._take(micro_batch, held, work / length, overhead)
         return None
+
+    def _tops(
+        self, by_level: Sequence[tuple[float, int]], length: int, work: float, attention: float
+    ) -> Iterator[float]:
+        """How long pipelines would take with an even share of a document: the first alone, the first two, and so on."""
+        for parts, level in enumerate(accumulate(seconds for seconds, _ in by_level), 1):
+            yield (work + level) / parts + self.cost.overhead(length, attention, parts)
 
     def _take(self, micro_batch: int, held: list[tuple[int, int]], density: float, overhead: float) -> Place:
         """Gives pipelines the pieces of a document."""

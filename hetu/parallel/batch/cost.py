@@ -9,6 +9,14 @@ from hetu.parallel.views.cost import Hardware
 PAIR_FLOPS = 4 + 10
 """FLOPs per pair, query head and number of a head: of the forward and of the backward."""
 
+EDGE_ROWS = 350
+"""How many rows more a piece of a cut document costs: its ends fill no block of a kernel, and its steps are merged.
+
+Documents of 8,192 to 131,072 tokens in all, each cut in two, took 1.63, 1.24 and 1.05 times as long on an H200, forward
+and backward, as all tokens at once (``benchmarks/parallel_work.py``, *mix* under ``sym``, 2026-11-23): 370, 361 and 322
+rows per piece.
+"""
+
 WAITS = 3
 """How often a pipeline waits for a first byte: for keys and values in both directions, and for gradients."""
 
@@ -43,7 +51,8 @@ class BatchCost:
     """Seconds that one layer's forward and backward take, per unit of what a pipeline does.
 
     A pipeline computes the rest of the layer for its tokens, and attends. The keys and values of documents that others
-    hold pieces of travel meanwhile; what of their time is longer than attending is waited for.
+    hold pieces of travel meanwhile; what of their time is longer than attending is waited for. A piece takes its part
+    of its document's attention, and as much again as :data:`EDGE_ROWS` more rows would.
 
     Attributes:
         token: Of a token, without attention.
@@ -89,9 +98,14 @@ class BatchCost:
         """
         if parts == 1:
             return 0.0
-        return self.latency + max(0.0, (self.row * length * (parts - 1) - attention) / parts)
+        edge = self.edge(length, attention)
+        return self.latency + edge + max(0.0, self.row * length * (parts - 1) / parts - attention / parts - edge)
 
-    def seconds(self, tokens: int, attention: float, rows: int, is_cut: bool) -> float:
+    def edge(self, length: int, attention: float) -> float:
+        """Seconds that a piece of a cut document takes beyond its part of the document's attention."""
+        return attention * EDGE_ROWS / length
+
+    def seconds(self, tokens: float, attention: float, rows: float, is_cut: bool) -> float:
         """What a pipeline takes for all that it holds of a micro-batch.
 
         Args:

@@ -53,6 +53,7 @@ def _seconds(
             if x:
                 attention[r] += documents.attention[d] * x / length
             if len(pieces) > 1:
+                attention[r] += cost.edge(length, documents.attention[d])
                 came[r] += length - x
                 went[r] += x * (len(pieces) - 1)
                 is_cut[r] = True
