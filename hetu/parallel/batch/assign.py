@@ -103,7 +103,7 @@ def over_all_seconds(documents: Documents, pipelines: int, max_tokens: int, cost
     for pack in _packs(documents, pipelines * max_tokens):
         own = [(documents.lengths[d], documents.attention[d]) for d in pack]
         tokens, is_cut = sum(length for length, _ in own), pipelines > 1
-        attention = sum(x / pipelines + (cost.edge(length, x) if is_cut and length else 0.0) for length, x in own)
+        attention = sum(x / pipelines + (cost.edge(length, x) if is_cut else 0.0) for length, x in own)
         rows = tokens * (pipelines - 1) // pipelines
         total += cost.seconds(tokens / pipelines, attention, rows, is_cut)
     return total

@@ -111,7 +111,7 @@ class BatchPlan:
 
     @property
     def cu_seqlens(self) -> Any:
-        """The ``(R, B + 1)`` cumulative lengths that ``g.run`` is fed: a dict by group; a list of them per micro-batch."""
+        """The ``(R, B + 1)`` cumulative lengths that ``g.run`` is fed: a dict by group, or a list of such dicts."""
         return self._fed([dict(item.cu_seqlens) for item in self.micro_batches])
 
     def symbols(self, strategy: Strategy) -> dict[IntSymbol, Any]:

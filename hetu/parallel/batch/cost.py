@@ -103,7 +103,7 @@ class BatchCost:
 
     def edge(self, length: int, attention: float) -> float:
         """Seconds that a piece of a cut document takes beyond its part of the document's attention."""
-        return attention * EDGE_ROWS / length
+        return attention * EDGE_ROWS / max(length, 1)
 
     def seconds(self, tokens: float, attention: float, rows: float, is_cut: bool) -> float:
         """What a pipeline takes for all that it holds of a micro-batch.
