@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from math import inf
 
@@ -162,32 +161,26 @@ class Greedy:
     def _cut(self, length: int, work: float, attention: float) -> Place | None:
         """Cuts a document over the fewest of the pipelines with least to do that stay below the limit."""
         self.heap.sort()  # a sorted list is a heap
-        if min(self._tops(self.heap, length, work, attention)) > self.limit:
-            self.lacks_time = True
-            return None
         for micro_batch, rooms in enumerate(self.rooms):
             free = [item for item in self.heap if rooms[item[1]]]
-            sizes = [rooms[r] for _, r in free]
-            tops = self._tops(free, length, work, attention)
-            for parts, (room, top) in enumerate(zip(accumulate(sizes), tops, strict=True), 1):
-                if room < length or top > self.limit:
+            sizes, levels = [rooms[r] for _, r in free], [seconds for seconds, _ in free]
+            for parts, room in enumerate(accumulate(sizes), 1):
+                if room < length or parts * self.limit < work:
                     continue
                 overhead = self.cost.overhead(length, attention, parts)
-                levels = [seconds for seconds, _ in free[:parts]]
-                top, tokens = pour(length, levels, sizes[:parts], work / length)
+                if (work + sum(levels[:parts])) / parts + overhead > self.limit:
+                    continue
+                top, tokens = pour(length, levels[:parts], sizes[:parts], work / length)
                 if top + overhead <= self.limit:
                     pieces = whole_tokens(tokens, length, sizes[:parts])
                     held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
                     overhead = self.cost.overhead(length, attention, len(held))
                     return self._take(micro_batch, held, work / length, overhead)
+        self.lacks_time = not any(
+            (work + level) / parts + self.cost.overhead(length, attention, parts) <= self.limit
+            for parts, level in enumerate(accumulate(seconds for seconds, _ in self.heap), 1)
+        )
         return None
-
-    def _tops(
-        self, by_level: Sequence[tuple[float, int]], length: int, work: float, attention: float
-    ) -> Iterator[float]:
-        """How long pipelines would take with an even share of a document: the first alone, the first two, and so on."""
-        for parts, level in enumerate(accumulate(seconds for seconds, _ in by_level), 1):
-            yield (work + level) / parts + self.cost.overhead(length, attention, parts)
 
     def _take(self, micro_batch: int, held: list[tuple[int, int]], density: float, overhead: float) -> Place:
         """Gives pipelines the pieces of a document."""

@@ -225,7 +225,7 @@ class BatchPlan:
         slowest = max(self.seconds)
         over = slowest / self.least_seconds if self.least_seconds else 1.0
         time = f"slowest pipeline: {slowest * 1e3:.3f} ms per layer, {over:.3f} of the least"
-        rows = [("micro-batch", "group", "pipelines", "tokens per pipeline", "whole", "cut")]
+        rows: list[tuple[str, ...]] = [("micro-batch", "group", "pipelines", "tokens per pipeline", "whole", "cut")]
         rows += [row for number, item in enumerate(self.micro_batches) for row in self._rows(number, item)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -233,7 +233,7 @@ class BatchPlan:
 
     def _rows(self, number: int, item: MicroBatch) -> list[tuple[str, ...]]:
         """A line of the table per group that holds something."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for value, own in item.documents.items():
             if own:
                 held = sorted({item.lengths[r] for r in self.members[value]})
