@@ -39,8 +39,7 @@ def assign(
     Returns:
         The number of micro-batches, and each document's place.
     """
-    best, soonest = None, inf
-    spread = over_all_seconds(documents, pipelines, max_tokens, cost)
+    best, soonest, spread = None, inf, inf
     for slack in SLACKS:
         limit = least * (1 + slack)
         if min(soonest, spread) <= limit:
@@ -55,6 +54,8 @@ def assign(
                 best, soonest = (micro_batches, places), done
             if soonest <= limit:
                 break
+        if spread == inf and soonest > limit:  # the first limit is mostly enough
+            spread = over_all_seconds(documents, pipelines, max_tokens, cost)
     return _over_all(documents, pipelines, max_tokens) if best is None or spread < soonest else best
 
 

@@ -89,7 +89,8 @@ def plan_batch(
     least = cost.least_seconds(documents, pipelines, max_tokens)
     micro_batches, places = assign(documents, pipelines, max_tokens, cost, least)
     seconds = finish(documents, places, pipelines, micro_batches, cost)
-    groups = joined([*([r for r, _ in place.pieces] for place in places), *([r] for r in range(pipelines))])
+    cut = [[r for r, _ in place.pieces] for place in places if len(place.pieces) > 1]
+    groups = joined([*cut, *([r] for r in range(pipelines))])
     groups.sort(key=lambda members: (-len(members), members))
     number = {r: i for i, r in enumerate(r for members in groups for r in members)}
     where = dict(zip(order.tolist(), places, strict=True))

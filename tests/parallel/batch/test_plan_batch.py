@@ -31,7 +31,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], int, int, hetu.Hardware]:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(batches())
 def test_every_token_lies_in_one_place_within_the_budget(batch: tuple[list[int], int, int, hetu.Hardware]) -> None:
     lengths, pipelines, max_tokens, hardware = batch
