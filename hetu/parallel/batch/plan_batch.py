@@ -70,9 +70,12 @@ def plan_batch(
 
     Example:
         >>> import hetu
-        >>> plan = hetu.plan_batch([4000, 32000, 100, 0], 8, hetu.Hardware.h100(), max_tokens=8192)
-        >>> plan.micro_batches[0].lengths
-        (4572, 4572, 4572, 4571, 4571, 4571, 4571, 4100)
+        >>> lengths = [8000, 900, 0, 2100, 2000, 1900]
+        >>> plan = hetu.plan_batch(lengths, 4, hetu.Hardware.h100(), max_tokens=8192)
+        >>> [[tokens for _, tokens in place.pieces] for place in plan.places]
+        [[2667, 2667, 2666], [900], [0], [2100], [2000], [949, 951]]
+        >>> plan.groups, plan.micro_batches[0].lengths
+        ((0, 0, 0, 1), (3616, 3567, 3617, 4100))
     """
     given = integers(lengths, "lengths", least=0, op=_OP, error=ShapeError)
     pipelines = integer(pipelines, "pipelines", least=1, most=MAX_COUNT, op=_OP)
