@@ -30,7 +30,7 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, recompute, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import Hardware, Layout, Mask, Strategy
+from hetu.parallel import BatchPlan, Hardware, Layout, Mask, Strategy, plan_batch
 from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
@@ -235,6 +235,7 @@ Graph.executor_factory = _executor
 Graph.check_strategies = _check_strategies
 
 __all__ = [
+    "BatchPlan",
     "Binding",
     "BindingError",
     "CommunicationError",
@@ -279,6 +280,7 @@ __all__ = [
     "minimum",
     "nn",
     "optim",
+    "plan_batch",
     "recompute",
     "require",
     "save",

@@ -38,7 +38,7 @@ INSIDE: Mapping[str, Floors] = {
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),
-        ("attn_plan",),
+        ("attn_plan", "batch"),
         ("__init__",),
     ),
     "backends": (

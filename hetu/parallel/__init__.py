@@ -1,6 +1,8 @@
 """Which pipeline holds which tokens, what attends to what, and who sends what to whom: integers only."""
 
 from hetu.parallel.attn_plan import AttnPlan, build_pipeline_plan, build_plan
+from hetu.parallel.batch.batch_plan import BatchPlan
+from hetu.parallel.batch.plan_batch import plan_batch
 from hetu.parallel.layout.group import GroupLayout, Spans
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.layout.splits import SPLITS
@@ -15,6 +17,7 @@ __all__ = [
     "METHODS",
     "SPLITS",
     "AttnPlan",
+    "BatchPlan",
     "Cost",
     "GroupLayout",
     "Hardware",
@@ -30,4 +33,5 @@ __all__ = [
     "build_pipeline_plan",
     "build_plan",
     "groups_of",
+    "plan_batch",
 ]

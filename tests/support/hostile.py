@@ -270,6 +270,13 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield from _method_calls(case)
     yield "Shards", (hetu.Shards, {"arrays": [np.ones(2)]})
     yield "Hardware", (hetu.Hardware, {"flops": 1e12, "link_bytes": 1e9, "latency": 1e-6, "memory_bytes": 1e9})
+    planned = {"lengths": [3, 5], "pipelines": 2, "hardware": hetu.Hardware.h100(), "max_tokens": 8}
+    model = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float16", "token_flops": 1e6}
+    yield "plan_batch", (hetu.plan_batch, {**planned, **model, "mask": hetu.Mask.window(2, 0)})
+    batch = hetu.plan_batch(**planned)
+    yield "BatchPlan.symbols", (batch.symbols, {"strategy": hetu.Strategy([s, 3], [0, 1])})
+    yield "BatchPlan.scatter", (batch.scatter, {"documents": [np.ones(3), np.ones(5)]})
+    yield "BatchPlan.gather", (batch.gather, {"shards": [np.ones(5), np.ones(3)]})
     yield (
         "Layout.build",
         (
