@@ -37,6 +37,7 @@ INSIDE: Mapping[str, Floors] = {
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),
+        ("choice",),
         ("attn_plan",),
         ("__init__",),
     ),
