@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetu.graph import Node, RunView, Tensor
 from hetu.ops.attention.common import read_cu_seqlens, refuse
 from hetu.parallel import Heads, Layout, Mask, Strategy
+from hetu.parallel.choice.setting import chosen
 from hetu.symbols import IntSymbol
 
 
@@ -68,6 +69,7 @@ class ParallelKey:
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         return_softmax: Whether the probabilities are returned.
+        hardware: The number of the hardware that the method is chosen for, if it is; else 0.
     """
 
     layout: LayoutKey
@@ -75,6 +77,7 @@ class ParallelKey:
     mask: Mask
     heads: Heads
     return_softmax: bool
+    hardware: int = 0
 
     @classmethod
     def of(cls, node: Node, layout: LayoutKey, mask: Mask) -> ParallelKey:
@@ -89,6 +92,7 @@ class ParallelKey:
             mask,
             Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
             attrs["return_softmax"],
+            chosen().number if attrs["method"] == "auto" else 0,
         )
 
 

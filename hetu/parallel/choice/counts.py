@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from itertools import chain
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from hetu.parallel.mask.rules import Size, Window
 from hetu.symbols import IntSymbol, as_symbol
 
 Interval = tuple[Numbers, Numbers]
-"""Begin and end of a block of each document, both ``(B,)``."""
+"""Begin and end of a block of each document, both ``(B,)``, or ``(R, B)`` of each member."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +92,15 @@ class Counts:
         """``(B,)`` rows of an owner's shard that at least one of some receivers needs; the owner is none of them."""
         raise NotImplementedError
 
+    def taken(self) -> Numbers:
+        """``(R, R)`` rows that each receiver needs of each owner, of all documents together; 0 of its own."""
+        everyone, found = range(self.members), np.zeros((self.members, self.members), self.pieces.dtype)
+        for r in everyone:
+            for c in everyone:
+                if r != c:
+                    found[r, c] = self.needed([r], c).sum()
+        return found
+
     def gaps(self, batch: Size) -> Numbers:
         """``(R,)`` 0 where a member's rows are one stretch of the group's, which follow each other; else at least 1.
 
@@ -119,7 +127,7 @@ class Counts:
         raise NotImplementedError
 
     def _pairs_of(self, block: Interval) -> Numbers:
-        """``(B,)`` pairs of a block of queries with all keys of their document."""
+        """Pairs of blocks of queries with all keys of their document."""
         (start, end), (left, right) = block, (self.bounds.left, self.bounds.right)
         if right is None:
             seen = (end - start) * self.total
@@ -139,32 +147,42 @@ class Blocks(Counts):
         self.back = pieces - self.front
         self.halves = halves
         ends = self.front.cumsum(0)
-        self.fronts: list[Interval] = list(zip(ends - self.front, ends, strict=True))
         behind = self.total - self.back.cumsum(0)
-        self.backs: list[Interval] = list(zip(behind, behind + self.back, strict=True)) if halves else []
+        self.fronts: Interval = ends - self.front, ends
+        self.backs: Interval = behind, behind + self.back
 
     def pairs(self) -> Numbers:
-        found = [self._pairs_of(block) for block in self.fronts]
-        if self.halves:
-            found = [front + self._pairs_of(back) for front, back in zip(found, self.backs, strict=True)]
-        return np.array(found)
+        fronts = self._pairs_of(self.fronts)
+        return fronts + self._pairs_of(self.backs) if self.halves else fronts
+
+    def taken(self) -> Numbers:
+        if not (self.bounds.is_full or self.bounds.is_causal):
+            return super().taken()
+        have = any_of(self.pieces)
+        if self.bounds.is_full:
+            found = have @ self.pieces.T
+        elif self.halves:
+            found = have @ self.front.T + np.triu(have @ self.back.T, 1)
+        else:
+            found = np.tril(have @ self.pieces.T, -1)
+        np.fill_diagonal(found, 0)
+        return found
 
     def needed(self, receivers: Sequence[int], owner: int) -> Numbers:
         have = any_of(sum(self.pieces[r] for r in receivers))
         if self.bounds.is_full:
             return self.pieces[owner] * have
         if not self.bounds.is_causal:
-            own = [self.fronts[owner], *([self.backs[owner]] if self.halves else [])]
-            parts = [self._seen(receivers, block) for block in own]
-            return sum(parts[1:], parts[0])
+            seen = self._seen(receivers, _row(self.fronts, owner))
+            return seen + self._seen(receivers, _row(self.backs, owner)) if self.halves else seen
         later = [r for r in receivers if (r < owner if self.halves else r > owner)]
         after = any_of(sum(self.pieces[r] for r in later)) if later else self.total * 0
         return self.front[owner] * have + self.back[owner] * after if self.halves else self.front[owner] * after
 
     def _seen(self, receivers: Sequence[int], keys: Interval) -> Numbers:
         """Keys of a block that some queries see: their windows are swept from left to right, as their blocks lie."""
-        blocks = [self.fronts[r] for r in receivers]
-        blocks += [self.backs[r] for r in reversed(receivers)] if self.halves else []
+        blocks = [_row(self.fronts, r) for r in receivers]
+        blocks += [_row(self.backs, r) for r in reversed(receivers)] if self.halves else []
         reached, seen = keys[0], keys[0] * 0
         for start, end in blocks:
             have = any_of(end - start)
@@ -176,10 +194,13 @@ class Blocks(Counts):
 
     def _ends(self) -> tuple[Numbers, Numbers]:
         if not self.halves:
-            return np.array([a for a, _ in self.fronts]), np.array([b for _, b in self.fronts])
-        fronts, backs = np.array(self.fronts), np.array(self.backs)
+            return self.fronts
         has_front = any_of(self.front)
-        return fronts[:, 0] * has_front + backs[:, 0] * (1 - has_front), backs[:, 1]
+        return self.fronts[0] * has_front + self.backs[0] * (1 - has_front), self.backs[1]
+
+
+def _row(blocks: Interval, member: int) -> Interval:
+    return blocks[0][member], blocks[1][member]
 
 
 class Dealt(Counts):
@@ -196,14 +217,26 @@ class Dealt(Counts):
     def pairs(self) -> Numbers:
         if self.bounds.is_full:
             return self.pieces * self.total
-        return np.array([sum(self._pairs(r, c) for c in range(self.members)) for r in range(self.members)])
+        n, keys, after = self.pieces[:, None], self.pieces[None], self._after()
+        if self.bounds.is_causal:  # the i-th query comes after i keys, or i + 1, of those that there are
+            return (triangle(n - 1 + after) - triangle(n - 1 + after - keys)).sum(1)
+        everyone = range(self.members)
+        return np.array([sum(self._pairs(r, c) for c in everyone) for r in everyone])
+
+    def taken(self) -> Numbers:
+        if not self.bounds.is_causal:
+            return super().taken()
+        found = smaller(self.pieces[None], larger(self.pieces[:, None] - 1 + self._after(), 0)).sum(2)
+        np.fill_diagonal(found, 0)
+        return found
+
+    def _after(self) -> Numbers:
+        """``(R, R, 1)`` 1 where a receiver comes after an owner in each round, or is the same, else 0."""
+        return np.tri(self.members, dtype=np.int64)[:, :, None]
 
     def _pairs(self, receiver: int, owner: int) -> Numbers:
-        """Pairs of one member's queries with one member's keys."""
-        n, keys = self.pieces[receiver], self.pieces[owner]
-        if self.bounds.is_causal:  # the i-th query comes after i keys, or i + 1, of those that there are
-            last = n - 1 + int(owner <= receiver)
-            return triangle(last) - triangle(last - keys)
+        """Pairs of one member's queries with one member's keys, of equal lengths under a window."""
+        n = self.pieces[receiver]
         low, high = self._steps(receiver, owner)
         below = n * 0 if low is None else _clamped(n, low)
         return (n * n if high is None else _clamped(n, high + 1)) - below

@@ -62,7 +62,7 @@ def _extremum(of_ints: Callable[..., Any], of_symbols: Callable[..., Any], of_ar
     def extremum(a: Any, b: Any) -> Any:
         if not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray):
             return pick(a, b)
-        is_symbolic = any(isinstance(x, IntSymbol) or getattr(x, "dtype", None) == object for x in (a, b))
+        is_symbolic = any(isinstance(x, IntSymbol) or getattr(x, "dtype", None) == np.dtype(object) for x in (a, b))
         return of_items(lifted(a), lifted(b)) if is_symbolic else of_arrays(a, b)
 
     return extremum

@@ -67,10 +67,8 @@ class GroupCounts:
     @cached_property
     def taken(self) -> list[list[Any]]:
         """Rows that each member needs of each owner."""
-        return [
-            [0 if r == c else self._total(self.counts.needed([r], c)) for c in range(self.members)]
-            for r in range(self.members)
-        ]
+        found: list[list[Any]] = self.counts.taken().tolist()
+        return found if self.batch == 1 else [[count * self.batch for count in own] for own in found]
 
     @cached_property
     def carried(self) -> list[list[Any]]:
