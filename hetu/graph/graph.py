@@ -21,7 +21,8 @@ from hetu.symbols import Constraint, IntSymbol, as_symbol
 if TYPE_CHECKING:
     import networkx
 
-    from hetu.parallel import AttnPlan, Layout, Strategy
+    from hetu.parallel import AttnPlan, Hardware, Layout, Strategy
+    from hetu.planning.choosing import Explanation
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
 
@@ -428,6 +429,47 @@ class Graph:
         Takes the arguments of :meth:`layout`.
         """
         return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
+
+    def explain(
+        self,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
+        cu_seqlens: Any = None,
+        batch: int | Sequence[int] | Mapping[int, int] = 1,
+        node: str | None = None,
+        hardware: Hardware | None = None,
+    ) -> Explanation:
+        """What each strategy would cost, or why it can't run, before anything is fed: the choice that "auto" makes.
+
+        Args:
+            int_symbol_dict: As :meth:`layout` takes it.
+            cu_seqlens: As :meth:`layout` takes it, the same for all strategies.
+            batch: As :meth:`layout` takes it.
+            node: Which ``parallel_attn``, where the graph has several with different layouts.
+            hardware: What to estimate for; None for what ``hetu.use_hardware`` set.
+
+        Returns:
+            The choices, and the index of the cheapest feasible one, ``explanation.chosen``. Printed, it is a table.
+
+        Raises:
+            StrategyError: If the graph has no such ``parallel_attn``.
+
+        Example:
+            >>> import hetu
+            >>> s = hetu.IntSymbol("s")
+            >>> strategies = [
+            ...     hetu.Strategy([s], [0], "one"),
+            ...     hetu.Strategy([s // 2, s - s // 2], [0, 0], "two"),
+            ...     hetu.Strategy([s - 4096, 4096], [0, 0], "long"),
+            ... ]
+            >>> with hetu.graph("define_and_run", strategies=strategies) as g:
+            ...     qkv = hetu.placeholder(hetu.bfloat16, [hetu.IntSymbol("rows"), 48 * 128])
+            ...     out, *_ = hetu.parallel_attn(qkv, 128, 4, split="sym", method="direct")
+            >>> print(g.explain(int_symbol_dict={s: 4000}))
+            >>> g.explain(int_symbol_dict={s: 100_000}).chosen
+            1
+        """
+        return self.planner.explain(int_symbol_dict, cu_seqlens, batch, node, hardware)
 
 
 def _refuse_requirement(given: Any, where: Where) -> NoReturn:

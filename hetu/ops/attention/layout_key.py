@@ -82,18 +82,18 @@ class ParallelKey:
     @classmethod
     def of(cls, node: Node, layout: LayoutKey, mask: Mask) -> ParallelKey:
         """The key of a node on a layout, with its mask bound."""
+        attrs = node.attrs
+        number = chosen().number if attrs["method"] == "auto" else 0
+        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number)
+
+    @staticmethod
+    def heads_of(node: Node) -> Heads:
+        """The widths of a token's row that a node attends with."""
         attrs, qkv = node.attrs, node.inputs[0]
         assert isinstance(qkv, Tensor)
         width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
         num_kv = width // head_dim // (ratio + 2)
-        return cls(
-            layout,
-            attrs["method"],
-            mask,
-            Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
-            attrs["return_softmax"],
-            chosen().number if attrs["method"] == "auto" else 0,
-        )
+        return Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize)
 
 
 def group_cu_seqlens(node: Node, view: RunView, members: Sequence[int], total: int) -> NDArray[np.int64]:

@@ -236,7 +236,9 @@ def _constants(strategy: Strategy) -> tuple[int, ...]:
 
 def _moved(members: tuple[int, ...], work: Work) -> Links:
     """The links of a group that carry anything, by the strategy's pipelines."""
-    sizes = {(members[a], members[b]): _size(count) for (a, b), count in work.links.items()}
+    sizes = {
+        (members[i], members[j]): _size(size) for i, row in enumerate(work.links.tolist()) for j, size in enumerate(row)
+    }
     return {link: size for link, size in sizes.items() if isinstance(size, IntSymbol) or size}
 
 

@@ -8,11 +8,11 @@ into the order that the clock puts them into in nine of ten pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from functools import reduce
-from typing import Any
+from operator import add
+from typing import Any, NamedTuple
 
-from hetu.parallel.choice.numbers import larger
+from hetu.parallel.choice.numbers import Numbers, larger
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware
@@ -22,8 +22,7 @@ CANDIDATES = ("direct", "ulysses")
 fewer bytes than ``direct``, and with these two a rank makes its part of a backward without those of all others."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
+class Load(NamedTuple):
     """What decides how long a context group takes, as ints or symbols.
 
     Attributes:
@@ -44,21 +43,15 @@ class Load:
     peak: Any
     peers: Any
 
-    @property
-    def sizes(self) -> list[Any]:
-        return [getattr(self, item.name) for item in fields(self)]
-
 
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
-    R = group.members
-    come, gone = [0] * R, [0] * R
-    for (source, target), count in work.links.items():
-        come[target] = come[target] + count
-        gone[source] = gone[source] + count
-    both = [a + b for a, b in zip(come, gone, strict=True)]
-    pairs = group.whole_pairs if method == "ulysses" else sum(group.pairs)
-    return Load(_most(work.flops), pairs, sum(group.rows), _most([*come, *gone]), _most(both), _most(work.peak), R - 1)
+    come, gone = work.links.sum(0), work.links.sum(1)
+    pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
+    moved = _most(larger(come, gone))
+    return Load(
+        _most(work.flops), pairs, group.rows.sum(), moved, _most(come + gone), _most(work.peak), group.members - 1
+    )
 
 
 def loads_of(groups: Iterable[GroupCounts], methods: Sequence[str]) -> dict[str, list[Load]]:
@@ -70,8 +63,7 @@ def loads_of(groups: Iterable[GroupCounts], methods: Sequence[str]) -> dict[str,
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """How long an attention takes, in seconds.
 
     Attributes:
@@ -84,64 +76,65 @@ class Estimate:
     compute: float
     transfer: float
 
-    def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(self.time + other.time, self.compute + other.compute, self.transfer + other.transfer)
-
-    def times(self, count: int) -> Estimate:
-        return Estimate(self.time * count, self.compute * count, self.transfer * count)
+    def plus(self, other: Estimate) -> Estimate:
+        """The time of both, one after the other."""
+        return Estimate(*map(add, self, other))
 
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
 
 
-def estimate(
-    method: str, loads: Sequence[Load], heads: Heads, kind: str, hardware: Hardware, is_backward: bool = False
-) -> Estimate:
-    """The time of one attention.
+class Estimator:
+    """Estimates the times of one kind of attention.
 
     Args:
-        method: How tokens move.
-        loads: Of each context group, as ints.
         heads: Widths of a token's row.
         kind: Of the mask, as :class:`~hetu.parallel.views.hardware.Rate` has it.
         hardware: What it runs on.
         is_backward: Whether it is the backward.
     """
-    found = [_of_group(method, load, heads, kind, hardware, is_backward) for load in loads]
-    return max(found, key=lambda item: item.time)
+
+    def __init__(self, heads: Heads, kind: str, hardware: Hardware, is_backward: bool = False) -> None:
+        self.hardware, self.head_dim, self.kind, self.is_backward = hardware, heads.head_dim, kind, is_backward
+        self.flops = 2.5 if is_backward else 1.0
+        self.grads = heads.grad_row_bytes / heads.kv_row_bytes
+        forward = (Payload.QKV, Payload.OUT, Payload.LSE)
+        backward = (Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.QKV_GRADS)
+        grown = sum(map(heads.row_bytes, backward)) / sum(map(heads.row_bytes, forward))
+        self.grown, self.payloads = (grown, 4) if is_backward else (1.0, 3)
+
+    def of(self, method: str, loads: Sequence[Load]) -> Estimate:
+        """The time of one attention, of which the loads are those of its context groups, as ints."""
+        return max([self._of_group(method, *load) for load in loads])
+
+    def _of_group(
+        self, method: str, flops: int, pairs: int, rows: int, moved: int, both: int, peak: int, peers: int
+    ) -> Estimate:
+        if not flops:
+            return NOTHING
+        hardware, time = self.hardware, float(moved)
+        steps = 1 if method == "ulysses" else 2 if method == "all_gather" else 1 + peers
+        rate = (
+            hardware.rate(pairs / rows, self.head_dim, self.kind, self.is_backward)
+            if hardware.rates
+            else hardware.flops
+        )
+        compute = self.flops * flops / rate + steps * hardware.launch
+        if not moved:
+            return Estimate(compute, compute, 0.0)
+        transfers = peers
+        if method == "ulysses":
+            time, transfers = time * self.grown, peers * self.payloads  # one of each payload
+        elif self.is_backward:  # gradients of what came go home while what is next comes
+            time, transfers = max(time + self.grads * (both - moved), self.grads * time), 2 * peers
+        transfer = time / hardware.link_bytes + transfers * hardware.latency
+        if method != "ring":  # where members send as much as they get, links wait for each other
+            transfer *= 1 + (1 - 1 / peers) * (both / moved - 1)
+        if method == "ulysses":  # heads come, then it computes, then results go home
+            return Estimate(compute + transfer, compute, transfer)
+        last = compute / (2 if method == "all_gather" else steps)  # of what comes last
+        return Estimate(max(compute, transfer + last), compute, transfer)
 
 
-def _of_group(method: str, load: Load, heads: Heads, kind: str, hardware: Hardware, is_backward: bool) -> Estimate:
-    flops = load.flops * 5 // 2 if is_backward else load.flops
-    rate = hardware.rate(load.pairs / max(load.rows, 1), heads.head_dim, kind, is_backward)
-    steps = 1 if method == "ulysses" else 2 if method == "all_gather" else 1 + load.peers
-    compute = flops / rate + steps * hardware.launch if flops else 0.0
-    if not load.moved:
-        return Estimate(compute, compute, 0.0)
-    transfers, moved = load.peers, float(load.moved)
-    if method == "ulysses":
-        transfers = (4 if is_backward else 3) * load.peers  # one of each payload
-        moved *= _ulysses_growth(heads) if is_backward else 1.0
-    elif is_backward:  # gradients of what came go home while what is next comes
-        grads = heads.grad_row_bytes / heads.kv_row_bytes
-        moved, transfers = moved + grads * (load.both - load.moved), 2 * load.peers
-        if load.both < 2 * load.moved:
-            moved = max(moved, grads * load.moved)
-    transfer = moved / hardware.link_bytes + transfers * hardware.latency
-    if method != "ring":  # where members send as much as they get, links wait for each other: one transfer at a time
-        transfer *= 1 + (1 - 1 / load.peers) * min(load.both / load.moved - 1, 1.0)
-    if method == "ulysses":  # heads come, then it computes, then results go home
-        return Estimate(compute + transfer, compute, transfer)
-    last = compute / 2 if method == "all_gather" else compute / steps  # what came last is attended to after it came
-    return Estimate(max(compute, transfer + last), compute, transfer)
-
-
-def _ulysses_growth(heads: Heads) -> float:
-    """How many times as many bytes a backward moves as a forward."""
-    forward = (Payload.QKV, Payload.OUT, Payload.LSE)
-    backward = (Payload.QKV_DOUT, Payload.LSE_DELTA, Payload.QKV_GRADS)
-    return sum(map(heads.row_bytes, backward)) / sum(map(heads.row_bytes, forward))
-
-
-def _most(items: Sequence[Any]) -> Any:
-    return reduce(larger, items)
+def _most(items: Numbers) -> Any:
+    return reduce(larger, items.tolist())

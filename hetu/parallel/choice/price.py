@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from hetu.errors import StrategyError
 from hetu.parallel.choice.counts import counts_of
-from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Load, estimate, loads_of
+from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, loads_of
 from hetu.parallel.choice.numbers import numbers
 from hetu.parallel.choice.work import GroupCounts
 from hetu.parallel.layout.group import GroupLayout
@@ -21,7 +20,7 @@ from hetu.parallel.plan.heads import Heads
 from hetu.parallel.views.cost import mask_kind
 from hetu.parallel.views.hardware import Hardware
 
-LOAD_SIZES = len(fields(Load))
+LOAD_SIZES = len(Load._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,39 +43,52 @@ class Attention:
         return CANDIDATES if self.method == "auto" else (self.method,)
 
 
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What an attention costs by the cheapest method that may be taken.
+class Pricer:
+    """Finds the cheapest method of one attention on some hardware.
+
+    Args:
+        attention: What it is.
+        hardware: What it runs on.
+        forwards: How many forwards are computed.
+        backwards: How many backwards.
+    """
+
+    def __init__(self, attention: Attention, hardware: Hardware, forwards: int = 1, backwards: int = 0) -> None:
+        kind, self.methods = mask_kind(attention.mask), attention.methods
+        each = [Estimator(attention.heads, kind, hardware, is_backward) for is_backward in (False, True)]
+        self.forward, self.backward = each
+        self.forwards, self.backwards = forwards, backwards
+
+    def price(self, loads: Mapping[str, Sequence[Load]]) -> Price:
+        """The price by the method whose forward takes least time; of equal ones the first."""
+        found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
+        forward, method = min(found, key=_time)
+        own, total = loads[method], NOTHING
+        for _ in range(self.forwards):
+            total = total.plus(forward)
+        if self.backwards:
+            backward = self.backward.of(method, own)
+            for _ in range(self.backwards):
+                total = total.plus(backward)
+        return Price(method, total, max([load.peak for load in own]))
+
+
+class Price(NamedTuple):
+    """What attention costs by the cheapest method that may be taken.
 
     Attributes:
         method: The method.
-        forward: Its time.
-        backward: That of the gradients.
-        peak_bytes: Most bytes that a pipeline holds at a time in the forward.
+        estimate: The time of all forwards and backwards.
+        peak_bytes: Most bytes that a pipeline holds at a time in a forward.
     """
 
     method: str
-    forward: Estimate
-    backward: Estimate
+    estimate: Estimate
     peak_bytes: int
 
-    def total(self, forwards: int, backwards: int) -> Estimate:
-        """The time of so many attentions."""
-        return self.forward.times(forwards) + self.backward.times(backwards)
 
-
-def price_of(attention: Attention, loads: Mapping[str, Sequence[Load]], hardware: Hardware) -> Price:
-    """The price by the method whose forward takes least time; of equal ones the first."""
-    kind, best = mask_kind(attention.mask), None
-    for method, of_groups in loads.items():
-        forward = estimate(method, of_groups, attention.heads, kind, hardware)
-        if best is None or forward.time < best[1].time:
-            best = method, forward, of_groups
-    if best is None:
-        return Price(AUTO, NOTHING, NOTHING, 0)
-    method, forward, of_groups = best
-    backward = estimate(method, of_groups, attention.heads, kind, hardware, is_backward=True)
-    return Price(method, forward, backward, int(max(load.peak for load in of_groups)))
+def _time(found: tuple[Estimate, str]) -> float:
+    return found[0].time
 
 
 def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
@@ -96,13 +108,16 @@ def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list
     """The loads of a strategy's groups in its symbols, in one list; :func:`read_loads` reads its values."""
     lengths = [[[strategy.lengths[r]] for r in members] for members in groups_of(strategy.groups).values()]  # type: ignore[arg-type]
     groups = [GroupCounts(counts_of(numbers(own), split, attention.mask), attention.heads) for own in lengths]
-    return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load.sizes]
+    return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load]
 
 
 def read_loads(values: Sequence[int], methods: Sequence[str]) -> dict[str, list[Load]]:
     """The loads of which :func:`strategy_sizes` gave the sizes."""
-    each, items = len(values) // len(methods), iter(values)
-    return {method: [Load(*islice(items, LOAD_SIZES)) for _ in range(each // LOAD_SIZES)] for method in methods}
+    each, found, at = len(values) // len(methods), {}, 0
+    for method in methods:
+        found[method] = [Load(*values[i : i + LOAD_SIZES]) for i in range(at, at + each, LOAD_SIZES)]
+        at += each
+    return found
 
 
 def split_of(group: GroupLayout) -> str:
@@ -123,6 +138,6 @@ def cheapest_method(layout: Layout, mask: Mask, heads: Heads, hardware: Hardware
     """What ``"auto"`` is on a layout; where nothing can be counted, as without hardware, :data:`AUTO`."""
     attention = Attention(mask, heads, "auto")
     try:
-        return price_of(attention, layout_loads(layout, attention), hardware).method
+        return Pricer(attention, hardware).price(layout_loads(layout, attention)).method
     except StrategyError:
         return AUTO

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from hetu.parallel.choice.counts import Counts
-from hetu.parallel.choice.numbers import any_of, larger, lifted, smaller
+from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, numbers, smaller
 from hetu.parallel.mask.rules import Size
 from hetu.parallel.methods.ulysses import deal
 from hetu.parallel.plan.heads import Heads, Payload
-
-Links = dict[tuple[int, int], Any]
-"""Bytes from one member to another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +26,14 @@ class Work:
     """What members do, of ints or symbols.
 
     Attributes:
-        flops: Of each member, as :attr:`hetu.parallel.views.cost.Cost.flops`.
-        links: Bytes from one member to another; no entry where there are never any.
-        peak: Bytes that each member holds at most, as :meth:`~hetu.parallel.AttnPlan.peak_bytes`.
+        flops: ``(R,)``, as :attr:`hetu.parallel.views.cost.Cost.flops`.
+        links: ``(R, R)`` bytes from each member to each other one.
+        peak: ``(R,)`` bytes that each holds at most, as :meth:`~hetu.parallel.AttnPlan.peak_bytes`.
     """
 
-    flops: list[Any]
-    links: Links
-    peak: list[Any]
+    flops: Numbers
+    links: Numbers
+    peak: Numbers
 
 
 class GroupCounts:
@@ -44,86 +43,84 @@ class GroupCounts:
         counts: Of each document.
         heads: Widths of a token's row.
         batch: How often each document is there.
+
+    Attributes:
+        rows: ``(R,)`` of each member's shard.
     """
 
     def __init__(self, counts: Counts, heads: Heads, batch: Size = 1) -> None:
-        self.counts, self.heads, self.batch = counts, heads, batch
+        self.counts, self.heads, self.batch = counts, heads, lifted(batch)
         self.members = counts.members
-        self.rows = [self._total(own) for own in counts.pieces]
-
-    def _total(self, of_documents: Any) -> Any:
-        return sum(of_documents.tolist()) * self.batch
+        self.rows = counts.pieces.sum(1) * self.batch
 
     @cached_property
-    def pairs(self) -> list[Any]:
-        """Of each member's queries."""
-        return [self._total(own) for own in self.counts.pairs()]
+    def pairs(self) -> Numbers:
+        """``(R,)`` pairs of each member's queries."""
+        return self.counts.pairs().sum(1).astype(object) * self.batch
 
     @cached_property
     def whole_pairs(self) -> Any:
-        """Of all tokens."""
-        return self._total(self.counts.whole_pairs())
+        """Pairs of all tokens."""
+        return (self.counts.whole_pairs().sum(keepdims=True).astype(object) * self.batch)[0]
 
     @cached_property
-    def taken(self) -> list[list[Any]]:
-        """Rows that each member needs of each owner."""
-        found: list[list[Any]] = self.counts.taken().tolist()
-        return found if self.batch == 1 else [[count * self.batch for count in own] for own in found]
+    def taken(self) -> Numbers:
+        """``(R, R)`` rows that each member needs of each owner."""
+        return self.counts.taken() * self.batch
 
     @cached_property
-    def carried(self) -> list[list[Any]]:
-        """``[hop][owner]`` rows of the owner's shard that somebody at that distance or further needs; none at home."""
+    def carried(self) -> Numbers:
+        """``(R, R)`` for each hop and owner: rows that somebody at that distance or further needs; none at home."""
         R = self.members
-        return [[0] * R] + [
-            [self._total(self.counts.needed(sorted((c + far) % R for far in range(hop, R)), c)) for c in range(R)]
-            for hop in range(1, R)
-        ]
+        found = np.zeros((R, R), self.rows.dtype)
+        for hop in range(1, R):
+            for c in range(R):
+                found[hop, c] = self.counts.needed(sorted((c + far) % R for far in range(hop, R)), c).sum()
+        return found * self.batch
 
     @cached_property
-    def gaps(self) -> list[Any]:
+    def gaps(self) -> Numbers:
         """See :meth:`Counts.gaps`."""
-        return list(self.counts.gaps(lifted(self.batch)))
+        return self.counts.gaps(self.batch)
 
-    def results(self, rows: Any, steps_on: Any) -> Any:
-        """Bytes of a member's results; ``steps_on`` is 1 where several steps add to them."""
+    def results(self, steps_on: Any) -> Numbers:
+        """``(R,)`` bytes of each member's results; ``steps_on`` is 1 where several steps add to them."""
         heads = self.heads
-        wide = max(heads.itemsize, 4) * heads.num_q * heads.head_dim
-        return rows * (heads.row_bytes(Payload.OUT) + heads.row_bytes(Payload.LSE)) + rows * wide * steps_on
+        row = heads.row_bytes(Payload.OUT) + heads.row_bytes(Payload.LSE)
+        return self.rows * (steps_on * (max(heads.itemsize, 4) * heads.num_q * heads.head_dim) + row)
 
-    def flops(self, pairs: Any, num_q: int) -> Any:
-        return pairs * (4 * self.heads.head_dim * num_q)
+    def flops(self, pairs: Any, num_q: Any) -> Any:
+        return pairs * (num_q * 4 * self.heads.head_dim)
 
 
 def moved_once(group: GroupCounts) -> Work:
     """``direct`` and ``all_gather``: all that travels is under way, and held, until the end."""
     row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
-    links, peak, R = {}, [], range(group.members)
-    for r in R:
-        links |= {(c, r): group.taken[r][c] * row for c in R if c != r}
-    for r, rows in enumerate(group.rows):
-        come, gone = sum(group.taken[r]), sum(group.taken[c][r] for c in R)
-        peak.append(rows * own + (come + gone) * row + group.results(rows, any_of(come)))
-    return Work([group.flops(pairs, group.heads.num_q) for pairs in group.pairs], links, peak)
+    come, gone = group.taken.sum(1), group.taken.sum(0)
+    peak = group.rows * own + (come + gone) * row + group.results(any_of(come))
+    return Work(group.flops(group.pairs, group.heads.num_q), group.taken.T * row, peak)
 
 
 def ring(group: GroupCounts) -> Work:
     """``ring``: two buffers take turns, and what is passed on is held until the next receive into its buffer."""
     R, row = group.members, group.heads.row_bytes(Payload.KV)
-    links: Links = {}
+    links = np.zeros((R, R), group.rows.dtype)
     for hop in range(1, R):
         for c in range(R):
-            link = (c + hop - 1) % R, (c + hop) % R
-            links[link] = links.get(link, 0) + group.carried[hop][c] * row
-    peak = [_ring_peak(group, member) for member in range(R)]
-    return Work([group.flops(pairs, group.heads.num_q) for pairs in group.pairs], links, peak)
+            source, target = (c + hop - 1) % R, (c + hop) % R
+            links[source, target] = links[source, target] + group.carried[hop, c]
+    most = numbers([_ring_peak(group, member) for member in range(R)])
+    attended = group.results(any_of(group.taken.sum(1)))
+    peak = group.rows * group.heads.row_bytes(Payload.QKV) + attended + most * row
+    return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak)
 
 
 def _ring_peak(group: GroupCounts, m: int) -> Any:
-    """The peak of a member: its shard, results, and first send are held throughout; what else is, hop by hop."""
-    R, heads, rows = group.members, group.heads, group.rows[m]
-    taken = [group.taken[m][(m - hop) % R] for hop in range(R)]
-    come = [group.carried[hop][(m - hop) % R] for hop in range(R)] + [0]
-    sent = [0, *(group.carried[hop][(m - hop + 1) % R] for hop in range(1, R)), 0]
+    """Rows that a member holds at most beside its shard: its first send throughout, and what else is, hop by hop."""
+    R, carried = group.members, group.carried.tolist()
+    taken = [group.taken[m, (m - hop) % R] for hop in range(R)]
+    come = [carried[hop][(m - hop) % R] for hop in range(R)] + [0]
+    sent = [0, *(carried[hop][(m - hop + 1) % R] for hop in range(1, R)), 0]
     held, kept, keeping = _RingBuffers(taken, come, sent), [0, 0], list[Any]()
     for hop in range(R):  # what was sent from a buffer is waited for before the next receive into it is posted
         keeping.append(kept[0] + kept[1])
@@ -134,8 +131,7 @@ def _ring_peak(group: GroupCounts, m: int) -> Any:
     most: Any = 0
     for hop in range(R):
         most = larger(most, held.at(hop, keeping) + keeping[hop + 1])
-    own = rows * heads.row_bytes(Payload.QKV) + group.results(rows, any_of(sum(taken)))
-    return own + (sent[1] + most) * heads.row_bytes(Payload.KV)
+    return most + sent[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,29 +190,30 @@ class _RingBuffers:
 
 def ulysses(group: GroupCounts) -> Work:
     """``ulysses``: everybody's rows of some heads come, and results go home."""
-    R, heads, tokens = group.members, group.heads, sum(group.rows)
+    R, heads, rows, tokens = group.members, group.heads, group.rows, group.rows.sum(keepdims=True)
     if R == 1:
         return moved_once(group)
-    ranges = deal(heads, R)
-    home = (Payload.OUT, Payload.LSE)
+    given, back, num_q = _head_bytes(heads, R)
+    links = rows[:, None] * given + rows * back[:, None]
+    np.fill_diagonal(links, 0)
+    packed, landing = rows * (given.sum() - given), rows * (back.sum() - back)
+    scattered = rows * any_of(group.gaps)  # what does not land in one stretch lands aside first
+    aside, others = (scattered.sum(keepdims=True) - scattered) * given, (tokens - rows) * back
+    results = group.results(0) + rows * heads.row_bytes(Payload.LSE)
+    gathered, computed = tokens * given, tokens * back
+    before = packed + gathered + larger(aside, computed)
+    after = results + others + larger(computed, landing)
+    peak = rows * heads.row_bytes(Payload.QKV) + larger(before, after)
+    return Work(group.flops(np.array([group.whole_pairs] * R, object), num_q), links, peak)
+
+
+@lru_cache
+def _head_bytes(heads: Heads, members: int) -> tuple[Numbers, Numbers, Numbers]:
+    """Of each member's heads: bytes of a row on its way there, bytes of its results, and the number of query heads."""
+    ranges = deal(heads, members)
     given = [heads.row_bytes(Payload.QKV, own) for own in ranges]
-    back = [sum(heads.row_bytes(payload, own) for payload in home) for own in ranges]
-    links, peak = {}, []
-    for r in range(R):
-        links |= {(c, r): group.rows[c] * given[r] + group.rows[r] * back[c] for c in range(R) if c != r}
-    for r, rows in enumerate(group.rows):
-        others = [c for c in range(R) if c != r]
-        shard = rows * heads.row_bytes(Payload.QKV)
-        packed, landing = rows * sum(given[c] for c in others), rows * sum(back[c] for c in others)
-        aside = sum(group.rows[c] * given[r] * any_of(group.gaps[c]) for c in others)
-        sent_home = sum(group.rows[c] for c in others) * back[r]
-        results = group.results(rows, 0) + rows * heads.row_bytes(Payload.LSE)
-        gathered, computed = tokens * given[r], tokens * back[r]
-        before = shard + packed + gathered + larger(aside, computed)
-        after = shard + results + sent_home + larger(computed, landing)
-        peak.append(larger(before, after))
-    flops = [group.flops(group.whole_pairs, own.num_q) for own in ranges]
-    return Work(flops, links, peak)
+    back = [heads.row_bytes(Payload.OUT, own) + heads.row_bytes(Payload.LSE, own) for own in ranges]
+    return numbers(given), numbers(back), np.array([own.num_q for own in ranges], object)
 
 
 WORK: dict[str, Callable[[GroupCounts], Work]] = {

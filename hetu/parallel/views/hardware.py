@@ -162,8 +162,8 @@ class Hardware:
     def h100(cls) -> Hardware:
         """An H100 SXM in a node: NVLink 4 at 450 GB/s each way, 80 GB.
 
-        500 TFLOP/s is about half of the peak of dense bfloat16 (989 TFLOP/s), as attention forward reaches. The bandwidth is
-        that of NVIDIA's data sheet of 2023-03; the latency is an estimate.
+        500 TFLOP/s is about half of the peak of dense bfloat16 (989 TFLOP/s), as attention forward reaches. The
+        bandwidth is that of NVIDIA's data sheet of 2023-03; the latency is an estimate.
         """
         return cls(flops=500e12, link_bytes=450e9, latency=10e-6, memory_bytes=80e9, name="H100 SXM, NVLink 4")
 
