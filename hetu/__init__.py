@@ -30,7 +30,7 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, recompute, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import Hardware, Layout, Mask, Strategy
+from hetu.parallel import Hardware, Layout, Mask, Strategy, Topology
 from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
@@ -251,6 +251,7 @@ __all__ = [
     "Strategy",
     "StrategyError",
     "Tensor",
+    "Topology",
     "UnboundSymbolError",
     "as_dtype",
     "autocast",

@@ -94,7 +94,7 @@ class Counts:
 
     def taken(self) -> Numbers:
         """``(R, R)`` rows that each receiver needs of each owner, of all documents together; 0 of its own."""
-        everyone, found = range(self.members), np.zeros((self.members, self.members), self.pieces.dtype)
+        everyone, found = range(self.members), np.zeros((self.members, self.members), object)
         for r in everyone:
             for c in everyone:
                 if r != c:

@@ -8,14 +8,16 @@ into the order that the clock puts them into in nine of ten pairs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
 from operator import add
 from typing import Any, NamedTuple
 
-from hetu.parallel.choice.numbers import Numbers, larger
+import numpy as np
+
+from hetu.parallel.choice.numbers import Numbers
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware
+from hetu.symbols import IntSymbol, maximum
 
 CANDIDATES = ("direct", "ulysses")
 """What ``method="auto"`` chooses among, the first of equal ones. Of the methods that move keys and values none moves
@@ -48,10 +50,8 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
     come, gone = work.links.sum(0), work.links.sum(1)
     pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
-    moved = _most(larger(come, gone))
-    return Load(
-        _most(work.flops), pairs, group.rows.sum(), moved, _most(come + gone), _most(work.peak), group.members - 1
-    )
+    moved, both, peers = _most(np.concatenate([come, gone])), _most(come + gone), group.members - 1
+    return Load(_most(work.flops), pairs, group.rows.sum(), moved, both, _most(work.peak), peers)
 
 
 def loads_of(groups: Iterable[GroupCounts], methods: Sequence[str]) -> dict[str, list[Load]]:
@@ -137,4 +137,5 @@ class Estimator:
 
 
 def _most(items: Numbers) -> Any:
-    return reduce(larger, items.tolist())
+    listed = items.tolist()
+    return maximum(*listed) if any(isinstance(item, IntSymbol) for item in listed) else max(listed)

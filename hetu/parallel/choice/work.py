@@ -72,7 +72,7 @@ class GroupCounts:
     def carried(self) -> Numbers:
         """``(R, R)`` for each hop and owner: rows that somebody at that distance or further needs; none at home."""
         R = self.members
-        found = np.zeros((R, R), self.rows.dtype)
+        found = np.zeros((R, R), object)
         for hop in range(1, R):
             for c in range(R):
                 found[hop, c] = self.counts.needed(sorted((c + far) % R for far in range(hop, R)), c).sum()
@@ -104,7 +104,7 @@ def moved_once(group: GroupCounts) -> Work:
 def ring(group: GroupCounts) -> Work:
     """``ring``: two buffers take turns, and what is passed on is held until the next receive into its buffer."""
     R, row = group.members, group.heads.row_bytes(Payload.KV)
-    links = np.zeros((R, R), group.rows.dtype)
+    links = np.zeros((R, R), object)
     for hop in range(1, R):
         for c in range(R):
             source, target = (c + hop - 1) % R, (c + hop) % R
