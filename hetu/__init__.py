@@ -40,7 +40,8 @@ from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximu
 if TYPE_CHECKING:
     from hetu import functional as functional
     from hetu.backends.comm.recorder import Recorder
-    from hetu.distributed import gather_shards, init_distributed, shutdown_distributed
+    from hetu.calibration import calibrate
+    from hetu.distributed import gather_shards, init_distributed, shutdown_distributed, use_hardware
     from hetu.runtime.executor import Executor
 
 __version__ = "0.1.0"
@@ -48,7 +49,7 @@ __version__ = "0.1.0"
 tensor = Tensor
 
 
-_DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards")
+_DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards", "use_hardware")
 """Functions of a module that brings torch."""
 
 
@@ -111,6 +112,8 @@ _OTHER_HETU = {
 def __getattr__(name: str) -> Any:
     if name == "functional":  # it brings torch
         return importlib.import_module("hetu.functional")
+    if name == "calibrate":
+        return importlib.import_module("hetu.calibration").calibrate
     if name in _DISTRIBUTED:
         return getattr(importlib.import_module("hetu.distributed"), name)
     what = f"module {__name__!r} has no attribute {name!r}"
@@ -257,6 +260,7 @@ __all__ = [
     "autocast",
     "bfloat16",
     "bool",
+    "calibrate",
     "ceil_div",
     "config",
     "equal",
@@ -283,5 +287,6 @@ __all__ = [
     "tensor",
     "trace",
     "uint8",
+    "use_hardware",
     *_OPS,
 ]

@@ -27,7 +27,7 @@ FLOORS: Floors = (
     ("planning",),
     ("backends",),
     ("runtime", "functional"),
-    ("distributed", "integrations"),
+    ("distributed", "calibration", "integrations"),
     ("__init__",),
 )
 
@@ -60,7 +60,7 @@ ONLY: Mapping[str, set[str]] = {"integrations": {"errors", "arguments", "functio
 """Rooms that know no more than a user's code could, whatever floor they stand on."""
 
 FRAMEWORKS = {"torch", "triton"}
-WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "integrations"}
+WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "calibration", "integrations"}
 LAZY_ONLY = {"networkx"}
 
 MAY_CIRCLE = {"graph", "symbols"}

@@ -6,15 +6,16 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
-from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, shown, text
+from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, text
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
+from hetu.graph.requirement import refuse_requirement
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
@@ -182,7 +183,7 @@ class Graph:
         """
         place = where or caller()
         if not isinstance(constraint, Constraint):
-            _refuse_requirement(constraint, place)
+            refuse_requirement(constraint, place)
         if constraint.decided is False:
             what = f"{constraint} never holds"
             raise ShapeError(what, op="require", where=place, fix="change the ranges of the symbols")
@@ -441,48 +442,7 @@ class Graph:
     ) -> Explanation:
         """What each strategy would cost, or why it can't run, before anything is fed: the choice that "auto" makes.
 
-        Args:
-            int_symbol_dict: As :meth:`layout` takes it.
-            cu_seqlens: As :meth:`layout` takes it, the same for all strategies.
-            batch: As :meth:`layout` takes it.
-            node: Which ``parallel_attn``, where the graph has several with different layouts.
-            hardware: What to estimate for; None for what ``hetu.use_hardware`` set.
-
-        Returns:
-            The choices, and the index of the cheapest feasible one, ``explanation.chosen``. Printed, it is a table.
-
-        Raises:
-            StrategyError: If the graph has no such ``parallel_attn``.
-
-        Example:
-            >>> import hetu
-            >>> s = hetu.IntSymbol("s")
-            >>> strategies = [
-            ...     hetu.Strategy([s], [0], "one"),
-            ...     hetu.Strategy([s // 2, s - s // 2], [0, 0], "two"),
-            ...     hetu.Strategy([s - 4096, 4096], [0, 0], "long"),
-            ... ]
-            >>> with hetu.graph("define_and_run", strategies=strategies) as g:
-            ...     qkv = hetu.placeholder(hetu.bfloat16, [hetu.IntSymbol("rows"), 48 * 128])
-            ...     out, *_ = hetu.parallel_attn(qkv, 128, 4, split="sym", method="direct")
-            >>> print(g.explain(int_symbol_dict={s: 4000}))
-            >>> g.explain(int_symbol_dict={s: 100_000}).chosen
-            1
+        Takes the arguments of :meth:`layout`, and ``hardware``: what to estimate for; None for what is set by
+        ``hetu.use_hardware``. Printed, it is a table; ``.chosen`` is the index of the cheapest feasible strategy.
         """
         return self.planner.explain(int_symbol_dict, cu_seqlens, batch, node, hardware)
-
-
-def _refuse_requirement(given: Any, where: Where) -> NoReturn:
-    fix = "compare sizes: s >= 8, or hetu.equal(s, 8)"
-    if isinstance(given, bool):
-        what = f"expected constraint to be a comparison of symbols, got {given}, which is the same in every run"
-        fix = (
-            "write hetu.equal(a, b) for a == b, which compares how symbols are made; there is none for a != b; "
-            "and assert what is known of plain ints"
-        )
-    elif isinstance(given, Tensor):
-        what = f"expected constraint to be a comparison of symbols, got {given!r}, whose values only a run knows"
-        fix = "compare its sizes, which are in its symbolic_shape"
-    else:
-        what = f"expected constraint to be a comparison of symbols, got {shown(given)}"
-    raise HetuError(what, op="require", where=where, fix=fix)
