@@ -2,8 +2,8 @@
 
     python benchmarks/choice_order.py [--cases 40] [--json FILE]
 
-A case has a number of pipelines, tokens, perhaps documents, a mask, heads and hardware; its strategies are all splits with
-even and uneven lengths under three methods. Nothing is measured, so the numbers are the same on every machine.
+A case has a number of pipelines, tokens, perhaps documents, a mask, heads and hardware; its strategies are all splits
+with even and uneven lengths under three methods. Nothing is measured, so the numbers are the same on every machine.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from hetu.errors import StrategyError
 from hetu.graph import Node
 from hetu.ops.attention.layout_key import ParallelKey
 from hetu.ops.attention.layout_op import strategy_of
-from hetu.parallel import AttnPlan, Hardware, Strategy
+from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
-from hetu.parallel.choice.price import Attention, Pricer, layout_loads, read_loads, strategy_sizes
+from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, read_loads, strategy_sizes
 from hetu.parallel.choice.setting import Chosen
 from hetu.parallel.views.report import as_bytes, as_table, as_time
 from hetu.planning.subgraph import Subgraph
@@ -195,14 +195,13 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     """
     key = "price", hardware
     if key not in plan.memo:
+        counts = (0, 1) if plan.is_backward else (1, 0)
         attention = Attention(plan.mask, plan.heads, plan.method)
         try:
-            counts = (0, 1) if plan.is_backward else (1, 0)
             price = Pricer(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
-            plan.memo[key] = price.estimate.time, price.peak_bytes
         except StrategyError:
-            cost = plan.cost(hardware)
-            plan.memo[key] = cost.time, max(cost.peak_bytes)
+            price = _by_clock(plan, hardware)
+        plan.memo[key] = price.estimate.time, price.peak_bytes
     found: tuple[float, int] = plan.memo[key]
     return found
 
@@ -210,9 +209,24 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
 def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards: int, hardware: Hardware) -> Choice:
     """What one attention, with so many of its gradients, costs under a strategy."""
     attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
-    price = Pricer(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
+    try:
+        price = Pricer(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
+    except StrategyError:
+        plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads)
+        price = _by_clock(plan, hardware)
+        if backwards:
+            again = _by_clock(plan.backward(), hardware)
+            price = price._replace(estimate=price.estimate.plus(again.estimate))
     reason = _too_large(price.peak_bytes, hardware) if price.peak_bytes > hardware.memory_bytes else None
     return Choice(index, strategy_name(strategy), reason, *price)
+
+
+def _by_clock(plan: AttnPlan, hardware: Hardware) -> Price:
+    """The price of a plan whose mask has no closed form: all its parts are built and followed."""
+    cost = plan.cost(hardware)
+    sent = [sum(size for link, size in cost.link_bytes.items() if link[0] == r) for r in range(len(cost.flops))]
+    estimate = Estimate(cost.time, max(cost.flops) / hardware.flops, max(sent) / hardware.link_bytes)
+    return Price(plan.method, estimate, max(cost.peak_bytes))
 
 
 def strategy_name(strategy: Strategy) -> str:
