@@ -1,7 +1,7 @@
 """What the attention benchmark measured, kept as JSON, against its targets, and as tables.
 
-Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h100.json`` or another file. Of
-several commands on one machine, one a GPU say, it first makes one file:
+Writes the tables into ``docs/performance.md``, from ``benchmarks/results/attention_h100.json`` or another file. Runs
+with windows have their own place there. Of several commands on one machine, one a GPU say, it makes one file first:
 
     python benchmarks/attention_report.py [FILE ...]
 """
@@ -148,6 +148,15 @@ class Run:
         """A row of one of the two kinds."""
         (self.rows if isinstance(row, self.kinds[0]) else self.left_out).append(row)
 
+    @property
+    def marker(self) -> str:
+        """What marks its place in ``docs/performance.md``: runs with windows don't overwrite the others' tables."""
+        return (
+            f"{self.benchmark}_masks.json"
+            if any(row.mask not in MASKS for row in self.rows)
+            else f"{self.benchmark}.json"
+        )
+
     def write(self, folder: Path) -> Path:
         """Writes ``<benchmark>_<device>.json``, whole or not at all: a run may be killed at any time."""
         maker, _, device = self.about["device"].partition(" ")
@@ -187,10 +196,11 @@ def _against_yardstick(found: Found, tokens: int, direction: str) -> list[str]:
     heads = dict.fromkeys(key[2] for key in found if key[:2] == (tokens, direction))
     if not heads:
         return []
-    lines = header(f"{direction}, {tokens:,} tokens", LENGTHS)
+    lengths = [kind for kind in LENGTHS if any(key[4] == kind for key in found)]
+    lines = header(f"{direction}, {tokens:,} tokens", lengths)
     masks = dict.fromkeys([*MASKS, *(key[3] for key in found)])
     for one, mask in product(heads, masks):
-        keys = [(tokens, direction, one, mask, kind) for kind in LENGTHS]
+        keys = [(tokens, direction, one, mask, kind) for kind in lengths]
         cells = [_cell(found.get((*key, "hetu")), found.get((*key, YARDSTICK))) for key in keys]
         if any(cells):
             lines.append(f"| {one} {mask} | {' | '.join(cells)} |")
@@ -289,7 +299,7 @@ def read_all(kind: type[AnyRun], default: Path) -> AnyRun | None:
 def main() -> None:
     run = read_all(Run, RESULTS / "attention_h100.json")
     assert run is not None, "there is no such file"
-    write_between("attention.json", report(run))
+    write_between(run.marker, report(run))
 
 
 if __name__ == "__main__":

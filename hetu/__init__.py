@@ -39,6 +39,7 @@ from hetu.symbols import Binding, Constraint, IntSymbol, ceil_div, equal, maximu
 
 if TYPE_CHECKING:
     from hetu import functional as functional
+    from hetu import testing as testing
     from hetu.backends.comm.recorder import Recorder
     from hetu.calibration import calibrate
     from hetu.distributed import gather_shards, init_distributed, shutdown_distributed, use_hardware
@@ -48,6 +49,9 @@ __version__ = "0.1.0"
 
 tensor = Tensor
 
+
+_ROOMS = ("functional", "testing")
+"""Modules that bring torch, and are imported when they are first used."""
 
 _DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards", "use_hardware")
 """Functions of a module that brings torch."""
@@ -110,10 +114,12 @@ _OTHER_HETU = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":  # it brings torch
+    if name == "functional":
         return importlib.import_module("hetu.functional")
     if name == "calibrate":
         return importlib.import_module("hetu.calibration").calibrate
+    if name == "testing":
+        return importlib.import_module("hetu.testing")
     if name in _DISTRIBUTED:
         return getattr(importlib.import_module("hetu.distributed"), name)
     what = f"module {__name__!r} has no attribute {name!r}"
@@ -124,7 +130,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """The names that users call: also those that are imported when they are first used, and none that others own."""
-    return sorted({*__all__, "functional", *(name for name in globals() if name.startswith("__"))})
+    return sorted({*__all__, *_ROOMS, *(name for name in globals() if name.startswith("__"))})
 
 
 def _planner(of: Graph) -> Planner:

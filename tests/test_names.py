@@ -14,7 +14,7 @@ import hetu
 def test_dir_has_every_public_name_and_no_other() -> None:
     text = "import hetu; print(*(n for n in dir(hetu) if n[0] != '_'))"  # in a process in which nothing was used yet
     done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=60, check=True)
-    assert set(done.stdout.split()) == {*hetu.__all__, "functional"}
+    assert set(done.stdout.split()) == {*hetu.__all__, "functional", "testing"}
     assert all(hasattr(hetu, name) for name in dir(hetu))
     assert {"__version__", "__doc__"} <= set(dir(hetu))
 

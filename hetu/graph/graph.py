@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Self, overload
 
 from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, text
 from hetu.arguments import device as as_device
@@ -93,7 +93,7 @@ class Graph:
 
     # Building
 
-    def __enter__(self) -> Graph:
+    def __enter__(self) -> Self:
         entered.set((*entered.get(), self))
         return self
 

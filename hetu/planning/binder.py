@@ -17,7 +17,7 @@ from hetu.errors import BindingError, HetuError, ShapeError, UnboundSymbolError
 from hetu.graph import Node, Tensor
 from hetu.planning.limits import SizeLimits
 from hetu.planning.subgraph import Subgraph
-from hetu.symbols import Binding, Constraint, Equation, IntSymbol, Solver, as_symbol, check_leaf
+from hetu.symbols import Binding, Constraint, Equation, IntSymbol, Solver, Source, as_symbol, check_leaf
 
 HostValue = Callable[[Tensor, int, "BoundPipeline"], NDArray[Any]]
 """Gives the values of a host input on a pipeline, as far as that pipeline is bound."""
@@ -218,7 +218,7 @@ class Binder:
                 if knowing and leaf not in pipeline.values:
                     first = knowing[0]
                     pipeline.values[leaf], news = first.values[leaf], True
-                    pipeline.sources[leaf] = f"{first.sources[leaf]} (pipeline {first.index})"
+                    pipeline.sources[leaf] = _told_by(first, leaf)
         return news
 
     def _infer(self, run: BoundRun, shared: Sequence[IntSymbol]) -> None:
@@ -289,6 +289,12 @@ def check_constraints(constraints: Iterable[Constraint], pipeline: BoundPipeline
                 bound=pipeline.describe(*sides),
                 fix="feed arrays, or bind symbols, for which it holds",
             )
+
+
+def _told_by(pipeline: BoundPipeline, leaf: IntSymbol) -> str:
+    """Where a leaf's value came from, told to another pipeline."""
+    source = pipeline.sources[leaf]
+    return source.on(pipeline.index) if isinstance(source, Source) else f"{source} (pipeline {pipeline.index})"
 
 
 def _check_agree(leaf: IntSymbol, one: BoundPipeline, other: BoundPipeline) -> None:

@@ -19,6 +19,7 @@ from hetu.ops.attention.layout_op import LayoutOp, Value, strategy_of
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.parallel.choice.setting import chosen
+from hetu.parallel.layout.printing import count
 from hetu.planning.arrays import host_array
 from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
 from hetu.planning.choosing import BACKWARD, Choice, Chooser, Explanation, explain_strategy, strategy_name
@@ -55,6 +56,22 @@ class Prepared:
     @property
     def num_pipelines(self) -> int:
         return len(self.bindings)
+
+    def __repr__(self) -> str:
+        planned = ", ".join(node.name for node in self.plans) or "nothing"
+        return f"<strategy {self.strategy} on {self.num_pipelines} pipelines, planned: {planned}>"
+
+    def __str__(self) -> str:
+        """The strategy, every pipeline's symbols with where each value came from, and what each node's plan does."""
+        named = self.subgraph.fetches[0].graph.strategies
+        name = f" {named[self.strategy].name!r}" if named and named[self.strategy].name is not None else ""
+        lines = [f"strategy {self.strategy}{name}: {count(self.num_pipelines, 'pipeline')}"]
+        for r, binding in enumerate(self.bindings):
+            lines += [f"pipeline {r}", *(f"  {line}" for line in binding.explain().splitlines())]
+        for node, plans in self.plans.items():
+            attention = [plan for plan in plans if isinstance(plan, AttnPlan)]
+            lines.append(f"{node.name}: {attention[0].summary() if attention else count(len(plans), 'plan')}")
+        return "\n".join(lines)
 
     def attention_plans(self) -> Iterator[AttnPlan]:
         """The plans that span all pipelines."""

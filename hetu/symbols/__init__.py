@@ -1,7 +1,7 @@
 """Sequence lengths as symbols: exact integer expressions over sympy, with ranges, constraints and bindings."""
 
 from hetu.symbols.analysis import magnitude_of
-from hetu.symbols.binding import Binding, Equation, Solver, check_leaf
+from hetu.symbols.binding import Binding, Equation, Solver, Source, check_leaf
 from hetu.symbols.compile import compile_exprs
 from hetu.symbols.constraint import Constraint, equal
 from hetu.symbols.int_symbol import IntSymbol, as_size, as_symbol, ceil_div, maximum, minimum
@@ -14,6 +14,7 @@ __all__ = [
     "IntSymbol",
     "Interval",
     "Solver",
+    "Source",
     "as_size",
     "as_symbol",
     "ceil_div",

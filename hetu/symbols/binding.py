@@ -18,6 +18,22 @@ Values = MutableMapping[IntSymbol, int]
 Sources = MutableMapping[IntSymbol, str]
 
 
+class Source(str):
+    """Where a value came from, in words, and the expression whose value was told there: the leaf was solved from it."""
+
+    expr: IntSymbol
+
+    @classmethod
+    def of(cls, text: str, expr: IntSymbol) -> Source:
+        made = cls(text)
+        made.expr = expr
+        return made
+
+    def on(self, pipeline: int) -> Source:
+        """The same, told by another pipeline."""
+        return Source.of(f"{self} (pipeline {pipeline})", self.expr)
+
+
 class Binding(Mapping[IntSymbol, int]):
     """Values of leaf symbols in one run. Immutable; binding never changes a symbol.
 
@@ -62,6 +78,25 @@ class Binding(Mapping[IntSymbol, int]):
         """A line for each bound leaf of some expressions: ``max_q = 512   from int_symbol_dict``."""
         leaves = dict.fromkeys(leaf for expr in exprs if isinstance(expr, IntSymbol) for leaf in expr.leaves)
         return _describe(tuple(leaves), self._values, self._sources)
+
+    def explain(self, *leaves: IntSymbol) -> str:
+        """A line for each of some symbols, or all: its value, where it came from, and what it was solved from.
+
+        Example:
+            >>> s = IntSymbol("s")
+            >>> solved, sources = {}, {}
+            >>> Solver([Equation(2 * s + 1, "shape of x, dimension 0")]).solve(solved, sources, [7])
+            True
+            >>> print(Binding(solved, sources).explain())
+            s = 3, from shape of x, dimension 0: 2*s + 1 is 7
+        """
+        return "\n".join(map(self._explained, leaves or self)) or "(nothing bound)"
+
+    def _explained(self, leaf: IntSymbol) -> str:
+        source, value = self._sources[leaf], shown(self._values[leaf])
+        told = source.expr if isinstance(source, Source) else leaf
+        solved = "" if told == leaf else f": {told} is {shown(told.evaluate(self._values))}"
+        return f"{leaf} = {value}, from {source}{solved}"
 
     def __repr__(self) -> str:
         return f"Binding({', '.join(f'{leaf}={value}' for leaf, value in self._values.items())})"
@@ -150,6 +185,7 @@ class _Prepared:
     """
 
     equation: Equation
+    source: Source
     text: str
     leaves: tuple[IntSymbol, ...]
     value: Callable[..., tuple[int, ...]]
@@ -208,7 +244,7 @@ class Solver:
                 if got is None:
                     solution, remainder = divmod(value - one.rest, one.slope)
                     if not remainder and one.low <= solution <= one.high and solution % one.multiple == 0:
-                        known[leaf], sources[leaf] = solution, one.equation.source
+                        known[leaf], sources[leaf] = solution, one.source
                         continue
                 elif one.slope * got + one.rest == value:
                     continue
@@ -238,7 +274,7 @@ class Solver:
         solution, remainder = divmod(value - rest, slope)
         if remainder or not _fits(leaf, solution):
             _no_solution(one, leaf, value, None if remainder else solution, known, sources)
-        known[leaf], sources[leaf] = solution, one.equation.source
+        known[leaf], sources[leaf] = solution, one.source
         return True
 
 
@@ -260,7 +296,10 @@ def _prepare(equation: Equation) -> _Prepared:
         high = high if leaves[0].max is None else leaves[0].max
         multiple = leaves[0].multiple_of
     constant, text = equation.expr.constant, str(equation.expr)
-    return _Prepared(equation, text, leaves, value, others, slopes, constant, only, slope, rest, low, high, multiple)
+    source = Source.of(equation.source, equation.expr)
+    return _Prepared(
+        equation, source, text, leaves, value, others, slopes, constant, only, slope, rest, low, high, multiple
+    )
 
 
 def _no_solution(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from support.masks import random_mask, seen_by_definition
+from support.masks import random_mask
 
 from hetu.backends.attention.dropout import Dropout, keep_mask
 from hetu.parallel import Mask
 from hetu.parallel.mask.rules import Prefix, Slices
+from hetu.testing import attention
 
 
 @dataclass
@@ -24,10 +25,6 @@ class Packs:
     softcap: float = 0.0
     scale: float | None = None
     dropout: Dropout | None = None
-    seen: torch.Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.seen = torch.from_numpy(seen_by_definition(self.mask, self.lens_q, self.lens_k))
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None = None
@@ -36,23 +33,14 @@ class Packs:
 
         Gives out like q, lse ``(T_q, H)``, and p ``(T_q, H, T_k)``, negative where dropout dropped.
         """
-        (rows, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        scores = torch.einsum("ihd,jhd->ihj", q, k) * (head_dim**-0.5 if self.scale is None else self.scale)
-        if self.softcap:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
-        last = scores.new_full((rows, heads, 1), -torch.inf) if sinks is None else sinks.expand(rows, heads)[..., None]
-        logits = torch.cat([scores.masked_fill(~self.seen[:, None], -torch.inf), last], -1)
-        top = logits.detach().amax(-1, keepdim=True)
-        weights = (logits - top.masked_fill(top == -torch.inf, 0)).exp()
-        total = weights.sum(-1, keepdim=True)
-        sees = total > 0
-        total = torch.where(sees, total, 1.0)  # nobody divides by 0, nor does a gradient
-        lse = torch.where(sees, total.log() + top, -torch.inf).squeeze(-1)
-        p, keep, factor = (weights / total)[..., :-1], torch.ones_like(scores, dtype=torch.bool), 1.0
-        if self.dropout is not None:
-            keep, factor = self._kept(heads), self.dropout.scale
-        return torch.einsum("ihj,jhd->ihd", p * keep * factor, v), lse, torch.where(keep, p, -p)
+        keep = (
+            torch.ones(len(q), q.shape[1], len(k), dtype=torch.bool) if self.dropout is None else self._kept(q.shape[1])
+        )
+        weights = None if self.dropout is None else keep.double() * self.dropout.scale
+        starts = [np.cumsum([0, *lens]) for lens in (self.lens_q, self.lens_k)]
+        options = {"softmax_scale": self.scale, "softcap": self.softcap, "sinks": sinks, "weights": weights}
+        out, lse, p = attention(q, k, v, *starts, mask=self.mask, **options)
+        return out, lse, torch.where(keep, p, -p)
 
     def _kept(self, heads: int) -> torch.Tensor:
         """``(T_q, H, T_k)``: what dropout keeps. With slices the pack is one sequence."""

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.masks import random_mask, random_slices, seen_by_definition
+from support.masks import random_mask, random_slices
 
 import hetu
 from hetu.parallel import METHODS, SPLITS, AttnPlan, Heads, Layout, Mask, build_pipeline_plan, build_plan
 from hetu.parallel.plan.instructions import Attend, Receive
+from hetu.testing import allowed_pairs
 
 HEADS = Heads(num_q=4, num_kv=2, head_dim=8, itemsize=2)
 
@@ -61,7 +62,7 @@ def test_every_pair_is_attended_once(method: str, seed: int) -> None:
     group = layout.groups[0]
     lengths = group.lengths.tolist()
     mask = random_mask(rng, lengths, lengths)
-    plan, seen = build_plan(layout, method=method, mask=mask, heads=HEADS), seen_by_definition(mask, lengths, lengths)
+    plan, seen = build_plan(layout, method=method, mask=mask, heads=HEADS), allowed_pairs(mask, lengths, lengths)
     assert np.array_equal(attended(plan), seen)
     if method != "ulysses":
         assert sum(plan.pairs(r) for r in group.members) == seen.sum()
@@ -79,7 +80,7 @@ def test_nothing_travels_that_nobody_sees(seed: int) -> None:
     group = layout.groups[0]
     lengths = group.lengths.tolist()
     mask = random_mask(rng, lengths, lengths)
-    seen = seen_by_definition(mask, lengths, lengths)
+    seen = allowed_pairs(mask, lengths, lengths)
     for method in ("direct", "all_gather"):
         plan = build_plan(layout, method=method, mask=mask, heads=HEADS)
         for r, c in itertools.permutations(group.members, 2):
@@ -126,7 +127,7 @@ def test_a_proof_sees_a_wrong_mask(seed: int) -> None:
     one, other = random_slices(rng, sum(lengths), sum(lengths)), random_slices(rng, sum(lengths), sum(lengths))
     plan = build_plan(layout, mask=one, heads=HEADS)
     claimed = AttnPlan(layout, plan.method, other, plan.heads, plan.pipelines)
-    if np.array_equal(*(seen_by_definition(mask, lengths, lengths) for mask in (one, other))):
+    if np.array_equal(*(allowed_pairs(mask, lengths, lengths) for mask in (one, other))):
         claimed.verify()
     else:
         with pytest.raises(hetu.PlanError, match=r"attended|its rows"):

@@ -1,0 +1,139 @@
+"""Scripts in the form of PKU's Hetu run over hetu, and give what hetu's own calls give."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import hetu
+from hetu.errors import HetuError, StrategyError
+from hetu.integrations import pku_hetu as ht
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"test{next(_numbers)}"
+
+
+def model(graph: Any, ns: Any, rows: Any, minimize: Callable[[hetu.Tensor], hetu.Tensor]) -> tuple[hetu.Tensor, ...]:
+    """The same model by the names of either module."""
+    seeded = torch.Generator().manual_seed(1)
+    with graph:
+        ids, labels = (ns.placeholder(ns.int64, [rows], name=name) for name in ("ids", "labels"))
+        w = ns.parameter(lambda p: torch.nn.init.normal_(p, generator=seeded), [7, 6], name="w")
+        loss = ns.mean(ns.cross_entropy(ns.matmul(ns.embedding(ids, w), ns.transpose(w, 0, 1)), labels))
+        return ids, labels, w, loss, minimize(loss)
+
+
+def test_a_training_script_is_hetus(prefix: str) -> None:
+    old, new = ht.graph("define_and_run", create_new=True, prefix=prefix), hetu.Graph("define_and_run")
+    ids, labels, w, loss, train = model(old, ht, 4, ht.AdamOptimizer(0.1, beta1=0.8).minimize)
+    n, adam = hetu.IntSymbol("n"), hetu.optim.Adam(lr=0.1, betas=(0.8, 0.999))
+    ids2, labels2, w2, loss2, train2 = model(new, hetu, n, adam.minimize)
+    of_train: Any = train.graph
+    rng = np.random.default_rng(0)
+    for count, level in ((1, "update"), (2, "grad"), (3, "update"), (1, "compute_only")):
+        batches = [(rng.integers(0, 7, size), rng.integers(0, 7, size)) for size in rng.integers(1, 9, count)]
+        feeds, feeds2 = (
+            {a: [x for x, _ in batches], b: [y for _, y in batches]} for a, b in ((ids, labels), (ids2, labels2))
+        )
+        got = of_train.run(
+            loss,
+            [loss, train],
+            feed_dict=feeds,
+            num_micro_batches=count,
+            cur_strategy_id=0,
+            run_level=ht.run_level(level),
+        )
+        one = {key: value[0] for key, value in feeds2.items()} if count == 1 else feeds2
+        losses, of_run = new.run([loss2, train2], one, num_micro_batches=count, run_level=level)
+        assert torch.equal(torch.atleast_1d(got[0]), torch.stack(losses) if count > 1 else losses[None])
+        assert torch.equal(got[1], of_run)
+        assert torch.equal(old.run(w)[0], new.run(w2))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "split"), [("NORMAL", "normal"), ("SYM", "sym"), ("STRIPE", "stripe"), (None, "normal")]
+)
+def test_the_split_is_the_variables(
+    prefix: str, monkeypatch: pytest.MonkeyPatch, pattern: str | None, split: str
+) -> None:
+    monkeypatch.delenv(ht.SPLIT_PATTERN, raising=False)
+    if pattern is not None:
+        monkeypatch.setenv(ht.SPLIT_PATTERN, pattern)
+    s = ht.IntSymbol(1)
+    with ht.graph("define_and_run", create_new=True, prefix=prefix, num_strategy=2) as g:
+        qkv = ht.placeholder(ht.float32, [1, 48], name="qkv")
+        out = ht.parallel_attn(qkv, 8, 1, [[s], [s // 2, s - s // 2]], [[0], [0, 0]])[0]
+    assert out.op.attrs["split"] == split
+    s.reset_data(9)
+    rows = np.random.default_rng(3).standard_normal((9, 48)).astype(np.float32)
+    (whole,) = g.run(out, [out], {qkv: rows})
+    layout = g.layout(1, int_symbol_dict={s: 9})
+    of_graph: Any = g.graph
+    (shards,) = of_graph.run(out, [out], {qkv: [hetu.Shards(layout.scatter(rows))]}, {s: [9]}, 1, 1)
+    np.testing.assert_allclose(layout.gather(shards), whole, atol=1e-6)
+
+
+def test_an_unknown_pattern_is_refused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ht.SPLIT_PATTERN, "ZIGZAG")
+    with ht.graph("define_and_run", create_new=True, prefix=prefix):
+        qkv = ht.placeholder(ht.float32, [1, 48])
+        with pytest.raises(StrategyError, match=r"SPLIT_PATTERN is 'ZIGZAG'[^$]*set it to NORMAL, SYM, STRIPE"):
+            ht.parallel_attn(qkv, 8, 1, [[1]], [[0]])
+
+
+def test_graphs_are_found_again(prefix: str) -> None:
+    made = ht.graph("define_and_run", create_new=True, prefix=prefix, num_strategy=2)
+    assert ht.graph("define_and_run", prefix=prefix) is ht.graph(made) is made.graph is made and made.num_strategy == 2
+    assert ht.graph("define_and_run", create_new=True, prefix=prefix) is not made
+    assert ht.graph("define_and_run") is ht.graph("define_and_run")
+    with ht.graph("define_and_run", create_new=True, prefix=f"{prefix}tmp", tmp=True) as forgotten:
+        assert ht.graph("define_and_run", prefix=f"{prefix}tmp") is forgotten
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: ht.graph("define_and_run", prefix=f"{prefix}tmp"), "there is no graph 'define_and_run' of prefix"),
+        (lambda: ht.graph(made, num_strategy=3), "has 2 strategies, not 3"),
+        (lambda: ht.graph(made, create_new=True), "can't be made new"),
+        (lambda: ht.graph("define_and_run", tmp=True), "tmp needs a new graph"),
+        (lambda: ht.graph("no kind", create_new=True, prefix=prefix), "kind"),
+    ]
+    for call, match in refused:
+        with pytest.raises(HetuError, match=match):
+            call()
+
+
+def test_sizes_of_placeholders_are_symbols(prefix: str) -> None:
+    with ht.graph("define_and_run", create_new=True, prefix=prefix) as g:
+        ids = ht.placeholder(ht.int64, [2, 3])
+        x = ht.placeholder(ht.float32, [2, 3])
+        here, other = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu", "cuda")
+        y = ht.data_transfer(ht.float64, ht.from_numpy(np.ones(2, np.float32)), here)
+        with pytest.raises(HetuError, match=f"can't be moved to '{other}'"):
+            ht.data_transfer(ht.float64, y, other)
+    assert [size.get_data() for size in ids.symbolic_shape] == [2, 3] and all(s.is_leaf for s in ids.symbolic_shape)
+    assert x.symbolic_shape[0].is_leaf and x.symbolic_shape[1] == hetu.symbols.as_symbol(3)
+    assert g.run(y)[0].dtype == torch.float64 and g.run([ids], {ids: np.ones((4, 5), np.int64)})[0].shape == (4, 5)
+
+
+def test_levels() -> None:
+    assert [ht.run_level(name) for name in ("update", "grad", "compute_only")] == [0, 1, 2] and ht.run_level() == 0
+    for name in ("alloc", "topo"):
+        with pytest.raises(HetuError, match="hetu has nothing to prepare"):
+            ht.run_level(name)
+    with pytest.raises(HetuError, match="there is no level 'train'"):
+        ht.run_level("train")
+
+
+@pytest.mark.parametrize("name", sorted(hetu._OTHER_HETU))
+def test_other_names_say_what_to_use(name: str) -> None:
+    if name in ht.__all__:
+        return
+    with pytest.raises(AttributeError, match="of another Hetu: use"):
+        getattr(ht, name)
