@@ -151,10 +151,10 @@ class Hardware:
 
     @classmethod
     def cpu(cls) -> Hardware:
-        """A core of a server's CPU, and processes that exchange tensors over gloo; 4 GB.
+        """A thread of a server's CPU, and processes that exchange tensors over gloo; 4 GB.
 
-        Measured by ``hetu.calibrate()`` on one thread of an AMD EPYC with torch 2.13.0 on 2026-11-30, float32, two
-        processes of one thread each.
+        Measured by ``hetu.calibrate()`` on two processes of one thread each, on 2 cores of an AMD EPYC that others used
+        too, with torch 2.13.0 in float32 on 2026-11-30.
         """
         return _CPU
 
@@ -278,4 +278,19 @@ _H200 = Hardware(
     name="H200, NVLink 4",
 )
 
-_CPU = Hardware(flops=30e9, link_bytes=1e9, latency=200e-6, memory_bytes=4e9, launch=200e-6, name="CPU, gloo")
+_CPU = Hardware(
+    flops=11.7e9,
+    link_bytes=4.1e9,
+    latency=90e-6,
+    memory_bytes=4e9,
+    launch=330e-6,
+    rates=(
+        *_curve(64, "causal", False, {32.5: 2.9e9, 128.5: 4.5e9, 512.5: 11.5e9}),
+        *_curve(64, "causal", True, {32.5: 1.1e9, 128.5: 3.9e9, 512.5: 5.5e9}),
+        *_curve(64, "full", False, {64: 4.5e9, 256: 9.4e9, 1024: 11.7e9}),
+        *_curve(64, "full", True, {64: 3.4e9, 256: 9.3e9, 1024: 10.5e9}),
+        *_curve(64, "window", False, {15: 0.62e9, 57: 1e9, 225: 2.4e9}),
+        *_curve(64, "window", True, {15: 0.96e9, 57: 2.3e9, 225: 5.6e9}),
+    ),
+    name="CPU thread, gloo",
+)
