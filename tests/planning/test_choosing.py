@@ -131,3 +131,14 @@ def test_the_method_is_the_cheapest() -> None:
 def test_masks_without_closed_form_are_asked_of_the_clock() -> None:
     g, qkv, out, _ = graph(mask=hetu.Mask.chunked(16), method="direct")
     assert g.prepare(out, {qkv: shards(2)}, int_symbol_dict={s: 1024}, strategy="auto").strategy == 1
+
+
+def test_groups_may_be_symbols() -> None:
+    """Then no expression is there, and all strategies are bound."""
+    k = hetu.IntSymbol("k")
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([s, s], groups) for groups in ([0, 0], [0, k])]) as g:
+        qkv = hetu.placeholder(hetu.float32, [rows, 24], name="qkv")
+        out, *_ = hetu.parallel_attn(qkv, 8, 1, split="sym")
+    for value in (0, 1):
+        run = g.prepare(out, {qkv: shards(2)}, int_symbol_dict={s: 512, k: value}, strategy="auto")
+        assert run.strategy == value

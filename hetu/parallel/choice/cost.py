@@ -118,7 +118,7 @@ class StrategyCost:
         Raises:
             StrategyError: If there is no such group.
         """
-        found = groups_of(_constants(self.strategy))
+        found = groups_of(constant_groups(self.strategy))
         if group is None and len(found) == 1:
             (group,) = found
         if group not in found:
@@ -206,7 +206,7 @@ def cost_of(strategy: Strategy, heads: Heads, split: str, mask: Mask, method: st
     """
     flops: list[Any] = [0] * strategy.num_pipelines
     peak, links = list(flops), Links()
-    for members in groups_of(_constants(strategy)).values():
+    for members in groups_of(constant_groups(strategy)).values():
         pieces = numbers([[strategy.lengths[r]] for r in members])
         work = WORK[method](GroupCounts(counts_of(pieces, split, mask), heads, batch))
         for member, r in enumerate(members):
@@ -225,8 +225,12 @@ def _with_values(leaves: tuple[IntSymbol, ...], values: Mapping[IntSymbol, int])
     return known  # type: ignore[return-value]
 
 
-def _constants(strategy: Strategy) -> tuple[int, ...]:
-    """A strategy's context groups, which must be known for its cost to be an expression."""
+def constant_groups(strategy: Strategy) -> tuple[int, ...]:
+    """A strategy's context groups, which must be known for its cost to be an expression.
+
+    Raises:
+        StrategyError: If one is a symbol.
+    """
     for r, group in enumerate(strategy.groups):
         if not isinstance(group, int):
             what = f"the context group of pipeline {r} is the symbol {group}, and who attends to whom depends on it"

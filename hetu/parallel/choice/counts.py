@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Bounds:
 _PLAN = "count it from a plan: g.plan(...).cost(hardware)"
 
 
-def _refuse(what: str, fix: str) -> None:
+def _refuse(what: str, fix: str) -> NoReturn:
     raise StrategyError(what, op="cost", where=caller(), fix=fix)
 
 
@@ -114,12 +114,12 @@ class Counts:
         before, gaps = self.total.cumsum(0) - self.total, []
         for member, own in enumerate(self.pieces):
             held = own.nonzero()[0]
-            ends = (
-                [(before[d] + first[member][d], before[d] + last[member][d]) for d in held[[0, -1]]]
-                if len(held)
-                else []
-            )
-            gaps.append(ends[1][1] - ends[0][0] - own.sum() if ends else 0)
+            if not len(held):
+                gaps.append(0)
+                continue
+            low, high = held[0], held[-1]
+            begin, end = before[low] + first[member][low], before[high] + last[member][high]
+            gaps.append(end - begin - own.sum())
         return np.array(gaps)
 
     def _ends(self) -> tuple[Numbers, Numbers]:

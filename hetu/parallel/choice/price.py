@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hetu.errors import StrategyError
+from hetu.parallel.choice.cost import constant_groups
 from hetu.parallel.choice.counts import counts_of
 from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, loads_of
 from hetu.parallel.choice.numbers import numbers
@@ -105,8 +106,12 @@ def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
 
 
 def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list[Any]:
-    """The loads of a strategy's groups in its symbols, in one list; :func:`read_loads` reads its values."""
-    lengths = [[[strategy.lengths[r]] for r in members] for members in groups_of(strategy.groups).values()]  # type: ignore[arg-type]
+    """The loads of a strategy's groups in its symbols, in one list; :func:`read_loads` reads its values.
+
+    Raises:
+        StrategyError: If a group is a symbol, or the mask has no closed form.
+    """
+    lengths = [[[strategy.lengths[r]] for r in members] for members in groups_of(constant_groups(strategy)).values()]
     groups = [GroupCounts(counts_of(numbers(own), split, attention.mask), attention.heads) for own in lengths]
     return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load]
 
