@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,15 +94,18 @@ def _attend(
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = (torch.randn(tokens, HEADS, head_dim, device=device, dtype=dtype) for _ in range(3))
     cu = torch.arange(0, tokens + 1, length, dtype=torch.int32)
-    options: dict[str, Any] = {"mask": mask}
-    if not is_backward:
-        with torch.no_grad():
-            seconds = _least(device, lambda: functional.attn_varlen(q, k, v, cu, cu, **options))
-    else:
+
+    def attend() -> Any:
+        return functional.attn_varlen(q, k, v, cu, cu, mask=mask)
+
+    if is_backward:
         inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = functional.attn_varlen(*inputs, cu, cu, **options)
+        out = attend()
         grad = torch.ones_like(out)
         seconds = _least(device, lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
+    else:
+        with torch.no_grad():
+            seconds = _least(device, attend)
     return seconds, int(mask.pairs(torch.diff(cu).numpy().astype("int64")).sum())
 
 
@@ -149,7 +153,7 @@ def _ping(world: DistributedWorld, device: torch.device, low: int, high: int) ->
         for i, size in enumerate((_SMALL, _LARGE)):
             if world.rank in (low, high):
                 message = torch.zeros(size, dtype=torch.uint8, device=device)
-                times[i] = _least(device, lambda message=message: _there_and_back(world, message, low, high), 8) / 2
+                times[i] = _least(device, partial(_there_and_back, world, message, low, high), 8) / 2
         said = world.control.tell({"times": times}, "calibrate")
     small, large = said[low]["times"]
     return small, (_LARGE - _SMALL) / max(large - small, 1e-9)

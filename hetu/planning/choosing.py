@@ -162,8 +162,9 @@ class Chooser:
         sizes = self._sizes.get(subgraph, lambda: _sizes_of(subgraph, self.count))
         if sizes is None:
             return None
-        values = [symbols.get(leaf, leaf.default) for leaf in sizes.leaves]
-        if not all(type(value) is int for value in values):
+        found = [symbols.get(leaf, leaf.default) for leaf in sizes.leaves]
+        values = [value for value in found if type(value) is int]
+        if len(values) < len(found):
             return None
         key = subgraph, chosen.number, tuple(values)
         return self._rankings.get(key, lambda: sizes.rank(values, chosen))
