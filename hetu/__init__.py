@@ -30,7 +30,7 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, recompute, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
-from hetu.parallel import BatchPlan, Hardware, Layout, Mask, Strategy, plan_batch
+from hetu.parallel import BatchPlan, Hardware, Layout, Mask, Strategy, Topology, plan_batch
 from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
 from hetu.rng import manual_seed
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from hetu import functional as functional
     from hetu import testing as testing
     from hetu.backends.comm.recorder import Recorder
-    from hetu.distributed import gather_shards, init_distributed, shutdown_distributed
+    from hetu.calibration import calibrate
+    from hetu.distributed import gather_shards, init_distributed, shutdown_distributed, use_hardware
     from hetu.runtime.executor import Executor
 
 __version__ = "0.1.0"
@@ -52,7 +53,7 @@ tensor = Tensor
 _ROOMS = ("functional", "testing")
 """Modules that bring torch, and are imported when they are first used."""
 
-_DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards")
+_DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards", "use_hardware")
 """Functions of a module that brings torch."""
 
 
@@ -112,6 +113,8 @@ _OTHER_HETU = {
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return importlib.import_module("hetu.functional")
+    if name == "calibrate":
+        return importlib.import_module("hetu.calibration").calibrate
     if name == "testing":
         return importlib.import_module("hetu.testing")
     if name in _DISTRIBUTED:
@@ -255,11 +258,13 @@ __all__ = [
     "Strategy",
     "StrategyError",
     "Tensor",
+    "Topology",
     "UnboundSymbolError",
     "as_dtype",
     "autocast",
     "bfloat16",
     "bool",
+    "calibrate",
     "ceil_div",
     "config",
     "equal",
@@ -288,5 +293,6 @@ __all__ = [
     "tensor",
     "trace",
     "uint8",
+    "use_hardware",
     *_OPS,
 ]

@@ -27,7 +27,7 @@ FLOORS: Floors = (
     ("planning",),
     ("backends",),
     ("runtime", "functional"),
-    ("distributed", "testing"),
+    ("distributed", "calibration", "testing"),
     ("__init__",),
     ("integrations",),
 )
@@ -38,6 +38,7 @@ INSIDE: Mapping[str, Floors] = {
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),
+        ("choice",),
         ("attn_plan", "batch"),
         ("__init__",),
     ),
@@ -60,7 +61,7 @@ ONLY: Mapping[str, set[str]] = {"integrations": {"errors", "arguments", "functio
 """Rooms that know no more than a user's code could, whatever floor they stand on."""
 
 FRAMEWORKS = {"torch", "triton"}
-WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "testing", "integrations"}
+WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "calibration", "testing", "integrations"}
 LAZY_ONLY = {"networkx"}
 
 MAY_CIRCLE = {"graph", "symbols"}

@@ -17,6 +17,7 @@ from hetu.graph.eager import EagerValues, check_eager
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
+from hetu.graph.requirement import refuse_requirement
 from hetu.graph.running import Running
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
@@ -192,7 +193,7 @@ class Graph(Running):
         """
         place = where or caller()
         if not isinstance(constraint, Constraint):
-            _refuse_requirement(constraint, place)
+            refuse_requirement(constraint, place)
         if constraint.decided is False:
             what = f"{constraint} never holds"
             raise ShapeError(what, op="require", where=place, fix="change the ranges of the symbols")
@@ -311,19 +312,3 @@ def _refuse_name(graph: Graph, name: str, what: str, known: Sequence[str]) -> No
     near = outputs or get_close_matches(name, known, n=3)
     fix = f"did you mean {' or '.join(near)}?" if near else "print(g) shows the names of its tensors"
     raise HetuError(f"the graph has no tensor named {shown(name)}, as {what} says", where=caller(), fix=fix)
-
-
-def _refuse_requirement(given: Any, where: Where) -> NoReturn:
-    fix = "compare sizes: s >= 8, or hetu.equal(s, 8)"
-    if isinstance(given, bool):
-        what = f"expected constraint to be a comparison of symbols, got {given}, which is the same in every run"
-        fix = (
-            "write hetu.equal(a, b) for a == b, which compares how symbols are made; there is none for a != b; "
-            "and assert what is known of plain ints"
-        )
-    elif isinstance(given, Tensor):
-        what = f"expected constraint to be a comparison of symbols, got {given!r}, whose values only a run knows"
-        fix = "compare its sizes, which are in its symbolic_shape"
-    else:
-        what = f"expected constraint to be a comparison of symbols, got {shown(given)}"
-    raise HetuError(what, op="require", where=where, fix=fix)

@@ -11,7 +11,8 @@ from hetu.graph.tensor import Tensor
 from hetu.symbols import IntSymbol
 
 if TYPE_CHECKING:
-    from hetu.parallel import AttnPlan, Layout
+    from hetu.parallel import AttnPlan, Hardware, Layout
+    from hetu.planning.choosing import Explanation
     from hetu.planning.planner import Planner, Prepared
     from hetu.runtime.executor import Executor
 
@@ -251,3 +252,19 @@ class Running:
         Takes the arguments of :meth:`layout`.
         """
         return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
+
+    def explain(
+        self,
+        *,
+        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
+        cu_seqlens: Any = None,
+        batch: int | Sequence[int] | Mapping[int, int] = 1,
+        node: str | None = None,
+        hardware: Hardware | None = None,
+    ) -> Explanation:
+        """What each strategy would cost, or why it can't run, before anything is fed: the choice that "auto" makes.
+
+        Takes the arguments of :meth:`layout`, and ``hardware``: what to estimate for; None for what is set by
+        ``hetu.use_hardware``. Printed, it is a table; ``.chosen`` is the index of the cheapest feasible strategy.
+        """
+        return self.planner.explain(int_symbol_dict, cu_seqlens, batch, node, hardware)

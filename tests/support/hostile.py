@@ -317,6 +317,12 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
                 {"strategy": 0, "int_symbol_dict": {s: 3}, "cu_seqlens": None, "batch": 1, "node": None},
             ),
         )
+    yield (
+        "Graph.explain",
+        (g.explain, {"int_symbol_dict": {s: 3}, "batch": 1, "node": None, "hardware": hetu.Hardware.h100()}),
+    )
+    yield "Topology", (hetu.Topology, {"hosts": (0, 0)})
+    yield "use_hardware", (hetu.use_hardware, {"hardware": hetu.Hardware.h100()})
     yield "save", (hetu.save, {"what": case.graph, "path": os.devnull + "/nowhere"})
     yield "load", (hetu.load, {"path": os.devnull + "/nowhere"})
     yield (
