@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train train-torch test lint format bench clean
+.PHONY: help demo train train-torch test lint docs format bench clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -29,7 +29,7 @@ train: $(VENV)/.demo  ## a language model under another strategy at every step; 
 train-torch: $(VENV)/.demo $(VENV)/.transformers  ## a Llama of transformers in two processes: FSDP2 and context parallelism
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/train_hf.py
 
-test: lint  ## ruff, mypy, the import direction, then every test
+test: lint docs  ## ruff, mypy, the import direction, the documentation, then every test
 	$(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy and the import direction
@@ -37,6 +37,9 @@ lint: $(VENV)/.dev  ## ruff, mypy and the import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python tests/import_direction.py
+
+docs: $(VENV)/.dev  ## the documentation as a site in build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(VENV)/.dev  ## rewrites the code as ruff wants it
 	$(BIN)/ruff check --fix .
@@ -51,7 +54,7 @@ bench: $(VENV)/.demo  ## the host's part of a run, a training step against plain
 		$(BIN)/torchrun --nproc-per-node 2 benchmarks/parallel.py; fi
 
 clean:  ## removes .venv and everything that tools left
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	find hetu tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last: an installation that was cut short is taken up again.

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+import hetu
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "performance.md"
 
@@ -69,7 +71,7 @@ def environment(command: Sequence[str] | None = None) -> dict[str, str]:
     folder = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     folder.add_argument("--out")
     arguments = folder.parse_known_args(arguments)[1]
-    versions = {name: version(name) for name in ("hetu", "torch", "triton", "numpy", "sympy")}
+    versions = {"hetu": hetu.__version__} | {name: version(name) for name in ("torch", "triton", "numpy", "sympy")}
     return {
         "device": f"{processor()}, {os.cpu_count()} cores",
         "python": platform.python_version(),

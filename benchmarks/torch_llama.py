@@ -31,12 +31,23 @@ class Block(nn.Module):
         """Each document attends to itself: torch has no attention over packed documents on the CPU."""
         heads, kv_heads = self.config.heads, self.config.kv_heads
         q, k, v = qkv.unflatten(-1, (-1, self.config.head_dim)).split([heads, kv_heads, kv_heads], 1)
-        q, k = rotate(q, *angles), rotate(k, *angles)
-        parts = []
-        for own in zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True):
-            batch = (x.unsqueeze(0) for x in own)
-            parts.append(functional.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0])
-        return torch.cat(parts, 1).transpose(0, 1).flatten(1)
+        return by_document(rotate(q, *angles), rotate(k, *angles), v, lengths)
+
+
+@torch.compiler.disable  # another number of documents would compile the model anew
+def by_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Attention of q, k and v ``(T, heads, head_dim)``, document by document: ``(T, heads * head_dim)``."""
+    parts = []
+    for own in zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), strict=True):
+        batch = (x.unsqueeze(0) for x in own)
+        parts.append(functional.scaled_dot_product_attention(*batch, is_causal=True, enable_gqa=True)[0])
+    return torch.cat(parts, 1).transpose(0, 1).flatten(1)
+
+
+@torch.compiler.disable
+def positions(lengths: list[int], device: torch.device) -> torch.Tensor:
+    """``(T,)`` each token's position in its document."""
+    return torch.cat([torch.arange(n, device=device) for n in lengths])
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -57,8 +68,7 @@ class Llama(nn.Module):
         self.register_buffer("rates", 10000.0 ** (-torch.arange(0, config.head_dim, 2) / config.head_dim))
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-        position = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-        angle = torch.outer(position.float(), self.rates).unsqueeze(1)
+        angle = torch.outer(positions(lengths, tokens.device).float(), self.rates).unsqueeze(1)
         angles = (angle.cos(), angle.sin())
         x = self.embedding(tokens)
         for block in self.blocks:

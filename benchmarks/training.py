@@ -1,4 +1,4 @@
-"""A training step of the example's model, by hetu, compiled and not, and by the same model in plain torch, on the CPU.
+"""A training step of the example's model by hetu and by the same model in torch, both compiled and not, on the CPU.
 
 All start from the same parameters and take the same packs in turns; that they compute the same is checked first. Time
 is that of a whole step: feeds, forward, backward, clipping, AdamW. Memory is what a process takes at its peak over what
@@ -32,7 +32,9 @@ Step = Callable[[Pack], float]
 RATE, NORM = 3e-3, 1.0
 
 
-PEERS = ("torch", "hetu", "compiled")
+PEERS = ("torch", "torch.compile", "hetu", "compiled")
+TIMED_ONLY = ("torch.compile",)
+"""Peers whose memory is not told: the peak of a process that compiles is its compiler's."""
 
 
 def hetu_step(config: Config, compiles: bool = False) -> tuple[Step, hetu.Graph]:
@@ -48,10 +50,12 @@ def hetu_step(config: Config, compiles: bool = False) -> tuple[Step, hetu.Graph]
     return step, model.graph
 
 
-def torch_step(config: Config, values: dict[str, torch.Tensor]) -> Step:
-    """The same by plain torch."""
+def torch_step(config: Config, values: dict[str, torch.Tensor], compiles: bool = False) -> Step:
+    """The same by plain torch, or by ``torch.compile``, once for all lengths."""
     model = Llama(config)
     model.take(values)
+    if compiles:
+        model.compile(dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
 
     def step(pack: Pack) -> float:
@@ -69,16 +73,21 @@ def steps_of(config: Config) -> dict[str, Step]:
     """All steps, from the same parameters."""
     hetu.manual_seed(0)
     by_hetu, graph = hetu_step(config)
-    by_torch = torch_step(config, graph.state_dict()["parameters"])
+    values = graph.state_dict()["parameters"]
     hetu.manual_seed(0)
-    return {"torch": by_torch, "hetu": by_hetu, "compiled": hetu_step(config, compiles=True)[0]}
+    return {
+        "torch": torch_step(config, values),
+        "torch.compile": torch_step(config, values, compiles=True),
+        "hetu": by_hetu,
+        "compiled": hetu_step(config, compiles=True)[0],
+    }
 
 
 def time_rows(config: Config, packs: list[Pack], warmup: int = 3) -> list[Row]:
     """Times of all, in turns, and their ratios."""
     steps = steps_of(config)
     losses = {name: [step(pack) for pack in packs[:warmup]] for name, step in steps.items()}
-    for name in ("hetu", "compiled"):
+    for name in PEERS[1:]:
         np.testing.assert_allclose(losses[name], losses["torch"], rtol=1e-4)
     times: dict[str, list[float]] = {name: [] for name in PEERS}
     for i, pack in enumerate(packs[warmup:]):
@@ -86,10 +95,14 @@ def time_rows(config: Config, packs: list[Pack], warmup: int = 3) -> list[Row]:
             times[name].append(timed(lambda name=name, pack=pack: steps[name](pack), 1e3))
     return [
         Row.of("training step, by torch", "ms", times["torch"]),
+        Row.of("training step, by torch.compile", "ms", times["torch.compile"]),
         Row.of("training step, by hetu", "ms", times["hetu"]),
         Row.of("training step, by hetu compiled", "ms", times["compiled"]),
         Row.of("training step, hetu over torch", "times", ratios(times["hetu"], times["torch"]), limit=1.15),
         Row.of("training step, compiled over torch", "times", ratios(times["compiled"], times["torch"]), limit=0.9),
+        Row.of(
+            "training step, compiled over torch.compile", "times", ratios(times["compiled"], times["torch.compile"])
+        ),
     ]
 
 
@@ -122,7 +135,7 @@ def memory(field: str) -> float:
 
 def memory_rows(arguments: list[str], repeats: int = 3) -> list[Row]:
     """Peaks of all, each in a process of its own."""
-    peaks: dict[str, list[float]] = {name: [] for name in PEERS}
+    peaks: dict[str, list[float]] = {name: [] for name in PEERS if name not in TIMED_ONLY}
     for _ in range(repeats):
         for name, own in peaks.items():
             command = [sys.executable, __file__, *arguments, "--peak", name]

@@ -39,6 +39,40 @@ class Settings:
     compile: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variable:
+    """An environment variable that hetu reads.
+
+    Attributes:
+        values: What it may be, in words.
+        default: What an unset or empty one stands for.
+        meaning: What it does, in a sentence.
+        setting: The field of :class:`Settings` that it is the default of, or None: it is the process's alone.
+    """
+
+    values: str
+    default: str
+    meaning: str
+    setting: str | None = None
+
+
+VARIABLES = {
+    "HETU_BACKEND": Variable(
+        ", ".join(BACKENDS), "by device", "names the kernel family that calls are offered to first", "backend"
+    ),
+    "HETU_COMPILE": Variable("0, 1", "0", "puts what is not attention through Inductor", "compile"),
+    "HETU_AUTOTUNE": Variable("0, 1", "0", "searches for the kernels' tiles at the first call of each kind, on CUDA"),
+    "HETU_CACHE_DIR": Variable("a folder", "~/.cache/hetu", "is where the tiles that were found are kept"),
+    "HETU_DEVICE_COPIES_MB": Variable(
+        "a whole number, MiB", "256", "bounds the memory that copies of plans take on devices; read once, on import"
+    ),
+    "HETU_PARALLEL_ATTN_SPLIT_PATTERN": Variable(
+        "NORMAL, SYM, STRIPE", "NORMAL", "is the split of `hetu.integrations.pku_hetu.parallel_attn`, read at each call"
+    ),
+}
+"""Every environment variable of hetu's, by its name: a test finds one that is read and not listed."""
+
+
 @cache
 def _from_environment(backend: Any, compiles: Any) -> Settings:
     text = (compiles and os.environ["HETU_COMPILE"]) or "0"

@@ -1,12 +1,14 @@
 """The errors that hetu raises, and the places in the user's script that they point at.
 
 Every message answers four questions: what was expected and what came (``what``), where it was asked
-for (``where``), which bound values led there (``bound``), and what to do (``fix``)::
+for (``where``), which bound values led there (``bound``), and what to do (``fix``). A traceback ends with a
+link to the page of its kind::
 
     BindingError: [attn_varlen] max_seqlen_q is 512, but sequence 3 of cu_seqlens_q has 700 tokens
       where:  train.py:41   out = hetu.attn_varlen(q, k, v, 64, cu, cu, max_q, max_q)
       bound:  max_q = 512   from int_symbol_dict
       fix:    bind max_q to at least 700, or leave it unbound
+      more:   https://hetu-attention.readthedocs.io/en/latest/errors/#bindingerror
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
+
+DOCS_URL = "https://hetu-attention.readthedocs.io/en/latest/"
+"""Where the documentation is published: what errors link to, and what the site is built for."""
 
 _NOT_USERS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, contextlib.__file__, "<eval_with_key>")
 """Beginnings of the names of files whose lines are not the user's: ours, what runs our context managers, and lowered
@@ -117,6 +122,7 @@ class HetuError(Exception):
     ) -> None:
         self.what, self.op, self.where, self.bound, self.fix = what, op, where, tuple(bound), fix
         super().__init__(self.render())
+        self.add_note(f"  more:   {self.link()}")  # a note: tracebacks end with it, and str(error) is the message alone
 
     def add_bound(self, text: str) -> None:
         """Adds a line to what led there, which only who passes the error on knows."""
@@ -132,6 +138,12 @@ class HetuError(Exception):
         if self.fix:
             lines.append(f"  fix:    {self.fix}")
         return "\n".join(lines)
+
+    @classmethod
+    def link(cls) -> str:
+        """The address of what the documentation tells of this kind of error, or of the nearest that it tells of."""
+        known = next(kind for kind in cls.__mro__ if kind.__module__ == __name__)
+        return f"{DOCS_URL}errors/#{known.__name__.lower()}"
 
 
 class ShapeError(HetuError, ValueError):

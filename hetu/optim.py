@@ -15,6 +15,8 @@ from hetu.graph.passes import live_nodes, nodes_of
 from hetu.ops import all_reduce, cast
 from hetu.parallel.placement import STAGES
 
+__all__ = ["SGD", "Adam", "AdamW", "Optimizer", "grad_norm"]
+
 Groups = Sequence[Tensor] | Sequence[Mapping[str, Any]]
 
 _COMMON = ("lr", "weight_decay", "maximize", "foreach", "differentiable", "fused")

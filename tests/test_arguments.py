@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.hostile import LONGER, Call, Case, hostile_values, op_calls, other_calls, run_calls
+from support.hostile import Call, Case, hostile_values, op_calls, other_calls, run_calls
+from support.longer import LONGER
 
 import hetu
 from hetu import arguments

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,12 @@ import torch
 import hetu
 from hetu.backends.comm import LocalComm, run_lock_step
 from hetu.backends.lower.lowering import find_lowering
-from hetu.errors import Where, caller
+from hetu.errors import DOCS_URL, Where, caller
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.plan.instructions import Receive, Runs, Send
 from hetu.runtime.executor import Executor
 
+ROOT = Path(__file__).resolve().parent.parent
 HEADS = Heads(num_q=1, num_kv=1, head_dim=8, itemsize=4).all
 
 FAMILY = (
@@ -45,6 +48,32 @@ def test_a_message_answers_four_questions(kind: type[hetu.HetuError]) -> None:
         "  fix:    bind n to 2",
     ]
     assert str(kind("just this")) == "just this"
+
+
+@pytest.mark.parametrize("kind", [hetu.HetuError, *FAMILY])
+def test_a_traceback_ends_with_a_link_to_a_page_and_an_anchor_that_are_there(kind: type[hetu.HetuError]) -> None:
+    below = type("Below", (kind,), {})  # a kind that no page tells of links to what it is a kind of
+    for error in (kind("n is 1", fix="bind n"), below("n is 1")):
+        link = "".join(traceback.format_exception_only(error)).splitlines()[-1].removeprefix("  more:   ")
+        page, anchor = link.removeprefix(DOCS_URL).split("/#")
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        assert anchor in [line[3:].lower() for line in text.splitlines() if line.startswith("## ")]
+
+
+def test_the_address_of_the_documentation_is_said_once() -> None:
+    """The site's own address is this one, by ``docs/tools/hooks.py``."""
+    files = [
+        *(ROOT / "hetu").rglob("*.py"),
+        *(ROOT / "docs").rglob("*.py"),
+        ROOT / "mkdocs.yml",
+        ROOT / "pyproject.toml",
+    ]
+    said = [
+        path.name
+        for path in files
+        if re.search(r"^[^#\n]*= ?\"https://[^\"]*readthedocs", path.read_text("utf-8"), re.M)
+    ]
+    assert said == ["errors.py"]
 
 
 def test_a_place_without_source() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.longer import LONGER
 from support.same import assert_same
 from support.zero import STEPS, Case, Model, Step, cut_finely, train
 
@@ -40,7 +41,7 @@ def cases(draw: st.DrawFn) -> tuple[Case, list[Step]]:
     return case, draw(st.lists(step, min_size=2, max_size=4))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 * LONGER, deadline=None)
 @given(cases(), st.sampled_from([1, 2]))
 def test_losses_and_state_are_those_of_stage_0(drawn: tuple[Case, list[Step]], stage: int) -> None:
     case, steps = drawn

@@ -376,7 +376,3 @@ def _seeded(seed: Any) -> None:
         hetu.manual_seed(seed)
     finally:
         hetu.manual_seed(0)
-
-
-LONGER = int(os.environ.get("HETU_FUZZ", "1"))
-"""How many times as many random calls are made: 1 in CI, more by hand."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.expressions import INTS, SYMBOLS, Tree, Unknowns, build, leaf_trees, trees, unknowns
+from support.longer import LONGER
 
 import hetu
 from hetu import Constraint, IntSymbol, equal, maximum, minimum
@@ -41,7 +42,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tree, Tree]:
 
 
 @given(pairs(), unknowns(), st.sampled_from(sorted(OPERATORS)))
-@settings(max_examples=500)
+@settings(max_examples=500 * LONGER)
 def test_a_decision_is_right_for_every_value(pair: tuple[Tree, Tree], given_: Unknowns, op: str) -> None:
     try:
         a, b = (build(tree, given_.values, int, INTS) for tree in pair)

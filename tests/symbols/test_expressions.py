@@ -7,6 +7,7 @@ import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.expressions import INTS, SYMBOLS, SYMPY, Tree, Unknowns, build, trees, unknowns
+from support.longer import LONGER
 
 import hetu
 from hetu.symbols import IntSymbol, as_symbol, compile_exprs
@@ -22,7 +23,7 @@ def plain(tree: Tree, given_: Unknowns) -> int:
 
 
 @given(trees, unknowns())
-@settings(max_examples=300)
+@settings(max_examples=300 * LONGER)
 def test_an_expression_means_the_same_three_ways(tree: Tree, given_: Unknowns) -> None:
     expected = plain(tree, given_)
     symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
@@ -36,7 +37,7 @@ def test_an_expression_means_the_same_three_ways(tree: Tree, given_: Unknowns) -
 
 
 @given(trees, unknowns())
-@settings(max_examples=300)
+@settings(max_examples=300 * LONGER)
 def test_what_is_known_of_an_expression_holds(tree: Tree, given_: Unknowns) -> None:
     expected = plain(tree, given_)
     symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
