@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hetu.parallel.views.cost import Hardware
+from hetu.parallel.views.hardware import Hardware
 
 PAIR_FLOPS = 4 + 10
 """FLOPs per pair, query head and number of a head: of the forward and of the backward."""

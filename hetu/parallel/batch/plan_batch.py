@@ -16,7 +16,7 @@ from hetu.parallel.batch.finish import Place, finish, joined
 from hetu.parallel.layout.documents import MAX_TOKENS
 from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.mask import CAUSAL, Mask
-from hetu.parallel.views.cost import Hardware
+from hetu.parallel.views.hardware import Hardware
 
 _OP = "plan_batch"
 

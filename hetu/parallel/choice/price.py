@@ -14,6 +14,7 @@ from hetu.parallel.choice.numbers import numbers
 from hetu.parallel.choice.work import GroupCounts
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.layout.layout import Layout
+from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.layout.strategy import Strategy, groups_of
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.methods import AUTO
@@ -131,12 +132,10 @@ def split_of(group: GroupLayout) -> str:
     Raises:
         StrategyError: If none does.
     """
-    parts = group.parts
-    if parts is None:
+    if group.split is None:
         raise StrategyError("a custom layout has no closed form", op="cost", fix="count it from its plan")
-    if parts.is_dealt:
-        return "stripe"
-    return "normal" if len(parts.document) == len(group.lengths) else "sym"
+    lies_as = SPLITS[group.split].parts
+    return next(name for name in ("normal", "sym", "stripe") if SPLITS[name].parts == lies_as)
 
 
 def cheapest_method(layout: Layout, mask: Mask, heads: Heads, hardware: Hardware) -> str:
