@@ -46,6 +46,12 @@ def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None
                 found = getattr(found, part)
 
 
+@pytest.mark.parametrize("name", ["add_", "relu_", "exp_"])
+def test_ops_in_place_have_another(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"in place: use hetu.{name[:-1]}$"):
+        getattr(hetu, name)
+
+
 def test_a_name_of_nobody_is_an_ordinary_error() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'nonsense'$"):
         _ = hetu.nonsense
