@@ -199,13 +199,13 @@ def test_no_tensor_has_another_ones_name() -> None:
             hetu.sort(x, name="order")
         hetu.placeholder("float32", [3], name="sort_0.indices")
         assert hetu.sort(x)[1].name == "sort_1.indices"  # a name that is made up is another one
-        with pytest.raises(hetu.HetuError, match="'sort_1.values' already"):
+        with pytest.raises(hetu.HetuError, match=r"'sort_1\.values' already"):
             hetu.abs(x, name="sort_1.values")
     assert [node.name for node in g.nodes] == ["order.values", "sort_0.indices", "sort_1"]
     assert g.find("order.values") is x
     g.verify()
     g.nodes[1].outputs[0].name = "order.values"
-    with pytest.raises(hetu.HetuError, match="two nodes or tensors are named order.values"):
+    with pytest.raises(hetu.HetuError, match=r"two nodes or tensors are named order\.values"):
         g.verify()
 
 
@@ -228,6 +228,16 @@ def test_what_is_refused_on_the_way_is_taken_back(kind: str, refused: Callable[.
         assert g.nodes == before
         assert (x * 2.0).name == "mul_1"
     g.verify()
+
+
+def test_a_refused_minimize_leaves_no_gradients() -> None:
+    with hetu.graph("define_and_run") as g:
+        w = hetu.parameter(1.0, [2], name="w")
+        loss = hetu.sum(w * w)
+        before = list(g.nodes)
+        with pytest.raises(hetu.HetuError, match="named 'w' already"):
+            hetu.optim.SGD(lr=0.1).minimize(loss, name="w")
+        assert g.nodes == before
 
 
 def test_a_refused_op_leaves_the_graph_as_it_was() -> None:
