@@ -130,7 +130,9 @@ def test_sizes_given_as_ints_have_no_bound_either(split: str, method: str) -> No
     for length in (2**30, 2**31 - 1, 2**31, 2**52):
         for mask in (Mask.causal(), Mask.full(), Mask.window(-1, 2**30), Mask.window(5, 3 * 10**9)):
             found = [
-                Strategy([size] * 3, [0] * 3).cost(64, 8, 128, "float32", split=split, mask=mask, method=method, batch=n)
+                Strategy([size] * 3, [0] * 3).cost(
+                    64, 8, 128, "float32", split=split, mask=mask, method=method, batch=n
+                )
                 for size, n in ((length, 2**40), (s, b))
             ]
             ints, symbols = found[0].evaluate(), found[1].evaluate({s: length, b: 2**40})
