@@ -23,11 +23,11 @@ FLOORS: Floors = (
     ("symbols",),
     ("graph", "parallel"),
     ("ops",),
-    ("optim",),
+    ("optim", "nn"),
     ("planning",),
     ("backends",),
     ("runtime", "functional"),
-    ("distributed", "testing"),
+    ("distributed", "calibration", "testing"),
     ("__init__",),
     ("integrations",),
 )
@@ -38,7 +38,8 @@ INSIDE: Mapping[str, Floors] = {
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),
-        ("attn_plan",),
+        ("choice",),
+        ("attn_plan", "batch"),
         ("__init__",),
     ),
     "backends": (
@@ -60,7 +61,7 @@ ONLY: Mapping[str, set[str]] = {"integrations": {"errors", "arguments", "functio
 """Rooms that know no more than a user's code could, whatever floor they stand on."""
 
 FRAMEWORKS = {"torch", "triton"}
-WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "testing", "integrations"}
+WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "calibration", "testing", "integrations"}
 LAZY_ONLY = {"networkx"}
 
 MAY_CIRCLE = {"graph", "symbols"}
