@@ -29,7 +29,8 @@ FLOORS: Floors = (
     ("runtime", "functional"),
     ("distributed", "testing"),
     ("__init__",),
-    ("integrations",),
+    ("integrations", "cli"),
+    ("__main__",),
 )
 
 INSIDE: Mapping[str, Floors] = {
@@ -60,8 +61,8 @@ ONLY: Mapping[str, set[str]] = {"integrations": {"errors", "arguments", "functio
 """Rooms that know no more than a user's code could, whatever floor they stand on."""
 
 FRAMEWORKS = {"torch", "triton"}
-WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "testing", "integrations"}
-LAZY_ONLY = {"networkx"}
+WITH_FRAMEWORKS = {"backends", "runtime", "functional", "distributed", "testing", "integrations", "cli"}
+LAZY_ONLY = {"networkx", "matplotlib"}
 
 MAY_CIRCLE = {"graph", "symbols"}
 """Rooms of which some modules define each other's types (node, tensor, op) and need each other."""
