@@ -93,7 +93,9 @@ def heads_of(args: Namespace) -> Heads:
     if args.heads % args.kv_heads:
         what = f"--heads is {args.heads}, expected a multiple of --kv-heads, {args.kv_heads}"
         raise HetuError(what, fix="query heads share heads of keys evenly")
-    return Heads(args.heads, args.kv_heads, args.head_dim, as_dtype(getattr(args, "dtype", None) or "bfloat16").itemsize)
+    return Heads(
+        args.heads, args.kv_heads, args.head_dim, as_dtype(getattr(args, "dtype", None) or "bfloat16").itemsize
+    )
 
 
 def even_layout(lengths: Sequence[int], pipelines: int, split: str, mask: Mask) -> Layout:

@@ -76,6 +76,7 @@ def figure(plan: PlanData, hardware: Hardware) -> Figure:
         PlanError: If the plan deadlocks.
     """
     try:
+        import matplotlib  # noqa: F401 # asked for by its own name, so that the error below has it
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         if error.name != "matplotlib":
