@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from weakref import WeakValueDictionary
 
 import torch
@@ -12,6 +13,7 @@ from hetu.backends.lower.lowering import Executable, lower
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.graph import Node
+from hetu.planning import stages
 from hetu.planning.planner import STRUCTURES
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime.launch import ModuleLauncher
@@ -71,5 +73,13 @@ class Executables:
 
             return fuse(executable, device)
 
+        def told() -> ModuleLauncher:
+            begin = perf_counter()
+            executable = make()
+            if stages.are_told():
+                graph = subgraph.fetches[0].graph
+                stages.lowered(graph, perf_counter() - begin, executable.notes, executable.__str__)
+            return ModuleLauncher(executable)
+
         key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled
-        return self.launchers.get(key, lambda: ModuleLauncher(make()))
+        return self.launchers.get(key, told)
