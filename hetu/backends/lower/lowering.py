@@ -13,6 +13,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -162,6 +163,9 @@ class Executable:
     def __str__(self) -> str:
         """The notes, then the module's code."""
         return "\n".join([*(f"# {note}" for note in self.notes), self.module.code.strip()])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 @dataclass

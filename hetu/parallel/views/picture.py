@@ -13,6 +13,7 @@ import numpy as np
 from hetu.errors import HetuError, PlanError, caller
 from hetu.parallel.mask.drawing import edges
 from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.mask.svg import HIDDEN, colour_of
 from hetu.parallel.plan.instructions import Receive, Wait
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.views.cost import Hardware, Timeline, simulate
@@ -24,11 +25,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg", "pdf")
 
-COLOURS = ("#3d7eea", "#e0812f", "#2f9e6b", "#a35bd0", "#c9446e", "#7a8b2a", "#2aa3b8", "#8c6d4f")
-"""A colour per pipeline, again from the first after the last."""
-
-IDLE, MOVED, HIDDEN = "#d7dce2", "#5b6570", "#eef1f4"
-"""Colours of waiting, of transfers, and of pairs that the mask hides."""
+IDLE, MOVED = "#d7dce2", "#5b6570"
+"""Colours of waiting and of transfers."""
 
 CELLS = 240
 """Most cells of the mask's picture along a side."""
@@ -117,7 +115,7 @@ def draw_timeline(axes: Axes, plan: PlanData, timeline: Timeline) -> None:
             if isinstance(i, Receive)
             if i.transfer in timeline.transfers
         ]
-        place, colour = part.pipeline, COLOURS[part.pipeline % len(COLOURS)]
+        place, colour = part.pipeline, colour_of(part.pipeline)
         axes.broken_barh(works, (place - 0.42, 0.56), facecolor=colour, edgecolor="white", linewidth=0.4)
         axes.broken_barh(waits, (place - 0.42, 0.56), facecolor=IDLE)
         axes.broken_barh([(a * scale, (b - a) * scale) for a, b in comes], (place + 0.2, 0.18), facecolor=MOVED)
@@ -135,7 +133,7 @@ def draw_timeline(axes: Axes, plan: PlanData, timeline: Timeline) -> None:
 def _legend(drawn: Figure) -> None:
     from matplotlib.patches import Patch
 
-    named = {"computes (a colour per pipeline)": COLOURS[0], "waits or is done": IDLE, "rows arrive": MOVED}
+    named = {"computes (a colour per pipeline)": colour_of(0), "waits or is done": IDLE, "rows arrive": MOVED}
     patches = [Patch(facecolor=colour, label=name) for name, colour in named.items()]
     drawn.legend(handles=patches, ncols=3, loc="outside lower left", frameon=False, fontsize=8)
 
@@ -156,14 +154,13 @@ def draw_owners(axes: Axes, plan: PlanData, number: int, owners: IntArray) -> No
 def owned(plan: PlanData, number: int, owners: IntArray) -> Any:
     """``(cells, cells, 3)`` colours in 0 .. 1; where a cell has some of its pairs only, its colour is paler."""
     group = plan.layout.groups[number]
-    bands = plan.mask.bands(group.lengths, group.lengths)
-    whole = bands if plan.mask.joins else bands.joined(group.offsets)
+    whole = plan.mask.over_pack(group.lengths)
     sides = edges(group.tokens, CELLS)
     if len(sides) < 2:
         return np.ones((1, 1, 3))
     sizes = np.diff(sides)
     share = (whole.pairs_in(sides, sides) / (sizes[:, None] * sizes))[..., None]
-    colours = np.array([_rgb(COLOURS[r % len(COLOURS)]) for r in owners[sides[:-1]].tolist()])[:, None]
+    colours = np.array([_rgb(colour_of(r)) for r in owners[sides[:-1]].tolist()])[:, None]
     shade = np.where(share > 0, 0.35 + 0.65 * share, 0.0)
     return shade * colours + (1 - shade) * _rgb(HIDDEN)
 

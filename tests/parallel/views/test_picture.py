@@ -10,6 +10,7 @@ import pytest
 
 import hetu
 from hetu.parallel import METHODS, AttnPlan, Hardware, Heads, Layout, build_plan
+from hetu.parallel.mask import svg
 from hetu.parallel.plan.instructions import Receive
 from hetu.parallel.views import picture
 from hetu.parallel.views.cost import simulate
@@ -49,7 +50,7 @@ def test_a_pixel_has_the_colour_of_who_computes_it() -> None:
     for number, group in enumerate(drawn.layout.groups):
         pixels = picture.owned(drawn, number, owners[number])
         seen = drawn.mask.matrix(group.tokens, group.tokens)
-        colours = np.array([picture._rgb(picture.COLOURS[r]) for r in owners[number]])[:, None]
+        colours = np.array([picture._rgb(svg.colour_of(r)) for r in owners[number]])[:, None]
         np.testing.assert_allclose(pixels, np.where(seen[..., None], colours, picture._rgb(picture.HIDDEN)))
 
 
