@@ -1,7 +1,9 @@
 """What planning costs one rank of many: the layout, and its own part of the forward and of the backward.
 
 8 documents per rank, a long-tailed mix of about a thousand tokens each, with ``direct``. Limits are those of ``sym``;
-the layout of ``balanced`` may take as much again. Prints a table; ``--verify`` also proves a plan of 64 ranks.
+the layout of ``balanced`` may take as much again. Times are those of this process on the processor, for planning is
+done by one thread: what else runs on the machine counts less. Prints a table; ``--verify`` also proves a plan of 64
+ranks.
 
     python benchmarks/own_parts.py [--ranks 8 64 256] [--split sym] [--verify]
 """
@@ -9,10 +11,12 @@ the layout of ``balanced`` may take as much again. Prints a table; ``--verify`` 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from time import process_time
+from typing import Any
 
 import numpy as np
-from tables import Row, print_table, timed
+from tables import Row, print_table
 
 from hetu.parallel import SPLITS, Heads, Layout, build_plan
 
@@ -20,6 +24,13 @@ LIMITS = {8: 0.5, 64: 5.0, 256: 20.0, 1024: 60.0}
 """Milliseconds for layout, forward and backward of one rank's part, by ranks."""
 
 HEADS = Heads(num_q=8, num_kv=2, head_dim=64, itemsize=2)
+
+
+def timed(call: Callable[[], Any], scale: float) -> float:
+    """Processor time of one call, in units of ``1 / scale`` seconds."""
+    start = process_time()
+    call()
+    return (process_time() - start) * scale
 
 
 class Job:

@@ -6,7 +6,7 @@ two, on three of unequal lengths, on four in two context groups. The loss goes o
     python examples/train_lm.py                                       # 60 steps on a CPU
     python examples/train_lm.py --checkpoint lm.safetensors           # saves there; --resume goes on from there
     python examples/train_lm.py --recompute                           # the same losses in less memory
-    torchrun --nproc-per-node 4 examples/train_lm.py --zero 2         # each rank keeps a part of Adam's state
+    torchrun --nproc-per-node 4 examples/train_lm.py --zero 3         # each rank keeps a part of model and Adam
     python examples/train_lm.py --compile                             # what is not attention goes through Inductor
     python examples/train_lm.py --dtype bfloat16 --layers 4 --width 1024 --heads 16 --kv-heads 4 --head-dim 64 \
         --hidden 2816 --tokens 32768 --steps 500                      # on a GPU
@@ -30,6 +30,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import hetu
+
+ZERO = "what is cut over the ranks: 1 for Adam's state, 2 for gradients too, 3 for parameters too"
 
 
 def main() -> None:
@@ -175,7 +177,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--recompute", action="store_true", help="keep less for the backward: it computes layers again")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=0, help="1: cut Adam's state, 2: gradients too")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2, 3), default=0, help=ZERO)
     parser.add_argument("--compile", action="store_true", help="compile what is not attention: once, for all lengths")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; CUDA if there is one")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,5 +1,5 @@
 """Several processes: joining those that torchrun started, and leaving them."""
 
-from hetu.runtime.distributed import gather_shards, init_distributed, shutdown_distributed
+from hetu.runtime.distributed import gather_shards, init_distributed, shutdown_distributed, use_hardware
 
-__all__ = ["gather_shards", "init_distributed", "shutdown_distributed"]
+__all__ = ["gather_shards", "init_distributed", "shutdown_distributed", "use_hardware"]

@@ -69,9 +69,6 @@ class Optimizer:
 
     def _checked_stage(self, given: Any) -> int:
         stage = integer(given, "zero_stage", least=0, most=len(STAGES) - 1, op="minimize")
-        if STAGES[stage].cuts_values:
-            what = f"zero_stage={stage} cuts parameters, which this version does not do yet"
-            self._refuse(HetuError, what, f"use zero_stage={stage - 1}, which cuts gradients and the optimiser's state")
         if STAGES[stage].cuts_state and not self.is_elementwise:
             what = f"zero_stage={stage} cuts parameters for their updates, but {self.kind} needs them whole"
             self._refuse(HetuError, what, "use an optimiser that is elementwise, or zero_stage=0")
@@ -208,8 +205,9 @@ class SGD(Optimizer):
         schedule: A function from the torch optimiser to one of ``torch.optim.lr_scheduler``, such as
             ``functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=100)``; it steps after every update.
         zero_stage: What is cut over all ranks instead of being whole on each: 0 for nothing, 1 for the optimiser's
-            state, 2 for gradients too. Losses and parameters are those of stage 0. ``g.state_dict()`` is then called on
-            all ranks. It needs an optimiser that is elementwise. See docs/training.md.
+            state, 2 for gradients too, 3 for parameters too. Losses and parameters are those of stage 0.
+            ``g.state_dict()`` is then called on all ranks. It needs an optimiser that is elementwise. See
+            docs/training.md.
         **options: What the torch class takes: ``momentum``, ``weight_decay``, ...
     """
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ BLOCK = re.compile(
 )
 
 
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+
+
 def run_script(*arguments: str) -> str:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -38,11 +41,25 @@ SHOWN = [
 ]
 
 
+@pytest.fixture(scope="module")
+def scripts() -> Iterator[subprocess.Popen[str]]:
+    """Runs scripts, each in a process of its own."""
+    command = [sys.executable, "tests/support/scripts.py"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+
+
 @pytest.mark.parametrize(("code", "output"), SHOWN)
-def test_code_prints_what_it_says(code: str, output: str | None, tmp_path: Path) -> None:
+def test_code_prints_what_it_says(
+    scripts: subprocess.Popen[str], code: str, output: str | None, tmp_path: Path
+) -> None:
     script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
-    printed = run_script(str(script))
+    print(script, file=scripts.stdin, flush=True)
+    exit_code = scripts.stdout.readline()
+    printed = (tmp_path / "shown.py.out").read_text(encoding="utf-8")
+    assert exit_code == "0\n", printed
     if output is not None:
         assert printed.split() == output.split()
 
@@ -54,7 +71,7 @@ def test_blocks_are_found_with_their_output() -> None:
 
 
 def test_documents() -> None:
-    printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "2048")
+    printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "1024")
     for name in ("one pipeline", "two pipelines", "three of unequal lengths", "six in three context groups"):
         assert f"{name}, 1 pack" in printed
 
@@ -75,7 +92,7 @@ def test_train_lm(tmp_path: Path) -> None:
     options = [*SMALL, "--plot", str(tmp_path / "loss.png"), "--checkpoint", str(tmp_path / "lm.safetensors")]
     whole = run_script("examples/train_lm.py", *options, "--steps", "5")
     assert "5 steps in" in whole
-    again = run_script("examples/train_lm.py", *options, "--steps", "5", "--recompute", "--zero", "2")
+    again = run_script("examples/train_lm.py", *options, "--steps", "5", "--recompute", "--zero", "3")
     means = re.compile(r"loss \S+ at the first step, \S+ over the last 5")
     assert means.findall(again) == means.findall(whole) != []
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import subprocess
 import sys
 
@@ -22,6 +23,15 @@ def test_dir_has_every_public_name_and_no_other() -> None:
 def test_help_of_graph_shows_what_it_takes() -> None:
     assert inspect.signature(hetu.graph) == inspect.signature(hetu.Graph)
     assert {"num_strategy", "device"} <= set(inspect.signature(hetu.graph).parameters)
+    shown = pydoc.plain(pydoc.render_doc(hetu.graph))
+    for word in ("num_strategy", '"eager"', "with hetu.graph", "load_parameters", "find(self, name"):
+        assert word in shown
+
+
+def test_dir_of_a_tensor_has_the_ops() -> None:
+    assert {"reshape", "sum", "permute", "masked_fill", "numpy", "topk", "T"} <= set(dir(hetu.Tensor))
+    assert "as ``torch.amax``" in (inspect.getdoc(hetu.Tensor.max) or "")
+    assert set(hetu.nn.__all__) <= set(dir(hetu.nn))
 
 
 @pytest.mark.parametrize("name", sorted(hetu._OTHER_HETU))
@@ -34,6 +44,12 @@ def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None
             found: object = hetu
             for part in word.split(".")[1:]:
                 found = getattr(found, part)
+
+
+@pytest.mark.parametrize("name", ["add_", "relu_", "exp_"])
+def test_ops_in_place_have_another(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"in place: use hetu.{name[:-1]}$"):
+        getattr(hetu, name)
 
 
 def test_a_name_of_nobody_is_an_ordinary_error() -> None:

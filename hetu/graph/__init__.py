@@ -1,6 +1,7 @@
 """The symbolic graph: tensors, nodes, op definitions and what can be told of them before anything runs.
 
-The package is also the users' context: ``hetu.graph("define_and_run")`` makes a graph.
+The package is also the users' context: ``hetu.graph("define_and_run")`` makes a :class:`Graph`, and
+``hetu.graph("eager")`` one that runs each op when it is built.
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ __all__ = [
     "registry",
     "require",
 ]
+
+
+__doc__ = f"{__doc__}\n\nhetu.graph{inspect.signature(Graph)}\n\n{inspect.getdoc(Graph)}"  # what help(hetu.graph) shows
 
 
 class _CallableModule(ModuleType):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hetu.errors import HetuError, caller
@@ -28,8 +28,18 @@ def current_graph(inputs: Iterable[Any] = (), op: str | None = None) -> Graph:
     return stack[-1]
 
 
+def _requirements() -> Sequence[Constraint]:
+    stack = entered.get()
+    return stack[-1].constraints if stack else ()
+
+
+Constraint.requirements = staticmethod(_requirements)
+
+
 def require(constraint: Constraint) -> None:
     """Demands a relation between symbols in every run of the current graph.
+
+    What is demanded decides comparisons of the same symbols in what is built after it.
 
     Args:
         constraint: A comparison such as ``s > 5`` or ``hetu.equal(a, b)``. Python's ``==`` and ``!=`` compare how

@@ -5,35 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from difflib import get_close_matches
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, shown, text
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.drawing import Drawn
+from hetu.graph.eager import EagerValues, check_eager
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
+from hetu.graph.requirement import refuse_requirement
+from hetu.graph.running import Running
 from hetu.graph.tensor import Tensor
 from hetu.symbols import Constraint, IntSymbol, as_symbol
 
 if TYPE_CHECKING:
     import networkx
 
-    from hetu.parallel import AttnPlan, Layout, Strategy
-    from hetu.planning.planner import Planner, Prepared
-    from hetu.runtime.executor import Executor
+    from hetu.parallel import Strategy
+
 
 entered: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
 
-class Graph(Drawn):
+class Graph(Running, Drawn):
     """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
 
     Args:
-        kind: ``"define_and_run"``, the only kind.
+        kind: ``"define_and_run"``, or ``"eager"``: each op is run when it is built, once, and tensors have ``numpy()``.
+            For debugging and small tools: it has no placeholders, strategies or optimisers.
         num_strategy: How many parallel strategies its ``parallel_attn`` ops list; at most 65,536.
         strategies: The strategies themselves, instead of their number: ops then need no lists, and ``strategy=`` takes
             their names too.
@@ -44,6 +48,7 @@ class Graph(Drawn):
         nodes: In an order in which they can be computed.
         constraints: Relations that ``hetu.require`` demands of every run. Those that ops demand stand in their nodes.
         strategies: The strategies that it was given; empty where ops list them.
+        eager: The values of an eager graph; None for all others.
         listing: The first node that lists strategies, and so says how many pipelines each has; None if there is none.
 
     Raises:
@@ -61,12 +66,8 @@ class Graph(Drawn):
         tensor([[2., 4.]])
     """
 
-    planner_factory: ClassVar[Callable[[Graph], Planner]]
-    executor_factory: ClassVar[Callable[[Graph], Executor]]
-    """What plans and what runs a graph: set by the package, so that this one need not import later stages."""
-
     check_strategies: ClassVar[Callable[[Any, int], tuple[Strategy, ...]]]
-    """What checks a list of strategies against their number; set by the package too."""
+    """What checks a list of strategies against their number: set by the package, so that this one need not know."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Graph(Drawn):
         device: str | None = None,
         name: str = "graph",
     ) -> None:
-        self.kind = choice(kind, "kind", ("define_and_run",), op="graph")
+        self.kind = choice(kind, "kind", ("define_and_run", "eager"), op="graph")
         count = integer(num_strategy, "num_strategy", least=1, most=MAX_COUNT, op="graph", error=StrategyError)
         self.strategies = () if strategies is None else type(self).check_strategies(strategies, count)
         self.num_strategy = len(self.strategies) or count
@@ -86,9 +87,12 @@ class Graph(Drawn):
         self.constraints: list[Constraint] = []
         self.listing: Node | None = None
         self._names: set[str] = set()
+        self._found: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
-        self._planner: Planner | None = None
-        self._executor: Executor | None = None
+        self.eager = EagerValues(self._small_graph) if self.kind == "eager" else None
+        if self.eager is not None:
+            check_eager(self.num_strategy, self.strategies)
+        super().__init__()
 
     # Building
 
@@ -135,14 +139,22 @@ class Graph(Drawn):
         specs = definition.infer(call)
         node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
         node.symbols, node.constraints = call.symbols, tuple(call.constraints)
-        if (now := building.get()) is not NOWHERE:
+        if self.eager is not None:
+            specs, values = self.eager.compute(node, specs)
+        elif (now := building.get()) is not NOWHERE:
             node.scopes, node.backward = now
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
+        if self.eager is not None:
+            self.eager.keep(node.outputs, values)
         self._names.add(call.name)
         self.nodes.append(node)
         if definition.lists_strategies and self.listing is None:
             self.listing = node
         return node.outputs
+
+    def _small_graph(self) -> Graph:
+        """An empty graph that runs where this one does."""
+        return Graph("define_and_run", device=self.device, name=self.name)
 
     def _clone(self, node: Node, inputs: tuple[Operand, ...], backward: Hashable) -> Node:
         """Adds a node that computes another one again, for a backward, from the same values in other tensors."""
@@ -182,7 +194,7 @@ class Graph(Drawn):
         """
         place = where or caller()
         if not isinstance(constraint, Constraint):
-            _refuse_requirement(constraint, place)
+            refuse_requirement(constraint, place)
         if constraint.decided is False:
             what = f"{constraint} never holds"
             raise ShapeError(what, op="require", where=place, fix="change the ranges of the symbols")
@@ -267,181 +279,37 @@ class Graph(Drawn):
 
         return to_networkx(self)
 
-    # Running
+    def find(self, name: str, what: str = "name") -> Tensor:
+        """The tensor of a name: ``"linear_0"``, or ``"parallel_attn_0.out"`` where an op has several outputs.
 
-    @property
-    def planner(self) -> Planner:
-        """What binds and plans the runs of this graph, without torch."""
-        if self._planner is None:
-            self._planner = type(self).planner_factory(self)
-        return self._planner
-
-    @property
-    def executor(self) -> Executor:
-        """What lowers and runs this graph; its ``stats()`` tell what was cached, planner included."""
-        if self._executor is None:
-            self._executor = type(self).executor_factory(self)
-        return self._executor
-
-    # What a tensor's value is depends on the strategy and the micro-batches of the run: see what run returns.
-
-    @overload
-    def run(
-        self,
-        fetches: Tensor,
-        feed_dict: Mapping[Tensor, Any] | None = None,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
-        strategy: int | str | None = None,
-        num_micro_batches: int = 1,
-        device: str | None = None,
-        run_level: str = "update",
-    ) -> Any: ...
-
-    @overload
-    def run(
-        self,
-        fetches: Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
-        strategy: int | str | None = None,
-        num_micro_batches: int = 1,
-        device: str | None = None,
-        run_level: str = "update",
-    ) -> list[Any]: ...
-
-    def run(
-        self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
-        strategy: int | str | None = None,
-        num_micro_batches: int = 1,
-        device: str | None = None,
-        run_level: str = "update",
-    ) -> Any:
-        """Computes tensors.
+        The name that ``minimize`` was given is that of the step's loss, which it returned.
 
         Args:
-            fetches: A tensor, or a list of them.
-            feed_dict: Placeholders' values: numpy arrays or torch tensors; ``hetu.Shards`` with one array
-                per pipeline, a dict with one array per context group by the group's value, or one array that all
-                get, which is refused where each pipeline needs its own rows. With micro-batches: a list with one
-                value each.
-            int_symbol_dict: Values of leaf symbols; with micro-batches, a list gives one value each.
-            strategy: An index, the name of one of the graph's ``strategies``, ``"auto"`` (the cheapest feasible one) or
-                None (0 if there is one, else ``"auto"``).
-            num_micro_batches: How many micro-batches are run one after the other.
-            device: Where to run, instead of the graph's device.
-            run_level: What a run that fetches what ``minimize`` gave does with the gradients: ``"update"`` adds them
-                to those that wait and applies all, ``"grad"`` lets them wait for a later run, ``"compute_only"`` does
-                not compute them.
-
-        Returns:
-            For a single tensor its value, for a list a list in the same order. A value is a torch tensor,
-            ``hetu.Shards`` of them when the strategy has more than one pipeline, and a list of these, one per
-            micro-batch, when there are several.
+            name: The name, as ``print(g)`` shows it.
+            what: The argument that it stands in, for the error.
 
         Raises:
-            HetuError: One of the family, before anything is computed.
+            HetuError: If there is none.
+
+        Example:
+            >>> import hetu
+            >>> with hetu.graph("define_and_run") as g:
+            ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+            >>> g.find("x") is x
+            True
         """
-        return self.executor.run(fetches, feed_dict, int_symbol_dict, strategy, num_micro_batches, device, run_level)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that the graph keeps from run to run, copied: parameters, waiting gradients, optimisers, the generator.
-
-        Returns:
-            A nested dict of torch tensors, numbers and strings. ``hetu.save(g, path)`` writes it, ``hetu.load(path)``
-            reads it. If an optimiser has a ``zero_stage`` and there are several ranks, all of them call it, and all get
-            whole tensors; what other ranks had parts of lies on the CPU.
-
-        Raises:
-            CommunicationError: If the ranks hold parts, and one of them does not call it, or refuses.
-        """
-        return self.executor.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a state: a run after it gives the same bits as it would have given then.
-
-        Args:
-            state: What :meth:`state_dict` or ``hetu.load`` gave, of a graph with the same parameters and optimisers.
-
-        Raises:
-            HetuError: If it does not fit the graph; nothing is changed then.
-        """
-        self.executor.load_state_dict(state)
-
-    def prepare(
-        self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None = None,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, Any] | None = None,
-        strategy: int | str | None = None,
-    ) -> Prepared:
-        """Binds, selects and plans as ``run`` would, and computes nothing.
-
-        Returns:
-            The :class:`~hetu.planning.planner.Prepared` run: its strategy, each pipeline's binding, its plans.
-        """
-        subgraph = self.planner.subgraph(fetches)
-        return self.planner.prepare(subgraph, feed_dict, int_symbol_dict, strategy)[0]
-
-    def layout(
-        self,
-        strategy: int | str = 0,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
-        cu_seqlens: Any = None,
-        batch: int | Sequence[int] | Mapping[int, int] = 1,
-        node: str | None = None,
-    ) -> Layout:
-        """Which token lies where under a strategy: ``layout.scatter(x)`` and ``layout.gather(shards)``.
-
-        Args:
-            strategy: Index or name of the strategy.
-            int_symbol_dict: Values of the symbols in its lengths and groups.
-            cu_seqlens: With packing: the array of all groups, or one array per group.
-            batch: Without packing: sequences in a batch, or one number per group.
-            node: Which ``parallel_attn``, where the graph has several with different layouts.
-
-        What is given per group is a dict by the group's value, or a list in the order in which ``print(layout)`` lists
-        the groups, that of ascending values.
-
-        Raises:
-            StrategyError: If there is no such strategy, or no or several layouts to choose from.
-        """
-        return self.planner.layout(strategy, int_symbol_dict, cu_seqlens, batch, node)
-
-    def plan(
-        self,
-        strategy: int | str = 0,
-        *,
-        int_symbol_dict: Mapping[IntSymbol, int] | None = None,
-        cu_seqlens: Any = None,
-        batch: int | Sequence[int] | Mapping[int, int] = 1,
-        node: str | None = None,
-    ) -> AttnPlan:
-        """The plan that a run would follow, as data: see ``print(plan)``, ``plan.verify()``, ``plan.cost(...)``.
-
-        Takes the arguments of :meth:`layout`.
-        """
-        return self.planner.plan(strategy, int_symbol_dict, cu_seqlens, batch, node)
+        found = self._found.get(text(name, what, op="find"))
+        if found is None or found.op.id >= len(self.nodes) or self.nodes[found.op.id] is not found.op:
+            named = {node.name: node.outputs[0] for node in self.nodes if node.role is Role.UPDATE}
+            named |= {item.name: item for node in self.nodes for item in node.outputs}
+            if name not in named:
+                _refuse_name(self, name, what, list(named))
+            self._found, found = named, named[name]
+        return found
 
 
-def _refuse_requirement(given: Any, where: Where) -> NoReturn:
-    fix = "compare sizes: s >= 8, or hetu.equal(s, 8)"
-    if isinstance(given, bool):
-        what = f"expected constraint to be a comparison of symbols, got {given}, which is the same in every run"
-        fix = (
-            "write hetu.equal(a, b) for a == b, which compares how symbols are made; there is none for a != b; "
-            "and assert what is known of plain ints"
-        )
-    elif isinstance(given, Tensor):
-        what = f"expected constraint to be a comparison of symbols, got {given!r}, whose values only a run knows"
-        fix = "compare its sizes, which are in its symbolic_shape"
-    else:
-        what = f"expected constraint to be a comparison of symbols, got {shown(given)}"
-    raise HetuError(what, op="require", where=where, fix=fix)
+def _refuse_name(graph: Graph, name: str, what: str, known: Sequence[str]) -> NoReturn:
+    outputs = [item.name for node in graph.nodes if node.name == name for item in node.outputs]
+    near = outputs or get_close_matches(name, known, n=3)
+    fix = f"did you mean {' or '.join(near)}?" if near else "print(g) shows the names of its tensors"
+    raise HetuError(f"the graph has no tensor named {shown(name)}, as {what} says", where=caller(), fix=fix)

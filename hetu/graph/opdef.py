@@ -76,14 +76,14 @@ class Call:
         return self.symbols.setdefault(name, IntSymbol(f"{self.name}.{name}"))
 
     def check(self, constraint: Constraint | bool, what: str, fix: str | None = None) -> None:
-        """Demands a relation between sizes: decided now if ranges decide it, else checked by every run.
+        """Demands a relation between sizes: decided now if ranges or requirements decide it, else checked by every run.
 
         Args:
             constraint: A comparison of sizes.
             what: What is expected, for the error.
             fix: What to do about it.
         """
-        decided = constraint if isinstance(constraint, bool) else constraint.decided
+        decided = constraint if isinstance(constraint, bool) else constraint.decided_by(self.graph.constraints)
         if decided is False:
             self.fail(ShapeError, what, fix)
         if decided is None and isinstance(constraint, Constraint):

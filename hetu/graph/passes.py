@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hetu.errors import HetuError
 from hetu.graph.node import Node
 from hetu.graph.opdef import Call, Role
 from hetu.graph.tensor import Tensor
-from hetu.symbols import as_symbol
+from hetu.symbols import IntSymbol, as_symbol
 
 if TYPE_CHECKING:
     from hetu.graph.graph import Graph
@@ -59,7 +59,7 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
         if node.role is not Role.COMPUTATION or definition.is_random or definition.has_plan or node.symbols:
             continue
         operands = tuple(_operand_key(item, replaced) for item in node.inputs)
-        attrs = tuple((name, _value_key(node.attrs[name])) for name in sorted(node.attrs))
+        attrs = tuple((name, value_key(node.attrs[name])) for name in sorted(node.attrs))
         key = (definition.name, operands, attrs, node.backward)
         original = first.setdefault(key, node)
         if original is not node:
@@ -70,16 +70,16 @@ def merge_duplicates(nodes: Sequence[Node]) -> dict[Tensor, Tensor]:
 def _operand_key(item: Any, replaced: dict[Tensor, Tensor]) -> Any:
     if isinstance(item, Tensor):
         return replaced.get(item, item)
-    return _value_key(item)
+    return value_key(item)
 
 
-def _value_key(value: Any) -> Any:
+def value_key(value: Any) -> Any:
     """What tells a value from all others, also from those that are equal to it and hash alike.
 
     1, 1.0 and True are equal, but give other dtypes; so are 0.0 and -0.0, which give other results.
     """
     if isinstance(value, (tuple, list)):
-        return (type(value), tuple(map(_value_key, value)))
+        return (type(value), tuple(map(value_key, value)))
     return (type(value), repr(value)) if isinstance(value, (float, complex)) else (type(value), value)
 
 
@@ -113,7 +113,14 @@ def _check_outputs(node: Node) -> None:
         raise HetuError(f"{node.name} has {len(node.outputs)} outputs, not {len(specs)}", op=op.name, where=node.where)
     for tensor, spec in zip(node.outputs, specs, strict=True):
         shape = tuple(as_symbol(dim) for dim in spec.shape)
+        if node.graph.eager is not None:  # whose tensors have plain sizes
+            shape = tuple(map(as_symbol, plain_shape(shape, node.graph.eager.sizes)))
         if tensor.dtype != spec.dtype or tensor.symbolic_shape != shape:
             raise HetuError(
                 f"{tensor!r} should be {spec.dtype.name}[{', '.join(map(str, shape))}]", op=op.name, where=node.where
             )
+
+
+def plain_shape(shape: Sequence[IntSymbol], sizes: Mapping[IntSymbol, int]) -> tuple[IntSymbol | int, ...]:
+    """A shape with the values of those sizes that are known."""
+    return tuple(dim.evaluate(sizes) if all(leaf in sizes for leaf in dim.leaves) else dim for dim in shape)

@@ -1,4 +1,4 @@
-"""Comparisons of elements, and the choice between elements: eq, ne, lt, le, gt, ge, where."""
+"""Comparisons of elements: eq, ne, lt, le, gt, ge."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import numpy as np
 
 from hetu.dtypes import DType, bool_, float32
 from hetu.errors import DTypeError, ShapeError
-from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import broadcast, build, output, result_type, tensor
-from hetu.ops.common.elementwise import Elementwise, Operand, check_fits
-from hetu.ops.common.gradients import single, unbroadcast
-from hetu.ops.common.samples import eighths, not_zero, whole_numbers
+from hetu.graph import BadSample, GoodSample, Tensor, register
+from hetu.ops.common.build import build
+from hetu.ops.common.elementwise import Elementwise, Operand
+from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 
-__all__ = ["eq", "ge", "gt", "le", "lt", "ne", "where"]
+__all__ = ["eq", "ge", "gt", "le", "lt", "ne"]
 
 
 class _Comparison(Elementwise):
@@ -101,67 +100,6 @@ class Ge(_Comparison):
 
     name = "ge"
     reference = np.greater_equal
-
-
-@register
-class Where(OpDef):
-    """``a`` where a condition holds, ``b`` elsewhere."""
-
-    name = "where"
-    inputs = ("condition", "a", "b")
-
-    def infer(self, call: Call) -> Sequence[TensorSpec]:
-        condition = tensor(call, 0, "condition")
-        if condition.dtype != bool_:
-            fix = f"compare it with something, or cast it: hetu.cast({condition.name}, hetu.bool)"
-            call.fail(DTypeError, f"expected condition to be bool, got {condition.dtype}", fix)
-        dtype, shape = result_type(call.inputs[1:]), condition.shape
-        for what, item in zip(self.inputs[1:], call.inputs[1:], strict=True):
-            if item is None:
-                call.fail(DTypeError, f"expected {what} to be a tensor or a number, got None")
-            check_fits(call, item, dtype, what)
-            if isinstance(item, Tensor):
-                shape = broadcast(call, shape, item.shape)
-        return [output(call, dtype, shape)]
-
-    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
-        grad, (condition, a, b) = single(grads), node.inputs
-        return [
-            None,
-            lambda: unbroadcast(build("where", (condition, grad, 0.0)), a),
-            lambda: unbroadcast(build("where", (condition, 0.0, grad)), b),
-        ]
-
-    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        mask = whole_numbers(3, 5) > 0
-        good = [
-            GoodSample(where, [mask, eighths(3, 5), eighths(3, 5, seed=1)], np.where, [(0, 0), (1, 0), (2, 0)]),
-            GoodSample(where, [mask[0], eighths(3, 1), eighths(5, seed=1)], np.where),
-            GoodSample(where, [mask, eighths(dtype="float64"), eighths(5, dtype="float16")], np.where),
-            GoodSample(where, [mask[:, :1], whole_numbers(5), eighths(5, dtype="float16")], np.where),
-            GoodSample(
-                lambda c, a: where(c, a, 0), [mask, eighths(3, 5)], lambda c, a: np.where(c, a, 0), [(0, 1), (1, 1)]
-            ),
-            GoodSample(lambda c, b: where(c, -1.5, b), [mask, whole_numbers(5)], lambda c, b: np.where(c, -1.5, b)),
-            GoodSample(lambda c: where(c, 1, 0), [mask], lambda c: np.where(c, 1, 0)),
-            GoodSample(
-                lambda c: where(c, 0.5, c.symbolic_shape[0]), [mask], lambda c: np.where(c, 0.5, len(c)), [(0, 0)]
-            ),
-            # A NaN that is not chosen leaves no trace.
-            GoodSample(where, [mask[0], not_zero(5), np.full(5, np.nan, "float32")], np.where, smooth=False),
-            GoodSample(where, [mask[:0], eighths(0, 5), eighths(1, 5)], np.where),
-        ]
-        condition = placeholder
-        bad = [
-            BadSample(lambda: where(_float(2), 1, 2), DTypeError, "condition to be bool, got hetu.float32"),
-            BadSample(lambda: where(True, _float(2), 2), DTypeError, "condition to be a tensor"),  # type: ignore[arg-type]
-            BadSample(lambda: where(condition(bool_, [2]), _float(3), 0), ShapeError, "2 and 3 differ"),
-            BadSample(lambda: where(condition(bool_, [2]), None, 0), DTypeError, "expected a to be"),  # type: ignore[arg-type]
-            BadSample(
-                lambda: where(condition(bool_, [2]), condition("int8", [2]), 200), DTypeError, "200 does not fit"
-            ),
-        ]
-        return good, bad
 
 
 def _float(*shape: int) -> Tensor:
@@ -336,32 +274,3 @@ def ge(a: Operand, b: Operand, name: str | None = None) -> Tensor:
         tensor([False,  True,  True])
     """
     return build("ge", (a, b), name=name)
-
-
-def where(condition: Tensor, a: Operand, b: Operand, name: str | None = None) -> Tensor:
-    """Takes elements of ``a`` where a condition holds, and of ``b`` elsewhere. Broadcasts as :func:`hetu.add` does.
-
-    An element that is not chosen gets the gradient 0.
-
-    Args:
-        condition: A bool tensor of any shape.
-        a: A tensor of any dtype and shape, a number, or an IntSymbol.
-        b: As a.
-        name: The node's name, unique in the graph; None makes one up.
-
-    Returns:
-        A tensor of the common shape of all three; its dtype is that of ``torch.result_type`` of a and b.
-
-    Raises:
-        ShapeError: If the shapes don't broadcast.
-        DTypeError: If the condition is no bool tensor, or an int does not fit the dtype.
-
-    Example:
-        >>> import hetu
-        >>> with hetu.graph("define_and_run") as g:
-        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
-        ...     y = hetu.where(x > 0, x, 0.5)
-        >>> g.run(y, feed_dict={x: [2.0, -2.0]})
-        tensor([2.0000, 0.5000])
-    """
-    return build("where", (condition, a, b), name=name)

@@ -1,4 +1,4 @@
-"""Casts, embeddings, softmax: what models need besides products of matrices, norms and attention."""
+"""Casts, embeddings, one_hot, softmax: what models need besides products of matrices, norms and attention."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from hetu.dtypes import DType, as_dtype, bfloat16, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, IndexRange, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import axis, build, floating, output, rank, tensor
+from hetu.ops.common.build import axis, build, floating, output, rank, size, tensor
 from hetu.ops.common.layers import GradientOp, check_indices
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
-__all__ = ["cast", "embedding", "softmax"]
+__all__ = ["cast", "embedding", "one_hot", "softmax"]
 
 
 @register
@@ -120,6 +120,46 @@ class EmbeddingGrad(GradientOp):
 
     def index_ranges(self, node: Node) -> Sequence[IndexRange]:
         return [IndexRange("ids", node.attrs["rows"])]
+
+
+@register
+class OneHot(OpDef):
+    """A row per id that is 1 in the id's place, and 0 elsewhere."""
+
+    name = "one_hot"
+    inputs = ("ids", "num_classes")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        ids, count = tensor(call, 0, "ids"), size(call, call.inputs[1], "num_classes")
+        check_indices(call, ids, "ids")
+        call.check(count >= 0, f"expected num_classes to be at least 0, got {count}")
+        return [output(call, int64, (*ids.symbolic_shape, count))]
+
+    def index_ranges(self, node: Node) -> Sequence[IndexRange]:
+        count: Any = node.inputs[1]
+        return [IndexRange("ids", count)]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        def rows(count: int) -> Callable[[np.ndarray], np.ndarray]:
+            return lambda ids: np.eye(count, dtype="int64")[ids]
+
+        def ids(*shape: int, dtype: str = "int64") -> np.ndarray:
+            return whole_numbers(*shape, dtype=dtype, low=0, high=3)
+
+        good = [
+            GoodSample(lambda x: one_hot(x, 4), [ids(5)], rows(4), [(0, 0)]),
+            GoodSample(lambda x: one_hot(x, 3), [ids(2, 3, dtype="int32")], rows(3), [(0, 1)]),
+            GoodSample(lambda x: one_hot(x, x.symbolic_shape[0]), [ids(7)], lambda x: rows(len(x))(x), [(0, 0)]),
+            GoodSample(lambda x: one_hot(x, 3), [ids()], rows(3)),
+            GoodSample(lambda x: one_hot(x, 0), [ids(0, 2)], lambda x: np.zeros((0, 2, 0))),
+        ]
+        ints = placeholder
+        bad = [
+            BadSample(lambda: one_hot(_float(2), 3), DTypeError, "ids to be int32 or int64"),
+            BadSample(lambda: one_hot(ints(int64, [2]), -1), ShapeError, "num_classes to be at least 0, got -1"),
+            BadSample(lambda: one_hot(ints(int64, [2]), 2.0), ShapeError, "num_classes to be an int"),  # type: ignore[arg-type]
+        ]
+        return good, bad
 
 
 @register
@@ -234,6 +274,35 @@ def embedding(ids: Tensor, weight: Tensor, name: str | None = None) -> Tensor:
                 [1.0000, 1.5000]])
     """
     return build("embedding", (ids, weight), name=name)
+
+
+def one_hot(ids: Tensor, num_classes: int | IntSymbol, name: str | None = None) -> Tensor:
+    """Gives a row per id that is 1 in the id's place and 0 elsewhere, as ``torch.nn.functional.one_hot``.
+
+    Args:
+        ids: int32 or int64, any shape, values from 0 to below ``num_classes``, which a run checks where it can without
+            waiting for a device.
+        num_classes: How many columns a row has.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        ``(*ids.shape, num_classes)``, int64.
+
+    Raises:
+        DTypeError: If ids are not int32 or int64.
+        ShapeError: If ``num_classes`` is negative or no int.
+        BindingError: If an id is out of range, which a run checks.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     ids = hetu.placeholder(hetu.int64, [2], name="ids")
+        ...     rows = hetu.one_hot(ids, 3)
+        >>> g.run(rows, feed_dict={ids: [2, 0]})
+        tensor([[0, 0, 1],
+                [1, 0, 0]])
+    """
+    return build("one_hot", (ids, num_classes), name=name)
 
 
 def softmax(x: Tensor, dim: int = -1, name: str | None = None) -> Tensor:

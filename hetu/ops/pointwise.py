@@ -1,4 +1,4 @@
-"""Exponentials, logarithms, roots and powers of each element."""
+"""Exponentials, logarithms, sines, roots and powers of each element."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import numpy as np
 from hetu.dtypes import DType, bool_, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, Tensor, register
+from hetu.ops.choice import where
 from hetu.ops.common.build import build
 from hetu.ops.common.elementwise import Elementwise, Operand, Pointwise
 from hetu.ops.common.gradients import single, to_dtype, unbroadcast, zeros_like
 from hetu.ops.common.samples import eighths, not_zero, whole_numbers
-from hetu.ops.compare import eq, ge, where
+from hetu.ops.compare import eq, ge
 from hetu.ops.nn import cast
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol, minimum
 
-__all__ = ["exp", "log", "pow", "rsqrt", "sqrt"]
+__all__ = ["cos", "exp", "log", "pow", "rsqrt", "sin", "sqrt"]
 
 
 @register
@@ -104,6 +105,44 @@ class Rsqrt(Pointwise):
             GoodSample(rsqrt, [np.array([0.0, -1.0])], reference, smooth=False),
         ]
         return good, [BadSample(lambda: rsqrt(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
+
+
+@register
+class Sin(Pointwise):
+    """The sine of radians."""
+
+    name = "sin"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: single(grads) * cos(node.tensors[0])]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        return _wave_samples(sin, np.sin)
+
+
+@register
+class Cos(Pointwise):
+    """The cosine of radians."""
+
+    name = "cos"
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        return [lambda: single(grads) * sin(node.tensors[0]) * -1.0]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        return _wave_samples(cos, np.cos)
+
+
+def _wave_samples(
+    function: Callable[..., Tensor], reference: Callable[..., Any]
+) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+    good = [
+        GoodSample(function, [eighths(3, 5)], reference, [(0, 0)]),
+        GoodSample(function, [eighths(1, dtype="float16")], reference),
+        GoodSample(function, [eighths(0, 3, dtype="float64")], reference),
+        GoodSample(function, [np.array([np.inf, np.nan, 1e6])], reference, smooth=False),
+    ]
+    return good, [BadSample(lambda: function(placeholder(int64, [3])), DTypeError, "expected x to be floating")]
 
 
 @register
@@ -238,6 +277,54 @@ def log(x: Tensor, name: str | None = None) -> Tensor:
         tensor([0.0000, 0.6931])
     """
     return build("log", (x,), name=name)
+
+
+def sin(x: Tensor, name: str | None = None) -> Tensor:
+    """Applies the sine to radians. It gives NaN for infinities.
+
+    Args:
+        x: Floating, any shape.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        A tensor of x's dtype and shape.
+
+    Raises:
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.sin(x)
+        >>> g.run(y, feed_dict={x: [0.0, 1.0]})
+        tensor([0.0000, 0.8415])
+    """
+    return build("sin", (x,), name=name)
+
+
+def cos(x: Tensor, name: str | None = None) -> Tensor:
+    """Applies the cosine to radians. It gives NaN for infinities.
+
+    Args:
+        x: Floating, any shape.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        A tensor of x's dtype and shape.
+
+    Raises:
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.cos(x)
+        >>> g.run(y, feed_dict={x: [0.0, 1.0]})
+        tensor([1.0000, 0.5403])
+    """
+    return build("cos", (x,), name=name)
 
 
 def sqrt(x: Tensor, name: str | None = None) -> Tensor:

@@ -1,9 +1,13 @@
-"""Reductions: sum, mean and max. Half precision is accumulated in float32."""
+"""Reductions: sum, mean, max, min and logsumexp. Half precision is accumulated in float32.
+
+Under several pipelines each reduces its own rows; ``hetu.all_reduce`` adds up or compares what they found.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -11,14 +15,16 @@ from hetu.arguments import flag
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
+from hetu.ops.choice import where
 from hetu.ops.common.build import Dim, axes, build, floating, output, show, tensor
-from hetu.ops.common.gradients import single, to_shape
+from hetu.ops.common.gradients import single, to_dtype, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.compare import eq
+from hetu.ops.pointwise import exp
 from hetu.ops.sources import placeholder
 from hetu.symbols import IntSymbol
 
-__all__ = ["max", "mean", "sum"]
+__all__ = ["logsumexp", "max", "mean", "min", "sum"]
 
 
 class _Reduction(OpDef):
@@ -119,30 +125,32 @@ class Mean(_Reduction):
         return good, bad
 
 
-@register
-class Max(_Reduction):
-    """The largest element over dimensions; NaN where there is one."""
-
-    name = "max"
+class _Extreme(_Reduction):
+    """The largest or the least element over dimensions."""
 
     def dtype(self, call: Call, x: Tensor) -> DType:
         for place in call.attrs["dim"]:
-            what = (
-                f"expected at least one element in dimension {place}, got {show(x.shape)}: there is no max of nothing"
-            )
-            call.check(x.shape[place] >= 1, what)
+            what = f"expected at least one element in dimension {place}, got {show(x.shape)}"
+            call.check(x.shape[place] >= 1, f"{what}: there is no {self.name} of nothing")
         return x.dtype
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         grad, (x,) = single(grads), node.tensors
 
         def shared() -> Tensor:
-            """The gradient in equal parts to all elements that are the largest."""
+            """The gradient in equal parts to all elements that the output is."""
             kept = self.kept(node)
-            is_max = eq(x, to_shape(node.outputs[0], kept))
-            return is_max * (to_shape(grad, kept) / sum(is_max, node.attrs["dim"] or None, keepdim=True))
+            is_it = eq(x, to_shape(node.outputs[0], kept))
+            return is_it * (to_shape(grad, kept) / sum(is_it, node.attrs["dim"] or None, keepdim=True))
 
         return [shared]
+
+
+@register
+class Max(_Extreme):
+    """The largest element over dimensions; NaN where there is one."""
+
+    name = "max"
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         distinct = np.random.default_rng(0).permutation(15).reshape(3, 5).astype("float32") / 8
@@ -169,6 +177,75 @@ class Max(_Reduction):
 
 def _last_max(x: np.ndarray) -> np.ndarray:
     return x.max(-1)
+
+
+@register
+class Min(_Extreme):
+    """The least element over dimensions; NaN where there is one."""
+
+    name = "min"
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        distinct = np.random.default_rng(0).permutation(15).reshape(3, 5).astype("float32") / 8
+        good = [
+            GoodSample(lambda x: min(x, 1), [distinct], lambda x: x.min(1), [(0, 0), (0, 1)]),
+            GoodSample(lambda x: min(x, (0, -1), keepdim=True), [distinct], lambda x: x.min(keepdims=True)),
+            GoodSample(lambda x: min(x, 0), [eighths(9, 2, dtype="float16")], lambda x: x.min(0), smooth=False),
+            GoodSample(min, [whole_numbers(7, dtype="uint8", low=0)], np.min),
+            GoodSample(min, [np.array([1.0, np.nan, -np.inf])], np.min, smooth=False),
+        ]
+        bad = [
+            BadSample(lambda: min(_float(2, 0)), ShapeError, "element in dimension 1, got [2, 0]: there is no min"),
+            BadSample(lambda: min(_float(2, 3), 2), ShapeError, "there is no dimension 2"),
+            BadSample(lambda: min(1), DTypeError, "x to be a tensor, got 1"),  # type: ignore[arg-type]
+        ]
+        return good, bad
+
+
+@register
+class LogSumExp(_Reduction):
+    """The logarithm of the sum of exponentials over dimensions."""
+
+    name = "logsumexp"
+    precision = "high"
+
+    def dtype(self, call: Call, x: Tensor) -> DType:
+        floating(call, x, "x")
+        return x.dtype
+
+    def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
+        grad, (x,), kept = single(grads), node.tensors, self.kept(node)
+
+        def weighted() -> Tensor:
+            """The gradient by each element's share of the sum; of a sum of nothing but zeros there are no shares."""
+            wide = to_dtype(x, float32) if x.dtype.itemsize == 2 else x  # half a rounding would be one of the share
+            total = node.outputs[0] if wide is x else logsumexp(wide, node.attrs["dim"] or None)
+            is_nothing = eq(to_shape(total, kept), -math.inf)
+            shares = exp(wide - where(is_nothing, 0.0, to_shape(total, kept)))
+            return to_dtype(to_shape(grad, kept) * where(is_nothing, 0.0, shares), x.dtype)
+
+        return [weighted]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        def over(dim: int, **options: Any) -> Callable[[np.ndarray], Any]:
+            return lambda x: np.logaddexp.reduce(x, dim, initial=-np.inf, **options)
+
+        nothing = np.array([[-np.inf, -np.inf], [1.0, -np.inf]])
+        good = [
+            GoodSample(logsumexp, [eighths(3, 5)], lambda x: over(0)(x.reshape(-1)), [(0, 0)]),
+            GoodSample(lambda x: logsumexp(x, -1), [eighths(3, 5)], over(-1), [(0, 0), (0, 1)]),
+            GoodSample(
+                lambda x: logsumexp(x, 0, keepdim=True), [1000 * eighths(3, 5)], over(0, keepdims=True)
+            ),  # exp overflows
+            GoodSample(lambda x: logsumexp(x, 0), [eighths(300, 2, dtype="float16")], over(0)),
+            GoodSample(lambda x: logsumexp(x, 1), [eighths(3, 0)], over(1), smooth=False),
+            GoodSample(lambda x: logsumexp(x, 1), [nothing], over(1), smooth=False),
+        ]
+        bad = [
+            BadSample(lambda: logsumexp(placeholder(int64, [3])), DTypeError, "expected x to be floating"),
+            BadSample(lambda: logsumexp(_float(2, 3), 2), ShapeError, "there is no dimension 2"),
+        ]
+        return good, bad
 
 
 def _float(*shape: int) -> Tensor:
@@ -257,3 +334,62 @@ def max(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
         tensor([3., 4.])
     """
     return build("max", (x,), {"dim": dim, "keepdim": keepdim}, name)
+
+
+def min(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
+    """Takes the least element over dimensions, as ``torch.amin``.
+
+    Its gradient goes in equal parts to all elements that are the least.
+
+    Args:
+        x: Any dtype and shape, with at least one element in every reduced dimension.
+        dim: One dimension or several; negative ones count from the end; None for all.
+        keepdim: Whether reduced dimensions stay, with size 1.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        A tensor of x's dtype. It is NaN where one of the elements is.
+
+    Raises:
+        ShapeError: If there is no such dimension, one is named twice, or one has size 0. Every run checks what only
+            the symbols' values decide.
+        DTypeError: If x is no tensor.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2, 2], name="x")
+        ...     y = hetu.min(x, 0)
+        >>> g.run(y, feed_dict={x: [[1.0, 4.0], [3.0, 2.0]]})
+        tensor([1., 2.])
+    """
+    return build("min", (x,), {"dim": dim, "keepdim": keepdim}, name)
+
+
+def logsumexp(
+    x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None
+) -> Tensor:
+    """Computes ``log(sum(exp(x)))`` over dimensions, without overflow. Half precision is computed in float32.
+
+    Args:
+        x: Floating, any shape.
+        dim: One dimension or several; negative ones count from the end; None for all.
+        keepdim: Whether reduced dimensions stay, with size 1.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        A tensor of x's dtype. It is ``-inf`` of nothing.
+
+    Raises:
+        ShapeError: If there is no such dimension, or one is named twice.
+        DTypeError: If x is not floating.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [2], name="x")
+        ...     y = hetu.logsumexp(x)
+        >>> g.run(y, feed_dict={x: [1000.0, 0.0]})
+        tensor(1000.)
+    """
+    return build("logsumexp", (x,), {"dim": dim, "keepdim": keepdim}, name)

@@ -10,7 +10,7 @@ import numpy as np
 from hetu.dtypes import float32
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.common.build import Dim, axis, build, output, plain, shape_of, show, sizes, tensor
+from hetu.ops.common.build import Dim, axis, build, output, plain, shape_of, show, sizes, stretched_to, tensor
 from hetu.ops.common.gradients import single, sum_to, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
 from hetu.ops.sources import placeholder
@@ -169,13 +169,7 @@ class BroadcastTo(OpDef):
 
     def infer(self, call: Call) -> Sequence[TensorSpec]:
         x, wanted = tensor(call, 0, "x"), shape_of(call)
-        extra = len(wanted) - x.ndim
-        what = f"expected a shape that {show(x.shape)} can be stretched to, got {show(wanted)}"
-        if extra < 0:
-            call.fail(ShapeError, what, "a shape of at least as many dimensions")
-        for one, other in zip(x.shape, wanted[extra:], strict=True):
-            if one != 1:
-                call.same(one, other, what, "only a size known to be 1 when the graph is built is stretched")
+        stretched_to(call, x, wanted)
         return [output(call, x.dtype, wanted)]
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:

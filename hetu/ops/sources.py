@@ -1,4 +1,4 @@
-"""Where values enter a graph: placeholders, which every run feeds, and constants."""
+"""Where values enter a graph: placeholders, which every run feeds, parameters, constants, full and arange."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from hetu.arguments import MAX_BYTES, Number, array, flag, number_of, refuse, shown
-from hetu.dtypes import ALL, DType, as_dtype, float32, int_range
+from hetu.arguments import MAX_BYTES, Number, array, flag, integer, number_of, refuse, shown
+from hetu.dtypes import ALL, DType, as_dtype, bool_, float32, int64, int_range
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, OpDef, Role, Tensor, TensorSpec, register
-from hetu.ops.common.build import build, representable, shape_of, show, sizes
+from hetu.ops.common.build import build, plain, representable, shape_of, show, size, sizes
 from hetu.ops.common.samples import eighths, whole_numbers
-from hetu.symbols import IntSymbol
+from hetu.symbols import IntSymbol, as_symbol, ceil_div
 
-__all__ = ["constant", "full", "parameter", "placeholder"]
+__all__ = ["arange", "constant", "full", "parameter", "placeholder"]
 
 
 @register
@@ -101,6 +101,60 @@ class Full(OpDef):
             BadSample(lambda: full([1], "one"), DTypeError, "value to be a number, got 'one'"),  # type: ignore[arg-type]
             BadSample(lambda: full([1], 1.5, "int32"), DTypeError, "expected value to fit hetu.int32, got 1.5"),
             BadSample(lambda: full([1], 1e300), DTypeError, "expected value to fit hetu.float32, got 1e+300"),
+        ]
+        return good, bad
+
+
+@register
+class Arange(OpDef):
+    """Evenly spaced whole numbers. The bounds are operands, so that a run needs their symbols."""
+
+    name = "arange"
+    inputs = ("start", "stop")
+
+    def infer(self, call: Call) -> Sequence[TensorSpec]:
+        start, stop = (size(call, item, what) for item, what in zip(call.inputs, self.inputs, strict=True))
+        step, dtype = integer(call.attrs["step"], "step", op=call.op, error=ShapeError), call.attrs["dtype"]
+        if not 0 < abs(step) <= 2**40:
+            call.fail(ShapeError, f"expected step to be an int from 1 to 2**40, or its negative, got {shown(step)}")
+        if dtype == bool_:
+            call.fail(DTypeError, "expected an int or a floating dtype, got hetu.bool", "compare the numbers instead")
+        low, high = (start, stop) if step > 0 else (stop, start)
+        what = f"expected {'start <= stop' if step > 0 else 'start >= stop'} with a step of {step}"
+        call.check(as_symbol(low) <= high, f"{what}, got start {start} and stop {stop}")
+        least, most = int_range(dtype) if dtype.kind == "int" else (-(2**63), 2**63 - 1)
+        for holds in (as_symbol(low) >= least, as_symbol(high) <= most):
+            call.check(holds, f"expected start and stop to fit {dtype}, got {start} and {stop}", "choose a wider dtype")
+        call.attrs["step"] = step
+        return [TensorSpec(dtype, [plain(ceil_div(as_symbol(high) - low, abs(step)))])]
+
+    def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
+        s = IntSymbol("s", min=3)
+
+        def rows(x: Tensor) -> IntSymbol:
+            return x.symbolic_shape[0]
+
+        good = [
+            GoodSample(lambda: arange(5), [], lambda: np.arange(5)),
+            GoodSample(lambda: arange(2, 9, 3, dtype="float32"), [], lambda: np.arange(2, 9, 3.0)),
+            GoodSample(lambda: arange(3, -4, -2, "int8"), [], lambda: np.arange(3, -4, -2)),
+            GoodSample(lambda: arange(3, 3), [], lambda: np.arange(0)),
+            GoodSample(lambda x: [arange(rows(x)), x], [eighths(5)], lambda x: [np.arange(len(x)), x], [(0, 0)]),
+            GoodSample(
+                lambda x: [arange(rows(x) // 2, rows(x), 2, "bfloat16"), x],
+                [eighths(9)],
+                lambda x: [np.arange(len(x) // 2, len(x), 2), x],
+                [(0, 0)],
+            ),
+        ]
+        bad = [
+            BadSample(lambda: arange(3, 2), ShapeError, "start <= stop with a step of 1, got start 3 and stop 2"),
+            BadSample(lambda: arange(s, 2), ShapeError, "start <= stop with a step of 1, got start s and stop 2"),
+            BadSample(lambda: arange(2, 3, -1), ShapeError, "start >= stop with a step of -1"),
+            BadSample(lambda: arange(2, 3, 0), ShapeError, "expected step to be an int from 1"),
+            BadSample(lambda: arange(0.5), ShapeError, "stop to be an int or an IntSymbol"),  # type: ignore[arg-type]
+            BadSample(lambda: arange(300, dtype="int8"), ShapeError, "to fit hetu.int8, got 0 and 300"),
+            BadSample(lambda: arange(3, dtype="bool"), DTypeError, "an int or a floating dtype"),
         ]
         return good, bad
 
@@ -257,6 +311,43 @@ def full(
         tensor([0.5000, 0.5000])
     """
     return build("full", (), {"shape": shape, "value": value, "dtype": as_dtype(dtype)}, name)
+
+
+def arange(
+    start: int | IntSymbol,
+    stop: int | IntSymbol | None = None,
+    step: int = 1,
+    dtype: DType | Any = int64,
+    name: str | None = None,
+) -> Tensor:
+    """Makes the whole numbers from ``start`` to before ``stop``, as ``torch.arange``; ``arange(n)`` begins with 0.
+
+    Args:
+        start: The first number; what is given alone is ``stop``.
+        stop: What the numbers stay below, or above if the step is negative.
+        step: From one number to the next; not 0.
+        dtype: An int or floating element type. Half precision rounds numbers that it does not hold.
+        name: The node's name, unique in the graph; None makes one up.
+
+    Returns:
+        A tensor of one dimension, with ``ceil_div(stop - start, step)`` elements.
+
+    Raises:
+        ShapeError: If a bound is no int, the bounds are in the wrong order or beyond the dtype, or the step is 0. Every
+            run checks what only the symbols' values decide.
+        DTypeError: If the dtype is bool, or there is no such element type.
+        HetuError: If no graph is being built, or the name is taken.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     places = hetu.arange(s)
+        >>> g.run(places, int_symbol_dict={s: 3})
+        tensor([0, 1, 2])
+    """
+    bounds = (0, start) if stop is None else (start, stop)
+    return build("arange", bounds, {"step": step, "dtype": as_dtype(dtype)}, name)
 
 
 def constant(value: Any, dtype: DType | Any = None, name: str | None = None) -> Tensor:

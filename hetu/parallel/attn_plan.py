@@ -15,6 +15,7 @@ from typing import Any
 from hetu.arguments import index, integer, refuse, shown
 from hetu.arguments import path as as_path
 from hetu.errors import PlanError, StrategyError, caller
+from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
@@ -23,7 +24,8 @@ from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
 from hetu.parallel.views import picture, report
-from hetu.parallel.views.cost import Cost, Hardware, predict
+from hetu.parallel.views.cost import Cost, predict
+from hetu.parallel.views.hardware import Hardware
 from hetu.parallel.views.trace import predicted_trace
 
 
@@ -102,9 +104,23 @@ class AttnPlan(PlanData):
                 f"there is no method {self.method!r}", op="plan", fix=f"name the one it was built by: {names}"
             )
 
-    def cost(self, hardware: Hardware) -> Cost:
-        """FLOPs, bytes per link, peak memory and predicted time on given hardware."""
-        return predict(self, _checked(hardware))
+    def cost(self, hardware: Hardware, topology: Topology | None = None) -> Cost:
+        """FLOPs, bytes per link, peak memory and predicted time on given hardware.
+
+        All pipelines are followed by a virtual clock: computing and transfers overlap as they would, a device sends one
+        transfer at a time and receives one, and each attend takes a launch, and its FLOPs at the rate of its mask,
+        head_dim and number of keys.
+
+        Args:
+            hardware: What it runs on.
+            topology: Which pipelines share a host; None if all do.
+
+        Raises:
+            PlanError: If the plan deadlocks.
+            StrategyError: If the topology is one of another number of pipelines.
+        """
+        hosts = None if topology is None else _fitting(topology, len(self.pipelines)).hosts
+        return predict(self, _checked(hardware), hosts)
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
         """The timeline that :meth:`cost` predicts, as a trace for https://ui.perfetto.dev or chrome://tracing.
@@ -209,7 +225,13 @@ def _checked(hardware: Hardware) -> Hardware:
 
 
 def build_plan(
-    layout: Layout, *, method: str = "auto", mask: Mask = CAUSAL, heads: Heads, topology: Topology | None = None
+    layout: Layout,
+    *,
+    method: str = "auto",
+    mask: Mask = CAUSAL,
+    heads: Heads,
+    topology: Topology | None = None,
+    hardware: Hardware | None = None,
 ) -> AttnPlan:
     """What every pipeline does; each one's part is built when it is first asked for.
 
@@ -221,6 +243,8 @@ def build_plan(
         mask: Which keys of its document a query sees.
         heads: Widths of a token's row.
         topology: Which pipelines share a host; None if all do.
+        hardware: If it is given, ``"auto"`` is ``"direct"`` or ``"ulysses"``, whichever is estimated to be faster on
+            it.
 
     Raises:
         StrategyError: If there is no such method.
@@ -231,6 +255,8 @@ def build_plan(
         >>> [plan.pairs(r) for r in range(2)], plan.bytes_sent(0)
         ([3, 7], 512)
     """
+    if isinstance(method, str) and method == "auto" and hardware is not None:
+        method = cheapest_method(layout, mask, heads, _checked(hardware))
     name, chosen = _find(method)
     spec = _spec(layout, mask, heads, topology)
     for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
@@ -269,13 +295,17 @@ def build_pipeline_plan(
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
-    found = topology or Topology.one_host(layout.num_pipelines)
-    if len(found.hosts) != layout.num_pipelines:
-        what = (
-            f"the topology names the hosts of {len(found.hosts)} pipelines, but the layout has {layout.num_pipelines}"
-        )
+    return AttnSpec(mask, heads, _fitting(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines))
+
+
+def _fitting(topology: Topology, count: int) -> Topology:
+    """A topology of so many pipelines."""
+    if not isinstance(topology, Topology):
+        refuse(topology, "topology", "a hetu.Topology or None", op="plan", error=StrategyError)
+    if len(topology.hosts) != count:
+        what = f"the topology names the hosts of {len(topology.hosts)} pipelines, but there are {count}"
         raise StrategyError(what, op="plan", where=caller(), fix="give each pipeline of the strategy its host")
-    return AttnSpec(mask, heads, found)
+    return topology
 
 
 def _find(method: str) -> tuple[str, Method]:

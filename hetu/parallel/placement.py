@@ -119,6 +119,20 @@ class Placement:
             tuple(tuple(box for boxes in self.boxes[rank::ranks] for box in boxes) for rank in range(ranks))
         )
 
+    def is_in_order(self, shape: Sequence[int]) -> bool:
+        """Whether the boxes of all ranks, one after the other, are the elements of a tensor in row-major order.
+
+        Example:
+            >>> Placement.owned([8, 1024], 3).is_in_order([8, 1024]), Placement.replicated([4], 2).is_in_order([4])
+            (True, False)
+        """
+        place = 0
+        for box in (box for boxes in self.boxes for box in boxes if box.numel):
+            if boxes_of_run(shape, place, place + box.numel) != [box]:
+                return False
+            place += box.numel
+        return place == prod(shape)
+
     @property
     def is_cut(self) -> bool:
         """Whether ranks hold different elements."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from hetu.graph import Graph, Node, Role, Tensor
 from hetu.ops.attention.layout_op import LayoutOp, strategy_of
+from hetu.ops.choice import Where
 from hetu.ops.common.elementwise import Elementwise
-from hetu.ops.compare import Where
 from hetu.ops.joining import Concat
 from hetu.symbols import IntSymbol
 

@@ -10,21 +10,24 @@ from typing import Any, NoReturn
 
 from numpy.typing import NDArray
 
-from hetu.arguments import int_of, shown, text
+from hetu.arguments import int_of, refuse, shown, text
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.errors import BindingError, HetuError, StrategyError, caller
 from hetu.graph import Graph, Node, Tensor
 from hetu.ops.attention.layout_key import LayoutKey
-from hetu.ops.attention.layout_op import LayoutOp, Value
+from hetu.ops.attention.layout_op import LayoutOp, Value, strategy_of
 from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
+from hetu.parallel.choice.setting import chosen
 from hetu.parallel.layout.printing import count
 from hetu.planning import stages
 from hetu.planning.arrays import host_array
 from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
+from hetu.planning.choosing import BACKWARD, Choice, Chooser, Explanation, explain_strategy, strategy_name
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds, split_micro_batches, tensors_of
 from hetu.planning.indices import check_indices
+from hetu.planning.names import find_feeds, find_fetches
 from hetu.planning.pipelines import Pipelines, placeholders_of_rows
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import Binding, IntSymbol, check_leaf
@@ -63,7 +66,7 @@ class Prepared:
 
     def __str__(self) -> str:
         """The strategy, every pipeline's symbols with where each value came from, and what each node's plan does."""
-        named = self.subgraph.fetches[0].graph.strategies
+        named = next((item.graph.strategies for item in self.subgraph.fetches), ())
         name = f" {named[self.strategy].name!r}" if named and named[self.strategy].name is not None else ""
         lines = [f"strategy {self.strategy}{name}: {count(self.num_pipelines, 'pipeline')}"]
         for r, binding in enumerate(self.bindings):
@@ -82,10 +85,6 @@ class Prepared:
         for plan in self.attention_plans():
             plan.need(pipelines)
 
-    def predicted_time(self, hardware: Hardware) -> float:
-        """Seconds that the attention plans will take: what ``strategy="auto"`` compares."""
-        return sum(plan.cost(hardware).time for plan in self.attention_plans())
-
 
 class Planner:
     """Binds and plans the runs of one graph, and remembers both by lengths.
@@ -103,6 +102,7 @@ class Planner:
         self.plans: LRU[Any] = LRU(LENGTH_SETS)
         self.prepared: LRU[Prepared] = LRU(LENGTH_SETS)
         self._own_rows: tuple[Any, frozenset[Tensor]] = (None, frozenset())
+        self._chooser = Chooser(graph.num_strategy)
 
     def subgraph(self, fetches: Tensor | Sequence[Tensor]) -> Subgraph:
         """What the fetches need.
@@ -112,6 +112,10 @@ class Planner:
         """
         tensors = tensors_of(fetches)
         return self.subgraphs.get((tensors, self.graph.version), lambda: self._cut(tensors))
+
+    def asked(self, fetches: Any) -> Subgraph:
+        """What is needed for that which a user asks for: tensors or their names, a list or a dict of them."""
+        return self.subgraph(find_fetches(self.graph, fetches)[0])
 
     def _cut(self, tensors: tuple[Any, ...]) -> Subgraph:
         for tensor in tensors:
@@ -128,12 +132,12 @@ class Planner:
     def prepare(
         self,
         subgraph: Subgraph,
-        feed_dict: Mapping[Tensor, Any] | None,
+        feed_dict: Mapping[Any, Any] | None,
         symbols: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
     ) -> tuple[Prepared, FeedSet]:
         """Selects, binds and plans a run that is fed in this process; see :meth:`prepare_read`."""
-        ((feeds, given),) = split_micro_batches(feed_dict, symbols, 1)
+        ((feeds, given),) = split_micro_batches(find_feeds(self.graph, feed_dict), symbols, 1)
         return self.prepare_read(subgraph, partial(read_feeds, subgraph, feeds), given, strategy)
 
     def prepare_read(
@@ -160,22 +164,41 @@ class Planner:
             strategy = 0
         if strategy is not None and not (isinstance(strategy, str) and strategy == "auto"):
             return self._prepare(subgraph, read, symbols, self.index(strategy))
-        feasible, reasons = [], []
-        for index in range(count):
+        return self._cheapest(subgraph, read, symbols)
+
+    def _cheapest(
+        self, subgraph: Subgraph, read: FeedReader, symbols: Mapping[IntSymbol, int]
+    ) -> tuple[Prepared, FeedSet]:
+        """The run under the cheapest strategy that can run at all.
+
+        Where symbols alone tell what strategies cost, only that one is bound and planned; else all are. All ranks are
+        told the same, and have the same hardware set, so they choose the same.
+        """
+        hardware, ready, reasons = chosen(), dict[int, tuple[Prepared, FeedSet]](), dict[int, str]()
+
+        def prepare(index: int) -> bool:
             try:
-                feasible.append(self._prepare(subgraph, read, symbols, index))
+                ready[index] = self._prepare(subgraph, read, symbols, index)
             except HetuError as error:
-                reasons.append(f"strategy {index}: {type(error).__name__}: {error.what}")
-        if not feasible:
-            raise StrategyError(
-                f"none of the {count} strategies can run",
-                op="run",
-                where=caller(),
-                bound=reasons,
-                fix="see each reason",
-            )
-        hardware = Hardware.h100()
-        return min(feasible, key=lambda item: item[0].predicted_time(hardware))
+                reasons[index] = f"{type(error).__name__}: {error.what}"
+            return index in ready
+
+        ranking = self._chooser.by_symbols(subgraph, symbols, hardware)
+        if ranking is None:
+            feasible = [index for index in range(self.graph.num_strategy) if prepare(index)]
+            plans = {index: ready[index][0].plans for index in feasible}
+            ranking = self._chooser.by_plans(plans, hardware.hardware)
+        reasons |= ranking.reasons
+        for index in ranking.order:
+            if index in ready or prepare(index):
+                return ready[index]
+        raise StrategyError(
+            f"none of the {self.graph.num_strategy} strategies can run",
+            op="run",
+            where=caller(),
+            bound=[f"strategy {index}: {reason}" for index, reason in sorted(reasons.items())],
+            fix="see each reason",
+        )
 
     def index(self, strategy: Any) -> int:
         """The index of a strategy that is given by index or by name, checked."""
@@ -221,7 +244,7 @@ class Planner:
         given: tuple[Any, ...] = tuple(symbols.items())
         if given:  # 1, 1.0 and True are one key, and not one value
             given = given, tuple(map(type, symbols.values()))
-        key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes)
+        key = (binder, given, binder.defaults, feeds.shapes, feeds.host_bytes, chosen().number)
         prepared = self.prepared.get(key, lambda: self._bind_and_plan(subgraph, binder, symbols, feeds))
         if subgraph.index_checks:
             self.check_indices(prepared, feeds)
@@ -278,6 +301,17 @@ class Planner:
             raise BindingError(error.what, op=name, where=node.where, bound=error.bound, fix=error.fix) from error
         return _proven(op.derive(plan))
 
+    def _attending(self, name: str | None) -> list[Node]:
+        """The graph's ``parallel_attn`` nodes, or the one of a name; at least one."""
+        own = [node for node in self.graph.nodes if node.original is None]
+        nodes = [node for node in own if isinstance(node.definition, ParallelAttn)]
+        wanted = None if name is None else text(name, "node", op="layout")
+        nodes = [node for node in nodes if wanted in (None, node.name)]
+        if not nodes:
+            named = "" if wanted is None else f" that is the node {shown(wanted)}"
+            _no_layout(f"the graph has no parallel_attn{named}", "name one that it has")
+        return nodes
+
     def inspect(
         self,
         strategy: int | str,
@@ -290,13 +324,7 @@ class Planner:
 
         All of it from symbols alone; see :meth:`hetu.Graph.plan`.
         """
-        own = [node for node in self.graph.nodes if node.original is None]
-        nodes = [node for node in own if isinstance(node.definition, ParallelAttn)]
-        wanted = None if name is None else text(name, "node", op="layout")
-        nodes = [node for node in nodes if wanted in (None, node.name)]
-        if not nodes:
-            named = "" if wanted is None else f" that is the node {shown(wanted)}"
-            _no_layout(f"the graph has no parallel_attn{named}", "name one that it has")
+        nodes = self._attending(name)
         ((_, values),) = split_micro_batches(None, symbols, 1)
         values = {leaf: check_leaf(leaf, value, GIVEN) for leaf, value in values.items()}
         index, bound = self.index(strategy), BoundPipeline(0, dict(values), dict.fromkeys(values, GIVEN), _no_arrays)
@@ -335,6 +363,31 @@ class Planner:
         node, key, value = self.inspect(strategy, symbols, cu_seqlens, batch, name)
         plan: AttnPlan = self.plan_for(node, _layout_op(node).key(node, key, value))
         return plan
+
+    def explain(
+        self,
+        symbols: Mapping[IntSymbol, int] | None,
+        cu_seqlens: Any,
+        batch: Any,
+        name: str | None,
+        hardware: Hardware | None,
+    ) -> Explanation:
+        """See :meth:`hetu.Graph.explain`."""
+        if hardware is not None and not isinstance(hardware, Hardware):
+            refuse(hardware, "hardware", "a hetu.Hardware or None", op="explain")
+        on, choices = hardware or chosen().hardware, list[Choice]()
+        backwards = any(node.definition.name == BACKWARD for node in self.graph.nodes)
+        for index in range(self.graph.num_strategy):
+            strategy = strategy_of(self._attending(name)[0], index)
+            try:
+                node, key, value = self.inspect(index, symbols, cu_seqlens, batch, name)
+                parallel_key = _layout_op(node).key(node, key, value)
+                choices.append(explain_strategy(index, strategy, parallel_key, int(backwards), on))
+            except HetuError as error:
+                choices.append(Choice(index, strategy_name(strategy), error.what))
+        feasible = [choice for choice in choices if choice.reason is None]
+        best = min(feasible, key=lambda choice: choice.estimate.time, default=None)
+        return Explanation(tuple(choices), on, None if best is None else best.strategy)
 
 
 def _no_arrays(tensor: Tensor, pipeline: int, bound: BoundPipeline) -> NoReturn:

@@ -6,15 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 
 from hetu import rng
-from hetu.arguments import int_of, integer, number_of
+from hetu.arguments import array, int_of, integer, mapping, number_of
 from hetu.backends.comm import current_world
 from hetu.backends.comm.boxes import cut
 from hetu.backends.dtypes import TORCH_DTYPES
-from hetu.errors import HetuError, caller
+from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import Node
+from hetu.graph.running import LoadedNames
 from hetu.runtime.copies import copied, dense, refuse
 from hetu.runtime.homes import stage_of
 from hetu.runtime.optimizers import BoundOptimizer
@@ -64,25 +66,30 @@ def parts_of(state: GraphState, nodes: Sequence[Node], updates: Sequence[Node], 
         state: The state. Parameters that were never needed before are made.
         nodes: The parameters.
         updates: Nodes that ``minimize`` made.
-        pieces: What is told of the updates' gradients and optimisers.
+        pieces: What is told of the updates' gradients and optimisers, and of parameters of which ranks have parts. Of
+            these a few words are told where there is no piece.
     """
+    parameters = whole_tensors(pieces, "parameters", "")
+
+    def of_parameter(node: Node) -> Any:
+        return parameters[node.name][""] if node.name in parameters else state.parameters.told(node)
 
     def of_optimizer(update: Node, bound: BoundOptimizer) -> dict[str, Any]:
         return {
             "kind": bound.spec.kind,
-            "state": whole_tensors(pieces, "optimizers", update),
+            "state": whole_tensors(pieces, "optimizers", update.name),
             "groups": bound.named_groups(),
             "schedule": None if bound.schedule is None else bound.schedule.state_dict(),
         }
 
     def of_gradients(update: Node) -> dict[str, Any]:
-        named = whole_tensors(pieces, "gradients", update)
+        named = whole_tensors(pieces, "gradients", update.name)
         return {name: one for name, (one,) in ((name, values.values()) for name, values in named.items())}
 
     waiting = {update: state.waiting[update] for update in updates if update in state.waiting}
     optimizers = {update: state.optimizers[update] for update in updates if update in state.optimizers}
     return {
-        "parameters": {node.name: state.parameters.value(node) for node in nodes},
+        "parameters": {node.name: of_parameter(node) for node in nodes},
         "gradients": {update.name: of_gradients(update) for update in waiting},
         "waiting_losses": {update.name: one.loss for update, one in waiting.items()},
         "optimizers": {update.name: of_optimizer(update, bound) for update, bound in optimizers.items()},
@@ -100,6 +107,38 @@ def load_state_dict(state: GraphState, given: Mapping[str, Any]) -> None:
         raise
     except Exception as error:  # what is damaged may fail anywhere
         raise HetuError(f"this is no whole state of a graph: {error!r}", op="load", where=caller()) from error
+
+
+def load_parameters(state: GraphState, given: Any, strict: bool) -> LoadedNames:
+    """See :meth:`hetu.Graph.load_parameters`: the state as it is, but for the given values, takes the state's place."""
+    op, nodes = "load_parameters", {node.name: node for node in state.parameters.nodes}
+    values = mapping(given, "given", "parameters' names and arrays", op=op)
+    missing, unexpected = [name for name in nodes if name not in values], [key for key in values if key not in nodes]
+    if strict and (missing or unexpected):
+        sides = {"missing": missing, "unknown": unexpected}
+        told = "; ".join(f"{side}: {', '.join(map(str, names))}" for side, names in sides.items() if names)
+        what, fix = f"given are not the parameters of the graph; {told}", "pass strict=False to load those of both"
+        raise HetuError(what, op=op, where=caller(), fix=fix)
+    found = {name: _read(values[name], node, op) for name, node in nodes.items() if name in values}
+    with at_rest(state):
+        now = state_dict(state, copy=False, op=op)
+        load_state_dict(state, {**now, "parameters": {**now["parameters"], **found}})
+    return LoadedNames(missing, list(map(str, unexpected)))
+
+
+def _read(value: Any, node: Node, op: str) -> torch.Tensor:
+    """An array of any floating dtype as a parameter's value."""
+    what, shape = f"the value of {node.name} in given", tuple(node.attrs["shape"])
+    read = array(value, what, op=op)
+    if isinstance(read, np.ndarray):
+        read = torch.from_numpy(read.astype(np.float32) if read.dtype.name == "bfloat16" else read)
+    if not read.is_floating_point():
+        text, fix = f"expected {what} to be floating, got {read.dtype}", "convert it first: .float()"
+        raise DTypeError(text, op=op, where=caller(), fix=fix)
+    if tuple(read.shape) != shape:
+        text, fix = f"expected {what} to have shape {list(shape)}, got {list(read.shape)}", "transpose or cut it first"
+        raise ShapeError(text, op=op, where=caller(), fix=fix)
+    return read.to(TORCH_DTYPES[node.attrs["dtype"]])
 
 
 def _checked(state: GraphState, given: Mapping[str, Any]) -> tuple[GraphState, tuple[int, int]]:
@@ -145,7 +184,7 @@ def _load_parameters(fresh: GraphState, given: Mapping[str, Any]) -> None:
     for node in store.nodes:
         dtype = TORCH_DTYPES[node.attrs["dtype"]]
         whole = _like(given[node.name], node, f"parameter {node.name}", (dtype,))
-        store.set_whole(node, whole.to(store.device(), copy=True, memory_format=torch.contiguous_format))
+        store.set_whole(node, whole)
 
 
 def _waiting(fresh: GraphState, update: Node, grads: Mapping[str, Any], loss: Any) -> Waiting:

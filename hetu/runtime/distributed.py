@@ -16,12 +16,14 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 from hetu import rng
 from hetu.arguments import choice, is_dense, real, refuse
-from hetu.backends.comm.compare import refuse_differences
+from hetu.backends.comm.compare import refuse_differences, refuse_errors
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.comm.world import LocalWorld, Named, World, current_world, set_world
 from hetu.backends.torch_private import count_process_groups
-from hetu.errors import CommunicationError, caller
+from hetu.errors import CommunicationError, caller, in_words
+from hetu.parallel import Hardware
+from hetu.parallel.choice.setting import chosen, set_hardware
 from hetu.runtime.ranks.joining import Others
 from hetu.shards import Shards
 
@@ -79,27 +81,77 @@ def init_distributed(backend: str | None = None, timeout: float = 300.0) -> Worl
     others = Others.find()
     if others is None:
         return current_world()
-    chosen = backend or others.backend()
-    device = others.device(chosen)
+    own = chosen().hardware
+    carrier = backend or others.backend()
+    device = others.device(carrier)
     store: Any = PrefixStore(f"hetu {next(_attempts)}", others.store(timeout))
     # The control plane has a connection of its own: torch blocks all threads that use one while one of them waits.
     control = Control(store.clone(), others.rank, others.size, timeout, others.holder)
-    met = control.meet("init_distributed", {"backend": chosen, "generator": rng.get_state()})
+    said = {"backend": carrier, "generator": rng.get_state(), "hardware": own.to_json()}
+    met = control.meet("init_distributed", said)
     fix = {"the backend": "give init_distributed the same backend on all ranks"}
     refuse_differences([{"the backend": one["backend"]} for one in met], "init_distributed", "init_distributed", fix)
     try:
         if not others.is_torchs:
             options: dict[str, Any] = {"rank": others.rank, "world_size": others.size}
             wait = timedelta(seconds=timeout)
-            dist.init_process_group(chosen, store=PrefixStore("torch", store), timeout=wait, **options)
+            dist.init_process_group(carrier, store=PrefixStore("torch", store), timeout=wait, **options)
             _made[:] = [dist.group.WORLD]
-        world = DistributedWorld(control, device, chosen)
+        world = DistributedWorld(control, device, carrier)
     except (RuntimeError, ValueError) as error:
         control.lost("connecting to the other ranks", error)
     rng.set_state(*met[0]["generator"])  # what nobody fixed is that of rank 0
+    _take_hardware(met[0]["hardware"])
     set_world(world)
     atexit.register(_leave_at_exit, world, os.getpid())
     return world
+
+
+def use_hardware(hardware: Hardware) -> Hardware:
+    """From now on ``strategy="auto"`` and ``method="auto"`` choose for this hardware.
+
+    Before it is set, and unless the variable ``HETU_HARDWARE`` names a file of :meth:`Hardware.save`, they choose for
+    an H100. After ``init_distributed`` all ranks call it, and all take that of rank 0, so that all choose the same.
+
+    Args:
+        hardware: The hardware.
+
+    Returns:
+        What is in force: that of rank 0.
+
+    Raises:
+        HetuError: If it is no hardware, on this rank; on the others a CommunicationError.
+        CommunicationError: If a rank doesn't come.
+
+    Example:
+        >>> import hetu
+        >>> hetu.use_hardware(hetu.Hardware.h100()).name
+        'H100 SXM, NVLink 4'
+    """
+    failure, world = None, current_world()
+    try:
+        if not isinstance(hardware, Hardware):
+            refuse(hardware, "hardware", "a hetu.Hardware", op="use_hardware", fix="pass hetu.Hardware.h100(), say")
+        said = {"hardware": hardware.to_json()}
+    except Exception as error:
+        failure, said = error, {"error": in_words(error)}
+    if isinstance(world, DistributedWorld):
+        with world.lock, world.hanging_up():
+            heard = world.control.tell(said, "use_hardware")
+        if failure is None:
+            refuse_errors(heard, "use_hardware", "use_hardware")
+            said = heard[0]
+    if failure is not None:
+        raise failure
+    return _take_hardware(said["hardware"])
+
+
+def _take_hardware(text: str) -> Hardware:
+    """Sets the hardware of a text, if that is another one than is set."""
+    hardware = Hardware.from_json(text, "what rank 0 said")
+    if hardware != chosen().hardware:
+        set_hardware(hardware)
+    return hardware
 
 
 def _leave_at_exit(world: DistributedWorld, process: int) -> None:

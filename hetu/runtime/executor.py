@@ -21,6 +21,7 @@ from hetu.config import settings
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
 from hetu.planning import stages
+from hetu.graph.running import LoadedNames
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
@@ -28,6 +29,7 @@ from hetu.planning.subgraph import Subgraph
 from hetu.runtime import checkpoint
 from hetu.runtime.determinism import deterministic
 from hetu.runtime.executables import Executables
+from hetu.runtime.gathering import Gathering
 from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.modes import in_own_modes
 from hetu.runtime.ranks.agreed_state import AgreedState
@@ -98,8 +100,8 @@ class Executor:
     @in_own_modes
     def run(
         self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None,
+        fetches: Any,
+        feed_dict: Mapping[Any, Any] | None,
         int_symbol_dict: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
         num_micro_batches: int,
@@ -183,6 +185,9 @@ class Executor:
         if world.is_distributed:  # in one process the launch makes them, and nobody waits for it
             for launcher in filter(None, launchers):
                 self.state.parameters.make(launcher.parameters)
+            if None in launchers:  # it serves the others
+                gathered = self._executables.gathers(subgraph, self.state.parameters.homes.scattered)
+                self.state.parameters.make(gathered.parameters)
         step = Step(request.fetches, self.state, world, request.device)
         step.prepare()
         flags = IndexFlags() if is_unseen and not waits else None
@@ -193,7 +198,10 @@ class Executor:
     ) -> ModuleLauncher | None:
         """What computes the pipelines that run in this process; None if there are none."""
         pipelines = world.pipelines(num_pipelines)
-        return self._executables.get(subgraph, num_pipelines, pipelines, request.device) if pipelines else None
+        if not pipelines:
+            return None
+        scattered = self.state.parameters.homes.scattered
+        return self._executables.get(subgraph, num_pipelines, pipelines, request.device, scattered=scattered)
 
     def _compute(self, run: ReadyRun) -> Any:
         """Draws random numbers, launches every micro-batch, and ends the step.
@@ -271,11 +279,13 @@ class Executor:
     ) -> list[tuple[torch.Tensor, ...]]:
         """Gives for each fetched tensor one value per pipeline that runs here, none on a rank without pipelines."""
         run.world.begin()
+        device, store = run.request.device, self.state.parameters
         if launcher is None:
+            gathers = self._executables.gathers(prepared.subgraph, store.homes.scattered)
+            Gathering(store, run.world, gathers.buckets, device).serve()
             return [() for _ in prepared.subgraph.fetches]
         if run.flags is not None:
             run.flags.unseen = feeds.unseen
-        device, store = run.request.device, self.state.parameters
         begin = perf_counter()
         values = launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
         if stages.are_told():
@@ -292,6 +302,12 @@ class Executor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`hetu.Graph.load_state_dict`."""
         checkpoint.load_state_dict(self.state, state)
+
+    @in_own_modes
+    def load_parameters(self, given: Mapping[str, Any], strict: bool) -> LoadedNames:
+        """See :meth:`hetu.Graph.load_parameters`."""
+        self.state.look(waits=True)
+        return checkpoint.load_parameters(self.state, given, strict)
 
     def compute_on_host(self, subgraph: Subgraph, arrays: Mapping[Tensor, Any], bound: BoundPipeline) -> torch.Tensor:
         """Computes on the CPU what planning reads and the graph makes: ``cu_seqlens`` from lengths, say.

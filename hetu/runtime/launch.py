@@ -15,6 +15,7 @@ from hetu.backends.lower.lowering import (
     Executable,
     FeedInput,
     FlagsInput,
+    GatheringInput,
     HomeInput,
     Input,
     ParameterInput,
@@ -30,6 +31,7 @@ from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedSet
 from hetu.planning.planner import Prepared
+from hetu.runtime.gathering import Gathering
 from hetu.runtime.parameters import ParameterStore
 
 StepValues = Mapping[Node, torch.Tensor]
@@ -46,7 +48,9 @@ class ModuleLauncher:
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
-        self.parameters = [item.node for item in executable.inputs if isinstance(item, ParameterInput)]
+        gathered = [item.parameter for bucket in executable.buckets for item in bucket]
+        whole = [item.node for item in executable.inputs if isinstance(item, ParameterInput)]
+        self.parameters = list(dict.fromkeys([*whole, *gathered]))
         # Each with its position among all inputs.
         self._sizes: list[tuple[int, int, int]] = []
         self._plans: list[tuple[int, Node, int]] = []
@@ -105,6 +109,8 @@ class ModuleLauncher:
                     values[position] = seed, offset + prepared.subgraph.random[node]
                 case ParameterInput(node):
                     values[position] = store.value(node).to(device)
+                case GatheringInput():
+                    values[position] = Gathering(store, world, self.executable.buckets, device)
                 case HomeInput(node):
                     values[position] = store.homes.of_sum(node)
                 case StepInput(node):

@@ -36,6 +36,7 @@ class BoundOptimizer:
         params: What of them is updated in this process, by box, in the order of the groups.
         optimizer: That of torch, of the same tensors in the same order.
         schedule: That of torch, or None.
+        version: That of :class:`~hetu.runtime.homes.Homes` for which it is bound.
         number: See :func:`~hetu.runtime.parameters.new_number`.
     """
 
@@ -44,6 +45,7 @@ class BoundOptimizer:
     params: ByBox
     optimizer: torch.optim.Optimizer
     schedule: Any
+    version: int
     number: int = field(default_factory=new_number)
 
     @classmethod
@@ -75,7 +77,28 @@ class BoundOptimizer:
             for name in ("step", "state_dict", "load_state_dict") if schedule is not None else ():
                 if not callable(getattr(schedule, name, None)):
                     raise TypeError(f"schedule gave a {type(schedule).__name__}, which has no {name}()")
-        return cls(spec, groups, params, optimizer, schedule)
+        return cls(spec, groups, params, optimizer, schedule, store.homes.version)
+
+    def check_places(self, update: Node, store: ParameterStore) -> None:
+        """Refuses to go on where a later update has cut what this one trains.
+
+        Args:
+            update: The node that ``minimize`` made.
+            store: Says where parameters lie.
+        """
+        version = store.homes.version
+        if self.version == version:
+            return
+        now = store.updated([node for nodes in self.groups for node in nodes], stage_of(update))
+        if now.keys() != self.params.keys() or not all(_is_same(now[key], x) for key, x in self.params.items()):
+            raise HetuError(
+                f"{update.name} has trained parameters that an update with a zero_stage, added since, cuts",
+                op="run",
+                where=caller(),
+                fix="add all updates before the first run, or go on from a state that was saved: "
+                "g.load_state_dict(hetu.load(path))",
+            )
+        self.version = version
 
     def check(self, options: Mapping[str, Any], device: torch.device) -> None:
         """Refuses loaded options of a group that torch would refuse of an optimiser on the device."""
@@ -178,6 +201,11 @@ class BoundOptimizer:
         ]
         states = {number[key]: values for key, values in own.items() if values}
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are one in memory."""
+    return one.data_ptr() == other.data_ptr()
 
 
 def _kind(spec: Optimizer) -> Any:

@@ -18,7 +18,8 @@ from hetu.errors import DTypeError, HetuError, ShapeError
 from hetu.graph import Graph, Node, Role
 from hetu.graph.passes import nodes_of
 from hetu.parallel.placement import Box, placed
-from hetu.runtime.homes import Homes, PlacementRule
+from hetu.runtime.homes import Homes, PlacementRule, Source
+from hetu.runtime.ranks.digests import array_text
 
 ParameterBox = tuple[Node, Box]
 """A box of a parameter: what storages, gradients and updates are kept by."""
@@ -46,11 +47,15 @@ class _Stored:
         number: That of its first value; see :func:`new_number`.
         storages: The storage of each box of the value that lies here: an allocation of its own.
         value: All of the value; None if it is put together from several storages for every use.
+        first: What the value is that it was cut from, in a few words; "" once steps have changed it.
+        is_stale: Whether other ranks have changed their parts since.
     """
 
     number: int
     storages: dict[Box, torch.Tensor]
     value: torch.Tensor | None
+    first: str = ""
+    is_stale: bool = False
 
 
 class ParameterStore:
@@ -70,6 +75,7 @@ class ParameterStore:
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = placed) -> None:
         self.graph, self.device, self.homes = graph, device, Homes(graph, rule)
         self._stored: dict[Node, _Stored] = {}
+        self._version = self.homes.version
         self.fresh: list[Node] = []
         self.version = new_number()
 
@@ -90,9 +96,45 @@ class ParameterStore:
         return None if stored is None else stored.number
 
     def value(self, node: Node) -> torch.Tensor:
-        """All of a parameter's value, as computations read it. It is made if it was never needed before."""
+        """All of a parameter's value, as computations read it, if it lies here. It is made if it was never needed."""
         stored = self._find(node)
         return stored.value if stored.value is not None else whole_of(node, stored.storages)
+
+    def source(self, node: Node) -> Source | None:
+        """From where all of a parameter's value must be gathered now; None if it lies here. Alike on all ranks."""
+        source, stored = self.homes.source(node), self._stored.get(node)
+        is_here = source is None or (source.is_kept and (stored is None or not stored.is_stale))
+        return None if is_here else source
+
+    def is_elsewhere(self, node: Node) -> bool:
+        """Whether only other ranks have a part of a parameter's value as it is now. Alike on all ranks."""
+        return self.homes.places.is_distributed and self.source(node) is not None
+
+    def own(self, node: Node, source: Source) -> list[torch.Tensor]:
+        """What this process gives of a parameter: its boxes, in their order."""
+        storages = self._find(node).storages
+        return [within(storages, box) for box in source.here]
+
+    def keep(self, node: Node, whole: torch.Tensor) -> None:
+        """Takes a parameter's value, of which other ranks have changed their parts; it may lie in :meth:`value`."""
+        stored = self._find(node)
+        for box, storage in stored.storages.items():
+            if storage is not whole:
+                storage.copy_(whole[box.slices_in(Box.whole(whole.shape))])
+        stored.is_stale = False
+
+    def note_updated(self, nodes: Sequence[Node]) -> None:
+        """Notes that an update has changed parameters, of which each rank has changed what it owns."""
+        for node in nodes:
+            source = self.homes.source(node)
+            self._stored[node].is_stale = source is not None and source.is_kept
+            self._stored[node].first = ""
+
+    def told(self, node: Node) -> torch.Tensor | str:
+        """What ranks compare of a parameter: its value, or what is known of it where no rank has all of it."""
+        if not self.is_elsewhere(node):
+            return self.value(node)
+        return self._find(node).first or "as steps have left it"
 
     def make(self, nodes: Sequence[Node]) -> None:
         """Makes the values that were never needed before, so that an initialiser that fails does so now."""
@@ -119,23 +161,45 @@ class ParameterStore:
         }
 
     def set_whole(self, node: Node, whole: torch.Tensor) -> None:
-        """Gives a parameter its value, of which this process keeps what it holds."""
-        self._make(node, whole.to(self.device()))
+        """Gives a parameter its value, of which this process keeps a copy of what it holds."""
+        self._make(node, whole)
 
     def _find(self, node: Node) -> _Stored:
         stored = self._stored.get(node)
         if stored is None:
             stored = self._make(node)
             self.fresh.append(node)
+        elif self._version != self.homes.version:
+            self._cut_anew()
         return stored
 
     def _make(self, node: Node, whole: torch.Tensor | None = None) -> _Stored:
+        is_foreign = whole is not None
         if whole is None:
-            whole = initial_value(node).to(self.device())
-        storages = {box: cut(whole, box) for box in self.homes.here(self.homes.of(node).value)}
+            whole = initial_value(node)
+        placement = self.homes.of(node).value
         self.version = number = new_number()
-        stored = self._stored[node] = _Stored(number, storages, storages.get(Box.whole(node.attrs["shape"])))
+        stored = self._stored[node] = _Stored(number, {}, None)
+        if self.homes.is_elsewhere(placement):
+            stored.first = array_text(whole)
+        layout = torch.contiguous_format
+        parts = {box: cut(whole, box) for box in self.homes.here(placement)}
+        self._put(
+            stored, {b: x.to(self.device(), copy=is_foreign, memory_format=layout) for b, x in parts.items()}, node
+        )
         return stored
+
+    def _cut_anew(self) -> None:
+        """Cuts what was made before the graph had an update that cuts it."""
+        self._version = self.homes.version
+        for node, stored in self._stored.items():
+            boxes = self.homes.here(self.homes.of(node).value)
+            if set(boxes) != set(stored.storages):
+                self._put(stored, {box: cut(whole_of(node, stored.storages), box) for box in boxes}, node)
+
+    @staticmethod
+    def _put(stored: _Stored, storages: dict[Box, torch.Tensor], node: Node) -> None:
+        stored.storages, stored.value = storages, storages.get(Box.whole(node.attrs["shape"]))
 
 
 def whole_of(node: Node, parts: Mapping[Box, torch.Tensor]) -> torch.Tensor:

@@ -23,10 +23,10 @@ class Key(NamedTuple):
     """Whose a piece is: names of the whole tensor, which have the same meaning on all ranks.
 
     Attributes:
-        part: ``"gradients"`` or ``"optimizers"``.
-        update: The update's name.
+        part: ``"parameters"``, ``"gradients"`` or ``"optimizers"``.
+        update: The update's name; "" for a parameter's value.
         parameter: The parameter's name.
-        name: What the optimiser calls it; "" for a gradient.
+        name: What the optimiser calls it; "" for a value or a gradient.
     """
 
     part: str
@@ -61,10 +61,21 @@ def own_pieces(state: GraphState, updates: Sequence[Node], is_wanted: Callable[[
     return found
 
 
+def own_values(state: GraphState) -> Pieces:
+    """What this process has of the values of parameters of which others have a part."""
+    store, found = state.parameters, Pieces()
+    for node in store.nodes:
+        source = store.source(node)
+        if source is not None and store.is_elsewhere(node):
+            parts = store.own(node, source)
+            found[Key("parameters", "", node.name, "")] = dict(zip(source.here, parts, strict=True))
+    return found
+
+
 def is_elsewhere(state: GraphState, updates: Sequence[Node]) -> bool:
-    """Whether other ranks hold a part of what the graph keeps for some updates; alike on all ranks."""
+    """Whether other ranks hold a part of what the graph keeps, for some updates too; alike on all ranks."""
     homes = state.parameters.homes
-    return any(
+    return any(map(state.parameters.is_elsewhere, state.parameters.nodes)) or any(
         homes.is_elsewhere(homes.of(node, stage_of(update)).state)
         for update in updates
         if STAGES[stage_of(update)].cuts_state
@@ -73,7 +84,9 @@ def is_elsewhere(state: GraphState, updates: Sequence[Node]) -> bool:
 
 
 def everyones_pieces(state: GraphState, updates: Sequence[Node], world: World, op: str) -> Pieces:
-    """What all ranks hold of some updates, on every rank; what comes from other ranks lies on the CPU.
+    """What all ranks hold of parameters and of some updates, on every rank.
+
+    What others have a part of lies on the CPU.
 
     Args:
         state: This rank's state. Parameters that were never needed before are made.
@@ -88,7 +101,7 @@ def everyones_pieces(state: GraphState, updates: Sequence[Node], world: World, o
 
     def read() -> list[Named]:
         state.parameters.make(state.parameters.nodes)  # what fails, fails before others wait for it
-        pieces = own_pieces(state, updates, homes.is_elsewhere)
+        pieces = own_values(state) | own_pieces(state, updates, homes.is_elsewhere)
         return [([*key, box], value.cpu()) for key, boxes in pieces.items() for box, value in boxes.items()]
 
     gathered = world.gather_values(read, op)
@@ -99,11 +112,11 @@ def everyones_pieces(state: GraphState, updates: Sequence[Node], world: World, o
     return found
 
 
-def whole_tensors(pieces: Pieces, part: str, update: Node) -> dict[str, dict[str, Any]]:
-    """Whole tensors, by the names of parameters and then by their own, of one part of one update."""
+def whole_tensors(pieces: Pieces, part: str, update: str) -> dict[str, dict[str, Any]]:
+    """Whole tensors, by the names of parameters and then by their own, of one part of the update of a name."""
     found: dict[str, dict[str, Any]] = {}
     for key, boxes in pieces.items():
-        if (key.part, key.update) == (part, update.name):
+        if (key.part, key.update) == (part, update):
             found.setdefault(key.parameter, {})[key.name] = _whole(boxes)
     return found
 

@@ -16,6 +16,7 @@ from hetu.cache import LRU
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Node, Role, Tensor
 from hetu.planning.feeds import Feeds, Symbols, split_micro_batches, tensors_of
+from hetu.planning.names import find_feeds, find_fetches
 from hetu.planning.planner import STRUCTURES, Planner
 from hetu.planning.subgraph import Subgraph
 from hetu.shards import Shards
@@ -30,6 +31,7 @@ class Fetches:
     Args:
         fetches: What the user fetches.
         run_level: See :meth:`hetu.Graph.run`.
+        keys: What the results are called, where the run gives a dict; None otherwise.
 
     Attributes:
         wanted: What the modules must compute.
@@ -39,7 +41,10 @@ class Fetches:
         is_as_computed: True if a run gives just what the modules compute, in their order.
     """
 
-    def __init__(self, fetches: Tensor | tuple[Tensor, ...], run_level: str) -> None:
+    def __init__(
+        self, fetches: Tensor | tuple[Tensor, ...], run_level: str, keys: tuple[Any, ...] | None = None
+    ) -> None:
+        self.keys = keys
         self.run_level = _checked_level(run_level)
         self.is_single = isinstance(fetches, Tensor)
         self.fetches = tuple(tensors_of(fetches))
@@ -48,7 +53,7 @@ class Fetches:
         self.changes_state = bool(self.updates) and run_level != "compute_only"
         needed = [item for node in self.updates for item in self.needs(node)]
         self.wanted: tuple[Tensor, ...] = (*self.plain, *needed)
-        self.is_as_computed = self.fetches == self.wanted
+        self.is_as_computed = keys is None and self.fetches == self.wanted
         self._is_repeated = len(set(self.fetches)) < len(self.fetches)
 
     def needs(self, update: Node) -> tuple[Tensor, ...]:
@@ -63,7 +68,7 @@ class Fetches:
         if self._is_repeated:
             first = [self.fetches.index(item) for item in self.fetches]
             found = [value if first[i] == i else _copy(value) for i, value in enumerate(found)]
-        return found
+        return found if self.keys is None else dict(zip(self.keys, found, strict=True))
 
 
 def _copy(value: Any) -> Any:
@@ -118,8 +123,8 @@ class RunOpener:
 
     def open(
         self,
-        fetches: Tensor | Sequence[Tensor],
-        feed_dict: Mapping[Tensor, Any] | None,
+        fetches: Any,
+        feed_dict: Mapping[Any, Any] | None,
         int_symbol_dict: Mapping[IntSymbol, Any] | None,
         strategy: int | str | None,
         num_micro_batches: int,
@@ -132,19 +137,23 @@ class RunOpener:
             HetuError: If something fetched is no tensor of the graph, there is no such run level, the micro-batches
                 don't fit, or this rank can't run on the device.
         """
+        keys: tuple[Any, ...] | None = None
+        if not isinstance(fetches, Tensor):
+            fetches, keys = find_fetches(self.graph, fetches)
         if not isinstance(fetches, Tensor):  # what can be read once is read once
             fetches = tuple(fetches if isinstance(fetches, (list, tuple)) else tensors_of(fetches))
         wanted = fetches
 
         def find() -> tuple[Fetches, Subgraph]:
-            fetched = Fetches(wanted, run_level)
+            fetched = Fetches(wanted, run_level, keys)
             return fetched, self._planner.subgraph(fetched.wanted)
 
-        key = (wanted, run_level, self.graph.version)
+        key = (wanted, keys, run_level, self.graph.version)
         try:
             fetched, subgraph = self._needs.get(key, find)
         except TypeError:  # the key has no hash: something in it is refused where it is read
             fetched, subgraph = find()
+        feed_dict = find_feeds(self.graph, feed_dict)
         batches = split_micro_batches(feed_dict, int_symbol_dict, num_micro_batches)
         return RunRequest(self.graph, fetched, subgraph, batches, strategy, device_of(self.graph, device))
 

@@ -1,14 +1,13 @@
-"""What ranks send each other of a step beside what its graph does: gradients, norms, and updated values."""
+"""What ranks send each other of a step beside what its graph does: gradients and norms."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import prod
+from collections.abc import Sequence
 
 import torch
 
-from hetu.backends.comm import World, reduce
-from hetu.backends.comm.boxes import cut, flat, unflat, within
+from hetu.backends.comm import World
+from hetu.backends.comm.boxes import cut, unflat
 from hetu.graph import Node
 from hetu.parallel.placement import STAGES
 from hetu.runtime.homes import stage_of
@@ -75,49 +74,3 @@ def norms_of_all(own: Sequence[torch.Tensor], world: World, device: torch.device
     squares = [norm.to(device, torch.float64).square() for norm in own]
     everyone = iter(world.gather(squares, [world.size] * len(own), torch.float64, device))
     return [torch.stack([next(everyone) for _ in range(world.size)]).sum().sqrt().to(norm.dtype) for norm in own]
-
-
-def values_elsewhere(store: ParameterStore, update: Node, nodes: Sequence[Node]) -> list[Node]:
-    """The parameters of which this rank keeps what other ranks update."""
-    homes, stage = store.homes, stage_of(update)
-    if not STAGES[stage].cuts_state:
-        return []
-    placements = [(node, homes.of(node, stage)) for node in nodes]
-    return [node for node, one in placements if one.value != one.state and homes.is_elsewhere(one.state)]
-
-
-def spread_values(store: ParameterStore, update: Node, nodes: Sequence[Node], world: World) -> None:
-    """Brings what each rank has updated to all ranks that keep it.
-
-    Args:
-        store: Has the values.
-        update: What updated them.
-        nodes: Its parameters, of :func:`values_elsewhere`.
-        world: The ranks.
-    """
-    homes, stage = store.homes, stage_of(update)
-    for bucket in _buckets(nodes):
-        placements = [homes.of(node, stage).state for node in bucket]
-        parts = {node: store.storages(node) for node in bucket}
-        sizes = [sum(one.numel_of(rank) for one in placements) for rank in range(world.size)]
-        own = flat(store.updated(bucket, stage).values(), store.value(bucket[0]))
-        for rank, values in enumerate(world.gather_flat(own, sizes)):
-            if rank == world.rank:
-                continue
-            theirs = [(node, box) for node, one in zip(bucket, placements, strict=True) for box in one.held_by(rank)]
-            for (node, box), part in zip(theirs, unflat(values, [box for _, box in theirs]), strict=True):
-                within(parts[node], box).copy_(part)
-
-
-def _buckets(nodes: Sequence[Node]) -> Iterator[list[Node]]:
-    """The parameters in groups of one dtype, each about as large as a message should be."""
-    for dtype in dict.fromkeys(node.attrs["dtype"] for node in nodes):
-        bucket, size = list[Node](), 0
-        for node in (node for node in nodes if node.attrs["dtype"] == dtype):
-            bucket.append(node)
-            size += prod(node.attrs["shape"]) * dtype.itemsize
-            if size >= reduce.BUCKET_BYTES:
-                yield bucket
-                bucket, size = [], 0
-        if bucket:
-            yield bucket

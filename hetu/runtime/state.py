@@ -167,14 +167,17 @@ class GraphState:
         if update not in self.optimizers:
             self.optimizers[update] = BoundOptimizer.of(update, self.parameters_of(update), self.parameters)
             self._new_optimizers.append(update)
+        self.optimizers[update].check_places(update, self.parameters)
         return self.optimizers[update]
 
-    def commit(self, waiting: dict[Node, Waiting]) -> None:
+    def commit(self, waiting: dict[Node, Waiting], updated: Sequence[Node]) -> None:
         """Ends a step that changed parameters in place or made gradients wait.
 
         Args:
             waiting: The gradients that wait after it. Until this one assignment nothing of the step has happened.
+            updated: The parameters that it changed.
         """
+        self.parameters.note_updated(updated)
         self.settle()  # first: a signal right after the assignment must not find anything to forget
         self.waiting = waiting
 

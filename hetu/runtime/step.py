@@ -14,7 +14,7 @@ from hetu.graph import Node, Tensor
 from hetu.runtime.before import Before
 from hetu.runtime.parameters import ByBox, widest
 from hetu.runtime.request import Fetches
-from hetu.runtime.sharing import bring_home, has_norm_elsewhere, norms_of_all, spread_values, values_elsewhere
+from hetu.runtime.sharing import bring_home, has_norm_elsewhere, norms_of_all
 from hetu.runtime.state import GraphState, Waiting, add_gradients, as_sum, sole_owners
 from hetu.runtime.unseen import UnseenRun
 from hetu.shards import Shards
@@ -38,9 +38,8 @@ class Step:
         self.grads: dict[Node, ByBox | None] = dict.fromkeys(fetched.updates)
         self._after: dict[Node, Waiting] | None = dict(state.waiting) if fetched.changes_state else None
         self._before: list[Before] = []
-        self._values_before: list[Before] = []
         self._totals: dict[Node, tuple[Waiting, torch.Tensor]] = {}
-        self._stale: dict[Node, list[Node]] = {}
+        self._updated: list[Node] = []
         self.unseen: UnseenRun | None = None
 
     def prepare(self) -> None:
@@ -97,13 +96,12 @@ class Step:
             given = self._alone(self._given)
             if self.unseen is not None:
                 self.state.protect(self.unseen, self._before)
-            self._spread()
-            self.state.commit(self._after)
+            self.state.commit(self._after, self._updated)
         except BaseException:
             if not self.is_committed:  # a signal may come right after
                 if self.unseen is not None:
                     self.state.unseen.discard(self.unseen)
-                for before in (*reversed(self._before), *self._values_before):
+                for before in reversed(self._before):
                     before.restore()
             raise
         return given
@@ -128,15 +126,6 @@ class Step:
         with self.world.hanging_up():
             for node, norm in zip(cut, norms_of_all(own, self.world, self.device), strict=True):
                 self._totals[node] = self._totals[node][0], norm
-
-    def _spread(self) -> None:
-        """Gives what was updated to the ranks that keep it but don't update it."""
-        if not self._stale:
-            return
-        with self.world.hanging_up():
-            for node, stale in self._stale.items():
-                spread_values(self.state.parameters, node, stale, self.world)
-        self.world.confirm(None)
 
     def _given(self) -> Any:
         """What the run returns, once its gradients are kept or applied."""
@@ -173,11 +162,9 @@ class Step:
             return torch.tensor(math.nan, dtype=torch.float32, device="cpu")
         total, norm = self._total(update)
         if self.fetched.run_level == "update":
-            store, optimizer = self.state.parameters, self.state.optimizer(update)
+            optimizer = self.state.optimizer(update)
             self._before.append(optimizer.before())
-            if stale := values_elsewhere(store, update, self.state.parameters_of(update)):
-                self._stale[update] = stale
-                self._values_before.append(Before(*[own for node in stale for own in store.storages(node).values()]))
+            self._updated += self.state.parameters_of(update)
             with torch.no_grad():
                 optimizer.step(total.grads, norm, total.loss)
         else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
-from functools import reduce
 from typing import Any
 
 import sympy
@@ -17,9 +17,9 @@ from hetu.symbols.expr import (
     Max,
     Mod,
     add,
-    difference_terms,
     divides,
     divisor_of,
+    floor_where_defined,
     interval_of,
     make_int,
     multiply,
@@ -33,6 +33,9 @@ from hetu.symbols.interval import Interval
 # each derivation has a few alternatives, so that more would cost more than "don't know" does.
 _STEPS = 3
 
+_FEW = 8
+"""How many operands of extrema are tried one by one, and looked into."""
+
 
 def difference_of(a: Any, b: Any) -> Any:
     """``a - b`` multiplied out, with remainders as what they are of floors, so that whatever can cancel does."""
@@ -42,7 +45,9 @@ def difference_of(a: Any, b: Any) -> Any:
         if isinstance(item, IntFunction):  # sympy's expand doesn't look into it
             parts = [sympy.expand(part) for part in parts]
         if isinstance(item, Mod):
-            plain[item] = subtract(parts[0], multiply(parts[1], FloorDiv(*parts)))
+            plain[item] = subtract(parts[0], multiply(parts[1], floor_where_defined(*parts)))
+        elif isinstance(item, FloorDiv):
+            plain[item] = floor_where_defined(*parts)
         else:
             plain[item] = item.func(*parts) if parts else item
     return _expanded(plain[item])  # the whole comes last
@@ -52,12 +57,6 @@ def bounds_of(expr: Any) -> Interval:
     """The values that an expression may take; finer than :func:`interval_of` where floors meet what they are of."""
     negated = _least(_expanded(multiply(make_int(-1), expr)), _STEPS)
     return Interval(_least(expr, _STEPS), None if negated is None else -negated)
-
-
-def interval_of_difference(a: Any, b: Any) -> Interval:
-    """The values that ``a - b`` may take, by what is left of their terms; it makes no expression."""
-    bounds = [Interval.point(number) * interval_of(item) for item, number in difference_terms(a, b)]
-    return reduce(Interval.__add__, bounds, Interval.point(0))
 
 
 def _expanded(expr: Any) -> Any:
@@ -80,8 +79,10 @@ def _least(expr: Any, steps: int) -> int | None:
         for times, smaller in _smaller(expr):
             low = _least(smaller, steps - 1)
             bounds.append(None if low is None else -(-low // times))
-        lows = [_least(choice, 0) for choice in _choices(expr)]
-        bounds.append(None if not lows or None in lows else min(low for low in lows if low is not None))
+        for choices in _choices(expr):
+            rest = steps - 1 if len(choices) <= _FEW else 0
+            lows = [_least(choice, rest) for choice in choices]
+            bounds.append(None if None in lows else min(low for low in lows if low is not None))
     return max((bound for bound in bounds if bound is not None), default=None)
 
 
@@ -98,16 +99,25 @@ def _smaller(expr: Any) -> Iterator[tuple[int, Any]]:
         times = math.lcm(*(int(item.args[1].p) for _, item in chosen))
         kept = [multiply(make_int(times * n), item) for n, item in pairs if (n, item) not in chosen]
         yield times, sympy.expand(add(*kept, *(_floor_bound(n * times, item) for n, item in chosen)))
-    extrema = [pair for pair in pairs if isinstance(pair[1], Extremum)]
-    if len(extrema) == 1 and (extrema[0][0] > 0) == isinstance(extrema[0][1], Max):
-        for operand in extrema[0][1].args:  # max(a, b) is at least a, and at least b
-            yield 1, _exchange(expr, *extrema[0], operand)
+    low = [(n, item) for n, item in pairs if isinstance(item, Extremum) and (n > 0) == isinstance(item, Max)]
+    counts = Counter(operand for _, item in low for operand in item.args)
+    tried = list(counts)
+    if len(counts) > _FEW and len(low) > 1:  # of many only those that cancel something
+        tried = [operand for operand, count in counts.most_common(_FEW) if count > 1]
+    for operand in tried:  # max(a, b) is at least a, and at least b
+        exchanged = expr
+        for n, item in low:
+            if operand in item.args:
+                exchanged = _exchange(exchanged, n, item, operand)
+        yield 1, exchanged
 
 
-def _choices(expr: Any) -> list[Any]:
-    """Expressions of which one has the value of ``expr``: with an operand in the place of a min(...)."""
-    extrema = [pair for pair in terms(expr) if isinstance(pair[1], Extremum)]
-    return [_exchange(expr, *extrema[0], operand) for operand in extrema[0][1].args] if len(extrema) == 1 else []
+def _choices(expr: Any) -> Iterator[list[Any]]:
+    """Lists of expressions of which one has the value of ``expr``: with an operand in the place of a min(...)."""
+    for n, item in terms(expr):
+        if isinstance(item, Extremum) and (n > 0) != isinstance(item, Max):
+            yield [_exchange(expr, n, item, operand) for operand in item.args]
+            return
 
 
 def _is_floor(item: Any) -> bool:

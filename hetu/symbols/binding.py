@@ -11,8 +11,9 @@ from hetu.arguments import shown
 from hetu.errors import BindingError, Where, caller
 from hetu.symbols.analysis import linear_in
 from hetu.symbols.compile import compile_exprs, compile_sympy
-from hetu.symbols.expr import leaves_of, names_of
+from hetu.symbols.expr import leaves_of
 from hetu.symbols.int_symbol import IntSymbol, as_int
+from hetu.symbols.text import names_of
 
 Values = MutableMapping[IntSymbol, int]
 Sources = MutableMapping[IntSymbol, str]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetu.errors import BindingError, caller
-from hetu.symbols.expr import FloorDiv, Leaf, Max, Min, Mod, interval_of, leaves_of, parts_of, text_of
+from hetu.symbols.expr import FloorDiv, Leaf, Max, Min, Mod, interval_of, leaves_of, parts_of
+from hetu.symbols.text import text_of
 
 if TYPE_CHECKING:
     from hetu.symbols.int_symbol import IntSymbol

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
@@ -21,7 +21,6 @@ from weakref import WeakValueDictionary
 import sympy
 from sympy.printing.precedence import PRECEDENCE
 
-from hetu.arguments import shown
 from hetu.errors import HetuError, caller
 from hetu.symbols.interval import ANY, Interval
 
@@ -143,12 +142,14 @@ class IntFunction(sympy.Expr):  # type: ignore[misc]
         return self.class_key(), (2, (self._age,)), sympy.S.One.sort_key(), sympy.S.One
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        refuse_pickle(text_of(self))
+        refuse_pickle(str(self))
 
     def __deepcopy__(self, memo: Any) -> IntFunction:
         return self
 
     def _sympystr(self, printer: Any) -> str:
+        from hetu.symbols.text import text_of  # which knows these functions
+
         return text_of(self)
 
 
@@ -172,7 +173,63 @@ class FloorDiv(IntFunction):
     precedence = PRECEDENCE["Add"]  # sympy prints 3*(s//2) then, and not 3*s//2
 
     def __new__(cls, a: Any, b: Any) -> Any:
-        return _floor_by_int(a, int(b.p)) if b.is_Integer else _new_floor(a, b)
+        return _floor_by_int(a, int(b.p)) if b.is_Integer else _floor_by_size(a, b, interval_of(b))
+
+
+def floor_where_defined(a: Any, b: Any) -> Any:
+    """``a // b``, simplified by what holds for all b but 0, for which there is no value: ``(a * b) // b`` is ``a``."""
+    return FloorDiv(a, b) if b.is_Integer else _floor_by_size(a, b, None)
+
+
+def _floor_by_size(a: Any, b: Any, divisor: Interval | None) -> Any:
+    """``a // b`` for a symbolic b. Where that may be 0, nothing is cancelled: what is undefined stays so.
+
+    Args:
+        a: The dividend.
+        b: The divisor.
+        divisor: The range of b; None to leave 0 out of it.
+    """
+    if divisor is not None and 0 in divisor:
+        return _new_floor(a, b)
+    whole, rest = split_by_size(a, b)
+    quotient = interval_of(rest) // (interval_of(b) if divisor is None else divisor)
+    if quotient.lo is not None and quotient.lo == quotient.hi:
+        return sympy.Add(whole, make_int(quotient.lo))
+    return sympy.Add(whole, _new_floor(rest, b))
+
+
+def split_by_size(a: Any, b: Any) -> tuple[Any, Any]:
+    """``(whole, rest)`` with ``a == b * whole + rest``, for a symbolic b: terms that have b as a factor are whole."""
+    at_once = _quotient(a, b)
+    if at_once is not None:
+        return at_once, make_int(0)
+    whole, rest = list[Any](), list[Any]()
+    for item in sympy.Add.make_args(a):
+        factor = _quotient(item, b)
+        (rest if factor is None else whole).append(item if factor is None else factor)
+    left = sympy.Add(*rest)
+    last = _quotient(left, b) if whole else None  # (s + 1)*t + s + 1 by s + 1
+    return (sympy.Add(*whole), left) if last is None else (sympy.Add(*whole, last), make_int(0))
+
+
+def _quotient(item: Any, b: Any) -> Any:
+    """What times b is an expression, where that can be seen from its factors; None otherwise."""
+    (own, factors), (number, wanted) = item.as_coeff_Mul(), b.as_coeff_Mul()
+    if item.is_Integer or int(own.p) % int(number.p):
+        return make_int(0) if item == 0 else None
+    left = _without(sympy.Mul.make_args(factors), sympy.Mul.make_args(wanted))
+    return None if left is None else sympy.Mul(make_int(int(own.p) // int(number.p)), *left)
+
+
+def _without(factors: Sequence[Any], wanted: Sequence[Any]) -> list[Any] | None:
+    """Some factors without some others; None if these are not among them."""
+    powers = dict(factor.as_base_exp() for factor in factors)
+    for factor in wanted:
+        base, exponent = factor.as_base_exp()
+        powers[base] = powers.get(base, sympy.S.Zero) - exponent
+        if not powers[base].is_nonnegative:
+            return None
+    return [sympy.Pow(base, exponent) for base, exponent in powers.items()]
 
 
 def _new_floor(a: Any, b: Any) -> FloorDiv:
@@ -186,7 +243,7 @@ def _new_floor(a: Any, b: Any) -> FloorDiv:
 
 def _floor_by_int(a: Any, b: int) -> Any:
     if b == 0:
-        raise ZeroDivisionError(f"division by zero: ({text_of(a)})//0")
+        raise ZeroDivisionError(f"division by zero: ({a})//0")
     whole, rest = split_multiples(a, b)
     common = math.gcd(b, *(coefficient for coefficient, _ in terms(rest)))
     if common > 1:
@@ -208,10 +265,14 @@ class Mod(IntFunction):
     def __new__(cls, a: Any, b: Any) -> Any:
         if b.is_Integer:
             if b.p == 0:
-                raise ZeroDivisionError(f"modulo by zero: ({text_of(a)})%0")
+                raise ZeroDivisionError(f"modulo by zero: ({a})%0")
             _, a = split_multiples(a, int(b.p))
             quotient = interval_of(a) // Interval.point(int(b.p))
             if quotient.lo == quotient.hi == 0:
+                return a
+        elif 0 not in interval_of(b):
+            _, a = split_by_size(a, b)
+            if a.is_Integer and a.p == 0:
                 return a
         mod, is_new = cls._of(a, b)
         if not is_new:
@@ -225,7 +286,7 @@ class Extremum(IntFunction):
     def __new__(cls, *operands: Any) -> Any:
         flat: dict[Any, None] = {}
         for item in operands:
-            flat.update(dict.fromkeys(item.args if isinstance(item, cls) else (item,)))
+            cls._join(flat, item.args if isinstance(item, cls) else (item,))
         ints = [int(item.p) for item in flat if item.is_Integer]
         rest = [item for item in flat if not item.is_Integer]
         if ints:
@@ -241,6 +302,31 @@ class Extremum(IntFunction):
             return extremum
         interval = reduce(Interval.maximum if cls is Max else Interval.minimum, map(interval_of, rest))
         return cls._keep(extremum, interval, math.gcd(*map(divisor_of, rest)))
+
+    @classmethod
+    def _join(cls, kept: dict[Any, None], others: Sequence[Any]) -> None:
+        """Adds operands that are none of each other's superfluous ones, and leaves out whoever another one beats.
+
+        Args:
+            kept: The operands so far, which is changed.
+            others: Operands of one extremum, or a single one.
+        """
+        before, zero = list(kept), Interval.point(0)
+        for item in others:
+            if item in kept:
+                continue
+            is_needed = True
+            for old in before:
+                difference = interval_of_difference(item, old)
+                is_beaten, beats = cls._beats(zero, difference), cls._beats(difference, zero)
+                if is_beaten and beats:  # they are equal: one of them, whatever the order
+                    beats = sympy.default_sort_key(item) < sympy.default_sort_key(old)
+                    is_beaten = not beats
+                if beats:
+                    kept.pop(old, None)
+                is_needed &= not is_beaten
+            if is_needed:
+                kept[item] = None
 
     @classmethod
     def _beats(cls, a: Interval, b: Interval) -> bool:
@@ -314,6 +400,12 @@ def interval_of(expr: Any) -> Interval:
     return interval_of(expr.base).power(int(expr.exp.p)) if _is_power(expr) else ANY
 
 
+def interval_of_difference(a: Any, b: Any) -> Interval:
+    """The values that ``a - b`` may take, by what is left of their terms; it makes no expression."""
+    bounds = [Interval.point(number) * interval_of(item) for item, number in difference_terms(a, b)]
+    return reduce(Interval.__add__, bounds, Interval.point(0))
+
+
 def divisor_of(expr: Any) -> int:
     """An int that divides every value of an expression, from its leaves' multiples; 0 for the constant 0."""
     if expr.is_Integer:
@@ -334,73 +426,3 @@ def _is_power(expr: Any) -> bool:
 def divides(b: Any, a: Any) -> bool:
     """Whether ``a // b`` is known to leave no remainder."""
     return bool(b.is_Integer) and divisor_of(a) % int(b.p) == 0
-
-
-# How tightly a text holds together, for brackets.
-_SUM, _FLOOR, _PRODUCT, _ATOM = range(4)
-
-
-def names_of(leaves: Iterable[Leaf]) -> dict[Leaf, str]:
-    """What a text calls unknowns: by their names, with a number behind where several of them have the same."""
-    named: dict[str, list[Leaf]] = {}
-    for leaf in sorted(set(leaves), key=lambda leaf: leaf.dummy_index):
-        named.setdefault(str(leaf.name), []).append(leaf)
-    return {
-        leaf: name if len(same) == 1 else f"{name}#{number}"
-        for name, same in named.items()
-        for number, leaf in enumerate(same, 1)
-    }
-
-
-def text_of(expr: Any, names: Mapping[Leaf, str] | None = None) -> str:
-    """How an expression reads: as the Python that would make it again.
-
-    Args:
-        expr: The expression.
-        names: What its unknowns are called; by default what :func:`names_of` says of them.
-    """
-    texts: dict[Any, tuple[str, int]] = {}
-    parts = parts_of(expr)
-    called = names_of(item for item in parts if isinstance(item, Leaf)) if names is None else names
-    for item in parts:
-        texts[item] = (called[item], _ATOM) if isinstance(item, Leaf) else _text(item, texts)
-    return texts[expr][0]
-
-
-def _text(item: Any, texts: dict[Any, tuple[str, int]]) -> tuple[str, int]:
-    def of(part: Any, least: int) -> str:
-        text, holds = texts[part]
-        return text if holds >= least else f"({text})"
-
-    if item.is_Integer:
-        return shown(int(item.p)), _ATOM if item.p >= 0 else _SUM
-    if isinstance(item, (FloorDiv, Mod)):
-        return ("//" if isinstance(item, FloorDiv) else "%").join(of(part, _ATOM) for part in item.args), _FLOOR
-    if isinstance(item, Extremum):
-        return f"{type(item).__name__.lower()}({', '.join(of(part, _SUM) for part in item.args)})", _ATOM
-    if item.is_Pow:
-        return "**".join(of(part, _ATOM) for part in item.args), _PRODUCT
-    if item.is_Mul:
-        number, _ = item.as_coeff_Mul()
-        factors = sorted((of(part, _PRODUCT) for part in item.args if not part.is_Integer), key=_short_first)
-        sign = {1: "", -1: "-"}.get(int(number.p), f"{number.p}*")
-        return sign + "*".join(factors), _PRODUCT if number.p > 0 else _SUM
-    positive, negative = list[str](), list[tuple[str, str]]()
-    for part in item.args:
-        number, rest = part.as_coeff_Mul()
-        if number.p > 0:
-            positive.append(of(part, _SUM))
-        else:  # a floor may stand bare after a minus, s - s//2, but not at the beginning: -s//2 is (-s)//2
-            alone = of(part, _SUM)
-            negative.append((f"-{of(rest, _FLOOR)}" if number.p == -1 and rest in texts else alone, alone))
-    positive.sort(key=_short_first)
-    negative.sort(key=lambda term: _short_first(term[0]))
-    first, *others = positive or [negative.pop(0)[1]]
-    terms = [f" + {term}" for term in others] + [f" - {term[1:]}" for term, _ in negative]
-    return first + "".join(terms), _SUM
-
-
-def _short_first(text: str) -> tuple[bool, int, str]:
-    """Sorts what is simple to the front, numbers last; sympy's own order costs more, and recurses."""
-    bare = text.lstrip("-0123456789*")
-    return not bare, len(bare), bare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from numbers import Integral, Number
@@ -23,17 +24,19 @@ from hetu.symbols.expr import (
     make_int,
     make_leaf,
     multiply,
-    names_of,
     refuse_pickle,
     subtract,
-    text_of,
 )
 from hetu.symbols.interval import Interval, leaf_range
+from hetu.symbols.text import names_of, text_of
 
 if TYPE_CHECKING:
     from hetu.symbols.constraint import Constraint
 
 _unnamed = itertools.count()
+
+_PLACE = re.compile(r"((?:.?[<>^])?)[^0-9]*0?([0-9]*)")
+"""The beginning of a format spec: a fill and an alignment, signs and flags that only numbers have, and a width."""
 
 
 class IntSymbol:
@@ -221,6 +224,14 @@ class IntSymbol:
     def __rmod__(self, other: int) -> IntSymbol:
         return _combine("%", Mod, other, self)
 
+    def __divmod__(self, other: IntSymbol | int) -> Any:
+        quotient = self // other
+        return NotImplemented if quotient is NotImplemented else (quotient, self % other)
+
+    def __rdivmod__(self, other: int) -> Any:
+        quotient = other // self
+        return NotImplemented if quotient is NotImplemented else (quotient, other % self)
+
     def __neg__(self) -> IntSymbol:
         return -1 * self
 
@@ -289,7 +300,14 @@ class IntSymbol:
         return self._text
 
     def __format__(self, spec: str) -> str:
-        return format(str(self), spec)
+        """A constant is written as its int is; of all else the text, to which a width and a place in it apply."""
+        try:
+            return format(str(self) if self.constant is None else self.constant, spec)
+        except ValueError:
+            format(0, spec)  # what no int takes is refused, as Python says it
+        place = _PLACE.match(spec)
+        assert place is not None, "it matches the empty text"
+        return format(str(self), f"{place[1] or '>'}{place[2] or ''}")
 
     @cached_property
     def _text(self) -> str:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_cases import Case, cases
 from support.jobs import attention, holding
+from support.longer import LONGER, grid
 from support.plans import KV_METHODS
 from support.pool import Pool
 from support.same import assert_own
@@ -46,11 +47,9 @@ LENGTHS = {1: [13], 2: [9, 4], 3: [0, 11, 5], 4: [7, 0, 1, 12], 5: [3, 8, 0, 2, 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_method_and_split(world: World, size: int, method: str) -> None:
     """With fewer pipelines than processes, as many, and more; packed and not; empty shards."""
-    for split in SPLITS:
-        for packing in ("", "1d", "2d"):
-            for count in (size - 1, size, size + 2):
-                case = Case(LENGTHS[count], [0] * count, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
-                check(world, size, case)
+    for split, packing, count in grid(SPLITS, ["", "1d", "2d"], [size - 1, size, size + 2]):
+        case = Case(LENGTHS[count], [0] * count, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
+        check(world, size, case)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -65,7 +64,7 @@ def test_masks_caps_and_sinks(world: World, method: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-@settings(max_examples=40)
+@settings(max_examples=15 * LONGER)
 @given(case=cases(), dtype=st.sampled_from([torch.float64, torch.float32]), own_shard=st.booleans())
 def test_any_strategy_on_torch(world: World, size: int, case: Case, dtype: torch.dtype, own_shard: bool) -> None:
     case.dtype = dtype
@@ -98,11 +97,10 @@ def test_half_precision(world: World, method: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_rows_that_are_held_back(world: World, size: int, method: str) -> None:
     """In groups of two: gradients travel while the rest of the own rows is attended to."""
-    for split in SPLITS:
-        for packing in ("", "1d"):
-            for lens, groups in (([9, 14], [0, 0]), ([5, 8, 7, 6], [0, 1, 1, 0])):
-                case = Case(lens, groups, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
-                check(world, size, case, job=holding)
+    strategies = ([9, 14], [0, 0]), ([5, 8, 7, 6], [0, 1, 1, 0])
+    for split, packing, (lens, groups) in grid(SPLITS, ["", "1d"], strategies):
+        case = Case(lens, groups, split, method, packing, cut=[0.3, 0.4], dtype=torch.float64)
+        check(world, size, case, job=holding)
     check(world, size, Case([9, 14], [0, 0], "sym", method), "triton", job=holding)
 
 

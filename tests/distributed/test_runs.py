@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from support.jobs import REDUCED, by_strategy, chosen, gathered, reduced, shared_by_pipelines, whole_rows
+from support.jobs import (
+    REDUCED,
+    by_strategy,
+    chosen,
+    gathered,
+    hardware_of_ranks,
+    reduced,
+    shared_by_pipelines,
+    whole_rows,
+)
 from support.pool import Pool
 from support.same import assert_own, assert_same
 from support.unseen import check_unseen_ids
@@ -71,6 +80,12 @@ def test_batches_of_shards_are_taken(world: World, kind: str) -> None:
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_an_id_that_one_ranks_device_knows_is_refused_on_all(world: World, wrong: int) -> None:
     check_unseen_ids(world, wrong, 2)
+
+
+def test_hardware_is_that_of_rank_0(world: World) -> None:
+    for rank, (link_bytes, said, is_kept) in enumerate(world(2).run(hardware_of_ranks)):
+        assert link_bytes == 1e3 and is_kept
+        assert ("expected hardware to be a hetu.Hardware" if rank else "rank 1") in said
 
 
 @pytest.mark.parametrize("strategy", ["auto", None, 1])

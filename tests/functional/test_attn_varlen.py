@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import CUDA, DEVICES
 from support.functional_calls import BACKENDS, DTYPES, LENGTHS, by_function, by_row, cumulative
+from support.longer import LONGER
 from support.packs import OPERANDS, Pack, assert_right, by_op, heads_of
 from torch.utils.checkpoint import checkpoint
 
@@ -60,7 +61,7 @@ def test_random_lengths(pack: Pack, has_dlse: bool) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=15)
+@settings(max_examples=15 * LONGER)
 @given(pack=packs, p=st.sampled_from([0.0, 0.3]))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_the_graph_bit_for_bit(backend: str, pack: Pack, p: float) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support import context_parallel as jobs
+from support.longer import grid
 from support.pool import Pool
 
-from hetu.parallel import Mask
+from hetu.parallel import METHODS, SPLITS, Mask
 
 CASES = {
     "documents": [0, 5, 5, 17, 18, 40],
@@ -32,10 +33,9 @@ def ranks(request: pytest.FixtureRequest, worlds: dict[int, jobs.Ranks]) -> jobs
     return worlds[request.param]
 
 
-@pytest.mark.parametrize("split", ["normal", "sym", "stripe", "balanced"])
-@pytest.mark.parametrize("method", ["ring", "direct", "all_gather", "ulysses"])
-def test_results_and_gradients_are_those_of_one_process(ranks: jobs.Ranks, method: str, split: str) -> None:
-    for cu, is_causal in product(CASES.values(), (True, False)):
+@pytest.mark.parametrize("method", METHODS)
+def test_results_and_gradients_are_those_of_one_process(ranks: jobs.Ranks, method: str) -> None:
+    for split, cu, is_causal in grid(SPLITS, CASES.values(), [True, False]):
         case = {"cu": cu, "split": split, "method": method, "is_causal": is_causal}
         assert max(ranks.run(jobs.attend, case)) < 1e-12
 
@@ -76,7 +76,7 @@ MASKED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["ring", "direct", "all_gather", "ulysses"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", MASKED)
 def test_masks_softcaps_and_sinks(worlds: dict[int, jobs.Ranks], kind: str, method: str) -> None:
     for split in ("sym", "balanced"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import random
 import threading
@@ -208,11 +209,11 @@ def test_a_refused_op_leaves_the_graph_as_it_was() -> None:
         assert hetu.silu(x, name="z").name == "z"
 
 
-@pytest.mark.parametrize(("kind", "options"), [("eager", {}), ("define_and_run", {"num_strategy": 0})])
+@pytest.mark.parametrize(("kind", "options"), [("lazy", {}), ("define_and_run", {"num_strategy": 0})])
 def test_graphs_of_no_kind(kind: str, options: dict[str, int]) -> None:
     with pytest.raises(
         hetu.HetuError,
-        match=r"kind to be .*, got 'eager'|num_strategy to be an int from 1 to \d+, got 0",
+        match=r"kind to be .*, got 'lazy'|num_strategy to be an int from 1 to \d+, got 0",
     ):
         hetu.graph(kind, **options)
 
@@ -496,5 +497,5 @@ def test_a_list_that_is_no_array_is_refused(value: Any) -> None:
     ("name", "gives"), [("plan", "AttnPlan"), ("layout", "Layout"), ("prepare", "Prepared"), ("planner", "Planner")]
 )
 def test_an_editor_knows_what_a_graph_gives(name: str, gives: str) -> None:
-    member = vars(hetu.Graph)[name]
+    member = inspect.getattr_static(hetu.Graph, name)
     assert getattr(member, "fget", member).__annotations__["return"] == gives

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.longer import LONGER
 
 import hetu
 from hetu.backends.dtypes import TORCH_DTYPES
@@ -81,7 +82,7 @@ def test_dtype_does_not_depend_on_torchs_default(op: str) -> None:
         assert result.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60 * LONGER)
 @given(hnp.mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4, min_side=0), st.sampled_from(list(OPS)))
 def test_broadcasting_is_numpys(shapes: hnp.BroadcastableShapes, op: str) -> None:
     a, b = (np.random.default_rng(0).uniform(1, 2, shape) for shape in shapes.input_shapes)
@@ -92,7 +93,7 @@ def test_broadcasting_is_numpys(shapes: hnp.BroadcastableShapes, op: str) -> Non
     np.testing.assert_array_equal(g.run(out, feed_dict={x: a, y: b}).numpy(), OPS[op](a, b))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60 * LONGER)
 @given(hnp.array_shapes(min_dims=0, max_dims=3, max_side=3), hnp.array_shapes(min_dims=0, max_dims=3, max_side=3))
 def test_what_numpy_does_not_broadcast_is_refused(one: tuple[int, ...], other: tuple[int, ...]) -> None:
     try:

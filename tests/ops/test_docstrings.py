@@ -10,6 +10,7 @@ from hetu.graph import registry
 
 LATER = {
     "all_reduce": {"ShapeError"},
+    "arange": {"HetuError"},
     "attn_varlen": {"BindingError", "HetuError"},
     "constant": {"HetuError"},
     "cross_entropy": {"BindingError"},
@@ -17,6 +18,7 @@ LATER = {
     "full": {"HetuError"},
     "gather": {"BindingError"},
     "layout_tokens": {"BindingError"},
+    "one_hot": {"BindingError"},
     "parallel_attn": {"BindingError"},
     "parameter": {"HetuError"},
     "placeholder": {"HetuError"},

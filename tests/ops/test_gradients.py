@@ -74,6 +74,8 @@ ELEMENTS = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "exp": torch.exp,
+    "sin": torch.sin,
+    "cos": torch.cos,
 }
 OF_POSITIVE = {"log": torch.log, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt}
 INDEX = np.random.default_rng(0).integers(0, 4, (3, 9))
@@ -105,17 +107,41 @@ def cases() -> dict[str, list[Case]]:
     add("where", lambda a, b: hetu.where(a > b, a, b), lambda a, b: torch.where(a > b, a, b), PAIRS)
     add("where", lambda x: hetu.where(x > 0, x, 0), lambda x: torch.where(x > 0, x, 0), [[(3, 5)]])
     add("where", lambda x: hetu.where(x > 0, 2.5, x), lambda x: torch.where(x > 0, 2.5, x), [[(3, 5)]])
+    add("abs", hetu.abs, torch.abs, [[shape] for shape in SHAPES])  # of which the second derivative is nothing
+    for name in ("floor", "round"):
+        add(name, lambda x, f=name: getattr(hetu, f)(x) * x, lambda x, f=name: getattr(torch, f)(x) * x, [[(3, 5)]])
+    for low, high in ((-0.5, 0.5), (0, None), (None, 0.25), (0.5, -0.5)):
+        bounds = {"min": low, "max": high}
+        add("clamp", lambda x, b=bounds: hetu.clamp(x, **b), lambda x, b=bounds: torch.clamp(x, **b), [[(3, 5)], [()]])
+    add("clamp", lambda x, a: hetu.clamp(x, max=a), lambda x, a: torch.clamp(x, max=a), PAIRS)
+    add("clamp", hetu.clamp, torch.clamp, [[(3, 5), (5,), (3, 1)], [(2, 3), (3,), ()]])
+    add("masked_fill", lambda x: hetu.masked_fill(x, x > 0, 2), lambda x: x.masked_fill(x > 0, 2), [[(3, 5)], [()]])
+    fill = (lambda x, v: hetu.masked_fill(x, x > 0, v)), (lambda x, v: x.masked_fill(x > 0, v))
+    add("masked_fill", *fill, [[(3, 5), ()], [(0, 3), ()]])
+    for down in (False, True):
+        order = (lambda x, d=down: hetu.sort(x, 0, d)), (lambda x, d=down: torch.sort(x, dim=0, descending=d)[0])
+        add("sort", lambda x, f=order[0]: f(x)[0], order[1], [[(5, 3)], [(1,)], [(0, 3)]])
+        best = (lambda x, d=down: hetu.topk(x, 2, -1, d)[0]), (lambda x, d=down: torch.topk(x, 2, -1, d)[0])
+        add("topk", *best, [[(3, 5)], [(2,)], [(0, 3)]])
+    for dim in (0, -1):
+        sums = (lambda x, d=dim: hetu.cumsum(x, d)), (lambda x, d=dim: torch.cumsum(x, d))
+        add("cumsum", *sums, [[(3, 5)], [(1,)], [(0, 3)], [(2, 3, 4)]])
+        for keep in (False, True):
+            total = {"dim": dim, "keepdim": keep}
+            log = (lambda x, t=total: hetu.logsumexp(x, **t)), (lambda x, t=total: torch.logsumexp(x, **t))
+            add("logsumexp", *log, [[(3, 5)], [(1,)], [(2, 3, 4)]])
+    add("logsumexp", hetu.logsumexp, lambda x: torch.logsumexp(x, (0, 1)), [[(3, 5)]])
     add("matmul", hetu.matmul, torch.matmul, PRODUCTS)
     for x, w in (((3, 5), (2, 5)), ((2, 3, 5), (4, 5)), ((5,), (3, 5)), ((0, 5), (3, 5)), ((2, 0), (3, 0))):
         add("linear", hetu.linear, functional.linear, [(x, w), (x, w, w[:1])])
     for dim in (None, 0, -1, (0, 2), (0, 1, 2)):
         for keep in (False, True):
-            for name, fn in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax)):
+            for name, fn in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax), ("min", torch.amin)):
                 add(
                     name,
                     lambda x, name=name, d=dim, k=keep: getattr(hetu, name)(x, d, k),
                     lambda x, fn=fn, d=dim, k=keep: fn(x, (0, 1, 2) if d is None else d, k),
-                    [[(2, 3, 5)], [(1, 7, 1)]] + ([] if name == "max" else [[(3, 0, 2)]]),
+                    [[(2, 3, 5)], [(1, 7, 1)]] + ([] if name in ("max", "min") else [[(3, 0, 2)]]),
                 )
     for name, fn in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax)):
         add(name, getattr(hetu, name), fn, [[()], [(1,)]])
@@ -222,7 +248,7 @@ def test_half_precision(case: Case, dtype: str) -> None:
 def test_every_op_of_these_families_is_in_the_table() -> None:
     """An op with a rule that stands neither here nor with the layers would have only finite differences."""
     elsewhere = {"all_reduce", "attn_varlen", "cast", "cross_entropy", "dropout", "embedding", "layer_norm"}
-    elsewhere |= {"parallel_attn", "rms_norm", "rotary", "softmax", "swiglu"}
+    elsewhere |= {"op", "parallel_attn", "rms_norm", "rotary", "softmax", "swiglu"}
     base = hetu.graph.OpDef.gradient
     public = {name for name, item in registry().items() if item.is_public and type(item).gradient is not base}
     assert public - elsewhere == set(CASES) - {"stop_gradient"}
@@ -379,6 +405,10 @@ SECOND: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     ),
     "matmul": (lambda x: x @ hetu.transpose(x, 0, 1) @ x, lambda x: x @ x.T @ x),
     "max": (lambda x: hetu.max(x * x * x, 1), lambda x: (x * x * x).amax(1)),
+    "topk": (lambda x: hetu.topk(x * x * x, 2)[0], lambda x: (x * x * x).topk(2)[0]),
+    "cumsum": (lambda x: hetu.cumsum(x * x * x, 1), lambda x: (x * x * x).cumsum(1)),
+    "logsumexp": (lambda x: hetu.logsumexp(x, 1), lambda x: torch.logsumexp(x, 1)),
+    "clamp": (lambda x: hetu.clamp(x * x * x, -0.5, 0.5), lambda x: (x * x * x).clamp(-0.5, 0.5)),
 }
 
 

@@ -150,7 +150,7 @@ def test_sampled_and_with_an_example(name: str) -> None:
 
 # Gradients
 
-WITHOUT_GRADIENT = {"constant", "full", "parameter", "placeholder", "stop_gradient"}
+WITHOUT_GRADIENT = {"arange", "constant", "full", "parameter", "placeholder", "stop_gradient"}
 """Ops with floating outputs that no gradient passes through: what has no inputs, and what is there to stop it."""
 
 NOT_IN_FLOAT64 = {"attn_varlen", "parallel_attn"}

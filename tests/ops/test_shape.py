@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.longer import LONGER
 
 import hetu
 
@@ -20,7 +21,7 @@ def constraints(g: hetu.Graph) -> list[hetu.Constraint]:
     return [item for node in g.nodes for item in node.constraints]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100 * LONGER)
 @given(st.integers(0, 8), BOUND, BOUND, st.integers(1, 4), st.booleans())
 def test_slice_is_pythons_where_bounds_hold(
     n: int, start: int | None, stop: int | None, step: int, symbolic: bool
@@ -66,7 +67,7 @@ def test_slice_takes_whatever_is_an_index() -> None:
         assert hetu.slice(x, np.int64(0), np.int64(1), np.int32(-1), np.int64(2)).shape == (2,)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=100 * LONGER)
 @given(st.lists(st.integers(0, 4), max_size=4), st.data())
 def test_reshape_is_numpys(shape: list[int], data: st.DataObject) -> None:
     """Sizes shuffled and multiplied together, one perhaps -1; each size a symbol or not."""

@@ -84,14 +84,22 @@ def test_a_device_that_is_none_or_not_there_is_refused(device: Any) -> None:
     assert g.run(y, {x: [1.0]}, device=torch.device("cpu")).tolist() == [2.0]
 
 
-@pytest.mark.parametrize("fetches", [None, 5, "y", {}, [[]], [None], {1: 2}, object], ids=repr)
+@pytest.mark.parametrize("fetches", [None, 5, [[]], [None], {1: 2}, {"z": {}}, object], ids=repr)
 @pytest.mark.parametrize("method", ["run", "prepare"])
 def test_what_is_no_tensor_can_not_be_fetched(fetches: Any, method: str) -> None:
     g, x, y = plus_one()
     for given in (fetches, [y, fetches]):
         with pytest.raises(hetu.HetuError, match=r"fetches(.|\n)*fix:    pass a graph tensor, or a flat list of them"):
             getattr(g, method)(given, {x: [1.0]})
-    assert g.run((y,), {x: [1.0]})[0].tolist() == [2.0]
+    assert g.run((y,), {x: [1.0]})[0].tolist() == [2.0] and g.run({}, {x: [1.0]}) == {}
+
+
+@pytest.mark.parametrize("fetches", ["z", ["z"], {"z": "z"}, [{}]], ids=repr)
+@pytest.mark.parametrize("method", ["run", "prepare"])
+def test_names_that_nothing_has_can_not_be_fetched(fetches: Any, method: str) -> None:
+    g, x, _ = plus_one()
+    with pytest.raises(hetu.HetuError, match="no tensor named 'z', as fetches says|pass a graph tensor"):
+        getattr(g, method)(fetches, {x: [1.0]})
 
 
 @pytest.mark.parametrize("run_level", ["Update", None, ["grad"], 1, b"grad"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from contextlib import ExitStack
@@ -10,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.longer import LONGER
 from support.random_runs import Program, Request, requests
 from support.states import is_same
 
 import hetu
 from hetu import rng
 
-LONGER = int(os.environ.get("HETU_FUZZ", "1"))
 PROGRAMS, REQUESTS = 10, 12
 
 

@@ -7,6 +7,7 @@ import fractions
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -147,15 +148,18 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
     x, y, weight, vector, ids, cu = (t[name] for name in ("x", "y", "weight", "vector", "ids", "cu"))
     for name in ("add", "sub", "mul", "div", "eq", "ne", "lt", "le", "gt", "ge"):
         yield name, (getattr(hetu, name), {"a": x, "b": y})
-    for name in ("relu", "sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "stop_gradient"):
+    for name in ("relu", "sigmoid", "silu", "tanh", "exp", "log", "sqrt", "rsqrt", "sin", "cos"):
         yield name, (getattr(hetu, name), {"x": x})
-    for name in ("sum", "mean", "max"):
+    for name in ("abs", "floor", "round", "stop_gradient"):
+        yield name, (getattr(hetu, name), {"x": x})
+    for name in ("sum", "mean", "max", "min", "logsumexp", "argmax"):
         yield name, (getattr(hetu, name), {"x": x, "dim": 1, "keepdim": False})
     attention = {"p_dropout": 0.0, "softmax_scale": -1.0, "return_softmax": False}
     attention |= {"window_size": (2, 1), "softcap": 0.5, "mask": None}
     lists = {"multi_seq_lens_symbol": [[4]], "multi_cp_group_symbol": [[0]]}
     calls: dict[str, dict[str, Any]] = {
         "all_reduce": {"x": x, "op": "sum"},
+        "arange": {"start": 1, "stop": 4, "step": 2, "dtype": "int64"},
         "attn_varlen": {
             "q": x,
             "k": y,
@@ -172,9 +176,11 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         },
         "broadcast_to": {"x": vector, "shape": [4, 24]},
         "cast": {"x": x, "dtype": "float64"},
+        "clamp": {"x": x, "min": -1, "max": y},
         "concat": {"tensors": [x, y], "dim": 0},
         "constant": {"value": [1.0, 2.0], "dtype": "float32"},
         "cross_entropy": {"logits": x, "labels": ids, "ignore_index": -100, "reduction": "mean"},
+        "cumsum": {"x": x, "dim": 0},
         "dropout": {"x": x, "p": 0.5, "tokens": ids},
         "embedding": {"ids": ids, "weight": weight},
         "full": {"shape": [2, 3], "value": 1.0, "dtype": "float32"},
@@ -183,7 +189,10 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "layer_norm": {"x": x, "weight": vector, "bias": vector, "eps": 1e-5},
         "layout_tokens": {"x": x, **lists, "packing": True, "cu_seqlens": cu, "split": "normal"},
         "linear": {"x": x, "weight": weight, "bias": vector},
+        "masked_fill": {"x": x, "mask": t["condition"], "value": 0.5},
         "matmul": {"a": x, "b": weight},
+        "one_hot": {"ids": ids, "num_classes": 4},
+        "op": {"function": torch.relu, "shape": [4, 24], "dtype": "float32"},
         "parallel_attn": {
             "qkv": x,
             "head_dim": 8,
@@ -208,15 +217,20 @@ def op_calls(case: Case) -> Iterator[tuple[str, Call]]:
         "rotary": {"x": x, "positions": ids, "head_dim": 8, "num_heads": 2, "base": 1e4, "interleaved": False},
         "slice": {"x": y, "dim": 0, "start": 1, "stop": 3, "step": 1},
         "softmax": {"x": x, "dim": -1},
+        "sort": {"x": x, "dim": -1, "descending": True},
         "split": {"x": y, "sizes": [1, 3], "dim": 0},
         "step_sum": {"x": ids, "least": 0},
         "swiglu": {"gate": x, "up": y},
         "token_mean_loss": {"logits": x, "labels": ids, "ignore_index": -100},
+        "topk": {"x": x, "k": 3, "dim": -1, "largest": True},
         "transpose": {"x": y, "dim0": 0, "dim1": 1},
         "where": {"condition": t["condition"], "a": x, "b": y},
     }
     for name, given in calls.items():
-        yield name, (getattr(hetu, name), given)
+        if name == "op":
+            yield name, (lambda function, shape, dtype, name=None: hetu.op(function, shape, dtype, name)(y), given)
+        else:
+            yield name, (getattr(hetu, name), given)
 
 
 def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
@@ -252,8 +266,17 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "as_dtype", (lambda dtype: hetu.as_dtype(dtype), {"dtype": "float32"})
     yield "manual_seed", (_seeded, {"seed": 3})
     yield "gradients", (hetu.gradients, {"ys": x * 2, "xs": x, "grad_ys": x})
+    yield from _module_calls(x)
+    yield from _method_calls(case)
     yield "Shards", (hetu.Shards, {"arrays": [np.ones(2)]})
     yield "Hardware", (hetu.Hardware, {"flops": 1e12, "link_bytes": 1e9, "latency": 1e-6, "memory_bytes": 1e9})
+    planned = {"lengths": [3, 5], "pipelines": 2, "hardware": hetu.Hardware.h100(), "max_tokens": 8}
+    model = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "dtype": "float16", "token_flops": 1e6}
+    yield "plan_batch", (hetu.plan_batch, {**planned, **model, "mask": hetu.Mask.window(2, 0)})
+    batch = hetu.plan_batch(**planned)
+    yield "BatchPlan.symbols", (batch.symbols, {"strategy": hetu.Strategy([s, 3], [0, 1])})
+    yield "BatchPlan.scatter", (batch.scatter, {"documents": [np.ones(3), np.ones(5)]})
+    yield "BatchPlan.gather", (batch.gather, {"shards": [np.ones(5), np.ones(3)]})
     yield (
         "Layout.build",
         (
@@ -294,6 +317,12 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
                 {"strategy": 0, "int_symbol_dict": {s: 3}, "cu_seqlens": None, "batch": 1, "node": None},
             ),
         )
+    yield (
+        "Graph.explain",
+        (g.explain, {"int_symbol_dict": {s: 3}, "batch": 1, "node": None, "hardware": hetu.Hardware.h100()}),
+    )
+    yield "Topology", (hetu.Topology, {"hosts": (0, 0)})
+    yield "use_hardware", (hetu.use_hardware, {"hardware": hetu.Hardware.h100()})
     yield "save", (hetu.save, {"what": case.graph, "path": os.devnull + "/nowhere"})
     yield "load", (hetu.load, {"path": os.devnull + "/nowhere"})
     yield (
@@ -321,6 +350,49 @@ def other_calls(case: Case) -> Iterator[tuple[str, Call]]:
         ),
     )
     yield from _functional_calls(q)
+
+
+def _module_calls(x: hetu.Tensor) -> Iterator[tuple[str, Call]]:
+    """Good uses of modules; x is (rows, 24)."""
+    lists: dict[str, Any] = {"multi_seq_lens_symbol": [[x.shape[0]]], "multi_cp_group_symbol": [[0]]}
+    kind = {"dtype": "float32", "name": None}
+    uses: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+        "Linear": (hetu.nn.Linear, {"in_features": 24, "out_features": 4, "bias": True}, {}),
+        "RMSNorm": (hetu.nn.RMSNorm, {"normalized_shape": 24, "eps": 1e-5}, {}),
+        "SwiGLU": (hetu.nn.SwiGLU, {"in_features": 24, "hidden_features": 4, "bias": True}, {}),
+        "Attention": (
+            hetu.nn.Attention,
+            {"embed_dim": 24, "num_heads": 3, "num_kv_heads": 1, "head_dim": 8, "bias": True},
+            lists,
+        ),
+    }
+    for name, (module, good, options) in uses.items():
+        yield (
+            f"a nn.{name}",
+            (partial(_use_module, module, x, options), good | kind),
+        )
+    rows = {"num_embeddings": 4, "embedding_dim": 2, **kind}
+    yield "a nn.Embedding", (lambda **given: hetu.nn.Embedding(**given), rows)
+
+
+def _use_module(module: Any, x: hetu.Tensor, options: dict[str, Any], **given: Any) -> hetu.Tensor:
+    made = module(**given)
+    return made(x, **options) if made.parameters()[0].shape[-1] == x.shape[-1] else x  # its width is no matter of x's
+
+
+def _method_calls(case: Case) -> Iterator[tuple[str, Call]]:
+    """Methods of tensors that are no functions of hetu, and indexing."""
+    y = case.tensors["y"]
+    yield "a Tensor.index", (lambda index: y[index], {"index": 1})
+    yield "a Tensor.slice", (lambda start, stop, step: y[start:stop:step], {"start": 1, "stop": 3, "step": 1})
+    yield "a Tensor.reshape", (lambda shape: y.reshape(shape), {"shape": [24, 4]})
+    yield "a Tensor.expand", (lambda shape: y.expand(shape), {"shape": [2, -1, 24]})
+    yield "a Tensor.permute", (lambda dims: y.permute(dims), {"dims": [1, 0]})
+    yield "a Tensor.flatten", (y.flatten, {"start_dim": 0, "end_dim": 1})
+    for name in ("unsqueeze", "squeeze", "size"):
+        yield f"a Tensor.{name}", (getattr(y, name), {"dim": 0})
+    yield "a Tensor.to", (y.to, {"dtype": "float64"})
+    yield "Graph.find", (case.graph.find, {"name": "x"})
 
 
 def _functional_calls(q: torch.Tensor) -> Iterator[tuple[str, Call]]:
@@ -355,6 +427,7 @@ def run_calls(case: Case) -> Iterator[tuple[str, Call]]:
     yield "Graph.prepare", (case.graph.prepare, prepared)
     more = {"num_micro_batches": 1, "device": "cpu", "run_level": "update"}
     yield "Graph.run", (case.graph.run, {**prepared, **more})
+    yield "Graph.load_parameters", (case.graph.load_parameters, {"given": {}, "strict": True})
     (rows,) = case.symbols
     yield "a value", (lambda rows_: case.graph.run(y, case.feeds, int_symbol_dict={rows: rows_}), {"rows_": 4})
     x = case.tensors["x"]
@@ -376,7 +449,3 @@ def _seeded(seed: Any) -> None:
         hetu.manual_seed(seed)
     finally:
         hetu.manual_seed(0)
-
-
-LONGER = int(os.environ.get("HETU_FUZZ", "1"))
-"""How many times as many random calls are made: 1 in CI, more by hand."""

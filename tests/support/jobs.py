@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ from support.states import is_same
 import hetu
 from hetu.backends.comm import current_world, reduce
 from hetu.backends.lower import index_flags
+from hetu.parallel.choice import setting
 from hetu.planning import indices
 
 Own = list[torch.Tensor]
@@ -378,3 +380,18 @@ def chosen(strategy: str | int | None, count: int) -> Any:
     plan = g.plan(prepared.strategy, int_symbol_dict=symbols)
     plan.verify()
     return prepared.strategy, plan.hash(), own(g.run(out, feeds, int_symbol_dict=symbols, strategy=strategy))
+
+
+def hardware_of_ranks() -> tuple[float, str, int]:
+    """What a rank has after each set other hardware, what it is told where one gives none, and what it then chooses."""
+    rank = hetu.init_distributed().rank
+    before = setting.chosen().hardware
+    one = hetu.use_hardware(dataclasses.replace(before, link_bytes=1e3 if rank == 0 else 1e15, latency=1.0))
+    try:
+        hetu.use_hardware(one if rank == 0 else None)  # type: ignore[arg-type]
+        said = ""
+    except hetu.HetuError as error:
+        said = str(error)
+    found = setting.chosen().hardware.link_bytes
+    setting.set_hardware(before)
+    return one.link_bytes, said, int(found == one.link_bytes)

@@ -69,10 +69,10 @@ def in_orders(
                         part.receive(owner, buffers[owner], taken[i][owner])
                 if c == i:
                     part.send_all([] if send_first else sends)
-                    part.attend(0, tables[i * R + i], [(i, whole(group.rows[i]))])
+                    part.attend(0, tables[i][i], [(i, whole(group.rows[i]))])
                 elif c is not None:
                     part.wait_for(c)
-                    part.attend(buffers[c], tables[i * R + c], [(c, moved.landed[i][c])])
+                    part.attend(buffers[c], tables[i][c], [(c, moved.landed[i][c])])
             parts[part.pipeline] = part.finish()
     # The backward of "ring" turns whatever moves keys and values round.
     return AttnPlan(layout, "ring", mask, HEADS, tuple(parts[r] for r in range(layout.num_pipelines)))

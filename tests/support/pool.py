@@ -243,6 +243,10 @@ def _work(connection: Connection, environment: dict[str, str], stacks: str) -> N
 
     torch.set_num_threads(1)
     poison(setattr)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from support.interpreter import lighten
+
+        lighten()
     with open(stacks, "w", encoding="utf-8") as file:
         faulthandler.register(signal.SIGUSR1, file)
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,9 @@ from support.states import is_same
 import hetu
 from hetu.backends.comm import current_world, reduce
 from hetu.parallel import placement
+from hetu.runtime import optimizers
+from hetu.runtime.before import Before
+from hetu.runtime.gathering import Gathering
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Case:
         dtype: Of the weights.
         unit: Elements between which nothing is cut.
         bucket_bytes: What travels together.
+        is_mixed: Whether products are in bfloat16, and their values computed again in the backward.
     """
 
     shapes: Sequence[tuple[int, int]] = ((5, 4), (1, 4), (3, 4))
@@ -39,6 +44,7 @@ class Case:
     dtype: str = "float32"
     unit: int = 1
     bucket_bytes: int = reduce.BUCKET_BYTES
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Model:
             nothing = hetu.parameter(0.0, [0, 3], case.dtype, name="nothing")
             out = self.x * scale
             for weight in weights:
-                out = hetu.tanh(hetu.matmul(hetu.linear(out, weight), weight)) + out  # tied
+                out = _layer(out, weight, case.is_mixed)
             loss = hetu.sum(out * out) + hetu.sum(nothing)
             optimizer = getattr(hetu.optim, case.kind)(lr=0.05, zero_stage=stage, **case.options)
             self.train = optimizer.minimize(loss, name="train")
@@ -106,6 +112,15 @@ class Model:
         return found
 
 
+def _layer(x: hetu.Tensor, weight: hetu.Tensor, is_mixed: bool) -> hetu.Tensor:
+    """A weight that is read twice, and in a mixed one through views of a cast."""
+    if not is_mixed:
+        return hetu.tanh(hetu.matmul(hetu.linear(x, weight), weight)) + x
+    with hetu.autocast(hetu.bfloat16), hetu.recompute({"tanh", "cast"}):
+        inner = hetu.matmul(x, hetu.transpose(weight, 0, 1))
+        return hetu.cast(hetu.tanh(hetu.matmul(inner, weight)), x.dtype) + x
+
+
 @dataclass(frozen=True)
 class Trained:
     """What a rank has in the end."""
@@ -113,6 +128,8 @@ class Trained:
     numbers: list[list[torch.Tensor]]
     state: dict[str, Any]
     bytes: dict[str, int]
+    gathered: int
+    copied: int
 
 
 def train(
@@ -137,11 +154,12 @@ def train(
         model = Model(case, stage)
         if begin is not None:
             model.graph.load_state_dict(hetu.load(begin))
-        numbers = [model.run(step, first + i) for i, step in enumerate(steps)]
+        with watched_gathers() as peak, watched_copies() as copied:
+            numbers = [model.run(step, first + i) for i, step in enumerate(steps)]
         state = model.graph.state_dict()
         if end is not None and current_world().rank == 0:
             hetu.save(state, end)
-        return Trained(numbers, state, held_bytes(model.graph))
+        return Trained(numbers, state, held_bytes(model.graph), max(peak), max(copied))
 
 
 def held_bytes(graph: hetu.Graph) -> dict[str, int]:
@@ -159,6 +177,55 @@ def held_bytes(graph: hetu.Graph) -> dict[str, int]:
     return {"values": _bytes(values), "state": _bytes(states), "gradients": _bytes(grads)}
 
 
+@contextmanager
+def watched_gathers() -> Iterator[list[int]]:
+    """Notes after each message how many bytes are held by messages, and by what was made of them and is not kept."""
+    start, finish, now, seen = Gathering.start, Gathering.finish, [0], [0]
+
+    def hold(size: int) -> None:
+        now[0] += size
+        seen.append(now[0])
+
+    def watched_start(self: Gathering, number: int) -> Any:
+        started = start(self, number)
+        hold(_of_message(started))
+        return started
+
+    def watched_finish(self: Gathering, started: Any) -> list[torch.Tensor]:
+        found = finish(self, started)
+        kept = [x for node in self.store.nodes for x in self.store.storages(node).values()]
+        places = {x.untyped_storage().data_ptr() for x in kept}
+        for storage in (x.untyped_storage() for x in found if x.numel()):
+            if storage.data_ptr() not in places:
+                hold(storage.nbytes())
+                weakref.finalize(storage, hold, -storage.nbytes())
+        hold(-_of_message(started))  # nobody reads it any more; gloo's threads may have it a little longer
+        return found
+
+    with patch.object(Gathering, "start", watched_start), patch.object(Gathering, "finish", watched_finish):
+        yield seen
+
+
+def _of_message(started: Any) -> int:
+    """Bytes that a message takes."""
+    parts = started.message if isinstance(started.message, tuple) else [started.message]
+    return sum(x.nbytes for x in parts if isinstance(x, torch.Tensor))
+
+
+@contextmanager
+def watched_copies() -> Iterator[list[int]]:
+    """Notes how many bytes an update copies so that it can be taken back."""
+    before, seen = optimizers.Before, [0]
+
+    def noted(*objects: Any) -> Before:
+        made = before(*objects)
+        seen.append(sum(joined.nbytes for group, joined in made._values if group[0].ndim))
+        return made
+
+    with patch.object(optimizers, "Before", noted):
+        yield seen
+
+
 def _bytes(tensors: Sequence[torch.Tensor]) -> int:
     """Of all memory that the tensors keep alive."""
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
@@ -170,9 +237,9 @@ def _bytes(tensors: Sequence[torch.Tensor]) -> int:
 _kept: list[tuple[Model, Any]] = []
 
 
-def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None:
-    """A run that fails on some ranks when updated values are on their way, or have come."""
-    plain = current_world().gather_flat
+def fails_while_gathering(stage: int, who: Sequence[int], is_done: bool) -> None:
+    """A run that fails on some ranks when values are on their way, or have come."""
+    plain = current_world().finish_gather
 
     def gather(*arguments: Any) -> Any:
         found = plain(*arguments) if is_done else None
@@ -185,7 +252,7 @@ def fails_while_spreading(stage: int, who: Sequence[int], is_done: bool) -> None
         model = Model(case, stage)
         model.run(STEPS[0], 0)
         _kept[:] = [(model, copy.deepcopy(_here(model)))]
-        with patch.object(current_world(), "gather_flat", gather):
+        with patch.object(current_world(), "finish_gather", gather):
             model.run(STEPS[1], 1)
 
 
@@ -196,9 +263,10 @@ def is_as_before() -> bool:
 
 
 def _here(model: Model) -> list[Any]:
-    """What this process holds, without asking others."""
+    """What this process owns, without asking others: of what others have updated it may have got a part."""
     state = model.graph.executor.state
-    values = [list(state.parameters.storages(node).values()) for node in state.parameters.nodes]
+    sources = [(node, state.parameters.homes.source(node)) for node in state.parameters.nodes]
+    values = [state.parameters.own(node, source) for node, source in sources if source is not None]
     return [values, [list(own.values()) for one in state.optimizers.values() for own in one.optimizer.state.values()]]
 
 
@@ -208,9 +276,30 @@ def loads(stage: int, path: Path, who: Sequence[int], part: str) -> str:
     with cut_finely(case):
         model, state = Model(case, stage), hetu.load(path)
         if current_world().rank in who:
-            of = state["gradients"]["train"] if part == "gradients" else state["optimizers"]["train"]["state"]["w0"]
-            next(iter(of.values())).add_(1.0)
+            of = {
+                "parameters": state["parameters"],
+                "gradients": state["gradients"]["train"],
+                "state": state["optimizers"]["train"]["state"]["w0"],
+            }[part]
+            of["w0" if "w0" in of else "exp_avg"].add_(1.0)
         model.graph.load_state_dict(state)
+        try:
+            model.run(STEPS[0], 0)
+        except hetu.HetuError as error:
+            return str(error)
+        return ""
+
+
+def goes_back_alone(stage: int) -> str:
+    """What a rank is told if rank 1 goes back to where the others began."""
+    case = Case()
+    with cut_finely(case):
+        model = Model(case, stage)
+        begin = model.graph.state_dict()
+        model.graph.load_state_dict(begin)
+        model.run(STEPS[0], 0)
+        if current_world().rank == 1:
+            model.graph.load_state_dict(begin)
         try:
             model.run(STEPS[0], 0)
         except hetu.HetuError as error:

@@ -12,6 +12,7 @@ import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.expressions import INTS, SYMBOLS, Tree, Unknowns, build, trees, unknowns
+from support.longer import LONGER
 
 import hetu
 from hetu import Binding, IntSymbol
@@ -91,7 +92,7 @@ def test_a_later_call_goes_on() -> None:
 
 
 @given(unknowns(), st.lists(trees, min_size=1, max_size=4), st.data())
-@settings(max_examples=200)
+@settings(max_examples=200 * LONGER)
 def test_what_is_solved_is_the_truth(given_: Unknowns, many: list[Tree], data: st.DataObject) -> None:
     try:
         values = [build(tree, given_.values, int, INTS) for tree in many]

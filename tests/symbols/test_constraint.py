@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.expressions import INTS, SYMBOLS, Tree, Unknowns, build, leaf_trees, trees, unknowns
+from support.longer import LONGER
 
 import hetu
 from hetu import Constraint, IntSymbol, equal, maximum, minimum
@@ -34,6 +35,13 @@ def pairs(draw: st.DrawFn) -> tuple[Tree, Tree]:
                 ("-", one, ("floordiv", one, number)),
                 ("+", ("*", ("floordiv", one, number), number), ("mod", one, number)),
                 ("+", ("*", one, 2), 1),
+                ("floordiv", ("*", one, part), part),
+                ("floordiv", ("+", ("*", one, part), number), part),
+                ("mod", ("+", ("*", part, one), number), part),
+                ("maximum", ("minimum", one, ("+", part, number)), part),
+                ("minimum", ("maximum", part, number), ("+", one, number)),
+                ("maximum", one, ("+", one, number), part),
+                ("floordiv", 0, part),
             ]
         )
     )
@@ -41,7 +49,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tree, Tree]:
 
 
 @given(pairs(), unknowns(), st.sampled_from(sorted(OPERATORS)))
-@settings(max_examples=500)
+@settings(max_examples=500 * LONGER)
 def test_a_decision_is_right_for_every_value(pair: tuple[Tree, Tree], given_: Unknowns, op: str) -> None:
     try:
         a, b = (build(tree, given_.values, int, INTS) for tree in pair)
@@ -50,6 +58,52 @@ def test_a_decision_is_right_for_every_value(pair: tuple[Tree, Tree], given_: Un
     constraint = Constraint(op, *(as_symbol(build(tree, given_.leaves, int, SYMBOLS)) for tree in pair))
     assert constraint.decided in (None, OPERATORS[op](a, b))
     assert constraint.holds(given_.bound) is OPERATORS[op](a, b)
+
+
+@given(pairs(), st.lists(pairs(), min_size=1, max_size=3), unknowns(), st.sampled_from(sorted(OPERATORS)))
+@settings(max_examples=80)
+def test_a_decision_by_requirements_is_right_wherever_they_hold(
+    pair: tuple[Tree, Tree], required: list[tuple[Tree, Tree]], given_: Unknowns, op: str
+) -> None:
+    """Each requirement is turned so that it holds; often it speaks of the same sizes as the comparison."""
+    known = []
+    try:
+        a, b = (build(tree, given_.values, int, INTS) for tree in pair)
+        for one, other in [*required, pair]:
+            left, right = (build(tree, given_.values, int, INTS) for tree in (one, other))
+            sign = ">=" if left > right else "==" if left == right else "<"
+            known.append(
+                Constraint(sign, *(as_symbol(build(tree, given_.leaves, int, SYMBOLS)) for tree in (one, other)))
+            )
+    except ZeroDivisionError:
+        assume(False)
+    constraint = Constraint(op, *(as_symbol(build(tree, given_.leaves, int, SYMBOLS)) for tree in pair))
+    assert constraint.decided_by(known[:-1]) in (None, OPERATORS[op](a, b))
+    assert constraint.decided_by(known) in (None, OPERATORS[op](a, b))
+
+
+def test_what_requirements_teach() -> None:
+    a, b, c = (IntSymbol(name) for name in "abc")
+    with hetu.graph("define_and_run") as g:
+        assert (a >= b).decided is None
+        with pytest.raises(hetu.UnboundSymbolError):
+            bool(a >= b)
+        hetu.require(a >= b)
+        hetu.require(b >= c + 1)
+        assert a >= b
+        assert b <= a
+        assert a + 1 > b
+        assert not a < b
+        assert 2 * a >= b + b
+        assert hetu.maximum(a, 3) >= b
+        assert (a - b >= 0).decided_by(g.constraints)
+        assert (a >= c).decided_by(g.constraints) is None  # a run that binds no b checks neither
+        assert (b * a + c <= a * a + c).decided_by(g.constraints) in (None, True)
+        assert (a > b).decided_by(g.constraints) is None
+        tail = hetu.slice(hetu.placeholder("float32", [a]), 0, b)
+        assert not tail.op.constraints
+    with pytest.raises(hetu.UnboundSymbolError):  # another graph requires nothing
+        bool(a >= b)
 
 
 s = IntSymbol("s", min=2, max=100)
@@ -85,6 +139,18 @@ many = [IntSymbol(f"n{i}") for i in range(32)]
         minimum(t + 1, t + 5) > t,
         t - minimum(t, 5) >= 0,
         (t + u) // 2 - t // 3 - u // 2 >= -1,
+        equal((t * u) // u, t),
+        equal((t * u + 3 * u) // u, t + 3),
+        equal((t * u) % u, 0),
+        equal(0 // u, 0),
+        equal(0 % u, 0),
+        maximum(t, u) >= minimum(t, u),
+        maximum(minimum(t, u + 10), 0) <= u + 10,
+        maximum(minimum(t, u + 10), u) <= u + 10,
+        maximum(minimum(t, u + 10), u) >= u,
+        equal(maximum(t, t + 2), t + 2),
+        equal(minimum(s, s), maximum(s, s)),
+        equal(IntSymbol("three", min=3, max=3), 3),
     ],
     ids=str,
 )
@@ -95,7 +161,18 @@ def test_what_is_decided(constraint: Constraint) -> None:
 
 @pytest.mark.parametrize(
     "constraint",
-    [s < 2, s > 100, equal(s, 1), t - t // 2 < 0, equal(t, t + 1), equal(2 * t, 2 * u + 1), equal(k, 65), t > t],
+    [
+        s < 2,
+        s > 100,
+        equal(s, 1),
+        t - t // 2 < 0,
+        equal(t, t + 1),
+        equal(2 * t, 2 * u + 1),
+        equal(k, 65),
+        t > t,
+        equal(minimum(t, t + 1), maximum(t, t + 1)),
+        equal(minimum(s, 1), maximum(s, 1)),
+    ],
     ids=str,
 )
 def test_what_is_decided_against(constraint: Constraint) -> None:
@@ -105,7 +182,17 @@ def test_what_is_decided_against(constraint: Constraint) -> None:
 
 @pytest.mark.parametrize(
     "constraint",
-    [s < 3, s > 99, equal(s, 5), t > 0, t // 2 * 2 >= t, equal(2 * t, 2 * u), equal(k, 64), maximum(t, u) > u],
+    [
+        s < 3,
+        s > 99,
+        equal(s, 5),
+        t > 0,
+        t // 2 * 2 >= t,
+        equal(2 * t, 2 * u),
+        equal(k, 64),
+        maximum(t, u) > u,
+        equal(minimum(t, u), maximum(t, u)),
+    ],
     ids=str,
 )
 def test_what_is_left_open(constraint: Constraint) -> None:

@@ -7,9 +7,11 @@ import sympy
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.expressions import INTS, SYMBOLS, SYMPY, Tree, Unknowns, build, trees, unknowns
+from support.longer import LONGER
 
 import hetu
 from hetu.symbols import IntSymbol, as_symbol, compile_exprs
+from hetu.symbols.text import names_of
 
 
 def plain(tree: Tree, given_: Unknowns) -> int:
@@ -22,7 +24,7 @@ def plain(tree: Tree, given_: Unknowns) -> int:
 
 
 @given(trees, unknowns())
-@settings(max_examples=300)
+@settings(max_examples=300 * LONGER)
 def test_an_expression_means_the_same_three_ways(tree: Tree, given_: Unknowns) -> None:
     expected = plain(tree, given_)
     symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
@@ -36,7 +38,7 @@ def test_an_expression_means_the_same_three_ways(tree: Tree, given_: Unknowns) -
 
 
 @given(trees, unknowns())
-@settings(max_examples=300)
+@settings(max_examples=300 * LONGER)
 def test_what_is_known_of_an_expression_holds(tree: Tree, given_: Unknowns) -> None:
     expected = plain(tree, given_)
     symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
@@ -54,6 +56,46 @@ def test_an_expression_reads_as_the_python_that_makes_it(tree: Tree, given_: Unk
     symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
     assert eval(str(symbol), dict(zip("abc", given_.values, strict=True))) == expected
     assert eval(str(symbol.expr), {"max": max, "min": min, **dict(zip("abc", given_.values, strict=True))}) == expected
+
+
+@given(trees, unknowns())
+def test_the_text_makes_the_expression_again(tree: Tree, given_: Unknowns) -> None:
+    """Of symbols, too: with hetu's functions for Python's, whatever their ranges."""
+    plain(tree, given_)
+    symbol = as_symbol(build(tree, given_.leaves, int, SYMBOLS))
+    names = {"max": hetu.maximum, "min": hetu.minimum, **dict(zip("abc", given_.leaves, strict=True))}
+    assert eval(str(symbol), names) == symbol
+
+
+def test_names_that_python_does_not_take_are_told_apart() -> None:
+    """``#`` would begin a comment, and what follows it would be lost."""
+    leaves = [IntSymbol(name) for name in ("s", "s", "s_1", "seq len", "class", "2nd", "")]
+    whole = sum(leaves, start=as_symbol(0)) + leaves[0] // 2
+    names = names_of(leaf.expr for leaf in leaves)
+    assert len(set(names.values())) == len(leaves)
+    assert eval(str(whole), {names[leaf.expr]: leaf for leaf in leaves}) == whole
+    assert str(IntSymbol("a") + 10**3000).endswith(hex(10**3000)[2:])
+
+
+def test_nothing_is_cancelled_that_may_be_zero() -> None:
+    s, t, one = IntSymbol("s"), IntSymbol("t"), IntSymbol("one", min=1)
+    assert (str((s * t) // t), str((s * one) // one)) == ("(s*t)//t", "s")
+    assert (str(0 // t), str(0 // one)) == ("0//t", "0")
+    with pytest.raises(hetu.BindingError, match="t is 0"):
+        ((s * t) // t).evaluate({s: 5, t: 0})
+
+
+def test_divmod_and_format() -> None:
+    s, seven = IntSymbol("s"), as_symbol(7)
+    assert divmod(s, 3) == (s // 3, s % 3)
+    assert divmod(7, s) == (7 // s, 7 % s)
+    with pytest.raises(TypeError):
+        divmod(s, 1.5)
+    assert f"{seven:>4}|{seven:04d}|{seven:x}|{s + 1:>8}|{s:*^7}|{s:6,d}|{s:<3}|{s}" == (
+        "   7|0007|7|   s + 1|***s***|     s|s  |s"
+    )
+    with pytest.raises(ValueError, match="format"):
+        f"{s:nonsense}"
 
 
 def test_a_sum_that_begins_with_a_floor() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,28 @@ from hetu.backends.comm.world import Named, Spec
 from hetu.errors import CommunicationError, caller, in_words, ranks_in_words
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.placement import Placement
+
+GATHERING = "getting parameters"
+"""What a rank does that waits for parameters, for errors."""
+
+ALIGNMENT = 16
+"""What ranks send begins at multiples of so many bytes, where it lands."""
+
+
+class FlatGather(NamedTuple):
+    """Flat tensors of all ranks that are on their way.
+
+    Attributes:
+        work: What torch gave for the message.
+        sent: This rank's. It must last until the end.
+        whole: ``(ranks, bytes)``, where they land.
+        sizes: The bytes of each rank.
+    """
+
+    work: Any
+    sent: torch.Tensor
+    whole: torch.Tensor
+    sizes: Sequence[int]
 
 
 class DistributedWorld(Peers):
@@ -38,6 +60,7 @@ class DistributedWorld(Peers):
         self.runs = 0
         self._some: dict[tuple[int, ...], Connection] = {}
         self._reducer = Reducer(self._reduce, self._scatter, self.rank)
+        self._gathering: Connection = None
 
     def _between(self, ranks: Sequence[int]) -> Connection:
         """The connection between some of them."""
@@ -57,6 +80,16 @@ class DistributedWorld(Peers):
         except RuntimeError as error:
             self.control.lost("connecting to the other ranks", error)
         self.open_links(count, plans)
+
+    def prepare_gathers(self) -> None:
+        """Makes and opens the connection over which parameters are gathered; all ranks call it before they gather."""
+        if self._gathering is None:
+            try:
+                self._gathering = self._connect("gathers", self.backend)
+            except RuntimeError as error:
+                self.control.lost("connecting to the other ranks", error)
+            byte = torch.zeros(1, dtype=torch.uint8, device=self.device)
+            self.finish_gather(self.start_gather(byte, [1] * self.size))
 
     def _active(self, count: int) -> range:
         return range(min(count, self.size))
@@ -146,17 +179,23 @@ class DistributedWorld(Peers):
         self.say("getting gradients", message, [landed])
         return kept if sums is not None else list(landed.split(mine))
 
-    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Every rank sends as many elements as the one with the most has."""
-        sent = own.new_zeros(max(sizes))
+    def start_gather(self, own: torch.Tensor, sizes: Sequence[int]) -> FlatGather:
+        """Every rank sends as many bytes as the one with the most has, over a connection of these messages' own."""
+        row = (max(sizes) // ALIGNMENT + 1) * ALIGNMENT
+        sent = own.new_zeros(row)
         sent[: len(own)] = own
-        whole = own.new_empty((self.size, len(sent)))
+        whole = own.new_empty((self.size, row))
+        self.control.check()  # the watch may have left the connection
+        try:
+            work = self._gathering._allgather_base(whole.view(-1), sent)
+        except RuntimeError as error:
+            self.control.lost(GATHERING, error)
+        return FlatGather(work, sent, whole, sizes)
 
-        def message() -> None:
-            self.everyone._allgather_base(whole.view(-1).view(torch.uint8), sent.view(torch.uint8)).wait()
-
-        self.say("getting parameters", message, [whole])
-        return [row[:size] for row, size in zip(whole, sizes, strict=True)]
+    def finish_gather(self, started: FlatGather) -> list[torch.Tensor]:
+        """Waits for it: over gloo the host, over NCCL the stream that computes."""
+        self.say(GATHERING, started.work.wait, [started.whole])
+        return [row[:size] for row, size in zip(started.whole, started.sizes, strict=True)]
 
     def gather(
         self, own: Sequence[torch.Tensor], counts: Sequence[int], dtype: torch.dtype, device: torch.device

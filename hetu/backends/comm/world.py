@@ -98,16 +98,21 @@ class World(Protocol):
             The boxes of each tensor that this rank gets, one after the other.
         """
 
-    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Flat tensors of all ranks, on every rank.
+    def start_gather(self, own: torch.Tensor, sizes: Sequence[int]) -> Any:
+        """Starts to bring flat tensors of all ranks to every rank, beside whatever is computed or sent meanwhile.
+
+        All ranks start the same ones in the same order, and finish each.
 
         Args:
-            own: ``(n,)``, that of this rank.
+            own: uint8 ``(n,)``, that of this rank.
             sizes: The n of each rank.
 
         Returns:
-            That of each rank.
+            What :meth:`finish_gather` takes.
         """
+
+    def finish_gather(self, started: Any) -> list[torch.Tensor]:
+        """That of each rank. Each begins at a multiple of 16 bytes."""
 
     def gather_values(
         self, read: Callable[[], Sequence[Named]], what: str, check: Callable[[Sequence[int]], None] | None = None
@@ -213,9 +218,13 @@ class LocalWorld:
         """There is no other rank."""
         return list(sums or ())
 
-    def gather_flat(self, own: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    def start_gather(self, own: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
         """There is no other rank."""
-        return [own]
+        return own
+
+    def finish_gather(self, started: torch.Tensor) -> list[torch.Tensor]:
+        """There is no other rank."""
+        return [started]
 
     def gather_values(
         self, read: Callable[[], Sequence[Named]], what: str, check: Callable[[Sequence[int]], None] | None = None

@@ -1,7 +1,8 @@
 """The Gluon family: attention for Hopper, with TMA and specialised warps; the default there.
 
 It takes what most training is made of, and leaves the rest to the portable kernels of ``hetu/backends/triton/``, which
-are its check too. Gluon has no interpreter: without a GPU its kernels are compiled, and no more.
+are its check too. Triton has no interpreter for Gluon: without a GPU its kernels are compiled, and run in tests alone,
+in an interpreter of theirs.
 """
 
 from __future__ import annotations

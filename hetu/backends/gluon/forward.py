@@ -240,8 +240,8 @@ def finish(tile, acc, buffer, o_desc, out, acc_state, first_token, C: gl.constex
     if not goes_on:
         flat = buffer.reshape([ROWS, C.HEAD_DIM])
         flat.store(acc.to(buffer.dtype))
+        fence_async_shared()  # before TMA reads the buffer, or overwrites it with later queries
         if rows >= first_token + TOKENS:
-            fence_async_shared()
             async_store(o_desc, [row + first_token, first_head, 0], buffer)
         else:
             start = out + row.to(gl.int64) * C.OUT_STRIDE_T + first_head.to(gl.int64) * C.OUT_STRIDE_H

@@ -1,17 +1,14 @@
-"""From nodes to a ``torch.fx`` module: the registry of lowerings, and the walk that applies them.
+"""The registry of lowerings, and what a lowering sees of the ``torch.fx`` module that is being built.
 
-A backend registers for an op a function that emits calls into an fx graph. All pipelines of a strategy
-are lowered into one module: a node becomes one call per pipeline, a node that spans the pipelines one
-call over all of them. Where other processes run the other pipelines, a module holds those that run here,
-and such a call reaches the rest through the world, which is an input too. Sizes are plain int inputs of
-the module, so lengths never cause a new one.
+A backend registers for an op a function that emits calls into an fx graph. Sizes are plain int inputs of the module, so
+lengths never cause a new one. :mod:`hetu.backends.lower.module` applies lowerings to the nodes of a graph.
 """
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -19,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from hetu.backends.lower.values import MADE_BY, SIZE, VALUE, Deferred, finished
+from hetu.backends.lower.gathers import Bucket
+from hetu.backends.lower.values import MADE_BY, SIZE
 from hetu.errors import LoweringError
 from hetu.graph import Node, Tensor
-from hetu.symbols import IntSymbol, compile_exprs
+from hetu.symbols import IntSymbol
 
 Lower = Callable[..., Any]
 Declines = Callable[[Node, torch.device], str | None]
@@ -114,6 +112,11 @@ class ParameterInput:
 
 
 @dataclass(frozen=True, slots=True)
+class GatheringInput:
+    """A module input: what gathers parameters of which there is a part here."""
+
+
+@dataclass(frozen=True, slots=True)
 class HomeInput:
     """A module input: where the gradient of a parameter is at home, whose sums a node starts."""
 
@@ -138,7 +141,16 @@ class WorldInput:
 
 
 Input = (
-    FeedInput | SizeInput | PlanInput | RandomInput | ParameterInput | HomeInput | StepInput | FlagsInput | WorldInput
+    FeedInput
+    | SizeInput
+    | PlanInput
+    | RandomInput
+    | ParameterInput
+    | GatheringInput
+    | HomeInput
+    | StepInput
+    | FlagsInput
+    | WorldInput
 )
 
 
@@ -152,6 +164,7 @@ class Executable:
         leaves: The symbols that its sizes depend on.
         sizes: Compiled: values of ``leaves`` to the tuple of all sizes.
         notes: The choice for some nodes and its reason, one line each: which kernel family runs an attention.
+        buckets: The parameters that it gathers, in the order in which it does.
     """
 
     module: fx.GraphModule
@@ -159,6 +172,7 @@ class Executable:
     leaves: tuple[IntSymbol, ...]
     sizes: Callable[..., tuple[int, ...]]
     notes: tuple[str, ...] = ()
+    buckets: tuple[Bucket, ...] = ()
 
     def __str__(self) -> str:
         """The notes, then the module's code."""
@@ -169,7 +183,7 @@ class Executable:
 
 
 @dataclass
-class _Builder:
+class Builder:
     """The module being built."""
 
     device: torch.device
@@ -193,6 +207,10 @@ class _Builder:
                 plain = re.sub(r"\W", "_", name, flags=re.ASCII)
                 self.inputs[key] = self.graph.placeholder(f"in{len(self.inputs)}_{plain}")
         return self.inputs[key]
+
+    def gathering(self) -> fx.Node:
+        """The module's input that gathers parameters."""
+        return self.input(GatheringInput(), "gathering")
 
     def constant(self, node: Node, value: torch.Tensor) -> fx.Node:
         """The module's own tensor of ``node``: one for all pipelines, and one per device for all modules."""
@@ -220,7 +238,7 @@ class NodeLowering:
     num_pipelines: int
     pipelines: tuple[int, ...]
     device: torch.device
-    builder: _Builder
+    builder: Builder
 
     @property
     def backend(self) -> str:
@@ -299,144 +317,3 @@ class NodeLowering:
     def random(self) -> fx.Node:
         """The module input that brings the node's ``(seed, offset)``."""
         return self.builder.input(RandomInput(self.node), f"{self.node.name}_rng")
-
-
-def lower(
-    nodes: Sequence[Node],
-    fetches: Sequence[Tensor],
-    replaced: Mapping[Tensor, Tensor],
-    *,
-    num_pipelines: int,
-    pipelines: Sequence[int],
-    device: torch.device,
-    backend: str,
-    constants: MutableMapping[tuple[Node, torch.device], torch.Tensor],
-) -> Executable:
-    """Lowers live nodes into one fx module over all pipelines that run in this process.
-
-    Args:
-        nodes: In computing order.
-        fetches: What the module returns.
-        replaced: Tensors to be read instead of others (common subexpressions).
-        num_pipelines: Pipelines of the strategy.
-        pipelines: Those of them that the module computes, in order.
-        device: Where it will run.
-        backend: The wanted backend: ops that it has no lowering of take torch's, and attention goes to it or to the
-            next kernel family that takes it.
-        constants: Where constants on a device are kept from one module to the next.
-
-    Raises:
-        LoweringError: If no backend takes a node.
-    """
-    builder = _Builder(device, backend, constants, _readers(nodes, fetches, replaced))
-    values: dict[Tensor, list[Any]] = {}
-    for node in _with_early_starts(nodes, replaced):
-        chosen = find_lowering(node, backend, device)
-        _lower_node(node, builder, values, replaced, num_pipelines, tuple(pipelines), chosen)
-    fetched = [replaced.get(tensor, tensor) for tensor in fetches]
-    builder.graph.output(tuple(_results(fetched, values, replaced, builder)))
-    builder.graph.eliminate_dead_code()  # outputs that nobody reads, and what only the whole step's values need
-    for item, placeholder in list(builder.inputs.items()):
-        if not placeholder.users:  # lengths that are in a plan already: they need not go to the device
-            builder.graph.erase_node(placeholder)
-            del builder.inputs[item]
-    builder.graph.lint()
-    exprs = list(builder.exprs)
-    leaves = tuple(dict.fromkeys(leaf for expr in exprs for leaf in expr.leaves))
-    module = fx.GraphModule(builder.root, builder.graph, class_name="HetuExecutable")
-    notes = tuple(
-        f"{node.name} ({node.definition.name}, {node.where.short}): {text}" for node, text in builder.notes.items()
-    )
-    return Executable(module, tuple(builder.inputs), leaves, compile_exprs(exprs, leaves), notes)
-
-
-def _readers(
-    nodes: Sequence[Node], fetches: Sequence[Tensor], replaced: Mapping[Tensor, Tensor]
-) -> dict[Tensor, set[str]]:
-    """By tensor, the names of the ops that read it, and ``"run"`` where it is fetched."""
-    readers: dict[Tensor, set[str]] = {}
-    for tensor in fetches:
-        readers.setdefault(replaced.get(tensor, tensor), set()).add("run")
-    for node in nodes:
-        for tensor in node.tensors:
-            readers.setdefault(replaced.get(tensor, tensor), set()).add(node.definition.name)
-    return readers
-
-
-def _with_early_starts(nodes: Sequence[Node], replaced: Mapping[Tensor, Tensor]) -> list[Node]:
-    """The nodes in an order in which what overlaps with computation starts as soon as its operands are there."""
-    place: dict[Node, tuple[int, int]] = {}
-    for i, node in enumerate(nodes):
-        operands = [place[replaced.get(tensor, tensor).op] for tensor in node.tensors]
-        number, depth = max(operands, default=(i, 0))
-        place[node] = (number, depth + 1) if node.definition.overlaps else (i, 0)
-    return sorted(nodes, key=place.__getitem__)
-
-
-def _results(
-    fetched: Sequence[Tensor],
-    values: Mapping[Tensor, Sequence[Any]],
-    replaced: Mapping[Tensor, Tensor],
-    builder: _Builder,
-) -> list[fx.Node]:
-    """The fetched tensors' values, each in memory of its own, which the caller may write to.
-
-    Those are copied that lie in the memory of a constant, of what was fed or of another result, and those of which
-    several elements are one.
-    """
-    taken: set[Any] = set()
-    results = []
-    for tensor in fetched:
-        root, is_repeated = _root(tensor, replaced)
-        is_foreign = root.op.definition.is_source or root.op.definition.is_step_wide
-        is_copied = is_repeated or is_foreign or root in taken
-        taken.add(root)
-        for value in map(finished, values[tensor]):
-            # Pipelines may share a value, and tensors that nothing else shows to be one.
-            own = is_copied or value in taken
-            results.append(builder.graph.call_function(torch.clone, (value,)) if own else value)
-            taken.add(value)
-    return results
-
-
-def _root(tensor: Tensor, replaced: Mapping[Tensor, Tensor]) -> tuple[Tensor, bool]:
-    """The tensor in whose memory another may lie, and whether elements are repeated on the way."""
-    is_repeated = False
-    while tensor.op.definition.is_view:
-        is_repeated |= tensor.op.definition.repeats
-        tensor = replaced.get(tensor.op.tensors[0], tensor.op.tensors[0])
-    return tensor, is_repeated
-
-
-def _lower_node(
-    node: Node,
-    builder: _Builder,
-    values: dict[Tensor, list[Any]],
-    replaced: Mapping[Tensor, Tensor],
-    num_pipelines: int,
-    pipelines: tuple[int, ...],
-    chosen: Lowering,
-) -> None:
-    def operand(item: Any, cx: NodeLowering) -> Any:
-        if isinstance(item, Tensor):
-            shards = values[replaced.get(item, item)]
-            return (
-                list(map(finished, shards)) if cx.pipeline is None else finished(shards[pipelines.index(cx.pipeline)])
-            )
-        return cx.size(item) if isinstance(item, IntSymbol) else item
-
-    def emit(pipeline: int | None) -> Any:
-        cx = NodeLowering(node, pipeline, num_pipelines, pipelines, builder.device, builder)
-        return chosen.lower(cx, *(operand(item, cx) for item in node.inputs))
-
-    if node.definition.spans_pipelines:
-        results = emit(None)
-    else:
-        results = [emit(pipeline) for pipeline in pipelines]
-    for index, tensor in enumerate(node.outputs):
-        values[tensor] = [item[index] if isinstance(item, (tuple, list)) else item for item in results]
-        for pipeline, value in zip(pipelines, values[tensor], strict=True):
-            if isinstance(value, fx.Node):
-                value.meta.setdefault(VALUE, (tensor, pipeline))
-            elif isinstance(value, Deferred) and value.known is None:
-                value.known = tensor, pipeline

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import as_range, number, operands
+from hetu.backends.torch.common import operands
 from hetu.graph import Tensor
 from hetu.ops.common.build import result_type
 
@@ -30,19 +29,3 @@ lowering("lt", backend="torch")(_comparison(torch.lt, torch.gt))
 lowering("le", backend="torch")(_comparison(torch.le, torch.ge))
 lowering("gt", backend="torch")(_comparison(torch.gt, torch.lt))
 lowering("ge", backend="torch")(_comparison(torch.ge, torch.le))
-
-
-@lowering("where", backend="torch")
-def _where(cx: NodeLowering, condition: fx.Node, a: Any, b: Any) -> fx.Node:
-    (out,) = cx.node.outputs
-    wanted, device = out.dtype, torch.device("cpu") if out.on_cpu else cx.device
-
-    def operand(item: Any, value: Any) -> Any:
-        # A plain number's dtype would be torch's global default where no tensor says otherwise.
-        if isinstance(item, Tensor):
-            return value
-        value = as_range(number(cx, item, value, wanted.is_floating), wanted)
-        return cx.call(torch.scalar_tensor, value, dtype=TORCH_DTYPES[wanted], device=device)
-
-    _, item_a, item_b = cx.node.inputs
-    return cx.call(torch.where, condition, operand(item_a, a), operand(item_b, b))

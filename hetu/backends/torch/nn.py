@@ -1,6 +1,8 @@
-"""Casts, embeddings and softmax."""
+"""Casts, embeddings, one_hot and softmax."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import fx
@@ -8,6 +10,7 @@ from torch.nn import functional
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
+from hetu.backends.lower.traced import traced
 from hetu.backends.torch.common import at_least_float32, cast, checked_indices, looked_up
 
 aten = torch.ops.aten
@@ -32,6 +35,17 @@ def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> tor
 @lowering("embedding_grad", backend="torch")
 def _embedding_grad(cx: NodeLowering, ids: fx.Node, grad: fx.Node) -> fx.Node:
     return cx.call(hetu_embedding_grad, checked_indices(cx, ids, "ids"), grad, cx.shape()[0])
+
+
+@traced
+def hetu_one_hot(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows that are 1 in one place."""
+    return (ids.unsqueeze(-1) == torch.arange(count, device=ids.device)).long()
+
+
+@lowering("one_hot", backend="torch")
+def _one_hot(cx: NodeLowering, ids: fx.Node, count: Any) -> fx.Node:
+    return cx.call(hetu_one_hot, checked_indices(cx, ids, "ids"), count)
 
 
 @lowering("softmax", backend="torch")

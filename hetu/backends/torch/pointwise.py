@@ -12,6 +12,8 @@ from hetu.backends.torch.common import operands, unary
 
 lowering("exp", backend="torch")(unary(torch.exp))
 lowering("log", backend="torch")(unary(torch.log))
+lowering("sin", backend="torch")(unary(torch.sin))
+lowering("cos", backend="torch")(unary(torch.cos))
 lowering("sqrt", backend="torch")(unary(torch.sqrt))
 lowering("rsqrt", backend="torch")(unary(torch.rsqrt))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import fx
@@ -34,3 +36,9 @@ def _constant(cx: NodeLowering) -> fx.Node:
 def _full(cx: NodeLowering) -> fx.Node:
     dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
     return cx.call(torch.full, tuple(cx.shape()), cx.node.attrs["value"], dtype=dtype, device=cx.device)
+
+
+@lowering("arange", backend="torch")
+def _arange(cx: NodeLowering, start: Any, stop: Any) -> fx.Node:
+    dtype = TORCH_DTYPES[cx.node.outputs[0].dtype]
+    return cx.call(torch.arange, start, stop, cx.node.attrs["step"], dtype=dtype, device=cx.device)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetu.graph import Node, RunView, Tensor
 from hetu.ops.attention.common import read_cu_seqlens, refuse
 from hetu.parallel import Heads, Layout, Mask, Strategy
+from hetu.parallel.choice.setting import chosen
 from hetu.symbols import IntSymbol
 
 
@@ -68,6 +69,7 @@ class ParallelKey:
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         return_softmax: Whether the probabilities are returned.
+        hardware: The number of the hardware that the method is chosen for, if it is; else 0.
     """
 
     layout: LayoutKey
@@ -75,21 +77,23 @@ class ParallelKey:
     mask: Mask
     heads: Heads
     return_softmax: bool
+    hardware: int = 0
 
     @classmethod
     def of(cls, node: Node, layout: LayoutKey, mask: Mask) -> ParallelKey:
         """The key of a node on a layout, with its mask bound."""
+        attrs = node.attrs
+        number = chosen().number if attrs["method"] == "auto" else 0
+        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number)
+
+    @staticmethod
+    def heads_of(node: Node) -> Heads:
+        """The widths of a token's row that a node attends with."""
         attrs, qkv = node.attrs, node.inputs[0]
         assert isinstance(qkv, Tensor)
         width, ratio, head_dim = qkv.symbolic_shape[1].constant or 0, attrs["group_query_ratio"], attrs["head_dim"]
         num_kv = width // head_dim // (ratio + 2)
-        return cls(
-            layout,
-            attrs["method"],
-            mask,
-            Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize),
-            attrs["return_softmax"],
-        )
+        return Heads(num_kv * ratio, num_kv, head_dim, qkv.dtype.itemsize)
 
 
 def group_cu_seqlens(node: Node, view: RunView, members: Sequence[int], total: int) -> NDArray[np.int64]:

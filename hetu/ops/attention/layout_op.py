@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.arguments import flag, items, shown
-from hetu.errors import BindingError, HetuError, StrategyError, caller
+from hetu.errors import BindingError, HetuError, ShapeError, StrategyError, caller
 from hetu.graph import Call, Node, OpDef, Pipeline, RunView
 from hetu.ops.attention.common import bound_mask, check_cu_seqlens, check_longest, read_cu_seqlens
 from hetu.ops.attention.layout_key import LayoutKey, batch_of, group_cu_seqlens, refuse_rows
@@ -51,7 +51,9 @@ class LayoutOp(OpDef):
             strategies = self._listed(call, lists)
         for i, strategy in enumerate(strategies):
             for r, length in enumerate(strategy.lengths):
-                call.check(length >= 0, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
+                most = as_symbol(length).max  # what ranges leave open, a run checks of the strategy that it follows
+                if most is not None and most < 0:
+                    call.fail(ShapeError, f"expected the length of pipeline {r} under strategy {i} to be at least 0")
         attrs["strategies"] = strategies
         for name, known in self.choices.items():
             if not isinstance(attrs[name], str) or attrs[name] not in known:

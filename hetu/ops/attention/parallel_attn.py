@@ -31,6 +31,7 @@ from hetu.ops.attention.layout_key import LayoutKey, ParallelKey
 from hetu.ops.attention.layout_op import LayoutOp, Lists, Value
 from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
+from hetu.parallel.choice.setting import chosen
 from hetu.parallel.mask.mask import NO_WINDOW
 from hetu.symbols import IntSymbol, as_symbol
 
@@ -64,7 +65,8 @@ class _ParallelAttention(LayoutOp):
         if key.return_softmax:
             keys = [[group.tokens] if key.mask.joins else group.lengths.tolist() for group in layout.groups]
             heads = replace(heads, columns=max(max(of_group, default=0) for of_group in keys))
-        return build_plan(layout, method=key.method, mask=key.mask, heads=heads)
+        hardware = chosen().hardware if key.method == "auto" else None
+        return build_plan(layout, method=key.method, mask=key.mask, heads=heads, hardware=hardware)
 
 
 @register

@@ -186,6 +186,24 @@ def _broadcast_size(call: Call, x: Dim, y: Dim, a: Sequence[Dim], b: Sequence[Di
     return y if isinstance(y, int) else x
 
 
+def stretched_to(call: Call, x: Tensor, wanted: Sequence[Dim], what: str = "") -> None:
+    """Demands that a tensor can be stretched to a shape: counted from the last, sizes are equal where x's is not 1.
+
+    Args:
+        call: The call to check.
+        x: The tensor.
+        wanted: The shape.
+        what: The operand's name, where the error is not of the only one.
+    """
+    extra = len(wanted) - x.ndim
+    text = f"expected {f'{what}: ' if what else ''}a shape that {show(x.shape)} can be stretched to, got {show(wanted)}"
+    if extra < 0:
+        call.fail(ShapeError, text, "a shape of at least as many dimensions")
+    for one, other in zip(x.shape, wanted[extra:], strict=True):
+        if one != 1:
+            call.same(one, other, text, "only a size known to be 1 when the graph is built is stretched")
+
+
 def result_type(operands: Sequence[Any]) -> DType:
     """The dtype of an arithmetic result, by torch's rule (``torch.result_type``).
 

@@ -45,7 +45,7 @@ def check_alike(shards: Sequence[Any], members: Sequence[int]) -> None:
     Raises:
         ShapeError: If they do: a shard would be cast or stretched to fit the others.
     """
-    kinds = {r: _kind(shards[r]) for r in members}
+    kinds = {r: kind_of(shards[r]) for r in members}
     first = members[0]
     for r, kind in kinds.items():
         if kind != kinds[first]:
@@ -57,7 +57,8 @@ def check_alike(shards: Sequence[Any], members: Sequence[int]) -> None:
             )
 
 
-def _kind(array: Any) -> str:
+def kind_of(array: Any) -> str:
+    """The dtype and the shape of a row."""
     return f"{getattr(array.dtype, 'name', array.dtype)}{list(array.shape[1:])}"  # torch's dtypes say whose they are
 
 

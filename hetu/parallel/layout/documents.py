@@ -122,11 +122,11 @@ class PackedDocuments:
     seq_lens: IntArray
     cu_seqlens: IntArray
 
-    def pieces(self, share: Callable[[IntArray, IntArray], IntArray]) -> IntArray:
-        """``(R, B)`` tokens of each document on each member.
+    def totals(self, cut: Callable[[IntArray, IntArray], IntArray]) -> tuple[IntArray, IntArray]:
+        """``(B,)`` tokens of each document, and ``(R, B + 1)`` each member's own cumulative lengths.
 
         Args:
-            share: Makes pieces of 1-D cu_seqlens and lengths; 2-D cu_seqlens are pieces already.
+            cut: Makes the latter of 1-D cu_seqlens and lengths; 2-D cu_seqlens are that already.
 
         Raises:
             ShapeError: If 2-D cu_seqlens has not one row a member.
@@ -145,7 +145,7 @@ class PackedDocuments:
                     "every token of parallel_attn belongs to a document",
                     f"make the last entry {total}; {_PAD}",
                 )
-            return share(cu, self.seq_lens)
+            return lengths, cut(cu, self.seq_lens)
         if len(cu) != len(self.members):
             _refuse(
                 ShapeError,
@@ -160,7 +160,7 @@ class PackedDocuments:
                     "parallel_attn belongs to a document",
                     f"make the last entry of its row {length}; {_PAD}",
                 )
-        return lengths
+        return lengths.sum(0), cu
 
     def _refuse(self, what: str, fix: str) -> NoReturn:
         _refuse(BindingError, f"cu_seqlens of context group {self.value} {what}", fix)

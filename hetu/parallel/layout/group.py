@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
 from hetu.arguments import index
 from hetu.errors import StrategyError
 from hetu.parallel.layout.printing import bracketed, count
-from hetu.parallel.layout.splits import Parts
+from hetu.parallel.layout.splits import SPLITS, Ints, Parts, RunsOf
 from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
+
+_Columns = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +47,29 @@ class Spans:
         return self.start.repeat(self.length) + count_up(self.length) * self.step.repeat(self.length)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """The documents of which some members of a group hold tokens: what these need to know of all members.
+
+    Attributes:
+        members: Which members, as a slice of step 1 with its bounds given.
+        documents: ``(C,)`` the documents' numbers in the group.
+        rows: int32 ``(R, C)`` local row of each piece's first token, on every member of the group.
+        parts: Which tokens the pieces are.
+        runs: The runs of ``members``.
+    """
+
+    members: slice
+    documents: IntArray
+    rows: Ints
+    parts: Parts
+    runs: RunsOf
+
+    def within(self, members: slice) -> slice:
+        """Which rows of ``runs`` are those of some of the members."""
+        return slice(members.start - self.members.start, members.stop - self.members.start)
+
+
 @dataclass(frozen=True, eq=False)
 class GroupLayout:
     """The documents of one context group on its members.
@@ -53,9 +80,12 @@ class GroupLayout:
         members: Its pipelines' numbers in the strategy.
         seq_lens: ``(R,)`` tokens of each sequence on each member.
         is_packed: Whether the documents are one packed sequence rather than a batch.
-        pieces: ``(R, B)`` tokens of each document on each member.
-        parts: The spans as a regular table, where the layout is one of the splits.
-        custom_spans: The spans, where it is not.
+        lengths: ``(B,)`` tokens of each document.
+        totals: ``(R, B + 1)`` tokens of each member up to each document: its own ``cu_seqlens``.
+        split: Which split says what tokens these are; None where none does.
+        custom_spans: The spans, where no split says it.
+        cut_by: What a split cut the documents by, apart from their lengths and ``seq_lens``: a mask's code, or nothing.
+            None where pieces were given. Not part of the value.
     """
 
     index: int
@@ -63,14 +93,16 @@ class GroupLayout:
     members: tuple[int, ...]
     seq_lens: IntArray
     is_packed: bool
-    pieces: IntArray
-    parts: Parts | None
+    lengths: IntArray
+    totals: IntArray
+    split: str | None
     custom_spans: Spans | None = None
+    cut_by: bytes | None = field(default=None, repr=False)
 
     @cached_property
-    def lengths(self) -> IntArray:
-        """``(B,)`` tokens of each document."""
-        return self.pieces.sum(0)
+    def pieces(self) -> IntArray:
+        """``(R, B)`` tokens of each document on each member."""
+        return np.diff(self.totals)
 
     @cached_property
     def offsets(self) -> IntArray:
@@ -80,7 +112,7 @@ class GroupLayout:
     @cached_property
     def rows(self) -> list[int]:
         """Rows of each member's shard."""
-        rows: list[int] = self.pieces.sum(1).tolist()
+        rows: list[int] = self.totals[:, -1].tolist()
         return rows
 
     @property
@@ -88,60 +120,59 @@ class GroupLayout:
         """Rows of all shards together."""
         return sum(self.rows)
 
-    @cached_property
-    def piece_row(self) -> IntArray:
-        """``(R, B)`` local row of each piece's first token."""
-        return self.pieces.cumsum(1) - self.pieces
+    @property
+    def inputs(self) -> tuple[Any, ...]:
+        """What the layout is a function of: ints, text and arrays."""
+        known = self.value, self.members, self.is_packed, self.seq_lens, self.lengths, self.split, self.cut_by
+        if self.custom_spans is not None:
+            return *known, *(getattr(self.custom_spans, item.name) for item in fields(Spans))
+        return known if self.cut_by is not None else (*known, self.totals)
 
-    @cached_property
-    def part_offset(self) -> IntArray:
-        """``(R, K)`` tokens of the member's piece that lie in earlier parts of the document."""
-        assert self.parts is not None
-        row = self.parts.length.cumsum(1)
-        row -= self.parts.length
-        row -= self.piece_row.take(self.parts.document, axis=1)
-        return row
+    def held_by(self, members: slice) -> Held:
+        """What some members need to know of a layout that is a split."""
+        assert self.split is not None
+        first = self.totals[members]
+        documents = np.flatnonzero((first[:, 1:] > first[:, :-1]).any(0))
+        # Half the bytes: groups have fewer tokens than int32 counts.
+        rows, ends = (self.totals.take(each, axis=1).astype(np.int32) for each in (documents, documents + 1))
+        pieces = ends - rows
+        parts = SPLITS[self.split].parts(pieces)
+        return Held(members, documents, rows, parts, parts.runs(members))
+
+    def spans_of(self, members: slice, held: Held | None = None) -> Spans:
+        """The spans of some members; of a split they are found without those of the others.
+
+        Args:
+            members: Which members.
+            held: What :meth:`held_by` gives for them, or for more.
+        """
+        if self.custom_spans is not None:
+            bounds = self.custom_spans.member.searchsorted([members.start, members.stop]).tolist()
+            return Spans(*(getattr(self.custom_spans, item.name)[slice(*bounds)] for item in fields(Spans)))
+        held = held or self.held_by(members)
+        start, length, step = (column[held.within(members)] for column in held.runs)
+        cell = (length.reshape(-1) != 0).nonzero()[0]
+        member = cell // max(length.shape[1], 1)
+        part = cell - member * length.shape[1]
+        return Spans(
+            member=member + members.start,
+            document=held.documents.take(held.parts.document.take(part)),
+            start=start.take(cell),
+            length=length.take(cell),
+            step=step.take(cell),
+            row=(length.cumsum(1) - length).take(cell),
+        )
 
     @cached_property
     def spans(self) -> Spans:
         """All members' spans."""
-        parts = self.parts
-        if parts is None:
-            assert self.custom_spans is not None
-            return self.custom_spans
-        cell = np.flatnonzero(parts.length != 0)
-        member = cell // max(parts.length.shape[1], 1)
-        return Spans(
-            member=member,
-            document=parts.document.take(cell - member * parts.length.shape[1]),
-            start=parts.start.take(cell),
-            length=parts.length.take(cell),
-            step=parts.step.take(cell),
-            row=(parts.length.cumsum(1) - parts.length).take(cell),
-        )
+        return self.spans_of(slice(0, len(self.members)))
 
     @cached_property
     def bounds(self) -> list[int]:
         """``R + 1`` bounds between the members in :attr:`spans`."""
         bounds: list[int] = self.spans.member.searchsorted(np.arange(len(self.members) + 1)).tolist()
         return bounds
-
-    def spans_of(self, member: int) -> Spans:
-        """A member's spans; of a split they are found without those of the others."""
-        parts = self.parts
-        if parts is None:
-            own = slice(self.bounds[member], self.bounds[member + 1])
-            return Spans(*(getattr(self.spans, item.name)[own] for item in fields(Spans)))
-        length = parts.length[member]
-        part = length.nonzero()[0]
-        return Spans(
-            member=np.full(len(part), member),
-            document=parts.document.take(part),
-            start=parts.start[member].take(part),
-            length=length.take(part),
-            step=parts.step[member].take(part),
-            row=(length.cumsum() - length).take(part),
-        )
 
     def query_spans(self, member: int, joins: bool = False) -> QuerySpans:
         """A member's rows as query spans.
@@ -152,25 +183,22 @@ class GroupLayout:
         """
         if type(member) is not int or not 0 <= member < len(self.members):
             member = index(member, "member", len(self.members), op="layout", error=StrategyError)
-        spans = self.spans_of(member)
+        return self.all_query_spans(slice(member, member + 1), joins)[0]
+
+    def all_query_spans(self, members: slice, joins: bool = False, held: Held | None = None) -> list[QuerySpans]:
+        """The query spans of each of some members; see :meth:`query_spans` and :meth:`spans_of`."""
+        spans = self.spans_of(members, held)
         document, position, slot, slot_row = spans.document, spans.start, spans.document, spans.row
         column = zeros = np.zeros(len(spans), np.int64)
         if self.is_packed:
             slot, column = zeros, self.offsets.take(document)
         else:
-            slot_row = slot_row - document * self.seq_lens[member]
+            slot_row = slot_row - document * self.seq_lens.take(spans.member)
         if joins:
             document, position, column = zeros, position + self.offsets.take(document), zeros
-        return QuerySpans(
-            start=spans.row,
-            length=spans.length,
-            document=document,
-            position=position,
-            step=spans.step,
-            slot=slot,
-            slot_row=slot_row,
-            column=column,
-        )
+        columns = spans.row, spans.length, document, position, spans.step, slot, slot_row, column
+        bounds = spans.member.searchsorted(np.arange(members.start, members.stop + 1)).tolist()
+        return [QuerySpans(*_cut(columns, i, j)) for i, j in pairwise(bounds)]
 
     @cached_property
     def _by_row(self) -> tuple[IntArray, IntArray]:
@@ -200,3 +228,8 @@ class GroupLayout:
                 shown.append(f"... {end - begin - longest} more")
             lines.append(f"  pipeline {pipeline}: {count(self.rows[member], 'token')}   {' '.join(shown)}".rstrip())
         return lines
+
+
+def _cut(columns: _Columns, begin: int, end: int) -> _Columns:
+    row, length, document, position, step, slot, slot_row, column = (one[begin:end] for one in columns)
+    return row, length, document, position, step, slot, slot_row, column

@@ -95,11 +95,20 @@ class Layout:
             own = [seq_lens[r] for r in members]
             check_total(value, sum(own) * batches[index], batches[index])  # as Python's ints, which don't overflow
             lens = np.array(own, np.int64)
+            cut_by: bytes | None = b""
             if cus is None:
-                pieces = lens[:, None].repeat(batches[index], axis=1)
+                lengths = np.full(batches[index], lens.sum())
+                totals = lens[:, None] * np.arange(batches[index] + 1)
             else:
-                pieces = PackedDocuments(value, members, lens, cus[index]).pieces(partial(chosen.cut, mask=mask))
-            groups.append(GroupLayout(index, value, members, lens, cus is not None, pieces, chosen.parts(pieces)))
+                lengths, totals = PackedDocuments(value, members, lens, cus[index]).totals(
+                    partial(chosen.cut, mask=mask)
+                )
+                if cus[index].ndim == 2:
+                    cut_by = None
+                elif chosen.weighs and mask is not None:
+                    cut_by = mask.code.tobytes()
+            is_packed = cus is not None
+            groups.append(GroupLayout(index, value, members, lens, is_packed, lengths, totals, split, cut_by=cut_by))
         return cls(groups)
 
     @classmethod
@@ -145,7 +154,9 @@ class Layout:
             before = np.concatenate([[0], pieces.sum(1).cumsum()])[table[:, 0]]
             member, document, start, length, step = table.T.copy()
             custom = Spans(member, document, start, length, step, ends - length - before)
-            groups.append(GroupLayout(index, value, members, lens, is_packed, pieces, None, custom))
+            totals = np.concatenate([np.zeros((len(pieces), 1), np.int64), pieces.cumsum(1)], axis=1)
+            counts = pieces.sum(0)
+            groups.append(GroupLayout(index, value, members, lens, is_packed, counts, totals, None, custom))
         return cls(groups)
 
     @property
@@ -248,13 +259,16 @@ class Layout:
         return whole if len(whole) > 1 else whole[0]
 
     def digest(self) -> str:
-        """A hash of which token lies where: equal on every machine for equal layouts."""
+        """A hash of what the layout is made from: equal on every machine, and for equal arguments.
+
+        Layouts of the same tokens that were asked for in different ways, by a split and by spans, may differ in it.
+        """
         digest = hashlib.blake2b(digest_size=16)
-        for group in self.groups:
-            spans = group.spans
-            digest.update(repr((group.value, group.members, group.is_packed, group.pieces.shape)).encode())
-            for array in (group.seq_lens, spans.member, spans.document, spans.start, spans.length, spans.step):
-                digest.update(array.astype("<i8").tobytes())
+        for item in (item for group in self.groups for item in group.inputs):
+            if isinstance(item, np.ndarray):
+                digest.update(repr(item.shape).encode() + item.astype("<i8").tobytes())
+            else:
+                digest.update(repr(item).encode() + b";")
         return digest.hexdigest()
 
     def draw(self, mask: Mask = CAUSAL, width: int = 48) -> str:

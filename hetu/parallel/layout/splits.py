@@ -1,75 +1,237 @@
 """How a document lies over the members of a group: ``normal``, ``sym``, ``stripe`` and ``balanced``.
 
-First each document is cut into *pieces*, one per member: ``pieces[r, d]`` tokens of document d lie on member r. Then
-a split says which tokens these are, as a table of *parts*. All in closed form: nothing here loops over tokens or
-documents. How many they are, :mod:`hetu.parallel.layout.pieces` says.
+First each document is cut into *pieces*, one per member; :mod:`hetu.parallel.layout.pieces` says how large they are.
+Then a split says which tokens these are, as *parts*: intervals of the document, of which each member holds a run.
+All in closed form: nothing here loops over tokens or documents. Parts are those of the documents that pieces are given
+of, so a member that asks for its own documents only gets no others.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hetu.arguments import refuse
 from hetu.errors import StrategyError, caller
-from hetu.parallel.layout.pieces import balance_pieces, cut_pieces, deal_pieces
+from hetu.parallel.layout.pieces import balance, cut, deal
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray
 
+Ints = NDArray[Any]
+"""Of int64, or of int32, which takes half the time where there are many."""
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Parts:
-    """A table of runs of tokens: columns are intervals of documents, in order; a member has one run in each.
 
-    The member's run in part k is ``start, start + step, ...`` (``length`` of them, perhaps none). No two parts share
-    positions. In a part either the runs are blocks (step 1, one after the other) or the tokens are dealt: each
-    member that takes part gets every step-th token, and all get equally many.
+class RunsOf(NamedTuple):
+    """Runs of some members, ``(m, K)`` each: ``start, start + step, ...``, of which there are ``length``, perhaps none.
 
-    Attributes:
-        document: ``(K,)``, never decreasing; every document has at least one part.
-        start: ``(R, K)`` position of the first token; anything where the length is 0.
-        length: ``(R, K)``
-        step: ``(R, K)``
-        first: ``(B,)`` each document's first part.
-        is_dealt: Whether tokens are dealt rather than cut into blocks.
+    Starts of runs without tokens may be anything.
     """
 
-    document: IntArray
     start: IntArray
     length: IntArray
     step: IntArray
-    first: IntArray
-    is_dealt: bool
 
 
-def normal(pieces: IntArray) -> Parts:
+@dataclass(frozen=True, slots=True, eq=False)
+class Parts(ABC):
+    """Intervals of some documents, in order; of each interval a member holds one run.
+
+    Attributes:
+        pieces: ``(R, B)`` tokens of each document on each member.
+        document: ``(K,)`` whose interval it is: a column of ``pieces``. They never decrease, and each document has one.
+    """
+
+    pieces: Ints
+    document: IntArray
+
+    @abstractmethod
+    def runs(self, members: slice) -> RunsOf:
+        """The runs of some members."""
+
+    @abstractmethod
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
+        """What causal queries of a member see of the pieces of some members, which are in order of position.
+
+        Args:
+            member: Whose queries.
+            owners: The members whose pieces these are.
+            columns: ``(k,)`` the parts whose queries are asked for; the member has tokens in them.
+
+        Returns:
+            ``(m, k)`` keys that the last query of the run sees of the owner's piece; and the diagonals, where there are
+            any: the i-th query sees the keys up to number ``i + diagonal``. None if all queries see the same.
+        """
+
+    @abstractmethod
+    def used(self, members: slice, owners: slice) -> Ints:
+        """``(n, m, B)`` keys that the last causal query of each of some members sees of the pieces of some others."""
+
+
+def _total(pieces: Ints) -> Ints:
+    """``(B,)`` what all members hold together, which fits where the pieces do."""
+    return pieces.sum(0, dtype=pieces.dtype)
+
+
+def _sides(member: int, owners: slice) -> tuple[slice, slice]:
+    """Which of some owners come before a member or are it, and which come after it: counted among the owners."""
+    border = min(max(member + 1 - owners.start, 0), owners.stop - owners.start)
+    return slice(0, border), slice(border, owners.stop - owners.start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks(Parts):
+    """Each interval is cut into a block per member, in the order of the members or in the other one.
+
+    Of two blocks of an interval one lies before the other. So a query sees of a piece what is in earlier intervals, and
+    of its own interval all or nothing; only in the own run it sees up to itself.
+
+    Attributes:
+        edges: ``(R, B)`` each: tokens of a piece up to the end of the first interval of the document, of the second ...
+        falls: Of each interval of a document, whether the members stand in it in falling order.
+    """
+
+    edges: tuple[Ints, ...]
+    falls: tuple[bool, ...]
+
+    def _edge(self, number: int, members: slice) -> Ints:
+        """Tokens of pieces up to the beginning of an interval of each document; 0 of the first."""
+        return self.edges[number - 1][members] if number else np.zeros_like(self.edges[0][members])
+
+    def runs(self, members: slice) -> RunsOf:
+        shape = members.stop - members.start, self.pieces.shape[1], len(self.edges)
+        start, length = (np.empty(shape, np.int64) for _ in range(2))
+        everyone = slice(0, len(self.pieces))
+        before: Ints | int = 0  # the document's tokens in earlier intervals
+        for number, falls in enumerate(self.falls):
+            begin, end = self._edge(number, everyone), self.edges[number]
+            own = np.subtract(end[members], begin[members], out=length[..., number])
+            first = slice(members.stop, None) if falls else slice(0, members.start)
+            own_before = own[::-1].cumsum(0)[::-1] if falls else own.cumsum(0)
+            outside = _total(end[first]) - _total(begin[first])
+            start[..., number] = own_before - own + outside + before
+            before = _total(end)
+        flat = shape[0], shape[1] * shape[2]
+        return RunsOf(start.reshape(flat), length.reshape(flat), np.ones(flat, np.int64))
+
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
+        # A table of all edges, in which each column finds what it sees of owners on either side of the member.
+        own = self.pieces[owners]
+        table = np.concatenate([np.zeros((len(own), 1), own.dtype), *(edge[owners] for edge in self.edges)], axis=1)
+        document, number = np.divmod(columns, len(self.edges))
+        begin = np.where(number > 0, 1 + document + (number - 1) * own.shape[1], 0)
+        end = 1 + document + number * own.shape[1]
+        falls = np.array(self.falls)[number]
+        seen = np.empty((len(own), len(columns)), own.dtype)
+        for side, column in zip(
+            _sides(member, owners), (np.where(falls, begin, end), np.where(falls, end, begin)), strict=True
+        ):
+            table[side].take(column, axis=1, out=seen[side], mode="clip")
+        if not owners.start <= member < owners.stop:
+            return seen, None
+        row = member - owners.start
+        seen[row] = table[row].take(end)
+        diagonal = seen - 1
+        diagonal[row] = table[row].take(begin)
+        return seen, diagonal
+
+    def used(self, members: slice, owners: slice) -> Ints:
+        # The last query stands in the last interval in which the member has tokens. If that is none of the last
+        # interval of the document, nobody behind it has any, and of those before it the first intervals are the same.
+        begin, end = self._edge(len(self.edges) - 1, owners), self.edges[-1][owners]
+        before, after = (begin, end) if self.falls[-1] else (end, begin)
+        return _used(self.pieces, members, owners, lambda _, some: before[some], lambda _, some: after[some])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deals(Parts):
+    """Tokens of each interval are dealt one at a time to the members that take part, to all of them equally many.
+
+    The t-th round of an interval gives a token to each of them, in the order of the members.
+
+    Attributes:
+        low: ``(K,)`` tokens of a piece in earlier intervals, of members that take part.
+        high: ``(K,)`` the same with those of this interval; members whose pieces have fewer don't take part.
+    """
+
+    low: Ints
+    high: Ints
+
+    def runs(self, members: slice) -> RunsOf:
+        held = self.pieces.take(self.document, axis=1)
+        active = held >= self.high
+        own = active[members]
+        rank = active[: members.start].sum(0) + own.cumsum(0) - 1
+        step = np.broadcast_to(np.maximum(active.sum(0), 1), rank.shape)
+        length = own.astype(np.int64) * (self.high - self.low).astype(np.int64)
+        return RunsOf(rank + np.minimum(held, self.low).sum(0), length, step)
+
+    def seen(self, member: int, owners: slice, columns: IntArray) -> tuple[Ints, Ints | None]:
+        held = self.pieces[owners].take(self.document.take(columns), axis=1)
+        high, diagonal = self.high.take(columns), np.minimum(held, self.low.take(columns))
+        upto, after = _sides(member, owners)
+        np.minimum(held[upto], high, out=held[upto])
+        np.minimum(held[after], high - 1, out=held[after])  # in the same round their tokens come later
+        diagonal[after] -= 1
+        np.minimum(diagonal, held - 1, out=diagonal)
+        return held, diagonal
+
+    def used(self, members: slice, owners: slice) -> Ints:
+        keys = self.pieces[owners]
+
+        def before(own: Ints, some: slice | int) -> Ints:
+            return np.minimum(keys[some], own)
+
+        def after(own: Ints, some: slice | int) -> Ints:
+            return np.minimum(keys[some], np.maximum(own - 1, 0))
+
+        return _used(self.pieces, members, owners, before, after)
+
+
+def _used(
+    pieces: Ints,
+    members: slice,
+    owners: slice,
+    before: Callable[[Ints, slice | int], Ints],
+    after: Callable[[Ints, slice | int], Ints],
+) -> Ints:
+    """See :meth:`Parts.used`; asks what members use of owners before or after them, given their pieces."""
+    queries = pieces[members]
+    used = np.empty((len(queries), owners.stop - owners.start, pieces.shape[1]), pieces.dtype)
+    if len(queries) <= used.shape[1]:
+        for i, own in enumerate(queries):
+            for side, find in zip(_sides(members.start + i, owners), (before, after), strict=True):
+                np.multiply(find(own, side), own > 0, out=used[i, side])
+    else:
+        for j in range(used.shape[1]):
+            border = min(max(owners.start + j - members.start, 0), len(queries))
+            for side, find in ((slice(0, border), after), (slice(border, None), before)):
+                np.multiply(find(queries[side], j), queries[side] > 0, out=used[side, j])
+    for member in range(max(members.start, owners.start), min(members.stop, owners.stop)):
+        used[member - members.start, member - owners.start] = pieces[member]
+    return used
+
+
+def normal(pieces: Ints) -> Parts:
     """Contiguous, in the order of the members."""
-    start = pieces.cumsum(0) - pieces
-    document = np.arange(pieces.shape[1])
-    return Parts(document, start, pieces, np.ones_like(pieces), first=document, is_dealt=False)
+    return Blocks(pieces, np.arange(pieces.shape[1]), edges=(pieces,), falls=(False,))
 
 
-def sym(pieces: IntArray) -> Parts:
+def sym(pieces: Ints) -> Parts:
     """A front piece of half the tokens each, in order, then the back pieces in reverse order."""
     members, documents = pieces.shape
-    front = pieces >> 1
+    front, each = pieces >> 1, np.arange(documents)
     # The two pieces of the last member that has any are neighbours: one run.
-    last, each = members - 1 - (pieces[::-1] > 0).argmax(0), np.arange(documents)
+    last = ((pieces > 0) * np.arange(members, dtype=np.int32)[:, None]).max(0)
     front[last, each] = pieces[last, each]
-    back = pieces - front
-    start, length = (np.empty((members, documents, 2), np.int64) for _ in range(2))
-    length[..., 0], length[..., 1] = front, back
-    np.subtract(front.cumsum(0), front, out=start[..., 0])
-    np.subtract(pieces.sum(0), back.cumsum(0), out=start[..., 1])
-    shape = (members, 2 * documents)
-    ones = np.ones(shape, np.int64)
-    return Parts(each.repeat(2), start.reshape(shape), length.reshape(shape), ones, 2 * each, is_dealt=False)
+    return Blocks(pieces, each.repeat(2), edges=(front, pieces), falls=(False, True))
 
 
-def stripe(pieces: IntArray) -> Parts:
+def stripe(pieces: Ints) -> Parts:
     """Tokens dealt one at a time, in the order of the members, to those that still have room.
 
     The deal of one document goes through stages, each ended by members whose piece is complete. In the stage from
@@ -85,13 +247,7 @@ def stripe(pieces: IntArray) -> Parts:
     document = stage // len(pieces)
     low = np.zeros_like(high)
     low[1:] = np.where(document[1:] == document[:-1], high[:-1], 0)
-    held = pieces.take(document, axis=1)  # (R, K)
-    active = held >= high
-    rank = active.cumsum(0)
-    step = np.maximum(rank[-1], 1)
-    start = rank - 1 + np.minimum(held, low).sum(0)
-    first = document.searchsorted(np.arange(pieces.shape[1]))
-    return Parts(document, start, active * (high - low), np.broadcast_to(step, start.shape), first, is_dealt=True)
+    return Deals(pieces, document, low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +255,18 @@ class Split:
     """How documents lie over the members of a group.
 
     Attributes:
-        pieces: Cuts documents: from ``(B + 1,)`` cu_seqlens and ``(R,)`` tokens of the members to ``(R, B)`` pieces.
+        totals: Cuts documents: from ``(B + 1,)`` cu_seqlens and ``(R,)`` tokens of the members to ``(R, B + 1)``, each
+            member's own cu_seqlens.
         parts: Says which tokens these pieces are.
-        weighs: Whether ``pieces`` may be given the weights of the documents' tokens as well.
+        weighs: Whether ``totals`` may be given the weights of the documents' tokens as well.
     """
 
-    pieces: Callable[..., IntArray]
-    parts: Callable[[IntArray], Parts]
+    totals: Callable[..., IntArray]
+    parts: Callable[[Ints], Parts]
     weighs: bool = False
 
     def cut(self, cu_seqlens: IntArray, seq_lens: IntArray, mask: Mask | None) -> IntArray:
-        """The pieces.
+        """The totals.
 
         Args:
             cu_seqlens: ``(B + 1,)`` cumulative lengths of the documents.
@@ -118,16 +275,16 @@ class Split:
                 on average. None takes the documents' lengths for that.
         """
         if mask is None or not self.weighs:
-            return self.pieces(cu_seqlens, seq_lens)
+            return self.totals(cu_seqlens, seq_lens)
         lengths = np.diff(cu_seqlens)
-        return self.pieces(cu_seqlens, seq_lens, mask.pairs(lengths) / np.maximum(lengths, 1))
+        return self.totals(cu_seqlens, seq_lens, mask.pairs(lengths) / np.maximum(lengths, 1))
 
 
 SPLITS = {
-    "normal": Split(cut_pieces, normal),
-    "sym": Split(deal_pieces, sym),
-    "stripe": Split(deal_pieces, stripe),
-    "balanced": Split(balance_pieces, sym, weighs=True),
+    "normal": Split(cut, normal),
+    "sym": Split(deal, sym),
+    "stripe": Split(deal, stripe),
+    "balanced": Split(balance, sym, weighs=True),
 }
 """The splits by name."""
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from hetu.arguments import items, refuse, shown
 from hetu.errors import HetuError, StrategyError, caller
-from hetu.parallel.mask.mask import Mask
+from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.symbols import IntSymbol, as_size
+
+if TYPE_CHECKING:
+    from hetu.parallel.choice.cost import StrategyCost
 
 
 def groups_of(cp_groups: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -131,6 +134,7 @@ class Strategy:
     groups: tuple[IntSymbol | int, ...]
     name: str | None = None
     mask: Mask | None = None
+    cost_factory: ClassVar[Callable[..., StrategyCost]]
 
     def __init__(
         self,
@@ -155,6 +159,52 @@ class Strategy:
     def num_pipelines(self) -> int:
         """How many pipelines it has."""
         return len(self.lengths)
+
+    def cost(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: Any,
+        *,
+        split: str = "normal",
+        mask: Mask = CAUSAL,
+        method: str = "auto",
+        batch: IntSymbol | int = 1,
+    ) -> StrategyCost:
+        """What the forward of an attention takes under this strategy, as expressions in its symbols, without a plan.
+
+        They are equal to what is counted from the plan, without tolerance: FLOPs of each pipeline, bytes over each
+        link, and peak memory.
+
+        Args:
+            num_heads: Query heads.
+            num_kv_heads: Key heads, a divisor of the query heads.
+            head_dim: Numbers of a head.
+            dtype: Of q, k and v.
+            split: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
+            mask: Causal, full, or a window; under ``"stripe"`` a window where a group's pipelines hold equal lengths.
+            method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"`` here, for
+                the cheapest depends on the lengths.
+            batch: Sequences of each context group.
+
+        Returns:
+            The expressions, with ``evaluate(int_symbol_dict, cu_seqlens)``, which gives ints.
+
+        Raises:
+            StrategyError: If there is no such split or method, a group is a symbol, or the mask has no closed form.
+            DTypeError: If there is no such dtype.
+
+        Example:
+            >>> import hetu
+            >>> s = hetu.IntSymbol("s")
+            >>> cost = hetu.Strategy([s, 2 * s], [0, 0]).cost(1, 1, 8, "float32")
+            >>> cost.flops[0].expr.subs(s.expr, 4), cost.link_bytes
+            (320, {(0, 1): IntSymbol(64*s*min(2*s, 1))})
+            >>> cost.evaluate({s: 4}).flops
+            (320, 2176)
+        """
+        return type(self).cost_factory(self, num_heads, num_kv_heads, head_dim, dtype, split, mask, method, batch)
 
     def says_the_same_as(self, other: Strategy) -> bool:
         """True if both have the same lengths and groups, whatever they are called and weigh by."""

@@ -28,11 +28,11 @@ def all_gather(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelineP
         for c in sources:
             part.receive(c, 1, taken[i][c], offsets[c])
         part.send_all([(r, moved.sent[r][i]) for r in around(R, member, 1) if given[r][i]])
-        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
+        part.attend(0, tables[i][member], [(member, whole(group.rows[member]))])
         for c in sources:
             part.wait_for(c)
         if sources:
-            table = _join([tables[i * R + c] for c in sources], [offsets[c] for c in sources], part.spans)
+            table = _join([tables[i][c] for c in sources], [offsets[c] for c in sources], part.spans)
             part.attend(1, table, [(c, moved.landed[i][c]) for c in sources])
         parts.append(part.finish())
     return parts

@@ -195,6 +195,6 @@ class BackwardPart:
         self._wait_for(list(self.sent))
         own, *foreign = self.forward.buffers
         buffers = [shard(own.rows, self.heads, is_backward=True)]
-        buffers += [replace(buffer, payloads=_FOREIGN) for buffer in foreign]
+        buffers += [Buffer(buffer.rows, buffer.heads, _FOREIGN) for buffer in foreign]
         buffers += [Buffer(rows, own.heads, _LANDING) for rows in self.landing.values()]
         return replace(self.forward, buffers=tuple(buffers), instructions=tuple(self.instructions))

@@ -20,7 +20,7 @@ def see_bands(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -
     Query spans are cut where bands begin and end.
     """
     bands = mask.bands(group.lengths, group.lengths)
-    whole = [group.query_spans(member, mask.joins) for member in range(receivers.start, receivers.stop)]
+    whole = group.all_query_spans(receivers, mask.joins)
     queries = _joined(whole)
     cut, of, span, band = cut_spans(queries, queries.document, bands)
     receiver = np.arange(len(whole)).repeat([len(spans) for spans in whole])[of]
@@ -45,7 +45,7 @@ def see_bands(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -
         spans=[_part(cut, begin, end) for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)],
         shape=needed.shape,
         rows=cells,
-        pair=pair,
+        bounds=pair.searchsorted(np.arange(len(whole) * m + 1)),
         place=None,
         query=at - bounds[receiver[at]],
         row=row,

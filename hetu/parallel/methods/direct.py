@@ -36,10 +36,10 @@ def direct(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]
         for buffer, c in enumerate(sources, 1):
             part.receive(c, buffer, taken[i][c])
         part.send_all([(r, moved.sent[r][i]) for r in around(R, member, 1) if given[r][i]])
-        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
+        part.attend(0, tables[i][member], [(member, whole(group.rows[member]))])
         for buffer, c in enumerate(sources, 1):
             part.wait_for(c)
-            part.attend(buffer, tables[i * R + c], [(c, moved.landed[i][c])])
+            part.attend(buffer, tables[i][c], [(c, moved.landed[i][c])])
         parts.append(part.finish())
     return parts
 
@@ -51,28 +51,34 @@ def build_backward(plan: PlanData, pipelines: Sequence[int]) -> list[PipelinePla
 
 def _events(plan: PlanData, pipeline: int) -> dict[When, Event]:
     """What a pipeline does in each round in which it does something."""
-    group, _ = plan.layout.place(pipeline)
+    group, member = plan.layout.place(pipeline)
+    members = {r: number for number, r in enumerate(group.members)}
+    size, num_pipelines = len(members), plan.layout.num_pipelines
     events: dict[When, Event] = {}
     steps: list[int] = []
     last = 0  # the round of the last attend
 
     def event(number: int) -> Event:
-        return events.setdefault((number, 0), Event())
+        found = events.get((number, 0))
+        if found is None:
+            found = events[number, 0] = Event()
+        return found
 
-    def returned(source: int, owner: int, runs: Runs, home: Runs, buffer: int) -> Return:
-        distance = (plan.layout.place(source)[1] - plan.layout.place(owner)[1]) % len(group.members)
-        number = transfer_number(_RETURNS, source, owner, plan.layout.num_pipelines)
+    def returned(source: int, owner: int, distance: int, runs: Runs, home: Runs, buffer: int) -> Return:
+        number = transfer_number(_RETURNS, source, owner, num_pipelines)
         return Return(number, source, owner, distance, buffer, runs, home, round=distance, before=1)
 
     for step, item in enumerate(plan.pipelines[pipeline].instructions):
         steps.append(step)
         if isinstance(item, Send):
-            ret = returned(item.peer, pipeline, item.runs, item.runs, item.buffer)
+            distance = (members[item.peer] - member) % size
+            ret = returned(item.peer, pipeline, distance, item.runs, item.runs, item.buffer)
             event(ret.round).posts.append(ret)
         elif isinstance(item, Attend):
             if item.buffer:
                 (source,) = item.sources
-                ret = returned(pipeline, source.owner, whole(item.rows), source.runs, item.buffer)
+                distance = (member - members[source.owner]) % size
+                ret = returned(pipeline, source.owner, distance, whole(item.rows), source.runs, item.buffer)
                 last = ret.round
                 event(last).sends.append(ret)
             event(last).steps += steps

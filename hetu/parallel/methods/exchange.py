@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from hetu.parallel.layout.group import GroupLayout
+from hetu.parallel.layout.group import GroupLayout, Held
 from hetu.parallel.mask.mask import Mask
-from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.part import cut_runs
-from hetu.parallel.methods.tables import extents, see
+from hetu.parallel.methods.tables import extents, held_by, see
 from hetu.parallel.plan.instructions import Runs
+
+_CELLS = 2**17
+"""How many cells of dense tables are worked on at once: as many as a core's own cache holds. Where everybody is
+everybody's neighbour there are millions."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,50 +25,66 @@ class Exchange:
 
     Attributes:
         taken: For each of them and each owner the number of rows that it takes; 0 of itself.
+        tables: Likewise what it sees; key rows are counted from the first one that it takes of the owner, or in its own
+            shard.
+        landed: Likewise which rows of the owner's shard it takes.
         given: For each receiver and each of them the number of rows that it is given; 0 by itself.
-        tables: For each of them and each owner, in this order, what it sees; key rows are counted from the first one
-            that it takes of the owner, or in its own shard.
-        landed: Which rows of the owners' shards are taken, indexed as ``taken``.
-        sent: Which rows of their own shards are given, indexed as ``given``.
+        sent: Likewise which rows of their own shards these are.
         spans: The query spans of each of them.
     """
 
-    taken: Any
-    given: Any
-    tables: list[SegmentTable]
+    taken: list[list[int]]
+    tables: list[list[SegmentTable]]
     landed: list[list[Runs]]
-    sent: list[list[Runs]]
-    spans: list[QuerySpans]
+    given: list[list[int]] = field(default_factory=list)
+    sent: list[list[Runs]] = field(default_factory=list)
+    spans: list[QuerySpans] = field(default_factory=list)
 
 
 def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
     """What goes straight from owners to receivers, for members given as a slice."""
     R, n = len(group.members), who.stop - who.start
-    everyone, rows, members = slice(0, R), np.arange(n), np.arange(who.start, who.stop)
-    reach = see(group, who, everyone, mask)
-    taken = reach.extents()
-    taken[rows, members] = 0
-    first = taken.cumsum(2)
+    held = held_by(group, who, mask)
+    found = Exchange([[] for _ in range(n)], [[] for _ in range(n)], [[] for _ in range(n)])
+    for owners in _blocks(R, n, held):
+        _take(found, group, who, owners, mask, held)
+    if n == R:  # who builds all parts knows already what every receiver takes
+        found.given.extend(found.taken)
+        found.sent.extend(found.landed)
+        return found
+    for receivers in _blocks(R, n, held):
+        given, rows = extents(group, receivers, who, mask, held)
+        for member in range(max(who.start, receivers.start), min(who.stop, receivers.stop)):
+            given[member - receivers.start, member - who.start] = 0
+        found.given.extend(given.sum(2, dtype=given.dtype).tolist())
+        found.sent.extend(cut_runs(rows, given))
+    return found
+
+
+def _take(found: Exchange, group: GroupLayout, who: slice, owners: slice, mask: Mask, held: Held | None) -> None:
+    """Adds what members take of some more owners."""
+    reach, m = see(group, who, owners, mask, held), owners.stop - owners.start
+    taken = reach.needed
+    both = np.arange(max(who.start, owners.start), min(who.stop, owners.stop))
+    taken[both - who.start, both - owners.start] = 0
+    first = taken.cumsum(2, dtype=taken.dtype)
     first -= taken
-    first[rows, members] = reach.rows[who]
-    tables = reach.tables(first, reach.rows)
-    if n == R:  # who builds all parts has every receiver's extents already
-        sizes, landed = taken.sum(2).tolist(), cut_runs(reach.rows, taken)
-        return Exchange(sizes, sizes, tables, landed, landed, reach.spans)
-    given, own_rows = extents(group, everyone, who, mask)
-    given = given.transpose(1, 0, 2)
-    given[rows, members] = 0
-    cells = max(taken.shape[2], given.shape[2])
-    both = np.concatenate([_widened(taken, cells), _widened(given, cells)])
-    theirs, own = _widened(reach.rows, cells), _widened(own_rows, cells)
-    start = np.concatenate([theirs[None].repeat(n, axis=0), own[:, None].repeat(R, axis=1)])
-    sizes, runs = both.sum(2).tolist(), cut_runs(start, both)
-    # Given rows are indexed by receiver first, as those of who builds all parts.
-    given_rows, sent = ([list(column) for column in zip(*half, strict=True)] for half in (sizes[n:], runs[n:]))
-    return Exchange(sizes[:n], given_rows, tables, runs[:n], sent, reach.spans)
+    first[both - who.start, both - owners.start] = reach.rows[both - owners.start]
+    tables, sizes, landed = (
+        reach.tables(first, reach.rows),
+        taken.sum(2, dtype=taken.dtype).tolist(),
+        cut_runs(reach.rows, taken),
+    )
+    for i in range(who.stop - who.start):
+        found.taken[i] += sizes[i]
+        found.landed[i] += landed[i]
+        found.tables[i] += tables[i * m : i * m + m]
+    if owners.start == 0:
+        found.spans.extend(reach.spans)
 
 
-def _widened(x: IntArray, cells: int) -> IntArray:
-    """With so many cells: those that are added have no rows."""
-    missing = cells - x.shape[-1]
-    return np.concatenate([x, np.zeros((*x.shape[:-1], missing), np.int64)], axis=-1) if missing else x
+def _blocks(members: int, others: int, held: Held | None) -> Iterator[slice]:
+    """All members, in as many blocks as fit a cache; in one where there are no closed forms."""
+    cells = 1 if held is None else max(others * len(held.parts.document), 1)
+    size = members if held is None else max(_CELLS // cells, 1)
+    return (slice(begin, min(begin + size, members)) for begin in range(0, members, size))

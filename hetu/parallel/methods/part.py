@@ -23,24 +23,25 @@ class PartBuilder:
 
     def __init__(self, group: GroupLayout, member: int, spec: AttnSpec, spans: QuerySpans) -> None:
         self.group, self.member, self.spec, self.spans = group, member, spec, spans
-        self.pipeline, self.heads = group.members[member], spec.heads.all
+        self.pipeline, self.heads, self.members = group.members[member], spec.heads.all, group.members
+        self.num_pipelines = spec.num_pipelines
         self.sizes: list[int] = []  # rows of the buffers behind the shard
         self.instructions: list[Instruction] = []
         self.sending: dict[int, list[int]] = {}  # buffer: transfers that may still read it
 
     def _transfer(self, hop: int, source: int, target: int) -> int:
-        return transfer_number(hop, source, target, self.spec.num_pipelines)
+        return transfer_number(hop, source, target, self.num_pipelines)
 
     def receive(self, owner: int, buffer: int, rows: int, offset: int = 0, hop: int = 0) -> None:
         self.instructions += [Wait(transfer) for transfer in self.sending.pop(buffer, ())]
-        peer = self.group.members[owner]
+        peer = self.members[owner]
         transfer = self._transfer(hop, peer, self.pipeline)
         self.instructions.append(Receive(transfer, peer, buffer, offset, rows, Payload.KV, self.heads))
         self.sizes += [0] * (buffer - len(self.sizes))
         self.sizes[buffer - 1] = max(self.sizes[buffer - 1], offset + rows)
 
     def send(self, target: int, buffer: int, runs: Runs, hop: int = 0) -> None:
-        peer = self.group.members[target]
+        peer = self.members[target]
         transfer = self._transfer(hop, self.pipeline, peer)
         self.instructions.append(Send(transfer, peer, buffer, runs, Payload.KV, self.heads))
         self.sending.setdefault(buffer, []).append(transfer)
@@ -50,10 +51,10 @@ class PartBuilder:
             self.send(target, 0, runs)
 
     def wait_for(self, owner: int, hop: int = 0) -> None:
-        self.instructions.append(Wait(self._transfer(hop, self.group.members[owner], self.pipeline)))
+        self.instructions.append(Wait(self._transfer(hop, self.members[owner], self.pipeline)))
 
     def attend(self, buffer: int, table: SegmentTable, held: list[tuple[int, Runs]]) -> None:
-        sources = tuple([Source(self.group.members[owner], runs) for owner, runs in held])
+        sources = tuple([Source(self.members[owner], runs) for owner, runs in held])
         self.instructions.append(Attend(buffer, table, sources, self.heads))
 
     def finish(self) -> PipelinePlan:
@@ -71,15 +72,19 @@ def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
     """
     n, m, B = length.shape
     cell = (length.reshape(-1) != 0).nonzero()[0]
-    starts, lengths = start.reshape(-1).take(cell % start.size), length.reshape(-1).take(cell)
+    ends = (start + length).reshape(-1).take(cell)
+    starts = ends - length.reshape(-1).take(cell)
     bounds = cell.searchsorted(np.arange(n * m + 1) * B)
-    is_first = np.ones(len(cell), bool)
-    np.not_equal(starts[1:], (starts + lengths)[:-1], out=is_first[1:])
-    is_first[bounds[:-1][bounds[:-1] < len(cell)]] = True
+    is_first = np.ones(len(cell) + 1, bool)
+    np.not_equal(starts[1:], ends[:-1], out=is_first[1:-1])
+    is_first[bounds] = True
     firsts = is_first.nonzero()[0]
-    if len(firsts) < len(cell):
-        starts, lengths = starts.take(firsts), np.add.reduceat(lengths, firsts)
-        bounds = firsts.searchsorted(bounds)
-    ends = bounds.tolist()
-    runs = [Runs(starts[i:j], lengths[i:j]) for i, j in pairwise(ends)]
+    starts, ends = starts.take(firsts[:-1]).astype(np.int64), ends.take(firsts[1:] - 1)
+    lengths = ends - starts
+    runs = []
+    sizes = length.sum(2, dtype=length.dtype).reshape(-1).tolist()
+    for (i, j), rows in zip(pairwise(firsts.searchsorted(bounds).tolist()), sizes, strict=True):
+        one = Runs(starts[i:j], lengths[i:j])
+        one.rows = rows
+        runs.append(one)
     return [runs[i : i + m] for i in range(0, n * m, max(m, 1))]

@@ -24,4 +24,6 @@ def transfer_number(step: int, source: int, target: int, num_pipelines: int) -> 
 
 def whole(rows: int) -> Runs:
     """Rows 0 to ``rows`` as one run, or none if there are none."""
-    return Runs(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64))
+    runs = Runs(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64))
+    runs.rows = rows
+    return runs

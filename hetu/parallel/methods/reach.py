@@ -17,47 +17,34 @@ class Reach:
     The rows of each owner's shard are cut into *cells*, and each receiver needs some first rows of a cell: under a
     plain mask cells are the pieces of documents, under others what a receiver needs wholly or not at all.
 
-    Segments are ordered by ``pair``, then ``query``, then ``row``; in normal form, as those of a ``SegmentTable``.
+    Segments are ordered by pair, then ``query``, then ``row``; in normal form, as those of a ``SegmentTable``.
 
     Attributes:
         spans: The query spans of each receiver.
         shape: ``(n, m, C)``: numbers of receivers, of owners of keys, and of cells.
         rows: ``(m, C)`` the row of the owner's shard at which each cell begins; they never decrease.
-        pair: ``receiver * m + owner``, both counted among those that were asked for.
-        place: ``pair * C + cell``; None if any other cutting into cells may be asked for.
+        bounds: ``(n * m + 1,)`` where the segments of each pair begin and the last ones end. A pair's number is
+            ``receiver * m + owner``, both counted among those that were asked for.
+        place: ``pair * C + cell``; None where ``row`` says it, so that any other cutting into cells may be asked for.
         query: Index into the receiver's query spans.
-        row: First key: its row of the owner's shard, or of the cell where ``place`` says which.
+        row: First key: its row of the owner's shard; None where it is the first of the cell that ``place`` says.
         k_len: Keys.
         diagonal: As in ``SegmentTable``.
         lower: As in ``SegmentTable``, for all segments together.
-        needed: What :meth:`extents` gives; None if it follows from the places.
+        needed: ``(n, m, C)`` rows that each receiver needs of each cell of each owner, from its beginning.
     """
 
     spans: list[QuerySpans]
     shape: tuple[int, int, int]
     rows: IntArray
-    pair: IntArray
+    bounds: IntArray
     place: IntArray | None
     query: IntArray
-    row: IntArray
+    row: IntArray | None
     k_len: IntArray
     diagonal: IntArray
+    needed: IntArray
     lower: IntArray | None = None
-    needed: IntArray | None = None
-
-    def extents(self) -> IntArray:
-        """``(n, m, C)`` rows that each receiver needs of each cell of each owner, from its beginning."""
-        place = self.place
-        if place is None:
-            assert self.needed is not None, "whatever cuts the shards anew says what is needed of them"
-            return self.needed.copy()
-        extents = np.zeros(self.shape, np.int64)
-        # The segments of one place follow each other, and the last one reaches furthest: later queries see more.
-        is_last = np.ones(len(place), bool)
-        np.not_equal(place[1:], place[:-1], out=is_last[:-1])
-        last = is_last.nonzero()[0]
-        extents.reshape(-1)[place.take(last)] = self.row.take(last) + self.k_len.take(last)
-        return extents
 
     def tables(self, first: IntArray, rows: IntArray) -> list[SegmentTable]:
         """One table per pair.
@@ -67,19 +54,19 @@ class Reach:
                 their order, without gaps between those that are neighbours in the shard.
             rows: ``(m, C)`` as the attribute; another cutting only if ``place`` is None.
         """
-        place, offset = self.place, self.row
-        if place is None:
-            owner = self.pair % max(len(rows), 1)
+        if self.place is not None:
+            k_start = first.take(self.place).astype(np.int64, copy=False)
+        else:
+            assert self.row is not None, "one of the two says where the keys lie"
+            pair = self._pairs()
+            owner = pair % max(len(rows), 1)
             cell = _last_at(rows, owner, self.row)
-            place, offset = self.pair * rows.shape[1] + cell, self.row - rows[owner, cell]
-        k_start = first.take(place)
-        k_start += offset
-        n, m, _ = self.shape
-        bounds = self.pair.searchsorted(np.arange(n * m + 1)).tolist()
+            k_start = first.take(pair * rows.shape[1] + cell) + self.row - rows[owner, cell]
+        bounds = self.bounds.tolist()
         query, k_len, diagonal, lower = self.query, self.k_len, self.diagonal, self.lower
         if lower is None:
             return [SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j]) for i, j in pairwise(bounds)]
-        hides = np.append(0, (lower > 1 - self._lengths()).cumsum()).take(bounds).tolist()
+        hides = np.append(0, (lower > 1 - self._lengths()).cumsum()).take(self.bounds).tolist()
         return [
             SegmentTable(query[i:j], k_start[i:j], k_len[i:j], diagonal[i:j], lower[i:j] if more > less else None)
             for (i, j), (less, more) in zip(pairwise(bounds), pairwise(hides), strict=True)
@@ -89,7 +76,11 @@ class Reach:
         """``(segments,)`` rows of the query span of each."""
         lengths = np.concatenate([spans.length for spans in self.spans])
         first = np.cumsum([0] + [len(spans) for spans in self.spans])
-        return lengths.take(first.take(self.pair // max(self.shape[1], 1)) + self.query)
+        return lengths.take(first.take(self._pairs() // max(self.shape[1], 1)) + self.query)
+
+    def _pairs(self) -> IntArray:
+        """``(segments,)`` the pair of each."""
+        return np.arange(len(self.bounds) - 1).repeat(np.diff(self.bounds))
 
 
 def _last_at(rows: IntArray, owner: IntArray, row: IntArray) -> IntArray:

@@ -14,7 +14,7 @@ from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder, cut_runs
 from hetu.parallel.methods.peers import whole
-from hetu.parallel.methods.tables import extents, see
+from hetu.parallel.methods.tables import extents, held_by, see
 from hetu.parallel.plan.parts import PipelinePlan
 
 
@@ -28,11 +28,12 @@ def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     R = len(group.members)
     everyone = slice(0, R)
     hops, owners = np.arange(R)[:, None], np.arange(R)
-    needed, cells = extents(group, everyone, everyone, spec.mask)
-    carried = needed[(owners + hops) % R, owners]
+    held = held_by(group, everyone, spec.mask)
+    use, cells = extents(group, everyone, everyone, spec.mask, held)
+    carried = use[(owners + hops) % R, owners]
     carried = np.maximum.accumulate(carried[::-1], axis=0)[::-1]
     carried[0] = 0  # at home nothing has travelled
-    first = carried.cumsum(2)
+    first = carried.cumsum(2, dtype=np.int64)
     first -= carried
     first[0] = cells
 
@@ -41,7 +42,7 @@ def ring(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelinePlan]:
     rows = carried.sum(2).tolist()
     landed = cut_runs(cells[owner[:, 1:]], carried[np.arange(1, R), owner[:, 1:]])
     sent = cut_runs(first[np.arange(R - 1), owner[:, :-1]], carried[np.arange(1, R), owner[:, :-1]])
-    reach = see(group, who, everyone, spec.mask)
+    reach = see(group, who, everyone, spec.mask, held)
     tables = reach.tables(first[(members - owners) % R, owners], cells)
 
     parts = []

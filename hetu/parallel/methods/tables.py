@@ -1,23 +1,29 @@
 """From a layout to segments: what the query spans of some members see of the keys of others.
 
 Of one document and under a plain mask, the keys of a member that a query may see are a prefix of the member's piece,
-for a piece is ordered by position. So what a query span sees is told by how many keys each of its rows sees. Any other
-mask turns into bands, and these are joined with the spans (:mod:`hetu.parallel.methods.banded`).
+for a piece is ordered by position. So what a query span sees is told by how many keys its last row sees, which a split
+says in closed form (:mod:`hetu.parallel.layout.splits`). Any other mask turns into bands, and these are joined with the
+spans (:mod:`hetu.parallel.methods.banded`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from hetu.parallel.layout.group import GroupLayout
-from hetu.parallel.layout.splits import Parts
+from hetu.parallel.layout.group import GroupLayout, Held
+from hetu.parallel.layout.splits import Ints
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.methods.banded import see_bands
 from hetu.parallel.methods.reach import Reach
 
 
-def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> Reach:
+def held_by(group: GroupLayout, members: slice, mask: Mask) -> Held | None:
+    """What closed forms need to know of the documents of some members; None where there are none under this mask."""
+    return group.held_by(members) if group.split is not None and mask.is_plain else None
+
+
+def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None = None) -> Reach:
     """What the query spans of some members see of the keys of some members.
 
     Args:
@@ -25,110 +31,79 @@ def see(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> Reac
         receivers: Members whose queries are asked for, as a slice of step 1 with its bounds given.
         owners: Members whose keys are asked for.
         mask: Which keys a query sees.
+        held: What :func:`held_by` gives for the receivers, or for more members; None takes all members.
     """
-    if group.parts is None or not mask.is_plain:
+    held = held or held_by(group, slice(0, len(group.members)), mask)
+    if held is None:
         return see_bands(group, receivers, owners, mask)
-    return _see_parts(group, group.parts, receivers, owners, mask)
+    return _see_parts(group, held, receivers, owners, mask)
 
 
-def extents(group: GroupLayout, receivers: slice, owners: slice, mask: Mask) -> tuple[IntArray, IntArray]:
-    """``Reach.extents()`` and ``Reach.rows`` of what :func:`see` gives for these arguments."""
-    parts = group.parts
-    if parts is None or not mask.is_plain:
+def extents(
+    group: GroupLayout, receivers: slice, owners: slice, mask: Mask, held: Held | None = None
+) -> tuple[IntArray, IntArray]:
+    """``Reach.needed`` and ``Reach.rows`` of what :func:`see` gives; ``held`` may be that of the owners as well."""
+    held = held or held_by(group, slice(0, len(group.members)), mask)
+    if held is None:
         reach = see_bands(group, receivers, owners, mask)
-        return reach.extents(), reach.rows
-    return _prefixes(group, parts, receivers, owners, mask), group.piece_row[owners]
+        return reach.needed, reach.rows
+    return _used(held, receivers, owners, mask), held.rows[owners]
 
 
-def _prefixes(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, mask: Mask) -> IntArray:
-    """``(n, m, B)``: how many keys of the owner's piece the receiver uses.
-
-    Keys that a member uses of a document are those that its last query sees, so this looks at one part per document.
-    """
-    extents = np.zeros((receivers.stop - receivers.start, owners.stop - owners.start, group.pieces.shape[1]), np.int64)
-    kept = (group.pieces[owners] != 0).any(0).nonzero()[0]  # no keys are used of documents of which no owner has tokens
-    has_queries = (group.pieces[receivers].take(kept, axis=1) != 0)[:, None]
-    if not mask.hides_later:
-        extents[..., kept] = group.pieces[owners].take(kept, axis=1) * has_queries
-        return extents
-    is_kept = np.zeros(group.pieces.shape[1], bool)
-    is_kept[kept] = True
-    column = is_kept.take(parts.document).nonzero()[0]
-    if len(column) == 0:
-        return extents
-    present = parts.length[receivers].take(column, axis=1) != 0
-    first = parts.document.take(column).searchsorted(kept)
-    last = column.take(np.maximum.reduceat(np.arange(len(column)) * present, first, axis=1)[:, None])
-    K = parts.length.shape[1]
-    rows = np.arange(receivers.start, receivers.stop)[:, None, None] * K
-    cells = np.arange(owners.start, owners.stop)[:, None] * K + last
-    rows = rows + last
-    seen = parts.start.take(rows) - parts.start.take(cells)
-    if parts.is_dealt:
-        seen >>= 63  # see _see_parts
-    seen += parts.length.take(rows)
-    np.minimum(seen, parts.length.take(cells), out=seen)
-    np.maximum(seen, 0, out=seen)
-    seen += group.part_offset.take(cells)
-    seen *= has_queries
-    extents[..., kept] = seen
-    return extents
-
-
-def _see_parts(group: GroupLayout, parts: Parts, receivers: slice, owners: slice, mask: Mask) -> Reach:
-    """The layouts of the splits: one row a (query span, owner), for all at once.
-
-    Of an owner's piece, row i of a span in part k sees what lies in earlier parts of the document, ``before`` keys,
-    and ``clip(i + lead + 1, 0, length)`` keys of part k itself, where lead says how far the span starts after the
-    owner's run in that part, in steps. Dealt tokens start less than one step apart, so lead is 0 or -1. Of two
-    blocks the one lies wholly before the other: all of the part or nothing of it is seen. In each case this is one
-    segment with the diagonal ``before + max(lead, -1)``.
-    """
-    B = group.pieces.shape[1]
-    # Parts of which no receiver has tokens show nothing. Dense arrays of (receiver, owner, part) take half the memory
-    # traffic as int32; lengths are bounded to fit.
-    kept = (parts.length[receivers] != 0).any(0).nonzero()[0]
-    columns = (parts.start, parts.length, group.part_offset)
-    start, length, before = (x.take(kept, axis=1).astype(np.int32) for x in columns)
-    document = parts.document.take(kept)
-    q_length, before = length[receivers, None], before[owners]
-    present = q_length != 0
+def _used(held: Held, receivers: slice, owners: slice, mask: Mask) -> Ints:
+    """``(n, m, C)`` keys of each piece of each owner that each receiver uses."""
     if mask.hides_later:
-        lead = start[receivers, None] - start[owners]
-        if parts.is_dealt:
-            lead >>= 31
-        seen = lead + q_length
-        np.minimum(seen, length[owners], out=seen)
-        np.maximum(seen, 0, out=seen)
-        seen += before
-        seen *= present
-        np.maximum(lead, -1, out=lead)
-        lead += before
-    else:
-        seen = group.pieces[owners].take(document, axis=1) * present
+        return held.parts.used(receivers, owners)
+    pieces = held.parts.pieces
+    return pieces[owners] * (pieces[receivers, None] > 0)
+
+
+def _see_parts(group: GroupLayout, held: Held, receivers: slice, owners: slice, mask: Mask) -> Reach:
+    """The layouts of the splits: a row per query span and an entry per owner, for all at once."""
+    present = held.runs.length[held.within(receivers)] != 0
+    columns = present.any(0).nonzero()[0]  # parts of which no receiver has tokens show nothing
+    present = present.take(columns, axis=1)
+    document = held.parts.document.take(columns)
+    seen, diagonals = _seen(held, receivers, owners, columns, present, mask)
     n, m, K = seen.shape
+    C, pairs = len(held.documents), np.arange(n * m + 1)
     cell = (seen.reshape(-1) != 0).nonzero()[0]
-    edge = cell.searchsorted(np.arange(n * m + 1) * K)
-    count = edge[1:] - edge[:-1]
-    pair = np.arange(n * m)
-    # What leads from a cell to its column in the receiver's rows of (n, K) arrays, for each pair.
-    shift = pair * K - (pair // max(m, 1)) * K
-    query = present[:, 0].cumsum(1)
-    query -= 1
+    bounds = cell.searchsorted(pairs * K)
+    count = bounds[1:] - bounds[:-1]
+    column = query = cell - (pairs[:-1] * K).repeat(count)
+    place = document.take(column)
+    place += (pairs[:-1] * C).repeat(count)
+    if n > 1:
+        query = (present.cumsum(1) - 1).take(column + (pairs[:-1] // m * K).repeat(count))
     k_len = seen.take(cell).astype(np.int64)
-    diagonal = k_len - 1
-    if mask.hides_later:
-        np.minimum(diagonal, lead.take(cell), out=diagonal)
-    part = cell - (pair * K).repeat(count)
-    owner = pair.repeat(count)
     return Reach(
-        spans=[group.query_spans(member) for member in range(receivers.start, receivers.stop)],
-        shape=(n, m, B),
-        rows=group.piece_row[owners],
-        pair=owner,
-        place=owner * B + document.take(part),
-        query=query.take(cell - shift.repeat(count)),
-        row=np.zeros(len(cell), np.int64),
+        spans=group.all_query_spans(receivers, held=held),
+        shape=(n, m, C),
+        rows=held.rows[owners],
+        bounds=bounds,
+        place=place,
+        query=query,
+        row=None,
         k_len=k_len,
-        diagonal=diagonal,
+        diagonal=k_len - 1 if diagonals is None else diagonals.take(cell).astype(np.int64),
+        needed=_used(held, receivers, owners, mask),
     )
+
+
+def _seen(
+    held: Held, receivers: slice, owners: slice, columns: IntArray, present: Ints, mask: Mask
+) -> tuple[Ints, Ints | None]:
+    """``(n, m, K)`` keys that spans see of owners' pieces, 0 for those that are not there; and the diagonals.
+
+    None stands for diagonals that hide nothing.
+    """
+    parts = held.parts
+    if not mask.hides_later:
+        return parts.pieces[owners].take(parts.document.take(columns), axis=1) * present[:, None], None
+    found = [parts.seen(member, owners, columns) for member in range(receivers.start, receivers.stop)]
+    if len(found) == 1:
+        return found[0][0][None], found[0][1]
+    seen = np.stack([one for one, _ in found])
+    diagonals = np.stack([one - 1 if diagonal is None else diagonal for one, diagonal in found])
+    seen *= present[:, None]
+    return seen, diagonals

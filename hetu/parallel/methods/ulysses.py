@@ -37,7 +37,7 @@ from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.mask.varlen import varlen_tables
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.peers import around, transfer_number, whole
-from hetu.parallel.methods.tables import see
+from hetu.parallel.methods.tables import held_by, see
 from hetu.parallel.plan.buffers import Buffer, shard
 from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Runs, Send, Source, Wait
@@ -157,7 +157,7 @@ def _sequence_tables(group: GroupLayout, mask: Mask) -> tuple[QuerySpans, Segmen
 def _alone(group: GroupLayout, spec: AttnSpec) -> PipelinePlan:
     """The only member attends for all heads, where its rows lie."""
     me, rows = slice(0, 1), group.rows[0]
-    reach = see(group, me, me, spec.mask)
+    reach = see(group, me, me, spec.mask, held_by(group, me, spec.mask))
     (table,) = reach.tables(reach.rows[None], reach.rows)
     pipeline = group.members[0]
     attend = Attend(0, table, (Source(pipeline, whole(rows)),), spec.heads.all)

@@ -13,6 +13,7 @@ what a receive fills is made by the last instruction up to it that computes or p
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from hetu.parallel.plan.heads import HeadRange, Heads, Payload
@@ -39,7 +40,7 @@ class Buffer:
     @property
     def values(self) -> tuple[str, ...]:
         """Names of all values."""
-        return tuple([name for payload in self.payloads for name in payload.values])
+        return _values(self.payloads)
 
     @property
     def holds_keys(self) -> bool:
@@ -51,6 +52,12 @@ class Buffer:
         if payload in self.payloads:
             return [payload]
         return [own for own in self.payloads if not set(own.values).isdisjoint(payload.values)]
+
+
+@lru_cache(maxsize=256)
+def _values(payloads: tuple[Payload, ...]) -> tuple[str, ...]:
+    """Asked for with every transfer of a plan that is proven."""
+    return tuple([name for payload in payloads for name in payload.values])
 
 
 _FORWARD = (Payload.QKV, Payload.OUT, Payload.LSE)

@@ -1,4 +1,8 @@
-"""What a pipeline does, step by step: the instructions that plans are made of."""
+"""What a pipeline does, step by step: the instructions that plans are made of.
+
+They are values, and nobody changes them. They are not frozen, for to make a frozen one takes four times as long, and
+among a thousand pipelines a part has thousands.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from hetu.parallel.mask.segments import IntArray, SegmentTable
 from hetu.parallel.plan.heads import HeadRange, Payload
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Runs:
     """A set of rows as runs of evenly spaced rows, in the order they are packed.
 
@@ -32,9 +36,9 @@ class Runs:
         """What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`. Not part of the value."""
         return {}
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        """Rows of all runs together."""
+        """Rows of all runs together; who knows them already may say so."""
         return int(self.length.sum())
 
     @property
@@ -49,13 +53,16 @@ class Runs:
         """Every row number, in packing order."""
         if len(self.start) == 1 and self.step is None:
             return np.arange(self.start[0], self.start[0] + self.length[0])
-        number = np.arange(self.rows) - np.repeat(np.cumsum(self.length) - self.length, self.length)
-        if self.step is not None:
-            number *= self.step.repeat(self.length)
-        return number + self.start.repeat(self.length)
+        before = self.length.cumsum() - self.length
+        if self.step is None:
+            rows: IntArray = (self.start - before).repeat(self.length)
+            rows += np.arange(len(rows))
+            return rows
+        number = np.arange(self.rows) - before.repeat(self.length)
+        return number * self.step.repeat(self.length) + self.start.repeat(self.length)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Send:
     """Packs ``runs`` of ``buffer`` and starts sending them to ``peer``; the buffer is read until waited for.
 
@@ -86,7 +93,7 @@ class Send:
         return self.payload is Payload.KV_GRADS
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Receive:
     """Starts receiving ``rows`` rows from ``peer`` into ``buffer[offset : offset + rows]``, or rows ``runs`` of it.
 
@@ -121,14 +128,14 @@ class Receive:
         return np.arange(self.offset, self.offset + self.rows) if self.runs is None else self.runs.indices()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Wait:
     """Blocks until this pipeline's end of ``transfer`` is done: landed, or its buffer free to be reused."""
 
     transfer: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Copy:
     """Copies rows from one of the pipeline's buffers to another: what a transfer from a pipeline to itself would do.
 
@@ -149,7 +156,7 @@ class Copy:
     place: Runs
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Source:
     """What rows of a buffer are: rows ``runs`` of ``owner``'s shard, in packing order.
 
@@ -161,7 +168,7 @@ class Source:
     place: Runs | None = None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Attend:
     """Attends the rows of the queries' buffer to ``buffer`` by ``table`` and merges into the running (out, lse).
 
@@ -185,7 +192,7 @@ class Attend:
         return sum(source.runs.rows for source in self.sources)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Accumulate:
     """Adds rows ``offset .. offset + runs.rows`` of ``buffer`` to the gradients of own rows ``runs``, of ``heads``."""
 

@@ -111,7 +111,10 @@ class Contents:
 
     def numbers(self, kind: str, tokens: IntArray, atoms: slice) -> IntArray:
         """The numbers of a kind of some tokens, ``(tokens, atoms)``."""
-        return tokens[:, None] * self.number_of_atoms(kind) + np.arange(atoms.start, atoms.stop)
+        count = self.number_of_atoms(kind)
+        if count == 1:
+            return tokens[:, None][:, atoms]
+        return tokens[:, None] * count + np.arange(atoms.start, atoms.stop)
 
     def name(self, kind: str, number: int) -> str:
         """What a number stands for, as messages call it; not for gradients of keys and values."""

@@ -33,8 +33,54 @@ _COLUMNS = (QuerySpans, SegmentTable, Runs, Spans)
 
 _INTS: Any = IntArray
 
-Check = Callable[[Any, str, "set[int]"], None]
-"""Checks a value; gets its place in the plan, and the ids of what was checked already."""
+_INT64 = np.dtype(np.int64)
+
+_SHORT = 2**16
+"""Arrays up to this size are joined to be checked: a long one may be a view of a single number."""
+
+
+class _WrongFieldError(Exception):
+    """A field that has another type. Whoever looked into a value on the way there adds the name by which it did.
+
+    So texts are made of places that are wrong only, and not of all the thousands that a plan has.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what, self.path = what, list[str]()
+
+
+class _Walk:
+    """What was looked at.
+
+    Attributes:
+        seen: The ids of what was checked already: instructions may share their sources, and so on.
+        arrays: Those whose numbers are yet to be checked, all at once; None to check each where it is met.
+    """
+
+    def __init__(self, arrays: list[IntArray] | None) -> None:
+        self.seen: set[int] = set()
+        self.arrays = arrays
+
+    def is_new(self, value: Any) -> bool:
+        """Whether a value was not checked yet; it is from now on."""
+        known = len(self.seen)
+        self.seen.add(id(value))
+        return len(self.seen) > known
+
+    def in_range(self) -> bool:
+        """Whether the numbers of all arrays that were noted are small enough."""
+        arrays = self.arrays or []
+        some = (np.concatenate([x.reshape(-1) for x in arrays[i : i + 512]]) for i in range(0, len(arrays), 512))
+        return all(x.size == 0 or (x.min() >= -MOST and x.max() <= MOST) for x in some)
+
+
+Check = Callable[[Any, _Walk], None]
+"""Checks a value.
+
+Raises:
+    _WrongFieldError: If it is not what it should be.
+"""
 
 
 def check_fields(plan: PlanData) -> None:
@@ -43,7 +89,13 @@ def check_fields(plan: PlanData) -> None:
     Raises:
         PlanError: If one has another type; names its place in the plan.
     """
-    _check_of(PlanData)(plan, "plan", set())
+    check, walk = _check_of(PlanData), _Walk([])
+    try:
+        check(plan, walk)
+        if not walk.in_range():
+            check(plan, _Walk(None))
+    except _WrongFieldError as wrong:
+        refuse(f"plan{''.join(reversed(wrong.path))}{wrong.what}")
 
 
 @cache
@@ -75,9 +127,9 @@ def _plain(hint: Any) -> Any:
 
 
 def _exactly(kind: type) -> Check:
-    def check(value: Any, place: str, _: set[int]) -> None:
+    def check(value: Any, walk: _Walk) -> None:
         if type(value) is not kind:
-            _refuse(value, place, kind.__name__)
+            _refuse(value, kind.__name__)
 
     return check
 
@@ -87,14 +139,14 @@ def _any_of(hints: tuple[Any, ...]) -> Check:
     by_type = {get_origin(hint) or hint: _check_of(hint) for hint in plain}
     takes_none = type(None) in hints
 
-    def check(value: Any, place: str, seen: set[int]) -> None:
+    def check(value: Any, walk: _Walk) -> None:
         if value is None and takes_none:
             return
         found = by_type.get(type(value))
         if found is None:
             names = [kind.__name__ for kind in by_type] + ["None"] * takes_none
-            _refuse(value, place, " or ".join(names))
-        found(value, place, seen)
+            _refuse(value, " or ".join(names))
+        found(value, walk)
 
     return check
 
@@ -102,13 +154,17 @@ def _any_of(hints: tuple[Any, ...]) -> Check:
 def _each(hint: Any) -> Check:
     check_one = _check_of(hint)
 
-    def check(value: Any, place: str, seen: set[int]) -> None:
+    def check(value: Any, walk: _Walk) -> None:
         if type(value) is not tuple:
-            _refuse(value, place, "tuple")
-        if id(value) not in seen:  # instructions may share their sources, and so on
-            seen.add(id(value))
-            for number, item in enumerate(value):
-                check_one(item, f"{place}[{number}]", seen)
+            _refuse(value, "tuple")
+        number = 0
+        try:
+            for item in value if walk.is_new(value) else ():
+                check_one(item, walk)
+                number += 1
+        except _WrongFieldError as wrong:
+            wrong.path.append(f"[{number}]")
+            raise
 
     return check
 
@@ -116,56 +172,65 @@ def _each(hint: Any) -> Check:
 def _fields_of(kind: Any) -> Check:
     hints = get_type_hints(kind)
     checks = [(item.name, _check_of(hints[item.name])) for item in fields(kind) if item.repr]
+    columns = [name for name, check in checks if hints[name] == _INTS or _INTS in get_args(hints[name])]
 
-    def check(value: Any, place: str, seen: set[int]) -> None:
+    def check(value: Any, walk: _Walk) -> None:
         if not isinstance(value, kind):
-            _refuse(value, place, kind.__name__)
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        for name, check_one in checks:
-            check_one(getattr(value, name), f"{place}.{name}", seen)
-        if isinstance(value, _COLUMNS):
-            _check_columns(value, place)
+            _refuse(value, kind.__name__)
+        name = ""
+        try:
+            for name, check_one in checks if walk.is_new(value) else ():
+                check_one(getattr(value, name), walk)
+        except _WrongFieldError as wrong:
+            wrong.path.append(f".{name}")
+            raise
+        if kind in _COLUMNS:
+            _check_columns(value, columns)
 
     return check
 
 
-def _check_array(value: Any, place: str, _: set[int]) -> None:
-    if type(value) is not np.ndarray or value.dtype != np.int64:
-        _refuse(value, place, "an int64 array")
-    if value.size and not (value.min() >= -MOST and value.max() <= MOST):
-        refuse(f"{place} holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
+def _check_array(value: Any, walk: _Walk) -> None:
+    if type(value) is not np.ndarray or value.dtype != _INT64:
+        _refuse(value, "an int64 array")
+    if walk.arrays is not None and value.size <= _SHORT:
+        walk.arrays.append(value)
+    elif value.size and not (value.min() >= -MOST and value.max() <= MOST):
+        raise _WrongFieldError(f" holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
 
 
-def _check_columns(value: Any, place: str) -> None:
-    columns = [item.name for item in fields(value) if isinstance(getattr(value, item.name), np.ndarray) and item.repr]
-    length = getattr(value, columns[0]).shape
+def _check_columns(value: Any, columns: list[str]) -> None:
+    shape = getattr(value, columns[0]).shape
     for name in columns:
-        found = getattr(value, name).shape
-        if len(found) != 1 or found != length:
-            refuse(f"{place}.{name} has shape {found}, expected one dimension, and as many entries as in {columns[0]}")
+        column = getattr(value, name)
+        if column is not None and (column.shape != shape or len(shape) != 1):
+            what = f".{name} has shape {column.shape}, expected one dimension, and as many entries as in {columns[0]}"
+            raise _WrongFieldError(what)
 
 
-def _check_layout(value: Any, place: str, seen: set[int]) -> None:
+def _check_layout(value: Any, walk: _Walk) -> None:
     if type(value) is not Layout:
-        _refuse(value, place, "Layout")
-    _check_of(tuple[GroupLayout, ...])(value.groups, f"{place}.groups", seen)
+        _refuse(value, "Layout")
+    try:
+        _check_of(tuple[GroupLayout, ...])(value.groups, walk)
+    except _WrongFieldError as wrong:
+        wrong.path.append(".groups")
+        raise
 
 
-def _check_rule(value: Any, place: str, seen: set[int]) -> None:
+def _check_rule(value: Any, walk: _Walk) -> None:
     if type(value) not in RULES:
-        _refuse(value, place, " or ".join(kind.__name__ for kind in RULES))
-    _fields_of(type(value))(value, place, seen)
+        _refuse(value, " or ".join(kind.__name__ for kind in RULES))
+    _fields_of(type(value))(value, walk)
     if not all(isinstance(size, int) for size in value.sizes):
-        refuse(f"{place} has numbers that are not bound, expected ints")
+        raise _WrongFieldError(" has numbers that are not bound, expected ints")
     try:
         value.check()
     except HetuError as error:
-        refuse(f"{place} is no mask: {error.what}")
+        raise _WrongFieldError(f" is no mask: {error.what}") from error
 
 
-def _refuse(value: Any, place: str, wanted: str) -> NoReturn:
+def _refuse(value: Any, wanted: str) -> NoReturn:
     if isinstance(value, np.ndarray):
-        refuse(f"{place} is a {value.dtype} array ({type(value).__name__}), expected {wanted}")
-    refuse(f"{place} is {shown(value)} ({type(value).__name__}), expected {wanted}")
+        raise _WrongFieldError(f" is a {value.dtype} array ({type(value).__name__}), expected {wanted}")
+    raise _WrongFieldError(f" is {shown(value)} ({type(value).__name__}), expected {wanted}")

@@ -43,6 +43,7 @@ class Run(Follower):
         self.sums = OwnSums(r, plan, contents, contributions) if contributions is not None else None
         self.held: dict[tuple[int, str], IntArray] = {}
         self.unread: dict[tuple[int, str], IntArray] = {}
+        self._known_columns: dict[tuple[int, str, HeadRange], slice] = {}
         self.attends: list[tuple[Attend, IntArray]] = []
         self.last = {
             item.heads: number for number, item in enumerate(self.part.instructions) if isinstance(item, Attend)
@@ -61,7 +62,7 @@ class Run(Follower):
             declared = self.part.buffers[buffer]
             atoms = self.contents.atoms(kind, declared.heads)
             if buffer == 0 and (kind == KEYS or kind in self.contents.inputs):
-                found = self.contents.numbers(kind, self.contents.tokens.shards[self.r], atoms)
+                found = self.contents.numbers(kind, self.contents.tokens.shards[self.r], atoms).copy()
             else:
                 found = np.full((declared.rows, atoms.stop - atoms.start), UNWRITTEN)
             self.held[buffer, kind] = found
@@ -70,16 +71,20 @@ class Run(Follower):
 
     def _columns(self, buffer: int, kind: str, heads: HeadRange) -> slice:
         """Which columns of a buffer some heads are."""
-        atoms, own = (self.contents.atoms(kind, some) for some in (heads, self.part.buffers[buffer].heads))
-        return slice(atoms.start - own.start, atoms.stop - own.start)
+        found = self._known_columns.get((buffer, kind, heads))
+        if found is None:
+            atoms, own = (self.contents.atoms(kind, some) for some in (heads, self.part.buffers[buffer].heads))
+            found = slice(atoms.start - own.start, atoms.stop - own.start)
+            self._known_columns[buffer, kind, heads] = found
+        return found
 
     def _take(self, item: Send | Copy | Accumulate, payload: Payload, rows: IntArray) -> dict[str, IntArray]:
         """What an instruction reads of a buffer."""
         taken, does = {}, "sends" if isinstance(item, Send) else "adds" if isinstance(item, Accumulate) else "copies"
         for kind in self.contents.of_payload(payload):
             held, columns = self._of(item.buffer, kind), self._columns(item.buffer, kind, item.heads)
-            numbers = held[rows, columns]
-            if (numbers < 0).any():
+            numbers = held.take(rows, axis=0)[:, columns]
+            if numbers.size and numbers.min() < 0:
                 i, atom = np.argwhere(numbers < 0)[0]
                 why = self._why_missing(item, kind, int(numbers[i, atom]))
                 place = buffer_name(self.part, item.buffer)

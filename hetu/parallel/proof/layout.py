@@ -7,7 +7,7 @@ import numpy as np
 from hetu.errors import HetuError
 from hetu.parallel.layout.documents import check_spans
 from hetu.parallel.layout.group import GroupLayout
-from hetu.parallel.layout.splits import Parts
+from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.plan.parts import PlanData
 from hetu.parallel.proof.transfers import refuse
 
@@ -43,22 +43,28 @@ def check_layout(plan: PlanData) -> None:
 
 
 def _check_pieces(group: GroupLayout, name: str, rows: list[int]) -> None:
-    pieces, lens = group.pieces, group.seq_lens
-    if pieces.ndim != 2 or len(pieces) != len(group.members) or lens.shape != pieces.shape[:1]:
-        what = f"pieces of shape {pieces.shape} and lengths of shape {lens.shape}"
+    totals, lens = group.totals, group.seq_lens
+    if (
+        totals.ndim != 2
+        or totals.shape != (len(group.members), group.lengths.size + 1)
+        or lens.shape != totals.shape[:1]
+    ):
+        what = f"totals of shape {totals.shape} and lengths of shape {lens.shape}"
         refuse(f"{name} has {what}, expected a row per member of {len(group.members)}")
-    held = pieces.sum(1).tolist()
+    pieces, held = group.pieces, totals[:, -1].tolist()
     if (pieces < 0).any() or held != rows:
         refuse(f"the documents of {name} have {held} tokens on its pipelines, but their shards have {rows} rows")
+    if totals[:, 0].any() or not np.array_equal(pieces.sum(0), group.lengths):
+        refuse(f"the documents of {name} have {group.lengths.tolist()} tokens, but {pieces.sum(0).tolist()} lie on it")
     if (lens != held).any() if group.is_packed else (pieces != lens[:, None]).any():
         refuse(f"{name} has sequences of {lens.tolist()} tokens, which is not what its documents have")
 
 
 def _check_spans(group: GroupLayout, name: str) -> None:
-    if (group.parts is None) == (group.custom_spans is None):
-        refuse(f"{name} says which tokens lie where by parts and by spans, expected one of the two")
-    if group.parts is not None:
-        _check_parts(group.parts, group.pieces.shape, name)
+    if (group.split is None) == (group.custom_spans is None):
+        refuse(f"{name} says which tokens lie where by a split and by spans, expected one of the two")
+    if group.split not in (None, *SPLITS):
+        refuse(f"{name} is cut by the split {group.split!r}, which there is not: {', '.join(SPLITS)}")
     spans, members = group.spans, np.array(group.members, np.int64)
     if (spans.member < 0).any() or (spans.member >= len(members)).any() or (np.diff(spans.member) < 0).any():
         refuse(f"a span of {name} is of no member, or they are not in the order of the members")
@@ -73,16 +79,3 @@ def _check_spans(group: GroupLayout, name: str) -> None:
     before = (pieces.sum(1).cumsum() - pieces.sum(1))[spans.member]
     if not np.array_equal(pieces, group.pieces) or not np.array_equal(spans.row, ends - spans.length - before):
         refuse(f"the spans of {name} don't cover its pieces row after row")
-
-
-def _check_parts(parts: Parts, shape: tuple[int, ...], name: str) -> None:
-    R, B = shape
-    K = parts.document.size
-    shapes = [x.shape for x in (parts.document, parts.first, parts.start, parts.length, parts.step)]
-    if shapes != [(K,), (B,), (R, K), (R, K), (R, K)]:
-        refuse(f"the parts of {name} have columns of shapes {shapes}, which don't fit {R} members and {B} documents")
-    of, documents = parts.document, np.arange(B)
-    if not np.array_equal(np.unique(of), documents) or (np.diff(of) < 0).any() or (parts.length < 0).any():
-        refuse(f"the parts of {name} are not of its documents, one after the other")
-    if not np.array_equal(parts.first, of.searchsorted(documents)):
-        refuse(f"the parts of {name} don't begin where it says that they do")

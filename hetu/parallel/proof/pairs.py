@@ -1,7 +1,8 @@
 """Proves that what segments say is what the mask allows: every pair once, and no other.
 
 Both are written down alike: which rows of a query span, from one to another, see a key. Of segments that follows from
-their diagonals; of the mask from its bands, by the positions of queries and keys.
+their diagonals; of the mask from its bands, by the positions of queries and keys. Where segments name runs of
+neighbouring tokens that is compared for a run at once (:mod:`hetu.parallel.proof.tiles`), else key by key.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.bands import cut_spans
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable, count_up
 from hetu.parallel.plan.parts import PlanData
+from hetu.parallel.proof.tiles import are_tiled
 from hetu.parallel.proof.transfers import Tokens, refuse
 
 
@@ -46,9 +48,26 @@ def seen_by(table: SegmentTable, spans: QuerySpans, buffer: IntArray) -> Seen:
 
 
 def prove_pairs(
-    plan: PlanData, r: int, group: GroupLayout, spans: QuerySpans, seen: Sequence[Seen], tokens: Tokens
+    plan: PlanData,
+    r: int,
+    group: GroupLayout,
+    spans: QuerySpans,
+    attends: Sequence[tuple[SegmentTable, IntArray]],
+    tokens: Tokens,
 ) -> None:
-    """That the pairs of some query spans on pipeline ``r`` are those of the mask, each once."""
+    """That the pairs of some query spans on pipeline ``r`` are those of the mask, each once.
+
+    Args:
+        plan: The plan.
+        r: The pipeline.
+        group: Its group.
+        spans: The query spans.
+        attends: The table of each attend, and the token of each row of its buffer.
+        tokens: All tokens.
+    """
+    if are_tiled(plan.mask.bands(group.lengths, group.lengths), spans, attends, tokens, group):
+        return
+    seen = [seen_by(table, spans, said) for table, said in attends]
     said = Seen(*(np.concatenate(columns) for columns in zip(*seen, strict=True)))
 
     def name(span: int, row: int, key: str, what: str) -> str:

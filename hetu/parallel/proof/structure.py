@@ -200,7 +200,8 @@ class _Check:
         self._sources(item, what)
         if len(table) == 0:
             return
-        if table.query.min() < 0 or table.query.max() >= len(part.spans) or (np.diff(table.query) < 0).any():
+        query = table.query
+        if (query[1:] < query[:-1]).any() or query.item(0) < 0 or query.item(-1) >= len(part.spans):
             refuse(f"{what}: its segments are not ordered by query span, or name one that does not exist")
         keys, each = Runs(table.k_start, table.k_len), len(part.spans)
         check_runs(keys, item.rows, f"{what}: a segment sees", f"buffer {item.buffer}", times=each)
@@ -294,8 +295,10 @@ def check_runs(runs: Runs, size: int, what: str, place: str, times: int = 1) -> 
     """That rows exist, and that there are no more runs than rows, each of which may be named so many times."""
     if len(runs.start) > size * times:
         refuse(f"{what} {len(runs.start)} runs of rows of {place}, which has {size}")
-    bad = (runs.start < 0) | (runs.length <= 0)
     stop = runs.start + runs.length
+    if runs.step is None and (len(stop) == 0 or (runs.start.min() >= 0 < runs.length.min() and stop.max() <= size)):
+        return
+    bad = (runs.start < 0) | (runs.length <= 0)
     if runs.step is not None:
         bad |= runs.step < 1
         stop = runs.start + (runs.length - 1) * runs.step + 1

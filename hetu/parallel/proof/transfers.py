@@ -8,6 +8,7 @@ from typing import NoReturn
 import numpy as np
 
 from hetu.errors import PlanError
+from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Source
 from hetu.parallel.plan.parts import PlanData
@@ -36,6 +37,7 @@ class Tokens:
     document: IntArray
     position: IntArray
     shards: list[IntArray]
+    joins: bool = False
     _of_sources: dict[int, tuple[tuple[Source, ...], IntArray]] = field(default_factory=dict)
 
     @classmethod
@@ -47,12 +49,17 @@ class Tokens:
         shards = [base[plan.layout.group_index(r)] + plan.layout.columns(r) for r in range(plan.layout.num_pipelines)]
         everyone = np.arange(len(groups)).repeat(sizes)
         if plan.mask.joins:
-            return cls(everyone, np.zeros_like(everyone), np.arange(len(everyone)) - base[everyone], shards)
+            return cls(everyone, np.zeros_like(everyone), np.arange(len(everyone)) - base[everyone], shards, joins=True)
         document = [np.arange(len(group.lengths)).repeat(group.lengths) for group in groups]
         position = [
             np.arange(size) - group.offsets[owner] for size, group, owner in zip(sizes, groups, document, strict=True)
         ]
         return cls(everyone, np.concatenate(document), np.concatenate(position), shards)
+
+    def first_of(self, group: GroupLayout) -> IntArray:
+        """Number of the token at position 0 of each document of a group, as the mask counts documents."""
+        base = int(self.group.searchsorted(group.index))
+        return np.full(1, base) if self.joins else base + group.offsets
 
     def of_sources(self, item: Attend) -> IntArray:
         """The tokens that the keys of an attend are, as it says, by row; found once where attends share sources."""

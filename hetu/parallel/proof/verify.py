@@ -1,6 +1,7 @@
 """Proves a plan without running it: follows every instruction with numbers in place of data.
 
-The proof is exact and takes time and memory in proportion to the keys that the segments name, not to the pairs:
+The proof is exact and takes time and memory in proportion to the rows of buffers and to the segments, or where these
+are no runs of neighbouring tokens to the keys that they name; never to the pairs:
 
 1. Every field has the type that it is declared to have, the layout holds every token once, every instruction refers to
    rows, heads, spans and buffers that exist, and every transfer has two ends that agree. Until that is known nothing
@@ -32,7 +33,7 @@ from hetu.parallel.proof.follow import follow_all
 from hetu.parallel.proof.gradients import Contributions
 from hetu.parallel.proof.held import Run
 from hetu.parallel.proof.layout import check_layout
-from hetu.parallel.proof.pairs import prove_pairs, seen_by
+from hetu.parallel.proof.pairs import prove_pairs
 from hetu.parallel.proof.structure import check_heads, check_part, check_rows
 from hetu.parallel.proof.transfers import Tokens, pair_transfers, refuse
 
@@ -78,10 +79,9 @@ def _prove_attends(plan: PlanData, runs: list[Run], contents: Contents) -> None:
             key = (id(run.part.spans), *[id(x) for item, said in attends for x in (item.table, said)])
             if key not in proven:
                 proven.add(key)
-                spans = run.part.spans
-                seen = [seen_by(item.table, spans, said) for item, said in attends]
+                said_by_table = [(item.table, said) for item, said in attends]
                 group, _ = plan.layout.place(run.r)
-                prove_pairs(plan, run.r, group, spans, seen, contents.tokens)
+                prove_pairs(plan, run.r, group, run.part.spans, said_by_table, contents.tokens)
     if (times != 1).any():
         token, atom = np.argwhere(times != 1)[0]
         what = contents.name_of("q", int(atom)) + f" of {contents.tokens.name(int(token))}"

@@ -6,53 +6,17 @@ There is one simulation, :func:`simulate`: :func:`predict` sums it up, and ``het
 from __future__ import annotations
 
 import heapq
-import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetu.arguments import number_of, real
+import numpy as np
+
 from hetu.errors import PlanError
+from hetu.parallel.mask.mask import CAUSAL, FULL, Mask
 from hetu.parallel.plan.instructions import Attend, Receive, Send, Wait
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """What a device can do.
-
-    Attributes:
-        flops: Floating point operations per second that attention reaches.
-        link_bytes: Bytes per second that a device can send, and as many that it can receive at the same time.
-        latency: Seconds from the start of a transfer to its first byte.
-        memory_bytes: Bytes that an attention may take.
-
-    Raises:
-        HetuError: If one of them is no positive number; the latency may be 0.
-    """
-
-    flops: float
-    link_bytes: float
-    latency: float
-    memory_bytes: float
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "link_bytes", "memory_bytes"):
-            self._check(name, "a positive number", lambda x: x > 0)
-        self._check("latency", "a number of seconds from 0", lambda x: 0 <= x < math.inf)
-
-    def _check(self, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
-        value = getattr(self, name)
-        real(value, name, wanted, holds, op="Hardware")
-        object.__setattr__(self, name, number_of(value))  # numpy's numbers become Python's
-
-    @classmethod
-    def h100(cls) -> Hardware:
-        """An H100 SXM in a node: NVLink 4 at 450 GB/s each way, 80 GB.
-
-        500 TFLOP/s is about half of the peak of dense bfloat16 (989 TFLOP/s), as attention forward reaches.
-        """
-        return cls(flops=500e12, link_bytes=450e9, latency=10e-6, memory_bytes=80e9)
+from hetu.parallel.views.hardware import Hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +75,29 @@ def transfer_bytes(plan: PlanData, item: Send | Receive) -> int:
     return item.rows * plan.heads.row_bytes(item.payload, item.heads)
 
 
-def predict(plan: PlanData, hardware: Hardware) -> Cost:
+def mask_kind(mask: Mask) -> str:
+    """What :class:`~hetu.parallel.views.hardware.Rate` calls the kind of a mask."""
+    return "causal" if mask == CAUSAL else "full" if mask == FULL else "window"
+
+
+def attend_time(plan: PlanData, part: PipelinePlan, item: Attend, hardware: Hardware) -> float:
+    """Seconds of one step of a pipeline: how fast it is depends on the keys that those queries see that see any."""
+    flops = attend_flops(plan, part, item)
+    if not flops:
+        return 0.0
+    table = item.table
+    queries = part.spans.length.take(np.unique(table.query)).sum()
+    keys = table.pairs(part.spans) / max(int(queries), 1)
+    return hardware.attend_time(flops, keys, plan.heads.head_dim, mask_kind(plan.mask), plan.is_backward)
+
+
+def predict(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = None) -> Cost:
     """See :meth:`hetu.parallel.attn_plan.AttnPlan.cost`.
 
     Raises:
         PlanError: If the plan deadlocks.
     """
-    timeline = simulate(plan, hardware)
+    timeline = simulate(plan, hardware, hosts)
     links: dict[tuple[int, int], int] = {}
     for part in plan.pipelines:
         for item in part.instructions:
@@ -128,23 +108,28 @@ def predict(plan: PlanData, hardware: Hardware) -> Cost:
     return Cost(timeline.flops, links, peak, timeline.finish, fits=max(peak) <= hardware.memory_bytes)
 
 
-def simulate(plan: PlanData, hardware: Hardware) -> Timeline:
+def simulate(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = None) -> Timeline:
     """Follows all pipelines in the order of their clocks.
 
     Computing and transfers overlap. A transfer starts when both its ends are posted and the sender's outgoing and the
     receiver's incoming link are free; links carry one transfer at a time.
 
+    Args:
+        plan: The plan.
+        hardware: What it runs on.
+        hosts: The host of each pipeline; None if all share one.
+
     Raises:
         PlanError: If the plan deadlocks.
     """
-    return _Simulation(plan, hardware).run()
+    return _Simulation(plan, hardware, hosts).run()
 
 
 class _Simulation:
     """The state of :func:`simulate`."""
 
-    def __init__(self, plan: PlanData, hardware: Hardware) -> None:
-        self.plan, self.hardware = plan, hardware
+    def __init__(self, plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None) -> None:
+        self.plan, self.hardware, self.hosts = plan, hardware, hosts
         count = len(plan.pipelines)
         self.ends: tuple[list[float], ...] = tuple([] for _ in range(count))
         self.flops = [0] * count
@@ -163,9 +148,8 @@ class _Simulation:
                 continue
             item = part.instructions[len(ends)]
             if isinstance(item, Attend):
-                flops = attend_flops(self.plan, part, item)
-                self.flops[r] += flops
-                now += flops / self.hardware.flops
+                self.flops[r] += attend_flops(self.plan, part, item)
+                now += attend_time(self.plan, part, item, self.hardware)
             elif isinstance(item, Wait):
                 if item.transfer not in self.transfers:
                     self.blocked.setdefault(item.transfer, []).append((now, r))
@@ -187,7 +171,8 @@ class _Simulation:
             return
         source, target = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
         start = max(now, self.out_free[source], self.in_free[target])
-        end = start + self.hardware.latency + transfer_bytes(self.plan, item) / self.hardware.link_bytes
+        shares_host = self.hosts is None or self.hosts[source] == self.hosts[target]
+        end = start + self.hardware.transfer_time(transfer_bytes(self.plan, item), shares_host)
         self.out_free[source] = self.in_free[target] = end
         self.transfers[item.transfer] = start, end
         for waiting in self.blocked.pop(item.transfer, ()):

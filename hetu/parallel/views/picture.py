@@ -16,7 +16,8 @@ from hetu.parallel.mask.segments import IntArray
 from hetu.parallel.mask.svg import HIDDEN, colour_of
 from hetu.parallel.plan.instructions import Receive, Wait
 from hetu.parallel.plan.parts import PlanData
-from hetu.parallel.views.cost import Hardware, Timeline, simulate
+from hetu.parallel.views.cost import Timeline, simulate
+from hetu.parallel.views.hardware import Hardware
 from hetu.parallel.views.report import computing, summary, table
 
 if TYPE_CHECKING:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hetu.parallel.layout.printing import count
@@ -29,7 +31,7 @@ def summary(plan: PlanData) -> str:
         f"{plan.method}{' backward' * plan.is_backward}, {plan.mask.name}: "
         f"{tokens:,} tokens of {count(documents, 'document')} "
         f"on {count(len(work), 'pipeline')} in {count(len(layout.groups), 'group')}; {pairs:,} pairs{load}; "
-        f"{_bytes(moved)} sent"
+        f"{as_bytes(moved)} sent"
     )
 
 
@@ -46,11 +48,9 @@ def table(plan: PlanData) -> str:
         counts += (plan.pairs(r), part.attends, plan.rows_sent(r), plan.rows_received(r))
         if plan.is_backward:
             counts += (plan.grad_rows_sent(r), plan.grad_rows_received(r))
-        sizes = (_bytes(plan.bytes_sent(r)), _bytes(peak_bytes(plan, part)))
+        sizes = (as_bytes(plan.bytes_sent(r)), as_bytes(peak_bytes(plan, part)))
         lines.append((str(r), str(group.value), *(f"{count:,}" for count in counts), *sizes))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = [summary(plan), ""]
-    text += ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = [summary(plan), "", *as_table(lines)]
     for part in plan.pipelines[:MAX_PIPELINES]:
         text += ["", *_steps(part)]
     hidden = len(plan.pipelines) - MAX_PIPELINES
@@ -159,10 +159,40 @@ def _offset(item: Receive | Accumulate) -> str:
     return f" from row {item.offset}" if item.offset else ""
 
 
-def _bytes(number: int) -> str:
+def as_table(lines: Sequence[Sequence[str]], left: int = 0) -> list[str]:
+    """Lines of columns.
+
+    Args:
+        lines: Cells of each; the last cell of a line with fewer than the first one may be as long as it likes.
+        left: How many columns, from the left, begin at their left edge; the others end at their right one.
+    """
+    whole = [line for line in lines if len(line) == len(lines[0])]
+    widths = [max(map(len, column)) for column in zip(*whole, strict=True)]
+    for line in lines:
+        own = line if len(line) == len(widths) else line[:-1]
+        widths[: len(own)] = [max(width, len(cell)) for width, cell in zip(widths, own, strict=False)]
+    text = []
+    for line in lines:
+        is_whole, cells = len(line) == len(widths), list[str]()
+        for i, (cell, width) in enumerate(zip(line, widths, strict=False)):
+            is_text = i < left or (not is_whole and i == len(line) - 1)
+            cells.append(cell.ljust(width) if is_text else cell.rjust(width))
+        text.append("  ".join(cells).rstrip())
+    return text
+
+
+def as_time(seconds: float) -> str:
+    """``1.5 ms``."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} µs"
+
+
+def as_bytes(number: float) -> str:
     """``1.5 MB``; powers of 1000."""
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size /= 1000
         units.pop(0)
-    return f"{number} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    return f"{number:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

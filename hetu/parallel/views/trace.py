@@ -15,7 +15,8 @@ import numpy as np
 
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
-from hetu.parallel.views.cost import Hardware, Timeline, attend_flops, simulate, transfer_bytes
+from hetu.parallel.views.cost import Timeline, attend_flops, simulate, transfer_bytes
+from hetu.parallel.views.hardware import Hardware
 from hetu.parallel.views.report import step_names, summary
 
 Event = dict[str, Any]

@@ -188,6 +188,8 @@ class Agreement:
         refuse_whole_rows([one["rows"] for one in heard], prepared(made))
         for item in prepared(made):
             self.world.prepare(item.num_pipelines, list(item.attention_plans()))
+        if self.state.state.parameters.homes.scattered:
+            self.world.prepare_gathers()
         self.state.note(self.request)
         if len(self.world.agreed) >= MOST_AGREED:
             self.world.agreed.clear()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.longer import LONGER, grid
 from support.table_checks import check_forward as check
 from support.tables_by_definition import Case, Step, buffers, dense, random_case, rows_of, run
 
@@ -38,8 +41,9 @@ def varlen_case(q_len: list[int], k_len: list[int], rows: int, is_causal: bool) 
     return Case(spans, [Step(table, len(positions), positions)], [seen], rows, len(q_len), max(q_len), max(k_len))
 
 
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("head_dim", [8, 24, 64, 72, 128, 256])
+@pytest.mark.parametrize(
+    ("family", "head_dim", "is_causal"), grid(["torch", "triton"], [8, 24, 64, 72, 128, 256], [True, False])
+)
 def test_varlen(family: str, head_dim: int, is_causal: bool) -> None:
     case = varlen_case(LENGTHS, LENGTHS, sum(LENGTHS) + 3, is_causal)
     check(family, case, (2, 1), head_dim, torch.float32)
@@ -63,14 +67,14 @@ def test_grouped_queries(family: str, heads: tuple[int, int]) -> None:
     check(family, random_case(1, [40, 21], is_causal=True, num_steps=2), heads, 16, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("num_steps", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "dtype", "num_steps"), grid(["torch", "triton"], [torch.float16, torch.bfloat16], [1, 3])
+)
 def test_half_precision(family: str, dtype: torch.dtype, num_steps: int) -> None:
     check(family, random_case(2, [0, 1, 63, 129], is_causal=True, num_steps=num_steps, tail=2), (2, 1), 64, dtype)
 
 
-@settings(max_examples=20)
-@given(
+steps = given(
     seed=st.integers(0, 2**32),
     lengths=st.lists(st.sampled_from([0, 1, 2, 5, 17, 63, 64, 65, 90]), min_size=1, max_size=4),
     is_causal=st.booleans(),
@@ -78,13 +82,23 @@ def test_half_precision(family: str, dtype: torch.dtype, num_steps: int) -> None
     tail=st.integers(0, 2),
     dropout=st.sampled_from([None, DROPOUT]),
 )
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_steps(
-    backend: str, seed: int, lengths: list[int], is_causal: bool, num_steps: int, tail: int, dropout: Dropout | None
-) -> None:
-    """Strided spans, several segments a span, negative diagonals, empty steps, merging; masks the same in any cut."""
-    case = random_case(seed, lengths, is_causal=is_causal, num_steps=num_steps, tail=tail)
-    check(backend, case, (2, 1), 16, torch.float32, dropout)
+"""Strided spans, several segments a span, negative diagonals, empty steps, merging; masks the same in any cut."""
+
+
+def check_steps(backend: str, seed: int, lengths: list[int], dropout: Dropout | None, **options: Any) -> None:
+    check(backend, random_case(seed, lengths, **options), (2, 1), 16, torch.float32, dropout)
+
+
+@settings(max_examples=20 * LONGER)
+@steps
+def test_steps_on_torch(**case: Any) -> None:
+    check_steps("torch", **case)
+
+
+@settings(max_examples=6 * LONGER)
+@steps
+def test_steps_on_triton(**case: Any) -> None:
+    check_steps("triton", **case)
 
 
 def test_every_step_empty(family: str) -> None:

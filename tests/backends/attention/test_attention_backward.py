@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.longer import LONGER
 from support.table_checks import check_backward as check
 from support.table_checks import whole_documents
 from support.tables_by_definition import Case, Step, random_case
@@ -18,7 +19,7 @@ from hetu.parallel.mask.varlen import varlen_tables
 BACKENDS = ["torch", "triton"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60 * LONGER)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=4),
     causal=st.booleans(),
@@ -43,7 +44,7 @@ def test_steps_on_torch(
     check(case, "torch", dtype, 8, scale, p, seed, heads)
 
 
-@settings(max_examples=5)
+@settings(max_examples=5 * LONGER)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=2),
     causal=st.booleans(),

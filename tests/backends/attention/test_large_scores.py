@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.dense import dense, dense_backward
 from support.devices import DEVICES, ON_CUDA
+from support.longer import grid
 
 import hetu
 from hetu import functional
@@ -159,10 +160,10 @@ def test_scores_of_minus_infinity_weigh_nothing(device: str, backend: str) -> No
         torch.testing.assert_close(lse[0], count.log())
 
 
-@pytest.mark.parametrize("method", ["ring", "all_gather", "direct", "ulysses"])
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("low", ["first", "second", "both"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "low", "is_causal", "method"),
+    grid(BACKENDS, ["first", "second", "both"], [True, False], ["ring", "all_gather", "direct", "ulysses"]),
+)
 def test_parts_of_minus_infinity_weigh_nothing(backend: str, low: str, is_causal: bool, method: str) -> None:
     """One pipeline, or both, hold keys whose scores are -inf: it comes out as with all keys on one."""
     n = [hetu.IntSymbol("n0"), hetu.IntSymbol("n1")]
@@ -188,23 +189,27 @@ def test_parts_of_minus_infinity_weigh_nothing(backend: str, low: str, is_causal
 # Large scores
 
 
-@pytest.mark.parametrize("value", [133120.0, 30000.0, 1000.0])
 @pytest.mark.parametrize(
-    ("lens", "is_causal"), [([1], True), ([1], False), ([2, 1, 70], True), ([70, 1], False)], ids=str
+    ("value", "packed", "dtype", "backend"),
+    grid(
+        [133120.0, 30000.0, 1000.0],
+        [([1], True), ([1], False), ([2, 1, 70], True), ([70, 1], False)],
+        DTYPES,
+        BACKENDS,
+    ),
+    ids=str,
 )
 @pytest.mark.parametrize(("device", "head_dim"), [("cpu", 64), *(pytest.param("cuda", d, marks=ON_CUDA) for d in WIDE)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_one_large_value_everywhere(
     device: str,
     backend: str,
     dtype: torch.dtype,
     head_dim: int,
-    is_causal: bool,
-    lens: list[int],
+    packed: tuple[list[int], bool],
     value: float,
 ) -> None:
     """All weights of a row are equal, whatever the scores: the output is the value itself."""
+    lens, is_causal = packed
     skip_float64(backend, dtype)
     if dtype == torch.float16 and value > 65504:
         pytest.skip("float16 ends before")
@@ -237,9 +242,7 @@ def same(mine: torch.Tensor, right: torch.Tensor, device: str) -> None:
         assert torch.equal(mine, right)
 
 
-@pytest.mark.parametrize("size", [30.0, 1e3, 1e5, 1e8])
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "is_causal", "backend"), grid([30.0, 1e3, 1e5, 1e8], [True, False], BACKENDS))
 @pytest.mark.parametrize("device", DEVICES)
 def test_large_scores_that_differ(device: str, backend: str, is_causal: bool, size: float) -> None:
     """float64's softmax, where scores differ by more than float32 rounds them: the largest has all the weight."""

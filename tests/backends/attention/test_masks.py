@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.devices import CUDA, DEVICES
+from support.longer import LONGER, grid
 from support.table_checks import check_backward, check_forward
 from support.tables_by_definition import Case, buffers, dense, random_case, rows_of, run, sinks_of
 
@@ -44,16 +45,15 @@ EXTRAS = {
 }
 
 
-@pytest.mark.parametrize("extras", EXTRAS)
-@pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    ("family", "extras", "steps", "is_causal"), grid(["torch", "triton"], EXTRAS, [1, 3], [True, False])
+)
 def test_forward(family: str, extras: str, steps: int, is_causal: bool) -> None:
     case = random_case(7, LENGTHS, is_causal=is_causal, num_steps=steps, tail=3, has_windows=extras in ("lower", "all"))
     check_forward(family, case, (4, 2), 16, torch.float32, **EXTRAS[extras])
 
 
-@settings(max_examples=15)
-@given(
+forwards = given(
     seed=st.integers(0, 2**32),
     lengths=st.lists(st.sampled_from([0, 1, 2, 5, 17, 63, 64, 65, 90]), min_size=1, max_size=3),
     is_causal=st.booleans(),
@@ -63,24 +63,28 @@ def test_forward(family: str, extras: str, steps: int, is_causal: bool) -> None:
     softcap=st.sampled_from([0.0, 0.7]),
     has_sinks=st.booleans(),
 )
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_random_forward(
-    backend: str,
-    seed: int,
-    lengths: list[int],
-    is_causal: bool,
-    steps: int,
-    tail: int,
-    dropout: Dropout | None,
-    softcap: float,
-    has_sinks: bool,
+"""Each document has bounds of its own; keys that nobody sees are NaN, and rows that see nothing have their sink."""
+
+
+def check_random_forward(
+    backend: str, seed: int, lengths: list[int], steps: int, is_causal: bool, tail: int, **options: Any
 ) -> None:
-    """Each document has bounds of its own; keys that nobody sees are NaN, and rows that see nothing have their sink."""
-    case = windows(seed, lengths, steps, is_causal, tail)
-    check_forward(backend, case, (2, 1), 16, torch.float32, dropout, softcap, has_sinks)
+    check_forward(backend, windows(seed, lengths, steps, is_causal, tail), (2, 1), 16, torch.float32, **options)
 
 
-@settings(max_examples=60)
+@settings(max_examples=15 * LONGER)
+@forwards
+def test_random_forward_on_torch(**case: Any) -> None:
+    check_random_forward("torch", **case)
+
+
+@settings(max_examples=5 * LONGER)
+@forwards
+def test_random_forward_on_triton(**case: Any) -> None:
+    check_random_forward("triton", **case)
+
+
+@settings(max_examples=60 * LONGER)
 @given(
     seed=st.integers(0, 999),
     lengths=st.lists(st.integers(0, 20), max_size=4),
@@ -109,7 +113,7 @@ def test_random_backward_on_torch(
     check_backward(case, "torch", dtype, 8, scale, p, seed, heads, softcap=softcap, has_sinks=has_sinks)
 
 
-@settings(max_examples=4)
+@settings(max_examples=4 * LONGER)
 @given(
     seed=st.integers(0, 999),
     lengths=st.lists(st.integers(0, 20), max_size=2),
@@ -136,8 +140,9 @@ def test_random_backward_on_triton(
     check_backward(case, "triton", torch.float32, 8, scale, p, seed, heads, softcap=softcap, has_sinks=has_sinks)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize(
+    ("family", "dtype", "softcap"), grid(["torch", "triton"], [torch.float16, torch.bfloat16], [0.0, 3.0])
+)
 def test_half_precision(family: str, dtype: torch.dtype, softcap: float) -> None:
     check_forward(family, windows(2, LENGTHS, tail=2), (2, 1), 64, dtype, softcap=softcap, has_sinks=True)
     case = windows(4, [40, 1], 1, is_causal=False)

@@ -24,7 +24,7 @@ from torch import fx
 import hetu
 from hetu.backends.compile import inductor
 from hetu.backends.compile.regions import Region, divide
-from hetu.backends.lower.lowering import lower
+from hetu.backends.lower.module import lower
 from hetu.backends.lower.traced import TRACED
 from hetu.backends.lower.values import MADE_BY
 from hetu.cache import LRU

@@ -1,4 +1,4 @@
-"""What the Gluon family takes, and how its work lists are arranged; its kernels run on a GPU alone."""
+"""What the Gluon family takes, and how its work lists are arranged."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.hostile import LONGER
+from support.longer import LONGER
 from triton.runtime.errors import OutOfResources
 
 from hetu.backends.triton import BackwardTiles, Tile, autotune, kept_tiles

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dense import dense
+from support.longer import LONGER, grid
 from support.varlen_checks import check_forward, run_varlen
 
 import hetu
@@ -23,6 +24,7 @@ lengths = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_random_lengths(backend: str) -> None:
+    @settings(max_examples={"torch": 50, "triton": 10}[backend] * LONGER)
     @given(
         pairs=lengths,
         heads=st.sampled_from([(1, 1), (4, 2), (3, 1)]),
@@ -47,9 +49,9 @@ def test_random_lengths(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "is_causal"), grid(BACKENDS, [torch.float32, torch.bfloat16, torch.float16], [False, True])
+)
 def test_lengths_around_tiles(backend: str, dtype: torch.dtype, is_causal: bool) -> None:
     lens_q, lens_k = [0, 1, 63, 127, 129, 5], [3, 1, 63, 130, 127, 0]
     results, arrays = run_varlen(lens_q, lens_k, dtype=dtype, backend=backend, head_dim=64, is_causal=is_causal)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_cases import Case, cases
+from support.longer import LONGER, grid
 from support.parallel_checks import check_parallel
 from support.plans import KV_METHODS
 from support.varlen_checks import check_gradients
@@ -22,7 +23,7 @@ from hetu.parallel.plan.instructions import Attend
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=120)
+@settings(max_examples=120 * LONGER)
 @given(
     case=cases(return_softmax=False),
     dtype=st.sampled_from([torch.float64, torch.float32]),
@@ -35,26 +36,24 @@ def test_any_strategy_on_torch(case: Case, dtype: torch.dtype, with_lse: bool, h
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=12)
+@settings(max_examples=5 * LONGER)
 @given(case=cases(return_softmax=False), with_lse=st.booleans(), holds_back=st.booleans())
 def test_any_strategy_on_triton(case: Case, with_lse: bool, holds_back: bool) -> None:
     check_parallel(case, "triton", with_lse=with_lse, holds_back=holds_back)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", KV_METHODS)
+@pytest.mark.parametrize(("backend", "split", "method"), grid(["torch", "triton"], SPLITS, KV_METHODS))
 def test_uneven_lengths_in_bfloat16(backend: str, split: str, method: str) -> None:
     case = Case([33, 0, 1, 35], [0] * 4, split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=32)
     check_parallel(case, backend)
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("packing", ["", "1d"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "split", "packing", "dtype"),
+    grid(["torch", "triton"], SPLITS, ["", "1d"], [torch.float32, torch.bfloat16]),
+)
 def test_two_pipelines_that_hold_back(backend: str, split: str, packing: str, dtype: torch.dtype) -> None:
     """Both parts write their gradients into the same memory, and nothing else there."""
     case = Case([35, 34], [0, 0], split, "direct", packing, dtype=dtype, cut=[0.3, 0.4], head_dim=16, heads=(4, 2))

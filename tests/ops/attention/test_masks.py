@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.dense import assert_gradient_near, dropout_of
 from support.dense_masks import Packs, masks
+from support.longer import LONGER
 from support.mask_shapes import SHAPES, TOKENS
 
 import hetu
@@ -129,13 +130,13 @@ def check_problem(problem: dict[str, Any], backend: str) -> None:
     check(packs, results, fed, problem["return_softmax"])
 
 
-@settings(max_examples=120)
+@settings(max_examples=120 * LONGER)
 @given(problem=problems(torch.float64) | problems(torch.float32))
 def test_any_mask_on_torch(problem: dict[str, Any]) -> None:
     check_problem(problem, "torch")
 
 
-@settings(max_examples=12)
+@settings(max_examples=5 * LONGER)
 @given(problem=problems(torch.float32))
 def test_any_mask_on_triton(problem: dict[str, Any]) -> None:
     check_problem(problem, "triton")

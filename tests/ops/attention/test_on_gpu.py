@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from support.attention_cases import METHOD_CHOICES, Case, cases
 from support.devices import CUDA, DEVICES, ON_CUDA
+from support.longer import LONGER
 from support.packs import Pack, assert_right, by_op, heads_of
 from support.parallel_checks import check_case, check_parallel
 from support.varlen_checks import check_forward, check_gradients, run_varlen
@@ -126,14 +127,14 @@ def test_dropout_is_replayed(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@settings(max_examples=60)
+@settings(max_examples=60 * LONGER)
 @given(case=cases())
 def test_any_strategy(case: Case, device: str) -> None:
     check_case(case, "triton", device)
 
 
 @pytest.mark.parametrize("device", [CUDA])
-@settings(max_examples=60)
+@settings(max_examples=60 * LONGER)
 @given(case=cases(return_softmax=False))
 def test_any_strategy_gradients(case: Case, device: str) -> None:
     check_parallel(case, "triton", device)

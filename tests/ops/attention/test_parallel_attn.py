@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.attention_cases import METHOD_CHOICES, Case, cases
+from support.longer import LONGER, grid
 from support.parallel_checks import check_case, lse_rows, run_case
 
 import hetu
@@ -16,23 +17,21 @@ from hetu.parallel import SPLITS
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=150)
+@settings(max_examples=150 * LONGER)
 @given(case=cases())
 def test_any_strategy_on_torch(case: Case) -> None:
     check_case(case, "torch")
 
 
 @pytest.mark.usefixtures("poisoned")
-@settings(max_examples=40)
+@settings(max_examples=10 * LONGER)
 @given(case=cases())
 def test_any_strategy_on_triton(case: Case) -> None:
     check_case(case, "triton")
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("method", METHOD_CHOICES)
+@pytest.mark.parametrize(("backend", "split", "method"), grid(["torch", "triton"], SPLITS, METHOD_CHOICES))
 def test_uneven_lengths_in_bfloat16(backend: str, split: str, method: str) -> None:
     check_case(
         Case([63, 0, 1, 65], [0, 0, 0, 0], split, method, "1d", dtype=torch.bfloat16, cut=[0.5, 0.51], head_dim=64),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_cases import METHOD_CHOICES, Case
+from support.longer import LONGER, grid
 from support.mask_shapes import SHAPES, TOKENS
 from support.parallel_masks import check_masked, masked_cases
 
@@ -22,7 +23,7 @@ from hetu.runtime.ranks.digests import graph_digest
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-@settings(max_examples=80)
+@settings(max_examples=80 * LONGER)
 @given(
     case_and_mask=masked_cases(dtype=torch.float64),
     softcap=st.sampled_from([0.0, 0.0, 0.8]),
@@ -34,7 +35,7 @@ def test_any_mask_under_any_strategy(
     check_masked(*case_and_mask, softcap=softcap, sink_dtype=sink_dtype)
 
 
-@settings(max_examples=4)
+@settings(max_examples=4 * LONGER)
 @given(case_and_mask=masked_cases(), sink_dtype=st.sampled_from([None, torch.float32]))
 def test_any_mask_under_any_strategy_on_triton(
     case_and_mask: tuple[Case, Mask], sink_dtype: torch.dtype | None
@@ -42,9 +43,7 @@ def test_any_mask_under_any_strategy_on_triton(
     check_masked(*case_and_mask, "triton", sink_dtype=sink_dtype)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("method", "split", "dtype"), grid(METHODS, SPLITS, [torch.float32, torch.bfloat16]))
 def test_windows_of_every_split_and_method(split: str, method: str, dtype: torch.dtype) -> None:
     case = Case([7, 0, 12, 5], [0] * 4, split, method, "1d", heads=(4, 2), dtype=dtype, cut=[0.3, 0.4])
     check_masked(case, Mask.window(3, 0), softcap=2.0, sink_dtype=dtype)

@@ -301,7 +301,9 @@ def test_what_is_given_a_group_may_be_named_by_it() -> None:
         == Layout.build([2, 3, 1], GROUPS, batch=[5, 2]).digest()
     )
     custom = {0: [(1, 0, 0, 3, 1)], 7: [(0, 0, 0, 2, 1), (2, 0, 2, 1, 1)]}
-    assert Layout.from_spans(GROUPS, {7: [3], 0: [3]}, custom, is_packed=False).digest() == layout.digest()
+    by_spans = Layout.from_spans(GROUPS, {7: [3], 0: [3]}, custom, is_packed=False)
+    assert str(by_spans) == str(layout)
+    assert by_spans.digest() == Layout.from_spans(GROUPS, [[3], [3]], [custom[0], custom[7]], is_packed=False).digest()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout, sparse_layout
+from support.longer import LONGER
 from support.plans import (
     KV_METHODS,
     attends,
@@ -95,7 +96,7 @@ def test_sparse_documents(method: str, seed: int, mask: Mask, held: bool) -> Non
         proven(plan)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100 * LONGER)
 @given(
     seed=SEEDS, mask=st.sampled_from(MASKS), send_first=st.booleans(), num_buffers=st.integers(1, 3), held=st.booleans()
 )

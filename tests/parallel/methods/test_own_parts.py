@@ -12,8 +12,9 @@ from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout
 from support.plans import holding_back
 
 import hetu
-from hetu.parallel import METHODS, Layout, Mask, build_plan
+from hetu.parallel import METHODS, SPLITS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
+from hetu.parallel.methods import exchange
 from hetu.parallel.plan.parts import Parts, PipelinePlan
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -21,7 +22,17 @@ KINDS = {
     "any split": lambda rng: random_case(rng, longest=9, most=6).layout(),
     "sparse": lambda rng: sparse_layout(rng, most=8),
     "any tokens": lambda rng: random_custom_layout(rng, longest=10),
+    "packed": lambda rng: packed(rng),
 }
+
+
+def packed(rng: np.random.Generator) -> Layout:
+    """A few documents per pipeline, of all lengths, as training has them; cut by any split."""
+    count = int(rng.integers(2, 9))
+    lengths = rng.lognormal(2, 1.3, int(rng.integers(0, 3 * count))).astype(np.int64)
+    each, more = divmod(int(lengths.sum()), count)
+    held = [each + (r < more) for r in range(count)]
+    return Layout.build(held, [0] * count, split=str(rng.choice(list(SPLITS))), cu_seqlens=[0, *lengths.cumsum()])
 
 
 def built(plan: AttnPlan) -> list[int]:
@@ -31,8 +42,17 @@ def built(plan: AttnPlan) -> list[int]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@given(kind=st.sampled_from(list(KINDS)), seed=SEEDS, mask=st.sampled_from(MASKS), held=st.booleans())
-def test_own_parts_are_those_of_the_whole(method: str, kind: str, seed: int, mask: Mask, held: bool) -> None:
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    seed=SEEDS,
+    mask=st.sampled_from(MASKS),
+    held=st.booleans(),
+    cells=st.sampled_from([1, 40, 2**17]),
+)
+def test_own_parts_are_those_of_the_whole(
+    method: str, kind: str, seed: int, mask: Mask, held: bool, cells: int
+) -> None:
+    """Of any layout under any mask, and however large the blocks are in which a member looks at the others."""
     layout = KINDS[kind](np.random.default_rng(seed))
 
     def make() -> AttnPlan:
@@ -44,8 +64,10 @@ def test_own_parts_are_those_of_the_whole(method: str, kind: str, seed: int, mas
         wholes, own = [whole.whole(), whole.backward().whole()], list[list[PipelinePlan]]([[], []])
         for r in range(layout.num_pipelines):
             plan = make()
-            own[1].append(plan.backward().part(r))  # the backward first: it takes of the forward what it needs
-            own[0].append(plan.part(r))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(exchange, "_CELLS", cells)
+                own[1].append(plan.backward().part(r))  # the backward first: it takes of the forward what it needs
+                own[0].append(plan.part(r))
     for plan, parts in zip(wholes, own, strict=True):
         assert dataclasses.replace(plan, pipelines=tuple(parts)).hash() == plan.hash()
 

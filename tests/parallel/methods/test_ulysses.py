@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.layout_cases import MASKS, random_case, random_custom_layout
+from support.longer import LONGER
 from support.plans import refused, with_instructions
 
 import hetu
@@ -71,7 +72,7 @@ def test_rows_in_sequence_order(seed: int, custom: bool) -> None:
             assert np.array_equal(place, layout.columns(r))
 
 
-@settings(max_examples=150)
+@settings(max_examples=150 * LONGER)
 @given(seed=SEEDS, heads=RATIOS, mask=st.sampled_from(MASKS), custom=st.booleans(), columns=st.sampled_from([0, 9]))
 def test_plans_are_proven(seed: int, heads: tuple[int, int], mask: Mask, custom: bool, columns: int) -> None:
     rng = np.random.default_rng(seed)
@@ -252,7 +253,7 @@ def test_waits_in_an_order_that_nobody_can_follow() -> None:
     refused(plan, "deadlock", "wait for each other")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300 * LONGER)
 @given(seed=SEEDS, is_backward=st.booleans())
 def test_nothing_can_be_left_out_or_moved(seed: int, is_backward: bool) -> None:
     """Without any one of its instructions, or with two of them swapped, a plan is refused, or as good as before."""

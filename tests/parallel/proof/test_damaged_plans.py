@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from support.damage import Damager, in_turn
-from support.hostile import LONGER
 from support.layout_cases import MASKS, random_case, random_custom_layout
+from support.longer import LONGER
 from support.plans import holding_back
 
 import hetu

@@ -89,9 +89,9 @@ def test_nothing_is_allocated_for_numbers_that_nobody_holds() -> None:
         damaged = dataclasses.replace(part, buffers=(own, foreign))
         refused(dataclasses.replace(plan, pipelines=(damaged, *plan.pipelines[1:])), f"holds {buffers[0]} rows")
     group = plan.layout.groups[0]
-    pieces = group.pieces.copy()
-    pieces[0] = 2**31
-    layout = Layout([dataclasses.replace(group, pieces=pieces), plan.layout.groups[1]])
+    totals = group.totals.copy()
+    totals[0, -1] = 2**31
+    layout = Layout([dataclasses.replace(group, totals=totals), plan.layout.groups[1]])
     refused(dataclasses.replace(plan, layout=layout), "context group 0 have [2147483648, 4] tokens")
 
 
@@ -103,19 +103,15 @@ def changed_group(**values: Any) -> AttnPlan:
 
 def test_a_layout_that_is_none() -> None:
     group = plan_of().layout.groups[0]
-    assert group.parts is not None
-    start = group.parts.start.copy()
-    start[0, 0] += 1
-    refused(changed_group(parts=dataclasses.replace(group.parts, start=start)), "context group 0 is no layout")
-    refused(changed_group(parts=None), "by parts and by spans")
+    spans = dataclasses.replace(group.spans, start=group.spans.start + 1)
+    refused(changed_group(split=None, custom_spans=spans), "context group 0 is no layout")
+    refused(changed_group(split=None), "by a split and by spans")
+    refused(changed_group(split="halves"), "cut by the split 'halves', which there is not")
+    refused(changed_group(lengths=group.lengths + 1), "lie on it")
     refused(changed_group(index=1), "is number 1")
     refused(changed_group(value=1), "two context groups have one value")
     refused(changed_group(seq_lens=group.seq_lens + 1), "sequences of [4, 5] tokens")
-    refused(changed_group(pieces=group.pieces[:1]), "expected a row per member of 2")
-    first = group.parts.first + 1
-    refused(changed_group(parts=dataclasses.replace(group.parts, first=first)), "don't begin where")
-    length = group.parts.length - 1
-    refused(changed_group(parts=dataclasses.replace(group.parts, length=length)), "one after the other")
+    refused(changed_group(totals=group.totals[:1]), "expected a row per member of 2")
     doubled = Layout(
         [dataclasses.replace(g, members=(0, 1, 2)[: 2 + i]) for i, g in enumerate(plan_of().layout.groups)]
     )

@@ -1,0 +1,147 @@
+"""What an attention costs on a layout by each method that may be taken, and which of them is the cheapest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from hetu.errors import StrategyError
+from hetu.parallel.choice.cost import constant_groups
+from hetu.parallel.choice.counts import counts_of
+from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, loads_of
+from hetu.parallel.choice.numbers import numbers
+from hetu.parallel.choice.work import GroupCounts
+from hetu.parallel.layout.group import GroupLayout
+from hetu.parallel.layout.layout import Layout
+from hetu.parallel.layout.splits import SPLITS
+from hetu.parallel.layout.strategy import Strategy, groups_of
+from hetu.parallel.mask.mask import Mask
+from hetu.parallel.methods import AUTO
+from hetu.parallel.plan.heads import Heads
+from hetu.parallel.views.cost import mask_kind
+from hetu.parallel.views.hardware import Hardware
+
+LOAD_SIZES = len(Load._fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """What a cost depends on, apart from the layout and the hardware.
+
+    Attributes:
+        mask: Which keys a query sees.
+        heads: Widths of a token's row.
+        method: How tokens move, or ``"auto"``.
+    """
+
+    mask: Mask
+    heads: Heads
+    method: str
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that may be taken."""
+        return CANDIDATES if self.method == "auto" else (self.method,)
+
+
+class Pricer:
+    """Finds the cheapest method of one attention on some hardware.
+
+    Args:
+        attention: What it is.
+        hardware: What it runs on.
+        forwards: How many forwards are computed.
+        backwards: How many backwards.
+    """
+
+    def __init__(self, attention: Attention, hardware: Hardware, forwards: int = 1, backwards: int = 0) -> None:
+        kind, self.methods = mask_kind(attention.mask), attention.methods
+        each = [Estimator(attention.heads, kind, hardware, is_backward) for is_backward in (False, True)]
+        self.forward, self.backward = each
+        self.forwards, self.backwards = forwards, backwards
+
+    def price(self, loads: Mapping[str, Sequence[Load]]) -> Price:
+        """The price by the method whose forward takes least time; of equal ones the first."""
+        found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
+        forward, method = min(found, key=_time)
+        own, total = loads[method], NOTHING
+        for _ in range(self.forwards):
+            total = total.plus(forward)
+        if self.backwards:
+            backward = self.backward.of(method, own)
+            for _ in range(self.backwards):
+                total = total.plus(backward)
+        return Price(method, total, max([load.peak for load in own]))
+
+
+class Price(NamedTuple):
+    """What attention costs by the cheapest method that may be taken.
+
+    Attributes:
+        method: The method.
+        estimate: The time of all forwards and backwards.
+        peak_bytes: Most bytes that a pipeline holds at a time in a forward.
+    """
+
+    method: str
+    estimate: Estimate
+    peak_bytes: int
+
+
+def _time(found: tuple[Estimate, str]) -> float:
+    return found[0].time
+
+
+def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
+    """The loads of all groups of a layout, by each method that may be taken.
+
+    Raises:
+        StrategyError: If the layout is a custom one, or the mask has no closed form on it.
+    """
+    groups = [
+        GroupCounts(counts_of(group.pieces, split_of(group), attention.mask), attention.heads)
+        for group in layout.groups
+    ]
+    return loads_of(groups, attention.methods)
+
+
+def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list[Any]:
+    """The loads of a strategy's groups in its symbols, in one list; :func:`read_loads` reads its values.
+
+    Raises:
+        StrategyError: If a group is a symbol, or the mask has no closed form.
+    """
+    lengths = [[[strategy.lengths[r]] for r in members] for members in groups_of(constant_groups(strategy)).values()]
+    groups = [GroupCounts(counts_of(numbers(own), split, attention.mask), attention.heads) for own in lengths]
+    return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load]
+
+
+def read_loads(values: Sequence[int], methods: Sequence[str]) -> dict[str, list[Load]]:
+    """The loads of which :func:`strategy_sizes` gave the sizes."""
+    each, found, at = len(values) // len(methods), {}, 0
+    for method in methods:
+        found[method] = [Load(*values[i : i + LOAD_SIZES]) for i in range(at, at + each, LOAD_SIZES)]
+        at += each
+    return found
+
+
+def split_of(group: GroupLayout) -> str:
+    """A split that lays a group's pieces as they lie.
+
+    Raises:
+        StrategyError: If none does.
+    """
+    if group.split is None:
+        raise StrategyError("a custom layout has no closed form", op="cost", fix="count it from its plan")
+    lies_as = SPLITS[group.split].parts
+    return next(name for name in ("normal", "sym", "stripe") if SPLITS[name].parts == lies_as)
+
+
+def cheapest_method(layout: Layout, mask: Mask, heads: Heads, hardware: Hardware) -> str:
+    """What ``"auto"`` is on a layout; where nothing can be counted, as without hardware, :data:`AUTO`."""
+    attention = Attention(mask, heads, "auto")
+    try:
+        return Pricer(attention, hardware).price(layout_loads(layout, attention)).method
+    except StrategyError:
+        return AUTO
