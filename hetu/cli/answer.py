@@ -73,7 +73,7 @@ def seconds(value: float) -> str:
     return f"{value * 1e6:.2g} µs" if value else "0 s"
 
 
-def sized(count: int) -> str:
+def sized(count: float) -> str:
     """Bytes in words.
 
     Example:
@@ -83,4 +83,4 @@ def sized(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"
-    return f"{count} B"
+    return f"{count:.3g} B"

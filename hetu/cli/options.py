@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from hetu.errors import HetuError
 from hetu.parallel import METHODS, SPLITS, AttnPlan, Hardware, Heads, Layout, Mask, build_plan
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
-PRESETS: dict[str, Callable[[], Hardware]] = {"h100": Hardware.h100}
+PRESETS: dict[str, Callable[[], Hardware]] = {"cpu": Hardware.cpu, "h100": Hardware.h100, "h200": Hardware.h200}
 
 
 def add_lengths(parser: ArgumentParser, default: str | None = None) -> None:
@@ -33,12 +34,13 @@ def add_mask(parser: ArgumentParser) -> None:
     )
 
 
-def add_problem(parser: ArgumentParser) -> None:
-    """What a plan is a function of."""
+def add_problem(parser: ArgumentParser, split: str | None = "balanced") -> None:
+    """What a plan is a function of; ``split`` is the default, None for what ``hetu.plan_batch`` chooses."""
     add_lengths(parser)
     add_mask(parser)
     parser.add_argument("--pipelines", type=positive, required=True, metavar="N", help="pipelines in the context group")
-    parser.add_argument("--split", default="balanced", choices=tuple(SPLITS), help="how tokens are spread (balanced)")
+    spread = f"how tokens are spread over one context group ({split or 'groups and pieces are chosen'})"
+    parser.add_argument("--split", default=split, choices=tuple(SPLITS), help=spread)
     parser.add_argument("--method", default="auto", choices=("auto", *METHODS), help="how keys travel (auto)")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of keys and values (bfloat16)")
     parser.add_argument("--backward", action="store_true", help="the plan of the gradients")
@@ -46,7 +48,7 @@ def add_problem(parser: ArgumentParser) -> None:
 
 def add_hardware(parser: ArgumentParser) -> None:
     """``--hardware``."""
-    parser.add_argument("--hardware", default="h100", metavar="NAME", help=f"{', '.join(PRESETS)} (h100)")
+    parser.add_argument("--hardware", default="h100", metavar="NAME", help=f"{', '.join(PRESETS)} or a file (h100)")
 
 
 def ints(text: str) -> list[int]:
@@ -78,14 +80,17 @@ def mask_of(args: Namespace) -> Mask:
 
 
 def hardware_of(args: Namespace) -> Hardware:
-    """The hardware that ``--hardware`` names.
+    """The hardware that ``--hardware`` names: a preset, or a file that ``hetu.calibrate`` wrote.
 
     Raises:
-        HetuError: If there is none of that name.
+        HetuError: If there is neither, or the file is none of hardware.
     """
-    if args.hardware not in PRESETS:
-        raise HetuError(f"there is no hardware {args.hardware!r}", fix=f"use one of {', '.join(PRESETS)}")
-    return PRESETS[args.hardware]()
+    if args.hardware in PRESETS:
+        return PRESETS[args.hardware]()
+    if not os.path.exists(args.hardware):
+        fix = f"use one of {', '.join(PRESETS)}, or a file that hetu.calibrate(path) wrote"
+        raise HetuError(f"there is no hardware {args.hardware!r}", fix=fix)
+    return Hardware.load(args.hardware)
 
 
 def heads_of(args: Namespace) -> Heads:

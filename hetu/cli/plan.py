@@ -3,31 +3,88 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
 
+from rich.console import RenderableType
 from rich.markup import escape
 
 from hetu.cli.answer import Answer, seconds, sized, table
-from hetu.cli.options import add_hardware, add_problem, hardware_of, plan_of
+from hetu.cli.options import add_hardware, add_problem, hardware_of, heads_of, mask_of, plan_of, positive
+from hetu.parallel import AttnPlan, BatchPlan, Cost, build_plan, plan_batch
 
 
 def add_options(parser: ArgumentParser) -> None:
     """The command's options."""
-    add_problem(parser)
+    add_problem(parser, split=None)
     add_hardware(parser)
+    what = "most tokens per pipeline and micro-batch, where no split is named (twice the even share)"
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help=what)
     parser.add_argument("--output", metavar="FILE", help="writes the picture: .png, .svg or .pdf")
 
 
 def run(args: Namespace) -> Answer:
-    """Builds the plan and prices it."""
-    plan, hardware = plan_of(args), hardware_of(args)
-    cost = plan.cost(hardware)
-    if args.output:
-        plan.visualize(args.output, hardware)
+    """Plans and prices: with one split over all pipelines, or as ``hetu.plan_batch`` chooses."""
+    hardware = hardware_of(args)
+    batch = None if args.split else _batch(args)
+    plans = [plan_of(args)] if batch is None else [_of_micro_batch(args, item.layout) for item in batch.micro_batches]
+    shown: list[RenderableType] = [] if batch is None else [escape(str(batch)), ""]
+    told = []
+    for number, plan in enumerate(plans):
+        cost, picture = plan.cost(hardware), _picture(args.output, number)
+        if picture:
+            plan.visualize(picture, hardware)
+        shown += _shown(plan, cost, args.hardware, picture)
+        told.append(_told(plan, cost, picture))
+    data = {
+        "lengths": args.lengths,
+        "split": args.split,
+        "mask": repr(mask_of(args)),
+        "is_backward": args.backward,
+        "hardware": args.hardware,
+        "batch": None if batch is None else {"groups": batch.groups, "layer_s": max(batch.seconds, default=0.0)},
+        "time_s": sum(item["time_s"] for item in told),
+        "micro_batches": told,
+    }
+    return Answer(data, shown)
+
+
+def _batch(args: Namespace) -> BatchPlan:
+    """What the planner of batches chooses."""
+    heads = heads_of(args)
+    return plan_batch(
+        args.lengths,
+        args.pipelines,
+        hardware_of(args),
+        max_tokens=args.max_tokens or max(1, 2 * -(-sum(args.lengths) // args.pipelines)),
+        num_heads=heads.num_q,
+        num_kv_heads=heads.num_kv,
+        head_dim=heads.head_dim,
+        dtype=args.dtype,
+        mask=mask_of(args),
+    )
+
+
+def _of_micro_batch(args: Namespace, layout: Any) -> AttnPlan:
+    plan = build_plan(layout, method=args.method, mask=mask_of(args), heads=heads_of(args))
+    return plan.backward() if args.backward else plan
+
+
+def _picture(output: str | None, number: int) -> str | None:
+    """The file of a micro-batch's picture: the first one's is the file that was named."""
+    if output is None or number == 0:
+        return output
+    path = Path(output)
+    return str(path.with_stem(f"{path.stem}-{number}"))
+
+
+def _told(plan: AttnPlan, cost: Cost, picture: str | None) -> dict[str, Any]:
+    """A micro-batch for programs."""
     pipelines = [
         {
             "pipeline": r,
+            "group": plan.layout.place(r)[0].value,
             "tokens": plan.layout.rows(r),
-            "documents": len(set(plan.layout.documents(r).tolist())),
             "pairs": plan.pairs(r),
             "flops": cost.flops[r],
             "bytes_sent": plan.bytes_sent(r),
@@ -36,34 +93,32 @@ def run(args: Namespace) -> Answer:
         }
         for r in range(plan.layout.num_pipelines)
     ]
-    data = {
-        "lengths": args.lengths,
+    return {
         "method": plan.method,
-        "split": args.split,
-        "mask": repr(plan.mask),
-        "is_backward": plan.is_backward,
-        "hardware": args.hardware,
+        "summary": plan.summary(),
         "time_s": cost.time,
         "fits": cost.fits,
         "layout": str(plan.layout).splitlines(),
         "pipelines": pipelines,
-        "picture": args.output,
+        "picture": picture,
     }
+
+
+def _shown(plan: AttnPlan, cost: Cost, hardware: str, picture: str | None) -> list[RenderableType]:
+    """A micro-batch for people."""
     rows = [
         [
-            row["pipeline"],
-            f"{row['tokens']:,}",
-            row["documents"],
-            f"{row['pairs']:,}",
-            sized(row["bytes_sent"]),
-            sized(row["peak_bytes"]),
-            seconds(row["finish_s"]),
+            r,
+            plan.layout.place(r)[0].value,
+            f"{plan.layout.rows(r):,}",
+            f"{plan.pairs(r):,}",
+            sized(plan.bytes_sent(r)),
+            sized(cost.peak_bytes[r]),
+            seconds(cost.finish[r]),
         ]
-        for row in pipelines
+        for r in range(plan.layout.num_pipelines)
     ]
-    columns = ("pipeline", "tokens", "documents", "pairs", "sent", "held at most", "done after")
-    verdict = f"predicted on {args.hardware}: {seconds(cost.time)}{'' if cost.fits else '; memory does not suffice'}"
-    shown = [escape(str(plan.layout)), "", escape(plan.summary()), table("", columns, rows), verdict]
-    if args.output:
-        shown.append(f"picture: {escape(args.output)}")
-    return Answer(data, shown)
+    columns = ("pipeline", "group", "tokens", "pairs", "sent", "held at most", "done after")
+    verdict = f"predicted on {hardware}: {seconds(cost.time)}{'' if cost.fits else '; memory does not suffice'}"
+    lines = [escape(str(plan.layout)), "", escape(plan.summary()), table("", columns, rows), escape(verdict)]
+    return [*lines, *([f"picture: {escape(picture)}"] if picture else [])]

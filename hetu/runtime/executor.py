@@ -20,8 +20,8 @@ from hetu.cache import CacheStats
 from hetu.config import settings
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
-from hetu.planning import stages
 from hetu.graph.running import LoadedNames
+from hetu.planning import stages
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared

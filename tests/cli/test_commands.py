@@ -38,12 +38,31 @@ def test_plan_tells_what_the_library_tells(capsys: pytest.CaptureFixture[str], t
     heads = Heads(32, 8, 128, 2)
     plan = build_plan(layout, method="ring", mask=hetu.Mask.window(20, 0), heads=heads)
     cost = plan.cost(Hardware.h100())
-    assert found["layout"] == str(layout).splitlines() and found["time_s"] == cost.time
-    assert [row["pairs"] for row in found["pipelines"]] == [plan.pairs(r) for r in range(3)]
-    assert [row["bytes_sent"] for row in found["pipelines"]] == [plan.bytes_sent(r) for r in range(3)]
+    (told,) = found["micro_batches"]
+    assert told["layout"] == str(layout).splitlines() and found["time_s"] == told["time_s"] == cost.time
+    assert [row["pairs"] for row in told["pipelines"]] == [plan.pairs(r) for r in range(3)]
+    assert [row["bytes_sent"] for row in told["pipelines"]] == [plan.bytes_sent(r) for r in range(3)]
     assert Path(path).read_bytes()[:4] == b"\x89PNG"
     assert plan.summary() in printed(capsys, "plan", *CASE, "--split", "sym", "--method", "ring", "--window", "20,0")
     assert answered(capsys, "plan", *CASE, "--backward")["is_backward"]
+
+
+def test_plan_without_a_split_is_the_planners_choice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    lengths, path = [4000, 32000, 100, 0], tmp_path / "node.json"
+    Hardware.h200().save(path)
+    options = ("--lengths", "4000,32000,100,0", "--pipelines", "8", "--max-tokens", "8192", "--hardware")
+    batch = hetu.plan_batch(lengths, 8, Hardware.h200(), max_tokens=8192)
+    (item,) = batch.micro_batches
+    for name in ("h200", str(path)):
+        found = answered(capsys, "plan", *options, name)
+        assert found["batch"] == {"groups": list(batch.groups), "layer_s": max(batch.seconds)}
+        assert [row["tokens"] for row in found["micro_batches"][0]["pipelines"]] == list(item.lengths)
+    assert str(batch) in printed(capsys, "plan", *options, "h200")
+    small = ("plan", "--lengths", "50,60,70", "--pipelines", "2", "--max-tokens", "45", "--output")
+    found = answered(capsys, *small, str(tmp_path / "plan.svg"))
+    names = [Path(micro_batch["picture"]).name for micro_batch in found["micro_batches"]]
+    assert names == ["plan.svg", *(f"plan-{i}.svg" for i in range(1, len(names)))] and len(names) > 1
+    assert all((tmp_path / name).exists() for name in names)
 
 
 def test_trace_writes_what_the_plan_predicts(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -118,6 +137,7 @@ def test_bench_times_the_same_attention(capsys: pytest.CaptureFixture[str]) -> N
         (("plan", "--lengths", "-3", "--pipelines", "2"), 2, ""),
         (("plan", *CASE, "--hardware", "abacus"), 2, "abacus"),
         (("plan", *CASE, "--mask", "round"), 2, "round"),
+        (("plan", *CASE, "--max-tokens", "9"), 2, "too many"),
         (("plan", *CASE, "--mask", "chunked:4", "--window", "1,1"), 2, "window"),
         (("plan", *CASE, "--heads", "3"), 2, "multiple"),
         (("plan", *CASE, "--output", "plan.doc"), 2, ".png"),

@@ -39,7 +39,7 @@ def draw_layout(layout: Layout) -> str:
                     place = LEFT + begin * scale, y, size * scale, LANE - 2
                     boxes.append((*place, colour_of(pipeline), 0.3 + 0.7 * share))
             y += LANE
-        bounds = group.offsets[1:] if len(group.lengths) <= MOST_BOUNDS else []
+        bounds = group.offsets[1:].tolist() if len(group.lengths) <= MOST_BOUNDS else []
         boxes += [(LEFT + begin * scale - 0.5, top, 1, y - top - 2, "#24292f", 1.0) for begin in bounds]
         if len(group.members) > MOST_LANES:
             texts.append((LEFT, y + 12, f"... and {len(group.members) - MOST_LANES} more pipelines"))
