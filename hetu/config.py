@@ -163,6 +163,9 @@ class config:  # noqa: N801 - used like a function, as torch.no_grad is
     def __init__(self, **changes: Any) -> None:
         self._token = _settings.set(_checked(settings(), changes))
 
+    def __repr__(self) -> str:
+        return f"<hetu.config: {settings()}>"
+
     def __enter__(self) -> Settings:
         return settings()
 

@@ -145,13 +145,13 @@ def _by_graph(
     tokens, dtype, lengths = len(qkv), hetu.as_dtype(str(qkv.dtype).removeprefix("torch.")), [5, 40, 0]
     lengths = [*lengths[: pipelines - 1], tokens - sum(lengths[: pipelines - 1])]
     rows = hetu.IntSymbol("rows")
-    with hetu.graph("define_and_run", device=str(qkv.device)) as g:
+    with hetu.Graph("define_and_run", device=str(qkv.device)) as g:
         x = hetu.placeholder(dtype, [rows, qkv.shape[1]], name="qkv")
         w = hetu.placeholder(dtype, [rows, weight.shape[1]], name="weight")
         cu = hetu.placeholder(hetu.int32, [len(cu_seqlens)], name="cu_seqlens")
         longest = hetu.IntSymbol("longest")
         if is_parallel:
-            given = {"packing": True, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "split": "sym"}
+            given: dict[str, Any] = {"packing": True, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "split": "sym"}
             out = hetu.parallel_attn(x, 64, 2, [lengths], [[0] * pipelines], is_causal=True, **given)[0]
         else:
             q, k, v = hetu.split(x, [256, 128, 128], dim=1)

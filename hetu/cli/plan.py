@@ -120,5 +120,6 @@ def _shown(plan: AttnPlan, cost: Cost, hardware: str, picture: str | None) -> li
     ]
     columns = ("pipeline", "group", "tokens", "pairs", "sent", "held at most", "done after")
     verdict = f"predicted on {hardware}: {seconds(cost.time)}{'' if cost.fits else '; memory does not suffice'}"
-    lines = [escape(str(plan.layout)), "", escape(plan.summary()), table("", columns, rows), escape(verdict)]
+    head = [escape(str(plan.layout)), "", escape(plan.summary())]
+    lines: list[RenderableType] = [*head, table("", columns, rows), escape(verdict)]
     return [*lines, *([f"picture: {escape(picture)}"] if picture else [])]

@@ -94,6 +94,9 @@ class Drawn:
         with open(name, "wb") as file:
             file.write(drawn)
 
+    def __repr__(self) -> str:
+        return f"<hetu.graph {self.name} of {len(self.nodes)} nodes>"
+
     def _repr_html_(self) -> str:
         text = f"<pre>{escape(str(self))}</pre>"
         if len(self.nodes) > MOST_SHOWN or shutil.which("dot") is None:

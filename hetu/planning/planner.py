@@ -104,6 +104,9 @@ class Planner:
         self._own_rows: tuple[Any, frozenset[Tensor]] = (None, frozenset())
         self._chooser = Chooser(graph.num_strategy)
 
+    def __repr__(self) -> str:
+        return f"<Planner of {self.graph.name}>"
+
     def subgraph(self, fetches: Tensor | Sequence[Tensor]) -> Subgraph:
         """What the fetches need.
 

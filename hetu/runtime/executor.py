@@ -87,6 +87,9 @@ class Executor:
         self._executables = Executables()
         self._agreed: AgreedState | None = None
 
+    def __repr__(self) -> str:
+        return f"<Executor of {self.graph.name}: {len(self.executables())} executables>"
+
     def stats(self) -> dict[str, CacheStats]:
         """Counters of the caches: ``executables`` by structure, ``plans`` and ``bindings`` by lengths."""
         planner = self._planner

@@ -174,6 +174,9 @@ class Executable:
     notes: tuple[str, ...] = ()
     buckets: tuple[Bucket, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Executable of {len(self.inputs)} inputs: {'; '.join(self.notes) or 'no attention'}>"
+
     def __str__(self) -> str:
         """The notes, then the module's code."""
         return "\n".join([*(f"# {note}" for note in self.notes), self.module.code.strip()])
