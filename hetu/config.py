@@ -69,6 +69,9 @@ VARIABLES = {
     "HETU_COMPILE": Variable("0, 1", "0", "puts what is not attention through Inductor", "compile"),
     "HETU_DEBUG": Variable("0 to 3", "0", "prints what each stage of a run does and how long it takes", "debug"),
     "HETU_DUMP": Variable("a folder", "none", "is where every new stage writes its text", "dump"),
+    "HETU_HARDWARE": Variable(
+        "a file", "an H100", "is what `hetu.calibrate` wrote: the hardware for which strategies and methods are chosen"
+    ),
     "HETU_AUTOTUNE": Variable("0, 1", "0", "searches for the kernels' tiles at the first call of each kind, on CUDA"),
     "HETU_CACHE_DIR": Variable("a folder", "~/.cache/hetu", "is where the tiles that were found are kept"),
     "HETU_DEVICE_COPIES_MB": Variable(
