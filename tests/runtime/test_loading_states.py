@@ -122,7 +122,7 @@ def refusal_of(model: Trained, state: Any) -> str | None:
 @pytest.mark.parametrize("schedule", ["none", "StepLR", "ReduceLROnPlateau"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_damaged_state_is_refused_whole_or_can_be_trained(kind: str, schedule: str) -> None:
-    """Every part of a state in turn is missing or something else: one of some of the others, or of all with HETU_FUZZ."""
+    """Every part of a state in turn is missing or something else: one of some of them, or of all with HETU_FUZZ."""
     share = 1 if LONGER > 1 else 4
     model = Trained(OPTIMIZERS[kind](schedule=SCHEDULES[schedule]))
     model.step()
