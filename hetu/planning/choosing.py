@@ -159,14 +159,15 @@ class Chooser:
         self._rankings: LRU[Ranking] = LRU(512)
 
     def by_symbols(self, subgraph: Subgraph, symbols: Mapping[IntSymbol, int], chosen: Chosen) -> Ranking | None:
-        """The ranking that symbols alone give; None if they don't.
+        """The ranking that given symbols alone tell; None if they don't.
 
-        With packing it depends on documents, and other masks than windows have no closed form.
+        With packing it depends on documents, other masks than windows have no closed form, and of a symbol that is not
+        given feeds may tell another value than its default.
         """
         sizes = self._sizes.get(subgraph, lambda: _sizes_of(subgraph, self.count))
         if sizes is None:
             return None
-        found = [symbols.get(leaf, leaf.default) for leaf in sizes.leaves]
+        found = [symbols.get(leaf) for leaf in sizes.leaves]
         values = [value for value in found if type(value) is int]
         if len(values) < len(found):
             return None
@@ -186,7 +187,7 @@ class Chooser:
             for plan in (plan for of_node in of_nodes.values() for plan in of_node if isinstance(plan, AttnPlan)):
                 time, peak = plan_price(plan, hardware)
                 times[strategy] += time
-                need = max(need, peak)
+                need = max(need, 0 if plan.is_backward else peak)
             if need > hardware.memory_bytes:
                 ranking.reasons[strategy] = _too_large(need, hardware)
         ranking.order = sorted(times.keys() - ranking.reasons.keys(), key=lambda strategy: (times[strategy], strategy))

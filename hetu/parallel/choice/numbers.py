@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from hetu.symbols import IntSymbol, maximum, minimum
 
 Numbers = NDArray[Any]
-"""int64, or object where the items are ints and symbols."""
+"""int64, or object where the items are symbols, or ints that may be beyond 64 bits."""
 
 
 def numbers(items: Any) -> Numbers:
-    """An array of ints, or of ints and symbols; ints beyond 64 bits stay exact."""
-    found = np.array(items, object)
-    if all(isinstance(item, int) and abs(item) < 2**31 for item in found.flat):
-        return found.astype(np.int64)
-    return found
+    """An array of ints, or of ints and symbols; ints stay exact however large they are."""
+    return np.array(items, object)
 
 
 def larger(a: Any, b: Any) -> Any:
