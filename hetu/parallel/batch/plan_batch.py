@@ -12,7 +12,7 @@ from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.batch.assign import assign
 from hetu.parallel.batch.batch_plan import BatchPlan
 from hetu.parallel.batch.cost import BatchCost, Documents
-from hetu.parallel.batch.finish import Place, finish, joined
+from hetu.parallel.batch.finish import Place, joined
 from hetu.parallel.layout.documents import MAX_TOKENS
 from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.mask import CAUSAL, Mask
@@ -90,8 +90,7 @@ def plan_batch(
     order = np.argsort(-work, kind="stable")
     documents = Documents(tokens[order].tolist(), attention[order].tolist(), work[order].tolist())
     least = cost.least_seconds(documents, pipelines, max_tokens)
-    micro_batches, places = assign(documents, pipelines, max_tokens, cost, least)
-    seconds = finish(documents, places, pipelines, micro_batches, cost)
+    micro_batches, places, seconds = assign(documents, pipelines, max_tokens, cost, least)
     cut = [[r for r, _ in place.pieces] for place in places if len(place.pieces) > 1]
     groups = joined([*cut, *([r] for r in range(pipelines))])
     groups.sort(key=lambda members: (-len(members), members))
@@ -109,7 +108,7 @@ def plan_batch(
 
 
 def _renumbered(place: Place, number: dict[int, int]) -> Place:
-    return Place(place.micro_batch, tuple(sorted((number[r], tokens) for r, tokens in place.pieces)))
+    return Place(place.micro_batch, tuple(sorted([(number[r], tokens) for r, tokens in place.pieces])))
 
 
 def _check_room(lengths: tuple[int, ...], pipelines: int, max_tokens: int) -> None:
