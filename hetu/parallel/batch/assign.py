@@ -151,14 +151,14 @@ class Greedy:
 
     def _whole(self, length: int, work: float) -> Place | None:
         """Puts a document on the pipeline with least to do that has room for it, if that stays below the limit."""
-        heap, passed, found = self.heap, [], None
-        while heap and heap[0][0] + work <= self.limit:
+        heap, rooms, limit, passed, found = self.heap, self.rooms, self.limit, [], None
+        while heap and heap[0][0] + work <= limit:
             seconds, r = heap[0]
-            micro_batch = len(self.rooms) - 1
-            while micro_batch >= 0 and self.rooms[micro_batch][r] < length:
+            micro_batch = len(rooms) - 1
+            while micro_batch >= 0 and rooms[micro_batch][r] < length:
                 micro_batch -= 1
             if micro_batch >= 0:
-                self.rooms[micro_batch][r] -= length
+                rooms[micro_batch][r] -= length
                 heapq.heapreplace(heap, (seconds + work, r))
                 found = Place(micro_batch, ((r, length),))
                 break
