@@ -79,14 +79,13 @@ def _packs(documents: Documents, room: int) -> list[list[int]]:
     packs: list[list[int]] = [[]]
     rooms = [room]
     for d, length in enumerate(documents.lengths):
-        for number, left in enumerate(rooms):
-            if left >= length:
-                break
-        else:
-            number, left = len(rooms), room
+        number = 0
+        while number < len(rooms) and rooms[number] < length:
+            number += 1
+        if number == len(rooms):
             rooms.append(room)
             packs.append([])
-        rooms[number] = left - length
+        rooms[number] -= length
         packs[number].append(d)
     return packs
 
