@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, NamedTuple
 
 from hetu.cache import LRU
@@ -68,6 +69,9 @@ class Explanation:
             times = (choice.estimate.time, choice.estimate.compute, choice.estimate.transfer)
             lines.append((mark, name, choice.method, *map(as_time, times), as_bytes(choice.peak_bytes)))
         return "\n".join([f"estimated for {self.hardware.name or 'the given hardware'}", *as_table(lines, left=3)])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 class _Counted(NamedTuple):
