@@ -63,7 +63,7 @@ def _seconds(
                 came[r] += length - x
                 went[r] += x * others
                 is_cut[r] = True
-    return list(map(cost.seconds, tokens, attention, map(max, came, went), is_cut))
+    return [cost.seconds(tokens[r], attention[r], max(came[r], went[r]), bool(is_cut[r])) for r in range(pipelines)]
 
 
 def joined(sets: Sequence[Sequence[int]]) -> list[list[int]]:
