@@ -14,7 +14,7 @@ from hetu.ops.attention.layout_key import ParallelKey
 from hetu.ops.attention.layout_op import strategy_of
 from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
-from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, read_loads, strategy_sizes
+from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, read_loads, strategy_sizes
 from hetu.parallel.choice.setting import Chosen
 from hetu.parallel.views.report import as_bytes, as_table, as_time
 from hetu.planning.subgraph import Subgraph
@@ -204,7 +204,7 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
         counts = (0, 1) if plan.is_backward else (1, 0)
         attention = Attention(plan.mask, plan.heads, plan.method)
         try:
-            price = Pricer(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
+            price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
             price = _by_clock(plan, hardware)
         plan.memo[key] = price.estimate.time, price.peak_bytes
@@ -216,7 +216,7 @@ def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards
     """What one attention, with so many of its gradients, costs under a strategy."""
     attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
     try:
-        price = Pricer(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
+        price = pricer_of(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
     except StrategyError:
         plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads)
         price = _by_clock(plan, hardware)

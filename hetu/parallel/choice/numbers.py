@@ -48,6 +48,10 @@ def lifted(size: Any) -> Any:
     return np.array([size], object) if isinstance(size, IntSymbol) else size
 
 
+def _is_symbolic(x: Any) -> bool:
+    return x.dtype.char == "O" if isinstance(x, np.ndarray) else isinstance(x, IntSymbol)
+
+
 def _extremum(of_ints: Callable[..., Any], of_symbols: Callable[..., Any], of_arrays: Any) -> Callable[[Any, Any], Any]:
     """Of two numbers, or of each two items of arrays."""
 
@@ -59,8 +63,7 @@ def _extremum(of_ints: Callable[..., Any], of_symbols: Callable[..., Any], of_ar
     def extremum(a: Any, b: Any) -> Any:
         if not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray):
             return pick(a, b)
-        is_symbolic = any(isinstance(x, IntSymbol) or getattr(x, "dtype", None) == np.dtype(object) for x in (a, b))
-        return of_items(lifted(a), lifted(b)) if is_symbolic else of_arrays(a, b)
+        return of_items(lifted(a), lifted(b)) if _is_symbolic(a) or _is_symbolic(b) else of_arrays(a, b)
 
     return extremum
 
