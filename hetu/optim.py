@@ -134,17 +134,18 @@ class Optimizer:
             self._refuse(ShapeError, f"the loss has shape {shape}, expected no dimension", "sum it: hetu.sum(loss)")
         groups = self._groups(loss, parameters)
         params = [item for group in groups for item in group["params"]]
-        # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to say.
-        # The sums are in at least float32: small parts would be lost in bfloat16, and large ones overflow in float16.
-        grads = [
-            self._summed(_widened(grad), param) for grad, param in zip(gradients(loss, params), params, strict=True)
-        ]
         attrs = {
             "optimizer": self,
             "parameters": tuple(item.op.name for item in params),
             "groups": tuple((len(g["params"]), {k: v for k, v in g.items() if k != "params"}) for g in groups),
         }
-        return loss.graph.apply("update", (loss, *grads), attrs, name)[0]
+        with loss.graph.all_or_nothing():
+            # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to
+            # say. The sums are in at least float32: small parts would be lost in bfloat16, and large ones overflow in
+            # float16.
+            pairs = zip(gradients(loss, params), params, strict=True)
+            grads = [self._summed(_widened(grad), param) for grad, param in pairs]
+            return loss.graph.apply("update", (loss, *grads), attrs, name)[0]
 
     def _summed(self, grad: Tensor, param: Tensor) -> Tensor:
         """A gradient's sum over the pipelines, or the part of it that each rank keeps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import reduce
 from typing import Any, NoReturn
 
@@ -53,7 +54,8 @@ def gradients(
     weights = [None] * len(targets) if grad_ys is None else _several(grad_ys, "grad_ys")
     if len(weights) != len(targets):
         _refuse(ShapeError, f"{len(weights)} grad_ys for {len(targets)} ys", "give one a y, or None for ones")
-    with no_autocast(), outside_of_scopes():
+    whole = targets[0].graph.all_or_nothing() if targets else nullcontext()
+    with whole, no_autocast(), outside_of_scopes():
         seeds = [(y, _seed(y, weight)) for y, weight in zip(targets, weights, strict=True)]
         nodes = live_nodes(targets)
         again = Recomputation(nodes, targets, weights)

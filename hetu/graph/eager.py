@@ -101,6 +101,11 @@ class EagerValues:
         """Keeps the values of new tensors."""
         self._values.update(zip(outputs, values, strict=True))
 
+    def forget(self, outputs: Sequence[Tensor]) -> None:
+        """Drops the values of tensors that are taken back."""
+        for item in outputs:
+            self._values.pop(item, None)
+
     def __getitem__(self, tensor: Tensor) -> Any:
         """The value of a tensor, which nobody may change."""
         return self._values[tensor]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where,
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.drawing import Drawn
 from hetu.graph.eager import EagerValues, check_eager
+from hetu.graph.names import Names
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
@@ -86,9 +88,8 @@ class Graph(Running, Drawn):
         self.nodes: list[Node] = []
         self.constraints: list[Constraint] = []
         self.listing: Node | None = None
-        self._names: set[str] = set()
+        self._names = Names()
         self._found: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
         self.eager = EagerValues(self._small_graph) if self.kind == "eager" else None
         if self.eager is not None:
             check_eager(self.num_strategy, self.strategies)
@@ -131,11 +132,17 @@ class Graph(Running, Drawn):
         """
         definition, where = find_op(op), caller()
         given = tuple([self._operand(item, place, definition, where) for place, item in enumerate(inputs)])
-        operands = self._autocast(definition, given)
-        chosen = (None if name is None else text(name, "name", op=op)) or self._free_name(op)
-        call = Call(self, op, chosen, operands, dict(attrs or {}), where)
+        with self.all_or_nothing():
+            return self._apply(definition, self._autocast(definition, given), dict(attrs or {}), name, where)
+
+    def _apply(
+        self, definition: OpDef, operands: tuple[Operand, ...], attrs: dict[str, Any], name: str | None, where: Where
+    ) -> tuple[Tensor, ...]:
+        op = definition.name
+        chosen = (None if name is None else text(name, "name", op=op)) or self._names.free(op)
+        call = Call(self, op, chosen, operands, attrs, where)
         if call.name in self._names:
-            call.fail(HetuError, f"the graph has a node named {name!r} already", "give another name")
+            call.fail(HetuError, f"the graph has a node or a tensor named {name!r} already", "give another name")
         specs = definition.infer(call)
         node = Node(self, len(self.nodes), definition, operands, call.attrs, call.name, where)
         node.symbols, node.constraints = call.symbols, tuple(call.constraints)
@@ -144,13 +151,33 @@ class Graph(Running, Drawn):
         elif (now := building.get()) is not NOWHERE:
             node.scopes, node.backward = now
         node.outputs = tuple(self._output(node, spec, i, len(specs)) for i, spec in enumerate(specs))
+        for item in node.outputs:
+            if item.name in self._names:
+                call.fail(
+                    HetuError, f"the graph has a node or a tensor named {item.name!r} already", "give another name"
+                )
         if self.eager is not None:
             self.eager.keep(node.outputs, values)
-        self._names.add(call.name)
+        self._names.take(node.names)
         self.nodes.append(node)
         if definition.lists_strategies and self.listing is None:
             self.listing = node
         return node.outputs
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """A block after an error in which the graph has none of the nodes that were added in the block."""
+        count, listing = len(self.nodes), self.listing
+        try:
+            yield
+        except BaseException:
+            added, self.listing = self.nodes[count:], listing
+            del self.nodes[count:]
+            for node in added:
+                self._names.release(node.names)
+                if self.eager is not None:
+                    self.eager.forget(node.outputs)
+            raise
 
     def _small_graph(self) -> Graph:
         """An empty graph that runs where this one does."""
@@ -158,11 +185,11 @@ class Graph(Running, Drawn):
 
     def _clone(self, node: Node, inputs: tuple[Operand, ...], backward: Hashable) -> Node:
         """Adds a node that computes another one again, for a backward, from the same values in other tensors."""
-        name = self._free_name(f"{node.name}.again")
+        name = self._names.free(f"{node.name}.again")
         clone = replace(node, id=len(self.nodes), inputs=inputs, name=name, scopes=(), original=node, backward=backward)
         specs = [TensorSpec(item.dtype, item.symbolic_shape, item.on_cpu) for item in node.outputs]
         clone.outputs = tuple(self._output(clone, spec, i, len(specs)) for i, spec in enumerate(specs))
-        self._names.add(name)
+        self._names.take(clone.names)
         self.nodes.append(clone)
         return clone
 
@@ -199,11 +226,6 @@ class Graph(Running, Drawn):
             what = f"{constraint} never holds"
             raise ShapeError(what, op="require", where=place, fix="change the ranges of the symbols")
         self.constraints.append(constraint.because("", op_name="require", where=place))
-
-    def _free_name(self, op: str) -> str:
-        while (name := f"{op}_{self._counts.get(op, 0)}") in self._names:
-            self._counts[op] = self._counts.get(op, 0) + 1
-        return name
 
     def _operand(self, item: Any, place: int, definition: OpDef, where: Where) -> Operand:
         if isinstance(item, Tensor) and item.graph is self and item.op.role is not Role.UPDATE:

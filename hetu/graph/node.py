@@ -60,6 +60,11 @@ class Node:
         return tuple(item for item in self.inputs if isinstance(item, Tensor))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Its own name, and those of its outputs."""
+        return (self.name, *(item.name for item in self.outputs))
+
+    @property
     def role(self) -> Role:
         """What the node is to a run."""
         return self.definition.role

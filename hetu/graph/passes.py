@@ -92,15 +92,16 @@ def verify(graph: Graph) -> None:
             raise HetuError(
                 f"node {node.name} is not at its place {node.id}", op=node.definition.name, where=node.where
             )
-        if node.name in names:
-            raise HetuError(f"two nodes are named {node.name}", op=node.definition.name, where=node.where)
+        if twice := names.intersection(node.names):
+            what = f"two nodes or tensors are named {min(twice)}"
+            raise HetuError(what, op=node.definition.name, where=node.where)
         for tensor in node.tensors:
             if tensor not in made:
                 raise HetuError(
                     f"{node.name} uses {tensor.name} before it is made", op=node.definition.name, where=node.where
                 )
         _check_outputs(node)
-        names.add(node.name)
+        names.update(node.names)
         made.update(node.outputs)
 
 

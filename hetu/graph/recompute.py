@@ -193,7 +193,7 @@ class Recomputation:
                 needed.append(node)
                 read.update(node.tensors)
             else:
-                self._graph._names.remove(node.name)
+                self._graph._names.release(node.names)
         for node in reversed(needed):
             node.id = len(self._graph.nodes)
             self._graph.nodes.append(node)

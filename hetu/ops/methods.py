@@ -194,9 +194,14 @@ def getitem(x: Tensor, key: Any) -> Tensor:
         ShapeError: If there are more entries than dimensions, an entry is none of these, or a bound does not fit. Every
             run checks what only the symbols' values decide.
     """
+    with x.graph.all_or_nothing():
+        return _parts(x, _entries(x, key))
+
+
+def _parts(x: Tensor, entries: Sequence[Any]) -> Tensor:
     sizes: list[Dim] = []
     dim = 0
-    for entry in _entries(x, key):
+    for entry in entries:
         if entry is None:
             sizes.append(1)
             continue

@@ -14,7 +14,7 @@ from hetu.ops.common.build import broadcast, build, output, result_type, tensor
 from hetu.ops.common.elementwise import Operand, Pointwise, check_fits
 from hetu.ops.common.gradients import single, unbroadcast, zeros_like
 from hetu.ops.common.samples import eighths, not_zero, whole_numbers
-from hetu.ops.compare import gt, le, lt
+from hetu.ops.compare import ge, gt, le, lt
 from hetu.ops.sources import placeholder
 
 __all__ = ["abs", "clamp", "floor", "round"]
@@ -119,9 +119,9 @@ class Clamp(OpDef):
         def of_x() -> Tensor:
             inner = grad
             if low is not None:
-                inner = where(lt(x, low), 0.0, inner)
+                inner = where(ge(x, low), inner, 0.0)  # 0 for a NaN, too, as torch has it
             if high is not None:
-                inner = where(gt(x, high), 0.0, inner)
+                inner = where(le(x, high), inner, 0.0)
             return unbroadcast(inner, x)
 
         def of_low() -> Tensor:

@@ -44,7 +44,9 @@ def difference_of(a: Any, b: Any) -> Any:
         parts = [plain[part] for part in item.args]
         if isinstance(item, IntFunction):  # sympy's expand doesn't look into it
             parts = [sympy.expand(part) for part in parts]
-        if isinstance(item, Mod):
+        if isinstance(item, (Mod, FloorDiv)) and parts[1] == 0:  # it has no value, which is for runs to say
+            plain[item] = item
+        elif isinstance(item, Mod):
             plain[item] = subtract(parts[0], multiply(parts[1], floor_where_defined(*parts)))
         elif isinstance(item, FloorDiv):
             plain[item] = floor_where_defined(*parts)

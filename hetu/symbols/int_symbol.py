@@ -232,6 +232,14 @@ class IntSymbol:
         quotient = other // self
         return NotImplemented if quotient is NotImplemented else (quotient, other % self)
 
+    def __pow__(self, exponent: int) -> Any:
+        number = int_of(exponent)
+        if number is None and not isinstance(exponent, (IntSymbol, Number)):
+            return NotImplemented  # a tensor knows how to be an exponent
+        if number is None or number < 0:
+            raise TypeError(f"{self} ** {exponent}: expected a whole exponent of at least 0")
+        return IntSymbol.from_expr(self.expr**number)
+
     def __neg__(self) -> IntSymbol:
         return -1 * self
 

@@ -35,7 +35,12 @@ def names_of(leaves: Iterable[Leaf]) -> dict[Leaf, str]:
 def _identifier(name: str) -> str:
     """A name as Python takes one; dots stay, as in ``parallel_attn_0.batch``, which is told apart by them."""
     parts = [re.sub(r"\W", "_", part) for part in name.split(".")]
-    return ".".join(part if part.isidentifier() and not iskeyword(part) else f"_{part}" for part in parts)
+    return ".".join(f"_{part}" if _is_taken(part) else part for part in parts)
+
+
+def _is_taken(name: str) -> bool:
+    """Whether a name is none for an unknown: ``max`` and ``min`` are functions in texts."""
+    return not name.isidentifier() or iskeyword(name) or name in ("max", "min")
 
 
 def text_of(expr: Any, names: Mapping[Leaf, str] | None = None) -> str:

@@ -183,13 +183,61 @@ def test_foreign_tensors_are_refused() -> None:
 def test_names_are_unique() -> None:
     with hetu.graph("define_and_run") as g:
         x = hetu.placeholder("float32", [1], name="x")
-        with pytest.raises(hetu.HetuError, match=r"\[silu\] the graph has a node named 'x' already"):
+        with pytest.raises(hetu.HetuError, match=r"\[silu\] the graph has a node or a tensor named 'x' already"):
             hetu.silu(x, name="x")
         hetu.silu(x, name="silu_0")
         hetu.silu(x, name="silu_2")
         made_up = [hetu.silu(x).name for _ in range(3)]
     assert made_up == ["silu_1", "silu_3", "silu_4"]
     assert len({node.name for node in g.nodes}) == len(g.nodes) == 6
+
+
+def test_no_tensor_has_another_ones_name() -> None:
+    with hetu.graph("define_and_run") as g:
+        x = hetu.placeholder("float32", [3], name="order.values")
+        with pytest.raises(hetu.HetuError, match=r"\[sort\] the graph has a node or a tensor named 'order.values' al"):
+            hetu.sort(x, name="order")
+        hetu.placeholder("float32", [3], name="sort_0.indices")
+        assert hetu.sort(x)[1].name == "sort_1.indices"  # a name that is made up is another one
+        with pytest.raises(hetu.HetuError, match=r"'sort_1\.values' already"):
+            hetu.abs(x, name="sort_1.values")
+    assert [node.name for node in g.nodes] == ["order.values", "sort_0.indices", "sort_1"]
+    assert g.find("order.values") is x
+    g.verify()
+    g.nodes[1].outputs[0].name = "order.values"
+    with pytest.raises(hetu.HetuError, match=r"two nodes or tensors are named order\.values"):
+        g.verify()
+
+
+@pytest.mark.parametrize("kind", ["define_and_run", "eager"])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda x, y: x[1:, 9],  # after a slice
+        lambda x, y: hetu.gradients(y, x),  # after the gradient of y
+        lambda x, y: hetu.matmul(x, x),  # after casts
+    ],
+)
+def test_what_is_refused_on_the_way_is_taken_back(kind: str, refused: Callable[..., Any]) -> None:
+    with hetu.graph(kind, device="cpu") as g, hetu.autocast("bfloat16"):
+        x = hetu.constant([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], name="x")
+        y = hetu.sum(x.int().float() * 2.0)
+        before = list(g.nodes)
+        with pytest.raises(hetu.HetuError):
+            refused(x, y)
+        assert g.nodes == before
+        assert (x * 2.0).name == "mul_1"
+    g.verify()
+
+
+def test_a_refused_minimize_leaves_no_gradients() -> None:
+    with hetu.graph("define_and_run") as g:
+        w = hetu.parameter(1.0, [2], name="w")
+        loss = hetu.sum(w * w)
+        before = list(g.nodes)
+        with pytest.raises(hetu.HetuError, match="named 'w' already"):
+            hetu.optim.SGD(lr=0.1).minimize(loss, name="w")
+        assert g.nodes == before
 
 
 def test_a_refused_op_leaves_the_graph_as_it_was() -> None:
@@ -419,7 +467,7 @@ def one_output_less(g: Graph) -> None:
         (other_dtype, r"Tensor\(y: float16\[s, 2\]\) should be float32\[s, 2\]"),
         (other_shape, r"should be float32\[s, 2\]"),
         (other_attribute, r"should be float32\[2\]"),
-        (same_name, "two nodes are named x"),
+        (same_name, "two nodes or tensors are named x"),
         (foreign_node, "is not at its place"),
         (foreign_input, "before it is made"),
         (one_output_less, "y has 0 outputs, not 1"),

@@ -426,3 +426,17 @@ def test_second_derivatives(name: str) -> None:
         return dx * dx
 
     check(Case(twice, twice_in_torch, [(3, 5)], positive=name in OF_POSITIVE), ["float64"], torch.float64)
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-1.0, None), (None, 1.0), (float("nan"), None), (1.0, -1.0)])
+@pytest.mark.parametrize("tensors", [False, True])
+def test_clamp_passes_no_gradient_to_nan(bounds: tuple[float | None, float | None], tensors: bool) -> None:
+    values = torch.tensor([float("nan"), float("inf"), -1.0, 0.5, 1.0, -2.0], dtype=torch.float64)
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder("float64", [6], name="x")
+        low, high = (hetu.full([6], b, "float64") if tensors and b is not None else b for b in bounds)
+        dx = hetu.gradients(hetu.sum(hetu.clamp(x, low, high)), x)
+    leaf = values.clone().requires_grad_()
+    limits = [torch.full([6], b, dtype=torch.float64) if tensors and b is not None else b for b in bounds]
+    torch.clamp(leaf, *limits).sum().backward()  # type: ignore[arg-type]
+    assert torch.equal(g.run(dx, {x: values}), leaf.grad)  # type: ignore[arg-type]

@@ -219,3 +219,25 @@ def test_extrema_of_nothing() -> None:
     for function in (hetu.maximum, hetu.minimum):
         with pytest.raises(TypeError, match="at least one value"):
             function()
+
+
+def test_a_text_is_python_that_makes_the_symbol_again() -> None:
+    a, b = IntSymbol("max"), IntSymbol("b")
+    for symbol in (a**2 * b, (a * b) ** 3 - b // 2, hetu.maximum(a, b) + hetu.minimum(a, 3) % 7, b**0 + b):
+        names = {"_max": a, "b": b, "max": hetu.maximum, "min": hetu.minimum}
+        assert eval(str(symbol), names) == symbol
+        values = {"_max": 5, "b": 7, "max": max, "min": min}
+        assert eval(str(symbol), values) == symbol.evaluate({a: 5, b: 7})
+
+
+@pytest.mark.parametrize("exponent", [-1, 0.5, True, IntSymbol("e")])
+def test_a_power_has_a_whole_exponent(exponent: Any) -> None:
+    with pytest.raises(TypeError, match="a whole exponent of at least 0"):
+        IntSymbol("s") ** exponent
+
+
+def test_what_has_no_value_is_not_compared() -> None:
+    s, t = IntSymbol("s"), IntSymbol("t")
+    for nothing in (t // (s % s), t % (s % s), (s % s) // (s - s // 1 + s % s)):
+        with pytest.raises(hetu.UnboundSymbolError, match="known only when the graph runs"):
+            bool(nothing < 3)
