@@ -16,11 +16,12 @@ from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import CAUSAL, Mask
-from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
+from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
+from hetu.parallel.topology import Topology
 from hetu.parallel.views import report
 from hetu.parallel.views.cost import Cost, predict
 from hetu.parallel.views.hardware import Hardware
@@ -230,7 +231,8 @@ def build_plan(
     spec = _spec(layout, mask, heads, topology)
     for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
         mask.bands(group.lengths, group.lengths)
-    return AttnPlan(layout, name, mask, heads, Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec)))
+    parts = Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec))
+    return AttnPlan(layout, name, mask, heads, parts, topology=topology)
 
 
 def _forward(layout: Layout, method: Method, spec: AttnSpec, pipelines: Sequence[int]) -> Iterator[PipelinePlan]:
