@@ -10,7 +10,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from hetu.arguments import flag, shown
+from hetu.arguments import flag, integers, shown
 from hetu.errors import HetuError, caller
 
 BACKENDS = ("gluon", "triton", "torch")
@@ -31,12 +31,15 @@ class Settings:
             torch code in other threads finds it on as well as long as such a run lasts.
         compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a
             structure, for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
+        hosts: The host of each pipeline's rank, for ``method="hierarchical"``: pipeline r is on that of entry
+            ``r % len(hosts)``. None if all share one. All ranks have to set the same.
     """
 
     backend: str | None = None
     verify_plans: bool = False
     deterministic: bool = False
     compile: bool = False
+    hosts: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,7 +89,11 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
         if name not in known:
             raise HetuError(f"there is no setting {name!r}", where=caller(), fix=f"use one of {', '.join(known)}")
-        if name != "backend":
+        if name == "hosts":
+            changes[name] = None if value is None else tuple(integers(value, name, op="config"))
+            if changes[name] == ():
+                raise HetuError("hosts names no host", op="config", where=caller(), fix="leave it out, or say None")
+        elif name != "backend":
             changes[name] = flag(value, name, op="config")
         elif value is not None and not (isinstance(value, str) and value in BACKENDS):
             names = ", ".join(BACKENDS)

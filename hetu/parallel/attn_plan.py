@@ -112,13 +112,14 @@ class AttnPlan(PlanData):
 
         Args:
             hardware: What it runs on.
-            topology: Which pipelines share a host; None if all do.
+            topology: Which pipelines share a host; None for those that the plan was built for.
 
         Raises:
             PlanError: If the plan deadlocks.
             StrategyError: If the topology is one of another number of pipelines.
         """
-        hosts = None if topology is None else _fitting(topology, len(self.pipelines)).hosts
+        known = self.topology if topology is None else _fitting(topology, len(self.pipelines))
+        hosts = None if known is None else known.hosts
         return predict(self, _checked(hardware), hosts)
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:

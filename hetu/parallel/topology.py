@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetu.arguments import integers
@@ -36,3 +37,13 @@ class Topology:
     def shares_host(self, one: int, other: int) -> bool:
         """Whether two pipelines share a host."""
         return self.hosts[one] == self.hosts[other]
+
+
+def topology_of(hosts: Sequence[int] | None, num_pipelines: int) -> Topology | None:
+    """Which pipelines share a host, from the hosts of ranks, see ``hetu.config(hosts=...)``; None if nothing is said.
+
+    Example:
+        >>> topology_of((0, 1), 3)
+        Topology(hosts=(0, 1, 0))
+    """
+    return None if hosts is None else Topology(tuple([hosts[r % len(hosts)] for r in range(num_pipelines)]))

@@ -7,12 +7,12 @@ from owner to receiver. Relays are members that have the same place in their hos
 of a host's links are used alike. A group that lies on one host is planned by ``direct``.
 
 There is a buffer for each *distance*, the number of hosts from the owner's to the receiver's, which is attended to at
-once; distance 0 is the own host. What came from distance d + 1 is passed on before distance d is attended to, so that
-both overlap.
+once; distance 0 is the own host. What came from distance d + 1 is passed on before distance d is attended to, and what
+comes from distance d + 2 sets out, so that all three overlap.
 
 It can't deadlock (see :mod:`hetu.parallel.methods.method`): the common order goes stage by stage. First all members
-post what travels straight, in one batch; then they attend to their own rows; then there are, distance by distance, the
-stages in which they pass on rows, attend, and move gradients. Every stage has one batch at most, and both ends of each of
+post what travels straight over distances 0 and 1; then they attend to their own rows; then there are, distance by
+distance, the stages in which they post what travels on, attend, and move gradients. Every stage has one batch at most, and both ends of each of
 its transfers are in it, for distances and relays are known to all. A wait for what was posted in a stage belongs to a
 later one, or stands behind that stage's batch with nothing that packs or computes between. So when a stage begins, both
 ends of all that was posted before are posted.
@@ -52,31 +52,23 @@ def hierarchical(group: GroupLayout, who: slice, spec: AttnSpec) -> list[Pipelin
     first = routes.first(who)
     tables = reach.tables(first, routes.cells)
     landed, straight = cut_runs(routes.cells, routes.lands[who]), routes.sent(who)
-    parts = []
     R = len(group.members)
+    parts = []
     for i, member in enumerate(range(who.start, who.stop)):
         part = PartBuilder(group, member, spec, reach.spans[i])
-        near = _near(routes, member)
-        offsets = _offsets(routes, member, near)
-        relayed = routes.relayed(member, first[i], offsets)
-        buffers = {d: number for number, d in enumerate([d for d, owners in enumerate(near) if owners], 1)}
-
-        for d, owners in enumerate(near):
-            for c in owners:
-                if routes.is_straight[member, c]:
-                    part.receive(c, buffers[d], routes.rows[member][c], offsets[c])
-        order = sorted(around(R, member, 1), key=lambda r: hosts.distance(member, r))
-        part.send_all([(r, straight[r][i]) for r in order if straight[r][i].rows])
+        build = _Member(part, routes, first[i], [straight[r][i] for r in range(R)])
+        for d in (1, 0):  # the slow links first
+            build.post(d)
         part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
-        for d, owners in enumerate(near):
-            if d + 1 < len(near):
-                _pass_on(part, routes, near[d + 1], buffers.get(d + 1, 0), offsets, relayed)
+        for d, owners in enumerate(build.near):
+            build.pass_on(d + 1)
             for c in owners:
                 if d == 0 or not routes.is_straight[member, c]:
                     part.wait_for(*routes.way(member, c))
             if owners:
-                table = joined([tables[i * R + c] for c in owners], [offsets[c] for c in owners], part.spans)
-                part.attend(buffers[d], table, [(c, landed[i][c]) for c in owners])
+                offsets = [build.offsets[c] for c in owners]
+                table = joined([tables[i * R + c] for c in owners], offsets, part.spans)
+                part.attend(build.buffers[d], table, [(c, landed[i][c]) for c in owners])
         parts.append(part.finish())
     return parts
 
@@ -161,43 +153,54 @@ class _Routes:
         return self.hosts.relay(owner, self.hosts.of_member[receiver]), 1 + owner
 
 
-def _near(routes: _Routes, member: int) -> list[list[int]]:
-    """The owners whose rows land on a member, by distance."""
-    near: list[list[int]] = [[] for _ in routes.hosts.members]
-    for c in around(len(routes.cells), member, -1):
-        if routes.rows[member][c]:
-            near[routes.hosts.distance(c, member)].append(c)
-    return near
+class _Member:
+    """Posts what one member sends and receives, distance by distance.
 
+    Attributes:
+        near: The owners whose rows land on it, by distance.
+        offsets: The row of its buffer at which what lands of each of these begins.
+        buffers: The buffer of each distance at which there are any.
+    """
 
-def _offsets(routes: _Routes, member: int, near: list[list[int]]) -> dict[int, int]:
-    """The row of its buffer at which what lands of each owner begins."""
-    offsets = {}
-    for owners in near:
-        begin = 0
-        for c in owners:
-            offsets[c] = begin
-            begin += routes.rows[member][c]
-    return offsets
+    def __init__(self, part: PartBuilder, routes: _Routes, first: IntArray, straight: list[Runs]) -> None:
+        self.part, self.routes, self.straight = part, routes, straight
+        member, hosts = part.member, routes.hosts
+        self.near: list[list[int]] = [[] for _ in hosts.members]
+        self.offsets: dict[int, int] = {}
+        begins = [0] * len(hosts.members)
+        for c in around(len(straight), member, -1):
+            if rows := routes.rows[member][c]:
+                d = hosts.distance(c, member)
+                self.near[d].append(c)
+                self.offsets[c], begins[d] = begins[d], begins[d] + rows
+        self.buffers = {d: number for number, d in enumerate([d for d, rows in enumerate(begins) if rows], 1)}
+        self.relayed = routes.relayed(member, first, self.offsets)
 
+    def post(self, d: int) -> None:
+        """Posts what travels straight over a distance; receives first, for a send from a buffer keeps others off it."""
+        member, hosts = self.part.member, self.routes.hosts
+        if d >= len(self.near):
+            return
+        for c in self.near[d]:
+            if self.routes.is_straight[member, c]:
+                self.part.receive(c, self.buffers[d], self.routes.rows[member][c], self.offsets[c])
+        targets = [r for r in around(len(self.straight), member, 1) if hosts.distance(member, r) == d]
+        self.part.send_all([(r, self.straight[r]) for r in targets if self.straight[r].rows])
 
-def _pass_on(
-    part: PartBuilder,
-    routes: _Routes,
-    owners: list[int],
-    buffer: int,
-    offsets: dict[int, int],
-    relayed: list[tuple[int, int, Runs]],
-) -> None:
-    """A relay waits for what owners sent, and passes it on; the others get what is passed on."""
-    for c in owners:
-        if routes.is_straight[part.member, c]:
-            part.wait_for(c)
-    # By owner's number, as whoever sends them: messages between two pipelines have one order.
-    for c in sorted(owners):
-        if not routes.is_straight[part.member, c]:
-            relay, hop = routes.way(part.member, c)
-            part.receive(relay, buffer, routes.rows[part.member][c], offsets[c], hop)
-    for c, receiver, runs in sorted(relayed, key=lambda sent: sent[:2]):
-        if c in owners:
-            part.send(receiver, buffer, runs, 1 + c)
+    def pass_on(self, d: int) -> None:
+        """A relay waits for what owners sent over a distance and passes it on; others get that. Then the next one."""
+        if d >= len(self.near):
+            return
+        member, is_straight = self.part.member, self.routes.is_straight
+        for c in self.near[d]:
+            if is_straight[member, c]:
+                self.part.wait_for(c)
+        self.post(d + 1)
+        # By owner's number, as whoever sends them: messages between two pipelines have one order.
+        for c in sorted(self.near[d]):
+            if not is_straight[member, c]:
+                relay, hop = self.routes.way(member, c)
+                self.part.receive(relay, self.buffers[d], self.routes.rows[member][c], self.offsets[c], hop)
+        for c, receiver, runs in sorted(self.relayed, key=lambda sent: sent[:2]):
+            if c in self.near[d]:
+                self.part.send(receiver, self.buffers[d], runs, 1 + c)

@@ -3,7 +3,9 @@
 What was received is computed of, and what was sent is got back, by the same transfers the other way round. Distance by
 distance: after an attend a member sends the gradients of what was passed to it to who passed it on, and of what came
 straight from its own host to the owner. One stage later the relay adds up what it got, and sends the sums to the owners
-in other hosts; the owners add them to their own. So gradients travel while the next distance is attended to.
+in other hosts; the owners add them to their own. So gradients travel while the next distance is attended to. The own
+host comes last, for its gradients take the shortest way, and those of the last attend travel while nobody computes; of
+two hosts it comes first, for nothing else hides the rows of the other one.
 """
 
 from __future__ import annotations
@@ -76,10 +78,15 @@ class BackwardBuilder:
     def build(self) -> PipelinePlan:
         """The part."""
         self._read_forward()
-        self.instructions += self.steps["start", 0]
-        for d in range(len(self.hosts.members) + 2):
-            self.instructions += self.steps["pass on", d + 1] + self.steps["attend", d]
-            self._move(d)
+        self.instructions += self.steps["start", 0] + self.steps["pass on", 1]
+        last = before = -1
+        # Two stages more, at no distance, in which the last gradients go on and come home.
+        count = len(self.hosts.members)
+        for d in (*((0, 1) if count == 2 else (*range(1, count), 0)), -1, -1):
+            self.instructions += self.steps["pass on", d + 1] if d > 0 else []
+            self.instructions += self.steps["attend", d]
+            self._move(d, last, before)
+            last, before = d, last
         self.instructions += self.steps["end", 0]
         buffers = [shard(self.forward.rows, self.heads, is_backward=True)]
         buffers += [Buffer(buffer.rows, buffer.heads, _FOREIGN) for buffer in self.forward.buffers[1:]]
@@ -112,7 +119,7 @@ class BackwardBuilder:
             self.near[d].out.append(home)
             return ("pass on", d), ("attend", d)
         (self.far if d else self.near)[d].out.append(home)
-        return ("start", 0), ("pass on", d) if d else ("attend", 0)
+        return _posted(d), ("pass on", d) if d else ("attend", 0)
 
     def _send(self, item: Send) -> _Stage:
         """The stage of a send."""
@@ -125,19 +132,19 @@ class BackwardBuilder:
             return "pass on", d
         d = self.hosts.distance(self.member, self.members[item.peer])
         (self.far if d else self.near)[d].back.append(home)
-        return "start", 0
+        return _posted(d)
 
-    def _move(self, d: int) -> None:
-        """What follows the attend to a distance: sums of the one before go on, and its own gradients set out."""
-        self._add_up(self.near[d - 1])
+    def _move(self, d: int, last: int, before: int) -> None:
+        """What follows the attend to a distance: its gradients set out, and those of the two before go on."""
+        self._add_up(self.near[last])
         waited, self.sent = self.sent, []
-        for moves in (self.far[d - 1], self.near[d]):
+        for moves in (self.far[last], self.near[d]):
             for home in sorted(moves.out, key=attrgetter("owner")):
                 self._send_home(home)
             for home in sorted(moves.back, key=attrgetter("owner")):
                 self._get_back(moves, home)
         self.instructions += [Wait(transfer) for transfer in waited]
-        self._add_up(self.far[d - 2])
+        self._add_up(self.far[before])
 
     def _number(self, home: _Home, source: int, target: int) -> int:
         """A transfer's number: the hop says of whom the gradients are, behind those of keys and values."""
@@ -167,3 +174,8 @@ class BackwardBuilder:
                 rows = whole(home.runs.rows)
                 copy = Copy(Payload.KV_GRADS, self.heads.all, landing, rows, home.buffer, home.runs)
                 self.instructions.append(copy)
+
+
+def _posted(d: int) -> _Stage:
+    """The stage in which what travels straight over a distance is posted."""
+    return ("pass on", d - 1) if d > 1 else ("start", 0)

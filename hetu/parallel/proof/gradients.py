@@ -75,7 +75,7 @@ class Contributions:
             The numbers of the sums.
         """
         there = held >= 0
-        wrong = there & (self.home[held] != self.home[came])
+        wrong = there & (self.home[np.maximum(held, 0)] != self.home[came])
         if wrong.any():
             one, other = (self.name(int(numbers[wrong][0])) for numbers in (came, held))
             refuse(f"{what} adds {one} to {other}")
