@@ -187,7 +187,6 @@ class Sharding:
 
     def plan(self, method: str, heads: Heads, mask: Mask) -> AttnPlan:
         """The plan for given heads and mask; proven if ``hetu.config(verify_plans=True)`` says so."""
-
         hosts = settings().hosts if method == "hierarchical" else None
         topology = topology_of(hosts, self.layout.num_pipelines)
 

@@ -33,7 +33,7 @@ class AttnPlan(PlanData):
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part per pipeline, in order. It is built when it is first asked for: whoever follows one part
@@ -208,7 +208,7 @@ def build_plan(
 
     Args:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``; ``"auto"`` is ``"direct"``: of those that
             move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
             computation before it.
         mask: Which keys of its document a query sees.

@@ -32,8 +32,8 @@ from hetu.ops.attention.layout_op import LayoutOp, Lists, Value
 from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
 from hetu.parallel.choice.setting import chosen
-from hetu.parallel.topology import topology_of
 from hetu.parallel.mask.mask import NO_WINDOW
+from hetu.parallel.topology import topology_of
 from hetu.symbols import IntSymbol, as_symbol
 
 __all__ = ["parallel_attn"]
@@ -68,9 +68,7 @@ class _ParallelAttention(LayoutOp):
             heads = replace(heads, columns=max(max(of_group, default=0) for of_group in keys))
         hardware = chosen().hardware if key.method == "auto" else None
         topology = topology_of(key.hosts, layout.num_pipelines)
-        return build_plan(
-            layout, method=key.method, mask=key.mask, heads=heads, topology=topology, hardware=hardware
-        )
+        return build_plan(layout, method=key.method, mask=key.mask, heads=heads, topology=topology, hardware=hardware)
 
 
 @register

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hetu.parallel.choice.numbers import Numbers
 from hetu.errors import StrategyError, caller
+from hetu.parallel.choice.numbers import Numbers
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware

@@ -171,7 +171,7 @@ class PlanData:
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part per pipeline, in order: a tuple, or :class:`Parts` that are built when they are asked for.
@@ -251,7 +251,9 @@ class PlanData:
         No part is built for it.
         """
         digest = hashlib.blake2b(digest_size=16)
-        _feed(digest.update, (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads, self.topology))
+        _feed(
+            digest.update, (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads, self.topology)
+        )
         return digest.hexdigest()
 
     def hash(self) -> str:

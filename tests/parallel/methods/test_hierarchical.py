@@ -80,7 +80,12 @@ def test_damaged_sums_are_refused() -> None:
     refused(with_instructions(backward, r, [*items[: at + 1], *items[at:]]), "a second time")
     runs = dataclasses.replace(items[at].place, start=items[at].place.start + 1, length=items[at].place.length - 1)
     less = dataclasses.replace(items[at].runs, length=items[at].runs.length - 1)
-    refused(with_instructions(backward, r, [*items[:at], dataclasses.replace(items[at], place=runs, runs=less), *items[at + 1 :]]), "adds")
+    refused(
+        with_instructions(
+            backward, r, [*items[:at], dataclasses.replace(items[at], place=runs, runs=less), *items[at + 1 :]]
+        ),
+        "adds",
+    )
     # Sums that set out before they are complete.
     sent = next(n for n, x in enumerate(items) if isinstance(x, Send) and n > at and x.grads)
     moved = [*items[:at], items[sent], *items[at:sent], *items[sent + 1 :]]
