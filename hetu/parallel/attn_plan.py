@@ -208,7 +208,8 @@ def build_plan(
 
     Args:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``; ``"auto"`` is ``"direct"``: of those that
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or
+            ``"hierarchical"``; ``"auto"`` is ``"direct"``: of those that
             move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
             computation before it.
         mask: Which keys of its document a query sees.

@@ -2,8 +2,8 @@
 
 Links inside a host are faster than those between hosts. So an owner sends to one member of each other host, its
 *relay* there, all that anybody of that host needs, and the relay passes on what the others need. Gradients go the same
-way back: the relay adds up those that its host computed, and sends the sums to the owner. Inside a host rows go straight
-from owner to receiver. Relays are members that have the same place in their hosts as the owner in its own, so that all
+way back: the relay adds up those that its host computed, and sends the sums to the owner. Inside a host rows go
+straight from owner to receiver. Relays are members that have the same place in their hosts as the owner in its own, so that all
 of a host's links are used alike. A group that lies on one host is planned by ``direct``.
 
 There is a buffer for each *distance*, the number of hosts from the owner's to the receiver's, which is attended to at
@@ -12,7 +12,7 @@ comes from distance d + 2 sets out, so that all three overlap.
 
 It can't deadlock (see :mod:`hetu.parallel.methods.method`): the common order goes stage by stage. First all members
 post what travels straight over distances 0 and 1; then they attend to their own rows; then there are, distance by
-distance, the stages in which they post what travels on, attend, and move gradients. Every stage has one batch at most, and both ends of each of
+distance, the stages in which they post what travels on, attend, and move gradients. Both ends of each of a stage's
 its transfers are in it, for distances and relays are known to all. A wait for what was posted in a stage belongs to a
 later one, or stands behind that stage's batch with nothing that packs or computes between. So when a stage begins, both
 ends of all that was posted before are posted.

@@ -30,8 +30,8 @@ class OwnGradients:
     Attributes:
         aside: Attends to the queries' buffer, by number of the instruction, that name a row of which there is a
             gradient already, of an earlier attend or one that was added. The others write in place.
-        gaps: Those of the two buffers in which nothing writes the gradients of some row and head in place, and buffers of
-            foreign rows in which gradients are summed up: they have to be 0 from the beginning.
+        gaps: Those of the two buffers in which nothing writes the gradients of some row and head in place, and
+            buffers of foreign rows in which gradients are summed up: they have to be 0 from the beginning.
     """
 
     aside: frozenset[int]

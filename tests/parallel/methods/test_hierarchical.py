@@ -35,7 +35,7 @@ def built(layout: Layout, topology: Topology, mask: Mask = MASKS[0], method: str
     hosts=st.integers(1, 4),
 )
 def test_random_hosts(kind: str, seed: int, mask: Mask, hosts: int) -> None:
-    """Proven in both directions; own parts are those of the whole; no method that moves keys sends more to other hosts."""
+    """Proven in both directions; own parts are those of the whole; none of the others leaves hosts with fewer bytes."""
     rng = np.random.default_rng(seed)
     layout = LAYOUTS[kind](rng)
     topology = Topology(tuple(rng.integers(0, hosts, layout.num_pipelines).tolist()))
