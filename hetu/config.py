@@ -10,7 +10,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from hetu.arguments import flag, integers, shown
+from hetu.arguments import flag, integer, integers, path, shown
 from hetu.errors import HetuError, caller
 
 BACKENDS = ("gluon", "triton", "torch")
@@ -31,6 +31,10 @@ class Settings:
             torch code in other threads finds it on as well as long as such a run lasts.
         compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a
             structure, for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
+        debug: How much a run says of its stages (bind, select, lower, plan, launch), to the logger ``hetu``: 0 for
+            nothing, 1 for a line with its time each, 2 for every symbol's value as well, 3 for whole plans and modules.
+        dump: A folder into which every new stage writes its text: graph, bindings, layouts, plans and lowered modules;
+            None for none.
         hosts: The host of each pipeline's rank, for ``method="hierarchical"``: pipeline r is on that of entry
             ``r % len(hosts)``. None if all share one. All ranks have to set the same.
     """
@@ -39,6 +43,8 @@ class Settings:
     verify_plans: bool = False
     deterministic: bool = False
     compile: bool = False
+    debug: int = 0
+    dump: str | None = None
     hosts: tuple[int, ...] | None = None
 
 
@@ -64,6 +70,11 @@ VARIABLES = {
         ", ".join(BACKENDS), "by device", "names the kernel family that calls are offered to first", "backend"
     ),
     "HETU_COMPILE": Variable("0, 1", "0", "puts what is not attention through Inductor", "compile"),
+    "HETU_DEBUG": Variable("0 to 3", "0", "prints what each stage of a run does and how long it takes", "debug"),
+    "HETU_DUMP": Variable("a folder", "none", "is where every new stage writes its text", "dump"),
+    "HETU_HARDWARE": Variable(
+        "a file", "an H100", "is what `hetu.calibrate` wrote: the hardware for which strategies and methods are chosen"
+    ),
     "HETU_AUTOTUNE": Variable("0, 1", "0", "searches for the kernels' tiles at the first call of each kind, on CUDA"),
     "HETU_CACHE_DIR": Variable("a folder", "~/.cache/hetu", "is where the tiles that were found are kept"),
     "HETU_DEVICE_COPIES_MB": Variable(
@@ -77,11 +88,21 @@ VARIABLES = {
 
 
 @cache
-def _from_environment(backend: Any, compiles: Any) -> Settings:
-    text = (compiles and os.environ["HETU_COMPILE"]) or "0"
-    if text not in ("0", "1"):
-        raise HetuError(f"HETU_COMPILE is {shown(text)}, expected 0 or 1", where=caller(), fix="unset it for 0")
-    return _checked(Settings(), {"backend": (backend and os.environ["HETU_BACKEND"]) or None, "compile": text == "1"})
+def _from_environment(*raw: Any) -> Settings:
+    """The settings of the variables in :data:`_READ`; ``raw`` are their values, by which the result is remembered."""
+    said = {name: (value and os.environ[name]) or None for name, value in zip(_READ, raw, strict=True)}
+    compiles, debug = _digit("HETU_COMPILE", said["HETU_COMPILE"], 1), _digit("HETU_DEBUG", said["HETU_DEBUG"], 3)
+    changes = {"backend": said["HETU_BACKEND"], "compile": compiles == 1, "debug": debug, "dump": said["HETU_DUMP"]}
+    return _checked(Settings(), changes)
+
+
+def _digit(name: str, text: str | None, most: int) -> int:
+    if text is None:
+        return 0
+    if text not in map(str, range(most + 1)):
+        wanted = "0 or 1" if most == 1 else f"0 to {most}"
+        raise HetuError(f"{name} is {shown(text)}, expected {wanted}", where=caller(), fix="unset it for 0")
+    return int(text)
 
 
 def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
@@ -89,7 +110,11 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
         if name not in known:
             raise HetuError(f"there is no setting {name!r}", where=caller(), fix=f"use one of {', '.join(known)}")
-        if name == "hosts":
+        if name == "debug":
+            changes[name] = integer(value, name, least=0, most=3, op="config")
+        elif name == "dump":
+            changes[name] = None if value is None else path(value, name, op="config")
+        elif name == "hosts":
             changes[name] = None if value is None else tuple(integers(value, name, op="config"))
             if changes[name] == ():
                 raise HetuError("hosts names no host", op="config", where=caller(), fix="leave it out, or say None")
@@ -118,12 +143,16 @@ raw_environment, raw_name = _raw(os.environ)
 ``os.environ.get`` takes 1.4 µs, because it translates names and values each time.
 """
 
-_BACKEND, _COMPILE = raw_name("HETU_BACKEND"), raw_name("HETU_COMPILE")
+_READ = ("HETU_BACKEND", "HETU_COMPILE", "HETU_DEBUG", "HETU_DUMP")
+"""The variables that are settings' defaults."""
+
+_BACKEND, _COMPILE, _DEBUG, _DUMP = map(raw_name, _READ)
 
 
 def settings() -> Settings:
-    """The settings in force: those of ``hetu.config``, else of ``HETU_BACKEND`` and ``HETU_COMPILE``."""
-    return _settings.get() or _from_environment(raw_environment.get(_BACKEND), raw_environment.get(_COMPILE))
+    """The settings in force: those of ``hetu.config``, else of the variables."""
+    found, get = _settings.get(), raw_environment.get
+    return found or _from_environment(get(_BACKEND), get(_COMPILE), get(_DEBUG), get(_DUMP))
 
 
 class config:  # noqa: N801 - used like a function, as torch.no_grad is
@@ -143,6 +172,9 @@ class config:  # noqa: N801 - used like a function, as torch.no_grad is
 
     def __init__(self, **changes: Any) -> None:
         self._token = _settings.set(_checked(settings(), changes))
+
+    def __repr__(self) -> str:
+        return f"<hetu.config: {settings()}>"
 
     def __enter__(self) -> Settings:
         return settings()

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+from support.longer import LONGER
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -41,25 +43,54 @@ SHOWN = [
 ]
 
 
+@dataclass(frozen=True)
+class Job:
+    """What ``support/scripts.py`` runs.
+
+    Attributes:
+        script: Its path and arguments.
+        out: File of what it prints.
+        ranks: Processes that run it side by side, as torchrun would start them; 0 for one without others.
+        imports: Modules that take long, which are imported once for all scripts.
+    """
+
+    script: list[str]
+    out: str
+    ranks: int = 0
+    imports: tuple[str, ...] = ()
+
+
+class Scripts:
+    """Runs scripts, each in forks of one process, which have imported what takes long."""
+
+    def __init__(self, process: subprocess.Popen[str], folder: Path) -> None:
+        self._process, self._out = process, folder / "out"
+
+    def run(self, *script: str, ranks: int = 0, imports: tuple[str, ...] = ()) -> str:
+        """What a script prints, or its first rank."""
+        assert self._process.stdin and self._process.stdout
+        job = Job(list(script), str(self._out), ranks, imports)
+        print(json.dumps(asdict(job)), file=self._process.stdin, flush=True)
+        exit_codes = json.loads(self._process.stdout.readline())
+        files = [f"{self._out}.{rank}" if rank else str(self._out) for rank in range(max(ranks, 1))]
+        printed, errors = ([Path(f"{name}{end}").read_text(encoding="utf-8") for name in files] for end in ("", ".err"))
+        assert not any(exit_codes), "\n".join([*printed, *errors])
+        return printed[0]
+
+
 @pytest.fixture(scope="module")
-def scripts() -> Iterator[subprocess.Popen[str]]:
-    """Runs scripts, each in a process of its own."""
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
     command = [sys.executable, "tests/support/scripts.py"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdin=pipe, stdout=pipe, text=True) as process:
-        yield process
+        yield Scripts(process, tmp_path_factory.mktemp("scripts"))
 
 
 @pytest.mark.parametrize(("code", "output"), SHOWN)
-def test_code_prints_what_it_says(
-    scripts: subprocess.Popen[str], code: str, output: str | None, tmp_path: Path
-) -> None:
+def test_code_prints_what_it_says(scripts: Scripts, code: str, output: str | None, tmp_path: Path) -> None:
     script = tmp_path / "shown.py"
     script.write_text(code, encoding="utf-8")
-    print(script, file=scripts.stdin, flush=True)
-    exit_code = scripts.stdout.readline()
-    printed = (tmp_path / "shown.py.out").read_text(encoding="utf-8")
-    assert exit_code == "0\n", printed
+    printed = scripts.run(str(script))
     if output is not None:
         assert printed.split() == output.split()
 
@@ -70,8 +101,8 @@ def test_blocks_are_found_with_their_output() -> None:
     assert any(output for _, output in blocks(README.read_text(encoding="utf-8")))
 
 
-def test_documents() -> None:
-    printed = run_script("examples/documents.py", "--packs", "4", "--tokens", "1024")
+def test_documents(scripts: Scripts) -> None:
+    printed = scripts.run("examples/documents.py", "--packs", "4", "--tokens", "2048" if LONGER > 1 else "1024")
     for name in ("one pipeline", "two pipelines", "three of unequal lengths", "six in three context groups"):
         assert f"{name}, 1 pack" in printed
 
@@ -88,40 +119,49 @@ SMALL = [
 ]
 
 
-def test_train_lm(tmp_path: Path) -> None:
+def test_train_lm(scripts: Scripts, tmp_path: Path) -> None:
     options = [*SMALL, "--plot", str(tmp_path / "loss.png"), "--checkpoint", str(tmp_path / "lm.safetensors")]
-    whole = run_script("examples/train_lm.py", *options, "--steps", "5")
+    whole = scripts.run("examples/train_lm.py", *options, "--steps", "5")
     assert "5 steps in" in whole
-    again = run_script("examples/train_lm.py", *options, "--steps", "5", "--recompute", "--zero", "3")
+    again = scripts.run("examples/train_lm.py", *options, "--steps", "5", "--recompute", "--zero", "3")
     means = re.compile(r"loss \S+ at the first step, \S+ over the last 5")
     assert means.findall(again) == means.findall(whole) != []
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
-    resumed = run_script(
+    resumed = scripts.run(
         "examples/train_lm.py", *options, "--steps", "6", "--resume", "--micro-batches", "2", "--zero", "1"
     )
     assert "resumed after 5 steps" in resumed
     assert "1 steps in" in resumed
 
 
+LLAMA = "transformers.models.llama.modeling_llama"
+
+
 def torchrun(ranks: int) -> list[str]:
     return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
-def test_train_hf(tmp_path: Path) -> None:
-    """The losses are the same however ranks are split, also where a run goes on with another split."""
+def test_train_hf(scripts: Scripts, tmp_path: Path) -> None:
+    """The losses are the same however ranks are split, also where a run goes on with another split: under torchrun."""
     pytest.importorskip("transformers")
 
-    def train(ranks: int, cp: int, losses: Path, *options: str) -> tuple[str, list[float]]:
+    def train(
+        ranks: int, cp: int, losses: Path, *options: str, by_torchrun: bool = LONGER > 1
+    ) -> tuple[str, list[float]]:
         sizes = ["--tokens=200", "--longest=64", "--layers=1", "--width=32", "--heads=2", "--kv-heads=1", "--hidden=32"]
         script = ["examples/train_hf.py", "--steps=5", f"--cp={cp}", f"--losses={losses}", *sizes, *options]
-        return run_script(*torchrun(ranks), *script), json.loads(losses.read_text(encoding="utf-8"))
+        if by_torchrun:
+            printed = run_script(*torchrun(ranks), *script)
+        else:
+            printed = scripts.run(*script, ranks=ranks, imports=(LLAMA,))
+        return printed, json.loads(losses.read_text(encoding="utf-8"))
 
     printed, wanted = train(2, 2, tmp_path / "one.json", "--recompute")
     assert "1 x 2 ranks" in printed
     checkpoint = f"--checkpoint={tmp_path / 'checkpoint'}"
     printed, first = train(4, 2, tmp_path / "two.json", checkpoint, "--stop=3", "--split=sym", "--method=ring")
     assert "2 x 2 ranks" in printed
-    printed, found = train(2, 1, tmp_path / "three.json", checkpoint)
+    printed, found = train(2, 1, tmp_path / "three.json", checkpoint, by_torchrun=True)
     assert "2 x 1 ranks" in printed
     assert "resumed after 3 steps" in printed
     assert found[:3] == first
@@ -129,12 +169,12 @@ def test_train_hf(tmp_path: Path) -> None:
     assert wanted[-1] < wanted[0] - 0.1
 
 
-def test_hf_trainer(tmp_path: Path) -> None:
+def test_hf_trainer(scripts: Scripts, tmp_path: Path) -> None:
     """The Trainer of transformers gives one process's losses on two."""
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     script = ["examples/hf_trainer.py", "--steps=4", "--tokens=200", f"--output={tmp_path}"]
-    run_script(*script, f"--losses={tmp_path / 'one.json'}")
+    scripts.run(*script, f"--losses={tmp_path / 'one.json'}", imports=(LLAMA, "transformers.trainer"))
     run_script(*torchrun(2), *script, f"--losses={tmp_path / 'two.json'}")
     one, two = (json.loads((tmp_path / name).read_text(encoding="utf-8")) for name in ("one.json", "two.json"))
     assert two == pytest.approx(one, rel=1e-5)

@@ -49,6 +49,9 @@ class autocast(AbstractContextManager[None]):  # noqa: N801 - used like a functi
             )
         self.dtype = low if flag(enabled, "enabled", op="autocast") else None
 
+    def __repr__(self) -> str:
+        return f"hetu.autocast({'enabled=False' if self.dtype is None else self.dtype})"
+
     def __enter__(self) -> None:
         _entered.set((*_entered.get(), self))
 

@@ -13,6 +13,7 @@ from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
+from hetu.graph.drawing import Drawn
 from hetu.graph.eager import EagerValues, check_eager
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 entered: ContextVar[tuple[Graph, ...]] = ContextVar("hetu_graphs", default=())
 
 
-class Graph(Running):
+class Graph(Running, Drawn):
     """A define-then-run graph. Ops called within ``with graph:`` add nodes to it.
 
     Args:

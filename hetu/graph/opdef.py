@@ -231,6 +231,9 @@ class OpDef:
         is_plain = self.role in (Role.COMPUTATION, Role.PLACEHOLDER, Role.CONSTANT)
         return is_plain and not (self.is_random or self.spans_pipelines or self.has_plan or self.is_step_wide)
 
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
     def input_name(self, place: int) -> str:
         """What the input at a place is called, for errors: ``tensors[1]`` where an op takes any number."""
         last = len(self.inputs) - 1

@@ -52,10 +52,11 @@ def _recompute_marks(graph: Graph) -> dict[Node, str]:
 
 
 def _outputs(node: Node) -> str:
-    return ", ".join(f"%{tensor.name}: {_type(tensor)}" for tensor in node.outputs)
+    return ", ".join(f"%{tensor.name}: {type_of(tensor)}" for tensor in node.outputs)
 
 
-def _type(tensor: Tensor) -> str:
+def type_of(tensor: Tensor) -> str:
+    """Element type and symbolic shape, as ``float32[s, 64]``."""
     return f"{tensor.dtype.name}[{', '.join(map(str, tensor.shape))}]"
 
 
@@ -83,5 +84,5 @@ def to_networkx(graph: Graph) -> networkx.MultiDiGraph:
     for node in graph.nodes:
         drawn.add_node(node.name, op=node.definition.name, where=node.where.short, label=_call(node))
         for tensor in node.tensors:
-            drawn.add_edge(tensor.op.name, node.name, tensor=tensor.name, type=_type(tensor))
+            drawn.add_edge(tensor.op.name, node.name, tensor=tensor.name, type=type_of(tensor))
     return drawn

@@ -66,6 +66,10 @@ class recompute(AbstractContextManager[None]):  # noqa: N801 - used like a funct
         self.attention = flag(attention, "attention", op="recompute")
         self.policy = None if policy is None else _checked(policy, self.attention)
 
+    def __repr__(self) -> str:
+        names = "" if self.policy is None else f"{sorted(self.policy)}, "
+        return f"hetu.recompute({names}attention={self.attention})"
+
     def __enter__(self) -> None:
         now = building.get()
         building.set(now._replace(scopes=(*now.scopes, Scope(self))))

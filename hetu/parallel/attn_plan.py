@@ -6,12 +6,14 @@ data, and those that read it: the proof and the views.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from hetu.arguments import index, integer, refuse, shown
+from hetu.arguments import path as as_path
 from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
@@ -22,7 +24,7 @@ from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
 from hetu.parallel.topology import Topology
-from hetu.parallel.views import report
+from hetu.parallel.views import picture, report
 from hetu.parallel.views.cost import Cost, predict
 from hetu.parallel.views.hardware import Hardware
 from hetu.parallel.views.trace import predicted_trace
@@ -152,6 +154,35 @@ class AttnPlan(PlanData):
             1 0 9.0 8.0 attend buffer 1 (rows of 0): 1 segment, 8 pairs
         """
         return predicted_trace(self, None if hardware is None else _checked(hardware))
+
+    def visualize(self, path: str | os.PathLike[str], hardware: Hardware | None = None) -> None:
+        """Writes a picture: what each pipeline does when, and beside it the mask coloured by who computes it.
+
+        The times are those that :meth:`cost` predicts. Rows that arrive are drawn below what is computed meanwhile,
+        and where a pipeline waits, or is done before the last one, its lane is grey. With ``"ulysses"`` the mask is
+        drawn for head 0.
+
+        Args:
+            path: A file that ends in ``.png``, ``.svg`` or ``.pdf``.
+            hardware: What to predict for; an H100 if None.
+
+        Raises:
+            HetuError: If matplotlib is not installed, or the file has another ending.
+            PlanError: If the plan deadlocks.
+            OSError: If it can't be written.
+
+        Example:
+            >>> import os, tempfile
+            >>> from hetu.parallel import build_plan
+            >>> heads = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)
+            >>> plan = build_plan(Layout.build([4000, 6000], [0, 0], split="sym"), heads=heads)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     plan.visualize(os.path.join(folder, "plan.svg"))
+        """
+        picture.save(self, as_path(path, op="plan"), Hardware.h100() if hardware is None else _checked(hardware))
+
+    def _repr_html_(self) -> str:
+        return picture.html(self)
 
     def summary(self) -> str:
         """One line: the method, the size of the problem, its balance, and what is moved."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any, NamedTuple
 
 from hetu.cache import LRU
@@ -13,7 +14,7 @@ from hetu.ops.attention.layout_key import ParallelKey
 from hetu.ops.attention.layout_op import strategy_of
 from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
-from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, read_loads, strategy_sizes
+from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, read_loads, strategy_sizes
 from hetu.parallel.choice.setting import Chosen
 from hetu.parallel.topology import topology_of
 from hetu.parallel.views.report import as_bytes, as_table, as_time
@@ -69,6 +70,9 @@ class Explanation:
             times = (choice.estimate.time, choice.estimate.compute, choice.estimate.transfer)
             lines.append((mark, name, choice.method, *map(as_time, times), as_bytes(choice.peak_bytes)))
         return "\n".join([f"estimated for {self.hardware.name or 'the given hardware'}", *as_table(lines, left=3)])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 class _Counted(NamedTuple):
@@ -156,14 +160,15 @@ class Chooser:
         self._rankings: LRU[Ranking] = LRU(512)
 
     def by_symbols(self, subgraph: Subgraph, symbols: Mapping[IntSymbol, int], chosen: Chosen) -> Ranking | None:
-        """The ranking that symbols alone give; None if they don't.
+        """The ranking that given symbols alone tell; None if they don't.
 
-        With packing it depends on documents, and other masks than windows have no closed form.
+        With packing it depends on documents, other masks than windows have no closed form, and of a symbol that is not
+        given feeds may tell another value than its default.
         """
         sizes = self._sizes.get(subgraph, lambda: _sizes_of(subgraph, self.count))
         if sizes is None:
             return None
-        found = [symbols.get(leaf, leaf.default) for leaf in sizes.leaves]
+        found = [symbols.get(leaf) for leaf in sizes.leaves]
         values = [value for value in found if type(value) is int]
         if len(values) < len(found):
             return None
@@ -183,7 +188,7 @@ class Chooser:
             for plan in (plan for of_node in of_nodes.values() for plan in of_node if isinstance(plan, AttnPlan)):
                 time, peak = plan_price(plan, hardware)
                 times[strategy] += time
-                need = max(need, peak)
+                need = max(need, 0 if plan.is_backward else peak)
             if need > hardware.memory_bytes:
                 ranking.reasons[strategy] = _too_large(need, hardware)
         ranking.order = sorted(times.keys() - ranking.reasons.keys(), key=lambda strategy: (times[strategy], strategy))
@@ -200,7 +205,7 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
         counts = (0, 1) if plan.is_backward else (1, 0)
         attention = Attention(plan.mask, plan.heads, plan.method)
         try:
-            price = Pricer(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
+            price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
             price = _by_clock(plan, hardware)
         plan.memo[key] = price.estimate.time, price.peak_bytes
@@ -212,7 +217,7 @@ def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards
     """What one attention, with so many of its gradients, costs under a strategy."""
     attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
     try:
-        price = Pricer(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
+        price = pricer_of(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
     except StrategyError:
         topology = topology_of(key.hosts, layout.num_pipelines)
         plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads, topology=topology)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any, NoReturn
 
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from hetu.ops.attention.parallel_attn import ParallelAttn
 from hetu.parallel import AttnPlan, Hardware, Layout
 from hetu.parallel.choice.setting import chosen
 from hetu.parallel.layout.printing import count
+from hetu.planning import stages
 from hetu.planning.arrays import host_array
 from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
 from hetu.planning.choosing import BACKWARD, Choice, Chooser, Explanation, explain_strategy, strategy_name
@@ -102,6 +104,9 @@ class Planner:
         self._own_rows: tuple[Any, frozenset[Tensor]] = (None, frozenset())
         self._chooser = Chooser(graph.num_strategy)
 
+    def __repr__(self) -> str:
+        return f"<Planner of {self.graph.name}>"
+
     def subgraph(self, fetches: Tensor | Sequence[Tensor]) -> Subgraph:
         """What the fetches need.
 
@@ -124,6 +129,7 @@ class Planner:
                     where=caller(),
                     fix="fetch tensors that were built in the graph that runs",
                 )
+        stages.keep(self.graph, "graph.txt", self.graph.__str__)
         return Subgraph.of(self.graph, tensors)
 
     def prepare(
@@ -276,12 +282,17 @@ class Planner:
                 return host_array(fed)
             return host_array(self._compute_on_host(self.subgraph(tensor), feeds.arrays[pipeline], bound))
 
+        begin = perf_counter()
         run = binder.bind(symbols, feeds.shapes, host_value)
+        bound = perf_counter()
         plans = {
             node: tuple(self.plan_for(node, key) for key in node.definition.plan_keys(node, run))
             for node in subgraph.planned
         }
-        return Prepared(subgraph, binder.strategy, tuple(item.binding() for item in run.pipelines), plans)
+        prepared = Prepared(subgraph, binder.strategy, tuple(item.binding() for item in run.pipelines), plans)
+        if stages.are_told():
+            stages.planned(prepared, bound - begin, perf_counter() - bound)
+        return prepared
 
     def plan_for(self, node: Node, key: Any) -> Any:
         """The plan of a node for a key, or the one made for an equal key before."""

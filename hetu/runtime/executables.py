@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,6 +15,7 @@ from hetu.backends.lower.module import computing_order, lower
 from hetu.cache import LRU
 from hetu.config import settings
 from hetu.graph import Node
+from hetu.planning import stages
 from hetu.planning.planner import STRUCTURES
 from hetu.planning.subgraph import Subgraph
 from hetu.runtime.launch import ModuleLauncher
@@ -80,8 +82,16 @@ class Executables:
 
             return fuse(executable, device)
 
+        def told() -> ModuleLauncher:
+            begin = perf_counter()
+            executable = make()
+            if stages.are_told():
+                graph = subgraph.fetches[0].graph
+                stages.lowered(graph, perf_counter() - begin, executable.notes, executable.__str__)
+            return ModuleLauncher(executable)
+
         key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled, scattered
-        return self.launchers.get(key, lambda: ModuleLauncher(make()))
+        return self.launchers.get(key, told)
 
     def gathers(self, subgraph: Subgraph, scattered: Scattered) -> Gathers:
         """What a subgraph gathers, on whichever rank: also on those that compute none of it.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from hetu.config import settings
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
 from hetu.graph.running import LoadedNames
+from hetu.planning import stages
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds
 from hetu.planning.planner import Planner, Prepared
@@ -84,6 +86,9 @@ class Executor:
         self._opener = RunOpener(graph, planner)
         self._executables = Executables()
         self._agreed: AgreedState | None = None
+
+    def __repr__(self) -> str:
+        return f"<Executor of {self.graph.name}: {len(self.executables())} executables>"
 
     def stats(self) -> dict[str, CacheStats]:
         """Counters of the caches: ``executables`` by structure, ``plans`` and ``bindings`` by lengths."""
@@ -168,8 +173,12 @@ class Executor:
         subgraph, ready, waits = request.subgraph, [], not is_deferred(request.device)
         is_unseen = subgraph.computes_indices
         for read, (_, symbols) in zip(readers, request.batches, strict=True):
+            begin = perf_counter()
             prepared, feeds = self._planner.prepare_read(subgraph, read, symbols, request.strategy)
-            prepared.build_parts(world.pipelines(prepared.num_pipelines))
+            selected, own = perf_counter(), world.pipelines(prepared.num_pipelines)
+            prepared.build_parts(own)
+            if stages.are_told():
+                stages.selected(prepared, request.strategy, selected - begin, perf_counter() - selected, own)
             if feeds.unseen or feeds.is_unseen_elsewhere:
                 is_unseen = True
                 if waits:  # they are copied to the host in any case
@@ -280,7 +289,11 @@ class Executor:
             return [() for _ in prepared.subgraph.fetches]
         if run.flags is not None:
             run.flags.unseen = feeds.unseen
-        return launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
+        begin = perf_counter()
+        values = launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
+        if stages.are_told():
+            stages.launched(perf_counter() - begin, device, run.world.pipelines(prepared.num_pipelines))
+        return values
 
     @in_own_modes
     def state_dict(self) -> dict[str, Any]:

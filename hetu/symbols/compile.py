@@ -94,10 +94,18 @@ class _Writer:
         if isinstance(item, (FloorDiv, Mod)) and 0 in interval_of(item.args[1]):
             self.lines.append(f"    if {operands[1]} == 0: refuse({len(self.divisors)}, {self.arguments})")
             self.divisors.append(item.args[1])
-        text = f"{_CALLS[kind]}({', '.join(operands)})" if kind in _CALLS else _OPERATORS[kind].join(operands)
+        text = _extremum(_CALLS[kind], operands) if kind in _CALLS else _OPERATORS[kind].join(operands)
         self._names[item] = f"t{self._count}"
         self.lines.append(f"    t{self._count} = {text}")
         self._count += 1
+
+
+def _extremum(call: str, operands: list[str]) -> str:
+    """The largest or smallest operand: of two by a comparison, which takes a third of the time of a call."""
+    if len(operands) != 2:
+        return f"{call}({', '.join(operands)})"
+    a, b = operands
+    return f"{a} if {a} {'>' if call == 'max' else '<'} {b} else {b}"
 
 
 def _refuser(leaves: Sequence[Leaf], divisors: Sequence[Any]) -> Callable[..., NoReturn]:

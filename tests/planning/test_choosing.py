@@ -65,6 +65,38 @@ def test_the_cheapest_is_taken_for_the_hardware_that_is_set() -> None:
     assert g.explain(int_symbol_dict={s: 4000}, hardware=replace(H100, latency=0)).chosen == 1
 
 
+def test_a_default_is_not_taken_for_what_feeds_tell() -> None:
+    """What shapes say is stronger than a default; a strategy is judged by the sizes that it runs with."""
+    for default, fed, fits in ((1, 300, False), (10**6, 300, True)):
+        t = hetu.IntSymbol(default)
+        with hetu.graph(
+            "define_and_run", strategies=[hetu.Strategy([t, t], groups) for groups in ([0, 0], [0, 1])]
+        ) as g:
+            qkv = hetu.placeholder(hetu.float32, [t, 24], name="qkv")
+            out, *_ = hetu.parallel_attn(qkv, 8, 1, split="sym")
+        need = [choice.peak_bytes for choice in g.explain(int_symbol_dict={t: fed}).choices]
+        hetu.use_hardware(replace(H100, memory_bytes=max(need) if fits else min(need) - 1))
+        if fits:
+            assert g.prepare(out, {qkv: shards(2, fed)}, strategy="auto").strategy == 1
+            continue
+        with pytest.raises(hetu.StrategyError, match="none of the 2 strategies can run"):
+            g.prepare(out, {qkv: shards(2, fed)}, strategy="auto")
+
+
+@pytest.mark.parametrize("mask", [hetu.Mask.causal(), hetu.Mask.chunked(64)])
+def test_runs_and_explanations_agree_on_what_fits(mask: hetu.Mask) -> None:
+    """Of training, too: whether the mask has a closed form or not."""
+    with hetu.graph("define_and_run", strategies=STRATEGIES, device="cpu") as g:
+        qkv = hetu.placeholder(hetu.float32, [rows, 24], name="qkv")
+        out, *_ = hetu.parallel_attn(qkv, 8, 1, split="sym", mask=mask)
+        grads = hetu.gradients(hetu.sum(out), qkv)
+    values = {s: 600}
+    need = g.explain(int_symbol_dict=values).choices[1].peak_bytes
+    hetu.use_hardware(replace(H100, memory_bytes=need))
+    assert g.explain(int_symbol_dict=values).choices[1].reason is None
+    assert g.prepare(grads, {qkv: shards(2, 300)}, int_symbol_dict=values, strategy="auto").strategy == 1
+
+
 def test_explain_says_why_not() -> None:
     g, *_ = graph()
     found = g.explain(int_symbol_dict={s: 4000})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.longer import LONGER
 from support.states import Trained, at, is_same, places, replaced
 from torch.optim import lr_scheduler
 
@@ -121,13 +122,14 @@ def refusal_of(model: Trained, state: Any) -> str | None:
 @pytest.mark.parametrize("schedule", ["none", "StepLR", "ReduceLROnPlateau"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_damaged_state_is_refused_whole_or_can_be_trained(kind: str, schedule: str) -> None:
-    """Every part of a state in turn is missing or something else."""
+    """Every part of a state in turn is missing or something else: one of some of them, or of all with HETU_FUZZ."""
+    share = 1 if LONGER > 1 else 4
     model = Trained(OPTIMIZERS[kind](schedule=SCHEDULES[schedule]))
     model.step()
     model.step(run_level="grad")
     good, refused = model.state(), 0
-    for path in places(good):
-        for other in HOSTILE:
+    for number, path in enumerate(places(good)):
+        for other in HOSTILE[number % share :: share]:
             try:
                 damaged = replaced(good, path, other)
             except (TypeError, KeyError):
@@ -140,7 +142,7 @@ def test_a_damaged_state_is_refused_whole_or_can_be_trained(kind: str, schedule:
                 assert "test_loading_states.py:" in refusal
                 assert is_same(model.state(), good), path
                 refused += 1
-    assert refused > 500
+    assert refused > 500 // share
 
 
 AVERAGES = {"SGD with momentum": ["momentum_buffer"], "Adam": ["exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"]}

@@ -12,19 +12,22 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import triton
+from support.longer import LONGER, covering_part
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hetu.backends.triton import (
+    BackwardTiles,
     BackwardVariant,
     PackedHeads,
+    Tile,
     Variant,
     backward_options,
     backward_tile,
@@ -34,7 +37,12 @@ from hetu.backends.triton import (
     variants,
 )
 
-AnyTile = TypeVar("AnyTile")
+AnyVariant = Variant | BackwardVariant
+AnyTile = Tile | BackwardTiles
+Case = tuple[int, AnyVariant, AnyTile, PackedHeads]
+"""What is compiled: a compute capability, a variant, one of its tiles there, and heads that it is chosen for."""
+
+CAPABILITIES = (80, 90)
 
 CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
 
@@ -90,32 +98,45 @@ HEADS = (PackedHeads(num_q=32, num_kv=8), PackedHeads(num_q=16, num_kv=16))
 KEYS_PER_ROW = (100, 10_000)
 
 
-def tiles_of(choose: Callable[[float, int], AnyTile]) -> dict[AnyTile, PackedHeads]:
+def tiles_of(variant: AnyVariant, capability: int) -> dict[AnyTile, PackedHeads]:
     """The tiles that are chosen by keys a row and packed heads, each with the first heads that it is chosen for."""
     shapes: dict[AnyTile, PackedHeads] = {}
     for heads, keys in product(HEADS, KEYS_PER_ROW):
-        shapes.setdefault(choose(keys, heads.pack), heads)
+        if isinstance(variant, BackwardVariant):
+            shapes.setdefault(backward_tile(variant, capability, keys), heads)
+        else:
+            shapes.setdefault(tile(variant, capability, keys, heads.pack), heads)
     return shapes
 
 
-def compiled(variant: Variant, capability: int) -> Iterator[dict[str, object]]:
-    """Compiles one variant; gives its registers, bytes of stack (spills) and of shared memory for each of its tiles."""
-    for shape, heads in tiles_of(partial(tile, variant, capability)).items():
-        options = compiler_options(shape)
-        yield used(f"{variant} {shape}", variant, variant.source(heads, shape), options, capability)
+def cases(choose: Callable[[int], Sequence[AnyVariant]]) -> list[Case]:
+    """What is compiled for any GPU: all that is chosen, or a part of it.
+
+    In that part are all tiles of what runs most, half types of usual widths without flags, and with those each two
+    properties meet that meet in the whole: of a variant, whether the tile is its first, and the GPU.
+    """
+    whole, usual = dict[tuple[Any, ...], Case](), list[Case]()
+    for capability in CAPABILITIES:
+        for variant in choose(capability):
+            for index, (shape, heads) in enumerate(tiles_of(variant, capability).items()):
+                case = capability, variant, shape, heads
+                whole[capability, index > 0, *astuple(variant)] = case
+                if variant in (type(variant)(64, torch.bfloat16), type(variant)(128, torch.bfloat16)):
+                    usual.append(case)
+    if LONGER > 1:
+        return list(whole.values())
+    part = [whole[properties] for properties in covering_part(list(whole))]
+    return [*usual, *(case for case in part if case not in usual)]
 
 
-def compiled_backward(variant: BackwardVariant, capability: int) -> Iterator[dict[str, object]]:
-    """The same for the backward."""
-    for tiles, heads in tiles_of(lambda keys, _: backward_tile(variant, capability, keys)).items():
-        options = backward_options(tiles)
-        yield used(f"{variant} {tiles}", variant, variant.source(heads, tiles), options, capability)
+def compiled(case: Case) -> dict[str, object]:
+    """Compiles a kernel, and asks cuobjdump what it uses and which instructions it has.
 
-
-def used(
-    name: str, variant: Variant | BackwardVariant, source: dict[str, Any], options: dict[str, Any], capability: int
-) -> dict[str, object]:
-    """Compiles a kernel, and asks cuobjdump what it uses and which instructions it has."""
+    Registers are of a thread; its stack (spills) and shared memory are in bytes.
+    """
+    capability, variant, shape, heads = case
+    source = variant.source(heads, shape)
+    options = backward_options(shape) if isinstance(shape, BackwardTiles) else compiler_options(shape)
     kernel = triton.compile(ASTSource(**source), target=GPUTarget("cuda", capability, 32), options=options)
     running_max.check(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -128,7 +149,7 @@ def used(
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     return {
-        "variant": name,
+        "variant": f"{variant} {shape}",
         "is_backward": isinstance(variant, BackwardVariant),
         "dtype": str(variant.dtype),
         "registers": int(found[1]),
@@ -152,10 +173,7 @@ def inner_loops(code: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    given = int(sys.argv[1])
-    for each in chosen(given):
-        for result in compiled(each, given):
-            print(json.dumps(result), flush=True)
-    for backward in chosen_backward(given):
-        for result in compiled_backward(backward, given):
-            print(json.dumps(result), flush=True)
+    for choose in (chosen, chosen_backward):
+        for case in cases(choose):
+            if case[0] == int(sys.argv[1]):
+                print(json.dumps(compiled(case)), flush=True)

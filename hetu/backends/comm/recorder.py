@@ -61,6 +61,9 @@ class Recorder:
         self.events += _events(self._tapes, self._base)
         self._tapes.clear()
 
+    def __repr__(self) -> str:
+        return f"<hetu.trace of {len(self.events)} events>"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file for https://ui.perfetto.dev or chrome://tracing."""
         trace = {"traceEvents": self.events, "displayTimeUnit": "ns", "baseTimeNanoseconds": self._base}

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import torch
@@ -173,9 +174,15 @@ class Executable:
     notes: tuple[str, ...] = ()
     buckets: tuple[Bucket, ...] = ()
 
+    def __repr__(self) -> str:
+        return f"<Executable of {len(self.inputs)} inputs: {'; '.join(self.notes) or 'no attention'}>"
+
     def __str__(self) -> str:
         """The notes, then the module's code."""
         return "\n".join([*(f"# {note}" for note in self.notes), self.module.code.strip()])
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(str(self))}</pre>"
 
 
 @dataclass

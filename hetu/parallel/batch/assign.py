@@ -23,7 +23,7 @@ MORE = 1, 1.25, 1.5, 2, 3
 
 def assign(
     documents: Documents, pipelines: int, max_tokens: int, cost: BatchCost, least: float
-) -> tuple[int, list[Place]]:
+) -> tuple[int, list[Place], list[float]]:
     """Places documents such that the slowest pipeline is done early.
 
     First no pipeline may take much longer than the least time. Where that can't be, with as few micro-batches as there
@@ -37,9 +37,10 @@ def assign(
         least: Seconds that any plan takes at least.
 
     Returns:
-        The number of micro-batches, and each document's place.
+        The number of micro-batches, each document's place, and when each pipeline is done.
     """
-    best, soonest, spread = None, inf, inf
+    best: tuple[int, list[Place], list[float]] | None = None
+    soonest, spread = inf, inf
     for slack in SLACKS:
         limit = least * (1 + slack)
         if min(soonest, spread) <= limit:
@@ -49,14 +50,18 @@ def assign(
             places = greedy.place_all()
             if places is None and greedy.lacks_time:
                 break  # more room would not help
-            done = inf if places is None else max(finish(documents, places, pipelines, micro_batches, cost))
-            if places is not None and done < soonest:
-                best, soonest = (micro_batches, places), done
+            if places is not None:
+                ends = finish(documents, places, pipelines, micro_batches, cost)
+                if max(ends) < soonest:
+                    best, soonest = (micro_batches, places, ends), max(ends)
             if soonest <= limit:
                 break
         if spread == inf and soonest > limit:  # the first limit is mostly enough
             spread = over_all_seconds(documents, pipelines, max_tokens, cost)
-    return _over_all(documents, pipelines, max_tokens) if best is None or spread < soonest else best
+    if best is not None and soonest <= spread:
+        return best
+    micro_batches, places = _over_all(documents, pipelines, max_tokens)
+    return micro_batches, places, finish(documents, places, pipelines, micro_batches, cost)
 
 
 def _counts(documents: Documents, pipelines: int, max_tokens: int, slack: float) -> list[int]:
@@ -74,7 +79,9 @@ def _packs(documents: Documents, room: int) -> list[list[int]]:
     packs: list[list[int]] = [[]]
     rooms = [room]
     for d, length in enumerate(documents.lengths):
-        number = next((i for i, room in enumerate(rooms) if room >= length), len(rooms))
+        number = 0
+        while number < len(rooms) and rooms[number] < length:
+            number += 1
         if number == len(rooms):
             rooms.append(room)
             packs.append([])
@@ -103,7 +110,7 @@ def over_all_seconds(documents: Documents, pipelines: int, max_tokens: int, cost
     for pack in _packs(documents, pipelines * max_tokens):
         own = [(documents.lengths[d], documents.attention[d]) for d in pack]
         tokens, is_cut = sum(length for length, _ in own), pipelines > 1
-        attention = sum(x / pipelines + (cost.edge(length, x) if is_cut else 0.0) for length, x in own)
+        attention = sum([x / pipelines + (cost.edge(length, x) if is_cut else 0.0) for length, x in own])
         rows = tokens * (pipelines - 1) // pipelines
         total += cost.seconds(tokens / pipelines, attention, rows, is_cut)
     return total
@@ -143,14 +150,14 @@ class Greedy:
 
     def _whole(self, length: int, work: float) -> Place | None:
         """Puts a document on the pipeline with least to do that has room for it, if that stays below the limit."""
-        heap, passed, found = self.heap, [], None
-        while heap and heap[0][0] + work <= self.limit:
+        heap, rooms, limit, passed, found = self.heap, self.rooms, self.limit, [], None
+        while heap and heap[0][0] + work <= limit:
             seconds, r = heap[0]
-            micro_batch = len(self.rooms) - 1
-            while micro_batch >= 0 and self.rooms[micro_batch][r] < length:
+            micro_batch = len(rooms) - 1
+            while micro_batch >= 0 and rooms[micro_batch][r] < length:
                 micro_batch -= 1
             if micro_batch >= 0:
-                self.rooms[micro_batch][r] -= length
+                rooms[micro_batch][r] -= length
                 heapq.heapreplace(heap, (seconds + work, r))
                 found = Place(micro_batch, ((r, length),))
                 break
@@ -161,18 +168,19 @@ class Greedy:
 
     def _cut(self, length: int, work: float, attention: float) -> Place | None:
         """Cuts a document over the fewest of the pipelines with least to do that stay below the limit."""
+        limit = self.limit
         self.heap.sort()  # a sorted list is a heap
         for micro_batch, rooms in enumerate(self.rooms):
             free = [item for item in self.heap if rooms[item[1]]]
             sizes, levels = [rooms[r] for _, r in free], [seconds for seconds, _ in free]
-            for parts, room in enumerate(accumulate(sizes), 1):
-                if room < length or parts * self.limit < work:
+            for parts, (room, filled) in enumerate(zip(accumulate(sizes), accumulate(levels), strict=True), 1):
+                if room < length or parts * limit < work or (work + filled) / parts > limit:
                     continue
                 overhead = self.cost.overhead(length, attention, parts)
-                if (work + sum(levels[:parts])) / parts + overhead > self.limit:
+                if (work + filled) / parts + overhead > limit:
                     continue
                 top, tokens = pour(length, levels[:parts], sizes[:parts], work / length)
-                if top + overhead <= self.limit:
+                if top + overhead <= limit:
                     pieces = whole_tokens(tokens, length, sizes[:parts])
                     held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
                     overhead = self.cost.overhead(length, attention, len(held))

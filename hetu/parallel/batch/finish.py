@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from hetu.parallel.batch.cost import BatchCost, Documents
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a document is.
 
     Attributes:
@@ -29,12 +28,17 @@ def finish(
     Pipelines that share a document of a micro-batch, or share others with the same pipeline, begin it when all of them
     are done with the micro-batches before, and end it when the slowest of them is done.
     """
+    held: list[list[int]] = [[] for _ in range(micro_batches)]
+    for d, place in enumerate(places):
+        held[place.micro_batch].append(d)
     ends = [0.0] * pipelines
-    for number in range(micro_batches):
-        own = [d for d, place in enumerate(places) if place.micro_batch == number]
+    for own in held:
         took = _seconds(documents, places, own, pipelines, cost)
-        for members in joined([[r for r, _ in places[d].pieces] for d in own]):
-            end = max(ends[r] for r in members) + max(took[r] for r in members)
+        cut = joined([[r for r, _ in places[d].pieces] for d in own if len(places[d].pieces) > 1])
+        waiting = {r for members in cut for r in members}
+        ends = [end if r in waiting else end + took[r] for r, end in enumerate(ends)]
+        for members in cut:
+            end = max([ends[r] for r in members]) + max([took[r] for r in members])
             for r in members:
                 ends[r] = end
     return ends
@@ -47,15 +51,17 @@ def _seconds(
     tokens, came, went, is_cut = ([0] * pipelines for _ in range(4))
     attention = [0.0] * pipelines
     for d in own:
-        length, pieces = documents.lengths[d], places[d].pieces
+        length, whole, pieces = documents.lengths[d], documents.attention[d], places[d].pieces
+        others = len(pieces) - 1
+        edge = cost.edge(length, whole) if others else 0.0
         for r, x in pieces:
             tokens[r] += x
             if x:
-                attention[r] += documents.attention[d] * x / length
-            if len(pieces) > 1:
-                attention[r] += cost.edge(length, documents.attention[d])
+                attention[r] += whole * x / length
+            if others:
+                attention[r] += edge
                 came[r] += length - x
-                went[r] += x * (len(pieces) - 1)
+                went[r] += x * others
                 is_cut[r] = True
     return [cost.seconds(tokens[r], attention[r], max(came[r], went[r]), bool(is_cut[r])) for r in range(pipelines)]
 

@@ -12,7 +12,7 @@ from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.batch.assign import assign
 from hetu.parallel.batch.batch_plan import BatchPlan
 from hetu.parallel.batch.cost import BatchCost, Documents
-from hetu.parallel.batch.finish import Place, finish, joined
+from hetu.parallel.batch.finish import Place, joined
 from hetu.parallel.layout.documents import MAX_TOKENS
 from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.mask import CAUSAL, Mask
@@ -45,7 +45,8 @@ def plan_batch(
 
     Time is that of forward and backward of one layer, by three things: work per token, attention per pair that the mask
     allows, and the keys and values that travel between the pieces of a document while their pipelines attend. It takes
-    about 3 ms for 512 documents on 64 pipelines. The same arguments give the same plan on every machine.
+    3 to 15 ms for 512 documents of real lengths on 64 pipelines, 7 ms in the median. The same arguments give the same
+    plan on every machine.
 
     Args:
         lengths: Tokens of each document, ints from 0.
@@ -90,8 +91,7 @@ def plan_batch(
     order = np.argsort(-work, kind="stable")
     documents = Documents(tokens[order].tolist(), attention[order].tolist(), work[order].tolist())
     least = cost.least_seconds(documents, pipelines, max_tokens)
-    micro_batches, places = assign(documents, pipelines, max_tokens, cost, least)
-    seconds = finish(documents, places, pipelines, micro_batches, cost)
+    micro_batches, places, seconds = assign(documents, pipelines, max_tokens, cost, least)
     cut = [[r for r, _ in place.pieces] for place in places if len(place.pieces) > 1]
     groups = joined([*cut, *([r] for r in range(pipelines))])
     groups.sort(key=lambda members: (-len(members), members))
@@ -109,7 +109,7 @@ def plan_batch(
 
 
 def _renumbered(place: Place, number: dict[int, int]) -> Place:
-    return Place(place.micro_batch, tuple(sorted((number[r], tokens) for r, tokens in place.pieces)))
+    return Place(place.micro_batch, tuple(sorted([(number[r], tokens) for r, tokens in place.pieces])))
 
 
 def _check_room(lengths: tuple[int, ...], pipelines: int, max_tokens: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hetu.arguments import choice, integer, refuse, shown
+from hetu.arguments import choice, integer, mapping, refuse, shown
 from hetu.dtypes import as_dtype
 from hetu.errors import StrategyError, UnboundSymbolError, caller
 from hetu.parallel.choice.counts import counts_of
@@ -22,7 +22,7 @@ from hetu.parallel.plan.heads import Heads
 from hetu.symbols import IntSymbol, as_size, as_symbol, check_leaf
 from hetu.symbols.compile import compile_exprs
 
-_OP = "cost"
+_OP, _GIVEN = "cost", "int_symbol_dict"
 Links = dict[tuple[int, int], Any]
 
 
@@ -100,9 +100,10 @@ class StrategyCost:
         Raises:
             UnboundSymbolError: If a symbol has no value.
             BindingError: If a value is outside of its symbol's range, or the documents don't fit the lengths.
-            StrategyError: If a length comes out negative.
+            StrategyError: If a length comes out negative, or the batch below 1; of a pack, if it is not 1.
         """
-        values = {leaf: check_leaf(leaf, value, "int_symbol_dict") for leaf, value in (int_symbol_dict or {}).items()}
+        given = {} if int_symbol_dict is None else mapping(int_symbol_dict, _GIVEN, "symbols and ints", op=_OP)
+        values = {leaf: check_leaf(leaf, value, _GIVEN) for leaf, value in given.items()}
         if cu_seqlens is not None:
             return self._of_pack(values, cu_seqlens)
         if not self._compiled:
@@ -138,7 +139,8 @@ class StrategyCost:
 
         lens, groups = self.strategy.evaluate(value)
         weighs = None if self.strategy.mask is None else self.strategy.mask.bound(value)
-        layout = Layout.build(lens, groups, split=self.split, cu_seqlens=cu_seqlens, mask=weighs)
+        batch = self.batch if isinstance(self.batch, int) else value(self.batch)
+        layout = Layout.build(lens, groups, split=self.split, batch=batch, cu_seqlens=cu_seqlens, mask=weighs)
         mask = self.mask.bound(value)
         flops, peak, links = [0] * len(lens), [0] * len(lens), Links()
         for group in layout.groups:
@@ -158,8 +160,9 @@ class StrategyCost:
         def evaluate(values: Mapping[IntSymbol, int]) -> Amounts:
             known = _with_values(leaves, values)
             found = function(*known.values())
-            if min(found[end:]) < 0:
+            if min(found[end:-1]) < 0:
                 self.strategy.evaluate(lambda size: size.evaluate(known))  # it says which length is negative
+            _check_batch(found[-1])
             moved = {link: n for link, n in zip(links, found[2 * count : end], strict=True) if n}
             return Amounts(found[:count], moved, found[count : 2 * count])
 
@@ -194,6 +197,8 @@ def strategy_cost(
     choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)
     choice(method, "method", ("auto", *WORK), op=_OP, error=StrategyError)
     times = as_size(batch, "batch", op=_OP, error=StrategyError)
+    if isinstance(times, int):
+        _check_batch(times)
     heads = Heads(num_q, num_kv, dim, as_dtype(dtype).itemsize)
     return cost_of(strategy, heads, split, mask, AUTO if method == "auto" else method, times)
 
@@ -213,6 +218,11 @@ def cost_of(strategy: Strategy, heads: Heads, split: str, mask: Mask, method: st
             flops[r], peak[r] = _size(work.flops[member]), _size(work.peak[member])
         links |= _moved(members, work)
     return StrategyCost(strategy, heads, split, mask, method, batch, tuple(flops), links, tuple(peak))
+
+
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        _refuse(f"batch is {batch}, expected at least 1", "give each context group a sequence at least")
 
 
 def _with_values(leaves: tuple[IntSymbol, ...], values: Mapping[IntSymbol, int]) -> dict[IntSymbol, int]:

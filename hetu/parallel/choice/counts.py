@@ -60,6 +60,9 @@ class Bounds:
         return self.left is None and isinstance(self.right, int) and self.right == 0
 
 
+_SQUARED = 2**31
+"""Counts are made of squares of numbers of tokens; of fewer than these, 64 bits hold them."""
+
 _PLAN = "count it from a plan: g.plan(...).cost(hardware)"
 
 
@@ -303,6 +306,8 @@ def counts_of(pieces: Numbers, split: str, mask: Mask) -> Counts:
         [[3], [12]]
     """
     bounds = Bounds.of(mask)
+    if pieces.dtype != object and isinstance(bounds.right, int) and pieces.sum() + bounds.right >= _SQUARED:
+        pieces = pieces.astype(object)
     if split == "stripe":
         return Dealt(pieces, bounds)
     return Blocks(pieces, bounds, halves=split != "normal")

@@ -147,4 +147,4 @@ class Estimator:
 
 def _most(items: Numbers) -> Any:
     listed = items.tolist()
-    return maximum(*listed) if any(isinstance(item, IntSymbol) for item in listed) else max(listed)
+    return maximum(*listed) if IntSymbol in map(type, listed) else max(listed)

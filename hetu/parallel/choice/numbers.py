@@ -14,15 +14,12 @@ from numpy.typing import NDArray
 from hetu.symbols import IntSymbol, maximum, minimum
 
 Numbers = NDArray[Any]
-"""int64, or object where the items are ints and symbols."""
+"""int64, or object where the items are symbols, or ints that may be beyond 64 bits."""
 
 
 def numbers(items: Any) -> Numbers:
-    """An array of ints, or of ints and symbols; ints beyond 64 bits stay exact."""
-    found = np.array(items, object)
-    if all(isinstance(item, int) and abs(item) < 2**31 for item in found.flat):
-        return found.astype(np.int64)
-    return found
+    """An array of ints, or of ints and symbols; ints stay exact however large they are."""
+    return np.array(items, object)
 
 
 def larger(a: Any, b: Any) -> Any:
@@ -51,6 +48,10 @@ def lifted(size: Any) -> Any:
     return np.array([size], object) if isinstance(size, IntSymbol) else size
 
 
+def _is_symbolic(x: Any) -> bool:
+    return x.dtype.char == "O" if isinstance(x, np.ndarray) else isinstance(x, IntSymbol)
+
+
 def _extremum(of_ints: Callable[..., Any], of_symbols: Callable[..., Any], of_arrays: Any) -> Callable[[Any, Any], Any]:
     """Of two numbers, or of each two items of arrays."""
 
@@ -62,8 +63,7 @@ def _extremum(of_ints: Callable[..., Any], of_symbols: Callable[..., Any], of_ar
     def extremum(a: Any, b: Any) -> Any:
         if not isinstance(a, np.ndarray) and not isinstance(b, np.ndarray):
             return pick(a, b)
-        is_symbolic = any(isinstance(x, IntSymbol) or getattr(x, "dtype", None) == np.dtype(object) for x in (a, b))
-        return of_items(lifted(a), lifted(b)) if is_symbolic else of_arrays(a, b)
+        return of_items(lifted(a), lifted(b)) if _is_symbolic(a) or _is_symbolic(b) else of_arrays(a, b)
 
     return extremum
 

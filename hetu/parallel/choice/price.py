@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from hetu.errors import StrategyError
@@ -65,14 +66,20 @@ class Pricer:
         """The price by the method whose forward takes least time; of equal ones the first."""
         found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
         forward, method = min(found, key=_time)
-        own, total = loads[method], NOTHING
-        for _ in range(self.forwards):
+        own, total = loads[method], forward if self.forwards else NOTHING
+        for _ in range(self.forwards - 1):
             total = total.plus(forward)
         if self.backwards:
             backward = self.backward.of(method, own)
             for _ in range(self.backwards):
                 total = total.plus(backward)
         return Price(method, total, max([load.peak for load in own]))
+
+
+@lru_cache(64)
+def pricer_of(attention: Attention, hardware: Hardware, forwards: int = 1, backwards: int = 0) -> Pricer:
+    """A pricer, made once for equal arguments."""
+    return Pricer(attention, hardware, forwards, backwards)
 
 
 class Price(NamedTuple):
@@ -121,7 +128,7 @@ def read_loads(values: Sequence[int], methods: Sequence[str]) -> dict[str, list[
     """The loads of which :func:`strategy_sizes` gave the sizes."""
     each, found, at = len(values) // len(methods), {}, 0
     for method in methods:
-        found[method] = [Load(*values[i : i + LOAD_SIZES]) for i in range(at, at + each, LOAD_SIZES)]
+        found[method] = [Load._make(values[i : i + LOAD_SIZES]) for i in range(at, at + each, LOAD_SIZES)]
         at += each
     return found
 
@@ -142,6 +149,6 @@ def cheapest_method(layout: Layout, mask: Mask, heads: Heads, hardware: Hardware
     """What ``"auto"`` is on a layout; where nothing can be counted, as without hardware, :data:`AUTO`."""
     attention = Attention(mask, heads, "auto")
     try:
-        return Pricer(attention, hardware).price(layout_loads(layout, attention)).method
+        return pricer_of(attention, hardware).price(layout_loads(layout, attention)).method
     except StrategyError:
         return AUTO

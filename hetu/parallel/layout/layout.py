@@ -20,6 +20,7 @@ from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.layout.arrays import arrays_of, check_alike, check_array
 from hetu.parallel.layout.documents import PackedDocuments, batch_lists, check_spans, check_total, cu_seqlens_lists
 from hetu.parallel.layout.group import GroupLayout, Spans
+from hetu.parallel.layout.picture import draw_layout
 from hetu.parallel.layout.printing import count
 from hetu.parallel.layout.splits import SPLITS, check_mask
 from hetu.parallel.layout.strategy import by_group, check_lengths, groups_of
@@ -315,8 +316,7 @@ class Layout:
             refuse(mask, "mask", "a hetu.Mask", op="layout", error=StrategyError)
         width, texts = integer(width, "width", least=1, op="layout"), []
         for group, who in zip(self.groups, computes, strict=True):
-            bands = mask.bands(group.lengths, group.lengths)
-            whole = bands if mask.joins else bands.joined(group.offsets)
+            whole = mask.over_pack(group.lengths)
             head = f"group {group.value} under {mask!r}: {count(group.tokens, 'token')}"
             drawing = draw_owners(whole, who, self._holders(group), width)
             texts.append(f"{head} on {count(len(group.members), 'pipeline')}\n{drawing}")
@@ -324,6 +324,9 @@ class Layout:
 
     def __str__(self) -> str:
         return "\n".join(line for group in self.groups for line in group.describe())
+
+    def _repr_svg_(self) -> str:
+        return draw_layout(self)
 
     def __repr__(self) -> str:
         return f"<Layout of {self.num_pipelines} pipelines in {len(self.groups)} groups>"

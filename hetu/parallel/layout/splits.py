@@ -265,6 +265,10 @@ class Split:
     parts: Callable[[Ints], Parts]
     weighs: bool = False
 
+    def __repr__(self) -> str:
+        names = (getattr(make, "__qualname__", type(make).__name__) for make in (self.totals, self.parts))
+        return f"Split({', '.join(names)}{', weighs=True' * self.weighs})"
+
     def cut(self, cu_seqlens: IntArray, seq_lens: IntArray, mask: Mask | None) -> IntArray:
         """The totals.
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from hetu.arguments import choice, flag, integer, items, refuse, shown
 from hetu.errors import HetuError, caller
-from hetu.parallel.mask import codes, rules
+from hetu.parallel.mask import codes, rules, svg
 from hetu.parallel.mask.bands import Bands
 from hetu.parallel.mask.drawing import draw_pairs
 from hetu.parallel.mask.rules import Chunked, Prefix, Rule, Size, Slices, Window
@@ -295,13 +295,28 @@ class Mask:
         listed = items(lengths, "lengths", op=_OP) if _is_listed(lengths) else [lengths]
         tokens = np.array([integer(item, "lengths", least=0, most=_MOST_DRAWN, op=_OP) for item in listed], np.int64)
         total = integer(int(tokens.sum()), "the sum of lengths", least=0, most=_MOST_DRAWN, op=_OP)
-        bands, offsets = self.bands(tokens, tokens), tokens.cumsum() - tokens
-        whole = bands if self.joins else bands.joined(offsets)
-        return draw_pairs(whole, total, integer(width, "width", least=1, op=_OP))
+        return draw_pairs(self.over_pack(tokens), total, integer(width, "width", least=1, op=_OP))
+
+    def over_pack(self, lengths: IntArray) -> Bands:
+        """The bands of documents that lie one after the other, as bands of one sequence."""
+        bands = self.bands(lengths, lengths)
+        return bands if self.joins else bands.joined(lengths.cumsum() - lengths)
+
+    @property
+    def _is_drawn(self) -> bool:
+        return not self.symbols and sum(self.rule.typical_lengths) <= _MOST_DRAWN
 
     def __str__(self) -> str:
-        is_drawn = not self.symbols and sum(self.rule.typical_lengths) <= _MOST_DRAWN
-        return f"{self!r}\n{self.draw()}" if is_drawn else repr(self)
+        return f"{self!r}\n{self.draw()}" if self._is_drawn else repr(self)
+
+    def _repr_svg_(self) -> str | None:
+        if not self._is_drawn:
+            return None
+        tokens = np.array(self.rule.typical_lengths, np.int64)
+        side = 180.0
+        boxes = svg.pairs(self.over_pack(tokens), np.zeros(tokens.sum(), np.int64), 10, 26, side)
+        name = repr(self)
+        return svg.picture(max(side + 20, 12 + 7 * len(name)), side + 36, boxes, [(10, 18, name)])
 
     def __repr__(self) -> str:
         return f"Mask.{self.rule}"

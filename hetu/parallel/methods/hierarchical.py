@@ -13,7 +13,7 @@ comes from distance d + 2 sets out, so that all three overlap.
 It can't deadlock (see :mod:`hetu.parallel.methods.method`): the common order goes stage by stage. First all members
 post what travels straight over distances 0 and 1; then they attend to their own rows; then there are, distance by
 distance, the stages in which they post what travels on, attend, and move gradients. Both ends of each of a stage's
-its transfers are in it, for distances and relays are known to all. A wait for what was posted in a stage belongs to a
+transfers are in it, for distances and relays are known to all. A wait for what was posted in a stage belongs to a
 later one, or stands behind that stage's batch with nothing that packs or computes between. So when a stage begins, both
 ends of all that was posted before are posted.
 """

@@ -54,3 +54,6 @@ class Method:
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]
     backward: Callable[[PlanData, Sequence[int]], list[PipelinePlan]]
+
+    def __repr__(self) -> str:
+        return f"Method({self.forward.__qualname__}, {self.backward.__qualname__})"

@@ -35,7 +35,7 @@ class Payload(Enum):
     @property
     def values(self) -> tuple[str, ...]:
         """Names of the values, in order."""
-        names: tuple[str, ...] = self.value
+        names: tuple[str, ...] = self._value_  # as ``value``, which looks it up in ten times the time
         return names
 
     @property

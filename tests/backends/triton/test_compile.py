@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.longer import LONGER
 
 ROOT = Path(__file__).parents[3]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -19,11 +20,11 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 @pytest.fixture(scope="module")
 def compilers(tmp_path_factory: pytest.TempPathFactory) -> dict[int, subprocess.Popen[str]]:
     """One process a GPU, side by side."""
-    root = str(ROOT)
     started = {}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     for capability in SHARED_MEMORY:
         cache = str(tmp_path_factory.mktemp(f"triton{capability}"))
-        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": root}
+        env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": path}
         command = [
             sys.executable,
             "-W",
@@ -48,7 +49,7 @@ def test_variants_compile(compilers: dict[int, subprocess.Popen[str]], capabilit
     out, err = compilers[capability].communicate()
     assert compilers[capability].returncode == 0, err
     results = [json.loads(line) for line in out.splitlines()]
-    assert len({result["variant"] for result in results}) == len(results) >= 38
+    assert len({result["variant"] for result in results}) == len(results) >= (38 if LONGER > 1 else 20)
     serial = [result for result in results if result["starts"] == result["products"] > 1]
     assert not serial, f"ptxas lets every product on tensor cores wait for the one before: {serial}"
     spilling = [result for result in results if result["stack"] > allowed(result)]

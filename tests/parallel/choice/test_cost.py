@@ -123,6 +123,33 @@ def test_sizes_have_no_bound() -> None:
     assert cost.evaluate({s: n}).flops == (32 * (n * (n + 1) // 2), 32 * (2 * n + 3))
 
 
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("method", ["direct", "ulysses"])
+def test_sizes_given_as_ints_have_no_bound_either(split: str, method: str) -> None:
+    """What is an int already is counted as exactly as a symbol of that value."""
+    for length in (2**30, 2**31 - 1, 2**31, 2**52):
+        for mask in (Mask.causal(), Mask.full(), Mask.window(-1, 2**30), Mask.window(5, 3 * 10**9)):
+            found = [
+                Strategy([size] * 3, [0] * 3).cost(
+                    64, 8, 128, "float32", split=split, mask=mask, method=method, batch=n
+                )
+                for size, n in ((length, 2**40), (s, b))
+            ]
+            ints, symbols = found[0].evaluate(), found[1].evaluate({s: length, b: 2**40})
+            assert ints == symbols, (length, mask.name)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_largest_packs_are_counted_exactly(split: str) -> None:
+    """One document as long as may be, which needs no plan: that would list its tokens."""
+    lens = [2**30 - 8] * 2
+    n = sum(lens)
+    for reach in (2**30, n, 3 * 10**9):
+        cost = Strategy(lens, [0, 0]).cost(1, 1, 8, "float32", split=split, mask=Mask.window(-1, reach))
+        beyond = max(n - 1 - reach, 0)
+        assert sum(cost.evaluate(cu_seqlens=[0, n]).flops) == 32 * (n * n - beyond * (beyond + 1) // 2)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -132,6 +159,8 @@ def test_sizes_have_no_bound() -> None:
         ({"method": "tree"}, "expected method to be"),
         ({"split": "zigzag"}, "expected split to be"),
         ({"mask": "causal"}, "expected mask to be"),
+        ({"batch": 0}, "batch is 0, expected at least 1"),
+        ({"batch": -1}, "batch is -1, expected at least 1"),
     ],
 )
 def test_what_has_no_closed_form_is_refused_by_name(options: dict[str, Any], says: str) -> None:
@@ -152,3 +181,10 @@ def test_what_can_not_be_evaluated_is_refused() -> None:
         cost.evaluate({s: 3, t: 1})
     with pytest.raises(hetu.BindingError):
         cost.evaluate({s: -1, t: 1})
+    with pytest.raises(hetu.HetuError, match="expected int_symbol_dict to be a dict"):
+        cost.evaluate([5])  # type: ignore[arg-type]
+    batched = Strategy([s], [0]).cost(1, 1, 8, "float32", batch=b - 4)
+    with pytest.raises(hetu.StrategyError, match="batch is -3, expected at least 1"):
+        batched.evaluate({s: 3, b: 1})
+    with pytest.raises(hetu.StrategyError, match="batch is 5, expected 1 with packing"):
+        batched.evaluate({s: 3, b: 9}, cu_seqlens=[0, 3])

@@ -180,7 +180,7 @@ def test_printing() -> None:
 
 def test_a_topology_has_a_host_for_each_pipeline() -> None:
     layout = Layout.build([2, 2], [0, 0])
-    with pytest.raises(StrategyError, match="hosts of 3 pipelines, but the layout has 2"):
+    with pytest.raises(StrategyError, match="hosts of 3 pipelines, but there are 2"):
         build_plan(layout, heads=HEADS, topology=Topology((0, 0, 1)))
     plans = [build_plan(layout, heads=HEADS, topology=topology) for topology in (None, Topology((0, 1)))]
     assert plans[0].hash() != plans[1].hash() and plans[0].digest() != plans[1].digest()

@@ -1,0 +1,7 @@
+"""``python -m hetu``: see :mod:`hetu.cli`."""
+
+import sys
+
+from hetu.cli.main import main
+
+sys.exit(main())
