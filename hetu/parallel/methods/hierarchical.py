@@ -3,8 +3,8 @@
 Links inside a host are faster than those between hosts. So an owner sends to one member of each other host, its
 *relay* there, all that anybody of that host needs, and the relay passes on what the others need. Gradients go the same
 way back: the relay adds up those that its host computed, and sends the sums to the owner. Inside a host rows go
-straight from owner to receiver. Relays are members that have the same place in their hosts as the owner in its own, so that all
-of a host's links are used alike. A group that lies on one host is planned by ``direct``.
+straight from owner to receiver. Relays are members that have the same place in their hosts as the owner in its
+own, so that all of a host's links are used alike. A group that lies on one host is planned by ``direct``.
 
 There is a buffer for each *distance*, the number of hosts from the owner's to the receiver's, which is attended to at
 once; distance 0 is the own host. What came from distance d + 1 is passed on before distance d is attended to, and what
