@@ -11,6 +11,7 @@ from hetu.dtypes import bfloat16, float16, float32
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Role, Tensor, TensorSpec, gradients, register
 from hetu.graph.autodiff import reached_by_gradients
+from hetu.graph.names import all_or_nothing
 from hetu.graph.passes import live_nodes, nodes_of
 from hetu.ops import all_reduce, cast
 from hetu.parallel.placement import STAGES
@@ -139,7 +140,7 @@ class Optimizer:
             "parameters": tuple(item.op.name for item in params),
             "groups": tuple((len(g["params"]), {k: v for k, v in g.items() if k != "params"}) for g in groups),
         }
-        with loss.graph.all_or_nothing():
+        with all_or_nothing(loss.graph):
             # The only place that adds up gradients over pipelines. Who keeps the sums is for the parameters' store to
             # say. The sums are in at least float32: small parts would be lost in bfloat16, and large ones overflow in
             # float16.

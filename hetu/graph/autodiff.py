@@ -11,6 +11,7 @@ from hetu.arguments import items, shown
 from hetu.dtypes import DType
 from hetu.errors import DTypeError, HetuError, ShapeError, caller
 from hetu.graph.autocast import no_autocast
+from hetu.graph.names import all_or_nothing
 from hetu.graph.node import Node
 from hetu.graph.opdef import OpDef
 from hetu.graph.passes import live_nodes
@@ -54,7 +55,7 @@ def gradients(
     weights = [None] * len(targets) if grad_ys is None else _several(grad_ys, "grad_ys")
     if len(weights) != len(targets):
         _refuse(ShapeError, f"{len(weights)} grad_ys for {len(targets)} ys", "give one a y, or None for ones")
-    whole = targets[0].graph.all_or_nothing() if targets else nullcontext()
+    whole = all_or_nothing(targets[0].graph) if targets else nullcontext()
     with whole, no_autocast(), outside_of_scopes():
         seeds = [(y, _seed(y, weight)) for y, weight in zip(targets, weights, strict=True)]
         nodes = live_nodes(targets)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from difflib import get_close_matches
@@ -16,7 +15,7 @@ from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where,
 from hetu.graph.autocast import wanted_dtype
 from hetu.graph.drawing import Drawn
 from hetu.graph.eager import EagerValues, check_eager
-from hetu.graph.names import Names
+from hetu.graph.names import Names, all_or_nothing
 from hetu.graph.node import Node, Operand
 from hetu.graph.opdef import Call, OpDef, Role, TensorSpec, find_op
 from hetu.graph.recompute import NOWHERE, building
@@ -132,7 +131,7 @@ class Graph(Running, Drawn):
         """
         definition, where = find_op(op), caller()
         given = tuple([self._operand(item, place, definition, where) for place, item in enumerate(inputs)])
-        with self.all_or_nothing():
+        with all_or_nothing(self):
             return self._apply(definition, self._autocast(definition, given), dict(attrs or {}), name, where)
 
     def _apply(
@@ -163,21 +162,6 @@ class Graph(Running, Drawn):
         if definition.lists_strategies and self.listing is None:
             self.listing = node
         return node.outputs
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """A block after an error in which the graph has none of the nodes that were added in the block."""
-        count, listing = len(self.nodes), self.listing
-        try:
-            yield
-        except BaseException:
-            added, self.listing = self.nodes[count:], listing
-            del self.nodes[count:]
-            for node in added:
-                self._names.release(node.names)
-                if self.eager is not None:
-                    self.eager.forget(node.outputs)
-            raise
 
     def _small_graph(self) -> Graph:
         """An empty graph that runs where this one does."""

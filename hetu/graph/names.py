@@ -1,8 +1,13 @@
-"""The names in a graph: each is that of one node or of one tensor."""
+"""The names in a graph, each that of one node or of one tensor, and what takes back nodes with theirs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hetu.graph.graph import Graph
 
 
 class Names:
@@ -38,3 +43,19 @@ class Names:
         while (name := f"{op}_{self._counts.get(op, 0)}") in self._taken or name in self._begun:
             self._counts[op] = self._counts.get(op, 0) + 1
         return name
+
+
+@contextmanager
+def all_or_nothing(graph: Graph) -> Iterator[None]:
+    """A block that leaves none of the nodes that it has added if it ends with an error."""
+    count, listing = len(graph.nodes), graph.listing
+    try:
+        yield
+    except BaseException:
+        added, graph.listing = graph.nodes[count:], listing
+        del graph.nodes[count:]
+        for node in added:
+            graph._names.release(node.names)
+            if graph.eager is not None:
+                graph.eager.forget(node.outputs)
+        raise

@@ -14,6 +14,7 @@ from hetu.arguments import int_of, integer, refuse, shown
 from hetu.dtypes import DType, as_dtype
 from hetu.errors import HetuError, ShapeError, caller
 from hetu.graph import Tensor
+from hetu.graph.names import all_or_nothing
 from hetu.ops import (
     activations,
     along,
@@ -194,11 +195,12 @@ def getitem(x: Tensor, key: Any) -> Tensor:
         ShapeError: If there are more entries than dimensions, an entry is none of these, or a bound does not fit. Every
             run checks what only the symbols' values decide.
     """
-    with x.graph.all_or_nothing():
+    with all_or_nothing(x.graph):
         return _parts(x, _entries(x, key))
 
 
 def _parts(x: Tensor, entries: Sequence[Any]) -> Tensor:
+    """What an index takes, entry by entry."""
     sizes: list[Dim] = []
     dim = 0
     for entry in entries:

@@ -74,6 +74,12 @@ def subtract(a: Any, b: Any) -> Any:
     return sympy.Add(a, sympy.Mul(sympy.S.NegativeOne, b))
 
 
+def power(a: Any, exponent: Any) -> Any:
+    if not exponent.is_Integer or exponent.p < 0:
+        raise TypeError(f"{a} ** {exponent}: expected an exponent that is an int of at least 0")
+    return sympy.Pow(a, exponent)
+
+
 def difference_terms(a: Any, b: Any) -> list[tuple[Any, int]]:
     """The terms of ``a - b`` that don't cancel, each with its factor."""
     counts: dict[Any, int] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from numbers import Integral, Number
@@ -24,19 +23,17 @@ from hetu.symbols.expr import (
     make_int,
     make_leaf,
     multiply,
+    power,
     refuse_pickle,
     subtract,
 )
 from hetu.symbols.interval import Interval, leaf_range
-from hetu.symbols.text import names_of, text_of
+from hetu.symbols.text import names_of, placed, text_of
 
 if TYPE_CHECKING:
     from hetu.symbols.constraint import Constraint
 
 _unnamed = itertools.count()
-
-_PLACE = re.compile(r"((?:.?[<>^])?)[^0-9]*0?([0-9]*)")
-"""The beginning of a format spec: a fill and an alignment, signs and flags that only numbers have, and a width."""
 
 
 class IntSymbol:
@@ -233,12 +230,7 @@ class IntSymbol:
         return NotImplemented if quotient is NotImplemented else (quotient, other % self)
 
     def __pow__(self, exponent: int) -> Any:
-        number = int_of(exponent)
-        if number is None and not isinstance(exponent, (IntSymbol, Number)):
-            return NotImplemented  # a tensor knows how to be an exponent
-        if number is None or number < 0:
-            raise TypeError(f"{self} ** {exponent}: expected a whole exponent of at least 0")
-        return IntSymbol.from_expr(self.expr**number)
+        return _combine("**", power, self, exponent)
 
     def __neg__(self) -> IntSymbol:
         return -1 * self
@@ -309,13 +301,7 @@ class IntSymbol:
 
     def __format__(self, spec: str) -> str:
         """A constant is written as its int is; of all else the text, to which a width and a place in it apply."""
-        try:
-            return format(str(self) if self.constant is None else self.constant, spec)
-        except ValueError:
-            format(0, spec)  # what no int takes is refused, as Python says it
-        place = _PLACE.match(spec)
-        assert place is not None, "it matches the empty text"
-        return format(str(self), f"{place[1] or '>'}{place[2] or ''}")
+        return format(self.constant, spec) if self.constant is not None else placed(str(self), spec)
 
     @cached_property
     def _text(self) -> str:

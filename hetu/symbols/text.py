@@ -103,3 +103,18 @@ def _short_first(text: str) -> tuple[bool, int, str]:
     """Sorts what is simple to the front, numbers last; sympy's own order costs more, and recurses."""
     bare = text.lstrip("-0123456789*")
     return not bare, len(bare), bare
+
+
+_PLACE = re.compile(r"((?:.?[<>^])?)[^0-9]*0?([0-9]*)")
+"""The beginning of a format spec: a fill and an alignment, signs and flags that only numbers have, and a width."""
+
+
+def placed(text: str, spec: str) -> str:
+    """A text as wide as a format spec of ints says, and where it says; what no int takes is refused."""
+    try:
+        return format(text, spec)
+    except ValueError:
+        format(0, spec)  # as Python says it
+    place = _PLACE.match(spec)
+    assert place is not None, "it matches the empty text"
+    return format(text, f"{place[1] or '>'}{place[2] or ''}")

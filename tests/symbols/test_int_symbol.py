@@ -232,7 +232,7 @@ def test_a_text_is_python_that_makes_the_symbol_again() -> None:
 
 @pytest.mark.parametrize("exponent", [-1, 0.5, True, IntSymbol("e")])
 def test_a_power_has_a_whole_exponent(exponent: Any) -> None:
-    with pytest.raises(TypeError, match="a whole exponent of at least 0"):
+    with pytest.raises(TypeError, match=r"an int of at least 0|symbols are exact ints"):
         IntSymbol("s") ** exponent
 
 
