@@ -75,7 +75,7 @@ class ParameterStore:
     def __init__(self, graph: Graph, device: Callable[[], torch.device], rule: PlacementRule = placed) -> None:
         self.graph, self.device, self.homes = graph, device, Homes(graph, rule)
         self._stored: dict[Node, _Stored] = {}
-        self._version = self.homes.version
+        self._homes_version = self.homes.version
         self.fresh: list[Node] = []
         self.version = new_number()
 
@@ -169,7 +169,7 @@ class ParameterStore:
         if stored is None:
             stored = self._make(node)
             self.fresh.append(node)
-        elif self._version != self.homes.version:
+        elif self._homes_version != self.homes.version:
             self._cut_anew()
         return stored
 
@@ -191,7 +191,7 @@ class ParameterStore:
 
     def _cut_anew(self) -> None:
         """Cuts what was made before the graph had an update that cuts it."""
-        self._version = self.homes.version
+        self._homes_version = self.homes.version
         for node, stored in self._stored.items():
             boxes = self.homes.here(self.homes.of(node).value)
             if set(boxes) != set(stored.storages):

@@ -11,6 +11,7 @@ from torch import fx
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.backends.torch.common import outputs_of
+from hetu.backends.torch_private import version_of
 from hetu.errors import DTypeError, HetuError, ShapeError, Where
 
 Promise = tuple[tuple[int, ...], torch.dtype]
@@ -48,9 +49,9 @@ def _caller(function: Callable[..., Any], where: Where) -> Callable[..., Any]:
     return hetu_op
 
 
-def _versions(tensors: Sequence[torch.Tensor]) -> list[int]:
+def _versions(tensors: Sequence[torch.Tensor]) -> list[int | None]:
     """How often each was changed in place; those of inference mode don't count it."""
-    return [0 if item.is_inference() else item._version for item in tensors]
+    return [0 if item.is_inference() else version_of(item) for item in tensors]
 
 
 def _as_promised(given: Any, promised: Sequence[Promise], where: Where) -> list[torch.Tensor]:
