@@ -35,7 +35,7 @@ FLOORS: Floors = (
 
 INSIDE: Mapping[str, Floors] = {
     "parallel": (
-        ("mask", "placement", "topology"),
+        ("mask", "placement"),
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),
