@@ -23,6 +23,7 @@ from hetu.backends.lower.traced import aside
 from hetu.backends.lower.values import VALUE
 from hetu.dtypes import DType
 from hetu.graph import Node, Tensor
+from hetu.ops.nn import Cast
 
 
 class Gathered(NamedTuple):
@@ -174,7 +175,7 @@ def _is_view(node: Node) -> bool:
 def _narrows(node: Node) -> bool:
     """Whether a node is a cast to a smaller floating type."""
     old, new = node.tensors[0].dtype, node.outputs[0].dtype
-    return node.definition.name == "cast" and new.is_floating and new.itemsize < old.itemsize
+    return isinstance(node.definition, Cast) and new.is_floating and new.itemsize < old.itemsize
 
 
 def _is_made_of(node: Node, roots: Mapping[Tensor, Gathered], views: Mapping[Tensor, Gathered]) -> bool:
