@@ -173,7 +173,7 @@ class BatchPlan:
         for d, (array, length) in enumerate(zip(arrays, self.lengths, strict=True)):
             check_array(array, f"documents[{d}]")
             if len(array) != length:
-                what = f"document {d} was planned with {length} tokens, but its array has {len(array)} rows"
+                what = f"documents[{d}] has {len(array)} rows, but was planned with {length} tokens"
                 raise ShapeError(what, op=_OP, where=caller(), fix="plan the batch that is scattered")
             if kind_of(array) != kind_of(arrays[0]):
                 what = f"documents 0 and {d} have rows of {kind_of(arrays[0])} and {kind_of(array)}, expected the same"

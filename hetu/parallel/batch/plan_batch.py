@@ -135,7 +135,7 @@ def _cost(
     sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     num_q, num_kv, width = (integer(x, name, least=1, most=MAX_COUNT, op=_OP) for name, x in sizes.items())
     if num_q % num_kv:
-        refuse(num_kv, "num_kv_heads", f"a divisor of {num_q}", op=_OP, error=ShapeError)
+        refuse(num_kv, "num_kv_heads", f"a divisor of num_heads, which is {num_q}", op=_OP, error=ShapeError)
     element = as_dtype(dtype)
     choice(element.name, "dtype", ("float16", "bfloat16", "float32", "float64"), op=_OP)
     flops = float(LAYER_FLOPS * (num_q * width) ** 2)
