@@ -286,10 +286,10 @@ class Planner:
         run = binder.bind(symbols, feeds.shapes, host_value)
         bound = perf_counter()
         plans = {
-            node: tuple(self.plan_for(node, key) for key in node.definition.plan_keys(node, run))
+            node: tuple([self.plan_for(node, key) for key in node.definition.plan_keys(node, run)])
             for node in subgraph.planned
         }
-        prepared = Prepared(subgraph, binder.strategy, tuple(item.binding() for item in run.pipelines), plans)
+        prepared = Prepared(subgraph, binder.strategy, tuple([item.binding() for item in run.pipelines]), plans)
         if stages.are_told():
             stages.planned(prepared, bound - begin, perf_counter() - bound)
         return prepared

@@ -63,6 +63,7 @@ def refuse_differences(
           bound:  ranks 0, 2: 0.1
           bound:  rank 1: 0.2
           fix:    run the same script with the same arguments and hetu.manual_seed(n) on all ranks
+          more:   ...
     """
     for name in dict.fromkeys(name for one in said for name in one):
         values = [one.get(name) for one in said]
