@@ -66,7 +66,7 @@ class Prepared:
 
     def __str__(self) -> str:
         """The strategy, every pipeline's symbols with where each value came from, and what each node's plan does."""
-        named = next((item.graph.strategies for item in self.subgraph.fetches), ())
+        named = self.subgraph.graph.strategies
         name = f" {named[self.strategy].name!r}" if named and named[self.strategy].name is not None else ""
         lines = [f"strategy {self.strategy}{name}: {count(self.num_pipelines, 'pipeline')}"]
         for r, binding in enumerate(self.bindings):

@@ -80,11 +80,13 @@ def _plain(name: str) -> str:
 
 def planned(prepared: Prepared, bind: float, plan: float) -> None:
     """New lengths were bound and planned, in so many seconds each."""
-    graph = prepared.subgraph.fetches[0].graph
+    graph = prepared.subgraph.graph
     names = f"strategy {prepared.strategy} on {prepared.num_pipelines} pipelines"
     tell("bind", bind, names, (2, lambda: str(prepared)))
     keep(graph, "bind.txt", lambda: str(prepared))
-    attention = {node.name: item for node, plans in prepared.plans.items() for item in plans if _is_attention(item)}
+    attention = {
+        node.name: item for node, plans in prepared.plans.items() for item in plans if isinstance(item, AttnPlan)
+    }
     said = "; ".join(f"{name}: {item.summary()}" for name, item in attention.items()) or f"{len(prepared.plans)} nodes"
     tell("plan", plan, said, *((3, item.__str__) for item in attention.values()))
     for name, item in attention.items():
@@ -92,13 +94,9 @@ def planned(prepared: Prepared, bind: float, plan: float) -> None:
         keep(graph, f"plan-{name}.txt", item.__str__)
 
 
-def _is_attention(plan: object) -> bool:
-    return isinstance(plan, AttnPlan)
-
-
 def selected(prepared: Prepared, wanted: object, select: float, parts: float, pipelines: Sequence[int]) -> None:
     """A micro-batch is prepared: lengths seen before were neither bound nor planned again."""
-    total = prepared.subgraph.fetches[0].graph.num_strategy
+    total = prepared.subgraph.graph.num_strategy
     asked = "" if wanted is None else f", asked for {wanted!r}"
     tell("select", select, f"strategy {prepared.strategy} of {total}{asked}")
     if parts > 1e-5:

@@ -23,6 +23,7 @@ class Subgraph:
     """The live part of a graph.
 
     Attributes:
+        graph: The graph that it is a part of.
         fetches: The tensors that are asked for.
         nodes: Live nodes without duplicates, in computing order.
         replaced: For each tensor of a merged duplicate the tensor to read instead.
@@ -43,6 +44,7 @@ class Subgraph:
         pipelines: What feeds know of each strategy's pipelines. The planner makes them.
     """
 
+    graph: Graph
     fetches: tuple[Tensor, ...]
     nodes: tuple[Node, ...]
     replaced: dict[Tensor, Tensor]
@@ -76,6 +78,7 @@ class Subgraph:
         places = [node for node in graph.nodes if node.definition.is_random and node.original is None]
         place = {node: i for i, node in enumerate(places)}
         return cls(
+            graph=graph,
             fetches=tuple(fetches),
             nodes=tuple(kept),
             replaced=replaced,

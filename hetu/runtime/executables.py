@@ -86,8 +86,7 @@ class Executables:
             begin = perf_counter()
             executable = make()
             if stages.are_told():
-                graph = subgraph.fetches[0].graph
-                stages.lowered(graph, perf_counter() - begin, executable.notes, executable.__str__)
+                stages.lowered(subgraph.graph, perf_counter() - begin, executable.notes, executable.__str__)
             return ModuleLauncher(executable)
 
         key = subgraph.fetches, len(subgraph.nodes), num_pipelines, pipelines, device, backend, is_compiled, scattered

@@ -80,3 +80,10 @@ def test_wrong_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HETU_DEBUG", "loud")
     with pytest.raises(hetu.HetuError, match="HETU_DEBUG is 'loud', expected 0 to 3"):
         run()
+
+
+def test_a_run_of_nothing_is_told_too(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    g = run()
+    with hetu.config(debug=3, dump=str(tmp_path)):
+        assert g.run([]) == [] and g.run({}) == {}
+    assert "bind" in stages(caplog)
