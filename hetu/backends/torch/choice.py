@@ -9,7 +9,7 @@ from torch import fx
 
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.torch.common import as_range, cast, number
+from hetu.backends.torch.common import operand_in
 from hetu.graph import Tensor
 
 
@@ -22,7 +22,7 @@ def _where(cx: NodeLowering, condition: fx.Node, a: Any, b: Any) -> fx.Node:
         # A plain number's dtype would be torch's global default where no tensor says otherwise.
         if isinstance(item, Tensor):
             return value
-        value = as_range(number(cx, item, value, wanted.is_floating), wanted)
+        value = operand_in(cx, item, value, wanted)
         return cx.call(torch.scalar_tensor, value, dtype=TORCH_DTYPES[wanted], device=device)
 
     _, item_a, item_b = cx.node.inputs
@@ -31,8 +31,8 @@ def _where(cx: NodeLowering, condition: fx.Node, a: Any, b: Any) -> fx.Node:
 
 @lowering("masked_fill", backend="torch")
 def _masked_fill(cx: NodeLowering, x: fx.Node, mask: fx.Node, value: Any) -> fx.Node:
-    dtype, item = cx.node.outputs[0].dtype, cx.node.inputs[2]
+    item = cx.node.inputs[2]
+    filling = operand_in(cx, item, value, cx.node.outputs[0].dtype)
     if isinstance(item, Tensor):
-        value = value if item.dtype == dtype else cast(cx, value, TORCH_DTYPES[dtype])
-        return cx.call(torch.where, mask, value, x)
-    return cx.call(torch.masked_fill, x, mask, as_range(number(cx, item, value, dtype.is_floating), dtype))
+        return cx.call(torch.where, mask, filling, x)
+    return cx.call(torch.masked_fill, x, mask, filling)

@@ -76,6 +76,20 @@ def hetu_scalar(size: int) -> int | float:
     return size if -(2**63) <= size < 2**63 else float(size)
 
 
+def operand_in(cx: NodeLowering, item: Any, value: Any, wanted: DType) -> Any:
+    """An operand for a result of a dtype: a tensor cast to it where it has another one, or a number as torch takes it.
+
+    Args:
+        cx: The node's lowering.
+        item: The operand: a tensor, a number or a symbol.
+        value: What stands for it in the module.
+        wanted: The dtype.
+    """
+    if isinstance(item, Tensor):
+        return value if item.dtype == wanted else cast(cx, value, TORCH_DTYPES[wanted])
+    return as_range(number(cx, item, value, wanted.is_floating), wanted)
+
+
 def as_range(value: Any, dtype: DType) -> Any:
     """A float beyond a dtype's range as infinity, which torch.scalar_tensor refuses to make of it."""
     if not isinstance(value, float) or not math.isfinite(value) or not dtype.is_floating:
