@@ -117,7 +117,10 @@ def even_layout(lengths: Sequence[int], pipelines: int, split: str, mask: Mask) 
 
 def plan_of(args: Namespace) -> AttnPlan:
     """The plan that the options describe."""
-    mask = mask_of(args)
-    layout = even_layout(args.lengths, args.pipelines, args.split, mask)
-    plan = build_plan(layout, method=args.method, mask=mask, heads=heads_of(args))
+    return plan_on(args, even_layout(args.lengths, args.pipelines, args.split, mask_of(args)))
+
+
+def plan_on(args: Namespace, layout: Layout) -> AttnPlan:
+    """The plan that the options describe, on a given layout."""
+    plan = build_plan(layout, method=args.method, mask=mask_of(args), heads=heads_of(args))
     return plan.backward() if args.backward else plan

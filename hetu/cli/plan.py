@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.markup import escape
 
 from hetu.cli.answer import Answer, seconds, sized, table
-from hetu.cli.options import add_hardware, add_problem, hardware_of, heads_of, mask_of, plan_of, positive
-from hetu.parallel import AttnPlan, BatchPlan, Cost, build_plan, plan_batch
+from hetu.cli.options import add_hardware, add_problem, hardware_of, heads_of, mask_of, plan_of, plan_on, positive
+from hetu.parallel import AttnPlan, BatchPlan, Cost, plan_batch
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: Namespace) -> Answer:
     """Plans and prices: with one split over all pipelines, or as ``hetu.plan_batch`` chooses."""
     hardware = hardware_of(args)
     batch = None if args.split else _batch(args)
-    plans = [plan_of(args)] if batch is None else [_of_micro_batch(args, item.layout) for item in batch.micro_batches]
+    plans = [plan_of(args)] if batch is None else [plan_on(args, item.layout) for item in batch.micro_batches]
     shown: list[RenderableType] = [] if batch is None else [escape(str(batch)), ""]
     told = []
     for number, plan in enumerate(plans):
@@ -63,11 +63,6 @@ def _batch(args: Namespace) -> BatchPlan:
         dtype=args.dtype,
         mask=mask_of(args),
     )
-
-
-def _of_micro_batch(args: Namespace, layout: Any) -> AttnPlan:
-    plan = build_plan(layout, method=args.method, mask=mask_of(args), heads=heads_of(args))
-    return plan.backward() if args.backward else plan
 
 
 def _picture(output: str | None, number: int) -> str | None:
