@@ -18,6 +18,7 @@ from hetu.parallel.layout.arrays import arrays_of, check_array, kind_of
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.layout.printing import count
 from hetu.parallel.layout.strategy import Strategy, groups_of
+from hetu.parallel.views.report import as_table
 from hetu.shards import Shards
 from hetu.symbols import IntSymbol
 
@@ -227,9 +228,7 @@ class BatchPlan:
         time = f"slowest pipeline: {slowest * 1e3:.3f} ms per layer, {over:.3f} of the least"
         rows: list[tuple[str, ...]] = [("micro-batch", "group", "pipelines", "tokens per pipeline", "whole", "cut")]
         rows += [row for number, item in enumerate(self.micro_batches) for row in self._rows(number, item)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([head, time, *lines])
+        return "\n".join([head, time, *as_table(rows)])
 
     def _rows(self, number: int, item: MicroBatch) -> list[tuple[str, ...]]:
         """A line of the table per group that holds something."""
