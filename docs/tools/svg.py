@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from xml.sax.saxutils import escape
 
-RANKS = ("#3d7eea", "#e0812f", "#2f9e6b", "#a35bd0")
-"""A colour per rank, which shows on white and on black."""
+from hetu.parallel.mask.svg import COLOURS
+
+RANKS = COLOURS[:4]
+"""A colour per rank, which shows on white and on black: those of hetu's own pictures."""
 
 STYLE = """\
     text { font: 13px system-ui, sans-serif; fill: #24292f }
