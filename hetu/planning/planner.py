@@ -380,8 +380,9 @@ class Planner:
             refuse(hardware, "hardware", "a hetu.Hardware or None", op="explain")
         on, choices = hardware or chosen().hardware, list[Choice]()
         backwards = any(node.definition.name == BACKWARD for node in self.graph.nodes)
+        first = self._attending(name)[0]
         for index in range(self.graph.num_strategy):
-            strategy = strategy_of(self._attending(name)[0], index)
+            strategy = strategy_of(first, index)
             try:
                 node, key, value = self.inspect(index, symbols, cu_seqlens, batch, name)
                 parallel_key = _layout_op(node).key(node, key, value)
