@@ -26,6 +26,7 @@ def _layout(*of: Any) -> None:
 
 
 SliceLayout = BlockedLayout = DotOperandLayout = NVMMADistributedLayout = DistributedLinearLayout = _layout
+SwizzledSharedLayout = _layout
 
 
 def program_id(axis: int) -> Value:
