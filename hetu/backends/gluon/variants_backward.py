@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from hetu.backends.gluon.variants import DTYPES, ROWS, descriptor_type
 from hetu.backends.triton.variants import PackedHeads
 from hetu.backends.triton.variants import source as portable_source
@@ -43,6 +45,7 @@ class _Constants:
     MORE: bool
     LOWER: bool
     SOFTCAP: bool
+    BY_SET: bool
 
     @property
     def CONSUMERS(self) -> int:  # noqa: N802 - a constant of kernels
@@ -61,10 +64,15 @@ class KeyConstants(_Constants):
 
     Attributes:
         BLOCK_M: Query rows of an iteration.
+        ADDS: Whether the gradients of queries are added up too.
+        DS_BUFFERS: Buffers for the gradients of scores, from which they are computed.
         DK_STRIDE_T: Elements between rows of dk; the others likewise.
     """
 
     BLOCK_M: int
+    ADDS: bool
+    DS_BUFFERS: int
+    TURNS: bool
     DK_STRIDE_T: int
     DK_STRIDE_H: int
     DV_STRIDE_T: int
@@ -77,7 +85,11 @@ class KeyConstants(_Constants):
 
     def boxes(self) -> tuple[list[int], list[int]]:
         """Those of queries and of keys."""
-        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM], [ROWS, 1, self.HEAD_DIM]
+        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM], [BLOCK_KEYS, 1, self.HEAD_DIM]
+
+    def sums_box(self) -> list[int]:
+        """Those of the sums of queries' gradients."""
+        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM // CONSUMERS]
 
 
 @dataclass(frozen=True)
@@ -108,19 +120,45 @@ class QueryConstants(_Constants):
 
 
 @dataclass(frozen=True)
-class BackwardTile:
-    """How the kernels cut their work; not measured.
+class SumsConstants:
+    """Of the kernel before and after sums; see :class:`hetu.backends.gluon.variants.Constants`.
 
     Attributes:
+        BLOCK_M: Query rows of an item.
+        SUMS_STRIDE_T: Elements between rows of the sums; the others likewise.
+    """
+
+    HEAD_DIM: int
+    PACK: int
+    SETS: int
+    BLOCK_M: int
+    SUMS_STRIDE_T: int
+    SUMS_STRIDE_H: int
+    DQ_STRIDE_T: int
+    DQ_STRIDE_H: int
+
+
+@dataclass(frozen=True)
+class BackwardTile:
+    """How the kernels cut their work.
+
+    Attributes:
+        adds: Whether the kernel of keys adds up the gradients of queries; else a kernel of their own computes them.
         block_m: Query rows of an iteration of the kernel of keys.
         row_stages: Its buffers for them.
+        ds_buffers: Its buffers for the gradients of scores, if it adds.
         block_n: Keys of an iteration of the kernel of queries.
         key_stages: Its buffers for them.
         chunk: As of the constants.
     """
 
+    adds: bool = False
     block_m: int = 64
     row_stages: int = 3
+    ds_buffers: int = 2
+    turns: bool = False
+    pack: int = 0
+    by_set: bool = False
     block_n: int = 64
     key_stages: int = 4
     chunk: int = 16
@@ -139,6 +177,7 @@ def _shared(variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, st
         "PACK": heads.pack,
         "STAGES": stages,
         "CHUNK": tile.chunk,
+        "BY_SET": tile.by_set,
         "LOWER": variant.lower,
         "SOFTCAP": variant.softcap,
     }
@@ -148,14 +187,24 @@ Strides = tuple[int, int]
 
 
 def key_constants(
-    variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, has_more: bool, dk: Strides, dv: Strides
+    variant: BackwardVariant,
+    heads: PackedHeads,
+    tile: BackwardTile,
+    has_more: bool,
+    dk: Strides,
+    dv: Strides,
 ) -> KeyConstants:
     """Those of the kernel of keys; the strides are those over rows and heads."""
     shared = _shared(variant, heads, tile, tile.row_stages)
+    if tile.pack:
+        shared["PACK"] = tile.pack
     return KeyConstants(
         **shared,
         MORE=has_more,
         BLOCK_M=tile.block_m,
+        ADDS=tile.adds,
+        DS_BUFFERS=tile.ds_buffers,
+        TURNS=tile.turns,
         DK_STRIDE_T=dk[0],
         DK_STRIDE_H=dk[1],
         DV_STRIDE_T=dv[0],
@@ -180,6 +229,12 @@ def query_constants(
     )
 
 
+def sums_constants(head_dim: int, heads: PackedHeads, sums: Strides, dq: Strides) -> SumsConstants:
+    """Those of the kernel before and after sums, likewise."""
+    block_m = CONSUMERS * ROWS
+    return SumsConstants(head_dim, heads.pack, heads.num_q // heads.pack, block_m, *sums, *dq)
+
+
 def source(kernel: Any, of: KeyConstants | QueryConstants, variant: BackwardVariant) -> Any:
     """What ``triton.compile`` compiles, without a GPU, as a launch would."""
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -190,6 +245,9 @@ def source(kernel: Any, of: KeyConstants | QueryConstants, variant: BackwardVari
     types |= {"lse": "*fp32", "delta": "*fp32", "records": "*i32", "scale": "fp32", "softcap": "fp32"}
     grads = "*fp32" if variant.runs_on else element  # of several steps they are summed up
     types |= {"dk": grads, "dv": grads} if isinstance(of, KeyConstants) else {"dq": element}
+    if isinstance(of, KeyConstants):
+        types |= {"counter": "*i32"}
+        types |= {"sums_desc": descriptor_type(of.sums_box(), torch.float32)} if of.ADDS else {}
     if variant.runs_on and isinstance(of, QueryConstants):
         types |= {"dq_state": "*fp32"}
     return GluonASTSource(**portable_source(kernel, types, {"C": of}))

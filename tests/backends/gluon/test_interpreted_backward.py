@@ -25,8 +25,8 @@ Interpret = Callable[..., None]
 def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpret:
     """Lets the backward of the torch family be the one in Gluon, on a CPU, with a seed and edits."""
 
-    def set_up(seed: int, edits: Sequence[Edit] = (), programs: int = 3) -> None:
-        tile = variants_backward.BackwardTile(block_n=32, row_stages=2, key_stages=2, chunk=1)
+    def set_up(seed: int, edits: Sequence[Edit] = (), programs: int = 3, adds: bool = False) -> None:
+        tile = variants_backward.BackwardTile(adds, block_n=32, row_stages=2, key_stages=2, chunk=2, by_set=adds, pack=int(adds), turns=True)
         monkeypatch.setattr(variants_backward, "tile", lambda variant: tile)
         monkeypatch.setattr(launch_backward, "multiprocessors", lambda device: programs)
         for launcher, kernel in KERNELS:
@@ -37,7 +37,9 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpret:
     return set_up
 
 
-KERNELS = [(launcher, launcher.kernel) for launcher in (launch_backward._keys, launch_backward._queries)]
+KERNELS = [
+    (launcher, launcher.kernel) for launcher in (launch_backward._keys, launch_backward._queries, launch_backward._sums)
+]
 LENGTHS = [90, 1, 0, 33]
 CASES: dict[str, tuple[Case, tuple[int, int], int, torch.dtype, dict[str, Any]]] = {
     "causal": (whole_documents(LENGTHS, True), (4, 2), 64, torch.bfloat16, {}),
@@ -52,11 +54,12 @@ CASES: dict[str, tuple[Case, tuple[int, int], int, torch.dtype, dict[str, Any]]]
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("adds", [False, True], ids=["two passes", "sums"])
 @pytest.mark.parametrize("name", CASES)
-def test_backward(name: str, interpret: Interpret) -> None:
+def test_backward(name: str, adds: bool, interpret: Interpret) -> None:
     case, heads, head_dim, dtype, extras = CASES[name]
-    interpret(0)
-    check_backward(case, "torch", dtype, head_dim, scale=head_dim**-0.5, heads=heads, **extras)
+    interpret(0, adds=adds)
+    check_backward(case, "torch", dtype, head_dim, scale=head_dim**-0.5, heads=heads, adds=adds, **extras)
 
 
 @pytest.mark.parametrize("size", [2.0**7, 2.0**11])
