@@ -2,11 +2,8 @@
 
 Each of two consumers has 64 of the keys and their gradients in registers. Scores and their gradients are computed with
 keys as rows, and so are operands in registers of the products that add up dk and dv. The producer copies q and dout in
-blocks of 64 rows (tokens of PACK heads), one head of a key head's group after the other.
-
-With ADDS the kernel also adds up the gradients of queries, in float32 in global memory, in no certain order. Both
-consumers put the gradients of their scores into shared memory, and each multiplies those of all 128 keys by half of the
-keys' columns. It does so one block later, so that neither waits for the other while it computes.
+blocks of 64 rows (tokens of PACK heads), one head of a key head's group after the other. Programs take their tiles from
+a counter, the heaviest first; each tile's gradients depend on nothing else, so who computes them changes no bit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -19,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -36,7 +32,6 @@ from hetu.backends.gluon.backward import (
 )
 from hetu.backends.gluon.schedule import (
     advanced,
-    async_add,
     async_load,
     barriers,
     item_of,
@@ -102,9 +97,9 @@ def load_rows(descs, buffers, bars, pointers, stage, phase, row, head, left, C: 
 @gluon.jit
 def produce(descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
     """Loads what the consumers read, in their order."""
-    q_desc, k_desc, v_desc, dout_desc, _sums_desc = descs
-    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s, _ds_s, _dq_s = buffers
-    tile_bars, _turn_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty, _ds_full, _ds_empty = bars
+    q_desc, k_desc, v_desc, dout_desc = descs
+    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s = buffers
+    tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty = bars
     records, lse, delta, _dk, _dv, counter = pointers
     _scale, _softcap, stride_lb, stride_lh = numbers
     TOKENS: gl.constexpr = C.BLOCK_M // C.PACK
@@ -162,51 +157,11 @@ def here(buffers, C: gl.constexpr):
 
 
 @gluon.jit
-def before(stage, phase, COUNT: gl.constexpr, C: gl.constexpr):
-    """Where the ring of gradients of scores was COUNT blocks ago, and the phase in which that block was put there."""
-    stage -= COUNT
-    phase ^= 1
-    if stage < 0:
-        stage += C.DS_BUFFERS
-        phase ^= 1
-    return stage, phase
-
-
-@gluon.jit
-def add_queries(GROUP: gl.constexpr, descs, buffers, bars, at, phase, row, head, left, C: gl.constexpr):
-    """Adds what the tile's keys do to the gradients of a block of rows: to the columns of consumer GROUP.
-
-    Of the ring's buffer ``at`` of gradients of scores, ``(keys, rows)``; of the rows from ``row`` on of heads from
-    ``head`` on ``left`` tokens are the span's. TMA adds: ordinary atomic additions keep the warps from computing.
-    """
-    k_s, ds_s, dq_s = buffers
-    ds_full, ds_empty = bars
-    COLUMNS: gl.constexpr = C.HEAD_DIM // C.CONSUMERS
-    LAYOUT: gl.constexpr = tile_layout(COLUMNS)
-    TOKENS: gl.constexpr = C.BLOCK_M // C.PACK
-    k = here(k_s, C).slice(GROUP * COLUMNS, COLUMNS, dim=1)
-    zero = gl.full([C.BLOCK_M, COLUMNS], 0.0, gl.float32, LAYOUT)
-    mbarrier.wait(ds_full.index(at), phase)
-    dq = warpgroup_mma(ds_s.index(at).permute((1, 0)), k, zero, use_acc=False, is_async=True)
-    dq = warpgroup_mma_wait(0, [dq])
-    mbarrier.arrive(ds_empty.index(at), count=1)
-    if left < TOKENS:  # the rows after them are others', and keys may hold NaN
-        token = opaque(0) + gl.arange(0, C.BLOCK_M, layout=gl.SliceLayout(1, LAYOUT)) // C.PACK
-        dq = gl.where((token < left)[:, None], dq, 0.0)
-    tma.store_wait(0)
-    dq_s.index(GROUP).reshape([C.BLOCK_M, COLUMNS]).store(dq)
-    fence_async_shared()
-    async_add(descs, [row, head, GROUP * COLUMNS], dq_s.index(GROUP))
-
-
-@gluon.jit
 def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
     """Adds up the gradients of 64 of the keys of each tile, those of consumer GROUP."""
-    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s, ds_s, dq_s = buffers
-    tile_bars, turn_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty, ds_full, ds_empty = bars
+    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s = buffers
+    tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty = bars
     records, _lse, _delta, dk, dv, _counter = pointers
-    sums_desc = descs[4]
-    adding, ds_bars = (k_s, ds_s, dq_s), (ds_full, ds_empty)
     scale, softcap, _stride_lb, _stride_lh = numbers
     TOKENS: gl.constexpr = C.BLOCK_M // C.PACK
     DTYPE: gl.constexpr = descs[0].dtype
@@ -218,8 +173,6 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
     zero = gl.full([ROWS, C.BLOCK_M], 0.0, gl.float32, SCORES)
     token = gl.arange(0, C.BLOCK_M, layout=gl.SliceLayout(0, SCORES)) // C.PACK
     stage, phase = 0, 0
-    put, put_phase = 0, 1
-    own_turn = 0
     turn, tile, tiles = 0, told_tile(tile_s, tile_bars, 0), items * C.SETS
     while tile < tiles:
         item, packed = item_of(tile, items, C)
@@ -230,25 +183,18 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
         dk_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
         dv_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
         mbarrier.wait(kv_full.index(0), turn & 1)
-        if C.ADDS:  # rows past the tile's keys belong to others; without ADDS nothing that is stored depends on them
-            cleaned(k_s.index(0), keys)
-            cleaned(v_s.index(0), keys)
         for further in range(opaque(more) - 1, opaque(more_end)):
-            start, length, begin, first, last_key, diagonal, lower = span_of(record, C)
+            _start, length, begin, first, last_key, diagonal, lower = span_of(record, C)
             first += GROUP * ROWS
             # Of rows from `all_see` to `since` on all see all keys of this consumer.
             is_inside = (first >= 0) & (first + ROWS - 1 <= last_key)
             all_see = gl.where(is_inside, gl.maximum(first + ROWS - 1 - diagonal, 0), length)
             since = first - lower - (TOKENS - 1)
-            for packs in range(C.GROUP // C.PACK):
-                head = kv_head * C.GROUP + packs * C.PACK
+            for _packs in range(C.GROUP // C.PACK):
                 for i in range(opaque(begin), opaque(length), TOKENS):
                     left = length - i
                     mbarrier.wait(q_full.index(stage), phase)
                     q = cleaned(q_s.index(stage), left * C.PACK)
-                    if C.TURNS:  # the first consumer's turn comes first
-                        mbarrier.wait(turn_bars.index(GROUP), own_turn ^ 1 if GROUP == 0 else own_turn)
-                        own_turn ^= 1
                     k = here(k_s, C).slice(GROUP * ROWS, ROWS)
                     s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                     mbarrier.wait(dout_full.index(stage), phase)
@@ -258,8 +204,6 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
                     # Rows past the end have scores, log-sum-exps and gradients of 0, and so add nothing.
                     mbarrier.wait(known.index(stage), phase)
                     s = warpgroup_mma_wait(1, [s])
-                    if C.TURNS:
-                        mbarrier.arrive(turn_bars.index(1 - GROUP), count=1)
                     s = capped(s, inner, C.SOFTCAP)
                     p = gl.exp2(exponents(s, outer, lse_s.index(stage).load(EIGHTHS), True))
                     is_cut = i < all_see
@@ -270,37 +214,13 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
                     dp = warpgroup_mma_wait(0, [dp])
                     row_delta = gl.expand_dims(delta_s.index(stage).load(EIGHTHS), 0)
                     ds = whole(score_gradients(eighths(p), eighths(s), eighths(dp), row_delta, C.SOFTCAP), SCORES)
-                    if C.ADDS:
-                        if is_cut:  # 0 * NaN is NaN, of keys that a row doesn't see
-                            ds = gl.where(is_seen(p, first, last_key, i + token, diagonal, lower, C.LOWER), ds, 0.0)
                     weights = gl.convert_layout(p.to(DTYPE), OPERAND)
                     dv_tile = warpgroup_mma(weights, dout, dv_tile, is_async=True)
-                    ds = ds.to(DTYPE)
-                    grads = gl.convert_layout(ds, OPERAND)
+                    grads = gl.convert_layout(ds.to(DTYPE), OPERAND)
                     dk_tile = warpgroup_mma(grads, q, dk_tile, is_async=True)
-                    if C.ADDS:
-                        mbarrier.wait(ds_empty.index(put), put_phase)
-                        ds_s.index(put).slice(GROUP * ROWS, ROWS).store(ds)
-                        fence_async_shared()
-                        mbarrier.arrive(ds_full.index(put), count=1)
-                        put, put_phase = advanced(put, put_phase, C.DS_BUFFERS)
                     dv_tile, dk_tile = warpgroup_mma_wait(0, [dv_tile, dk_tile])
                     mbarrier.arrive(rows_empty.index(stage), count=1)
                     stage, phase = advanced(stage, phase, C.STAGES)
-                    if C.ADDS:
-                        if i > begin:
-                            taken, taken_phase = before(put, put_phase, 2, C)
-                            add_queries(
-                                GROUP, sums_desc, adding, ds_bars, taken, taken_phase, start + i - TOKENS, head,
-                                left + TOKENS, C,
-                            )  # fmt: skip
-                if C.ADDS:
-                    if length > begin:
-                        taken, taken_phase = before(put, put_phase, 1, C)
-                        last = (length - 1 - begin) // TOKENS * TOKENS + begin
-                        add_queries(
-                            GROUP, sums_desc, adding, ds_bars, taken, taken_phase, start + last, head, length - last, C
-                        )
             if C.MORE:
                 record = record_at(records, further + 1)
         mbarrier.arrive(kv_empty.index(0), count=1)
@@ -314,13 +234,11 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
         gl.store(dv_rows + (own * C.DV_STRIDE_T)[:, None] + channel[None, :], dv_tile, mask=live)
         turn += 1
         tile = told_tile(tile_s, tile_bars, turn)
-    if C.ADDS:
-        tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["items", "stride_lb", "stride_lh"])
 def key_kernel(
-    q_desc, k_desc, v_desc, dout_desc, sums_desc, lse, delta, dk, dv, counter, records,
+    q_desc, k_desc, v_desc, dout_desc, lse, delta, dk, dv, counter, records,
     items, stride_lb, stride_lh, scale, softcap, C: gl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values of one step. The grid has at most ``items * SETS`` programs.
@@ -330,8 +248,6 @@ def key_kernel(
         k_desc: Boxes of ``(128, 1, HEAD_DIM)`` in ``(T_k, HEADS // GROUP, HEAD_DIM)``.
         v_desc: As k_desc.
         dout_desc: As q_desc.
-        sums_desc: Boxes of ``(BLOCK_M // PACK, PACK, HEAD_DIM // 2)`` in float32 ``(T_q, HEADS, HEAD_DIM)``, to which
-            gradients of queries are added, not yet scaled. None without ADDS.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
         delta: float32 ``(T_q, HEADS)``, contiguous.
         dk: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by its strides; rows that records name are written.
@@ -356,21 +272,13 @@ def key_kernel(
     delta_s = gl.allocate_shared_memory(gl.float32, [C.STAGES, C.BLOCK_M // 8, 8], PLAIN)
     tile_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_bars = barriers(2, 1), barriers(2, C.CONSUMERS)
-    ds_s, dq_s, ds_full, ds_empty = None, None, None, None
-    if C.ADDS:
-        GRADS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C.CONSUMERS * ROWS, C.BLOCK_M], q_desc.dtype)
-        ds_s = gl.allocate_shared_memory(q_desc.dtype, [C.DS_BUFFERS, C.CONSUMERS * ROWS, C.BLOCK_M], GRADS)
-        PART: gl.constexpr = [C.CONSUMERS, C.BLOCK_M // C.PACK, C.PACK, C.HEAD_DIM // C.CONSUMERS]
-        dq_s = gl.allocate_shared_memory(gl.float32, PART, sums_desc.layout)
-        ds_full, ds_empty = barriers(C.DS_BUFFERS, C.CONSUMERS), barriers(C.DS_BUFFERS, C.CONSUMERS)
     kv_full, kv_empty = barriers(1, 1), barriers(1, C.CONSUMERS)
     q_full, dout_full, known = barriers(C.STAGES, 1), barriers(C.STAGES, 1), barriers(C.STAGES, 1)
     rows_empty = barriers(C.STAGES, C.CONSUMERS)
     fence_async_shared()
-    descs = (q_desc, k_desc, v_desc, dout_desc, sums_desc)
-    buffers = (q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s, ds_s, dq_s)
-    turn_bars = barriers(C.CONSUMERS, 1)
-    bars = (tile_bars, turn_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty, ds_full, ds_empty)
+    descs = (q_desc, k_desc, v_desc, dout_desc)
+    buffers = (q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s)
+    bars = (tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty)
     numbers = (scale, softcap, stride_lb, stride_lh)
     pointers = (records, lse, delta, dk, dv, counter)
     gl.warp_specialize([

@@ -18,22 +18,19 @@ from hetu.backends.gluon.backward_keys import key_kernel
 from hetu.backends.gluon.backward_queries import query_kernel
 from hetu.backends.gluon.descriptors import Box, is_describable
 from hetu.backends.gluon.launch import arranged, multiprocessors
-from hetu.backends.gluon.sums import sums_kernel
 from hetu.backends.gluon.variants import ROWS, layout, options
 from hetu.backends.gluon.variants_backward import (
     BLOCK_KEYS,
     CONSUMERS,
-    HEAD_DIMS,
     BackwardTile,
     KeyConstants,
     QueryConstants,
-    SumsConstants,
     key_constants,
     query_constants,
-    sums_constants,
 )
-from hetu.backends.memory import copied_to, device_copies, empty
+from hetu.backends.memory import copied_to, device_copies
 from hetu.backends.triton import launch_backward as portable
+from hetu.backends.triton.launch import keys_per_row
 from hetu.backends.triton.launch_backward import named_rows
 from hetu.backends.triton.launcher import Constants, Launcher
 from hetu.backends.triton.variants import PackedHeads, row_strides
@@ -43,7 +40,6 @@ _LENGTH, _FIRST, _DIAGONAL = (KEY_FIELDS.index(name) for name in ("length", "fir
 
 _keys = Launcher(key_kernel, "items")
 _queries = Launcher(query_kernel, "items")
-_sums = Launcher(sums_kernel, "scale")
 
 
 @dataclass(slots=True)
@@ -71,11 +67,10 @@ def attend_backward(
 ) -> None:
     """Gradients of one step in Gluon; see :meth:`hetu.backends.attention.family.KernelFamily.attend_backward`.
 
-    The portable kernels take what has dropout, another head_dim, a scale that isn't positive, or a tensor that is none
-    for TMA.
+    The portable kernels take short documents, a scale that isn't positive, and a tensor that is none for TMA.
     """
     q, turn = call.q, call.turn
-    is_taken = q.shape[2] in HEAD_DIMS and call.dropout is None and call.softmax_scale > 0
+    is_taken = call.softmax_scale > 0 and keys_per_row(call.spans, call.table) >= variants_backward.LONG
     if not is_taken or not all(map(is_describable, (q, call.k, call.v, state.dout))):
         portable.attend_backward(call, state, dk, dv, keeps)
         return
@@ -92,51 +87,25 @@ def attend_backward(
         dk.zero_()
         dv.zero_()
     of_keys, of_queries = parts
-    acc = state.acc if runs_on else None
-    if tile.adds and acc is None:
-        acc = empty(q.shape, torch.float32, q.device)
     kept = (variant, heads, tile)
-    sums = row_strides(acc) if tile.adds and acc is not None else (0, 0)
     keys = key_constants(*kept, of_keys.has_more, row_strides(dk), row_strides(dv))
-    grads = {"dk": dk, "dv": dv, "counter": torch.zeros(1, dtype=torch.int32, device=q.device)}
-    box = tuple(keys.sums_box())
-    sums_desc = Box(acc, list(box), layout(box, True)) if tile.adds else None
-    if tile.adds:
-        assert acc is not None
-        over = sums_constants(q.shape[2], heads, sums, row_strides(state.dq))
-        _run_sums(of_queries, over, call, acc, state.dq, False)
-        _run(_keys, of_keys, keys, call, state, sums_desc=sums_desc, **grads)
-        _run_sums(of_queries, over, call, acc, state.dq, True)
-        return
-    _run(_keys, of_keys, keys, call, state, sums_desc=sums_desc, **grads)
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    _run(_keys, of_keys, keys, call, state, dk=dk, dv=dv, counter=counter)
+    acc = state.acc if runs_on else None
     strides = row_strides(state.dq), row_strides(state.dq if acc is None else acc)
     queries = query_constants(*kept, of_queries.has_more, *strides)
     _run(_queries, of_queries, queries, call, state, dq=state.dq, dq_state=acc)
-
-
-def _run_sums(
-    part: _Part, of: SumsConstants, call: AttendCall, sums: torch.Tensor, dq: torch.Tensor, ends: bool
-) -> None:
-    if part.items == 0:
-        return
-    device = sums.device
-    arguments = _sums.arguments(sums=sums, dq=dq, records=part.records, scale=call.softmax_scale)
-    _sums(device, (device, of, dq.dtype, ends), part.items * of.SETS, arguments, _sums_constants, of, ends)
-
-
-def _sums_constants(of: SumsConstants, ends: bool) -> Constants:
-    return {"C": of, "ENDS": ends}, {"num_warps": 4}
 
 
 def _prepared(call: AttendCall, heads: PackedHeads, tile: BackwardTile) -> tuple[_Part, _Part]:
     """Puts the work lists on the device."""
     spans, table, device = call.spans, call.table, call.q.device
     rows = query_work(spans, table, CONSUMERS * ROWS // heads.pack, call.turn)
-    keys = heaviest_first(key_work(spans, table, BLOCK_KEYS), tile.by_set)
+    keys = heaviest_first(key_work(spans, table, BLOCK_KEYS))
     return _Part.of(keys, device), _Part.of(arranged(rows, tile.block_n), device)
 
 
-def heaviest_first(work: WorkList, by_document: bool) -> WorkList:
+def heaviest_first(work: WorkList) -> WorkList:
     """A list of blocks of keys for persistent programs: those that most rows see come first."""
 
     def rows(records: Any) -> Any:
@@ -148,11 +117,6 @@ def heaviest_first(work: WorkList, by_document: bool) -> WorkList:
         begin, end = work.items[:, MORE].T
         own = np.arange(len(work.items)).repeat(end - begin)
         weight += np.bincount(own, rows(work.further), minlength=len(weight)).astype(np.int64)
-    if by_document:
-        _, own, count = np.unique(work.documents, return_inverse=True, return_counts=True)
-        whole = np.bincount(own, weight)[own]
-        order = np.lexsort((-weight, own, -whole))
-        return WorkList(work.items.take(order, axis=0), work.further, work.documents[order])
     order = (-(weight // BLOCK_KEYS)).argsort(kind="stable")  # so that items that share rows stay together
     return WorkList(work.items.take(order, axis=0), work.further, work.documents[order])
 
@@ -163,14 +127,14 @@ def _run(
     of: KeyConstants | QueryConstants,
     call: AttendCall,
     state: BackwardState,
-    **grads: torch.Tensor | Box | None,
+    **grads: torch.Tensor | None,
 ) -> None:
     if part.items == 0:
         return
     q, k = call.q, call.k
     queries, keys = of.boxes()
     over_slots, over_heads, _ = state.lse.stride()
-    key: Hashable = (q.device, q.dtype, of, *(x.dtype for x in grads.values() if isinstance(x, torch.Tensor)))
+    key: Hashable = (q.device, q.dtype, of, *(None if x is None else x.dtype for x in grads.values()))
     launcher(
         q.device,
         key,

@@ -5,23 +5,13 @@
 
 from __future__ import annotations
 
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from hetu.backends.triton.tiles import RECORD_WIDTH
 
-@builtin
-def _async_add(tensor_desc, coord, src, _semantic=None):
-    """What Triton 3.9 calls ``tma.async_atomic_add``; 3.6 has the operation, and no name for it."""
-    places = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, places, src.handle)
-
-
 # Triton 3.9 has other names.
-async_add = getattr(tma, "async_atomic_add", None) or _async_add
 async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
@@ -52,19 +42,12 @@ def item_of(tile, items, C: gl.constexpr):
     Tiles are ordered much as the programs of ``hetu/backends/triton/tiles.py`` are: CHUNK items for a set of PACK
     heads, then the same items for the next one, so that those of a time read keys that the L2 cache holds. Where items
     are few it does so anyway, and all sets of an item follow each other, so that turns have tiles of the same weight.
-    With BY_SET the last items of a chunk do so too, however few they are.
     """
     begin = tile // (C.CHUNK * C.SETS) * C.CHUNK
     place = tile - begin * C.SETS
-    if C.BY_SET:
-        count = gl.minimum(C.CHUNK, items - begin)
-        count = gl.maximum(count, 1)
-        item = begin + place % count
-        chosen = place // count
-    else:
-        is_whole = (begin + C.CHUNK <= items) & (items >= 16 * C.CHUNK)
-        item = begin + gl.where(is_whole, place % C.CHUNK, place // C.SETS)
-        chosen = gl.where(is_whole, place // C.CHUNK, place % C.SETS)
+    is_whole = (begin + C.CHUNK <= items) & (items >= 16 * C.CHUNK)
+    item = begin + gl.where(is_whole, place % C.CHUNK, place // C.SETS)
+    chosen = gl.where(is_whole, place // C.CHUNK, place % C.SETS)
     return item, chosen * C.PACK
 
 

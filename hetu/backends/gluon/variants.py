@@ -70,10 +70,6 @@ class Constants:
         return self.HEADS // self.PACK
 
     @property
-    def BY_SET(self) -> bool:
-        return False
-
-    @property
     def PREFETCHES(self) -> bool:  # noqa: N802
         """Whether a tile's first scores are computed while the tile before is stored."""
         return self.Q_BUFFERS == 2
@@ -177,13 +173,12 @@ def source(kernel: Any, types: dict[str, str], of: Constants, dtype: torch.dtype
 
 def descriptor_type(box: list[int], dtype: torch.dtype) -> str:
     """Triton's name of the type of a tensor's descriptor."""
-    name = DTYPES.get(dtype, "fp32")
-    return f"tensordesc<{name}{box},{layout(tuple(box), dtype == torch.float32)!r}>"
+    return f"tensordesc<{DTYPES[dtype]}{box},{layout(tuple(box))!r}>"
 
 
 @cache  # every launch asks for it
-def layout(box: tuple[int, ...], is_float32: bool = False) -> Any:
+def layout(box: tuple[int, ...]) -> Any:
     """How a box lies in shared memory: in swizzled rows of 128 bytes, as tensor cores read them."""
     from triton.experimental.gluon import language as gl
 
-    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float32 if is_float32 else gl.float16)
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.float16)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hetu.backends.gluon.variants import DTYPES, ROWS, descriptor_type
 from hetu.backends.triton.variants import PackedHeads
 from hetu.backends.triton.variants import source as portable_source
 from hetu.backends.triton.variants_backward import BackwardVariant
 
-HEAD_DIMS = (64, 128)
-"""Gradients of 64 keys and of their values of 256 columns would take all registers of a consumer."""
+HEAD_DIMS = (128,)
+"""At 64 the portable kernels are faster, as exponentials bound both; at 256 the gradients of 64 keys and of their
+values would take all registers of a consumer."""
+
+LONG = 512
+"""Keys that a row sees on average from which on these kernels are ahead of the portable ones."""
 
 CONSUMERS = 2
 BLOCK_KEYS = CONSUMERS * ROWS
@@ -25,7 +27,7 @@ class _Constants:
     """What both kernels are compiled for; see :class:`hetu.backends.gluon.variants.Constants`.
 
     Attributes:
-        HEAD_DIM: 64 or 128.
+        HEAD_DIM: 64 (in tests) or 128.
         HEADS: Query heads.
         GROUP: Query heads that share a key head.
         PACK: Heads of a block of query rows.
@@ -45,7 +47,6 @@ class _Constants:
     MORE: bool
     LOWER: bool
     SOFTCAP: bool
-    BY_SET: bool
 
     @property
     def CONSUMERS(self) -> int:  # noqa: N802 - a constant of kernels
@@ -64,15 +65,10 @@ class KeyConstants(_Constants):
 
     Attributes:
         BLOCK_M: Query rows of an iteration.
-        ADDS: Whether the gradients of queries are added up too.
-        DS_BUFFERS: Buffers for the gradients of scores, from which they are computed.
         DK_STRIDE_T: Elements between rows of dk; the others likewise.
     """
 
     BLOCK_M: int
-    ADDS: bool
-    DS_BUFFERS: int
-    TURNS: bool
     DK_STRIDE_T: int
     DK_STRIDE_H: int
     DV_STRIDE_T: int
@@ -86,10 +82,6 @@ class KeyConstants(_Constants):
     def boxes(self) -> tuple[list[int], list[int]]:
         """Those of queries and of keys."""
         return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM], [BLOCK_KEYS, 1, self.HEAD_DIM]
-
-    def sums_box(self) -> list[int]:
-        """Those of the sums of queries' gradients."""
-        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM // CONSUMERS]
 
 
 @dataclass(frozen=True)
@@ -120,45 +112,19 @@ class QueryConstants(_Constants):
 
 
 @dataclass(frozen=True)
-class SumsConstants:
-    """Of the kernel before and after sums; see :class:`hetu.backends.gluon.variants.Constants`.
-
-    Attributes:
-        BLOCK_M: Query rows of an item.
-        SUMS_STRIDE_T: Elements between rows of the sums; the others likewise.
-    """
-
-    HEAD_DIM: int
-    PACK: int
-    SETS: int
-    BLOCK_M: int
-    SUMS_STRIDE_T: int
-    SUMS_STRIDE_H: int
-    DQ_STRIDE_T: int
-    DQ_STRIDE_H: int
-
-
-@dataclass(frozen=True)
 class BackwardTile:
     """How the kernels cut their work.
 
     Attributes:
-        adds: Whether the kernel of keys adds up the gradients of queries; else a kernel of their own computes them.
         block_m: Query rows of an iteration of the kernel of keys.
         row_stages: Its buffers for them.
-        ds_buffers: Its buffers for the gradients of scores, if it adds.
         block_n: Keys of an iteration of the kernel of queries.
         key_stages: Its buffers for them.
         chunk: As of the constants.
     """
 
-    adds: bool = False
     block_m: int = 64
     row_stages: int = 3
-    ds_buffers: int = 2
-    turns: bool = False
-    pack: int = 0
-    by_set: bool = False
     block_n: int = 64
     key_stages: int = 4
     chunk: int = 16
@@ -177,7 +143,6 @@ def _shared(variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, st
         "PACK": heads.pack,
         "STAGES": stages,
         "CHUNK": tile.chunk,
-        "BY_SET": tile.by_set,
         "LOWER": variant.lower,
         "SOFTCAP": variant.softcap,
     }
@@ -196,15 +161,10 @@ def key_constants(
 ) -> KeyConstants:
     """Those of the kernel of keys; the strides are those over rows and heads."""
     shared = _shared(variant, heads, tile, tile.row_stages)
-    if tile.pack:
-        shared["PACK"] = tile.pack
     return KeyConstants(
         **shared,
         MORE=has_more,
         BLOCK_M=tile.block_m,
-        ADDS=tile.adds,
-        DS_BUFFERS=tile.ds_buffers,
-        TURNS=tile.turns,
         DK_STRIDE_T=dk[0],
         DK_STRIDE_H=dk[1],
         DV_STRIDE_T=dv[0],
@@ -229,12 +189,6 @@ def query_constants(
     )
 
 
-def sums_constants(head_dim: int, heads: PackedHeads, sums: Strides, dq: Strides) -> SumsConstants:
-    """Those of the kernel before and after sums, likewise."""
-    block_m = CONSUMERS * ROWS
-    return SumsConstants(head_dim, heads.pack, heads.num_q // heads.pack, block_m, *sums, *dq)
-
-
 def source(kernel: Any, of: KeyConstants | QueryConstants, variant: BackwardVariant) -> Any:
     """What ``triton.compile`` compiles, without a GPU, as a launch would."""
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -247,7 +201,6 @@ def source(kernel: Any, of: KeyConstants | QueryConstants, variant: BackwardVari
     types |= {"dk": grads, "dv": grads} if isinstance(of, KeyConstants) else {"dq": element}
     if isinstance(of, KeyConstants):
         types |= {"counter": "*i32"}
-        types |= {"sums_desc": descriptor_type(of.sums_box(), torch.float32)} if of.ADDS else {}
     if variant.runs_on and isinstance(of, QueryConstants):
         types |= {"dq_state": "*fp32"}
     return GluonASTSource(**portable_source(kernel, types, {"C": of}))

@@ -192,7 +192,7 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     return options if registers is None else {**options, "maxnreg": registers}
 
 
-OPTIONAL = ("acc_state", "dq_state", "scores", "sinks", "sums_desc", "key_position")
+OPTIONAL = ("acc_state", "dq_state", "scores", "sinks", "key_position")
 """Arguments of kernels that are None in some variants."""
 
 

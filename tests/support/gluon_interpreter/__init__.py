@@ -39,8 +39,6 @@ from support.gluon_interpreter.values import KernelError, Value, float32, int32,
 from triton.experimental.gluon import language as real
 from triton.experimental.gluon.language.nvidia import hopper as real_hopper
 
-from hetu.backends.gluon import schedule
-
 __all__ = ["Edit", "KernelError", "interpreted"]
 
 
@@ -70,7 +68,6 @@ def _replacements() -> list[tuple[Any, Any]]:
         (tma, hopper.tma),
         (load, hopper.tma.load),
         (store, hopper.tma.store),
-        (schedule.async_add, hopper.tma.add),
         (real_hopper.mbarrier, hopper.mbarrier),
         (real_hopper.fence_async_shared, hopper.fence_async_shared),
         (real_hopper.warpgroup_mma, hopper.warpgroup_mma),

@@ -43,18 +43,15 @@ class _Load:
 
 
 class _Store:
-    """A copy out of shared memory under way, or an addition."""
+    """A copy out of shared memory under way."""
 
-    def __init__(self, desc: Descriptor, begin: list[int], buffer: Buffer, knows: Knowledge, adds: bool) -> None:
-        self._desc, self._begin, self._machine, self._adds = desc, begin, machine.now(), adds
+    def __init__(self, desc: Descriptor, begin: list[int], buffer: Buffer, knows: Knowledge) -> None:
+        self._desc, self._begin, self._machine = desc, begin, machine.now()
         self.event = self._machine.event()
         self._data = buffer.read(knows, self.event, "a copy")
 
     def end(self) -> None:
         """It is in global memory."""
-        if self._adds:
-            self._desc.add(self._begin, self._data)
-            return
         self._desc.store(self._begin, self._data, self._machine.program)
 
 
@@ -65,14 +62,10 @@ def _load(desc: Descriptor, coord: Sequence[Any], barrier: Barrier, result: Buff
         own.may_switch()
 
 
-def _store(desc: Descriptor, coord: Sequence[Any], src: Buffer, adds: bool = False) -> None:
+def _store(desc: Descriptor, coord: Sequence[Any], src: Buffer) -> None:
     own = machine.now()
-    own.current.stores.append(_Store(desc, _box(desc, coord, src), src, own.current.knows, adds))
+    own.current.stores.append(_Store(desc, _box(desc, coord, src), src, own.current.knows))
     own.may_switch()
-
-
-def _add(desc: Descriptor, coord: Sequence[Any], src: Buffer) -> None:
-    _store(desc, coord, src, adds=True)
 
 
 def _store_wait(pendings: int) -> None:
@@ -91,7 +84,7 @@ def _oldest(queue: list[Any], pending: int) -> list[Any]:
     return taken
 
 
-tma = SimpleNamespace(load=_load, store=_store, add=_add, store_wait=_store_wait)
+tma = SimpleNamespace(load=_load, store=_store, store_wait=_store_wait)
 
 
 def _init(barrier: Barrier, count: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,6 @@ def _layout(*of: Any) -> None:
 
 SliceLayout = BlockedLayout = DotOperandLayout = NVMMADistributedLayout = DistributedLinearLayout = _layout
 SwizzledSharedLayout = _layout
-NVMMASharedLayout = SimpleNamespace(get_default_for=_layout)
 
 
 def program_id(axis: int) -> Value:

@@ -131,8 +131,3 @@ class Descriptor:
         """Overwrites what of a box is in the tensor."""
         at, inside = self.places(begin)
         self.memory.store(at[inside], box[inside], program)
-
-    def add(self, begin: Sequence[int], box: Any) -> None:
-        """Adds what of a box is in the tensor."""
-        at, inside = self.places(begin)
-        self.memory.add_to(at[inside], box[inside])
