@@ -100,8 +100,8 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
     "numbers too early": ("not close", "backward_keys.consume", "mbarrier.wait(known.index(stage), phase)", "pass"),
     "keys too early": ("a wait for", "backward_keys.consume", "mbarrier.wait(kv_full.index(0), turn & 1)", "pass"),
     "a tile too early": (
-        "not close|an access|nobody can go on|an int32", "told_tile", "mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)",
-        "pass",
+        "not close|an access|nobody can go on|an int32", "told_tile",
+        "mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)", "pass",
     ),
     "a tile overwritten": (
         "gets more|nobody can go on|not close", "tell_tile",
