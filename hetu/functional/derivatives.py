@@ -25,6 +25,12 @@ from hetu.functional.checks import check_storage, refuse
 
 Gradients = tuple[torch.Tensor | None, ...]
 
+TAGS = tuple(
+    tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
+)
+"""Tags of every op. Lengths decide what an op launches, and what it keeps for the next call with the same ones;
+and no CUDA graph can hold what travels between ranks. So ``torch.compile`` leaves the ops out of its CUDA graphs."""
+
 
 def one_by_one(op: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
     """The batching rule of an op: it runs once per sample, which may have lengths of its own."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.devices import DEVICES
+from support.devices import CUDA, DEVICES
 from support.functional_calls import BACKENDS, Watching, by_function, cumulative, op_arguments
 from support.longer import LONGER
 from support.packs import Pack
@@ -47,6 +47,35 @@ def test_opcheck_of_strides() -> None:
         (torch.ops.hetu.attn_varlen_backward, (out, None, q, k, v, out, lse, *call)),
     ):
         torch.library.opcheck(op.default, arguments, test_utils="test_faketensor")
+
+
+def test_cuda_graphs_leave_the_ops_out() -> None:
+    """Lengths decide what they launch: a graph that held one would compute those of its capture for ever."""
+    names = ["attn_varlen", "attn_varlen_backward", "parallel_attn", "parallel_attn_backward", "dispatch", "undispatch"]
+    for name in names:
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.hetu, name).default.tags, name
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_reduce_overhead(device: str) -> None:
+    """``torch.compile(mode="reduce-overhead")`` with other lengths of the same shapes, forward and backward."""
+
+    def layer(x: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        return attn_varlen(x.sin(), x * 0.5, x + 1, cu_seqlens, cu_seqlens, is_causal=True).cos()
+
+    compiled = torch.compile(layer, mode="reduce-overhead")
+    for cut in (100, 100, 30, 255, 100):
+        cu_seqlens, x = torch.tensor([0, cut, 256]), torch.randn(256, 4, 64, device=device)
+        found = []
+        for call in (compiled, layer):
+            torch.compiler.cudagraph_mark_step_begin()
+            leaf = x.clone().requires_grad_()
+            out = call(leaf, cu_seqlens)
+            out.square().sum().backward()
+            assert leaf.grad is not None
+            found.append((out.detach().clone(), leaf.grad.clone()))
+        for mine, want in zip(*found, strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-3, atol=1e-3)
 
 
 class Passing(TorchFunctionMode):
