@@ -177,7 +177,7 @@ class Optimizer:
             if not isinstance(item, Tensor) or item.op.role is not Role.PARAMETER:
                 self._refuse(
                     HetuError,
-                    f"can't train {shown(item)} of parameters: it was not made by hetu.parameter",
+                    f"can't train {shown(item)} of parameters: it is no parameter",
                     "make it with hetu.parameter",
                 )
             if item in seen:
