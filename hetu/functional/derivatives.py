@@ -28,8 +28,8 @@ Gradients = tuple[torch.Tensor | None, ...]
 TAGS = tuple(
     tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
 )
-"""Tags of every op. Lengths decide what an op launches, and what it keeps for the next call with the same ones;
-and no CUDA graph can hold what travels between ranks. So ``torch.compile`` leaves the ops out of its CUDA graphs."""
+"""Of every op. torch.compile leaves them out of CUDA graphs, which can't hold what travels between ranks, and would go
+on with the lengths that the host read when the graph was captured."""
 
 
 def one_by_one(op: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
