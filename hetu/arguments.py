@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Collection, KeysView, Mapping, Sequence, ValuesView
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def number_of(value: Any) -> Number | None:
     """
     kind = type(value)
     if kind is int or kind is float or kind is bool:
-        return value
+        return cast(Number, value)
     if isinstance(value, float):
         return float(value)
     try:

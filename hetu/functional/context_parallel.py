@@ -118,7 +118,8 @@ class ContextParallel:
             ShapeError: If the number of entries is another.
         """
         dim = _dim(x, "x", dim, self.sharding.tokens, "cp.dispatch", "the documents have")
-        return torch.ops.hetu.dispatch(x, self.position_ids, self.table, self.split, self.group_name, dim)
+        mine: torch.Tensor = torch.ops.hetu.dispatch(x, self.position_ids, self.table, self.split, self.group_name, dim)
+        return mine
 
     def undispatch(self, y: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The rows of all ranks, whole on every one of them; the inverse of :meth:`dispatch`, and its gradient.
@@ -137,7 +138,8 @@ class ContextParallel:
             CommunicationError: If a rank doesn't come.
         """
         dim = _dim(y, "y", dim, self.sharding.rows, "cp.undispatch", f"rank {self.rank} holds")
-        return torch.ops.hetu.undispatch(y, self._whole, self.table, self.split, self.group_name, dim)
+        whole: torch.Tensor = torch.ops.hetu.undispatch(y, self._whole, self.table, self.split, self.group_name, dim)
+        return whole
 
     def next_tokens(self, ids: torch.Tensor, dim: int = 0, ignore_index: int = IGNORED) -> torch.Tensor:
         """The token after each one in its document, ``ignore_index`` at its end: labels, whole, to be dispatched.

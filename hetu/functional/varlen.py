@@ -227,4 +227,5 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
     if kept is None or kept[0] != version:
         with torch.inference_mode(False):  # what is kept may be trained with later
             kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
-    return kept[1]
+    copy: torch.Tensor = kept[1]
+    return copy

@@ -120,7 +120,8 @@ class Tensor:
         if math.prod(value.shape) != 1:
             what = f"expected one element, got {self!r}"
             raise HetuError(what, op="item", where=caller(), fix="take one by an index")
-        return value.item()
+        item: bool | int | float = value.item()
+        return item
 
     def _value(self, what: str) -> Any:
         """The value in an eager graph."""

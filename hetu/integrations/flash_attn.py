@@ -109,7 +109,8 @@ def flash_attn_func(
         return_attn_probs,
     )
     if isinstance(results, torch.Tensor):
-        return results.unflatten(0, (batch, seqlen_q))
+        one: torch.Tensor = results.unflatten(0, (batch, seqlen_q))
+        return one
     out, lse, s_dmask = results
     return (
         out.unflatten(0, (batch, seqlen_q)),

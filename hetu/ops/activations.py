@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Relu(Pointwise):
         return [lambda: build("relu_grad", (grads[0], node.outputs[0]))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return np.maximum(x, 0)
 
         signed = not_zero(3, 5) * np.where(np.arange(15).reshape(3, 5) % 2, -1, 1).astype("float32")
@@ -84,7 +85,7 @@ class Sigmoid(Pointwise):
         return [lambda: build("sigmoid_grad", (grads[0], node.outputs[0]))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return 1 / (1 + np.exp(-x))
 
         good = [
@@ -146,7 +147,7 @@ class Silu(Pointwise):
         return [lambda: build("silu_grad", (grads[0], *node.inputs))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return x / (1 + np.exp(-x))
 
         good = [
@@ -183,11 +184,11 @@ class Gelu(Pointwise):
         return [lambda: build("gelu_grad", (grads[0], *node.inputs), node.attrs)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def exact(x: np.ndarray) -> np.ndarray:
+        def exact(x: np.ndarray) -> Any:
             erf = np.array([math.erf(item / math.sqrt(2)) for item in x.reshape(-1)]).reshape(x.shape)
             return x * (1 + erf) / 2
 
-        def by_tanh(x: np.ndarray) -> np.ndarray:
+        def by_tanh(x: np.ndarray) -> Any:
             return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
         good = [

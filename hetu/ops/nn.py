@@ -78,7 +78,7 @@ class Embedding(OpDef):
         return [None, lambda: build("embedding_grad", (ids, grads[0]), {"rows": weight.symbolic_shape[0]})]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def rows(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        def rows(ids: np.ndarray, weight: np.ndarray) -> Any:
             return weight[ids]
 
         def ids(*shape: int, dtype: str = "int64") -> np.ndarray:
@@ -181,7 +181,7 @@ class Softmax(OpDef):
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def along(dim: int) -> Any:
-            def reference(x: np.ndarray) -> np.ndarray:
+            def reference(x: np.ndarray) -> Any:
                 power = np.exp(x - x.max(dim, keepdims=True, initial=-np.inf))
                 return power / power.sum(dim, keepdims=True)
 

@@ -183,7 +183,7 @@ class IntSymbol:
                 fix=f"give {names} in int_symbol_dict, or set_data(...) a default",
             )
         # numpy's ints would overflow
-        return self._function(*(as_int(values[leaf]) for leaf in self.leaves))[0]
+        return int(self._function(*(as_int(values[leaf]) for leaf in self.leaves))[0])
 
     @cached_property
     def _function(self) -> Any:
@@ -423,14 +423,12 @@ def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
     return None
 
 
-def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> IntSymbol:
     left, right = (_operand(value, lambda: f"{a} {sign} {b}") for value in (a, b))
-    if left is None or right is None:
-        return NotImplemented
-    return IntSymbol.from_expr(make(left.expr, right.expr))
+    return NotImplemented if left is None or right is None else IntSymbol.from_expr(make(left.expr, right.expr))
 
 
-def _compare(op: str, a: IntSymbol, b: Any) -> Any:
+def _compare(op: str, a: IntSymbol, b: Any) -> Constraint:
     from hetu.symbols.constraint import Constraint
 
     right = _operand(b, lambda: f"{a} {op} {b}")
