@@ -201,6 +201,10 @@ class Optimizer:
 class SGD(Optimizer):
     """``torch.optim.SGD``.
 
+    Source: the algorithm in the documentation of ``torch.optim.SGD``. Gradients are clipped by their norm as in
+    Pascanu, Mikolov and Bengio, 2013, algorithm 1, with the factor of ``torch.nn.utils.clip_grad_norm_``.
+    ``zero_stage``: Rajbhandari et al., "ZeRO", 2020.
+
     Args:
         lr: Learning rate.
         max_grad_norm: The gradients of a step are scaled down to this Euclidean norm if theirs is larger.
@@ -219,7 +223,10 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
+    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ...
+
+    Source: Kingma and Ba, "Adam", 2015, algorithm 1, as ``torch.optim.Adam`` writes it.
+    """
 
     kind = "Adam"
     is_elementwise = True
@@ -227,7 +234,11 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
+    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ...
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, as
+    ``torch.optim.AdamW`` writes it.
+    """
 
     kind = "AdamW"
     is_elementwise = True
@@ -318,6 +329,8 @@ def grad_norm(train: Tensor) -> Tensor:
 
     Fetching it is fetching what :meth:`Optimizer.minimize` gave: the run updates the parameters, unless its
     ``run_level`` says otherwise.
+
+    Source: ``torch.nn.utils.get_total_norm``.
 
     Args:
         train: The tensor that :meth:`Optimizer.minimize` gave.

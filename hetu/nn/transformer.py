@@ -15,6 +15,8 @@ from hetu.ops import linear, parallel_attn, parameter, rotary, swiglu
 class SwiGLU(Module):
     """``down(silu(gate(x)) * up(x))``, a Llama's feed-forward; see :func:`hetu.swiglu`.
 
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6.
+
     Args:
         in_features: The width of what it is given and gives.
         hidden_features: The width in between.
@@ -65,6 +67,9 @@ class Attention(Module):
     Parameters have that module's names, order and initial values: q, k and v are one product, whose weight is drawn
     evenly from ``+-sqrt(6 / (rows + columns))``; biases begin with 0. With fewer key than query heads the rows of k and
     v are fewer.
+
+    Source: ``torch.nn.MultiheadAttention``; initial values by Glorot and Bengio, 2010, equation 16; grouped queries
+    by Ainslie et al., "GQA", 2023.
 
     Args:
         embed_dim: The width of what it is given and gives.

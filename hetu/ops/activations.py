@@ -230,6 +230,8 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
     Its gradient at 0 is 0, as torch has it.
 
+    Source: ``torch.nn.functional.relu``.
+
     Args:
         x: Floating, any shape.
         name: The node's name, unique in the graph; None makes one up.
@@ -253,6 +255,8 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
 def sigmoid(x: Tensor, name: str | None = None) -> Tensor:
     """Applies the logistic function ``1 / (1 + exp(-x))``.
+
+    Source: ``torch.sigmoid``.
 
     Args:
         x: Floating, any shape.
@@ -301,6 +305,9 @@ def tanh(x: Tensor, name: str | None = None) -> Tensor:
 
 def silu(x: Tensor, name: str | None = None) -> Tensor:
     """Applies ``x * sigmoid(x)`` (also named swish).
+
+    Source: Elfwing, Uchibe and Doya, "Sigmoid-Weighted Linear Units", 2017, equation 4;
+    ``torch.nn.functional.silu``.
 
     Args:
         x: Floating, any shape.

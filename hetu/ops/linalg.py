@@ -213,6 +213,8 @@ def matmul(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
     """Applies a linear layer: ``x @ weight.T + bias``, as ``torch.nn.functional.linear``.
 
+    Source: ``torch.nn.functional.linear``.
+
     Args:
         x: Floating, ``(..., in)``.
         weight: ``(out, in)``, of x's dtype.

@@ -308,6 +308,8 @@ def one_hot(ids: Tensor, num_classes: int | IntSymbol, name: str | None = None) 
 def softmax(x: Tensor, dim: int = -1, name: str | None = None) -> Tensor:
     """Applies ``exp(x) / sum(exp(x))`` along a dimension. Half precision is computed in float32.
 
+    Source: ``torch.softmax``.
+
     Args:
         x: Floating, at least one dimension.
         dim: The dimension; negative ones count from the end.

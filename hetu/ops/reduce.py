@@ -282,6 +282,8 @@ def sum(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
 def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
     """Averages over dimensions.
 
+    Source: ``torch.mean``.
+
     Args:
         x: Floating, any shape.
         dim: One dimension or several; negative ones count from the end; None for all.
@@ -370,6 +372,8 @@ def logsumexp(
     x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None
 ) -> Tensor:
     """Computes ``log(sum(exp(x)))`` over dimensions, without overflow. Half precision is computed in float32.
+
+    Source: ``torch.logsumexp``.
 
     Args:
         x: Floating, any shape.

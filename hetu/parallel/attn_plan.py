@@ -235,6 +235,9 @@ def build_plan(
 ) -> AttnPlan:
     """What every pipeline does; each one's part is built when it is first asked for.
 
+    Source: ``"ring"`` is by Liu et al., "Ring Attention", 2023; ``"ulysses"`` by Jacobs et al., "DeepSpeed
+    Ulysses", 2023; ``"all_gather"`` by "The Llama 3 Herd of Models", 2024, section 3.3.2.
+
     Args:
         layout: Which token lies where.
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that

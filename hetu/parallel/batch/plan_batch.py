@@ -48,6 +48,9 @@ def plan_batch(
     3 to 15 ms for 512 documents of real lengths on 64 pipelines, 7 ms in the median. The same arguments give the same
     plan on every machine.
 
+    Source: 12 weights per width squared, and 6 FLOPs per weight and token: Kaplan et al., "Scaling Laws for Neural
+    Language Models", 2020, section 2.1.
+
     Args:
         lengths: Tokens of each document, ints from 0.
         pipelines: How many there are.

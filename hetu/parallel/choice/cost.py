@@ -64,6 +64,8 @@ class StrategyCost:
     and :meth:`document` says what one of them adds. Every expression is an int or an :class:`~hetu.IntSymbol`, whose
     ``expr`` is sympy's.
 
+    Source: FLOPs are counted as :class:`~hetu.parallel.Cost` does: Dao, "FlashAttention-2", 2023, section 4.1.
+
     Attributes:
         strategy: The strategy.
         heads: Widths of a token's row.

@@ -60,6 +60,9 @@ class Layout:
     ) -> Layout:
         """The layout of a split.
 
+        Source: ``"sym"`` is the order of "The Llama 3 Herd of Models", 2024, section 3.3.2; ``"stripe"`` that of
+        Brandon et al., "Striped Attention", 2023; ``"normal"`` and ``"balanced"`` are hetu's own, docs/layouts.md.
+
         Args:
             seq_lens: Tokens of each sequence on each pipeline.
             cp_groups: Each pipeline's context group.

@@ -121,6 +121,8 @@ class Mask:
 
         Positions count the tokens of the whole pack, document after document, so a slice may cross documents.
 
+        Source: the slices of MagiAttention.
+
         Args:
             q_ranges: ``(start, stop)`` of the queries of each slice.
             k_ranges: ``(start, stop)`` of the keys of each slice.

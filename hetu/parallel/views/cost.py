@@ -23,6 +23,8 @@ from hetu.parallel.views.hardware import Hardware
 class Cost:
     """What a plan costs on some hardware.
 
+    Source: FLOPs are counted as in Dao, "FlashAttention-2", 2023, section 4.1, on the pairs that the mask allows.
+
     Attributes:
         flops: Of each pipeline: ``4 * head_dim`` per pair and query head, for the scores and the weighted sum. In the
             backward ``10 * head_dim``, for the scores once more and four gradients; adding up and copying are not

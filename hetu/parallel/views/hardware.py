@@ -53,6 +53,9 @@ class Rate:
 class Hardware:
     """What a device can do, and the links between devices. Hardware prints, compares and hashes by value.
 
+    Source: a transfer takes a latency and its bytes over the bandwidth: Hockney, "The communication challenge for
+    MPP", 1994.
+
     Attributes:
         flops: Floating point operations per second that attention reaches.
         link_bytes: Bytes per second that a device can send to another one of its host, and as many that it can receive
