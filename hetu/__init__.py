@@ -264,6 +264,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         HetuError: If the file is cut short, damaged in any bit, or not one of hetu's.
         FileNotFoundError: If there is none.
+
+    Example:
+        >>> import hetu, os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step100.safetensors")
+        ...     hetu.save({"format": "hetu", "step": 100}, path)
+        ...     hetu.load(path)["step"]
+        100
     """
     from hetu.arguments import path as as_path
     from hetu.runtime import state_file

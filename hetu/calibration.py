@@ -43,6 +43,10 @@ def calibrate(path: str | os.PathLike[str] | None = None) -> Hardware:
     Raises:
         CommunicationError: If a rank doesn't come.
         OSError: If the file can't be written.
+
+    Example:
+        >>> import hetu
+        >>> hetu.calibrate("machine.json")  # doctest: +SKIP
     """
     name, world = None if path is None else as_path(path, op="calibrate"), current_world()
     device = world.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")

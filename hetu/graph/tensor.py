@@ -44,10 +44,18 @@ class Tensor:
     Attributes:
         name: Unique in its graph.
         dtype: Element type.
+        shape: One size per dimension: an int where it is known, else an :class:`~hetu.IntSymbol`.
         symbolic_shape: One :class:`~hetu.IntSymbol` per dimension.
         op: The node that makes it.
         index: Which output of that node it is.
         on_cpu: Whether its data lies on the CPU whatever the graph's device is (``rng_state``).
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run"):
+        ...     x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 4], name="x")
+        ...     x[:, 2:].sum(0)
+        hetu.Tensor(sum_0: float32[2])
     """
 
     __slots__ = ("__weakref__", "dtype", "index", "name", "on_cpu", "op", "symbolic_shape")

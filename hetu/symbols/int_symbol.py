@@ -369,6 +369,13 @@ def as_symbol(value: IntSymbol | int, name: str = "a size") -> IntSymbol:
 def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
     """``a / b`` rounded up.
 
+    Args:
+        a: An int or a symbol.
+        b: What it is divided by; not 0.
+
+    Returns:
+        The quotient, as a symbol.
+
     Example:
         >>> ceil_div(IntSymbol("s"), 128), ceil_div(129, 128).constant
         (IntSymbol((s + 127)//128), 2)
@@ -384,6 +391,12 @@ def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
 def maximum(*values: IntSymbol | int) -> IntSymbol:
     """The largest of one or more values.
 
+    Args:
+        *values: Ints or symbols, one at least.
+
+    Returns:
+        The largest, as a symbol.
+
     Example:
         >>> maximum(3, 5).constant
         5
@@ -393,6 +406,12 @@ def maximum(*values: IntSymbol | int) -> IntSymbol:
 
 def minimum(*values: IntSymbol | int) -> IntSymbol:
     """The smallest of one or more values.
+
+    Args:
+        *values: Ints or symbols, one at least.
+
+    Returns:
+        The smallest, as a symbol.
 
     Example:
         >>> minimum(3, 5).constant

@@ -244,6 +244,12 @@ def context_parallel(cp: ContextParallel) -> Iterator[None]:
     Raises:
         HetuError: If a rank of the group holds no tokens, which models of transformers don't take. Within it, if a
             model is given what doesn't fit ``cp``, or labels, or doesn't ask for its mask as models of transformers do.
+
+    Example:
+        >>> import hetu.integrations.transformers
+        >>> cp = hetu.functional.ContextParallel(torch.tensor([0, 5, 8]))
+        >>> with hetu.integrations.transformers.context_parallel(cp):
+        ...     pass  # out = model(...)
     """
     if not isinstance(cp, ContextParallel):
         refuse_argument(cp, "cp", "a ContextParallel", op=OP, fix="make one: hetu.functional.ContextParallel(...)")

@@ -34,6 +34,13 @@ class Amounts:
         flops: Of each pipeline.
         link_bytes: Bytes from one pipeline to another; those that send nothing have no entry.
         peak_bytes: Of each pipeline.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> cost.evaluate({s: 2})
+        Amounts(flops=(768, 1792), link_bytes={(0, 1): 512}, peak_bytes=(1544, 2056))
     """
 
     flops: tuple[int, ...]
@@ -49,6 +56,14 @@ class DocumentCost:
         pieces: A symbol per pipeline of the group: tokens of the document that it holds.
         flops: Of each of these pipelines.
         link_bytes: Bytes from one of the strategy's pipelines to another.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> one = cost.document()
+        >>> one.pieces, one.link_bytes
+        ((IntSymbol(piece0), IntSymbol(piece1)), {(0, 1): IntSymbol(256*piece0*min(piece1, 1))})
     """
 
     pieces: tuple[IntSymbol, ...]
@@ -76,6 +91,13 @@ class StrategyCost:
         flops: Of each pipeline: ``4 * head_dim`` per pair and query head.
         link_bytes: Bytes from one pipeline to another, of those that may send any.
         peak_bytes: Most bytes that each pipeline holds at a time, as ``plan.peak_bytes``.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> cost.flops[0]
+        IntSymbol(256*((s*(s + 1))//2))
     """
 
     strategy: Strategy

@@ -32,6 +32,9 @@ from hetu.parallel.mask.segments import IntArray, QuerySpans
 class Layout:
     """Which token of which document lies on which pipeline, for all context groups of a strategy.
 
+    Args:
+        groups: The layouts of all context groups; :meth:`build` and :meth:`from_spans` make them.
+
     Example:
         >>> layout = Layout.build([3, 5], [0, 0], split="sym")
         >>> [layout.positions(r).tolist() for r in range(2)]

@@ -135,6 +135,10 @@ class Heads:
         head_dim: Numbers of a head.
         itemsize: Bytes of a number.
         columns: If the softmax is returned, keys of the longest document; else 0.
+
+    Example:
+        >>> Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2).kv_row_bytes
+        64
     """
 
     num_q: int

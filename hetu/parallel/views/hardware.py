@@ -33,6 +33,10 @@ class Rate:
         head_dim: Of the heads.
         kind: ``"causal"``, ``"full"`` or ``"window"``.
         is_backward: Whether it is the backward.
+
+    Example:
+        >>> Rate(keys=4096, flops=5e14)
+        Rate(keys=4096, flops=500000000000000.0, head_dim=128, kind='causal', is_backward=False)
     """
 
     keys: float
