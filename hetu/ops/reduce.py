@@ -15,7 +15,6 @@ from hetu.arguments import flag
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.choice import where
 from hetu.ops.common.build import Dim, axes, build, floating, output, show, tensor
 from hetu.ops.common.gradients import single, to_dtype, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
@@ -217,12 +216,10 @@ class LogSumExp(_Reduction):
         grad, (x,), kept = single(grads), node.tensors, self.kept(node)
 
         def weighted() -> Tensor:
-            """The gradient by each element's share of the sum; of a sum of nothing but zeros there are no shares."""
+            """The gradient by each element's share of the sum; NaN, as torch has it, of a sum of nothing but zeros."""
             wide = to_dtype(x, float32) if x.dtype.itemsize == 2 else x  # half a rounding would be one of the share
             total = node.outputs[0] if wide is x else logsumexp(wide, node.attrs["dim"] or None)
-            is_nothing = eq(to_shape(total, kept), -math.inf)
-            shares = exp(wide - where(is_nothing, 0.0, to_shape(total, kept)))
-            return to_dtype(to_shape(grad, kept) * where(is_nothing, 0.0, shares), x.dtype)
+            return to_dtype(to_shape(grad, kept) * exp(wide - to_shape(total, kept)), x.dtype)
 
         return [weighted]
 
@@ -382,7 +379,7 @@ def logsumexp(
         name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor of x's dtype. It is ``-inf`` of nothing.
+        A tensor of x's dtype. It is ``-inf`` of nothing. Where all elements are ``-inf`` the gradient is NaN.
 
     Raises:
         ShapeError: If there is no such dimension, or one is named twice.
