@@ -161,6 +161,37 @@ def _range(least: int | None, most: int | None) -> str:
     return f"an int from {least} to {most}"
 
 
+def head_counts(
+    num_heads: Any,
+    num_kv_heads: Any,
+    *,
+    names: tuple[str, str] = ("num_heads", "num_kv_heads"),
+    most: int | None = None,
+    op: str | None = None,
+    error: type[HetuError] = HetuError,
+) -> tuple[int, int]:
+    """The numbers of query heads and of key heads, which the latter divides.
+
+    Args:
+        num_heads: What came as the number of query heads.
+        num_kv_heads: What came as the number of key heads.
+        names: What the user calls them.
+        most: The greatest allowed number.
+        op: Who asks, for the error.
+        error: The class of the error where they don't divide.
+
+    Example:
+        >>> head_counts(8, 2)
+        (8, 2)
+    """
+    given = zip((num_heads, num_kv_heads), names, strict=True)
+    heads, key_heads = (integer(value, name, least=1, most=most, op=op) for value, name in given)
+    if heads % key_heads:
+        what = f"expected {names[0]} to be a multiple of {names[1]} {key_heads}, got {heads}"
+        raise error(what, op=op, where=caller(), fix=f"give a {names[1]} that divides {names[0]}")
+    return heads, key_heads
+
+
 def index(value: Any, name: str, count: int, *, op: str | None = None, error: type[HetuError] = HetuError) -> int:
     """The number of one of ``count`` things, from 0.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hetu.arguments import choice, integer, mapping, refuse, shown
+from hetu.arguments import choice, head_counts, integer, mapping, refuse, shown
 from hetu.dtypes import as_dtype
 from hetu.errors import StrategyError, UnboundSymbolError, caller
 from hetu.parallel.choice.counts import counts_of
@@ -212,10 +212,8 @@ def strategy_cost(
     batch: Size,
 ) -> StrategyCost:
     """See :meth:`hetu.Strategy.cost`."""
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    num_q, num_kv, dim = (integer(value, name, least=1, op=_OP) for name, value in sizes.items())
-    if num_q % num_kv:
-        _refuse(f"num_heads is {num_q}, expected a multiple of num_kv_heads = {num_kv}", "give H_q and H_kv")
+    num_q, num_kv = head_counts(num_heads, num_kv_heads, op=_OP, error=StrategyError)
+    dim = integer(head_dim, "head_dim", least=1, op=_OP)
     if not isinstance(mask, Mask):
         refuse(mask, "mask", "a hetu.Mask", op=_OP, error=StrategyError)
     choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)
