@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.dtypes import DType
-from hetu.errors import HetuError, caller
+from hetu.errors import DTypeError, HetuError, caller
 from hetu.symbols import IntSymbol
 
 if TYPE_CHECKING:
@@ -145,6 +145,25 @@ class Tensor:
         self._value("is neither true nor false")
         return builtins.bool(self.item())
 
+    def __int__(self) -> builtins.int:
+        self._value("is no number")
+        return builtins.int(self.item())
+
+    def __float__(self) -> builtins.float:
+        self._value("is no number")
+        return builtins.float(self.item())
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses functions of torch; of an operator torch then asks the other operand, which is this one."""
+        name = getattr(function, "__name__", str(function))
+        raise DTypeError(
+            f"torch's {name} was called on a hetu.Tensor, which is no torch.Tensor",
+            op=name,
+            where=caller(),
+            fix=f"use hetu's own op, or make one of torch's function: hetu.op(torch.{name}, shape=...)",
+        )
+
     def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
         self._value("is no array")
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
@@ -185,6 +204,9 @@ class Tensor:
 
     def __matmul__(self, other: Any) -> Tensor:
         return self._apply("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return self._apply("matmul", other, self)
 
     def __pow__(self, other: Any) -> Tensor:
         return self._apply("pow", self, other)

@@ -285,6 +285,15 @@ class IntSymbol:
             fix=f"demand it with hetu.require({self} > 0), or give {self} a range (min=1)",
         )
 
+    def __index__(self) -> int:
+        if self.constant is not None:
+            return self.constant
+        raise DTypeError(  # a TypeError, as of whatever is no int
+            f"{self} is an int only when the graph runs, and Python needs one now",
+            where=caller(),
+            fix=f"give a plain int, or {self}.data if it has a default; ops of hetu take symbols",
+        )
+
     # A copy would be another unknown of the same name, which nothing binds.
 
     def __copy__(self) -> IntSymbol:
