@@ -243,9 +243,9 @@ def test_what_has_no_value_is_not_compared() -> None:
             bool(nothing < 3)
 
 
-@pytest.mark.parametrize("use", [range, int, hex, lambda s: [0] * s, lambda s: "text"[s:], np.zeros])
+@pytest.mark.parametrize("use", [range, int, hex, lambda s: [0] * s, lambda s: "text"[s:]])
 def test_python_is_not_told_an_int_that_only_runs_know(use: Callable[[Any], Any]) -> None:
     s = IntSymbol("s")
     with pytest.raises(hetu.DTypeError, match="s is an int only when the graph runs"):
         use(s)
-    assert use(s - s + 2) == use(2) if use is not np.zeros else use(s - s + 2).shape == (2,)
+    assert use(s - s + 2) == use(2)
