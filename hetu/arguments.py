@@ -177,18 +177,17 @@ def head_counts(
         num_kv_heads: What came as the number of key heads.
         names: What the user calls them.
         most: The greatest allowed number.
-        op: Who asks, for the error.
-        error: The class of the error where they don't divide.
+        op: Who asks.
+        error: Of which class the error is if they don't divide.
 
     Example:
         >>> head_counts(8, 2)
         (8, 2)
     """
-    given = zip((num_heads, num_kv_heads), names, strict=True)
-    heads, key_heads = (integer(value, name, least=1, most=most, op=op) for value, name in given)
+    heads = integer(num_heads, names[0], least=1, most=most, op=op)
+    key_heads = integer(num_kv_heads, names[1], least=1, most=most, op=op)
     if heads % key_heads:
-        what = f"expected {names[0]} to be a multiple of {names[1]} {key_heads}, got {heads}"
-        raise error(what, op=op, where=caller(), fix=f"give a {names[1]} that divides {names[0]}")
+        refuse(heads, names[0], f"a multiple of {names[1]} {key_heads}", op=op, error=error)
     return heads, key_heads
 
 
