@@ -85,6 +85,8 @@ def test_a_state_dict_maps_by_name_and_gives_the_same(strategy: int) -> None:
     ],
 )
 def test_initial_values_are_distributed_as_torchs(make: Callable[[], Any], like: Callable[[], nn.Module]) -> None:
+    hetu.manual_seed(0)
+    torch.manual_seed(0)
     with hetu.graph("define_and_run", device="cpu") as g:
         module = make()
         found = g.run(module.parameters())
