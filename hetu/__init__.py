@@ -183,6 +183,27 @@ _OTHER_HETU = {
 """What names of the Hetu of PKU's DAIR lab are called here."""
 
 
+_TORCHS = {
+    "Adam": "hetu.optim.Adam",
+    "AdamW": "hetu.optim.AdamW",
+    "Linear": "hetu.nn.Linear",
+    "SGD": "hetu.optim.SGD",
+    "amax": "hetu.max",
+    "amin": "hetu.min",
+    "cat": "hetu.concat",
+    "chunk": "hetu.split",
+    "expand": "hetu.broadcast_to",
+    "grad": "hetu.gradients",
+    "permute": "x.permute",
+    "scaled_dot_product_attention": "hetu.attn_varlen",
+    "stack": "x.unsqueeze and hetu.concat",
+    "tensor_split": "hetu.split",
+    "unsqueeze": "x.unsqueeze",
+    "view": "hetu.reshape",
+}
+"""What names of PyTorch are called here, where a graph has the same under another one."""
+
+
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return importlib.import_module("hetu.functional")
@@ -195,6 +216,8 @@ def __getattr__(name: str) -> Any:
     what = f"module {__name__!r} has no attribute {name!r}"
     if name in _OTHER_HETU:  # Python's own "did you mean" would be far off
         raise AttributeError(f"{what}; that name is of another Hetu: use {_OTHER_HETU[name]}")
+    if name in _TORCHS:
+        raise AttributeError(f"{what}; use {_TORCHS[name]}")
     if name.endswith("_") and name[:-1] in __all__:
         raise AttributeError(f"{what}; nothing changes a graph's tensors in place: use hetu.{name[:-1]}")
     raise AttributeError(what, name=name, obj=sys.modules[__name__])
@@ -264,6 +287,14 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         HetuError: If the file is cut short, damaged in any bit, or not one of hetu's.
         FileNotFoundError: If there is none.
+
+    Example:
+        >>> import hetu, os, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "step100.safetensors")
+        ...     hetu.save({"format": "hetu", "step": 100}, path)
+        ...     hetu.load(path)["step"]
+        100
     """
     from hetu.arguments import path as as_path
     from hetu.runtime import state_file

@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Callable, Collection, KeysView, Mapping, Sequence, ValuesView
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
@@ -91,7 +91,7 @@ def number_of(value: Any) -> Number | None:
     """
     kind = type(value)
     if kind is int or kind is float or kind is bool:
-        return value
+        return cast(Number, value)
     if isinstance(value, float):
         return float(value)
     try:
@@ -159,6 +159,36 @@ def _range(least: int | None, most: int | None) -> str:
     if most is None:
         return "a positive int" if least == 1 else f"an int of at least {least}"
     return f"an int from {least} to {most}"
+
+
+def head_counts(
+    num_heads: Any,
+    num_kv_heads: Any,
+    *,
+    names: tuple[str, str] = ("num_heads", "num_kv_heads"),
+    most: int | None = None,
+    op: str | None = None,
+    error: type[HetuError] = HetuError,
+) -> tuple[int, int]:
+    """The numbers of query heads and of key heads, which the latter divides.
+
+    Args:
+        num_heads: What came as the number of query heads.
+        num_kv_heads: What came as the number of key heads.
+        names: What the user calls them.
+        most: The greatest allowed number.
+        op: Who asks.
+        error: Of which class the error is if they don't divide.
+
+    Example:
+        >>> head_counts(8, 2)
+        (8, 2)
+    """
+    heads = integer(num_heads, names[0], least=1, most=most, op=op)
+    key_heads = integer(num_kv_heads, names[1], least=1, most=most, op=op)
+    if heads % key_heads:
+        refuse(heads, names[0], f"a multiple of {names[1]} {key_heads}", op=op, error=error)
+    return heads, key_heads
 
 
 def index(value: Any, name: str, count: int, *, op: str | None = None, error: type[HetuError] = HetuError) -> int:

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 Value = TypeVar("Value")
 
@@ -44,11 +44,11 @@ class LRU(Generic[Value]):
     def get(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """The value of ``key``, made by ``make`` if it is not there. An error in ``make`` leaves nothing behind."""
         with self._lock:
-            found = self._items.get(key, _NOTHING)
+            found: Any = self._items.get(key, _NOTHING)
             if found is not _NOTHING:
                 self._hits += 1
                 self._items.move_to_end(key)
-                return found
+                return cast(Value, found)
         value = make()  # outside of the lock: two threads may make it twice, none waits for the other
         with self._lock:
             self._misses += 1

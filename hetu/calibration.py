@@ -48,6 +48,10 @@ def calibrate(path: str | os.PathLike[str] | None = None) -> Hardware:
         HetuError: If the path is none, on this rank; on the others a CommunicationError.
         CommunicationError: If a rank doesn't come.
         OSError: If the file can't be written.
+
+    Example:
+        >>> import hetu
+        >>> hetu.calibrate("machine.json")  # doctest: +SKIP
     """
     world = current_world()
     name, hosts = _meet(path, world)

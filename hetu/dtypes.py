@@ -19,6 +19,11 @@ class DType:
         name: The name that torch and numpy use too.
         itemsize: Bytes an element.
         kind: ``"float"``, ``"int"`` or ``"bool"``.
+
+    Example:
+        >>> import hetu
+        >>> hetu.bfloat16.name, hetu.bfloat16.itemsize, hetu.bfloat16.is_floating
+        ('bfloat16', 2, True)
     """
 
     name: str
@@ -52,6 +57,12 @@ _BY_NAME = {dtype.name: dtype for dtype in ALL}
 
 def as_dtype(value: Any) -> DType:
     """The element type that ``value`` names: a hetu, numpy or torch dtype, or a name.
+
+    Args:
+        value: What names it.
+
+    Returns:
+        The element type.
 
     Raises:
         DTypeError: If there is no such type in hetu.

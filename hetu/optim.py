@@ -30,6 +30,13 @@ class Optimizer:
     Its state belongs to the graph in which it minimises, is made at the first update, and lies in the parameters'
     dtypes on the graph's device.
 
+    Args:
+        lr: Learning rate.
+        max_grad_norm: See :class:`SGD`, as for the two that follow.
+        schedule: From the torch optimiser to a scheduler.
+        zero_stage: What is cut over all ranks.
+        **options: What the torch class takes.
+
     Attributes:
         kind: The name of the class in ``torch.optim``.
         is_elementwise: True if it updates each element of a parameter from that element's own gradient and state, so
@@ -40,6 +47,11 @@ class Optimizer:
         schedule: See :class:`SGD`.
         zero_stage: See :class:`SGD`.
         where: The line of the user's script that made it.
+
+    Example:
+        >>> import hetu
+        >>> hetu.optim.SGD(lr=0.1, momentum=0.9).options
+        {'lr': 0.1, 'momentum': 0.9}
     """
 
     kind = "Optimizer"
@@ -209,6 +221,10 @@ class Optimizer:
 class SGD(Optimizer):
     """``torch.optim.SGD``.
 
+    Source: the algorithm in the documentation of ``torch.optim.SGD``. Gradients are clipped by their norm as in
+    Pascanu, Mikolov and Bengio, 2013, algorithm 1, with the factor of ``torch.nn.utils.clip_grad_norm_``.
+    ``zero_stage``: Rajbhandari et al., "ZeRO", 2020.
+
     Args:
         lr: Learning rate.
         max_grad_norm: The gradients of a step are scaled down to this Euclidean norm if theirs is larger.
@@ -219,6 +235,15 @@ class SGD(Optimizer):
             ``g.state_dict()`` is then called on all ranks. It needs an optimiser that is elementwise. See
             docs/training.md.
         **options: What the torch class takes: ``momentum``, ``weight_decay``, ...
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     w = hetu.parameter(1.0, [2], name="w")
+        ...     loss = (w * w).sum()
+        ...     step = hetu.optim.SGD(lr=0.25).minimize(loss)
+        >>> [g.run([loss, step])[0].item() for _ in range(3)]
+        [2.0, 0.5, 0.125]
     """
 
     kind = "SGD"
@@ -227,7 +252,18 @@ class SGD(Optimizer):
 
 
 class Adam(Optimizer):
-    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ..."""
+    """``torch.optim.Adam``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``amsgrad``, ...
+
+    Source: Kingma and Ba, "Adam", 2015, algorithm 1, as ``torch.optim.Adam`` writes it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     w = hetu.parameter(1.0, [2], name="w")
+        ...     step = hetu.optim.Adam(lr=0.1, betas=(0.9, 0.95)).minimize((w * w).sum())
+        >>> w.graph.run(step) is not None
+        True
+    """
 
     kind = "Adam"
     is_elementwise = True
@@ -235,7 +271,19 @@ class Adam(Optimizer):
 
 
 class AdamW(Optimizer):
-    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ..."""
+    """``torch.optim.AdamW``. It takes the arguments of :class:`SGD`, and ``betas``, ``eps``, ``weight_decay``, ...
+
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, as
+    ``torch.optim.AdamW`` writes it.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     w = hetu.parameter(1.0, [2], name="w")
+        ...     step = hetu.optim.AdamW(lr=0.1, betas=(0.9, 0.95)).minimize((w * w).sum())
+        >>> w.graph.run(step) is not None
+        True
+    """
 
     kind = "AdamW"
     is_elementwise = True
@@ -327,6 +375,8 @@ def grad_norm(train: Tensor) -> Tensor:
     Fetching it is fetching what :meth:`Optimizer.minimize` gave: the run updates the parameters, unless its
     ``run_level`` says otherwise.
 
+    Source: ``torch.nn.utils.get_total_norm``.
+
     Args:
         train: The tensor that :meth:`Optimizer.minimize` gave.
 
@@ -335,6 +385,15 @@ def grad_norm(train: Tensor) -> Tensor:
 
     Raises:
         HetuError: If it is something else.
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run") as g:
+        ...     w = hetu.parameter([3.0, 4.0], [2], name="w")
+        ...     step = hetu.optim.SGD(lr=0.5).minimize((w * w).sum() / 2)
+        ...     norm = hetu.optim.grad_norm(step)
+        >>> g.run(norm)
+        tensor(5.)
     """
     if not isinstance(train, Tensor) or train.op.role is not Role.UPDATE:
         what = f"train is {shown(train)}, which is nothing that minimize gave"

@@ -15,6 +15,9 @@ _offset = 0
 def manual_seed(seed: int) -> None:
     """Fixes the seed of everything random in the runs that follow, and restarts the offset at 0.
 
+    Source: a seed and an offset, as CUDA's Philox generators have them: Salmon et al., "Parallel random numbers: as
+    easy as 1, 2, 3", 2011.
+
     Args:
         seed: Any int; its lower 63 bits count.
 

@@ -46,6 +46,17 @@ def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None
                 found = getattr(found, part)
 
 
+@pytest.mark.parametrize("name", sorted(hetu._TORCHS))
+def test_a_name_of_torch_says_what_it_is_called_here(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"no attribute '{name}'; use ") as caught:
+        getattr(hetu, name)
+    for word in str(caught.value).split("use ", 1)[1].split():
+        if word.startswith(("hetu.", "x.")):  # what is advised is there
+            found: object = hetu if word.startswith("hetu.") else hetu.Tensor
+            for part in word.split(".")[1:]:
+                found = getattr(found, part)
+
+
 @pytest.mark.parametrize("name", ["add_", "relu_", "exp_"])
 def test_ops_in_place_have_another(name: str) -> None:
     with pytest.raises(AttributeError, match=f"in place: use hetu.{name[:-1]}$"):

@@ -20,6 +20,7 @@ MODULES = (
     "hetu.integrations.flash_attn",
     "hetu.integrations.pku_hetu",
     "hetu.integrations.transformers",
+    "hetu.nn",
     "hetu.optim",
     "hetu.parallel",
     "hetu.testing",

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pictures
 import pytest
@@ -40,13 +41,15 @@ def test_every_variable_that_is_read_is_listed() -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     pages = "\n".join(reference.pages().values())
+    modules = {f"hetu.{name}" for name in hetu.__all__ if type(getattr(hetu, name)) is ModuleType}
+    assert modules <= set(reference.MODULES)
     for path in ("hetu", *reference.MODULES):
         for name in reference.public(importlib.import_module(path)):
             found = getattr(importlib.import_module(path), name)
             if reference.is_value(found):
                 assert name in pages, f"{path}.{name}"
             elif not (isinstance(found, type) and issubclass(found, hetu.HetuError)):
-                assert f"::: {reference.address(found)}\n" in pages, f"{path}.{name}"
+                assert pages.count(f"::: {reference.address(found)}\n") == 1, f"{path}.{name}"
 
 
 def test_every_error_has_its_place() -> None:

@@ -13,6 +13,7 @@ TITLES = {
     "graphs": ("Graphs and runs", "What makes graphs, runs them and keeps their state."),
     "symbols": ("Symbols", "Lengths as symbols: `hetu.IntSymbol`, what is computed with it, and what binds it."),
     "ops": ("Ops", "What computes in a graph. Each checks shapes and dtypes when it is built."),
+    "nn": ("Modules", "Parameters with PyTorch's names, and the ops that use them."),
     "training": ("Optimisers", "What `minimize` adds to a graph: the optimisers of `torch.optim`, by name."),
     "functional": ("PyTorch functions", "Attention without a graph, on one device and over a process group."),
     "parallel": ("Layouts, masks and plans", "Integers only: which token lies where, who sees what, who sends what."),
@@ -23,6 +24,7 @@ TITLES = {
 """Pages of ``reference/``, in order: title and what is there."""
 
 MODULES = {
+    "hetu.nn": "nn",
     "hetu.optim": "training",
     "hetu.functional": "functional",
     "hetu.parallel": "parallel",
@@ -74,11 +76,10 @@ def entries() -> dict[str, list[tuple[str, Any]]]:
     for path, page in MODULES.items():
         module = importlib.import_module(path)
         found[page] += [(f"{path}.{name}", getattr(module, name)) for name in public(module)]
-    seen: set[int] = set()
-    for page, items in found.items():
-        found[page] = [item for item in items if id(item[1]) not in seen]
-        seen.update(id(item) for _, item in items)
-    return found
+    first: dict[int, tuple[str, Any]] = {}
+    for item in (item for items in found.values() for item in items):
+        first.setdefault(id(item[1]), item)
+    return {page: [item for item in items if first[id(item[1])] is item] for page, items in found.items()}
 
 
 def _entry(name: str, found: Any) -> list[str]:

@@ -223,7 +223,8 @@ def find_inductor() -> Callable[..., Callable[..., Any]] | None:
 
     Importing it takes seconds, so it is looked for where it is needed.
     """
-    return _find("_inductor.standalone_compile")
+    found: Callable[..., Callable[..., Any]] | None = _find("_inductor.standalone_compile")
+    return found
 
 
 class SymbolicSizes:

@@ -58,29 +58,3 @@ def steps(items: Sequence[Item], what: str) -> Iterable[Item]:
     """The items, with a bar on stderr while they are gone through."""
     console = Console(stderr=True)
     return track(items, description=what, console=console, transient=True, disable=not console.is_terminal)
-
-
-def seconds(value: float) -> str:
-    """A time in words.
-
-    Example:
-        >>> seconds(2.5e-3), seconds(12e-6), seconds(0)
-        ('2.5 ms', '12 µs', '0 s')
-    """
-    for unit, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= size:
-            return f"{value / size:.3g} {unit}"
-    return f"{value * 1e6:.2g} µs" if value else "0 s"
-
-
-def sized(count: float) -> str:
-    """Bytes in words.
-
-    Example:
-        >>> sized(1500), sized(12)
-        ('1.5 kB', '12 B')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g} B"

@@ -9,9 +9,10 @@ import torch
 from torch.utils.benchmark import Timer
 
 from hetu import functional
-from hetu.cli.answer import Answer, seconds, steps, table
+from hetu.cli.answer import Answer, steps, table
 from hetu.cli.options import DTYPES, add_lengths, heads_of
 from hetu.errors import HetuError
+from hetu.parallel.views.report import as_time
 
 Call = Callable[[], torch.Tensor]
 
@@ -48,7 +49,7 @@ def run(args: Namespace) -> Answer:
         "is_backward": args.backward,
         "times": found,
     }
-    rows = [[f["what"], seconds(f["seconds"]), seconds(f["iqr"]), f"{f['flops_per_second'] / 1e12:.3g}"] for f in found]
+    rows = [[f["what"], as_time(f["seconds"]), as_time(f["iqr"]), f"{f['flops_per_second'] / 1e12:.3g}"] for f in found]
     title = f"causal attention on {data['device']}, {data['dtype']}{', forward and backward' * args.backward}"
     return Answer(data, [table(title, ("what", "median", "spread", "TFLOP/s"), rows)])
 

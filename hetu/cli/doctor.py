@@ -16,8 +16,9 @@ import torch
 import hetu
 from hetu.backends.attention.family import AttendSignature
 from hetu.backends.families import choose, default_backend
-from hetu.cli.answer import Answer, Exit, seconds, steps, table
+from hetu.cli.answer import Answer, Exit, steps, table
 from hetu.config import BACKENDS, settings
+from hetu.parallel.views.report import as_time
 
 LIBRARIES = ("torch", "triton", "numpy", "sympy", "networkx", "safetensors", "matplotlib", "transformers")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -52,7 +53,7 @@ def run(args: Namespace) -> Answer:
     tests = [{"op": op, "quantity": name, **found} for op, name, found in _tests(device)]
     data["tests"], data["are_right"] = tests, all(item["is_right"] for item in tests)
     verdicts = [
-        [t["op"], t["quantity"], "right" if t["is_right"] else "WRONG", f"{t['error']:.1e}", seconds(t["seconds"])]
+        [t["op"], t["quantity"], "right" if t["is_right"] else "WRONG", f"{t['error']:.1e}", as_time(t["seconds"])]
         for t in tests
     ]
     titles = ("op", "what", "against float64", "error", "took")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from hetu.arguments import MAX_COUNT
+from hetu.arguments import MAX_COUNT, head_counts
 from hetu.dtypes import as_dtype
 from hetu.errors import HetuError
 from hetu.parallel import METHODS, SPLITS, AttnPlan, Hardware, Heads, Layout, Mask, build_plan
@@ -96,12 +96,8 @@ def hardware_of(args: Namespace) -> Hardware:
 
 def heads_of(args: Namespace) -> Heads:
     """The widths of a token."""
-    if args.heads % args.kv_heads:
-        what = f"--heads is {args.heads}, expected a multiple of --kv-heads, {args.kv_heads}"
-        raise HetuError(what, fix="query heads share heads of keys evenly")
-    return Heads(
-        args.heads, args.kv_heads, args.head_dim, as_dtype(getattr(args, "dtype", None) or "bfloat16").itemsize
-    )
+    num_q, num_kv = head_counts(args.heads, args.kv_heads, names=("--heads", "--kv-heads"))
+    return Heads(num_q, num_kv, args.head_dim, as_dtype(getattr(args, "dtype", None) or "bfloat16").itemsize)
 
 
 def even_layout(lengths: Sequence[int], pipelines: int, split: str, mask: Mask) -> Layout:

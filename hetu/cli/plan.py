@@ -9,9 +9,10 @@ from typing import Any
 from rich.console import RenderableType
 from rich.markup import escape
 
-from hetu.cli.answer import Answer, seconds, sized, table
+from hetu.cli.answer import Answer, table
 from hetu.cli.options import add_hardware, add_problem, hardware_of, heads_of, mask_of, plan_of, plan_on, positive
 from hetu.parallel import AttnPlan, BatchPlan, Cost, plan_batch
+from hetu.parallel.views.report import as_bytes, as_time
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -107,14 +108,14 @@ def _shown(plan: AttnPlan, cost: Cost, hardware: str, picture: str | None) -> li
             plan.layout.place(r)[0].value,
             f"{plan.layout.rows(r):,}",
             f"{plan.pairs(r):,}",
-            sized(plan.bytes_sent(r)),
-            sized(cost.peak_bytes[r]),
-            seconds(cost.finish[r]),
+            as_bytes(plan.bytes_sent(r)),
+            as_bytes(cost.peak_bytes[r]),
+            as_time(cost.finish[r]),
         ]
         for r in range(plan.layout.num_pipelines)
     ]
     columns = ("pipeline", "group", "tokens", "pairs", "sent", "held at most", "done after")
-    verdict = f"predicted on {hardware}: {seconds(cost.time)}{'' if cost.fits else '; memory does not suffice'}"
+    verdict = f"predicted on {hardware}: {as_time(cost.time)}{'' if cost.fits else '; memory does not suffice'}"
     head = [escape(str(plan.layout)), "", escape(plan.summary())]
     lines: list[RenderableType] = [*head, table("", columns, rows), escape(verdict)]
     return [*lines, *([f"picture: {escape(picture)}"] if picture else [])]

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.markup import escape
 
 from hetu.arguments import path
-from hetu.cli.answer import Answer, seconds
+from hetu.cli.answer import Answer
 from hetu.cli.options import add_hardware, add_problem, hardware_of, plan_of
+from hetu.parallel.views.report import as_time
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -27,5 +28,5 @@ def run(args: Namespace) -> Answer:
     Path(path(args.output, "--output")).write_text(json.dumps(trace), encoding="utf-8")
     events, time = len(trace["traceEvents"]), plan.cost(hardware).time
     data = {"output": args.output, "events": events, "time_s": time, "plan": plan.summary()}
-    where = f"{args.output}: {events:,} events, {seconds(time)} predicted; open it at https://ui.perfetto.dev"
+    where = f"{args.output}: {events:,} events, {as_time(time)} predicted; open it at https://ui.perfetto.dev"
     return Answer(data, [escape(plan.summary()), escape(where)])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hetu.arguments import array, choice, flag, integer, integers, refuse
+from hetu.arguments import array, choice, flag, head_counts, integer, integers, refuse
 from hetu.arguments import device as checked_device
 from hetu.backends.comm.groups import GroupWorld, world_of
 from hetu.errors import BindingError, DTypeError, HetuError, ShapeError, StrategyError, caller
@@ -118,7 +118,8 @@ class ContextParallel:
             ShapeError: If the number of entries is another.
         """
         dim = _dim(x, "x", dim, self.sharding.tokens, "cp.dispatch", "the documents have")
-        return torch.ops.hetu.dispatch(x, self.position_ids, self.table, self.split, self.group_name, dim)
+        mine: torch.Tensor = torch.ops.hetu.dispatch(x, self.position_ids, self.table, self.split, self.group_name, dim)
+        return mine
 
     def undispatch(self, y: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The rows of all ranks, whole on every one of them; the inverse of :meth:`dispatch`, and its gradient.
@@ -137,7 +138,8 @@ class ContextParallel:
             CommunicationError: If a rank doesn't come.
         """
         dim = _dim(y, "y", dim, self.sharding.rows, "cp.undispatch", f"rank {self.rank} holds")
-        return torch.ops.hetu.undispatch(y, self._whole, self.table, self.split, self.group_name, dim)
+        whole: torch.Tensor = torch.ops.hetu.undispatch(y, self._whole, self.table, self.split, self.group_name, dim)
+        return whole
 
     def next_tokens(self, ids: torch.Tensor, dim: int = 0, ignore_index: int = IGNORED) -> torch.Tensor:
         """The token after each one in its document, ``ignore_index`` at its end: labels, whole, to be dispatched.
@@ -224,11 +226,8 @@ class ContextParallel:
             mask: As of ``parallel_attn``.
         """
         op = "cp.plan"
-        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        num_q, num_kv, width = (integer(x, name, least=1, op=op, fix="give a size") for name, x in sizes.items())
-        if num_q % num_kv:
-            fix = "num_heads is a multiple of num_kv_heads"
-            refuse(num_kv, "num_kv_heads", f"a divisor of {num_q}", op=op, error=ShapeError, fix=fix)
+        num_q, num_kv = head_counts(num_heads, num_kv_heads, op=op, error=ShapeError)
+        width = integer(head_dim, "head_dim", least=1, op=op, fix="give a size")
         if not isinstance(dtype, torch.dtype):
             refuse(dtype, "dtype", "a dtype of torch", op=op, error=DTypeError, fix="torch.bfloat16, say")
         is_causal = flag(is_causal, "is_causal", op=op)

@@ -36,12 +36,12 @@ def one_by_one(op: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any
     """The batching rule of an op: it runs once per sample, which may have lengths of its own."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        count = info.batch_size
+        count = int(info.batch_size)
 
         def samples(x: Any, dim: int | None) -> tuple[Any, ...]:
             if dim is None:
                 return (x,) * max(count, 1)
-            return x.unbind(dim) if count else (x.sum(dim),)  # zeros: of an empty batch only the shapes matter
+            return tuple(x.unbind(dim)) if count else (x.sum(dim),)  # zeros: of an empty batch only the shapes matter
 
         batches = [samples(x, dim) for x, dim in zip(arguments, in_dims, strict=True)]
         results = [op(*sample) for sample in zip(*batches, strict=True)]

@@ -48,6 +48,12 @@ def parallel_attn(
     nothing (make masks outside of what is compiled), under ``torch.autocast``, under activation checkpointing of all
     kinds, and in models that FSDP2, DDP or tensor parallelism over heads shard. Can be differentiated once.
 
+    Source: that of :func:`attn_varlen`. Partial results merge as in Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018, section 3. Methods: ``"ring"`` of Liu et al., "Ring Attention", 2023;
+    ``"ulysses"`` of Jacobs et al., "DeepSpeed Ulysses", 2023; ``"all_gather"`` of "The Llama 3 Herd of Models",
+    2024, section 3.3.2. Splits: ``"sym"`` of the same section; ``"stripe"`` of Brandon et al., "Striped Attention",
+    2023.
+
     Args:
         q: ``(rows, H_q, head_dim)``, this rank's rows; float16, bfloat16, float32, or float64 (by plain torch). Any
             strides.

@@ -62,6 +62,10 @@ def attn_varlen(
     ``scaled_dot_product_attention`` does. Can be differentiated once, by reverse mode; under ``torch.vmap`` a batch is
     computed sample by sample.
 
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1, computed by algorithms 1 and 2 of Dao,
+    "FlashAttention-2", 2023. Grouped queries: Ainslie et al., "GQA", 2023. Softcap: "Gemma 2", 2024, section 2.
+    Sinks: the "gpt-oss" model card of OpenAI, 2025.
+
     Args:
         q: ``(T_q, H_q, head_dim)``; float16, bfloat16, float32, or float64 (by plain torch). Any strides; copied where
             the entries of a head are not neighbours.
@@ -227,4 +231,5 @@ def _on_host(cu_seqlens: torch.Tensor) -> torch.Tensor:
     if kept is None or kept[0] != version:
         with torch.inference_mode(False):  # what is kept may be trained with later
             kept = _host_copies[cu_seqlens] = (version, cu_seqlens.cpu())
-    return kept[1]
+    copy: torch.Tensor = kept[1]
+    return copy

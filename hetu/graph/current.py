@@ -29,6 +29,7 @@ def current_graph(inputs: Iterable[Any] = (), op: str | None = None) -> Graph:
 
 
 def _requirements() -> Sequence[Constraint]:
+    """What the current graph demands of every run."""
     stack = entered.get()
     return stack[-1].constraints if stack else ()
 

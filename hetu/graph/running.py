@@ -264,7 +264,11 @@ class Running:
     ) -> Explanation:
         """What each strategy would cost, or why it can't run, before anything is fed: the choice that "auto" makes.
 
+        Costs are those of all attentions of the graph and of their gradients, one after the other, as a run counts
+        those that its fetches need; with ``node`` those of one. Printed, it is a table; ``.chosen`` is the index of
+        the cheapest feasible strategy.
+
         Takes the arguments of :meth:`layout`, and ``hardware``: what to estimate for; None for what is set by
-        ``hetu.use_hardware``. Printed, it is a table; ``.chosen`` is the index of the cheapest feasible strategy.
+        ``hetu.use_hardware``. ``cu_seqlens`` are those of the attentions with packing, where others are without.
         """
         return self.planner.explain(int_symbol_dict, cu_seqlens, batch, node, hardware)

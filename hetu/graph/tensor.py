@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.dtypes import DType
-from hetu.errors import HetuError, caller
+from hetu.errors import DTypeError, HetuError, caller
 from hetu.symbols import IntSymbol
 
 if TYPE_CHECKING:
@@ -44,10 +44,18 @@ class Tensor:
     Attributes:
         name: Unique in its graph.
         dtype: Element type.
+        shape: One size per dimension: an int where it is known, else an :class:`~hetu.IntSymbol`.
         symbolic_shape: One :class:`~hetu.IntSymbol` per dimension.
         op: The node that makes it.
         index: Which output of that node it is.
         on_cpu: Whether its data lies on the CPU whatever the graph's device is (``rng_state``).
+
+    Example:
+        >>> import hetu
+        >>> with hetu.graph("define_and_run"):
+        ...     x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("rows"), 4], name="x")
+        ...     x[:, 2:].sum(0)
+        hetu.Tensor(sum_0: float32[2])
     """
 
     __slots__ = ("__weakref__", "dtype", "index", "name", "on_cpu", "op", "symbolic_shape")
@@ -120,7 +128,8 @@ class Tensor:
         if math.prod(value.shape) != 1:
             what = f"expected one element, got {self!r}"
             raise HetuError(what, op="item", where=caller(), fix="take one by an index")
-        return value.item()
+        item: bool | int | float = value.item()
+        return item
 
     def _value(self, what: str) -> Any:
         """The value in an eager graph."""
@@ -135,6 +144,25 @@ class Tensor:
     def __bool__(self) -> builtins.bool:
         self._value("is neither true nor false")
         return builtins.bool(self.item())
+
+    def __int__(self) -> builtins.int:
+        self._value("is no number")
+        return builtins.int(self.item())
+
+    def __float__(self) -> builtins.float:
+        self._value("is no number")
+        return builtins.float(self.item())
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses functions of torch; of an operator torch then asks the other operand, which is this one."""
+        name = getattr(function, "__name__", str(function))
+        raise DTypeError(
+            f"torch's {name} was called on a hetu.Tensor, which is no torch.Tensor",
+            op=name,
+            where=caller(),
+            fix=f"use hetu's own op, or make one of torch's function: hetu.op(torch.{name}, shape=...)",
+        )
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> NDArray[Any]:
         self._value("is no array")
@@ -176,6 +204,9 @@ class Tensor:
 
     def __matmul__(self, other: Any) -> Tensor:
         return self._apply("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        return self._apply("matmul", other, self)
 
     def __pow__(self, other: Any) -> Tensor:
         return self._apply("pow", self, other)

@@ -109,7 +109,8 @@ def flash_attn_func(
         return_attn_probs,
     )
     if isinstance(results, torch.Tensor):
-        return results.unflatten(0, (batch, seqlen_q))
+        one: torch.Tensor = results.unflatten(0, (batch, seqlen_q))
+        return one
     out, lse, s_dmask = results
     return (
         out.unflatten(0, (batch, seqlen_q)),
@@ -118,7 +119,7 @@ def flash_attn_func(
     )
 
 
-def flash_attn_kvpacked_func(
+def flash_attn_kvpacked_func(  # noqa: D417 - the others are told where it says
     q: torch.Tensor,
     kv: torch.Tensor,
     dropout_p: float = 0.0,
@@ -130,14 +131,26 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """See :func:`flash_attn_func`; kv is k and v in one: ``(batch, seqlen_k, 2, heads_k, head_dim)``."""
+    """:func:`flash_attn_func` of k and v in one; all other arguments are those of it.
+
+    Args:
+        kv: ``(batch, seqlen_k, 2, heads_k, head_dim)``.
+
+    Returns:
+        What that returns.
+
+    Example:
+        >>> q, kv = torch.ones(2, 3, 4, 20), torch.ones(2, 5, 2, 2, 20)
+        >>> flash_attn_kvpacked_func(q, kv, causal=True).shape
+        torch.Size([2, 3, 4, 20])
+    """
     k, v = _unpacked("kv", kv, 2, "(batch, seqlen, 2, heads, head_dim)")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
 
 
-def flash_attn_qkvpacked_func(
+def flash_attn_qkvpacked_func(  # noqa: D417 - the others are told where it says
     qkv: torch.Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
@@ -148,7 +161,19 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """See :func:`flash_attn_func`; qkv is q, k and v in one: ``(batch, seqlen, 3, heads, head_dim)``."""
+    """:func:`flash_attn_func` of q, k and v in one; all other arguments are those of it.
+
+    Args:
+        qkv: ``(batch, seqlen, 3, heads, head_dim)``.
+
+    Returns:
+        What that returns.
+
+    Example:
+        >>> qkv = torch.ones(2, 3, 3, 4, 20)
+        >>> flash_attn_qkvpacked_func(qkv, causal=True).shape
+        torch.Size([2, 3, 4, 20])
+    """
     q, k, v = _unpacked("qkv", qkv, 3, "(batch, seqlen, 3, heads, head_dim)")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -199,6 +224,11 @@ def flash_attn_varlen_func(
     Raises:
         HetuError: As :func:`flash_attn_func`.
         BindingError: If the values of cu_seqlens or a max_seqlen don't fit.
+
+    Example:
+        >>> q, kv, cu_seqlens = torch.ones(8, 4, 20), torch.ones(8, 2, 20), torch.tensor([0, 5, 8])
+        >>> flash_attn_varlen_func(q, kv, kv, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
+        torch.Size([8, 4, 20])
     """
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, 3, "(total, heads, head_dim)")
@@ -238,7 +268,7 @@ def flash_attn_varlen_func(
     return out if out.shape[-1] == width_v else out[..., :width_v], lse, q.new_empty(0)
 
 
-def flash_attn_varlen_kvpacked_func(
+def flash_attn_varlen_kvpacked_func(  # noqa: D417 - the others are told where it says
     q: torch.Tensor,
     kv: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
@@ -254,7 +284,19 @@ def flash_attn_varlen_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """See :func:`flash_attn_varlen_func`; kv is k and v in one: ``(total_k, 2, heads_k, head_dim)``."""
+    """:func:`flash_attn_varlen_func` of k and v in one; all other arguments are those of it.
+
+    Args:
+        kv: ``(total_k, 2, heads_k, head_dim)``.
+
+    Returns:
+        What that returns.
+
+    Example:
+        >>> q, kv, cu_seqlens = torch.ones(8, 4, 20), torch.ones(8, 2, 2, 20), torch.tensor([0, 5, 8])
+        >>> flash_attn_varlen_kvpacked_func(q, kv, cu_seqlens, cu_seqlens, 5, 5, causal=True).shape
+        torch.Size([8, 4, 20])
+    """
     k, v = _unpacked("kv", kv, 2, "(total, 2, heads, head_dim)")
     return flash_attn_varlen_func(
         q,
@@ -275,7 +317,7 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
-def flash_attn_varlen_qkvpacked_func(
+def flash_attn_varlen_qkvpacked_func(  # noqa: D417 - the others are told where it says
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
     max_seqlen: int | None,
@@ -288,7 +330,20 @@ def flash_attn_varlen_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
-    """See :func:`flash_attn_varlen_func`; qkv is q, k and v in one: ``(total, 3, heads, head_dim)``."""
+    """:func:`flash_attn_varlen_func` of q, k and v in one; all other arguments are those of it.
+
+    Args:
+        qkv: ``(total, 3, heads, head_dim)``.
+        cu_seqlens: ``(batch + 1,)``, int32 or int64, from 0, of queries and keys.
+        max_seqlen: At least the longest sequence, or None: it isn't needed.
+
+    Returns:
+        What that returns.
+
+    Example:
+        >>> flash_attn_varlen_qkvpacked_func(torch.ones(8, 3, 4, 20), torch.tensor([0, 5, 8]), 5, causal=True).shape
+        torch.Size([8, 4, 20])
+    """
     q, k, v = _unpacked("qkv", qkv, 3, "(total, 3, heads, head_dim)")
     return flash_attn_varlen_func(
         q,

@@ -62,8 +62,15 @@ def run_level(type: str = "update") -> int:
     Args:
         type: ``"update"``, ``"grad"`` or ``"compute_only"``.
 
+    Returns:
+        Its place in Hetu's list of levels.
+
     Raises:
         HetuError: If there is no such level, or it is ``"alloc"`` or ``"topo"``.
+
+    Example:
+        >>> run_level("update"), run_level("compute_only")
+        (0, 2)
     """
     return _level(_LEVELS.index(choice(type, "type", _LEVELS, op="run_level")), "run_level")
 
@@ -82,7 +89,14 @@ def _level(level: Any, op: str) -> int:
 
 
 class IntSymbol(hetu.IntSymbol):
-    """A size that runs give a value: :class:`hetu.IntSymbol`, with Hetu's ``reset_data``."""
+    """A size that runs give a value: :class:`hetu.IntSymbol`, with Hetu's ``reset_data``.
+
+    Example:
+        >>> size = IntSymbol(4)
+        >>> size.reset_data(6)
+        >>> size.data
+        6
+    """
 
     def reset_data(self, data: int) -> None:
         """Sets the default value; the same as ``set_data``.
@@ -98,6 +112,12 @@ class Graph(hetu.Graph):
 
     Attributes:
         graph: Itself, as Hetu's context has it.
+
+    Example:
+        >>> with graph("define_and_run", create_new=True, prefix="doubled") as g:
+        ...     y = from_numpy([1.0, 2.0]) * 2
+        >>> g.graph is g, g.run(y, [y])
+        (True, [tensor([2., 4.])])
     """
 
     @property
@@ -216,6 +236,11 @@ def graph(
     Raises:
         HetuError: If there is no graph of this prefix, or ``tmp`` and ``create_new`` don't go together.
         StrategyError: If the graph that is found has another number of strategies.
+
+    Example:
+        >>> g = graph("define_and_run", create_new=True, prefix="found")
+        >>> graph("define_and_run", prefix="found") is g
+        True
     """
     new, forget = flag(create_new, "create_new", op="graph"), flag(tmp, "tmp", op="graph")
     count = integer(num_strategy, "num_strategy", least=-1, op="graph", error=StrategyError)
@@ -260,6 +285,15 @@ def placeholder(dtype: Any, shape: Sequence[int | hetu.IntSymbol], name: str | N
         shape: One size per dimension. Ints become symbols with that default, which ``x.symbolic_shape`` gives; the last
             one of a floating placeholder of two or more dimensions stays as it is, for it counts features.
         name: The node's name; made up if None.
+
+    Returns:
+        The tensor.
+
+    Example:
+        >>> with graph("define_and_run", create_new=True, prefix="fed") as g:
+        ...     x = placeholder(hetu.float32, [4, 2], name="x")
+        >>> x.symbolic_shape[0].data, x.shape[1]
+        (4, 2)
     """
     sizes = items(shape, "shape", "a list of sizes", op="placeholder")
     kept = len(sizes) - 1 if len(sizes) > 1 and hetu.as_dtype(dtype).is_floating else len(sizes)
@@ -276,15 +310,40 @@ def _as_symbol(size: Any, name: str) -> hetu.IntSymbol:
 
 
 def from_numpy(array: Any) -> hetu.Tensor:
-    """Makes a constant of the current graph."""
+    """Makes a constant of the current graph.
+
+    Args:
+        array: A numpy array, or what numpy makes one of.
+
+    Returns:
+        The constant.
+
+    Example:
+        >>> with graph("define_and_run", create_new=True, prefix="constant"):
+        ...     from_numpy([1, 2]).shape
+        (2,)
+    """
     return hetu.constant(array)
 
 
 def data_transfer(dtype: Any, input: hetu.Tensor, device: str | None = None) -> hetu.Tensor:
     """Casts a tensor. hetu keeps all of a graph on one device, so the device can only be the graph's.
 
+    Args:
+        dtype: The element type.
+        input: The tensor.
+        device: The graph's device, or None for it.
+
+    Returns:
+        The tensor in that type.
+
     Raises:
         HetuError: If it is another one.
+
+    Example:
+        >>> with graph("define_and_run", create_new=True, prefix="cast"):
+        ...     data_transfer(hetu.float16, from_numpy([1.0])).dtype
+        hetu.float16
     """
     if not isinstance(input, hetu.Tensor):
         refuse(input, "input", "a tensor of a graph", op="data_transfer")
@@ -301,7 +360,22 @@ def data_transfer(dtype: Any, input: hetu.Tensor, device: str | None = None) -> 
 
 
 def parallel_attn(qkv: hetu.Tensor, *args: Any, **kwargs: Any) -> list[hetu.Tensor]:
-    """:func:`hetu.parallel_attn`, whose split is the one that ``HETU_PARALLEL_ATTN_SPLIT_PATTERN`` names."""
+    """:func:`hetu.parallel_attn`, whose split is the one that ``HETU_PARALLEL_ATTN_SPLIT_PATTERN`` names.
+
+    Args:
+        qkv: As :func:`hetu.parallel_attn` takes it.
+        *args: What that takes.
+        **kwargs: What that takes; ``split`` goes before the variable.
+
+    Returns:
+        What that returns.
+
+    Example:
+        >>> with graph("define_and_run", create_new=True, prefix="attention"):
+        ...     qkv = placeholder(hetu.float32, [4, 24])
+        ...     parallel_attn(qkv, 8, 1, [[4]], [[0]])[0].shape[1]
+        8
+    """
     pattern = os.environ.get(SPLIT_PATTERN, "NORMAL")
     patterns = {split.upper(): split for split in ("normal", "sym", "stripe")}
     if pattern not in patterns:
@@ -315,12 +389,39 @@ def parallel_attn(qkv: hetu.Tensor, *args: Any, **kwargs: Any) -> list[hetu.Tens
 
 
 def SGDOptimizer(lr: float, momentum: float = 0.0, nesterov: bool = False) -> hetu.optim.SGD:  # noqa: N802 - Hetu's name
-    """:class:`hetu.optim.SGD` with Hetu's parameters."""
+    """:class:`hetu.optim.SGD` with Hetu's parameters.
+
+    Args:
+        lr: Learning rate.
+        momentum: Its factor.
+        nesterov: Whether it is Nesterov's.
+
+    Returns:
+        The optimiser.
+
+    Example:
+        >>> SGDOptimizer(0.1, momentum=0.9).options["momentum"]
+        0.9
+    """
     return hetu.optim.SGD(lr=lr, momentum=momentum, nesterov=nesterov)
 
 
 def AdamOptimizer(  # noqa: N802 - Hetu's name
     lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> hetu.optim.Adam:
-    """:class:`hetu.optim.Adam` with Hetu's parameters."""
+    """:class:`hetu.optim.Adam` with Hetu's parameters.
+
+    Args:
+        lr: Learning rate.
+        beta1: Decay of the mean gradient.
+        beta2: Decay of the mean squared gradient.
+        eps: What the divisor is kept away from 0 by.
+
+    Returns:
+        The optimiser.
+
+    Example:
+        >>> AdamOptimizer(0.1, beta1=0.8).options["betas"]
+        (0.8, 0.999)
+    """
     return hetu.optim.Adam(lr=lr, betas=(beta1, beta2), eps=eps)

@@ -174,6 +174,8 @@ class Embedding(Module):
 class RMSNorm(Module):
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over the last dimension, as ``torch.nn.RMSNorm``; weights begin with 1.
 
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019, equation 4.
+
     Args:
         normalized_shape: The width.
         eps: What is added to the mean; None for what follows 1, less 1, in float32, and in float64 for float64.

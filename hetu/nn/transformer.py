@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from hetu.arguments import flag, integer
+from hetu.arguments import flag, head_counts, integer
 from hetu.dtypes import DType, as_dtype, float32
 from hetu.errors import HetuError, caller
 from hetu.graph import Tensor
-from hetu.nn.layers import Linear, Module, named, prefix, uniform, width
+from hetu.nn.layers import MOST, Linear, Module, named, prefix, uniform, width
 from hetu.ops import linear, parallel_attn, parameter, rotary, swiglu
 
 
 class SwiGLU(Module):
     """``down(silu(gate(x)) * up(x))``, a Llama's feed-forward; see :func:`hetu.swiglu`.
+
+    Source: Shazeer, "GLU Variants Improve Transformer", 2020, equation 6.
 
     Args:
         in_features: The width of what it is given and gives.
@@ -66,6 +68,9 @@ class Attention(Module):
     evenly from ``+-sqrt(6 / (rows + columns))``; biases begin with 0. With fewer key than query heads the rows of k and
     v are fewer.
 
+    Source: ``torch.nn.MultiheadAttention``; initial values by Glorot and Bengio, 2010, equation 16; grouped queries
+    by Ainslie et al., "GQA", 2023.
+
     Args:
         embed_dim: The width of what it is given and gives.
         num_heads: Query heads.
@@ -104,14 +109,11 @@ class Attention(Module):
         name: str | None = None,
     ) -> None:
         op = "nn.Attention"
-        columns, heads = width(embed_dim, "embed_dim", op), width(num_heads, "num_heads", op)
-        key_heads = heads if num_kv_heads is None else width(num_kv_heads, "num_kv_heads", op)
-        if heads % key_heads or (head_dim is None and columns % heads):
-            what = (
-                f"num_heads of {heads} is no multiple of num_kv_heads, {key_heads}"
-                if heads % key_heads
-                else f"embed_dim of {columns} is no multiple of num_heads, {heads}"
-            )
+        columns = width(embed_dim, "embed_dim", op)
+        given = num_heads if num_kv_heads is None else num_kv_heads
+        heads, key_heads = head_counts(num_heads, given, most=MOST, op=op)
+        if head_dim is None and columns % heads:
+            what = f"embed_dim of {columns} is no multiple of num_heads, {heads}"
             raise HetuError(what, op=op, where=caller(), fix="choose numbers that divide, or give head_dim")
         self.head_dim = (
             columns // heads if head_dim is None else integer(head_dim, "head_dim", least=1, most=256, op=op)

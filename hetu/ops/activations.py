@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class Relu(Pointwise):
         return [lambda: build("relu_grad", (grads[0], node.outputs[0]))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return np.maximum(x, 0)
 
         signed = not_zero(3, 5) * np.where(np.arange(15).reshape(3, 5) % 2, -1, 1).astype("float32")
@@ -84,7 +85,7 @@ class Sigmoid(Pointwise):
         return [lambda: build("sigmoid_grad", (grads[0], node.outputs[0]))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return 1 / (1 + np.exp(-x))
 
         good = [
@@ -146,7 +147,7 @@ class Silu(Pointwise):
         return [lambda: build("silu_grad", (grads[0], *node.inputs))]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return x / (1 + np.exp(-x))
 
         good = [
@@ -183,11 +184,11 @@ class Gelu(Pointwise):
         return [lambda: build("gelu_grad", (grads[0], *node.inputs), node.attrs)]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def exact(x: np.ndarray) -> np.ndarray:
+        def exact(x: np.ndarray) -> Any:
             erf = np.array([math.erf(item / math.sqrt(2)) for item in x.reshape(-1)]).reshape(x.shape)
             return x * (1 + erf) / 2
 
-        def by_tanh(x: np.ndarray) -> np.ndarray:
+        def by_tanh(x: np.ndarray) -> Any:
             return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
         good = [
@@ -229,6 +230,8 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
     Its gradient at 0 is 0, as torch has it.
 
+    Source: ``torch.nn.functional.relu``.
+
     Args:
         x: Floating, any shape.
         name: The node's name, unique in the graph; None makes one up.
@@ -252,6 +255,8 @@ def relu(x: Tensor, name: str | None = None) -> Tensor:
 
 def sigmoid(x: Tensor, name: str | None = None) -> Tensor:
     """Applies the logistic function ``1 / (1 + exp(-x))``.
+
+    Source: ``torch.sigmoid``.
 
     Args:
         x: Floating, any shape.
@@ -300,6 +305,9 @@ def tanh(x: Tensor, name: str | None = None) -> Tensor:
 
 def silu(x: Tensor, name: str | None = None) -> Tensor:
     """Applies ``x * sigmoid(x)`` (also named swish).
+
+    Source: Elfwing, Uchibe and Doya, "Sigmoid-Weighted Linear Units", 2017, equation 4;
+    ``torch.nn.functional.silu``.
 
     Args:
         x: Floating, any shape.

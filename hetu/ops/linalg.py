@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -128,10 +129,10 @@ class Linear(OpDef):
         ]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def plain(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        def plain(x: np.ndarray, weight: np.ndarray) -> Any:
             return x @ weight.T
 
-        def biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        def biased(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Any:
             return x @ weight.T + bias
 
         half = [eighths(3, 4, dtype="float16"), eighths(2, 4, dtype="float16"), eighths(2, dtype="float16")]
@@ -211,6 +212,8 @@ def matmul(a: Tensor, b: Tensor, name: str | None = None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, name: str | None = None) -> Tensor:
     """Applies a linear layer: ``x @ weight.T + bias``, as ``torch.nn.functional.linear``.
+
+    Source: ``torch.nn.functional.linear``.
 
     Args:
         x: Floating, ``(..., in)``.

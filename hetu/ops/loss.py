@@ -138,6 +138,8 @@ def cross_entropy(
     With several pipelines or micro-batches ``"mean"`` is the mean over the tokens of each one alone;
     :func:`token_mean_loss` is the mean over all of them.
 
+    Source: ``torch.nn.functional.cross_entropy``.
+
     Args:
         logits: Floating, ``(..., classes)``.
         labels: int32 or int64, ``(...)``, values from 0 to below ``classes``, which a run checks where it can without
@@ -175,6 +177,8 @@ def token_mean_loss(logits: Tensor, labels: Tensor, ignore_index: int = -100) ->
     its own tokens' losses, divided by the number of labelled tokens of the whole run, which :func:`step_sum` counts
     before the rest is computed. So the sum is the usual mean over tokens, however unevenly they are dealt out, and the
     step is that of one pipeline with one batch.
+
+    Source: the ``"mean"`` of ``torch.nn.functional.cross_entropy``, over all tokens of a step.
 
     Args:
         logits: Floating, ``(..., classes)``.

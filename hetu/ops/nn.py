@@ -78,7 +78,7 @@ class Embedding(OpDef):
         return [None, lambda: build("embedding_grad", (ids, grads[0]), {"rows": weight.symbolic_shape[0]})]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def rows(ids: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        def rows(ids: np.ndarray, weight: np.ndarray) -> Any:
             return weight[ids]
 
         def ids(*shape: int, dtype: str = "int64") -> np.ndarray:
@@ -181,7 +181,7 @@ class Softmax(OpDef):
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
         def along(dim: int) -> Any:
-            def reference(x: np.ndarray) -> np.ndarray:
+            def reference(x: np.ndarray) -> Any:
                 power = np.exp(x - x.max(dim, keepdims=True, initial=-np.inf))
                 return power / power.sum(dim, keepdims=True)
 
@@ -307,6 +307,8 @@ def one_hot(ids: Tensor, num_classes: int | IntSymbol, name: str | None = None) 
 
 def softmax(x: Tensor, dim: int = -1, name: str | None = None) -> Tensor:
     """Applies ``exp(x) / sum(exp(x))`` along a dimension. Half precision is computed in float32.
+
+    Source: ``torch.softmax``.
 
     Args:
         x: Floating, at least one dimension.

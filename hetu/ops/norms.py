@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -67,10 +68,10 @@ class RmsNorm(_Norm):
         return [lambda: backward()[0], lambda: backward()[1]]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def plain(x: np.ndarray) -> np.ndarray:
+        def plain(x: np.ndarray) -> Any:
             return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
 
-        def scaled(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        def scaled(x: np.ndarray, weight: np.ndarray) -> Any:
             return plain(x) * weight
 
         half = [eighths(3, 300, dtype="float16") * np.float16(64), eighths(300, dtype="float16")]
@@ -130,10 +131,10 @@ class LayerNorm(_Norm):
         return [lambda: backward()[0], lambda: backward()[1], lambda: backward()[-1]]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def plain(x: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+        def plain(x: np.ndarray, eps: float = 1e-5) -> Any:
             return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
 
-        def affine(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        def affine(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> Any:
             return plain(x) * weight + bias
 
         weights = [eighths(300, dtype="float16", seed=seed) for seed in (1, 2)]

@@ -95,7 +95,7 @@ class Rsqrt(Pointwise):
         return [lambda: single(grads) * node.outputs[0] ** 3 * -0.5]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(x: np.ndarray) -> np.ndarray:
+        def reference(x: np.ndarray) -> Any:
             return 1 / np.sqrt(x)
 
         good = [
@@ -213,7 +213,8 @@ def _by_base(grad: Tensor, base: Tensor, exponent: Any) -> Tensor:
     lower = exponent - (minimum(exponent * exponent, 1) if isinstance(exponent, IntSymbol) else 1)
     if not isinstance(lower, IntSymbol) and lower in (0, 1):
         return grad if lower == 0 else grad * (base * 2)
-    return grad * (base**lower * exponent)
+    derivative: Tensor = base**lower * exponent
+    return grad * derivative
 
 
 def _by_exponent(grad: Tensor, base: Any, exponent: Tensor, out: Tensor) -> Tensor:

@@ -107,6 +107,9 @@ def dropout(x: Tensor, p: float, tokens: Tensor | None = None, name: str | None 
     and the column. So with ``tokens`` the mask is the same under every parallel strategy, in every order of the rows
     and on every device. ``hetu.manual_seed(n)`` fixes the seed; each run draws a new mask.
 
+    Source: Srivastava et al., "Dropout", 2014, scaled as ``torch.nn.functional.dropout`` does. The random numbers
+    are those of Philox4x32-7: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+
     Args:
         x: Floating, any shape. Its rows lie along the first dimension; all others together are the columns.
         p: A number in [0, 1); 0 leaves x as it is.

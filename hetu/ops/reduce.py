@@ -15,7 +15,6 @@ from hetu.arguments import flag
 from hetu.dtypes import DType, float32, int64
 from hetu.errors import DTypeError, ShapeError
 from hetu.graph import BadSample, Call, GoodSample, Node, OpDef, Tensor, TensorSpec, register
-from hetu.ops.choice import where
 from hetu.ops.common.build import Dim, axes, build, floating, output, show, tensor
 from hetu.ops.common.gradients import single, to_dtype, to_shape
 from hetu.ops.common.samples import eighths, whole_numbers
@@ -91,7 +90,7 @@ class Sum(_Reduction):
         return good, bad
 
 
-def _sum_outer(x: np.ndarray) -> np.ndarray:
+def _sum_outer(x: np.ndarray) -> Any:
     return np.sum(x, (0, 2), keepdims=True)
 
 
@@ -175,7 +174,7 @@ class Max(_Extreme):
         return good, bad
 
 
-def _last_max(x: np.ndarray) -> np.ndarray:
+def _last_max(x: np.ndarray) -> Any:
     return x.max(-1)
 
 
@@ -217,12 +216,10 @@ class LogSumExp(_Reduction):
         grad, (x,), kept = single(grads), node.tensors, self.kept(node)
 
         def weighted() -> Tensor:
-            """The gradient by each element's share of the sum; of a sum of nothing but zeros there are no shares."""
+            """The gradient by each element's share of the sum; NaN, as torch has it, of a sum of nothing but zeros."""
             wide = to_dtype(x, float32) if x.dtype.itemsize == 2 else x  # half a rounding would be one of the share
             total = node.outputs[0] if wide is x else logsumexp(wide, node.attrs["dim"] or None)
-            is_nothing = eq(to_shape(total, kept), -math.inf)
-            shares = exp(wide - where(is_nothing, 0.0, to_shape(total, kept)))
-            return to_dtype(to_shape(grad, kept) * where(is_nothing, 0.0, shares), x.dtype)
+            return to_dtype(to_shape(grad, kept) * exp(wide - to_shape(total, kept)), x.dtype)
 
         return [weighted]
 
@@ -281,6 +278,8 @@ def sum(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False
 
 def mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = False, name: str | None = None) -> Tensor:
     """Averages over dimensions.
+
+    Source: ``torch.mean``.
 
     Args:
         x: Floating, any shape.
@@ -371,6 +370,8 @@ def logsumexp(
 ) -> Tensor:
     """Computes ``log(sum(exp(x)))`` over dimensions, without overflow. Half precision is computed in float32.
 
+    Source: ``torch.logsumexp``.
+
     Args:
         x: Floating, any shape.
         dim: One dimension or several; negative ones count from the end; None for all.
@@ -378,7 +379,7 @@ def logsumexp(
         name: The node's name, unique in the graph; None makes one up.
 
     Returns:
-        A tensor of x's dtype. It is ``-inf`` of nothing.
+        A tensor of x's dtype. It is ``-inf`` of nothing. Where all elements are ``-inf`` the gradient is NaN.
 
     Raises:
         ShapeError: If there is no such dimension, or one is named twice.

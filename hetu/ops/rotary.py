@@ -74,7 +74,7 @@ class Rotary(OpDef):
         if not isinstance(width, int) or width % head_dim:
             what = f"expected the width of x to be a plain int, a multiple of head_dim {head_dim}, got {width}"
             call.fail(ShapeError, what, "check head_dim and the projection that makes x")
-        return width // head_dim
+        return width // int(head_dim)
 
     def gradient(self, node: Node, grads: Sequence[Tensor | None]) -> Sequence[Callable[[], Tensor] | None]:
         attrs = node.attrs | {"inverse": not node.attrs["inverse"]}

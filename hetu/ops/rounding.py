@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -165,7 +166,7 @@ def _clip(x: np.ndarray, low: np.ndarray | float, high: np.ndarray | float) -> n
     return clipped
 
 
-def _from_below(x: np.ndarray) -> np.ndarray:
+def _from_below(x: np.ndarray) -> Any:
     return np.maximum(x, len(x) - 3)
 
 

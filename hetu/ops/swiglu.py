@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -49,10 +50,10 @@ class Swiglu(OpDef):
         return [lambda: backward()[0], lambda: backward()[1]]
 
     def samples(self) -> tuple[Sequence[GoodSample], Sequence[BadSample]]:
-        def reference(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        def reference(gate: np.ndarray, up: np.ndarray) -> Any:
             return gate / (1 + np.exp(-gate)) * up
 
-        def packed(x: np.ndarray) -> np.ndarray:
+        def packed(x: np.ndarray) -> Any:
             return reference(*np.split(x, 2, -1))
 
         good = [

@@ -41,6 +41,12 @@ class AttnPlan(PlanData):
         pipelines: One part per pipeline, in order. It is built when it is first asked for: whoever follows one part
             needs no other.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
+        memo: What was found of the plan already. Not part of the value.
+
+    Example:
+        >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+        >>> plan.method, plan.pairs(0), plan.bytes_sent(0)
+        ('direct', 3, 512)
     """
 
     __slots__ = ()
@@ -236,6 +242,9 @@ def build_plan(
 ) -> AttnPlan:
     """What every pipeline does; each one's part is built when it is first asked for.
 
+    Source: ``"ring"`` is by Liu et al., "Ring Attention", 2023; ``"ulysses"`` by Jacobs et al., "DeepSpeed
+    Ulysses", 2023; ``"all_gather"`` by "The Llama 3 Herd of Models", 2024, section 3.3.2.
+
     Args:
         layout: Which token lies where.
         method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
@@ -246,6 +255,9 @@ def build_plan(
         topology: Which pipelines share a host; None if all do.
         hardware: If it is given, ``"auto"`` is ``"direct"`` or ``"ulysses"``, whichever is estimated to be faster on
             it.
+
+    Returns:
+        The plan.
 
     Raises:
         StrategyError: If there is no such method.
@@ -289,6 +301,17 @@ def build_pipeline_plan(
     topology: Topology | None = None,
 ) -> PipelinePlan:
     """One pipeline's part of what :func:`build_plan` gives, without building the others'.
+
+    Args:
+        layout: Which token lies where.
+        pipeline: Whose part.
+        method: As :func:`build_plan` takes it, like all that follow.
+        mask: Which keys of its document a query sees.
+        heads: Widths of a token's row.
+        topology: Which pipelines share a host.
+
+    Returns:
+        The part.
 
     Example:
         >>> heads = Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from html import escape
 from typing import Any, NamedTuple
 
@@ -74,8 +75,8 @@ class Explanation:
         return f"<pre>{escape(str(self))}</pre>"
 
 
-class _Counted(NamedTuple):
-    """An attention of a subgraph, and how often it is computed.
+class Counted(NamedTuple):
+    """An attention of a graph, and how often it is computed.
 
     Attributes:
         node: One of the nodes.
@@ -212,19 +213,31 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     return found
 
 
-def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards: int, hardware: Hardware) -> Choice:
-    """What one attention, with so many of its gradients, costs under a strategy."""
+def explain_strategy(
+    index: int, strategy: Strategy, keys: Sequence[tuple[ParallelKey, int, int]], hardware: Hardware
+) -> Choice:
+    """What attentions cost under a strategy, one after the other; each comes with how many forwards and backwards."""
+    prices = [_price(key, forwards, backwards, hardware) for key, forwards, backwards in keys]
+    peak = max(price.peak_bytes for price in prices)
+    return Choice(
+        index,
+        strategy_name(strategy),
+        _too_large(peak, hardware) if peak > hardware.memory_bytes else None,
+        ", ".join(dict.fromkeys(price.method for price in prices)),
+        reduce(Estimate.plus, (price.estimate for price in prices)),
+        peak,
+    )
+
+
+def _price(key: ParallelKey, forwards: int, backwards: int, hardware: Hardware) -> Price:
     attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
     try:
-        price = pricer_of(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
+        return pricer_of(attention, hardware, forwards, backwards).price(layout_loads(layout, attention))
     except StrategyError:
         plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads)
         price = _by_clock(plan, hardware)
-        if backwards:
-            again = _by_clock(plan.backward(), hardware)
-            price = price._replace(estimate=price.estimate.plus(again.estimate))
-    reason = _too_large(price.peak_bytes, hardware) if price.peak_bytes > hardware.memory_bytes else None
-    return Choice(index, strategy_name(strategy), reason, *price)
+        again = [_by_clock(plan.backward(), hardware).estimate] * backwards if backwards else []
+        return price._replace(estimate=reduce(Estimate.plus, [price.estimate] * forwards + again))
 
 
 def _by_clock(plan: AttnPlan, hardware: Hardware) -> Price:
@@ -245,21 +258,21 @@ def _too_large(need: int, hardware: Hardware) -> str:
     return f"it holds {as_bytes(need)} on a pipeline, {over} more than the {as_bytes(hardware.memory_bytes)} of memory"
 
 
-def _attentions(subgraph: Subgraph) -> list[_Counted]:
-    """The attentions of a subgraph that cost different things."""
+def count_attentions(nodes: Iterable[Node]) -> list[Counted]:
+    """The attentions among some nodes that cost different things."""
     counts: dict[Any, list[Any]] = {}
-    for node in subgraph.planned:
+    for node in nodes:
         if node.definition.name in (FORWARD, BACKWARD):
             attrs, qkv = node.attrs, node.tensors[0]
             same = (attrs["strategies"], attrs["split"], attrs["method"], attrs["mask"], attrs["packing"])
             key = (*same, attrs["head_dim"], attrs["group_query_ratio"], qkv.symbolic_shape[1], qkv.dtype)
             found = counts.setdefault(key, [node, 0, 0])
             found[2 if node.definition.name == BACKWARD else 1] += 1
-    return [_Counted(*found) for found in counts.values()]
+    return [Counted(*found) for found in counts.values()]
 
 
 def _sizes_of(subgraph: Subgraph, count: int) -> _Sizes | None:
-    counted = _attentions(subgraph)
+    counted = count_attentions(subgraph.planned)
     if not counted or any(item.node.attrs["packing"] for item in counted):
         return None
     attentions = [

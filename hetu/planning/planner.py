@@ -24,7 +24,16 @@ from hetu.parallel.layout.printing import count
 from hetu.planning import stages
 from hetu.planning.arrays import host_array
 from hetu.planning.binder import GIVEN, Binder, BoundPipeline, check_constraints
-from hetu.planning.choosing import BACKWARD, Choice, Chooser, Explanation, explain_strategy, strategy_name
+from hetu.planning.choosing import (
+    BACKWARD,
+    Choice,
+    Chooser,
+    Counted,
+    Explanation,
+    count_attentions,
+    explain_strategy,
+    strategy_name,
+)
 from hetu.planning.feeds import FeedReader, FeedSet, read_feeds, split_micro_batches, tensors_of
 from hetu.planning.indices import check_indices
 from hetu.planning.names import find_feeds, find_fetches
@@ -304,6 +313,14 @@ class Planner:
             raise BindingError(error.what, op=name, where=node.where, bound=error.bound, fix=error.fix) from error
         return _proven(op.derive(plan))
 
+    def _counted(self, name: str | None) -> list[Counted]:
+        """All attentions of the graph, as often as they are computed; or the one of a name, and its gradient."""
+        named = self._attending(name)
+        if name is None:
+            return count_attentions(self.graph.nodes)
+        own, *_ = count_attentions([*named, *(node for node in self.graph.nodes if node.definition.name == BACKWARD)])
+        return [own._replace(backwards=min(own.backwards, 1))]
+
     def _attending(self, name: str | None) -> list[Node]:
         """The graph's ``parallel_attn`` nodes, or the one of a name; at least one."""
         own = [node for node in self.graph.nodes if node.original is None]
@@ -378,15 +395,15 @@ class Planner:
         """See :meth:`hetu.Graph.explain`."""
         if hardware is not None and not isinstance(hardware, Hardware):
             refuse(hardware, "hardware", "a hetu.Hardware or None", op="explain")
-        on, choices = hardware or chosen().hardware, list[Choice]()
-        backwards = any(node.definition.name == BACKWARD for node in self.graph.nodes)
-        first = self._attending(name)[0]
+        on, choices, counted = hardware or chosen().hardware, list[Choice](), self._counted(name)
         for index in range(self.graph.num_strategy):
-            strategy = strategy_of(first, index)
+            strategy, keys = strategy_of(counted[0].node, index), list[Any]()
             try:
-                node, key, value = self.inspect(index, symbols, cu_seqlens, batch, name)
-                parallel_key = _layout_op(node).key(node, key, value)
-                choices.append(explain_strategy(index, strategy, parallel_key, int(backwards), on))
+                for node, *times in counted:
+                    packs = cu_seqlens if node.attrs["packing"] or len(counted) == 1 else None
+                    _, key, value = self.inspect(index, symbols, packs, batch, node.name)
+                    keys.append((_layout_op(node).key(node, key, value), *times))
+                choices.append(explain_strategy(index, strategy, keys, on))
             except HetuError as error:
                 choices.append(Choice(index, strategy_name(strategy), error.what))
         feasible = [choice for choice in choices if choice.reason is None]

@@ -43,7 +43,7 @@ def state_dict(state: GraphState, copy: bool = True, op: str = "state_dict") -> 
         if not state.waiting:
             del parts["waiting_losses"]
         found = {"format": FORMAT, **parts, "rng": {"seed": seed, "offset": offset}}
-        return copied(found, with_tensors=copy)
+        return dict(copied(found, with_tensors=copy))
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def load_parameters(state: GraphState, given: Any, strict: bool) -> LoadedNames:
 def _read(value: Any, node: Node, op: str) -> torch.Tensor:
     """An array of any floating dtype as a parameter's value."""
     what, shape = f"the value of {node.name} in given", tuple(node.attrs["shape"])
-    read = array(value, what, op=op)
+    read: torch.Tensor = array(value, what, op=op)
     if isinstance(read, np.ndarray):
         read = torch.from_numpy(read.astype(np.float32) if read.dtype.name == "bfloat16" else read)
     if not read.is_floating_point():

@@ -165,6 +165,10 @@ def shutdown_distributed() -> None:
 
     Process groups that hetu didn't make are left alone. So is torch's world if it was there before hetu, or if other
     process groups have been made in it since.
+
+    Example:
+        >>> import hetu
+        >>> hetu.shutdown_distributed()  # nothing to leave in a process alone
     """
     world = current_world()
     set_world(LocalWorld())

@@ -159,6 +159,5 @@ class ModuleLauncher:
 
 def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
-    if not isinstance(value, torch.Tensor):
-        value = as_tensor(value)
-    return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)
+    x = value if isinstance(value, torch.Tensor) else as_tensor(value)
+    return x if x.device == device and x.dtype == dtype else x.to(device=device, dtype=dtype)

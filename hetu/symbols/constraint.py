@@ -138,6 +138,13 @@ class Constraint:
 def equal(a: IntSymbol | int, b: IntSymbol | int) -> Constraint:
     """The relation ``a == b`` (``==`` itself compares structure).
 
+    Args:
+        a: An int or a symbol.
+        b: Another one.
+
+    Returns:
+        The relation, which :func:`hetu.require` demands of every run.
+
     Example:
         >>> s = IntSymbol("s")
         >>> bool(equal(s + s, 2 * s))

@@ -238,7 +238,7 @@ def _without(factors: Sequence[Any], wanted: Sequence[Any]) -> list[Any] | None:
     return [sympy.Pow(base, exponent) for base, exponent in powers.items()]
 
 
-def _new_floor(a: Any, b: Any) -> FloorDiv:
+def _new_floor(a: Any, b: Any) -> Any:
     floor, is_new = FloorDiv._of(a, b)
     if not is_new:
         return floor

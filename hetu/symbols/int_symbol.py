@@ -9,12 +9,10 @@ from numbers import Integral, Number
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from hetu.arguments import MOST_OF_FLOATS, int_of, integer, number_of, refuse
-from hetu.errors import BindingError, DTypeError, HetuError, UnboundSymbolError, caller
+from hetu.errors import DTypeError, HetuError, UnboundSymbolError, caller
 from hetu.symbols.compile import compile_sympy
 from hetu.symbols.expr import (
     FloorDiv,
-    Max,
-    Min,
     Mod,
     add,
     divisor_of,
@@ -183,7 +181,7 @@ class IntSymbol:
                 fix=f"give {names} in int_symbol_dict, or set_data(...) a default",
             )
         # numpy's ints would overflow
-        return self._function(*(as_int(values[leaf]) for leaf in self.leaves))[0]
+        return int(self._function(*(as_int(values[leaf]) for leaf in self.leaves))[0])
 
     @cached_property
     def _function(self) -> Any:
@@ -285,6 +283,15 @@ class IntSymbol:
             fix=f"demand it with hetu.require({self} > 0), or give {self} a range (min=1)",
         )
 
+    def __index__(self) -> int:
+        if self.constant is not None:
+            return self.constant
+        raise DTypeError(  # a TypeError, as of whatever is no int
+            f"{self} is an int only when the graph runs, and Python needs one now",
+            where=caller(),
+            fix=f"give a plain int, or {self}.data if it has a default; ops of hetu take symbols",
+        )
+
     # A copy would be another unknown of the same name, which nothing binds.
 
     def __copy__(self) -> IntSymbol:
@@ -366,47 +373,6 @@ def as_symbol(value: IntSymbol | int, name: str = "a size") -> IntSymbol:
     return value if isinstance(value, IntSymbol) else IntSymbol.from_expr(make_int(as_int(value, name)))
 
 
-def ceil_div(a: IntSymbol | int, b: IntSymbol | int) -> IntSymbol:
-    """``a / b`` rounded up.
-
-    Example:
-        >>> ceil_div(IntSymbol("s"), 128), ceil_div(129, 128).constant
-        (IntSymbol((s + 127)//128), 2)
-    """
-    a, b = as_symbol(a, "a"), as_symbol(b, "b")
-    if b == 0:
-        refuse(0, "b", "an int other than 0", op="ceil_div", error=BindingError)
-    if b.constant is not None and b.constant > 0:
-        return (a + (b - 1)) // b  # as people write it, so that both are equal
-    return -((-a) // b)
-
-
-def maximum(*values: IntSymbol | int) -> IntSymbol:
-    """The largest of one or more values.
-
-    Example:
-        >>> maximum(3, 5).constant
-        5
-    """
-    return _extremum(Max, values)
-
-
-def minimum(*values: IntSymbol | int) -> IntSymbol:
-    """The smallest of one or more values.
-
-    Example:
-        >>> minimum(3, 5).constant
-        3
-    """
-    return _extremum(Min, values)
-
-
-def _extremum(kind: Any, values: tuple[IntSymbol | int, ...]) -> IntSymbol:
-    if not values:
-        raise TypeError("expected at least one value")  # as Python says it of its own max
-    return IntSymbol.from_expr(kind(*(as_symbol(item, f"values[{i}]").expr for i, item in enumerate(values))))
-
-
 def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
     """One side of an operator as a symbol; None for a type that may know better what to do with symbols.
 
@@ -423,14 +389,12 @@ def _operand(value: Any, text: Callable[[], str]) -> IntSymbol | None:
     return None
 
 
-def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
+def _combine(sign: str, make: Callable[[Any, Any], Any], a: Any, b: Any) -> IntSymbol:
     left, right = (_operand(value, lambda: f"{a} {sign} {b}") for value in (a, b))
-    if left is None or right is None:
-        return NotImplemented
-    return IntSymbol.from_expr(make(left.expr, right.expr))
+    return NotImplemented if left is None or right is None else IntSymbol.from_expr(make(left.expr, right.expr))
 
 
-def _compare(op: str, a: IntSymbol, b: Any) -> Any:
+def _compare(op: str, a: IntSymbol, b: Any) -> Constraint:
     from hetu.symbols.constraint import Constraint
 
     right = _operand(b, lambda: f"{a} {op} {b}")

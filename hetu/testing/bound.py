@@ -23,6 +23,16 @@ class Bound:
 
     Attributes:
         prepared: What the run would be: its strategy, bindings and plans.
+
+    Example:
+        >>> import hetu
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [n, 2], name="x")
+        ...     y = x + x
+        >>> bound = hetu.testing.bind(g, y, {x: (3, 2)})
+        >>> bound.values(2 * n), bound.shapes(y)
+        ((6,), ((3, 2),))
     """
 
     prepared: Prepared
@@ -149,6 +159,14 @@ def assert_shapes(bound: Bound, expected: Mapping[Tensor, Any]) -> None:
 
     Raises:
         AssertionError: Naming each that differs, with its symbolic shape and the symbols' values.
+
+    Example:
+        >>> import hetu
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [n, 2], name="x")
+        ...     y = x + x
+        >>> hetu.testing.assert_shapes(hetu.testing.bind(g, y, {x: (3, 2)}), {y: (3, 2)})
     """
     wrong = []
     for tensor, shape in _expected(bound, expected, "a shape for each tensor", Tensor, "assert_shapes"):

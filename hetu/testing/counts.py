@@ -18,6 +18,17 @@ class Counted:
         executables: Modules that were lowered: one per set of fetches, strategy's structure, dtypes and device.
         plans: Plans that were made: one per op and set of lengths.
         bindings: Sets of lengths that were bound.
+
+    Example:
+        >>> import hetu
+        >>> n = hetu.IntSymbol("n")
+        >>> with hetu.graph("define_and_run") as g:
+        ...     x = hetu.placeholder(hetu.float32, [n, 2], name="x")
+        ...     y = x + x
+        >>> with hetu.testing.counting(g) as made:
+        ...     shapes = [tuple(g.run(y, {x: [[1.0, 2.0]] * rows}).shape) for rows in (1, 3)]
+        >>> made.executables, shapes
+        (1, [(1, 2), (3, 2)])
     """
 
     executables: int = 0

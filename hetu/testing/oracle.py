@@ -105,6 +105,10 @@ def attention(
 
     Memory and time grow with ``T_q * T_k * H``: it is for tests.
 
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1, by its definition.
+    Grouped queries: Ainslie et al., "GQA", 2023. Softcap: "Gemma 2", 2024,
+    section 2. Sinks: the "gpt-oss" model card of OpenAI, 2025.
+
     Args:
         q: ``(T_q, H, D)``, documents one after the other, of any floating dtype.
         k: ``(T_k, H_k, D)``; H is a multiple of H_k, and consecutive query heads share a key head.

@@ -428,6 +428,16 @@ def test_second_derivatives(name: str) -> None:
     check(Case(twice, twice_in_torch, [(3, 5)], positive=name in OF_POSITIVE), ["float64"], torch.float64)
 
 
+def test_logsumexp_of_nothing_but_zeros_has_the_gradient_of_torch() -> None:
+    values = torch.tensor([[-torch.inf, -torch.inf], [1.0, -torch.inf], [torch.inf, 1.0]], dtype=torch.float64)
+    with hetu.graph("define_and_run", device="cpu") as g:
+        x = hetu.placeholder("float64", [3, 2], name="x")
+        dx = hetu.gradients(hetu.sum(hetu.logsumexp(x, 1)), x)
+    leaf = values.clone().requires_grad_()
+    leaf.logsumexp(1).sum().backward()
+    assert torch.equal(g.run(dx, {x: values}).nan_to_num(7), leaf.grad.nan_to_num(7)) and leaf.grad[0].isnan().all()
+
+
 @pytest.mark.parametrize("bounds", [(-1.0, 1.0), (-1.0, None), (None, 1.0), (float("nan"), None), (1.0, -1.0)])
 @pytest.mark.parametrize("tensors", [False, True])
 def test_clamp_passes_no_gradient_to_nan(bounds: tuple[float | None, float | None], tensors: bool) -> None:

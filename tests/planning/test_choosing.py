@@ -97,6 +97,25 @@ def test_runs_and_explanations_agree_on_what_fits(mask: hetu.Mask) -> None:
     assert g.prepare(grads, {qkv: shards(2, 300)}, int_symbol_dict=values, strategy="auto").strategy == 1
 
 
+def test_explanations_count_all_attentions_as_runs_do() -> None:
+    """The first attention alone would take another strategy than both of them; one has a gradient."""
+    with hetu.graph("define_and_run", strategies=STRATEGIES, device="cpu") as g:
+        qkv, wide = (hetu.placeholder(hetu.float32, [rows, n * 24], name=f"x{n}") for n in (1, 64))
+        first, *_ = hetu.parallel_attn(qkv, 8, 1, split="sym", window_size=(1, 0), name="first")
+        second, *_ = hetu.parallel_attn(wide, 8, 1, split="sym", name="second")
+        grads = hetu.gradients(hetu.sum(second), wide)
+    values = {s: 4000}
+    one, other, both = (g.explain(int_symbol_dict=values, node=name) for name in ("first", "second", None))
+    assert (one.chosen, other.chosen, both.chosen) == (0, 1, 1)
+    for parts in zip(one.choices, other.choices, both.choices, strict=True):
+        a, b, total = (choice.estimate.time for choice in parts)
+        assert total == pytest.approx(a + b) and parts[2].peak_bytes == max(choice.peak_bytes for choice in parts)
+    feeds = {qkv: shards(2, 2000), wide: hetu.Shards([np.zeros((2000, 64 * 24), np.float32)] * 2)}
+    run = g.prepare([first, grads], feeds, int_symbol_dict=values, strategy=1)
+    ranking = g.planner._chooser.by_symbols(run.subgraph, values, chosen())
+    assert ranking.order == sorted(range(2), key=lambda index: both.choices[index].estimate.time)
+
+
 def test_explain_says_why_not() -> None:
     g, *_ = graph()
     found = g.explain(int_symbol_dict={s: 4000})

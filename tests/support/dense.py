@@ -1,4 +1,8 @@
-"""The oracle: attention of one document in plain float64 torch, with dropout by its definition."""
+"""The oracle: attention of one document in plain float64 torch, with dropout by its definition.
+
+It takes nothing of hetu but the random numbers of dropout, and writes causality itself. ``hetu.testing.attention``
+asks ``hetu.Mask`` who sees whom; it is another oracle on purpose: each can be wrong where the other is not.
+"""
 
 from __future__ import annotations
 

@@ -10,18 +10,22 @@ from typing import Any
 Sections = dict[str, dict[str, str]]
 """Section to its entries; the text of a section that has no names (Returns, Example) is the entry ``""``."""
 
-NAMED = ("Args", "Raises")
+NAMED = ("Args", "Attributes", "Raises")
 """Sections whose entries have names."""
+
+HEADING = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example):$", re.MULTILINE)
+
+NAME = re.compile(r"^ {4}\*{0,2}(\w+):", re.MULTILINE)
 
 
 def sections(doc: str) -> Sections:
     """The sections of a docstring with their entries, each with its text."""
     found: Sections = {}
-    parts = re.split(r"^(Args|Returns|Raises|Example):\n", inspect.cleandoc(doc), flags=re.MULTILINE)
+    parts = HEADING.split(inspect.cleandoc(doc))
     for section, body in zip(parts[1::2], parts[2::2], strict=True):
         assert section not in found, f"two sections {section}"
         if section in NAMED:
-            entries = re.split(r"^    (\w+):", body, flags=re.MULTILINE)
+            entries = NAME.split(body)
             assert not entries[0].strip(), f"a text before the first entry of {section}: {entries[0]}"
             found[section] = {name: text.strip() for name, text in zip(entries[1::2], entries[2::2], strict=True)}
         else:
@@ -34,11 +38,11 @@ def without_each_entry(doc: str) -> Iterator[tuple[str, str]]:
     lines = inspect.cleandoc(doc).splitlines()
     section = ""
     for number, line in enumerate(lines):
-        if heading := re.fullmatch(r"(Args|Returns|Raises|Example):", line):
+        if heading := HEADING.fullmatch(line):
             section = heading[1]
-        is_entry = section in NAMED and re.match(r" {4}\w+:", line)
+        is_entry = section in NAMED and NAME.match(line)
         if is_entry or (heading and section not in NAMED):
-            after = re.compile(r"( {4})?\w" if is_entry else r"\w")  # the next entry or section
+            after = re.compile(r"( {4})?[\w*]" if is_entry else r"\w")  # the next entry or section
             end = next((i for i in range(number + 1, len(lines)) if after.match(lines[i])), len(lines))
             yield f"{section} {line.strip()}", "\n".join([*lines[:number], *lines[end:]])
 

@@ -231,7 +231,10 @@ def dense(
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> Dense:
-    """Attention over all keys of all steps at once, by the masks."""
+    """Attention over all keys of all steps at once, by the masks.
+
+    Buffers and segments are of no document, so no oracle of documents can say what a kernel should make of them.
+    """
     heads, group = q.shape[1], q.shape[1] // pairs[0][0].shape[1]
     seen = torch.cat(case.seen, 1)
     q, k, v = (

@@ -241,3 +241,11 @@ def test_what_has_no_value_is_not_compared() -> None:
     for nothing in (t // (s % s), t % (s % s), (s % s) // (s - s // 1 + s % s)):
         with pytest.raises(hetu.UnboundSymbolError, match="known only when the graph runs"):
             bool(nothing < 3)
+
+
+@pytest.mark.parametrize("use", [range, int, hex, lambda s: [0] * s, lambda s: "text"[s:]])
+def test_python_is_not_told_an_int_that_only_runs_know(use: Callable[[Any], Any]) -> None:
+    s = IntSymbol("s")
+    with pytest.raises(hetu.DTypeError, match="s is an int only when the graph runs"):
+        use(s)
+    assert use(s - s + 2) == use(2)

@@ -167,7 +167,8 @@ def _rows_that_see(stop: IntArray, length: IntArray, segment: IntArray, table: S
     """
     assert table.lower is not None
     last = np.minimum(stop - table.k_start[segment], table.k_len[segment]) - 1
-    return np.minimum(length, last - table.lower[segment] + 1)
+    rows: IntArray = np.minimum(length, last - table.lower[segment] + 1)
+    return rows
 
 
 def _plain_work(

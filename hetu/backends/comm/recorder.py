@@ -124,7 +124,7 @@ class _StreamClock:
 
     def read(self, mark: torch.cuda.Event) -> int:
         mark.synchronize()
-        return self.started + round(self.base.elapsed_time(mark) * 1e6)
+        return self.started + round(float(self.base.elapsed_time(mark)) * 1e6)
 
 
 # What is noted

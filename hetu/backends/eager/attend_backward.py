@@ -109,7 +109,8 @@ class _Block:
 
     def by_row(self, x: torch.Tensor, group: int) -> torch.Tensor:
         """``(H_kv, group * n, D)`` as ``(n, H_q, D)``."""
-        return x.unflatten(1, (group, -1)).flatten(0, 1).transpose(0, 1)
+        heads: torch.Tensor = x.unflatten(1, (group, -1))
+        return heads.flatten(0, 1).transpose(0, 1)
 
     def hide(self, p: torch.Tensor, keys: slice, group: int) -> None:
         """Writes 0 where a row does not see a key."""

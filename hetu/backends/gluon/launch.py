@@ -135,7 +135,8 @@ def arranged(work: WorkList, block_n: int) -> WorkList:
 
     def blocks(records: Int32Array, rows: Int32Array) -> Int32Array:
         k_len, reach = records[:, _K_LEN], records[:, _REACH]
-        return np.maximum(-(-np.minimum(k_len, reach + rows) // block_n), 1)
+        found: Int32Array = np.maximum(-(-np.minimum(k_len, reach + rows) // block_n), 1)
+        return found
 
     count = blocks(items, items[:, _ROWS])
     if work.has_more:

@@ -40,7 +40,7 @@ class Gathered(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole."""
-        return prod(self.parameter.attrs["shape"]) * self.dtype.itemsize
+        return int(prod(self.parameter.attrs["shape"])) * self.dtype.itemsize
 
 
 Bucket = tuple[Gathered, ...]

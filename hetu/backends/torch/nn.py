@@ -29,7 +29,8 @@ def _embedding(cx: NodeLowering, ids: fx.Node, weight: fx.Node) -> fx.Node:
 def hetu_embedding_grad(ids: torch.Tensor, grad: torch.Tensor, rows: int) -> torch.Tensor:
     """Sums up the gradients of each row's uses, in float32 at least."""
     wide = at_least_float32(grad)
-    return aten.embedding_dense_backward(wide, ids, rows, padding_idx=-1, scale_grad_by_freq=False).to(grad.dtype)
+    summed: torch.Tensor = aten.embedding_dense_backward(wide, ids, rows, padding_idx=-1, scale_grad_by_freq=False)
+    return summed.to(grad.dtype)
 
 
 @lowering("embedding_grad", backend="torch")

@@ -24,7 +24,8 @@ def hetu_rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> t
     """``x * rstd * weight``, and ``rstd = 1 / sqrt(mean(x ** 2) + eps)`` of each row, ``(..., 1)``."""
     width = x.shape[-1]
     if x.device.type == "cuda":
-        return aten._fused_rms_norm(x, [width], weight, eps)
+        fused: tuple[torch.Tensor, torch.Tensor] = aten._fused_rms_norm(x, [width], weight, eps)
+        return fused
     wide = at_least_float32(x)
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(width).add_(eps).rsqrt_()
     out = wide * rstd

@@ -16,7 +16,7 @@ from functools import cache
 from hashlib import sha256
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -64,7 +64,7 @@ def tuned(
     path = cache_file(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
     found = _known.get((path, kind))
     if found is not None:
-        return found
+        return cast(AnyTile, found)
     kept = kept_tiles.read(path, kind, default)
     if trial is None:
         return default if kept is None else kept
@@ -107,7 +107,7 @@ def milliseconds(call: Callable[[], None]) -> float:
         call()
         end.record()
     torch.cuda.synchronize()
-    return min(start.elapsed_time(end) for start, end in events)
+    return min(float(start.elapsed_time(end)) for start, end in events)
 
 
 def forward_candidates(default: Tile) -> Iterator[Tile]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -183,7 +183,7 @@ def of_padding(attention_mask: torch.Tensor, q_length: int, kv_length: int, is_c
     key = counted, q_length, kv_length, is_causal
     kept = _kept.get(attention_mask) if counted is not None else None
     if kept is not None and kept[0] == key:
-        return kept[1]
+        return cast(HetuMask, kept[1])
     sizes = len(attention_mask), q_length, kv_length, kv_length - q_length
     mask = HetuMask(*sizes, is_causal=is_causal, keep=_fitted(attention_mask, kv_length))
     if counted is not None:
@@ -244,6 +244,12 @@ def context_parallel(cp: ContextParallel) -> Iterator[None]:
     Raises:
         HetuError: If a rank of the group holds no tokens, which models of transformers don't take. Within it, if a
             model is given what doesn't fit ``cp``, or labels, or doesn't ask for its mask as models of transformers do.
+
+    Example:
+        >>> import hetu.integrations.transformers
+        >>> cp = hetu.functional.ContextParallel(torch.tensor([0, 5, 8]))
+        >>> with hetu.integrations.transformers.context_parallel(cp):
+        ...     pass  # out = model(...)
     """
     if not isinstance(cp, ContextParallel):
         refuse_argument(cp, "cp", "a ContextParallel", op=OP, fix="make one: hetu.functional.ContextParallel(...)")

@@ -308,6 +308,10 @@ def attn_varlen(
     Sequence b attends rows ``cu_seqlens_q[b] .. cu_seqlens_q[b+1]`` of q to rows ``cu_seqlens_k[b] ..
     cu_seqlens_k[b+1]`` of k and v. Rows of q past ``cu_seqlens_q[-1]`` belong to no sequence; their output is 0.
 
+    Source: Vaswani et al., "Attention Is All You Need", 2017, equation 1, computed by algorithms 1 and 2 of Dao,
+    "FlashAttention-2", 2023. Grouped queries: Ainslie et al., "GQA", 2023. Softcap: "Gemma 2", 2024, section 2.
+    Sinks: the "gpt-oss" model card of OpenAI, 2025.
+
     Args:
         q: ``(T_q, H_q * head_dim)`` or ``(T_q, H_q, head_dim)``; float16, bfloat16, float32 (float64 on the
             torch backend).

@@ -222,6 +222,12 @@ def parallel_attn(
     Under strategy i pipeline r holds ``multi_seq_lens_symbol[i][r]`` tokens of each sequence. Pipelines with the
     same ``multi_cp_group_symbol[i][r]`` form a context group, in index order, and attend together.
 
+    Source: that of :func:`attn_varlen`. Partial results merge as in Milakov and Gimelshein, "Online normalizer
+    calculation for softmax", 2018, section 3. Methods: ``"ring"`` of Liu et al., "Ring Attention", 2023;
+    ``"ulysses"`` of Jacobs et al., "DeepSpeed Ulysses", 2023; ``"all_gather"`` of "The Llama 3 Herd of Models",
+    2024, section 3.3.2. Splits: ``"sym"`` of the same section; ``"stripe"`` of Brandon et al., "Striped Attention",
+    2023.
+
     Args:
         qkv: This pipeline's shard, ``(batch * seq_len, (H_q + 2 * H_kv) * head_dim)``: all q heads, all k, all v.
             float16, bfloat16, float32 (float64 on the torch backend).

@@ -58,10 +58,18 @@ def assign(
                 break
         if spread == inf and soonest > limit:  # the first limit is mostly enough
             spread = over_all_seconds(documents, pipelines, max_tokens, cost)
-    if best is not None and soonest <= spread:
-        return best
-    micro_batches, places = _over_all(documents, pipelines, max_tokens)
-    return micro_batches, places, finish(documents, places, pipelines, micro_batches, cost)
+    if best is None or soonest > spread:
+        micro_batches, places = _over_all(documents, pipelines, max_tokens)
+        best = micro_batches, places, finish(documents, places, pipelines, micro_batches, cost)
+    _, places, ends = best
+    return *_without_empty(places), ends
+
+
+def _without_empty(places: list[Place]) -> tuple[int, list[Place]]:
+    """How many micro-batches have tokens, one at least, and the places if only these are counted."""
+    used = sorted({place.micro_batch for place in places if any(tokens for _, tokens in place.pieces)}) or [0]
+    number = {micro_batch: i for i, micro_batch in enumerate(used)}
+    return len(used), [Place(number.get(place.micro_batch, 0), place.pieces) for place in places]
 
 
 def _counts(documents: Documents, pipelines: int, max_tokens: int, slack: float) -> list[int]:

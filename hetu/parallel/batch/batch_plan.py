@@ -65,6 +65,12 @@ class BatchPlan:
         places: Where each document is: its micro-batch, and the pipelines that hold pieces of it with their tokens.
         seconds: When each pipeline is done with forward and backward of one layer, as it is predicted.
         least_seconds: What no plan is faster than.
+
+    Example:
+        >>> import hetu
+        >>> plan = hetu.plan_batch([3000, 500], 2, hetu.Hardware.h100(), max_tokens=2048)
+        >>> plan.groups, plan.num_micro_batches, plan.places[0].pieces
+        ((0, 0), 1, ((0, 1500), (1, 1500)))
     """
 
     lengths: tuple[int, ...]

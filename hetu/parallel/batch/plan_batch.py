@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hetu.arguments import MAX_COUNT, choice, integer, integers, real, refuse
+from hetu.arguments import MAX_COUNT, choice, head_counts, integer, integers, real, refuse
 from hetu.dtypes import as_dtype
 from hetu.errors import ShapeError, StrategyError, caller
 from hetu.parallel.batch.assign import assign
@@ -47,6 +47,9 @@ def plan_batch(
     allows, and the keys and values that travel between the pieces of a document while their pipelines attend. It takes
     3 to 15 ms for 512 documents of real lengths on 64 pipelines, 7 ms in the median. The same arguments give the same
     plan on every machine.
+
+    Source: 12 weights per width squared, and 6 FLOPs per weight and token: Kaplan et al., "Scaling Laws for Neural
+    Language Models", 2020, section 2.1.
 
     Args:
         lengths: Tokens of each document, ints from 0.
@@ -132,10 +135,8 @@ def _check_room(lengths: tuple[int, ...], pipelines: int, max_tokens: int) -> No
 def _cost(
     hardware: Hardware, num_heads: Any, num_kv_heads: Any, head_dim: Any, dtype: Any, token_flops: Any
 ) -> BatchCost:
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    num_q, num_kv, width = (integer(x, name, least=1, most=MAX_COUNT, op=_OP) for name, x in sizes.items())
-    if num_q % num_kv:
-        refuse(num_kv, "num_kv_heads", f"a divisor of num_heads, which is {num_q}", op=_OP, error=ShapeError)
+    num_q, num_kv = head_counts(num_heads, num_kv_heads, most=MAX_COUNT, op=_OP, error=ShapeError)
+    width = integer(head_dim, "head_dim", least=1, most=MAX_COUNT, op=_OP)
     element = as_dtype(dtype)
     choice(element.name, "dtype", ("float16", "bfloat16", "float32", "float64"), op=_OP)
     flops = float(LAYER_FLOPS * (num_q * width) ** 2)

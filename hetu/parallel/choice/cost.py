@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hetu.arguments import MAX_COUNT, choice, int_of, integer, mapping, refuse, shown
+from hetu.arguments import MAX_COUNT, choice, head_counts, int_of, integer, mapping, refuse, shown
 from hetu.dtypes import as_dtype
 from hetu.errors import StrategyError, UnboundSymbolError, caller
 from hetu.parallel.choice.counts import counts_of
@@ -34,6 +34,13 @@ class Amounts:
         flops: Of each pipeline.
         link_bytes: Bytes from one pipeline to another; those that send nothing have no entry.
         peak_bytes: Of each pipeline.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> cost.evaluate({s: 2})
+        Amounts(flops=(768, 1792), link_bytes={(0, 1): 512}, peak_bytes=(1544, 2056))
     """
 
     flops: tuple[int, ...]
@@ -49,6 +56,14 @@ class DocumentCost:
         pieces: A symbol per pipeline of the group: tokens of the document that it holds.
         flops: Of each of these pipelines.
         link_bytes: Bytes from one of the strategy's pipelines to another.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> one = cost.document()
+        >>> one.pieces, one.link_bytes
+        ((IntSymbol(piece0), IntSymbol(piece1)), {(0, 1): IntSymbol(256*piece0*min(piece1, 1))})
     """
 
     pieces: tuple[IntSymbol, ...]
@@ -64,6 +79,8 @@ class StrategyCost:
     and :meth:`document` says what one of them adds. Every expression is an int or an :class:`~hetu.IntSymbol`, whose
     ``expr`` is sympy's.
 
+    Source: FLOPs are counted as :class:`~hetu.parallel.Cost` does: Dao, "FlashAttention-2", 2023, section 4.1.
+
     Attributes:
         strategy: The strategy.
         heads: Widths of a token's row.
@@ -74,6 +91,13 @@ class StrategyCost:
         flops: Of each pipeline: ``4 * head_dim`` per pair and query head.
         link_bytes: Bytes from one pipeline to another, of those that may send any.
         peak_bytes: Most bytes that each pipeline holds at a time, as ``plan.peak_bytes``.
+
+    Example:
+        >>> import hetu
+        >>> s = hetu.IntSymbol("s")
+        >>> cost = hetu.Strategy([s, s], [0, 0]).cost(num_heads=1, num_kv_heads=1, head_dim=64, dtype="bfloat16")
+        >>> cost.flops[0]
+        IntSymbol(256*((s*(s + 1))//2))
     """
 
     strategy: Strategy
@@ -189,10 +213,8 @@ def strategy_cost(
     batch: Size,
 ) -> StrategyCost:
     """See :meth:`hetu.Strategy.cost`."""
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    num_q, num_kv, dim = (integer(value, name, least=1, most=MAX_COUNT, op=_OP) for name, value in sizes.items())
-    if num_q % num_kv:
-        _refuse(f"num_heads is {num_q}, expected a multiple of num_kv_heads = {num_kv}", "give H_q and H_kv")
+    num_q, num_kv = head_counts(num_heads, num_kv_heads, most=MAX_COUNT, op=_OP, error=StrategyError)
+    dim = integer(head_dim, "head_dim", least=1, most=MAX_COUNT, op=_OP)
     if not isinstance(mask, Mask):
         refuse(mask, "mask", "a hetu.Mask", op=_OP, error=StrategyError)
     choice(split, "split", tuple(SPLITS), op=_OP, error=StrategyError)

@@ -113,7 +113,8 @@ class Counts:
         first, last = self._ends()
         if self.pieces.shape[1] == 1:
             own = self.pieces[:, 0]
-            return (self.total * (batch - 1) + last[:, 0] - first[:, 0] - own * batch) * any_of(own)
+            found: Numbers = (self.total * (batch - 1) + last[:, 0] - first[:, 0] - own * batch) * any_of(own)
+            return found
         before, gaps = self.total.cumsum(0) - self.total, []
         for member, own in enumerate(self.pieces):
             held = own.nonzero()[0]
@@ -133,12 +134,14 @@ class Counts:
         """Pairs of blocks of queries with all keys of their document."""
         (start, end), (left, right) = block, (self.bounds.left, self.bounds.right)
         if right is None:
-            seen = (end - start) * self.total
+            seen: Numbers = (end - start) * self.total
         else:  # up to i + right, of which those past the last token are none
             seen = triangle(end + right) - triangle(start + right)
             if not self.bounds.is_causal:
                 seen = seen - triangle(end + right - self.total) + triangle(start + right - self.total)
-        return seen if left is None else seen - triangle(end - 1 - left) + triangle(start - 1 - left)
+        if left is not None:
+            seen = seen - triangle(end - 1 - left) + triangle(start - 1 - left)
+        return seen
 
 
 class Blocks(Counts):
@@ -163,7 +166,7 @@ class Blocks(Counts):
             return super().taken()
         have = any_of(self.pieces)
         if self.bounds.is_full:
-            found = have @ self.pieces.T
+            found: Numbers = have @ self.pieces.T
         elif self.halves:
             found = have @ self.front.T + np.triu(have @ self.back.T, 1)
         else:
@@ -172,15 +175,17 @@ class Blocks(Counts):
         return found
 
     def needed(self, receivers: Sequence[int], owner: int) -> Numbers:
-        have = any_of(sum(self.pieces[r] for r in receivers))
+        have: Numbers = any_of(sum(self.pieces[r] for r in receivers))
+        seen: Numbers = self.pieces[owner] * have
         if self.bounds.is_full:
-            return self.pieces[owner] * have
+            return seen
         if not self.bounds.is_causal:
             seen = self._seen(receivers, _row(self.fronts, owner))
             return seen + self._seen(receivers, _row(self.backs, owner)) if self.halves else seen
         later = [r for r in receivers if (r < owner if self.halves else r > owner)]
         after = any_of(sum(self.pieces[r] for r in later)) if later else self.total * 0
-        return self.front[owner] * have + self.back[owner] * after if self.halves else self.front[owner] * after
+        seen = self.front[owner] * (have if self.halves else after)
+        return seen + self.back[owner] * after if self.halves else seen
 
     def _seen(self, receivers: Sequence[int], keys: Interval) -> Numbers:
         """Keys of a block that some queries see: their windows are swept from left to right, as their blocks lie."""
@@ -219,17 +224,19 @@ class Dealt(Counts):
 
     def pairs(self) -> Numbers:
         if self.bounds.is_full:
-            return self.pieces * self.total
-        n, keys, after = self.pieces[:, None], self.pieces[None], self._after()
-        if self.bounds.is_causal:  # the i-th query comes after i keys, or i + 1, of those that there are
-            return (triangle(n - 1 + after) - triangle(n - 1 + after - keys)).sum(1)
-        everyone = range(self.members)
-        return np.array([sum(self._pairs(r, c) for c in everyone) for r in everyone])
+            found: Numbers = self.pieces * self.total
+        elif self.bounds.is_causal:  # the i-th query comes after i keys, or i + 1, of those that there are
+            n, keys, after = self.pieces[:, None], self.pieces[None], self._after()
+            found = (triangle(n - 1 + after) - triangle(n - 1 + after - keys)).sum(1)
+        else:
+            everyone = range(self.members)
+            found = np.array([sum(self._pairs(r, c) for c in everyone) for r in everyone])
+        return found
 
     def taken(self) -> Numbers:
         if not self.bounds.is_causal:
             return super().taken()
-        found = smaller(self.pieces[None], larger(self.pieces[:, None] - 1 + self._after(), 0)).sum(2)
+        found: Numbers = smaller(self.pieces[None], larger(self.pieces[:, None] - 1 + self._after(), 0)).sum(2)
         np.fill_diagonal(found, 0)
         return found
 
@@ -237,7 +244,7 @@ class Dealt(Counts):
         """``(R, R, 1)`` 1 where a receiver comes after an owner in each round, or is the same, else 0."""
         return np.tri(self.members, dtype=np.int64)[:, :, None]
 
-    def _pairs(self, receiver: int, owner: int) -> Numbers:
+    def _pairs(self, receiver: int, owner: int) -> Any:
         """Pairs of one member's queries with one member's keys, of equal lengths under a window."""
         n = self.pieces[receiver]
         low, high = self._steps(receiver, owner)
@@ -252,21 +259,21 @@ class Dealt(Counts):
 
     def needed(self, receivers: Sequence[int], owner: int) -> Numbers:
         keys = self.pieces[owner]
+        seen: Numbers = keys * 0
         if self.bounds.is_full:
-            return keys * any_of(sum(self.pieces[r] for r in receivers))
-        if self.bounds.is_causal:
-            seen = keys * 0
+            seen = keys * any_of(sum(self.pieces[r] for r in receivers))
+        elif self.bounds.is_causal:
             for r in receivers:
                 seen = larger(seen, smaller(keys, self.pieces[r] - 1 + int(owner <= r)))
-            return seen
-        reached = seen = keys * 0
-        for r in sorted(receivers):
-            low, high = self._steps(r, owner)
-            first = reached if low is None else larger(reached, low)
-            last = keys if high is None else smaller(keys, keys + high)
-            has_any = 1 if low is None or high is None else any_of(larger(high - low + 1, 0))
-            seen = seen + larger(last - first, 0) * has_any
-            reached = larger(reached, last * has_any)
+        else:
+            reached = seen
+            for r in sorted(receivers):
+                low, high = self._steps(r, owner)
+                first = reached if low is None else larger(reached, low)
+                last = keys if high is None else smaller(keys, keys + high)
+                has_any = 1 if low is None or high is None else any_of(larger(high - low + 1, 0))
+                seen = seen + larger(last - first, 0) * has_any
+                reached = larger(reached, last * has_any)
         return seen
 
     def _ends(self) -> tuple[Numbers, Numbers]:
@@ -279,7 +286,7 @@ class Dealt(Counts):
         return np.array(first), np.array(last)
 
 
-def _clamped(n: Numbers, shift: Any) -> Numbers:
+def _clamped(n: Numbers, shift: Any) -> Any:
     """The sum over i from 0 to n - 1 of ``i + shift``, not below 0 and not above n."""
     return triangle(n - 1 + shift) - triangle(n * 0 + shift - 1) - triangle(shift - 1 + n * 0) + triangle(shift - 1 - n)
 

@@ -56,7 +56,8 @@ class GroupCounts:
     @cached_property
     def pairs(self) -> Numbers:
         """``(R,)`` pairs of each member's queries."""
-        return self.counts.pairs().sum(1).astype(object) * self.batch
+        pairs: Numbers = self.counts.pairs().sum(1).astype(object) * self.batch
+        return pairs
 
     @cached_property
     def whole_pairs(self) -> Any:
@@ -66,7 +67,8 @@ class GroupCounts:
     @cached_property
     def taken(self) -> Numbers:
         """``(R, R)`` rows that each member needs of each owner."""
-        return self.counts.taken() * self.batch
+        rows: Numbers = self.counts.taken() * self.batch
+        return rows
 
     @cached_property
     def carried(self) -> Numbers:
@@ -76,7 +78,8 @@ class GroupCounts:
         for hop in range(1, R):
             for c in range(R):
                 found[hop, c] = self.counts.needed(sorted((c + far) % R for far in range(hop, R)), c).sum()
-        return found * self.batch
+        rows: Numbers = found * self.batch
+        return rows
 
     @cached_property
     def gaps(self) -> Numbers:
@@ -87,7 +90,8 @@ class GroupCounts:
         """``(R,)`` bytes of each member's results; ``steps_on`` is 1 where several steps add to them."""
         heads = self.heads
         row = heads.row_bytes(Payload.OUT) + heads.row_bytes(Payload.LSE)
-        return self.rows * (steps_on * (max(heads.itemsize, 4) * heads.num_q * heads.head_dim) + row)
+        size: Numbers = self.rows * (steps_on * (max(heads.itemsize, 4) * heads.num_q * heads.head_dim) + row)
+        return size
 
     def flops(self, pairs: Any, num_q: Any) -> Any:
         return pairs * (num_q * 4 * self.heads.head_dim)

@@ -29,6 +29,12 @@ class Spans:
         length: Tokens.
         step: Distance in positions between neighbours.
         row: Local row of the first token; neighbours follow at distance 1.
+
+    Example:
+        >>> from hetu.parallel import Layout
+        >>> spans = Layout.build([2, 2], [0, 0], split="sym").groups[0].spans
+        >>> spans.member.tolist(), spans.start.tolist(), spans.length.tolist()
+        ([0, 0, 1], [0, 3, 1], [1, 1, 2])
     """
 
     member: IntArray
@@ -86,6 +92,12 @@ class GroupLayout:
         custom_spans: The spans, where no split says it.
         cut_by: What a split cut the documents by, apart from their lengths and ``seq_lens``: a mask's code, or nothing.
             None where pieces were given. Not part of the value.
+
+    Example:
+        >>> from hetu.parallel import Layout
+        >>> group = Layout.build([2, 2], [7, 7], split="sym").groups[0]
+        >>> group.value, group.members, group.lengths.tolist(), group.pieces.tolist()
+        (7, (0, 1), [4], [[2], [2]])
     """
 
     index: int

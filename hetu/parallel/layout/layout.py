@@ -32,6 +32,9 @@ from hetu.parallel.mask.segments import IntArray, QuerySpans
 class Layout:
     """Which token of which document lies on which pipeline, for all context groups of a strategy.
 
+    Args:
+        groups: The layouts of all context groups; :meth:`build` and :meth:`from_spans` make them.
+
     Example:
         >>> layout = Layout.build([3, 5], [0, 0], split="sym")
         >>> [layout.positions(r).tolist() for r in range(2)]
@@ -59,6 +62,9 @@ class Layout:
         mask: Mask | None = None,
     ) -> Layout:
         """The layout of a split.
+
+        Source: ``"sym"`` is the order of "The Llama 3 Herd of Models", 2024, section 3.3.2; ``"stripe"`` that of
+        Brandon et al., "Striped Attention", 2023; ``"normal"`` and ``"balanced"`` are hetu's own, docs/layouts.md.
 
         Args:
             seq_lens: Tokens of each sequence on each pipeline.

@@ -74,7 +74,8 @@ class Parts(ABC):
 
 def _total(pieces: Ints) -> Ints:
     """``(B,)`` what all members hold together, which fits where the pieces do."""
-    return pieces.sum(0, dtype=pieces.dtype)
+    total: Ints = pieces.sum(0, dtype=pieces.dtype)
+    return total
 
 
 def _sides(member: int, owners: slice) -> tuple[slice, slice]:
@@ -183,10 +184,10 @@ class Deals(Parts):
     def used(self, members: slice, owners: slice) -> Ints:
         keys = self.pieces[owners]
 
-        def before(own: Ints, some: slice | int) -> Ints:
+        def before(own: Ints, some: slice | int) -> Any:
             return np.minimum(keys[some], own)
 
-        def after(own: Ints, some: slice | int) -> Ints:
+        def after(own: Ints, some: slice | int) -> Any:
             return np.minimum(keys[some], np.maximum(own - 1, 0))
 
         return _used(self.pieces, members, owners, before, after)

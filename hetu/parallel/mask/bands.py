@@ -162,7 +162,8 @@ def _up_to(rows: IntArray, keys: IntArray, diagonal: IntArray) -> IntArray:
 
     def total(end: IntArray) -> IntArray:  # of clip(x, 0, keys) over all x up to end
         side: IntArray = np.clip(end, 0, keys)
-        return side * (side + 1) // 2 + np.maximum(end - side, 0) * keys
+        found: IntArray = side * (side + 1) // 2 + np.maximum(end - side, 0) * keys
+        return found
 
     return total(rows + diagonal) - total(diagonal)
 

@@ -45,7 +45,7 @@ def decode(code: IntArray) -> Rule:
     """
     try:
         number, words, sizes, *values = code.tolist()
-        rule = RULES[number].made(tuple(values[:words]), tuple(values[words : words + sizes]))
+        rule: Rule = RULES[number].made(tuple(values[:words]), tuple(values[words : words + sizes]))
         is_right = np.array_equal(encode(rule), code)
     except (IndexError, TypeError, ValueError):
         is_right = False

@@ -124,6 +124,8 @@ class Mask:
 
         Positions count the tokens of the whole pack, document after document, so a slice may cross documents.
 
+        Source: the slices of MagiAttention.
+
         Args:
             q_ranges: ``(start, stop)`` of the queries of each slice.
             k_ranges: ``(start, stop)`` of the keys of each slice.
@@ -268,7 +270,9 @@ class Mask:
         bands = self.bands(lengths, lengths)
         if self.joins:
             bands = bands.cut_at(lengths.cumsum())
-        return np.bincount(bands.sequence, bands.pairs(), minlength=len(lengths)).astype(np.int64)
+        pairs: IntArray = np.zeros(len(lengths), np.int64)
+        np.add.at(pairs, bands.sequence, bands.pairs())  # bincount would round large sums
+        return pairs
 
     def matrix(self, queries: int, keys: int) -> NDArray[np.bool_]:
         """``(queries, keys)``: which queries of one sequence see which keys."""

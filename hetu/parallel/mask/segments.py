@@ -37,6 +37,12 @@ class QuerySpans:
         lse_rows: ``rows_with_lse``, once it is known. Not part of the value, like what follows.
         records: int32 ``(spans, 16)``, what work lists say of each span; made by ``hetu/backends/attention/work.py``.
         copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`.
+
+    Example:
+        >>> from hetu.parallel import Layout
+        >>> spans = Layout.build([2, 2], [0, 0], split="sym").query_spans(0)
+        >>> spans.start.tolist(), spans.length.tolist(), spans.position.tolist()
+        ([0, 1], [1, 1], [0, 3])
     """
 
     start: IntArray
@@ -109,6 +115,13 @@ class SegmentTable:
         key_position: int32 ``(rows of the buffer,)``, the position in its document of each key, as a step that
             attends by this table last asked for it.
         copies: What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`.
+
+    Example:
+        >>> from hetu.parallel import Heads, Layout, build_plan
+        >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+        >>> first, second = (item.table for item in plan.pipelines[1].instructions if hasattr(item, "table"))
+        >>> first.diagonal.tolist(), second.diagonal.tolist()  # own keys are causal, all of the other's are seen
+        ([0], [1])
     """
 
     query: IntArray

@@ -83,6 +83,11 @@ class Method:
     Attributes:
         forward: Builds the parts of some members of a group, which are given as a slice.
         backward: Builds the parts of the given pipelines, or more, of the backward of a plan that ``forward`` built.
+
+    Example:
+        >>> from hetu.parallel import METHODS
+        >>> list(METHODS)
+        ['ring', 'direct', 'all_gather', 'ulysses']
     """
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]

@@ -87,5 +87,5 @@ def _last_at(rows: IntArray, owner: IntArray, row: IntArray) -> IntArray:
     """The last cell of an owner that begins at a row or before it, of cells that have rows."""
     wide = 1 + max(int(rows.max(initial=0)), int(row.max(initial=0)))
     begins = (rows + np.arange(len(rows))[:, None] * wide).reshape(-1)
-    found: IntArray = begins.searchsorted(owner * wide + row, "right") - 1
-    return found - owner * rows.shape[1]
+    found: IntArray = begins.searchsorted(owner * wide + row, "right") - 1 - owner * rows.shape[1]
+    return found

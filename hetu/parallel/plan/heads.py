@@ -141,6 +141,10 @@ class Heads:
 
     Raises:
         ShapeError: If they are no ints from 0, or ``num_kv`` is no divisor of ``num_q``.
+
+    Example:
+        >>> Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2).kv_row_bytes
+        64
     """
 
     num_q: int

@@ -23,6 +23,8 @@ from hetu.parallel.views.hardware import Hardware
 class Cost:
     """What a plan costs on some hardware.
 
+    Source: FLOPs are counted as in Dao, "FlashAttention-2", 2023, section 4.1, on the pairs that the mask allows.
+
     Attributes:
         flops: Of each pipeline: ``4 * head_dim`` per pair and query head, for the scores and the weighted sum. In the
             backward ``10 * head_dim``, for the scores once more and four gradients; adding up and copying are not
@@ -31,6 +33,14 @@ class Cost:
         peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
         fits: Whether every pipeline's memory is enough.
+
+    Example:
+        >>> import hetu
+        >>> from hetu.parallel import Heads, Layout, build_plan
+        >>> plan = build_plan(Layout.build([2, 2], [0, 0]), heads=Heads(num_q=1, num_kv=1, head_dim=64, itemsize=2))
+        >>> cost = plan.cost(hetu.Hardware.h100())
+        >>> cost.flops, cost.link_bytes, cost.fits
+        ((768, 1792), {(0, 1): 512}, True)
     """
 
     flops: tuple[int, ...]

@@ -34,6 +34,10 @@ class Rate:
         head_dim: Of the heads.
         kind: ``"causal"``, ``"full"`` or ``"window"``.
         is_backward: Whether it is the backward.
+
+    Example:
+        >>> Rate(keys=4096, flops=5e14)
+        Rate(keys=4096, flops=500000000000000.0, head_dim=128, kind='causal', is_backward=False)
     """
 
     keys: float
@@ -53,6 +57,9 @@ class Rate:
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What a device can do, and the links between devices. Hardware prints, compares and hashes by value.
+
+    Source: a transfer takes a latency and its bytes over the bandwidth: Hockney, "The communication challenge for
+    MPP", 1994.
 
     Attributes:
         flops: Floating point operations per second that attention reaches.

@@ -182,7 +182,12 @@ def as_table(lines: Sequence[Sequence[str]], left: int = 0) -> list[str]:
 
 
 def as_time(seconds: float) -> str:
-    """``1.5 ms``."""
+    """A time in words.
+
+    Example:
+        >>> as_time(2.5e-3), as_time(12e-6), as_time(0)
+        ('2.5 ms', '12 µs', '0 µs')
+    """
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.3g} {unit}"
@@ -190,7 +195,12 @@ def as_time(seconds: float) -> str:
 
 
 def as_bytes(number: float) -> str:
-    """``1.5 MB``; powers of 1000."""
+    """Bytes in words, by powers of 1000.
+
+    Example:
+        >>> as_bytes(1500), as_bytes(12)
+        ('1.5 kB', '12 B')
+    """
     size, units = float(number), ["B", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:
         size /= 1000

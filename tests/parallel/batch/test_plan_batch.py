@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import hetu
@@ -33,12 +33,15 @@ def batches(draw: st.DrawFn) -> tuple[list[int], int, int, hetu.Hardware]:
 
 @settings(max_examples=100, deadline=None)
 @given(batches())
+@example(([9, 4, 10, 10, 1, 1, 1, 0, 2, 3, 1, 4, 0, 10, 4, 1, 0, 1, 10, 10], 1, 17, HARDWARE[0]))
 def test_every_token_lies_in_one_place_within_the_budget(batch: tuple[list[int], int, int, hetu.Hardware]) -> None:
     lengths, pipelines, max_tokens, hardware = batch
     plan = hetu.plan_batch(lengths, pipelines, hardware, max_tokens=max_tokens)
     assert plan.groups == tuple(sorted(plan.groups))  # a group's pipelines are neighbours
     seen: list[tuple[int, int]] = []
+    assert len(plan.micro_batches) == plan.num_micro_batches
     for item in plan.micro_batches:
+        assert sum(item.lengths) > 0 or not sum(lengths)  # no micro-batch is empty
         assert max(item.lengths) <= max_tokens
         assert item.lengths == tuple(item.layout.rows(r) for r in range(pipelines))
         for r in range(pipelines):

@@ -29,6 +29,12 @@ def test_pairs_are_those_of_the_matrix(mask: Mask) -> None:
     assert mask.pairs(lengths).tolist() == [int(mask.matrix(n, n).sum()) for n in lengths.tolist()]
 
 
+def test_pairs_of_long_documents_are_exact() -> None:
+    n = 2**31 - 1  # whose pairs have more than the 53 bits of a float
+    assert hetu.Mask.causal().pairs(np.array([n, 3])).tolist() == [n * (n + 1) // 2, 6]
+    assert hetu.Mask.full().pairs(np.array([n, 3])).tolist() == [n * n, 9]
+
+
 def test_they_compare_hash_and_print_by_value() -> None:
     assert Mask.of(is_causal=True) == Mask.causal() == Mask.window(-1, 0) != Mask.full() == Mask.of(is_causal=False)
     assert Mask.window(-1, -1) == Mask.full() and Mask.of(True, (4, 2)) == Mask.window(4, 0)
