@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,8 +31,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-PRELOADED = ["pytest", "torch.distributed", "hetu.backends.triton", "support.jobs", "poison"]
-"""What the server imports before it forks."""
+PRELOADED = [
+    *("pytest", "torch.distributed.fsdp", "torch._dynamo", "torch._inductor.compile_fx", "hetu.backends.triton"),
+    *("support.poison", "support.interpreter", "support.context_parallel", "support.deaths", "support.zero"),
+]
+"""What the server imports before it forks: each optimizer and each compilation imports Dynamo, which takes seconds."""
 
 AFTER_AN_ERROR = 15.0
 """Seconds that the others get once a rank raised or died in a case in which none should."""
@@ -220,6 +224,8 @@ class _Worker:
 @cache
 def _forking() -> Any:
     """Starts the server that forks, without CUDA, which can't be used in a fork."""
+    missing = [name for name in PRELOADED if find_spec(name) is None]
+    assert not missing, f"the server would leave out {missing}, and say nothing"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     settings = {
