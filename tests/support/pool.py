@@ -7,6 +7,7 @@ that a case broke, or broke on purpose, is simply replaced.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -244,6 +245,7 @@ def _forking() -> Any:
 
 def _work(connection: Connection, environment: dict[str, str], stacks: str) -> None:
     """A worker's life: jobs from the pipe, until it is closed."""
+    gc.freeze()  # what was imported stays: whoever collects garbage need not look through it
     os.environ.update(environment)
     from support.poison import poison
 
