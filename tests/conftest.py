@@ -39,6 +39,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     lighten()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that may take minutes, and have a timeout for it, come first: at the end one process would wait for them."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_collection_finish() -> None:
     """Twelve thousand tests stay to the end: whoever collects garbage need not look through them."""
     gc.collect()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import context_parallel as jobs
-from support.longer import grid
+from support.longer import LONGER, grid
 from support.pool import Pool
 
 from hetu.parallel import METHODS, SPLITS, Mask
@@ -55,11 +55,12 @@ def test_narrower_types(ranks: jobs.Ranks, dtype: torch.dtype, bound: float) -> 
     assert max(ranks.run(jobs.attend, {"cu": CASES["documents"], "dtype": dtype})) < bound
 
 
-def test_other_lengths_are_not_compiled_again(ranks: jobs.Ranks) -> None:
+@pytest.mark.parametrize("size", [2, *([4] if LONGER > 1 else [])])
+def test_other_lengths_are_not_compiled_again(worlds: dict[int, jobs.Ranks], size: int) -> None:
     # No number of rows is also one of heads, say: torch.compile would take them for one size.
     lengths = [0, 5, 30], [0, 7, 20, 41], [0, 13, 33], [0, 2, 4, 50, 70]
     cases = [{"cu": cu, "heads": (4, 2, 24)} for cu in lengths]
-    for found, graphs in ranks.run(jobs.attend_compiled, cases):
+    for found, graphs in worlds[size].run(jobs.attend_compiled, cases):
         assert found < 1e-12
         assert graphs == 1
 
@@ -156,9 +157,13 @@ def test_groups_of_torch_are_left_alone(ranks: jobs.Ranks) -> None:
         assert is_working
 
 
-@pytest.mark.parametrize("how", jobs.WRAPPERS)
-def test_a_model_trains_as_on_one_process(ranks: jobs.Ranks, how: str) -> None:
-    assert max(ranks.run(jobs.train, how)) < 1e-10
+# What is compiled for two groups of two ranks is more than for one group.
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [(size, how) for size in (2, 4) for how in jobs.WRAPPERS if (size, how) != (2, "torch.compile") or LONGER > 1],
+)
+def test_a_model_trains_as_on_one_process(worlds: dict[int, jobs.Ranks], size: int, how: str) -> None:
+    assert max(worlds[size].run(jobs.train, how, layers=1 if how == "torch.compile" else 2)) < 1e-10
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
