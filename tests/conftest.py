@@ -40,7 +40,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that may take minutes, and have a timeout for it, come first: at the end one process would wait for them."""
+    """Tests with a timeout of their own may take minutes: they come first, or all would wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
 
 

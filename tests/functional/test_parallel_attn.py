@@ -33,11 +33,14 @@ def ranks(request: pytest.FixtureRequest, worlds: dict[int, jobs.Ranks]) -> jobs
     return worlds[request.param]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_results_and_gradients_are_those_of_one_process(ranks: jobs.Ranks, method: str) -> None:
-    for split, cu, is_causal in grid(SPLITS, CASES.values(), [True, False]):
-        case = {"cu": cu, "split": split, "method": method, "is_causal": is_causal}
-        assert max(ranks.run(jobs.attend, case)) < 1e-12
+@pytest.mark.parametrize(
+    ("size", "method", "split", "lengths", "is_causal"), grid([2, 4], METHODS, SPLITS, CASES, [True, False])
+)
+def test_results_and_gradients_are_those_of_one_process(
+    worlds: dict[int, jobs.Ranks], size: int, method: str, split: str, lengths: str, is_causal: bool
+) -> None:
+    case = {"cu": CASES[lengths], "split": split, "method": method, "is_causal": is_causal}
+    assert max(worlds[size].run(jobs.attend, case)) < 1e-12
 
 
 def test_ranks_may_hold_any_numbers_of_rows(ranks: jobs.Ranks) -> None:
