@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 
 import transformers
 from support.hf_models import FAMILIES, documents, make, results, tokens
-from support.longer import LONGER
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.masking_utils import causal_mask_function, create_causal_mask
 
@@ -265,9 +264,8 @@ COMPILED: dict[str, Callable[[int], tuple[torch.Tensor, dict[str, Any], dict[str
     ("kind", "is_checkpointed"), [("dense", False), ("padded", False), ("packed", True), ("lengths", True)]
 )
 def test_compiled_once_for_all_lengths(kind: str, is_checkpointed: bool) -> None:
-    """Others than padded and packed have fewer ops or the same: Dynamo's part of the compilation is enough for them."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager" if LONGER > 1 or kind in ("padded", "packed") else "eager")
+    counter = CompileCounterWithBackend("aot_eager")
     model, other = make("Llama", num_hidden_layers=1), make("Llama", "sdpa", num_hidden_layers=1)
     if is_checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
