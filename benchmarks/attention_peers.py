@@ -133,7 +133,7 @@ def flex_attention(x: Inputs) -> Calls:
         seen = document[i] == document[j]
         if is_causal:
             seen = seen & (i >= j)
-        return seen if window is None else seen & (i - j <= window)
+        return seen if window is None else seen & (i <= j + window)  # i - j would be an int64 per pair
 
     blocks = create_block_mask(mask, None, None, tokens, tokens, device=x.q.device.type)
     leaves = [y.detach().transpose(0, 1)[None].requires_grad_() for y in (x.q, x.k, x.v)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,13 @@ import torch
 
 from hetu import functional
 from hetu.arguments import path as as_path
+from hetu.backends.comm.compare import refuse_errors
 from hetu.backends.comm.distributed import DistributedWorld
 from hetu.backends.comm.world import World, current_world
+from hetu.errors import HetuError, in_words
 from hetu.parallel import Hardware, Mask, Rate
 from hetu.runtime.distributed import use_hardware
+from hetu.runtime.modes import in_own_modes
 
 HEADS = 8
 _SMALL, _LARGE = 1 << 10, 1 << 22
@@ -25,6 +28,7 @@ _SMALL, _LARGE = 1 << 10, 1 << 22
 _MASKS = {"causal": Mask.causal(), "full": Mask.full(), "window": None}
 
 
+@in_own_modes
 def calibrate(path: str | os.PathLike[str] | None = None) -> Hardware:
     """Measures this machine in seconds, or a group of processes, and takes what it found for choices from here on.
 
@@ -41,14 +45,16 @@ def calibrate(path: str | os.PathLike[str] | None = None) -> Hardware:
         The hardware; ``hetu.Hardware.load(path)`` reads it again, and ``HETU_HARDWARE=path`` makes it the process's.
 
     Raises:
+        HetuError: If the path is none, on this rank; on the others a CommunicationError.
         CommunicationError: If a rank doesn't come.
         OSError: If the file can't be written.
     """
-    name, world = None if path is None else as_path(path, op="calibrate"), current_world()
+    world = current_world()
+    name, hosts = _meet(path, world)
     device = world.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     launch, rates = _rates(device)
     base = Hardware.h100() if device.type == "cuda" else Hardware.cpu()
-    inside, between = _links(world, device)
+    inside, between = _links(world, device, hosts)
     found = Hardware(
         flops=max(rate.flops for rate in rates if not rate.is_backward),
         link_bytes=base.link_bytes if inside is None else inside[1],
@@ -64,6 +70,25 @@ def calibrate(path: str | os.PathLike[str] | None = None) -> Hardware:
     if name is not None and world.rank == 0:
         found.save(name)
     return found
+
+
+def _meet(path: Any, world: World) -> tuple[str | None, list[str]]:
+    """The path, and the host of each rank. What one of them refuses is told to all, before anything is measured."""
+    name, said = None, {"host": socket.gethostname()}
+    failure: HetuError | None = None
+    try:
+        name = None if path is None else as_path(path, op="calibrate")
+    except HetuError as error:
+        failure, said = error, {"error": in_words(error)}
+    heard = [said]
+    if isinstance(world, DistributedWorld):
+        with world.lock, world.hanging_up():
+            heard = world.control.tell(said, "calibrate")
+        if failure is None:
+            refuse_errors(heard, "calibrate", "calibrate")
+    if failure is not None:
+        raise failure
+    return name, [one["host"] for one in heard]
 
 
 # Attention
@@ -92,15 +117,18 @@ def _attend(
     """Seconds of an attention to documents of a length, and its pairs."""
     mask = _MASKS[kind] or Mask.window(max(length // 4, 1), 0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    q, k, v = (torch.randn(tokens, HEADS, head_dim, device=device, dtype=dtype) for _ in range(3))
-    cu = torch.arange(0, tokens + 1, length, dtype=torch.int32)
+    draw = torch.Generator(device).manual_seed(0)  # torch's own are the user's
+    shape = (tokens, HEADS, head_dim)
+    q, k, v = (torch.randn(shape, generator=draw, device=device, dtype=dtype) for _ in range(3))
+    cu = torch.arange(0, tokens + 1, length, dtype=torch.int32, device="cpu")
 
     def attend() -> Any:
         return functional.attn_varlen(q, k, v, cu, cu, mask=mask)
 
     if is_backward:
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        out = attend()
+        with torch.enable_grad():
+            inputs = [x.requires_grad_() for x in (q, k, v)]
+            out = attend()
         grad = torch.ones_like(out)
         seconds = _least(device, lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True))
     else:
@@ -129,13 +157,10 @@ def _wait(device: torch.device) -> None:
 # Links
 
 
-def _links(world: World, device: torch.device) -> Iterator[tuple[float, float] | None]:
+def _links(world: World, device: torch.device, hosts: Sequence[str]) -> Iterator[tuple[float, float] | None]:
     """Latency and bytes per second inside a host and between hosts; None where no two ranks are such."""
     pairs: list[tuple[int, int] | None] = [None, None]
     if isinstance(world, DistributedWorld):
-        with world.lock:
-            said = world.control.tell({"host": socket.gethostname()}, "calibrate")
-        hosts = [one["host"] for one in said]
         for r in range(1, world.size):
             for other in range(r):
                 kind = int(hosts[r] != hosts[other])

@@ -175,7 +175,11 @@ class Optimizer:
         seen: set[Tensor] = set()
         for item in (item for group in groups for item in group["params"]):
             if not isinstance(item, Tensor) or item.op.role is not Role.PARAMETER:
-                self._refuse(HetuError, f"can't train {shown(item)}: it is no parameter", "make it with hetu.parameter")
+                self._refuse(
+                    HetuError,
+                    f"can't train {shown(item)} of parameters: it is no parameter",
+                    "make it with hetu.parameter",
+                )
             if item in seen:
                 self._refuse(HetuError, f"parameter {item.name} is named twice", "name it once")
             seen.add(item)
@@ -187,7 +191,11 @@ class Optimizer:
         """What is read once, and may be an iterator: ``module.parameters()`` is one in torch."""
         if isinstance(given, (Tensor, Mapping, str, bytes)) or not isinstance(given, Iterable):
             self._refuse(HetuError, f"{name} is {shown(given)}, expected a list of parameters", "write [w] for one")
-        return list(given)
+        try:
+            return list(given)
+        except Exception as error:  # an iterator of the user's own may fail in any way
+            what = f"{name} can't be read: {type(error).__name__}: {error}"
+            raise HetuError(what, op="minimize", where=caller(), fix="give a list of parameters") from error
 
     @staticmethod
     def _refuse(error: type[HetuError], what: str, fix: str | None = None) -> NoReturn:
@@ -329,9 +337,8 @@ def grad_norm(train: Tensor) -> Tensor:
         HetuError: If it is something else.
     """
     if not isinstance(train, Tensor) or train.op.role is not Role.UPDATE:
-        raise HetuError(
-            f"{train!r} is nothing that minimize gave", op="grad_norm", where=caller(), fix="pass minimize's result"
-        )
+        what = f"train is {shown(train)}, which is nothing that minimize gave"
+        raise HetuError(what, op="grad_norm", where=caller(), fix="pass minimize's result")
     return train.op.outputs[1]
 
 

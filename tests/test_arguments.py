@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.hostile import Call, Case, hostile_values, op_calls, other_calls, run_calls
+from support.hostile_planning import planning_calls
 from support.longer import LONGER
 
 import hetu
@@ -46,7 +47,7 @@ def escapes(name: str, call: Call, changed: dict[str, str], case: Case) -> str |
         text = str(error)
         if not any(named(text, parameter, kind, good) for parameter, kind in changed.items()):
             return f"{name}({changed}) doesn't name it: {text.splitlines()[0][:200]}"
-        if "where:" in text and not re.search(r"where:  (test_arguments|hostile)\.py", text):
+        if "where:" in text and not re.search(r"where:  (test_arguments|hostile|hostile_planning)\.py", text):
             return f"{name}({changed}) names another line: {text[:300]}"
     except OSError:  # of files
         return None
@@ -81,16 +82,27 @@ def run(case: Case, result: Any) -> None:
             raise
 
 
-def walk(calls: Callable[[Case], Iterator[tuple[str, Call]]]) -> tuple[int, list[str]]:
-    """Every callable with every hostile value for each parameter: how many calls were made, and what is wrong."""
-    made, wrong = 0, []
+def walk(
+    calls: Callable[[Case], Iterator[tuple[str, Call]]], count: int | None = None, is_anew: bool = True
+) -> tuple[int, list[str]]:
+    """Every callable with hostile values for each parameter: how many calls were made, and what is wrong.
+
+    Args:
+        calls: The callables.
+        count: How many values are drawn for a parameter; None for all of them.
+        is_anew: Whether each callable gets a graph of its own.
+    """
+    made, wrong, draw = 0, list[str](), random.Random(18)
     kinds = list(hostile_values())
-    for name in [name for name, _ in calls(Case.make())]:
-        case = Case.make()
-        own = dict(calls(case))
+    case = Case.make()
+    own = dict(calls(case))
+    for name in list(own):
+        if is_anew:
+            case = Case.make()
+            own = dict(calls(case))
         function, good = own[name]
         for parameter in good:
-            for kind in kinds:
+            for kind in kinds if count is None else draw.sample(kinds, count):
                 made += 1
                 wrong += filter(None, [escapes(name, (function, good), {parameter: kind}, case)])
     return made, wrong
@@ -118,6 +130,14 @@ def test_nothing_but_hetus_own_errors_comes_out(calls: Any) -> None:
         warnings.simplefilter("ignore")  # numpy's and torch's, of what the values are
         made, wrong = walk(calls)
     assert made > 800
+    assert not wrong, report(wrong, made)
+
+
+def test_nothing_else_comes_out_of_what_plans_and_tests() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made, wrong = walk(planning_calls, 5 if LONGER == 1 else None, is_anew=False)
+    assert made > 500
     assert not wrong, report(wrong, made)
 
 

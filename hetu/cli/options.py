@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hetu.arguments import MAX_COUNT
 from hetu.dtypes import as_dtype
 from hetu.errors import HetuError
 from hetu.parallel import METHODS, SPLITS, AttnPlan, Hardware, Heads, Layout, Mask, build_plan
@@ -57,8 +58,8 @@ def ints(text: str) -> list[int]:
 
 
 def positive(text: str) -> int:
-    """A number of at least 1."""
-    if (value := int(text)) < 1:
+    """A number of at least 1, which isn't beyond all reason."""
+    if not 1 <= (value := int(text)) <= MAX_COUNT:
         raise ValueError(text)
     return value
 
@@ -73,7 +74,7 @@ def mask_of(args: Namespace) -> Mask:
     if kind in ("causal", "full") and not number:
         window = (-1, -1) if args.window is None else tuple(args.window)
         return Mask.given(kind == "causal", window, None, "command line")
-    if kind in ("chunked", "prefix") and number.isdecimal() and args.window is None:
+    if kind in ("chunked", "prefix") and number.isdecimal() and len(number) < 20 and args.window is None:
         return Mask.chunked(int(number)) if kind == "chunked" else Mask.prefix(int(number))
     fix = "use causal or full, with --window LEFT,RIGHT or without it, or chunked:SIZE or prefix:LENGTH"
     raise HetuError(f"there is no mask {args.mask!r}" + " with a window" * (args.window is not None), fix=fix)

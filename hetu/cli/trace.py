@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from hetu.arguments import path
 from hetu.cli.answer import Answer, seconds
 from hetu.cli.options import add_hardware, add_problem, hardware_of, plan_of
 
@@ -23,7 +24,7 @@ def run(args: Namespace) -> Answer:
     """Writes the trace."""
     plan, hardware = plan_of(args), hardware_of(args)
     trace = plan.trace(hardware)
-    Path(args.output).write_text(json.dumps(trace), encoding="utf-8")
+    Path(path(args.output, "--output")).write_text(json.dumps(trace), encoding="utf-8")
     events, time = len(trace["traceEvents"]), plan.cost(hardware).time
     data = {"output": args.output, "events": events, "time_s": time, "plan": plan.summary()}
     where = f"{args.output}: {events:,} events, {seconds(time)} predicted; open it at https://ui.perfetto.dev"

@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 from itertools import product
 from typing import Any
 
+from hetu.arguments import MAX_COUNT
 from hetu.cli.answer import Answer, Exit, steps, table
 from hetu.cli.options import add_lengths, add_mask, even_layout, heads_of, ints, mask_of
 from hetu.errors import HetuError, PlanError
@@ -24,8 +25,10 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> Answer:
     """Proves every combination; what is not proven makes the exit code 1."""
     mask, heads = mask_of(args), heads_of(args)
-    if min(args.pipelines) < 1:
-        raise HetuError(f"--pipelines has {min(args.pipelines)}, expected numbers from 1", fix="name how many ranks")
+    for count in args.pipelines:
+        if not 1 <= count <= MAX_COUNT:
+            what = f"--pipelines has {count}, expected numbers from 1 to {MAX_COUNT}"
+            raise HetuError(what, fix="name how many ranks")
     found: list[dict[str, Any]] = []
     cases = list(product(args.pipelines, args.splits.split(","), args.methods.split(",")))
     for pipelines, split, method in steps(cases, "proving"):

@@ -25,6 +25,12 @@ from hetu.functional.checks import check_storage, refuse
 
 Gradients = tuple[torch.Tensor | None, ...]
 
+TAGS = tuple(
+    tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
+)
+"""Of every op. torch.compile leaves them out of CUDA graphs, which can't hold what travels between ranks, and would go
+on with the lengths that the host read when the graph was captured."""
+
 
 def one_by_one(op: Callable[..., tuple[torch.Tensor, ...]]) -> Callable[..., Any]:
     """The batching rule of an op: it runs once per sample, which may have lengths of its own."""

@@ -10,6 +10,7 @@ from hetu.backends.attention.contract import compute_dtype
 from hetu.functional.attention import Attention, backward, forward, prepare
 from hetu.functional.checks import VARLEN, check, check_storage
 from hetu.functional.derivatives import (
+    TAGS,
     Gradients,
     one_by_one,
     register_derivative,
@@ -26,11 +27,11 @@ _CALL = (
     "bool is_causal, float dropout_p, float? softmax_scale, "
     f"{SCHEMA}"
 )
-_library.define(f"attn_varlen({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=torch.Tag.pt2_compliant_tag)
+_library.define(f"attn_varlen({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=TAGS)
 _library.define(
     f"attn_varlen_backward(Tensor? dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
-    tags=torch.Tag.pt2_compliant_tag,
+    tags=TAGS,
 )
 
 

@@ -18,6 +18,7 @@ from hetu.backends.pipelines import BackwardCall, ForwardCall, Rows
 from hetu.errors import ShapeError
 from hetu.functional.checks import check_heads, check_options, check_storage, refuse
 from hetu.functional.derivatives import (
+    TAGS,
     Gradients,
     for_backward,
     one_by_one,
@@ -146,18 +147,14 @@ _CALL = (
     "Tensor table, Tensor? rng_state, str split, str group, str method, bool is_causal, float dropout_p, "
     f"float? softmax_scale, {SCHEMA}"
 )
-# CUDA graphs can't hold what travels between ranks: torch.compile leaves the op out of them.
-_TAGS = tuple(
-    tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
-)
-_library.define(f"parallel_attn({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=_TAGS)
+_library.define(f"parallel_attn({_TENSORS}, {_CALL}) -> (Tensor out, Tensor lse)", tags=TAGS)
 _library.define(
     f"parallel_attn_backward(Tensor? dout, Tensor? dlse, {_TENSORS}, Tensor out, Tensor lse, {_CALL}) "
     "-> (Tensor dq, Tensor dkv, Tensor dsinks)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_library.define("dispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=_TAGS)
-_library.define("undispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=_TAGS)
+_library.define("dispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=TAGS)
+_library.define("undispatch(Tensor x, Tensor like, Tensor table, str split, str group, int dim) -> Tensor", tags=TAGS)
 
 
 def _planned(

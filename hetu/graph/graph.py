@@ -9,7 +9,19 @@ from difflib import get_close_matches
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
-from hetu.arguments import MAX_COUNT, MOST_OF_FLOATS, choice, integer, number_of, refuse, shown, text
+from hetu.arguments import (
+    MAX_COUNT,
+    MOST_OF_FLOATS,
+    choice,
+    index,
+    integer,
+    items,
+    mapping,
+    number_of,
+    refuse,
+    shown,
+    text,
+)
 from hetu.arguments import device as as_device
 from hetu.errors import DTypeError, HetuError, ShapeError, StrategyError, Where, caller
 from hetu.graph.autocast import wanted_dtype
@@ -130,9 +142,15 @@ class Graph(Running, Drawn):
             HetuError: Whatever the op refuses, with the user's line. The graph is then unchanged.
         """
         definition, where = find_op(op), caller()
-        given = tuple([self._operand(item, place, definition, where) for place, item in enumerate(inputs)])
+        listed = inputs if type(inputs) is tuple else items(inputs, "inputs", "tensors", op=op)
+        names = definition.inputs
+        takes_any = bool(names) and names[-1].startswith("*")
+        if (len(listed) > len(names) and not takes_any) or (not listed and names and not names[0].startswith("*")):
+            refuse(len(listed), "len(inputs)", f"that of {', '.join(names) or 'none'}", op=op)
+        others = {} if attrs is None else dict(mapping(attrs, "attrs", "the op's other arguments", op=op))
+        given = tuple([self._operand(item, place, definition, where) for place, item in enumerate(listed)])
         with all_or_nothing(self):
-            return self._apply(definition, self._autocast(definition, given), dict(attrs or {}), name, where)
+            return self._apply(definition, self._autocast(definition, given), others, name, where)
 
     def _apply(
         self, definition: OpDef, operands: tuple[Operand, ...], attrs: dict[str, Any], name: str | None, where: Where
@@ -255,6 +273,7 @@ class Graph(Running, Drawn):
 
     def num_pipelines(self, strategy: int) -> int | None:
         """How many pipelines a strategy has, whatever is fetched; None if neither the graph nor an op of it says."""
+        strategy = index(strategy, "strategy", self.num_strategy, op="graph", error=StrategyError)
         if self.strategies:
             return self.strategies[strategy].num_pipelines
         return None if self.listing is None else len(self.listing.attrs["strategies"][strategy].lengths)

@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 import torch
 
 import hetu
+from hetu.arguments import choice, flag, index, int_of, integer, items, mapping, refuse, shown, text
 from hetu.arguments import device as as_device
-from hetu.arguments import flag, integer, shown, text
 from hetu.errors import HetuError, StrategyError, caller
 
 __all__ = [
@@ -65,14 +65,7 @@ def run_level(type: str = "update") -> int:
     Raises:
         HetuError: If there is no such level, or it is ``"alloc"`` or ``"topo"``.
     """
-    if type not in _LEVELS:
-        raise HetuError(
-            f"there is no level {shown(type)}",
-            op="run_level",
-            where=caller(),
-            fix=f"give one of {', '.join(_LEVELS[:3])}",
-        )
-    return _level(_LEVELS.index(type), "run_level")
+    return _level(_LEVELS.index(choice(type, "type", _LEVELS, op="run_level")), "run_level")
 
 
 def _level(level: Any, op: str) -> int:
@@ -141,17 +134,22 @@ class Graph(hetu.Graph):
         """
         if fetches is None or isinstance(fetches, Mapping):  # run(fetches, feed_dict)
             fetches, feed_dict = loss, fetches if feed_dict is None else feed_dict  # type: ignore[assignment]
-        if isinstance(fetches, hetu.Tensor):
-            fetches = [fetches]
-        level = _LEVELS.index(run_level) if run_level in _LEVELS else run_level
-        feeds, sizes = feed_dict or {}, int_symbol_dict or {}
-        if num_micro_batches == 1:
+        wanted = [fetches] if isinstance(fetches, hetu.Tensor) else items(fetches, "fetches", "tensors", op="run")
+        level = _LEVELS.index(run_level) if isinstance(run_level, str) and run_level in _LEVELS else run_level
+        feeds, sizes = (
+            {} if given is None else mapping(given, name, of, op="run")
+            for given, name, of in (
+                (feed_dict, "feed_dict", "placeholders and arrays"),
+                (int_symbol_dict, "int_symbol_dict", "symbols and ints"),
+            )
+        )
+        if int_of(num_micro_batches) == 1:
             feeds, sizes = _unlisted(feeds), _unlisted(sizes)
         values = super().run(
-            list(fetches),
+            wanted,
             feeds,
             int_symbol_dict=sizes,
-            strategy=cur_strategy_id,
+            strategy=index(cur_strategy_id, "cur_strategy_id", self.num_strategy, op="run", error=StrategyError),
             num_micro_batches=num_micro_batches,
             run_level=_LEVELS[_level(level, "run")],
         )
@@ -225,7 +223,7 @@ def graph(
         return _found(g, count, new)
     if forget and not new:
         raise HetuError("tmp needs a new graph", op="graph", where=caller(), fix="give create_new=True")
-    key = _Key(text(prefix, "prefix", op="graph"), text(g, "g", op="graph"))
+    key = _Key(text(prefix, "prefix", op="graph"), choice(g, "g", ("define_and_run", "eager"), op="graph"))
     if not new and key in _graphs:
         return _found(_graphs[key], count, new)
     if not new and key.prefix != "default":
@@ -246,7 +244,7 @@ def _found(known: Graph, count: int, new: bool) -> Graph:
         raise HetuError("a graph can't be made new", op="graph", where=caller(), fix='give "define_and_run" as g')
     if count >= 1 and count != known.num_strategy:
         raise StrategyError(
-            f"{known.name} has {known.num_strategy} strategies, not {count}",
+            f"{known.name} has {known.num_strategy} strategies, not {shown(count)}",
             op="graph",
             where=caller(),
             fix="give num_strategy when the graph is made",
@@ -263,13 +261,18 @@ def placeholder(dtype: Any, shape: Sequence[int | hetu.IntSymbol], name: str | N
             one of a floating placeholder of two or more dimensions stays as it is, for it counts features.
         name: The node's name; made up if None.
     """
-    sizes = list(shape)
+    sizes = items(shape, "shape", "a list of sizes", op="placeholder")
     kept = len(sizes) - 1 if len(sizes) > 1 and hetu.as_dtype(dtype).is_floating else len(sizes)
     return hetu.placeholder(
         dtype,
-        [size if isinstance(size, hetu.IntSymbol) or i >= kept else IntSymbol(size) for i, size in enumerate(sizes)],
+        [size if i >= kept else _as_symbol(size, f"shape[{i}]") for i, size in enumerate(sizes)],
         name,
     )
+
+
+def _as_symbol(size: Any, name: str) -> hetu.IntSymbol:
+    """A symbol with an int as its default; a string would be its name."""
+    return size if isinstance(size, hetu.IntSymbol) else IntSymbol(integer(size, name, least=0, op="placeholder"))
 
 
 def from_numpy(array: Any) -> hetu.Tensor:
@@ -283,6 +286,8 @@ def data_transfer(dtype: Any, input: hetu.Tensor, device: str | None = None) -> 
     Raises:
         HetuError: If it is another one.
     """
+    if not isinstance(input, hetu.Tensor):
+        refuse(input, "input", "a tensor of a graph", op="data_transfer")
     wanted = input.graph.device or ("cuda" if torch.cuda.is_available() else "cpu")
     other = as_device(device, op="data_transfer")
     if other is not None and torch.device(other).type != torch.device(wanted).type:

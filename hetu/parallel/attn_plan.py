@@ -17,6 +17,7 @@ from hetu.arguments import path as as_path
 from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
+from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
 from hetu.parallel.plan.heads import Heads
@@ -255,6 +256,10 @@ def build_plan(
         >>> [plan.pairs(r) for r in range(2)], plan.bytes_sent(0)
         ([3, 7], 512)
     """
+    for name, value, kind in (("layout", layout, Layout), ("mask", mask, Mask), ("heads", heads, Heads)):
+        if not isinstance(value, kind):
+            refuse(value, name, f"a {kind.__name__}", op="plan", error=StrategyError)
+    check_mask(mask)
     if isinstance(method, str) and method == "auto" and hardware is not None:
         method = cheapest_method(layout, mask, heads, _checked(hardware))
     name, chosen = _find(method)
@@ -295,7 +300,8 @@ def build_pipeline_plan(
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
-    return AttnSpec(mask, heads, _fitting(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines))
+    count = layout.num_pipelines
+    return AttnSpec(mask, heads, Topology((0,) * count) if topology is None else _fitting(topology, count))
 
 
 def _fitting(topology: Topology, count: int) -> Topology:

@@ -96,7 +96,7 @@ def _checked_group(bound: BoundOptimizer, index: int, saved: Mapping[str, Any], 
     given = {key: copied(value) for key, value in saved.items() if key != "params"}
     for key, value in given.items():
         if key not in fresh:
-            refuse(f"a group of {update.name} has an option {key!r} in the state, which {spec.kind} has not")
+            refuse(f"a group of {update.name} has an option {shown(key)} in the state, which {spec.kind} has not")
         if isinstance(fresh[key], tuple) and isinstance(value, list):  # files of the first version have no tuples
             given[key] = tuple(value)
         if isinstance(value, torch.Tensor):

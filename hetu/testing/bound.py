@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from hetu.arguments import integers, mapping
+from hetu.arguments import integers, mapping, refuse
 from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.graph import Graph, Tensor
 from hetu.planning.planner import Prepared
 from hetu.shards import Shards
-from hetu.symbols import Binding, IntSymbol
+from hetu.symbols import Binding, IntSymbol, as_size
+from hetu.testing.graphs import given_graph
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,13 @@ class Bound:
 
     def values(self, expr: IntSymbol | int) -> tuple[int, ...]:
         """The value of a symbol or an expression on each pipeline."""
-        return tuple(binding.evaluate(expr) for binding in self.bindings)
+        size = as_size(expr, "expr", op="values")
+        return tuple(binding.evaluate(size) for binding in self.bindings)
 
     def shapes(self, tensor: Tensor) -> tuple[tuple[int, ...], ...]:
         """The shape of a tensor on each pipeline."""
+        if not isinstance(tensor, Tensor):
+            refuse(tensor, "tensor", "a tensor of the graph", op="shapes")
         return tuple(zip(*map(self.values, tensor.symbolic_shape), strict=True)) or ((),) * len(self.bindings)
 
     def __str__(self) -> str:
@@ -87,7 +91,8 @@ def bind(
         pipeline 0
           s = 3, from shape of x, dimension 0: 2*s + 1 is 7
     """
-    given = mapping(shapes or {}, "shapes", "a shape for each placeholder", op="bind")
+    graph = given_graph(graph, "bind")
+    given = mapping({} if shapes is None else shapes, "shapes", "a shape for each placeholder", op="bind")
     feeds = {tensor: _stand_in(tensor, value) for tensor, value in given.items()}
     planner = graph.planner
     prepared, _ = planner.prepare(planner.subgraph(fetches), feeds, int_symbol_dict, strategy)
@@ -125,7 +130,7 @@ def assert_bound(bound: Bound, expected: Mapping[IntSymbol, int | Sequence[int]]
           s = 3, from shape of x, dimension 0
     """
     wrong = []
-    for expr, value in expected.items():
+    for expr, value in _expected(bound, expected, "a value for each symbol", IntSymbol, "assert_bound"):
         for r, (got, wanted) in enumerate(zip(bound.values(expr), _per_pipeline(value, bound), strict=True)):
             if got != wanted:
                 leaves = [leaf for leaf in bound.bindings[r] if leaf in expr.leaves]
@@ -146,9 +151,9 @@ def assert_shapes(bound: Bound, expected: Mapping[Tensor, Any]) -> None:
         AssertionError: Naming each that differs, with its symbolic shape and the symbols' values.
     """
     wrong = []
-    for tensor, shape in expected.items():
+    for tensor, shape in _expected(bound, expected, "a shape for each tensor", Tensor, "assert_shapes"):
         for r, (got, wanted) in enumerate(zip(bound.shapes(tensor), _per_pipeline(shape, bound), strict=True)):
-            if got != tuple(wanted):
+            if got != integers(wanted, f"the shape of {tensor.name}", op="assert_shapes"):
                 symbolic = ", ".join(map(str, tensor.symbolic_shape))
                 leaves = dict.fromkeys(leaf for size in tensor.symbolic_shape for leaf in size.leaves)
                 sources = [f"\n  {line}" for line in bound.bindings[r].explain(*leaves).splitlines() if leaves]
@@ -157,6 +162,17 @@ def assert_shapes(bound: Bound, expected: Mapping[Tensor, Any]) -> None:
                 )
     if wrong:
         raise AssertionError("\n".join(wrong))
+
+
+def _expected(bound: Any, expected: Any, of: str, kind: type, op: str) -> Iterable[tuple[Any, Any]]:
+    """What is expected, after a look at whether it can be compared."""
+    if not isinstance(bound, Bound):
+        refuse(bound, "bound", "what hetu.testing.bind gave", op=op)
+    given = mapping(expected, "expected", of, op=op)
+    for key in given:
+        if not isinstance(key, kind):
+            refuse(key, "a key of expected", f"a hetu.{kind.__name__}", op=op)
+    return given.items()
 
 
 def _per_pipeline(value: Any, bound: Bound) -> Sequence[Any]:

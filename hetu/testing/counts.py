@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hetu.graph import Graph
+from hetu.testing.graphs import given_graph
 
 
 @dataclass
@@ -46,6 +47,7 @@ def counting(graph: Graph) -> Iterator[Counted]:
         >>> counted
         Counted(executables=1, plans=0, bindings=3)
     """
+    graph = given_graph(graph, "counting")
     counted, before = Counted(), _misses(graph)
     try:
         yield counted

@@ -6,17 +6,21 @@ It shares nothing with kernels, plans and layouts: a mask is asked for its rule 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetu.arguments import items
+from hetu.arguments import integers, is_dense, real, refuse, shown
 from hetu.errors import ShapeError, caller
 from hetu.parallel import Mask
+from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.rules import Chunked, Prefix, Slices, Window
 from hetu.symbols.int_symbol import as_int
+
+_OP = "attention"
 
 
 def allowed_pairs(mask: Mask, lengths_q: Sequence[int], lengths_k: Sequence[int] | None = None) -> NDArray[np.bool_]:
@@ -37,7 +41,23 @@ def allowed_pairs(mask: Mask, lengths_q: Sequence[int], lengths_k: Sequence[int]
                [0, 1, 0],
                [0, 1, 1]])
     """
-    lengths_k = lengths_q if lengths_k is None else lengths_k
+    if not isinstance(mask, Mask):
+        refuse(mask, "mask", "a hetu.Mask", op="allowed_pairs")
+    check_mask(mask)
+    lengths_q = integers(lengths_q, "lengths_q", least=0, op="allowed_pairs", error=ShapeError)
+    lengths_k = (
+        lengths_q
+        if lengths_k is None
+        else integers(lengths_k, "lengths_k", least=0, op="allowed_pairs", error=ShapeError)
+    )
+    if len(lengths_k) != len(lengths_q):
+        refuse(
+            lengths_k,
+            "lengths_k",
+            f"one length per document, of which there are {len(lengths_q)}",
+            op="allowed_pairs",
+            error=ShapeError,
+        )
     seen = np.zeros((sum(lengths_q), sum(lengths_k)), bool)
     if isinstance(mask.rule, Slices):
         bounds: list[list[int]] = np.reshape(np.array(mask.rule.ranges, int), (-1, 4)).tolist()
@@ -104,7 +124,8 @@ def attention(
         the logarithm is its sink, or -inf.
 
     Raises:
-        ShapeError: If ``cu_seqlens`` and rows don't fit.
+        ShapeError: If ``cu_seqlens`` and rows don't fit, or shapes.
+        HetuError: If an argument is something else than it should be.
 
     Example:
         >>> import hetu, torch
@@ -113,9 +134,13 @@ def attention(
         >>> torch.equal(out[0, 0], v[0, 0].double()), p[1:, 0].sum(-1).round()
         (True, tensor([1., 1.], dtype=torch.float64))
     """
+    _check(q, k, v, sinks, weights)
+    softcap = real(softcap, "softcap", "a number from 0", lambda x: 0 <= x < torch.inf, op=_OP)
+    if softmax_scale is not None:
+        softmax_scale = real(softmax_scale, "softmax_scale", op=_OP)
     lengths_q = _lengths(cu_seqlens_q, len(q), "cu_seqlens_q")
     lengths_k = _lengths(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, len(k), "cu_seqlens_k")
-    seen = torch.from_numpy(allowed_pairs(mask or Mask.full(), lengths_q, lengths_k)).to(q.device)
+    seen = torch.from_numpy(allowed_pairs(Mask.full() if mask is None else mask, lengths_q, lengths_k)).to(q.device)
     (rows, heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     scores = torch.einsum("ihd,jhd->ihj", q, k) * (head_dim**-0.5 if softmax_scale is None else softmax_scale)
@@ -133,14 +158,34 @@ def attention(
     return torch.einsum("ihj,jhd->ihd", p if weights is None else p * weights.double(), v), lse, p
 
 
+def _check(q: Any, k: Any, v: Any, sinks: Any, weights: Any) -> None:
+    """Refuses what are no tensors, or don't fit each other."""
+    for name, x in {"q": q, "k": k, "v": v, "sinks": sinks, "weights": weights}.items():
+        is_tensor = isinstance(x, torch.Tensor) and is_dense(x) and x.is_floating_point()
+        if not (is_tensor or (x is None and name in ("sinks", "weights"))):
+            refuse(x, name, "a dense floating tensor", op=_OP)
+        if name in ("q", "k", "v") and (x.ndim != 3 or 0 in x.shape[1:]):
+            refuse(tuple(x.shape), f"{name}.shape", "(rows, heads, head_dim)", op=_OP, error=ShapeError)
+    rows, heads, head_dim = q.shape
+    wanted: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "k": (k, (len(k), k.shape[1] if heads % k.shape[1] == 0 else f"a divisor of {heads}", head_dim)),
+        "v": (v, (*k.shape[:2], v.shape[2])),
+        "sinks": (sinks, (heads,)),
+        "weights": (weights, (rows, heads, len(k))),
+    }
+    for name, (x, shape) in wanted.items():
+        if x is not None and tuple(x.shape) != shape:
+            refuse(tuple(x.shape), f"{name}.shape", str(shape), op=_OP, error=ShapeError)
+
+
 def _lengths(cu_seqlens: Any, rows: int, name: str) -> list[int]:
     """The documents' lengths."""
-    ends = [int(end) for end in items(cu_seqlens, name, "ints", op="attention")]
-    lengths = np.diff(ends).tolist()
+    ends = integers(cu_seqlens, name, op=_OP, error=ShapeError)
+    lengths = [end - start for start, end in pairwise(ends)]
     if not ends or ends[0] != 0 or ends[-1] != rows or min(lengths, default=0) < 0:
         raise ShapeError(
-            f"{name} is {ends}, but there are {rows} rows",
-            op="attention",
+            f"{name} is {shown(list(ends))}, but there are {rows} rows",
+            op=_OP,
             where=caller(),
             fix=f"let it start at 0, never decrease, and end at {rows}",
         )

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from hetu.arguments import items, mapping
+from hetu.arguments import array, items, mapping, real, refuse
 from hetu.errors import HetuError, caller
 from hetu.graph import Graph, Tensor
 from hetu.parallel import Layout
 from hetu.shards import Shards
 from hetu.symbols import IntSymbol
+from hetu.testing.graphs import given_graph
 
 
 def assert_strategies_agree(
@@ -60,17 +61,29 @@ def assert_strategies_agree(
         >>> whole.shape
         torch.Size([5, 8])
     """
+    graph = given_graph(graph, "assert_strategies_agree")
     wanted = items(fetches, "fetches", "tensors", op="assert_strategies_agree")
+    for tensor in wanted:
+        if not isinstance(tensor, Tensor):
+            refuse(tensor, "an item of fetches", "a tensor of the graph", op="assert_strategies_agree")
     given = mapping(feed_dict, "feed_dict", "a value for each placeholder", op="assert_strategies_agree")
     dicts = items(int_symbol_dicts, "int_symbol_dicts", "a dict per strategy", op="assert_strategies_agree")
     if len(dicts) != graph.num_strategy:
         raise HetuError(
-            f"{len(dicts)} dicts of symbols for {graph.num_strategy} strategies",
+            f"int_symbol_dicts has {len(dicts)} dicts of symbols for {graph.num_strategy} strategies",
             op="assert_strategies_agree",
             where=caller(),
             fix="give one per strategy, also where they are the same",
         )
-    whole = None if reference is None else list(reference)
+    whole = None if reference is None else items(reference, "reference", op="assert_strategies_agree")
+    if whole is not None and len(whole) != len(wanted):
+        refuse(whole, "reference", f"a value per fetch, of which there are {len(wanted)}", op="assert_strategies_agree")
+    for number, value in enumerate(whole or ()):
+        array(value, f"reference[{number}]", op="assert_strategies_agree")
+    rtol, atol = (
+        real(value, name, "a number from 0", lambda x: x >= 0, op="assert_strategies_agree")
+        for name, value in (("rtol", rtol), ("atol", atol))
+    )
     for strategy, symbols in enumerate(dicts):
         got = _run(graph, wanted, given, strategy, symbols, cu_seqlens)
         if whole is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from support.jobs import (
     REDUCED,
     by_strategy,
+    calibrated,
     chosen,
     gathered,
     hardware_of_ranks,
@@ -19,6 +21,8 @@ from support.longer import grid
 from support.pool import Pool
 from support.same import assert_own, assert_same
 from support.unseen import check_unseen_ids
+
+import hetu
 
 World = Callable[..., Pool]
 
@@ -80,6 +84,13 @@ def test_batches_of_shards_are_taken(world: World, kind: str) -> None:
 @pytest.mark.parametrize("wrong", [0, 1, 2])
 def test_an_id_that_one_ranks_device_knows_is_refused_on_all(world: World, wrong: int) -> None:
     check_unseen_ids(world, wrong, 2)
+
+
+def test_ranks_measure_together(world: World, tmp_path: Path) -> None:
+    for rank, (said, found, is_taken) in enumerate(world(2).run(calibrated, tmp_path)):
+        assert ("expected path to be a path" if rank else "rank 1") in said
+        measured = hetu.Hardware.from_json(found)
+        assert is_taken and measured.host_latency is None and 0 < measured.latency < 1 < measured.link_bytes
 
 
 def test_hardware_is_that_of_rank_0(world: World) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.devices import DEVICES
+from support.devices import CUDA, DEVICES
 from support.functional_calls import BACKENDS, Watching, by_function, cumulative, op_arguments
 from support.longer import LONGER
 from support.packs import Pack
@@ -172,6 +173,34 @@ def test_compiles_once_for_all_lengths(options: dict[str, Any], device: str) -> 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor(device: str) -> None:
     check_compiled("inductor", LENGTH_SETS[:2], device)
+
+
+OPS = (
+    *("attn_varlen", "attn_varlen_backward", "parallel_attn", "parallel_attn_backward", "dispatch", "undispatch"),
+    "lengths_of_mask",
+)
+
+
+def test_no_op_is_captured_in_cuda_graphs() -> None:
+    for module in ("hetu.functional.parallel_ops", "hetu.integrations.transformers.lengths"):
+        importlib.import_module(module)
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hetu::")}
+    assert names == {f"hetu::{name}" for name in OPS}
+    assert all(torch.Tag.cudagraph_unsafe in getattr(torch.ops.hetu, name).default.tags for name in OPS)
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", [CUDA])
+def test_reduced_overhead_follows_the_lengths(device: str, place: str) -> None:
+    def layer(x: torch.Tensor, cu: torch.Tensor) -> torch.Tensor:
+        return attn_varlen(x * 2, x + 1, x, cu, cu, is_causal=True).sin()
+
+    compiled = torch.compile(layer, mode="reduce-overhead")
+    for cut in (3, 3, 3, 9, 1, 9):  # a graph would be captured in the second call, and replayed from the third on
+        x, cu = torch.randn(12, 4, 16, device=device), torch.tensor([0, cut, 12], device=place)
+        torch.compiler.cudagraph_mark_step_begin()
+        torch.testing.assert_close(compiled(x, cu), layer(x, cu), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("fresh")

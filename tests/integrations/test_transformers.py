@@ -361,3 +361,13 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         options = {"attention_mask": mask, "max_new_tokens": 8, "cache_implementation": cache}
         made = [model.float().generate(tokens(2, 9).cuda(), **options) for model in (found, wanted)]
         assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("has_starts", [False, True])
+def test_opcheck_of_lengths(has_starts: bool) -> None:
+    keep = torch.tensor([[False, True, True, True], [True, True, True, False]])
+    starts = torch.zeros(2, 2, 4, dtype=torch.bool)
+    starts[0, :, 0] = True
+    sizes = (2, 4, 4, False, "something else")
+    call = (None if has_starts else keep, starts if has_starts else None, torch.tensor(0), *sizes)
+    torch.library.opcheck(torch.ops.hetu.lengths_of_mask.default, call)

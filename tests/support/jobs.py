@@ -21,6 +21,7 @@ from support.states import is_same
 import hetu
 from hetu.backends.comm import current_world, reduce
 from hetu.backends.lower import index_flags
+from hetu.parallel import Rate
 from hetu.parallel.choice import setting
 from hetu.planning import indices
 
@@ -395,3 +396,20 @@ def hardware_of_ranks() -> tuple[float, str, int]:
     found = setting.chosen().hardware.link_bytes
     setting.set_hardware(before)
     return one.link_bytes, said, int(found == one.link_bytes)
+
+
+def calibrated(folder: Path) -> tuple[str, str, bool]:
+    """What a rank is told where one names no path, and what it takes where all do; attention is not measured."""
+    rates = [Rate(100, 1e9), Rate(100, 1e9, is_backward=True)]
+    rank, before, said = current_world().rank, setting.chosen().hardware, ""
+    with mock.patch("hetu.calibration._rates", return_value=(1e-4, rates)):
+        try:
+            hetu.calibrate(3 if rank else None)  # type: ignore[arg-type]
+        except hetu.HetuError as error:
+            said = error.what
+        found = hetu.calibrate(folder / "hardware.json")
+    is_taken = found == setting.chosen().hardware
+    if rank == 0:  # which writes it
+        is_taken = is_taken and found == hetu.Hardware.load(folder / "hardware.json")
+    hetu.use_hardware(before)
+    return said, found.to_json(), is_taken

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch.profiler import record_function
 
+from hetu.arguments import path as as_path
 from hetu.backends.torch_private import is_profiling
 from hetu.parallel.plan.instructions import Instruction, Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
@@ -67,7 +68,7 @@ class Recorder:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file for https://ui.perfetto.dev or chrome://tracing."""
         trace = {"traceEvents": self.events, "displayTimeUnit": "ns", "baseTimeNanoseconds": self._base}
-        with open(path, "w", encoding="utf-8") as file:
+        with open(as_path(path, op="trace"), "w", encoding="utf-8") as file:
             json.dump(trace, file)
 
     def tape(self, plan: PipelinePlan, device: torch.device) -> _Tape:

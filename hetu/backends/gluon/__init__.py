@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from hetu.backends.attention.family import AttendSignature, KernelFamily
-from hetu.backends.gluon import launch
+from hetu.backends.gluon import launch, launch_backward, variants_backward
 from hetu.backends.gluon.variants import DTYPES, HEAD_DIMS
 from hetu.backends.triton import FAMILY as PORTABLE
 
@@ -18,11 +18,11 @@ __all__ = ["FAMILY"]
 
 
 class GluonFamily(KernelFamily):
-    """Takes the forward of float16 and bfloat16 with head_dim 64, 128 or 256 on compute capability 9.0."""
+    """Takes float16 and bfloat16 on compute capability 9.0: head_dim 64, 128 or 256, and 128 alone in the backward."""
 
     name = "gluon"
     attend = staticmethod(launch.attend)
-    attend_backward = staticmethod(PORTABLE.attend_backward)
+    attend_backward = staticmethod(launch_backward.attend_backward)
     row_dot = staticmethod(PORTABLE.row_dot)
 
     def declines(self, signature: AttendSignature) -> str | None:
@@ -38,8 +38,8 @@ class GluonFamily(KernelFamily):
             return "dropout has no kernel"
         if signature.has_scores:
             return "returned probabilities have no kernel"
-        if signature.is_backward:
-            return "the backward has no kernel"
+        if signature.is_backward and signature.head_dim not in variants_backward.HEAD_DIMS:
+            return f"the backward has no kernel for head_dim {signature.head_dim}"
         return None
 
 

@@ -31,13 +31,18 @@ def turns(tiles):
 
 @gluon.jit
 def item_at(turn, items, C: gl.constexpr):
-    """The item of the work list and the first head of this program's tile in a turn.
+    """The item of the work list and the first head of this program's tile in a turn."""
+    return item_of(turn * gl.num_programs(0) + place_in(turn), items, C)
+
+
+@gluon.jit
+def item_of(tile, items, C: gl.constexpr):
+    """The item of the work list and the first head of a tile.
 
     Tiles are ordered much as the programs of ``hetu/backends/triton/tiles.py`` are: CHUNK items for a set of PACK
     heads, then the same items for the next one, so that those of a time read keys that the L2 cache holds. Where items
     are few it does so anyway, and all sets of an item follow each other, so that turns have tiles of the same weight.
     """
-    tile = turn * gl.num_programs(0) + place_in(turn)
     begin = tile // (C.CHUNK * C.SETS) * C.CHUNK
     place = tile - begin * C.SETS
     is_whole = (begin + C.CHUNK <= items) & (items >= 16 * C.CHUNK)
@@ -81,3 +86,30 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for at in gl.static_range(COUNT):
         mbarrier.init(made.index(at), count=ARRIVALS)
     return made
+
+
+@gluon.jit
+def next_tile(counter):
+    """Takes the next tile, which no other program gets."""
+    return gl.atomic_add(counter, 1, sem="relaxed")
+
+
+@gluon.jit
+def tell_tile(buffers, bars, turn, tile):
+    """Tells the consumers the tile of a turn, as soon as they have read that of two turns ago."""
+    full, empty = bars
+    LANE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    buffers.index(turn & 1).store(gl.full([1], 0, gl.int32, LANE) + tile)
+    mbarrier.arrive(full.index(turn & 1), count=1)
+
+
+@gluon.jit
+def told_tile(buffers, bars, turn):
+    """The tile of a turn, for a consumer."""
+    full, empty = bars
+    ALL: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)
+    tile = gl.max(buffers.index(turn & 1).load(ALL), 0)
+    mbarrier.arrive(empty.index(turn & 1), count=1)
+    return tile

@@ -169,8 +169,8 @@ def opaque(x):
 
 
 @gluon.jit
-def masked(s, first, token, k_len, reach, low, LOWER: gl.constexpr):
-    """Scores of the keys from ``first`` on, -inf where a row does not see them.
+def is_seen(s, first, token, k_len, reach, low, LOWER: gl.constexpr):
+    """Which of the keys from ``first`` on a row sees, of a tile like ``s``.
 
     The row of a token sees keys up to ``reach + token`` of ``k_len``, with LOWER only those from ``low + token`` on.
     """
@@ -178,7 +178,13 @@ def masked(s, first, token, k_len, reach, low, LOWER: gl.constexpr):
     seen = key[None, :] <= gl.minimum(token + reach, k_len - 1)[:, None]
     if LOWER:
         seen = seen & (key[None, :] >= (token + low)[:, None])
-    return gl.where(seen, s, float("-inf"))
+    return seen
+
+
+@gluon.jit
+def masked(s, first, token, k_len, reach, low, LOWER: gl.constexpr):
+    """Scores of the keys from ``first`` on, -inf where a row does not see them; see :func:`is_seen`."""
+    return gl.where(is_seen(s, first, token, k_len, reach, low, LOWER), s, float("-inf"))
 
 
 @gluon.jit

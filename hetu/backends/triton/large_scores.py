@@ -54,7 +54,7 @@ def _places(scores, columns, over_columns):
 
 
 @triton.constexpr_function
-def _exponents(scores, columns, over_columns):
+def exponents_ptx(scores, columns, over_columns):
     """PTX for so many scores of a thread.
 
     $0 .. are the scores, in place, then their log-sum-exps times ASKED, and the last ones the scale.
@@ -77,7 +77,7 @@ def _exponents(scores, columns, over_columns):
 
 
 @triton.constexpr_function
-def _constraints(scores):
+def exponents_constraints(scores):
     return in_place(scores) + ",f" * scores
 
 
@@ -93,8 +93,8 @@ def exponents(s, scale, lse, OVER_COLUMNS: tl.constexpr, OWN: tl.constexpr):
         result = careful_exponents(s, scale, wide)
     else:
         result = tl.inline_asm_elementwise(
-            _exponents(OWN, s.shape[1], OVER_COLUMNS),
-            _constraints(OWN),
+            exponents_ptx(OWN, s.shape[1], OVER_COLUMNS),
+            exponents_constraints(OWN),
             [s, tl.broadcast_to(wide, s.shape), zeros_and(scale, s)],
             dtype=tl.float32,
             is_pure=True,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from hetu.errors import HetuError, innermost
+from hetu.functional.derivatives import TAGS
 
 OP = "transformers"
 FIX = "use attn_implementation='sdpa' or 'eager' for this model"
@@ -243,9 +244,7 @@ _library = torch.library.Library("hetu", "FRAGMENT")
 _library.define(
     "lengths_of_mask(Tensor? keep, Tensor? starts, Tensor q_offset, SymInt batch, SymInt q_length, SymInt kv_length, "
     "bool is_placed, str other) -> (Tensor cu_q, Tensor cu_k)",
-    tags=tuple(
-        tag for name in ("pt2_compliant_tag", "cudagraph_unsafe") if (tag := getattr(torch.Tag, name, None)) is not None
-    ),
+    tags=TAGS,
 )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from hetu.arguments import choice, integer, mapping, refuse, shown
+from hetu.arguments import MAX_COUNT, choice, int_of, integer, mapping, refuse, shown
 from hetu.dtypes import as_dtype
 from hetu.errors import StrategyError, UnboundSymbolError, caller
 from hetu.parallel.choice.counts import counts_of
@@ -122,10 +122,11 @@ class StrategyCost:
         found = groups_of(constant_groups(self.strategy))
         if group is None and len(found) == 1:
             (group,) = found
-        if group not in found:
+        number = int_of(group)
+        if number is None or number not in found:
             names = ", ".join(map(str, found))
             _refuse(f"there is no context group {shown(group)}", f"name one of {names}")
-        members = found[group]
+        members = found[number]
         pieces = tuple(IntSymbol(f"piece{r}") for r in members)
         work = self._work([[piece] for piece in pieces], self.mask, 1)
         return DocumentCost(pieces, tuple(map(_size, work.flops)), _moved(members, work))
@@ -189,7 +190,7 @@ def strategy_cost(
 ) -> StrategyCost:
     """See :meth:`hetu.Strategy.cost`."""
     sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    num_q, num_kv, dim = (integer(value, name, least=1, op=_OP) for name, value in sizes.items())
+    num_q, num_kv, dim = (integer(value, name, least=1, most=MAX_COUNT, op=_OP) for name, value in sizes.items())
     if num_q % num_kv:
         _refuse(f"num_heads is {num_q}, expected a multiple of num_kv_heads = {num_kv}", "give H_q and H_kv")
     if not isinstance(mask, Mask):

@@ -198,7 +198,7 @@ class Layout:
     def query_spans(self, pipeline: int, joins: bool = False) -> QuerySpans:
         """The spans of a pipeline's rows; see :meth:`GroupLayout.query_spans`."""
         group, member = self.place(pipeline)
-        return group.query_spans(member, joins)
+        return group.query_spans(member, flag(joins, "joins", op="layout"))
 
     def scatter(self, x: Any) -> list[Any]:
         """Cuts a whole group's rows into the pipelines' shards.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from hetu.arguments import items, refuse, shown
+from hetu.arguments import integers, items, refuse, shown
 from hetu.errors import HetuError, StrategyError, caller
 from hetu.parallel.mask.mask import CAUSAL, Mask
 from hetu.symbols import IntSymbol, as_size
@@ -28,6 +28,7 @@ def groups_of(cp_groups: Sequence[int]) -> dict[int, tuple[int, ...]]:
         >>> groups_of([7, 0, 7, 0, 0])
         {0: (1, 3, 4), 7: (0, 2)}
     """
+    cp_groups = integers(cp_groups, "cp_groups", op="layout", error=StrategyError)
     members: dict[int, list[int]] = {value: [] for value in sorted(set(cp_groups))}
     for pipeline, value in enumerate(cp_groups):
         members[value].append(pipeline)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetu.arguments import choice, flag, integer, items, refuse, shown
+from hetu.arguments import choice, flag, integer, integers, items, refuse, shown
 from hetu.errors import HetuError, caller
 from hetu.parallel.mask import codes, rules, svg
 from hetu.parallel.mask.bands import Bands
@@ -22,6 +22,9 @@ _OP = "mask"
 
 _MOST_DRAWN = 2**31
 """The most tokens of a drawing: the pairs of one that is a single character still fit into 64 bits."""
+
+_MOST_IN_FULL = 2**20
+"""The most rows and columns of a matrix of pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,6 +263,8 @@ class Mask:
 
     def pairs(self, lengths: IntArray) -> IntArray:
         """``(B,)`` allowed pairs of documents, by the document of the query."""
+        if not isinstance(lengths, np.ndarray) or lengths.dtype != np.int64 or lengths.ndim != 1:
+            lengths = np.array(integers(lengths, "lengths", least=0, op=_OP), np.int64)
         bands = self.bands(lengths, lengths)
         if self.joins:
             bands = bands.cut_at(lengths.cumsum())
@@ -267,6 +272,10 @@ class Mask:
 
     def matrix(self, queries: int, keys: int) -> NDArray[np.bool_]:
         """``(queries, keys)``: which queries of one sequence see which keys."""
+        queries, keys = (
+            integer(count, name, least=0, most=_MOST_IN_FULL, op=_OP)
+            for name, count in (("queries", queries), ("keys", keys))
+        )
         return self.bands(np.array([queries]), np.array([keys])).matrix(queries, keys)
 
     # Printing

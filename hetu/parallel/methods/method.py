@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hetu.arguments import integers
+from hetu.arguments import MAX_COUNT, index, integer, integers
 from hetu.errors import StrategyError
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
@@ -47,11 +47,13 @@ class Topology:
     @classmethod
     def one_host(cls, num_pipelines: int) -> Topology:
         """All pipelines share one host."""
-        return cls((0,) * num_pipelines)
+        return cls((0,) * integer(num_pipelines, "num_pipelines", least=0, most=MAX_COUNT, op="Topology"))
 
     def shares_host(self, one: int, other: int) -> bool:
         """Whether two pipelines share a host."""
-        return self.hosts[one] == self.hosts[other]
+        count = len(self.hosts)
+        pair = [index(r, name, count, op="Topology") for r, name in ((one, "one"), (other, "other"))]
+        return self.hosts[pair[0]] == self.hosts[pair[1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,9 @@ from enum import Enum
 from functools import lru_cache
 from itertools import accumulate
 
+from hetu.arguments import integer, refuse, shown
+from hetu.errors import ShapeError
+
 _OF_KEY_HEADS = ("k", "v", "dk", "dv")
 _ONE_A_HEAD = ("lse", "delta")
 
@@ -135,6 +138,9 @@ class Heads:
         head_dim: Numbers of a head.
         itemsize: Bytes of a number.
         columns: If the softmax is returned, keys of the longest document; else 0.
+
+    Raises:
+        ShapeError: If they are no ints from 0, or ``num_kv`` is no divisor of ``num_q``.
     """
 
     num_q: int
@@ -142,6 +148,16 @@ class Heads:
     head_dim: int
     itemsize: int
     columns: int = 0
+
+    def __post_init__(self) -> None:
+        names = ("num_q", "num_kv", "head_dim", "itemsize", "columns")
+        for name in names:  # made in each run
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                object.__setattr__(self, name, integer(value, name, least=0, op="Heads", error=ShapeError))
+        if self.num_q and (not self.num_kv or self.num_q % self.num_kv):
+            wanted = f"a divisor of num_q, which is {shown(self.num_q)}"
+            refuse(self.num_kv, "num_kv", wanted, op="Heads", error=ShapeError)
 
     @property
     def all(self) -> HeadRange:
@@ -155,6 +171,8 @@ class Heads:
             >>> Heads(num_q=6, num_kv=2, head_dim=8, itemsize=2).range(2, 4)
             HeadRange(first_q=2, num_q=2, first_kv=0, num_kv=2)
         """
+        start = integer(start, "start", least=0, most=self.num_q, op="Heads", error=ShapeError)
+        stop = integer(stop, "stop", least=start, most=self.num_q, op="Heads", error=ShapeError)
         if start == stop:
             return HeadRange(start, 0, 0, 0)
         group = self.num_q // self.num_kv
@@ -179,6 +197,11 @@ class Heads:
             >>> heads.row_bytes(Payload.KV), heads.row_bytes(Payload.QKV, heads.range(0, 3))
             (64, 80)
         """
+        if type(payload) is not Payload or not (heads is None or type(heads) is HeadRange):
+            name, value, wanted = (
+                ("heads", heads, "a range of heads") if type(payload) is Payload else ("payload", payload, "a Payload")
+            )
+            refuse(value, name, wanted, op="Heads")
         width = (heads or self.all).width(payload) * self.numbers(payload)
         return width * (max(self.itemsize, 4) if payload.is_wide else self.itemsize)
 

@@ -26,7 +26,7 @@ from typing import Any, Self, TypeVar, overload
 
 import numpy as np
 
-from hetu.arguments import index
+from hetu.arguments import index, items
 from hetu.errors import StrategyError
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import Mask
@@ -184,10 +184,11 @@ class PlanData:
     is_backward: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def need(self, pipelines: Iterable[int]) -> None:
+    def need(self, pipelines: Sequence[int]) -> None:
         """Builds the parts of several pipelines at once, those that are not built yet; the others wait for who asks."""
         if isinstance(self.pipelines, Parts):
-            self.pipelines.need(pipelines)
+            numbers, count = items(pipelines, "pipelines", op="plan", error=StrategyError), len(self.pipelines)
+            self.pipelines.need([index(r, "pipelines", count, op="plan", error=StrategyError) for r in numbers])
 
     def whole(self) -> Self:
         """This plan with all parts built, in a tuple."""

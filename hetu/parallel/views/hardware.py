@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NoReturn
 
-from hetu.arguments import choice, flag, integer, number_of, real, shown
+from hetu.arguments import MAX_COUNT, choice, flag, integer, number_of, real, refuse, shown
 from hetu.arguments import path as as_path
+from hetu.arguments import text as as_text
 from hetu.errors import HetuError, caller
 
 VERSION = 1
@@ -106,12 +107,12 @@ class Hardware:
 
     def rate(self, keys: float, head_dim: int, kind: str = "causal", is_backward: bool = False) -> float:
         """FLOP/s of attention in which a query sees so many keys on average."""
-        if not self.rates:
-            return self.flops
+        keys = _amount(keys, "keys")
         key = head_dim, kind, is_backward
-        curve = self._curves.get(key)
+        curve = self._curves.get(key) if tuple(map(type, key)) == _CASE else None  # 1 is no flag, and equal to one
         if curve is None:
-            curve = self._curves[key] = self._curve(*key)
+            key = _case(*key)
+            curve = self._curves[key] = self._curve(*key) if self.rates else ([1.0], [self.flops])
         places, flops = curve
         if keys <= places[0] or len(places) == 1:
             return float(flops[0])
@@ -138,11 +139,13 @@ class Hardware:
         self, flops: float, keys: float, head_dim: int, kind: str = "causal", is_backward: bool = False
     ) -> float:
         """Seconds of an attend of so many FLOPs; 0 if there is nothing to do."""
+        flops = _amount(flops, "flops")
         return self.launch + flops / self.rate(keys, head_dim, kind, is_backward) if flops else 0.0
 
     def transfer_time(self, count: float, shares_host: bool = True) -> float:
         """Seconds of a transfer of so many bytes."""
-        if shares_host:
+        count = _amount(count, "count")
+        if flag(shares_host, "shares_host", op=_OP):
             return self.latency + count / self.link_bytes
         latency = self.latency if self.host_latency is None else self.host_latency
         return latency + count / (self.host_link_bytes or self.link_bytes)
@@ -188,7 +191,10 @@ class Hardware:
                 (400 Gb/s) per device, as NVIDIA's DGX H100 has them by its data sheet of 2023-03.
             latency: Seconds until the first byte of a transfer; an estimate.
         """
-        return replace(device or cls.h100(), host_link_bytes=link_bytes, host_latency=latency)
+        if device is not None and not isinstance(device, Hardware):
+            refuse(device, "device", "a hetu.Hardware, or None", op=_OP, fix="pass hetu.Hardware.h200(), say")
+        bandwidth, wait = _positive(link_bytes, "link_bytes"), _seconds(latency, "latency")
+        return replace(device or cls.h100(), host_link_bytes=bandwidth, host_latency=wait)
 
     # Files
 
@@ -206,7 +212,7 @@ class Hardware:
             FileNotFoundError: If there is none.
         """
         name = as_path(path, op=_OP)
-        with open(name, encoding="utf-8") as file:
+        with open(name, encoding="utf-8", errors="replace") as file:  # what is no text is no JSON either
             return cls.from_json(file.read(), name)
 
     def to_json(self) -> str:
@@ -218,9 +224,10 @@ class Hardware:
     @classmethod
     def from_json(cls, text: str, source: str = "the text") -> Hardware:
         """The hardware that a text describes; ``source`` is what an error calls it."""
+        source = as_text(source, "source", op=_OP)
         try:
-            said = json.loads(text)
-        except ValueError:
+            said = json.loads(as_text(text, "text", op=_OP))
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, Mapping) or said.get("format") != _FORMAT:
             _refuse_file(f"{source} is no hardware file")
@@ -235,6 +242,23 @@ class Hardware:
         if not isinstance(rates, list) or not all(isinstance(rate, dict) and rate.keys() == names for rate in rates):
             _refuse_file(f"{source} has rates without {', '.join(sorted(names))}")
         return cls(**given, rates=tuple(Rate(**rate) for rate in rates))
+
+
+_CASE = (int, str, bool)
+"""Types of a case that needs no conversion: rates and times are asked for every step of a plan."""
+
+
+def _amount(value: Any, name: str) -> float:
+    """A number of FLOPs, bytes or keys."""
+    if (type(value) is int or type(value) is float) and 0 <= value < 1e300:
+        return value
+    return _number(value, name, "a number from 0", lambda x: x >= 0)
+
+
+def _case(head_dim: Any, kind: Any, is_backward: Any) -> tuple[int, str, bool]:
+    """A head_dim, a kind of mask and a direction."""
+    width = integer(head_dim, "head_dim", least=1, most=MAX_COUNT, op=_OP)
+    return width, choice(kind, "kind", KINDS, op=_OP), flag(is_backward, "is_backward", op=_OP)
 
 
 def _refuse_file(what: str) -> NoReturn:

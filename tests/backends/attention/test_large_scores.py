@@ -226,18 +226,23 @@ def test_one_large_value_everywhere(
         rounding = 4e-6 if device == "cuda" else 1e-6  # tensor cores take three products for one of float32
         torch.testing.assert_close(lse[:, rows].double(), want, rtol=rounding, atol=0.0)
         if length == 1:  # one key has all the weight: nothing depends on q and k
-            same(dv[rows], dout[rows], device)
-            noise = float(x[0, 0, 0].double() ** 2) * head_dim**0.5 * {torch.float64: 2**-50}.get(dtype, 2**-20)
+            score = float(x[0, 0, 0].double() ** 2) * head_dim**0.5
+            # cuBLAS adds up products of other shapes in another order: a score of float64 differs between the passes
+            same(dv[rows], dout[rows], device, 2**-47 * score if dtype == torch.float64 else 0.0)
+            noise = score * {torch.float64: 2**-50}.get(dtype, 2**-20)
             assert max(g[rows].abs().max().item() for g in (dq, dk)) <= noise * dout[rows].abs().max().item() * 8
         assert (dv[rows].abs() <= 1.02 * dout[rows].abs().sum(0) + 1e-3).all(), "a probability above 1"
     if dtype != torch.float16:  # what is left of a difference, times such values, is past its end
         assert dq.isfinite().all() and dk.isfinite().all()
 
 
-def same(mine: torch.Tensor, right: torch.Tensor, device: str) -> None:
-    """Equal, to the bit where a division is exact; a GPU divides by what it multiplies with, up to a rounding."""
+def same(mine: torch.Tensor, right: torch.Tensor, device: str, noise: float = 0.0) -> None:
+    """Equal, to the bit where a division is exact; a GPU divides by what it multiplies with, up to a rounding.
+
+    ``noise`` is what a GPU may be off by, as a part of the right value.
+    """
     if device == "cuda":
-        torch.testing.assert_close(mine, right, rtol=ROUNDING[right.dtype], atol=0.0)
+        torch.testing.assert_close(mine, right, rtol=max(ROUNDING[right.dtype], noise), atol=0.0)
     else:
         assert torch.equal(mine, right)
 

@@ -20,11 +20,13 @@ def test_variants_compile(tmp_path: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 3
+    assert len(results) == 7
     for result in results:
         assert not result["serial"], f"ptxas lets products wait for each other: {result}"
         assert result["spills"] <= (1600 if "runs_on=True" in result["variant"] else 640), result
         assert result["shared"] <= 227 * 1024, result
+        if "carried" not in result:  # of the backward
+            continue
         # Stage and phase, eight numbers of a tile, and those that flags need: Triton 3.6 has lost some on the way.
         flags = [f"{name}=True" in result["variant"] for name in ("runs_on", "more", "lower")]
         assert result["carried"] == 10 + sum(flags), result

@@ -31,9 +31,12 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     for option, reason in {
         "has_dropout": "dropout has no kernel",
         "has_scores": "returned probabilities have no kernel",
-        "is_backward": "the backward has no kernel",
     }.items():
         assert FAMILY.declines(signature(**{option: True})) == reason
+    assert FAMILY.declines(signature(is_backward=True)) is None
+    for head_dim in (64, 256):
+        reason = f"the backward has no kernel for head_dim {head_dim}"
+        assert FAMILY.declines(signature(head_dim=head_dim, is_backward=True)) == reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert FAMILY.declines(signature()) == "it is written for compute capability 9.0"
 

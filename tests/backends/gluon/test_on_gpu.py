@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support.devices import CUDA
-from support.table_checks import check_forward, whole_documents
+from support.table_checks import check_backward, check_forward, whole_documents
 from support.tables_by_definition import Case, random_case
 
 import hetu
-from hetu.backends.gluon import launch, variants
+from hetu.backends.gluon import launch, launch_backward, variants, variants_backward
 from hetu.functional import attn_varlen
 
 HEADS = {64: [(8, 8), (8, 2)], 128: [(8, 2), (5, 5), (12, 4), (6, 2)], 256: [(4, 1), (6, 2)]}
@@ -26,7 +26,7 @@ LENGTHS = [300, 1, 0, 700, 64, 129]
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What ran; the kernel for head_dim 64 runs for short documents too, though there is a faster one."""
+    """What ran; these kernels run for short documents too, though there are faster ones."""
     calls: list[str] = []
 
     def told(name: str, run: object) -> object:
@@ -34,7 +34,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(launch, "_run", told("gluon", launch._run))
     monkeypatch.setattr(launch.portable, "attend", told("portable", launch.portable.attend))
+    backward, portable = launch_backward._run, launch_backward.portable.attend_backward
+    monkeypatch.setattr(
+        launch_backward, "_run", lambda *given, **named: (calls.append("gluon"), backward(*given, **named))
+    )
+    monkeypatch.setattr(launch_backward.portable, "attend_backward", told("portable", portable))
     monkeypatch.setattr(variants, "LONG", 0)
+    monkeypatch.setattr(variants_backward, "LONG", 0)
     return calls
 
 
@@ -66,6 +72,21 @@ def test_forward(
 ) -> None:
     for case in cases(extras, steps):
         check_forward("gluon", case, heads, head_dim, dtype, device=device, **EXTRAS[extras])
+    assert set(ran) == {"gluon"}
+
+
+@pytest.mark.parametrize("extras", EXTRAS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", HEADS[128], ids=str)
+@pytest.mark.parametrize("device", [CUDA])
+def test_backward(
+    heads: tuple[int, int], dtype: torch.dtype, steps: int, extras: str, device: str, ran: list[str]
+) -> None:
+    """Against float64, and twice the same bits."""
+    for case in cases(extras, steps):
+        given = {"heads": heads, "device": device, "in_q_dtype": steps == 1, **EXTRAS[extras]}
+        check_backward(case, "gluon", dtype, 128, scale=128**-0.5, **given)
     assert set(ran) == {"gluon"}
 
 

@@ -45,9 +45,10 @@ def test_another_file_is_refused(changes: dict[str, Any], says: str, tmp_path: P
     with pytest.raises(hetu.HetuError) as caught:
         hetu.Hardware.load(path)
     assert says in caught.value.what
-    path.write_text("{")
-    with pytest.raises(hetu.HetuError, match="is no hardware file"):
-        hetu.Hardware.load(path)
+    for damaged in (b"{", b"\xff\xfe\x00", b"[" * 100_000, b"3" * 5_000, b"[]"):
+        path.write_bytes(damaged)
+        with pytest.raises(hetu.HetuError, match="is no hardware file"):
+            hetu.Hardware.load(path)
 
 
 def test_rates_lie_between_those_that_were_measured() -> None:

@@ -26,6 +26,7 @@ def _layout(*of: Any) -> None:
 
 
 SliceLayout = BlockedLayout = DotOperandLayout = NVMMADistributedLayout = DistributedLinearLayout = _layout
+SwizzledSharedLayout = _layout
 
 
 def program_id(axis: int) -> Value:
@@ -160,10 +161,13 @@ def store(pointer: Pointer, x: Any, mask: Any = None) -> None:
     pointer.memory.store(at[picks], data[picks], machine.now().program)
 
 
-def atomic_add(pointer: Pointer, x: Any, mask: Any = None, sem: str = "", scope: str = "") -> None:
-    """Adds to global memory."""
+def atomic_add(pointer: Pointer, x: Any, mask: Any = None, sem: str = "", scope: str = "") -> Value:
+    """Adds to global memory, and gives what was there."""
     at, picks = _masked(pointer, mask)
-    pointer.memory.add_to(at[picks], np.broadcast_to(value(x).data, at.shape)[picks])
+    before = pointer.memory.add_to(at[picks], np.broadcast_to(value(x).data, at.shape)[picks])
+    found = np.zeros(at.shape, before.dtype)
+    found[picks] = before
+    return Value(found, pointer.memory.dtype)
 
 
 def allocate_shared_memory(dtype: Any, shape: Sequence[int], layout: Any, value: Any = None) -> Any:

@@ -50,11 +50,14 @@ class Memory:
         self.owner[at] = program
         self.flat[torch.from_numpy(np.asarray(at))] = torch.from_numpy(np.asarray(data)).to(self.flat.dtype)
 
-    def add_to(self, at: Any, data: Any) -> None:
-        """Adds atomically, whoever does so too."""
+    def add_to(self, at: Any, data: Any) -> Any:
+        """Adds atomically, whoever does so too, and gives what was there."""
         if np.size(at) and not np.all(self.is_known[at]):
             raise KernelError("an access outside of the tensors of the launch")
-        self.flat.index_put_((torch.from_numpy(at),), torch.from_numpy(data).to(self.flat.dtype), accumulate=True)
+        places = torch.from_numpy(at)
+        before = self.flat[places].numpy()
+        self.flat.index_put_((places,), torch.from_numpy(data).to(self.flat.dtype), accumulate=True)
+        return before
 
 
 class Memories:

@@ -14,6 +14,9 @@ import numpy as np
 from support.gluon_interpreter.scheduler import Knowledge, Scheduler
 from support.gluon_interpreter.values import KernelError, Value, rounded, value
 
+UNKNOWN = -(2**31)
+"""What integers hold that nobody has written."""
+
 BARRIER_LAYOUT = object()
 """Of what is allocated for barriers."""
 
@@ -41,12 +44,11 @@ class Buffer:
     @staticmethod
     def allocated(machine: Scheduler, dtype: Any, shape: Sequence[int], layout: Any) -> Buffer:
         """One that nobody has written to."""
-        if not dtype.is_floating():
-            raise KernelError("the interpreter models buffers of floats, and barriers")
         whole = tuple(shape)
         rows = int(np.prod(whole[:-1]))
         numbers = np.broadcast_to(np.arange(rows).reshape((*whole[:-1], 1)), whole)
-        return Buffer(machine, np.full(whole, np.nan, np.float32), numbers, Rows(rows), dtype, layout)
+        data = np.full(whole, *((np.nan, np.float32) if dtype.is_floating() else (UNKNOWN, np.int64)))
+        return Buffer(machine, data, numbers, Rows(rows), dtype, layout)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -93,7 +95,7 @@ class Buffer:
         numbers = self.numbers
         unknown = [row for row in numbers if not self._rows.writers[row] & knows.plain]
         if unknown:
-            data[np.isin(self._numbers, unknown)] = np.nan
+            data[np.isin(self._numbers, unknown)] = np.nan if self.dtype.is_floating() else UNKNOWN
         for row in numbers:
             self._rows.loads[row] |= event
         return Value(data, self.dtype)
