@@ -39,6 +39,11 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     lighten()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with a timeout of their own may take minutes: they come first, or all would wait for them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 def pytest_collection_finish() -> None:
     """Twelve thousand tests stay to the end: whoever collects garbage need not look through them."""
     gc.collect()

@@ -8,35 +8,32 @@ from functools import partial
 
 import pytest
 from support import mishaps
+from support.longer import grid
 from support.pool import Pool, assert_lost
 from support.states import is_same
 
 World = Callable[..., Pool]
 
 
-@pytest.mark.parametrize("mishap", mishaps.MISHAPS)
-@pytest.mark.parametrize("kind", mishaps.OPTIMIZERS)
-def test_an_update_is_made_on_all_ranks_or_on_none(world: World, kind: str, mishap: str) -> None:
+@pytest.mark.parametrize(("kind", "mishap", "who"), grid(mishaps.OPTIMIZERS, mishaps.MISHAPS, [{1}, {2}, {0, 2}]))
+def test_an_update_is_made_on_all_ranks_or_on_none(world: World, kind: str, mishap: str, who: set[int]) -> None:
     """Ranks with a pipeline, and one without; what is trained in the end is what one process trains without the run."""
     ((_, alone),) = world(1).run(mishaps.train, kind)
-    for who in ({1}, {2}, {0, 2}):
-        for rank, (told, state) in enumerate(world(3).run(mishaps.train, kind, mishap, who)):
-            assert not told.has_changed and is_same(state, alone)
-            if rank in who:
-                is_memory = mishap == "the device's memory"  # torch's own error: scripts catch it by its type
-                assert (
-                    "OutOfMemoryError" in told.kinds
-                    if is_memory
-                    else "the run failed, and changed nothing: " in told.text
-                )
-            else:
-                names = f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}"
-                assert told.kinds[0] == "CommunicationError"
-                assert re.search(rf"run \d+ failed on {names}, so no rank has changed anything", told.text)
-                assert (
-                    re.search(r"bound:  rank \d: \w+: .*(today|out of memory)", told.text)
-                    and "where:  mishaps.py:" in told.text
-                )
+    for rank, (told, state) in enumerate(world(3).run(mishaps.train, kind, mishap, who)):
+        assert not told.has_changed and is_same(state, alone)
+        if rank in who:
+            is_memory = mishap == "the device's memory"  # torch's own error: scripts catch it by its type
+            assert (
+                "OutOfMemoryError" in told.kinds if is_memory else "the run failed, and changed nothing: " in told.text
+            )
+        else:
+            names = f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}"
+            assert told.kinds[0] == "CommunicationError"
+            assert re.search(rf"run \d+ failed on {names}, so no rank has changed anything", told.text)
+            assert (
+                re.search(r"bound:  rank \d: \w+: .*(today|out of memory)", told.text)
+                and "where:  mishaps.py:" in told.text
+            )
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])

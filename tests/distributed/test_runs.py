@@ -17,6 +17,7 @@ from support.jobs import (
     shared_by_pipelines,
     whole_rows,
 )
+from support.longer import grid
 from support.pool import Pool
 from support.same import assert_own, assert_same
 from support.unseen import check_unseen_ids
@@ -26,15 +27,14 @@ import hetu
 World = Callable[..., Pool]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_sums_over_pipelines(world: World, size: int) -> None:
+@pytest.mark.parametrize(("size", "reduction", "part"), grid([2, 3, 4], REDUCED, range(4)))
+def test_sums_over_pipelines(world: World, size: int, reduction: tuple[str, str], part: int) -> None:
     """Added in the order of the pipelines, whichever processes they run in; in one bucket or many."""
-    for dtype, op in REDUCED:
-        for count, bucket in ((1, 1), (size - 1, 100), (size, 10**6), (2 * size + 1, 100)):
-            (alone,) = world(1).run(reduced, dtype, op, count)
-            for rank, values in enumerate(world(size).run(reduced, dtype, op, count, bucket)):
-                for mine, whole in zip(values, alone, strict=True):
-                    assert_own(mine, whole, rank, size)
+    count, bucket = [(1, 1), (size - 1, 100), (size, 10**6), (2 * size + 1, 100)][part]
+    (alone,) = world(1).run(reduced, *reduction, count)
+    for rank, values in enumerate(world(size).run(reduced, *reduction, count, bucket)):
+        for mine, whole in zip(values, alone, strict=True):
+            assert_own(mine, whole, rank, size)
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from llama import Model, build
 from support.jobs import float64_model, recomputed, train
+from support.longer import grid
 from support.pool import Pool
 from support.same import assert_same
 from support.training import SMALL, steps
@@ -25,14 +26,10 @@ def alone(world: World) -> Alone:
     return cache(lambda model: world(1).run(train, model, steps())[0])
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("bucket_bytes", [25 * 2**20, 3000])
-def test_steps_are_those_of_one_process(
-    world: World, alone: Alone, size: int, model: Callable[[], Model], bucket_bytes: int
-) -> None:
-    for rank in world(size).run(train, model, steps(), bucket_bytes=bucket_bytes):
-        assert_same(rank, alone(model))
+@pytest.mark.parametrize(("size", "model", "bucket_bytes"), grid([2, 3, 4], MODELS, [25 * 2**20, 3000]))
+def test_steps_are_those_of_one_process(world: World, alone: Alone, size: int, model: str, bucket_bytes: int) -> None:
+    for rank in world(size).run(train, MODELS[model], steps(), bucket_bytes=bucket_bytes):
+        assert_same(rank, alone(MODELS[model]))
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)

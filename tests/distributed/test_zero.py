@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import mishaps, zero
+from support.longer import grid
 from support.pool import Pool, assert_lost
 from support.same import assert_same
 from support.states import is_same
@@ -98,18 +99,17 @@ def test_five_ranks(world: World, stage: int) -> None:
         assert_same(rank.state, alone.state)
 
 
-@pytest.mark.parametrize("mishap", ["the first step, half done", "the norm", "clipping", "the schedule"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_update_is_made_on_all_ranks_or_on_none(world: World, stage: int, mishap: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "mishap", "who"),
+    grid([1, 2, 3], ["the first step, half done", "the norm", "clipping", "the schedule"], [{1}, {0, 2}]),
+)
+def test_an_update_is_made_on_all_ranks_or_on_none(world: World, stage: int, mishap: str, who: set[int]) -> None:
     (_, wanted), *_ = world(3).run(mishaps.train, "AdamW", stage=stage)
-    for who in ({1}, {0, 2}):
-        for rank, (told, state) in enumerate(world(3).run(mishaps.train, "AdamW", mishap, who, stage=stage)):
-            assert not told.has_changed and is_same(state, wanted)
-            names = f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}"
-            said = (
-                "the run failed, and changed nothing" if rank in who else f"failed on {names}, so no rank has changed"
-            )
-            assert said in told.text
+    for rank, (told, state) in enumerate(world(3).run(mishaps.train, "AdamW", mishap, who, stage=stage)):
+        assert not told.has_changed and is_same(state, wanted)
+        names = f"rank{'s' * (len(who) > 1)} {', '.join(map(str, sorted(who)))}"
+        said = "the run failed, and changed nothing" if rank in who else f"failed on {names}, so no rank has changed"
+        assert said in told.text
 
 
 @pytest.mark.parametrize(("stage", "is_done"), [(1, False), (2, True), (3, True)])

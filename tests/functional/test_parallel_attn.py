@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import context_parallel as jobs
-from support.longer import grid
+from support.longer import LONGER, grid
 from support.pool import Pool
 
 from hetu.parallel import METHODS, SPLITS, Mask
@@ -33,11 +33,14 @@ def ranks(request: pytest.FixtureRequest, worlds: dict[int, jobs.Ranks]) -> jobs
     return worlds[request.param]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_results_and_gradients_are_those_of_one_process(ranks: jobs.Ranks, method: str) -> None:
-    for split, cu, is_causal in grid(SPLITS, CASES.values(), [True, False]):
-        case = {"cu": cu, "split": split, "method": method, "is_causal": is_causal}
-        assert max(ranks.run(jobs.attend, case)) < 1e-12
+@pytest.mark.parametrize(
+    ("size", "method", "split", "lengths", "is_causal"), grid([2, 4], METHODS, SPLITS, CASES, [True, False])
+)
+def test_results_and_gradients_are_those_of_one_process(
+    worlds: dict[int, jobs.Ranks], size: int, method: str, split: str, lengths: str, is_causal: bool
+) -> None:
+    case = {"cu": CASES[lengths], "split": split, "method": method, "is_causal": is_causal}
+    assert max(worlds[size].run(jobs.attend, case)) < 1e-12
 
 
 def test_ranks_may_hold_any_numbers_of_rows(ranks: jobs.Ranks) -> None:
@@ -55,11 +58,12 @@ def test_narrower_types(ranks: jobs.Ranks, dtype: torch.dtype, bound: float) -> 
     assert max(ranks.run(jobs.attend, {"cu": CASES["documents"], "dtype": dtype})) < bound
 
 
-def test_other_lengths_are_not_compiled_again(ranks: jobs.Ranks) -> None:
+@pytest.mark.parametrize("size", [2, *([4] if LONGER > 1 else [])])
+def test_other_lengths_are_not_compiled_again(worlds: dict[int, jobs.Ranks], size: int) -> None:
     # No number of rows is also one of heads, say: torch.compile would take them for one size.
     lengths = [0, 5, 30], [0, 7, 20, 41], [0, 13, 33], [0, 2, 4, 50, 70]
     cases = [{"cu": cu, "heads": (4, 2, 24)} for cu in lengths]
-    for found, graphs in ranks.run(jobs.attend_compiled, cases):
+    for found, graphs in worlds[size].run(jobs.attend_compiled, cases):
         assert found < 1e-12
         assert graphs == 1
 
@@ -156,9 +160,13 @@ def test_groups_of_torch_are_left_alone(ranks: jobs.Ranks) -> None:
         assert is_working
 
 
-@pytest.mark.parametrize("how", jobs.WRAPPERS)
-def test_a_model_trains_as_on_one_process(ranks: jobs.Ranks, how: str) -> None:
-    assert max(ranks.run(jobs.train, how)) < 1e-10
+# What is compiled for two groups of two ranks is more than for one group.
+@pytest.mark.parametrize(
+    ("size", "how"),
+    [(size, how) for size in (2, 4) for how in jobs.WRAPPERS if (size, how) != (2, "torch.compile") or LONGER > 1],
+)
+def test_a_model_trains_as_on_one_process(worlds: dict[int, jobs.Ranks], size: int, how: str) -> None:
+    assert max(worlds[size].run(jobs.train, how, layers=1 if how == "torch.compile" else 2)) < 1e-10
 
 
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])

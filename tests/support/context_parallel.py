@@ -25,12 +25,12 @@ from hetu.parallel.mask.mask import NO_WINDOW
 Case = dict[str, Any]
 
 
-def joined(job: Callable[..., Any], *arguments: Any) -> Any:
+def joined(job: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """A job in torch's world, which is joined first where this process is new; hetu's is not used."""
     if not dist.is_initialized():
         torch.set_num_threads(1)
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    return job(*arguments)
+    return job(*arguments, **options)
 
 
 class Ranks:
@@ -43,9 +43,9 @@ class Ranks:
     def __init__(self, pool: Pool) -> None:
         self.pool, self.size = pool, pool.size
 
-    def run(self, job: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, job: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
         """What a job gives on each rank."""
-        return self.pool.run(joined, job, *arguments)
+        return self.pool.run(joined, job, *arguments, **options)
 
 
 # One attention
@@ -239,9 +239,9 @@ def loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum", ignore_index=-100)
 
 
-def wanted(batches: list[int]) -> tuple[float, dict[str, torch.Tensor]]:
+def wanted(batches: list[int], layers: int = 2) -> tuple[float, dict[str, torch.Tensor]]:
     """The mean loss over all labels of some batches, and its gradients, of one process in float64."""
-    model = Model().double()
+    model = Model(layers=layers).double()
     total, count = torch.zeros((), dtype=torch.float64), 0
     for number in batches:
         cu, ids = batch(number)
@@ -271,7 +271,7 @@ def own_loss(model: nn.Module, cp: ContextParallel, ids: torch.Tensor, group: An
     return cp.token_mean(loss_sum(model(cp.dispatch(ids), cp.position_ids, cp), labels), labels, group)
 
 
-def train(how: str, split: str = "balanced", tokens: str = "even") -> float:
+def train(how: str, split: str = "balanced", tokens: str = "even", layers: int = 2) -> float:
     """One step of the tiny model, wrapped in some way, over a mesh of data and context parallelism."""
     size = dist.get_world_size()
     dp = 2 if size == 4 else 1
@@ -280,10 +280,10 @@ def train(how: str, split: str = "balanced", tokens: str = "even") -> float:
     cu, ids = batch(number)
     uneven = [cu[-1], *[0] * (size // dp - 1)] if tokens == "all on the first" else None
     cp = ContextParallel(torch.tensor(cu), mesh["cp"], split, tokens=uneven)
-    model, grads = WRAPPERS[how](Model().double(), mesh)
+    model, grads = WRAPPERS[how](Model(layers=layers).double(), mesh)
     loss = own_loss(model, cp, ids)
     loss.backward()
-    wanted_loss, wanted_grads = wanted(list(range(dp)))
+    wanted_loss, wanted_grads = wanted(list(range(dp)), layers)
     found = grads()
     assert found.keys() == wanted_grads.keys()
     return max(abs(loss.item() - wanted_loss), worst([(found[name], wanted_grads[name]) for name in found]))

@@ -7,6 +7,7 @@ that a case broke, or broke on purpose, is simply replaced.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -30,8 +32,11 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-PRELOADED = ["pytest", "torch.distributed", "hetu.backends.triton", "support.jobs", "poison"]
-"""What the server imports before it forks."""
+PRELOADED = [
+    *("pytest", "torch.distributed.fsdp", "torch._dynamo", "torch._inductor.compile_fx", "hetu.backends.triton"),
+    *("support.poison", "support.interpreter", "support.context_parallel", "support.deaths", "support.zero"),
+]
+"""What the server imports before it forks: each optimizer and each compilation imports Dynamo, which takes seconds."""
 
 AFTER_AN_ERROR = 15.0
 """Seconds that the others get once a rank raised or died in a case in which none should."""
@@ -220,6 +225,8 @@ class _Worker:
 @cache
 def _forking() -> Any:
     """Starts the server that forks, without CUDA, which can't be used in a fork."""
+    missing = [name for name in PRELOADED if find_spec(name) is None]
+    assert not missing, f"the server would leave out {missing}, and say nothing"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     settings = {
@@ -238,6 +245,7 @@ def _forking() -> Any:
 
 def _work(connection: Connection, environment: dict[str, str], stacks: str) -> None:
     """A worker's life: jobs from the pipe, until it is closed."""
+    gc.freeze()  # what was imported stays: whoever collects garbage need not look through it
     os.environ.update(environment)
     from support.poison import poison
 

@@ -7,6 +7,7 @@ errors and warnings are in files with ``.err`` after that.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -16,7 +17,7 @@ import sys
 import traceback
 from typing import Any
 
-import torch  # noqa: F401
+import torch._dynamo  # noqa: F401  # every optimizer of torch imports it
 
 import hetu.backends.triton
 import hetu.functional  # noqa: F401
@@ -48,6 +49,7 @@ def exit_codes(job: dict[str, Any]) -> list[int]:
     """Runs a script in one process, or side by side in as many as it has ranks, which torchrun's variables tell."""
     for name in job["imports"]:
         importlib.import_module(name)
+    gc.freeze()  # what was imported stays: whoever collects garbage need not look through it
     ranks, children = job["ranks"], []
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     for rank in range(max(ranks, 1)):
