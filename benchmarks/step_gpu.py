@@ -17,10 +17,8 @@ import argparse
 import fcntl
 import multiprocessing
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
@@ -30,122 +28,14 @@ from time import perf_counter
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-import numpy as np
 import torch
 from corpus import cut, make_packs, read_files
-from llama import IGNORED, Config, build, flat
+from step_peers import MAKERS, MODELS, Pack, Step
+from step_profile import profiled, settle
 from tables import ROOT, Row, keep, print_table
 from timing import first_line
-from torch.nn import functional
-from torch_llama import Llama, rotate
 
-import hetu
-import hetu.functional
-
-Pack = list[np.ndarray]
-Step = Callable[[Pack], torch.Tensor]
-RATE, NORM, MOST_APART, PACKS = 1e-3, 1.0, 0.01, 8
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained, on how many tokens per step."""
-
-    config: Config
-    tokens: int
-    longest: int = 8192
-
-
-MODELS = {
-    "small": Task(Config(layers=4, width=1024, heads=16, kv_heads=4, head_dim=64, hidden=2816), 32_768),
-    "large": Task(Config(layers=16, width=2048, heads=16, kv_heads=4, head_dim=128, hidden=5632), 16_384),
-    "tiny": Task(Config(layers=2, width=64, heads=2, kv_heads=1, head_dim=32, hidden=96), 256, 64),
-}
-"""Of 46 and 723 million parameters, and one to try the script out."""
-
-
-class Packed(torch.nn.Module):
-    """The model of ``torch_llama.py`` with one call of attention for all documents of a pack."""
-
-    def __init__(self, config: Config, is_flash: bool) -> None:
-        super().__init__()
-        self.config, self.model, self.is_flash = config, Llama(config), is_flash
-
-    def forward(
-        self, tokens: torch.Tensor, labels: torch.Tensor, cu: torch.Tensor, longest: int, position: torch.Tensor
-    ) -> torch.Tensor:
-        model, heads, kv_heads = self.model, self.config.heads, self.config.kv_heads
-        angle = torch.outer(position.float(), model.rates).unsqueeze(1)
-        angles = angle.cos(), angle.sin()
-        x = model.embedding(tokens)
-        for block in model.blocks:
-            qkv = block.qkv(block.norm1(x)).unflatten(-1, (-1, self.config.head_dim))
-            q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-            q, k = rotate(q, *angles).to(v.dtype), rotate(k, *angles).to(v.dtype)
-            if self.is_flash:
-                out = torch.ops.aten._flash_attention_forward(q, k, v, cu, cu, longest, longest, 0.0, True, False)[0]
-            else:
-                out = hetu.functional.attn_varlen(q, k, v, cu, cu, is_causal=True)
-            x = x + block.out(out.flatten(1))
-            gate, up = block.gate_up(block.norm2(x)).chunk(2, -1)
-            x = x + block.down(functional.silu(gate) * up)
-        return functional.cross_entropy(model.head(model.norm(x)).float(), labels, ignore_index=IGNORED)
-
-
-def by_hetu(task: Task, packs: list[Pack], device: str, compiles: bool) -> Step:
-    """Hetu's step. It is lowered, and compiled, for all lengths at once: on few tokens."""
-    hetu.manual_seed(0)
-    model = build(task.config, "bfloat16", device=device)
-    train = hetu.optim.AdamW(lr=RATE, max_grad_norm=NORM).minimize(model.loss)
-
-    def step(pack: Pack, run_level: str = "update") -> torch.Tensor:
-        feeds, symbols = model.feeds(0, pack)
-        with hetu.config(compile=compiles):
-            loss: torch.Tensor = model.graph.run(train, feeds, int_symbol_dict=symbols, strategy=0, run_level=run_level)
-        return loss
-
-    step([packs[0][-1][:64]], "grad")
-    return step
-
-
-def by_torch(task: Task, packs: list[Pack], device: str, is_flash: bool) -> Step:
-    """The same by ``torch.compile``, with FlashAttention-2 or ``hetu.functional``."""
-    hetu.manual_seed(0)
-    packed = Packed(task.config, is_flash)
-    packed.model.take(build(task.config, device="cpu").graph.state_dict()["parameters"])
-    packed.to(device)
-    model = torch.compile(packed, dynamic=True)
-    optimizer = torch.optim.AdamW(packed.parameters(), lr=RATE)
-
-    def gradients(pack: Pack) -> torch.Tensor:
-        kept = [document for document in pack if len(document)]
-        lengths = [len(document) for document in kept]
-        cu = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
-        tokens = torch.from_numpy(np.concatenate(kept).astype(np.int64)).to(device)
-        labels = torch.from_numpy(flat(pack)[1]).to(device)
-        position = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])).to(device)
-        optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-            loss: torch.Tensor = model(tokens, labels, cu.to(device) if is_flash else cu, max(lengths), position)
-        loss.backward()
-        return loss.detach()
-
-    def step(pack: Pack) -> torch.Tensor:
-        loss = gradients(pack)
-        torch.nn.utils.clip_grad_norm_(packed.parameters(), NORM)
-        optimizer.step()
-        return loss
-
-    gradients(packs[0])
-    return step
-
-
-MAKERS: dict[str, Callable[[Task, list[Pack], str], Step]] = {
-    "hetu": lambda *given: by_hetu(*given, compiles=False),
-    "hetu compiled": lambda *given: by_hetu(*given, compiles=True),
-    "torch.compile, FlashAttention-2": lambda *given: by_torch(*given, is_flash=True),
-    "torch.compile, hetu.functional": lambda *given: by_torch(*given, is_flash=False),
-}
+MOST_APART, PACKS = 0.01, 8
 
 
 # One peer, in its own process
@@ -192,13 +82,6 @@ def serve(connection: Connection, model: str, peer: str, device: str, lock: str)
         connection.send(f"{type(failure).__name__}: {first_line(failure)}")
 
 
-def settle(device: str) -> None:
-    """Waits for the device, and leaves it the memory that is not used."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-
-
 def turn(step: Step, packs: list[Pack], first: int, count: int, device: str) -> dict[str, Any]:
     """Steps from number ``first`` on, one untimed and ``count`` timed: times in ms, the peak in GB, losses."""
     is_cuda = device == "cuda"
@@ -218,49 +101,6 @@ def turn(step: Step, packs: list[Pack], first: int, count: int, device: str) -> 
     peak = torch.cuda.max_memory_allocated() / 1e9 if is_cuda else 0.0
     settle(device)
     return {**found, "GB": [peak], "losses": losses}
-
-
-KINDS = {
-    "attention": r"^(forward|backward|row_dot)|flash|fmha|attn",
-    "products": r"gemm|nvjet|cutlass|xmma|splitK|aten::(mm|addmm|bmm|linear)$",
-    "compiled by Inductor": r"^triton_|CompiledFxGraph",
-    "optimiser": r"multi_tensor|[Aa]dam",
-    "copies": r"copy|Memcpy|Memset|CatArray|Fill|fill",
-    "norms and reductions": r"norm|[Rr]educe|[Ss]oft[Mm]ax|nll",
-    "elementwise": r"elementwise|Functor",
-}
-"""Kinds of kernels, as regular expressions that their names fit; the first one counts."""
-
-
-def profiled(step: Step, pack: Pack, device: str) -> dict[str, Any]:
-    """The kernels of a step: how many of each kind, their ms, and those that take longest; on a CPU torch's ops."""
-    from torch.profiler import ProfilerActivity, profile
-
-    step(pack)
-    with profile(activities=[ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU]) as found:
-        step(pack)
-        if device == "cuda":
-            torch.cuda.synchronize()
-    settle(device)
-    launches, times, kernels = Counter[str](), Counter[str](), []
-    for event in found.key_averages():
-        ms = (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e3
-        if ms:
-            kind = kind_of(event.key)
-            launches[kind] += event.count
-            times[kind] += ms
-            kernels.append((ms, event.count, event.key[:120]))
-    return {"launches": launches, "kernel ms": times, "longest": sorted(kernels, reverse=True)[:25]}
-
-
-def kind_of(kernel: str) -> str:
-    """The kind of a kernel.
-
-    Example:
-        >>> kind_of("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>")
-        'elementwise'
-    """
-    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, kernel)), "other")
 
 
 # All of them, in turns
@@ -393,6 +233,8 @@ def print_kernels(peers: Sequence[Peer]) -> None:
         print(f"\n{peer.model}, {peer.name}: losses {[round(x, 4) for x in peer.told['losses'][:4]]}")
         for ms, count, name in peer.kernels.get("longest", ()):
             print(f"  {ms:8.2f} ms {count:5d}  {name}")
+        for line in (*(peer.kernels.get("waits") or ["the host waits nowhere"]), *peer.kernels.get("host", ())):
+            print(f"  {line}")
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

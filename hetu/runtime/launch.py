@@ -25,7 +25,7 @@ from hetu.backends.lower.lowering import (
     StepInput,
     WorldInput,
 )
-from hetu.backends.memory import as_tensor
+from hetu.backends.memory import as_tensor, sent_to
 from hetu.backends.torch_private import set_grad_enabled
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
@@ -161,4 +161,8 @@ def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Ten
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
     if not isinstance(value, torch.Tensor):
         value = as_tensor(value)
-    return value if value.device == device and value.dtype == dtype else value.to(device=device, dtype=dtype)
+    if value.device == device and value.dtype == dtype:
+        return value
+    if value.device.type == "cpu" and device.type == "cuda":
+        value = sent_to(value, device)
+    return value.to(device=device, dtype=dtype)
