@@ -219,22 +219,35 @@ def rows_of(model: str, peers: Sequence[Peer]) -> list[Row]:
         shares = [host / ms for host, ms in zip(told["host ms"], told["ms"], strict=True)]
         rows.append(Row.of(f"{model}: host, {name}", "ms", told["host ms"]))
         rows.append(Row.of(f"{model}: host over step, {name}", "times", shares, 0.5 if "hetu" in name[:4] else None))
-    for peer in peers:
-        rows.append(Row.of(f"{model}: peak memory, {peer.name}", "GB", [max(peer.told["GB"])]))
-        for kind, count in peer.kernels.get("launches", {}).items():
-            rows.append(Row.of(f"{model}: launches, {peer.name}: {kind}", "", [count]))
-            rows.append(Row.of(f"{model}: kernels' time, {peer.name}: {kind}", "ms", [peer.kernels["kernel ms"][kind]]))
+    rows += [Row.of(f"{model}: peak memory, {name}", "GB", [max(told["GB"])]) for name, told in by_name.items()]
     return rows
 
 
-def print_kernels(peers: Sequence[Peer]) -> None:
-    """What takes longest of each."""
+def kernel_rows(peers: Sequence[Peer]) -> list[Row]:
+    """How many kernels of each kind a step of each launches, and how long they take."""
+    rows = []
     for peer in peers:
-        print(f"\n{peer.model}, {peer.name}: losses {[round(x, 4) for x in peer.told['losses'][:4]]}")
-        for ms, count, name in peer.kernels.get("longest", ()):
-            print(f"  {ms:8.2f} ms {count:5d}  {name}")
-        for line in (*(peer.kernels.get("waits") or ["the host waits nowhere"]), *peer.kernels.get("host", ())):
-            print(f"  {line}")
+        for kind, count in peer.kernels.get("launches", {}).items():
+            name = f"{peer.model}: {peer.name}, {kind}"
+            rows += [Row.of(f"{name}, launches", "", [count])]
+            rows += [Row.of(f"{name}, kernels", "ms", [peer.kernels["kernel ms"][kind]])]
+    return rows
+
+
+def kernels_text(peer: Peer) -> str:
+    """The kinds of a peer's kernels on a line, and where its host waits."""
+    launches, times = peer.kernels.get("launches", {}), peer.kernels.get("kernel ms", {})
+    kinds = [f"{kind} {count} ({times[kind]:.1f} ms)" for kind, count in launches.items()]
+    lines = [f"{peer.model}, {peer.name}: {sum(launches.values())} kernels: {', '.join(sorted(kinds))}"]
+    return "\n  ".join([*lines, *peer.kernels.get("waits", [])[:4]])
+
+
+def details(peer: Peer) -> str:
+    """What takes longest of a peer, on the device and on the host."""
+    kernels = [f"{ms:8.2f} ms {count:5d}  {name}" for ms, count, name in peer.kernels.get("longest", ())]
+    parts = peer.kernels.get("waits", ()), peer.kernels.get("host", ())
+    losses = f"losses {[round(x, 4) for x in peer.told['losses'][:4]]}"
+    return "\n  ".join([f"{peer.model}, {peer.name}: {losses}", *kernels, *(line for part in parts for line in part)])
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -263,13 +276,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in arguments.peers
     ]
     rows: list[Row] = []
+    measured: list[Peer] = []
     try:
         ready = ready_ones(started, begin + arguments.budget * 0.75)
         for place, model in enumerate(arguments.models, 1):
             until = perf_counter() + (begin + arguments.budget - perf_counter()) / (len(arguments.models) - place + 1)
             peers = measure([p for p in ready if p.model == model], arguments.turns, arguments.steps, until - 5)
-            print_kernels(peers)
             rows += rows_of(model, peers)
+            measured += peers
             for peer in [p for p in ready if p.model == model]:
                 peer.end()
     finally:
@@ -279,7 +293,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     gpu = torch.cuda.get_device_name() if device == "cuda" else ""
     print(f"\n{gpu or 'CPU'}, torch {torch.__version__}, {perf_counter() - begin:.0f} s in all\n")
     print_table(rows)
-    keep(f"step_{gpu.split()[-1].lower() if gpu else 'tiny'}", rows, in_docs=False, folder=arguments.out, device=gpu)
+    print("", *map(kernels_text, measured), sep="\n")
+    name, kept = f"step_{gpu.split()[-1].lower() if gpu else 'tiny'}", [*rows, *kernel_rows(measured)]
+    keep(name, kept, in_docs=False, folder=arguments.out, device=gpu)
+    (arguments.out / f"{name}.txt").write_text("\n\n".join(map(details, measured)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
