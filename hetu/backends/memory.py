@@ -80,20 +80,25 @@ def as_tensor(array: NDArray[Any]) -> torch.Tensor:
 def copied_to(array: NDArray[Any], device: torch.device) -> torch.Tensor:
     """A copy of a host array on a device; on the CPU the array's own memory.
 
-    More than a little goes through memory that the device may read by itself, because a copy from ordinary memory would
-    wait for the stream. torch keeps such memory, and gives it out again only when the copy is done; that takes it three
-    times as long as a little copy.
-
     Example:
         >>> copied_to(np.arange(3), torch.device("cpu"))
         tensor([0, 1, 2])
     """
     tensor = torch.from_numpy(np.ascontiguousarray(array))
-    if device.type == "cpu":
-        return tensor
-    if array.nbytes > SMALL:
-        tensor = tensor.pin_memory()
-    return empty(array.shape, tensor.dtype, device).copy_(tensor, non_blocking=True)
+    return tensor if device.type == "cpu" else sent_to(tensor, device)
+
+
+def sent_to(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on a GPU of a tensor on the CPU, which may be changed right after: nobody waits.
+
+    More than a little goes through memory that the device may read by itself, because a copy from ordinary memory would
+    wait for the stream. torch keeps such memory, and gives it out again only when the copy is done; that takes it three
+    times as long as a little copy. From a user's memory of that kind the device would read later.
+    """
+    tensor = tensor.detach()
+    if tensor.nbytes > SMALL or tensor.is_pinned():
+        tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True).copy_(tensor)
+    return empty(tensor.shape, tensor.dtype, device).copy_(tensor, non_blocking=True)
 
 
 class HasCopies(Protocol):

@@ -32,6 +32,7 @@ from hetu.runtime.executables import Executables
 from hetu.runtime.gathering import Gathering
 from hetu.runtime.launch import ModuleLauncher, StepValues
 from hetu.runtime.modes import in_own_modes
+from hetu.runtime.parameter_values import ParameterValues
 from hetu.runtime.ranks.agreed_state import AgreedState
 from hetu.runtime.ranks.agreement import Agreement
 from hetu.runtime.request import RunOpener, RunRequest, device_of
@@ -57,6 +58,7 @@ class ReadyRun:
         step: What takes its losses and gradients.
         prepared: Each micro-batch's plans and feeds.
         launchers: What computes each micro-batch here; None where no pipeline of it runs here.
+        parameters: What they read of parameters.
         flags: Note indices out of range; None if the hosts see all indices.
     """
 
@@ -65,6 +67,7 @@ class ReadyRun:
     step: Step
     prepared: Sequence[tuple[Prepared, FeedSet]]
     launchers: Sequence[ModuleLauncher | None]
+    parameters: ParameterValues
     flags: IndexFlags | None
 
 
@@ -194,7 +197,8 @@ class Executor:
         step = Step(request.fetches, self.state, world, request.device)
         step.prepare()
         flags = IndexFlags() if is_unseen and not waits else None
-        return ReadyRun(request, world, step, ready, launchers, flags)
+        parameters = ParameterValues(self.state.parameters, request.device)
+        return ReadyRun(request, world, step, ready, launchers, parameters, flags)
 
     def _launcher(
         self, world: World, request: RunRequest, subgraph: Subgraph, num_pipelines: int
@@ -241,6 +245,7 @@ class Executor:
         for (prepared, feeds), launcher, draws in zip(run.prepared, run.launchers, random, strict=True):
             flat = self._launch(run, prepared, feeds, launcher, draws, values)
             step.collect(flat, prepared.num_pipelines)
+        run.parameters.clear()  # before optimisers need memory
         step.gather_losses()
         if run.flags is not None:
             self._judge_later(run, run.flags, random[0])
@@ -290,7 +295,7 @@ class Executor:
         if run.flags is not None:
             run.flags.unseen = feeds.unseen
         begin = perf_counter()
-        values = launcher.launch(prepared, feeds, store, run.world, device, draws, step_values, run.flags)
+        values = launcher.launch(prepared, feeds, run.parameters, run.world, device, draws, step_values, run.flags)
         if stages.are_told():
             stages.launched(perf_counter() - begin, device, run.world.pipelines(prepared.num_pipelines))
         return values

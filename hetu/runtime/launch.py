@@ -25,14 +25,14 @@ from hetu.backends.lower.lowering import (
     StepInput,
     WorldInput,
 )
-from hetu.backends.memory import as_tensor
+from hetu.backends.memory import as_tensor, sent_to
 from hetu.backends.torch_private import set_grad_enabled
 from hetu.graph import Node, Tensor
 from hetu.planning.binder import BoundPipeline
 from hetu.planning.feeds import FeedSet
 from hetu.planning.planner import Prepared
 from hetu.runtime.gathering import Gathering
-from hetu.runtime.parameters import ParameterStore
+from hetu.runtime.parameter_values import ParameterValues
 
 StepValues = Mapping[Node, torch.Tensor]
 """The values that are made of a whole step before the rest of it is computed."""
@@ -55,6 +55,7 @@ class ModuleLauncher:
         self._sizes: list[tuple[int, int, int]] = []
         self._plans: list[tuple[int, Node, int]] = []
         self._feeds: list[tuple[int, Tensor, int, torch.dtype]] = []
+        self._parameters: list[tuple[int, ParameterInput]] = []
         self._others: list[tuple[int, Input]] = []
         for position, item in enumerate(executable.inputs):
             match item:
@@ -64,6 +65,8 @@ class ModuleLauncher:
                     self._sizes.append((position, index, pipeline))
                 case PlanInput(node, pipeline):
                     self._plans.append((position, node, pipeline or 0))
+                case ParameterInput():
+                    self._parameters.append((position, item))
                 case _:
                     self._others.append((position, item))
         # The planner remembers length sets for longer than executables are kept, and forgets them by itself: neither
@@ -74,7 +77,7 @@ class ModuleLauncher:
         self,
         prepared: Prepared,
         feeds: FeedSet,
-        store: ParameterStore,
+        parameters: ParameterValues,
         world: World,
         device: torch.device,
         draws: tuple[int, int],
@@ -86,7 +89,7 @@ class ModuleLauncher:
         Args:
             prepared: Its lengths and plans.
             feeds: Its arrays.
-            store: Gives the parameters' values.
+            parameters: Their values, as all micro-batches of the run read them.
             world: Through which its pipelines reach the others.
             device: Where it runs.
             draws: The seed, and the offset of the first random node of the graph.
@@ -102,17 +105,18 @@ class ModuleLauncher:
         values = known.copy()
         for position, tensor, pipeline, dtype in self._feeds:
             values[position] = to_device(feeds.arrays[pipeline][tensor], dtype, device)
+        found = parameters.values([item for _, item in self._parameters])
+        for (position, _), value in zip(self._parameters, found, strict=True):
+            values[position] = value
         for position, item in self._others:
             match item:
                 case RandomInput(node):
                     seed, offset = draws
                     values[position] = seed, offset + prepared.subgraph.random[node]
-                case ParameterInput(node):
-                    values[position] = store.value(node).to(device)
                 case GatheringInput():
-                    values[position] = Gathering(store, world, self.executable.buckets, device)
+                    values[position] = Gathering(parameters.store, world, self.executable.buckets, device)
                 case HomeInput(node):
-                    values[position] = store.homes.of_sum(node)
+                    values[position] = parameters.store.homes.of_sum(node)
                 case StepInput(node):
                     values[position] = step_values[node]
                 case FlagsInput():
@@ -160,4 +164,8 @@ class ModuleLauncher:
 def to_device(value: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A fed array as a torch tensor of an element type on the device; no copy where none is needed."""
     x = value if isinstance(value, torch.Tensor) else as_tensor(value)
-    return x if x.device == device and x.dtype == dtype else x.to(device=device, dtype=dtype)
+    if x.device == device and x.dtype == dtype:
+        return x
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = sent_to(x, device)
+    return x.to(device=device, dtype=dtype)

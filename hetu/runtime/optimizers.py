@@ -25,6 +25,13 @@ from hetu.runtime.parameters import ByBox, ParameterBox, ParameterStore, new_num
 NamedState = Mapping[str, Mapping[str, Any]]
 """An optimiser's state by the name of the parameter and the name of the state: of whole parameters, on all ranks."""
 
+FUSED_ON = {"cuda"}
+"""The types of devices on which parameters are updated by torch's fused kernels, if the user chooses no others.
+
+They read and write each value once, and not once for each operation. On a CPU the last bit would depend on where a
+tensor ends.
+"""
+
 
 @dataclass(slots=True)
 class BoundOptimizer:
@@ -37,6 +44,7 @@ class BoundOptimizer:
         optimizer: That of torch, of the same tensors in the same order.
         schedule: That of torch, or None.
         version: That of :class:`~hetu.runtime.homes.Homes` for which it is bound.
+        are_fused: Of each group whether it is updated by fused kernels that the user did not ask for.
         number: See :func:`~hetu.runtime.parameters.new_number`.
     """
 
@@ -46,6 +54,7 @@ class BoundOptimizer:
     optimizer: torch.optim.Optimizer
     schedule: Any
     version: int
+    are_fused: list[bool]
     number: int = field(default_factory=new_number)
 
     @classmethod
@@ -61,12 +70,14 @@ class BoundOptimizer:
             HetuError: If torch refuses its options, or it needs whole parameters and this rank holds parts.
         """
         spec: Optimizer = update.attrs["optimizer"]
-        rest, groups, options, params = iter(parameters), [], [], ByBox()
+        rest, groups, options, params, are_fused = iter(parameters), [], [], ByBox(), []
         for count, own in update.attrs["groups"]:
             groups.append([next(rest) for _ in range(count)])
             own_params = store.updated(groups[-1], stage_of(update))
             params |= own_params
-            options.append({"params": list(own_params.values()), **copied(own)})
+            are_fused.append(_is_fused(spec, {**spec.options, **own}, store.device()))
+            fused = {"fused": True} if are_fused[-1] else {}
+            options.append({"params": list(own_params.values()), **copied(own), **fused})
         if not spec.is_elementwise:
             _refuse_parts(spec, params)
         with _told("minimize", spec):
@@ -77,7 +88,7 @@ class BoundOptimizer:
             for name in ("step", "state_dict", "load_state_dict") if schedule is not None else ():
                 if not callable(getattr(schedule, name, None)):
                     raise TypeError(f"schedule gave a {type(schedule).__name__}, which has no {name}()")
-        return cls(spec, groups, params, optimizer, schedule, store.homes.version)
+        return cls(spec, groups, params, optimizer, schedule, store.homes.version, are_fused)
 
     def check_places(self, update: Node, store: ParameterStore) -> None:
         """Refuses to go on where a later update has cut what this one trains.
@@ -176,19 +187,22 @@ class BoundOptimizer:
             self.schedule.step()
 
     def named_groups(self) -> list[dict[str, Any]]:
-        """The options of each group, with the names of its parameters."""
-        return [
-            {**{key: value for key, value in group.items() if key != "params"}, "params": [node.name for node in nodes]}
-            for group, nodes in zip(self.optimizer.param_groups, self.groups, strict=True)
-        ]
+        """The options of each group, the same on all devices, with the names of its parameters."""
+        named = []
+        for group, nodes, is_fused in zip(self.optimizer.param_groups, self.groups, self.are_fused, strict=True):
+            chosen = {"fused": None} if is_fused else {}
+            named.append({**group, **chosen, "params": [node.name for node in nodes]})
+        return named
 
-    def load(self, state: NamedState, options: Sequence[Mapping[str, Any]]) -> None:
+    def load(self, state: NamedState, options: Sequence[Mapping[str, Any]], device: torch.device) -> None:
         """Goes on from a state.
 
         Args:
             state: Of whole parameters. Nothing of it is kept: what this process needs of it is copied.
             options: The options of each group.
+            device: Where the parameters lie.
         """
+        self.are_fused = [_is_fused(self.spec, own, device) for own in options]
         own: dict[ParameterBox, dict[str, Any]] = {
             (node, box): {name: _part(value, box) for name, value in state.get(node.name, {}).items()}
             for node, box in self.params
@@ -197,7 +211,8 @@ class BoundOptimizer:
         number = {key: i for i, key in enumerate(self.params)}
         groups = [
             {**group, "params": [number[key] for key in self.params if key[0] in set(nodes)]}
-            for group, nodes in zip(options, self.groups, strict=True)
+            | ({"fused": True} if is_fused else {})
+            for group, nodes, is_fused in zip(options, self.groups, self.are_fused, strict=True)
         ]
         states = {number[key]: values for key, values in own.items() if values}
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
@@ -215,6 +230,12 @@ def _kind(spec: Optimizer) -> Any:
 def _arguments(spec: Optimizer) -> Mapping[str, Any]:
     """What the optimiser of torch takes."""
     return inspect.signature(_kind(spec)).parameters
+
+
+def _is_fused(spec: Optimizer, options: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether a group with these options is updated by fused kernels, because the user chooses no others."""
+    is_left_open = all(options.get(name) is None for name in ("fused", "foreach")) and not options.get("differentiable")
+    return is_left_open and spec.takes is not None and "fused" in spec.takes and device.type in FUSED_ON
 
 
 def _try_options(spec: Optimizer, options: Mapping[str, Any], device: torch.device) -> None:

@@ -55,7 +55,7 @@ def load_optimizer(state: GraphState, update: Node, saved: Mapping[str, Any]) ->
     averages = _checked_averages(bound, update, options, saved["state"])
     known = [set(group) for group in bound.optimizer.param_groups]
     try:
-        bound.load(averages, options)
+        bound.load(averages, options, state.parameters.device())
     except (KeyError, TypeError, ValueError) as error:
         refuse(f"torch refuses the state of {update.name}: {error!r}")
     for group, wanted in zip(bound.optimizer.param_groups, known, strict=True):  # torch adds what older ones lack
@@ -92,7 +92,7 @@ def _order_of_groups(bound: BoundOptimizer, update: Node, saved: Sequence[Mappin
 
 def _checked_group(bound: BoundOptimizer, index: int, saved: Mapping[str, Any], update: Node) -> dict[str, Any]:
     """The options of a group in the state, as copies."""
-    fresh, spec = bound.optimizer.param_groups[index], bound.spec
+    fresh, spec = bound.named_groups()[index], bound.spec
     given = {key: copied(value) for key, value in saved.items() if key != "params"}
     for key, value in given.items():
         if key not in fresh:

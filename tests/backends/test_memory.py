@@ -8,7 +8,8 @@ import torch
 from support.devices import CUDA, DEVICES
 from support.functional_calls import Watching
 
-from hetu.backends.memory import SMALL, copied_to, empty
+from hetu.backends.memory import SMALL, copied_to, empty, sent_to
+from hetu.runtime.launch import to_device
 
 SHAPES = [(3, 4, 5), (1, 1, 1), (0, 4, 5), (3, 0, 5), (3, 4, 0), (7, 2), (5,), (), (2, 3, 4, 5)]
 
@@ -69,6 +70,31 @@ def test_the_array_may_change_at_once(size: int, device: str) -> None:
     copy = copied_to(array, torch.device(device))
     array.fill(-1)
     assert torch.equal(copy.cpu(), torch.arange(size, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_tensor_may_change_at_once(size: int, is_pinned: bool, device: str) -> None:
+    given, wanted = torch.arange(size, dtype=torch.int32), torch.arange(size, dtype=torch.int32)
+    if is_pinned:
+        given = given.pin_memory()
+    to_device(given, torch.int64, on(device))  # memory is found for it
+    torch.cuda._sleep(10**7)
+    copies = sent_to(given, on(device)), to_device(given, torch.int64, on(device))
+    given.fill_(-1)
+    assert torch.equal(copies[0].cpu(), wanted) and torch.equal(copies[1].cpu(), wanted.long())
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_a_feed_is_sent_without_waiting(device: str) -> None:
+    given = torch.arange(2**18)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        copy = to_device(given.numpy(), torch.int32, on(device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(copy.cpu(), given.int())
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

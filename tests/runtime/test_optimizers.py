@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import hetu
+from hetu.runtime import optimizers
 
 RNG = np.random.default_rng(0)
 X, Y = (RNG.standard_normal(shape).astype(np.float32) for shape in ((12, 5), (12, 3)))
@@ -293,3 +294,47 @@ def test_there_is_no_such_run_level() -> None:
     model = Regression(hetu.optim.SGD())
     with pytest.raises(hetu.HetuError, match="there is no run_level 'train'"):
         model.run(model.train, run_level="train")
+
+
+@pytest.fixture
+def fused_on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "FUSED_ON", {"cpu"})
+
+
+def fused_groups(model: Regression) -> list[Any]:
+    bound = model.graph.executor.state.optimizers[model.train.op]
+    return [group["fused"] for group in bound.optimizer.param_groups]
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW"])
+def test_some_devices_update_by_fused_kernels(kind: str, fused_on_cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = functools.partial(getattr(hetu.optim, kind), lr=1e-2, max_grad_norm=1.5)
+    model = Regression(make())
+    losses, values = by_torch(lambda w, b: getattr(torch.optim, kind)([w, b], lr=1e-2), 4, max_norm=1.5)
+    found = [model.run(model.train).item() for _ in range(2)]
+    state = model.graph.state_dict()
+    assert fused_groups(model) == [True]
+    assert [group["fused"] for group in state["optimizers"][model.train.op.name]["groups"]] == [None]
+    other = Regression(make())
+    other.graph.load_state_dict(state)
+    assert fused_groups(other) == [True]
+    monkeypatch.setattr(optimizers, "FUSED_ON", set())
+    plain = Regression(make())  # on a device of the other kind
+    plain.graph.load_state_dict(state)
+    assert fused_groups(plain) == [None]
+    for one in (model, other, plain):
+        np.testing.assert_allclose([*found, *(one.run(one.train).item() for _ in range(2))], losses, rtol=1e-5)
+        for mine, theirs in zip(one.values(), values, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}])
+def test_kernels_that_the_user_chooses_are_taken(options: dict[str, bool], fused_on_cpus: None) -> None:
+    def groups(named: Any) -> Any:
+        return [{"params": [named["w"]], **options}, {"params": [named["b"]]}]
+
+    one, grouped = Regression(hetu.optim.AdamW(**options)), Regression(hetu.optim.AdamW(), groups)
+    for model in (one, grouped):
+        model.run(model.train)
+    assert fused_groups(one) == [options.get("fused")]
+    assert fused_groups(grouped) == [options.get("fused"), True]

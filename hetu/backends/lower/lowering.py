@@ -106,9 +106,10 @@ class RandomInput:
 
 @dataclass(frozen=True, slots=True)
 class ParameterInput:
-    """A module input: the value of a parameter, the same on all pipelines."""
+    """A module input: the value of a parameter, in its own dtype or another, the same on all pipelines."""
 
     node: Node
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +293,9 @@ class NodeLowering:
         """The tensor that the node, a constant, stands for; kept on the device once for all modules and pipelines."""
         return self.builder.constant(self.node, value)
 
-    def parameter(self) -> fx.Node:
-        """The module input that brings the value of the node, a parameter."""
-        return self.builder.input(ParameterInput(self.node), self.node.name)
+    def parameter(self, node: Node, dtype: torch.dtype) -> fx.Node:
+        """The module input that brings the value of a parameter in a dtype."""
+        return self.builder.input(ParameterInput(node, dtype), node.name)
 
     def home(self) -> fx.Node:
         """The module input that says where what the node sums up is at home."""

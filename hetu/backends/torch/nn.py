@@ -12,13 +12,17 @@ from hetu.backends.dtypes import TORCH_DTYPES
 from hetu.backends.lower.lowering import NodeLowering, lowering
 from hetu.backends.lower.traced import traced
 from hetu.backends.torch.common import at_least_float32, cast, checked_indices, looked_up
+from hetu.graph import Role
 
 aten = torch.ops.aten
 
 
 @lowering("cast", backend="torch")
 def _cast(cx: NodeLowering, x: fx.Node) -> fx.Node:
-    return cast(cx, x, TORCH_DTYPES[cx.node.outputs[0].dtype])
+    source, dtype = cx.node.tensors[0].op, TORCH_DTYPES[cx.node.outputs[0].dtype]
+    if source.role is Role.PARAMETER and x.op == "placeholder":  # not where it is gathered from other ranks
+        return cx.parameter(source, dtype)  # once for all micro-batches
+    return cast(cx, x, dtype)
 
 
 @lowering("embedding", backend="torch")

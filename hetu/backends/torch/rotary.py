@@ -42,34 +42,40 @@ def hetu_rotary(
     """Rotates the first ``num_heads`` heads by the table's angles, or back; the rest is copied."""
     out = x.new_empty(x.shape)
     old, new = (y if y.ndim == 3 else y.unflatten(1, (y.shape[1] // head_dim, head_dim)) for y in (x, out))
-    turned, rest = new[:, :num_heads], old[:, num_heads:]
-    wide = turned if out.dtype == table.dtype else turned.new_empty(turned.shape, dtype=table.dtype)
     rotate = _rotate_pairs if interleaved else _rotate_halves
-    if turned.numel():
-        rotate(old[:, :num_heads].to(table.dtype), table[:, 0].unsqueeze(1), table[:, 1].unsqueeze(1), inverse, wide)
-    if wide is not turned:
-        turned.copy_(wide)
-    new[:, num_heads:].copy_(rest)
+    if num_heads and out.numel():
+        cos, sin = table[:, 0].unsqueeze(1), table[:, 1].unsqueeze(1)
+        rotate(old[:, :num_heads], cos, sin, inverse, new[:, :num_heads])
+    new[:, num_heads:].copy_(old[:, num_heads:])
     return out
 
 
 def _rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, out: torch.Tensor) -> None:
     half = x.shape[-1] // 2
-    halves = x.unflatten(-1, (2, half))
-    torch.mul(halves, cos.unsqueeze(-2), out=out.unflatten(-1, (2, half)))
+    scaled = out if out.dtype == cos.dtype else out.new_empty(out.shape, dtype=cos.dtype)
+    # A GPU's kernels convert what they read and write on the way; on a CPU torch makes a copy for each of them.
+    wide, turned = (x.to(cos.dtype), scaled) if x.device.type == "cpu" else (x, out)
+    torch.mul(wide.unflatten(-1, (2, half)), cos.unsqueeze(-2), out=scaled.unflatten(-1, (2, half)))
     sign = -1 if inverse else 1
-    out[..., :half].addcmul_(x[..., half:], sin, value=-sign)
-    out[..., half:].addcmul_(x[..., :half], sin, value=sign)
+    first, last = slice(None, half), slice(half, None)
+    for own, other, factor in ((first, last, -sign), (last, first, sign)):
+        torch.addcmul(scaled[..., own], wide[..., other], sin, value=factor, out=turned[..., own])
+    if turned is not out:
+        out.copy_(turned)
 
 
 def _rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool, out: torch.Tensor) -> None:
     # Neighbouring pairs are complex numbers in memory: one pass instead of four with gaps.
     turn = torch.complex(cos, -sin if inverse else sin)
+    turned = out if out.dtype == cos.dtype else out.new_empty(out.shape, dtype=cos.dtype)
+    x = x.to(cos.dtype)
     if x.stride(-1) != 1 or any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1])):
         x = x.clone(memory_format=torch.contiguous_format)
-    pairs = (y.unflatten(-1, (y.shape[-1] // 2, 2)) for y in (x, out))
+    pairs = (y.unflatten(-1, (y.shape[-1] // 2, 2)) for y in (x, turned))
     numbers, result = map(torch.view_as_complex, pairs)
     torch.mul(numbers, turn, out=result)
+    if turned is not out:
+        out.copy_(turned)
 
 
 @lowering("rotary_table", backend="torch")

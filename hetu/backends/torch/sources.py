@@ -20,7 +20,7 @@ def _placeholder(cx: NodeLowering) -> fx.Node:
 
 @lowering("parameter", backend="torch")
 def _parameter(cx: NodeLowering) -> fx.Node:
-    return cx.parameter()
+    return cx.parameter(cx.node, TORCH_DTYPES[cx.node.outputs[0].dtype])
 
 
 @lowering("constant", backend="torch")
