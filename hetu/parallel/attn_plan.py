@@ -18,11 +18,12 @@ from hetu.errors import PlanError, StrategyError, caller
 from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.mask.mask import CAUSAL, Mask
-from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
+from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
+from hetu.parallel.topology import Topology
 from hetu.parallel.views import picture, report
 from hetu.parallel.views.cost import Cost, predict
 from hetu.parallel.views.hardware import Hardware
@@ -34,7 +35,7 @@ class AttnPlan(PlanData):
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part per pipeline, in order. It is built when it is first asked for: whoever follows one part
@@ -113,13 +114,14 @@ class AttnPlan(PlanData):
 
         Args:
             hardware: What it runs on.
-            topology: Which pipelines share a host; None if all do.
+            topology: Which pipelines share a host; None for those that the plan was built for.
 
         Raises:
             PlanError: If the plan deadlocks.
             StrategyError: If the topology is one of another number of pipelines.
         """
-        hosts = None if topology is None else _fitting(topology, len(self.pipelines)).hosts
+        known = self.topology if topology is None else _fitting(topology, len(self.pipelines))
+        hosts = None if known is None else known.hosts
         return predict(self, _checked(hardware), hosts)
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -237,7 +239,8 @@ def build_plan(
 
     Args:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or
+            ``"hierarchical"``; ``"auto"`` is ``"direct"``: of those that
             move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
             computation before it.
         mask: Which keys of its document a query sees.
@@ -261,7 +264,8 @@ def build_plan(
     spec = _spec(layout, mask, heads, topology)
     for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
         mask.bands(group.lengths, group.lengths)
-    return AttnPlan(layout, name, mask, heads, Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec)))
+    parts = Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec))
+    return AttnPlan(layout, name, mask, heads, parts, topology=topology)
 
 
 def _forward(layout: Layout, method: Method, spec: AttnSpec, pipelines: Sequence[int]) -> Iterator[PipelinePlan]:

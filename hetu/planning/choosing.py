@@ -16,6 +16,7 @@ from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
 from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, read_loads, strategy_sizes
 from hetu.parallel.choice.setting import Chosen
+from hetu.parallel.topology import topology_of
 from hetu.parallel.views.report import as_bytes, as_table, as_time
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import IntSymbol, as_symbol
@@ -218,7 +219,8 @@ def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards
     try:
         price = pricer_of(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
     except StrategyError:
-        plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads)
+        topology = topology_of(key.hosts, layout.num_pipelines)
+        plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads, topology=topology)
         price = _by_clock(plan, hardware)
         if backwards:
             again = _by_clock(plan.backward(), hardware)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hetu.errors import StrategyError, caller
 from hetu.parallel.choice.numbers import Numbers
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
@@ -55,7 +56,15 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
 
 
 def loads_of(groups: Iterable[GroupCounts], methods: Sequence[str]) -> dict[str, list[Load]]:
-    """The load of each group, by each method."""
+    """The load of each group, by each method.
+
+    Raises:
+        StrategyError: If a method has no closed form.
+    """
+    unknown = [method for method in methods if method not in WORK]
+    if unknown:
+        what = f"method {unknown[0]!r} has no closed form"
+        raise StrategyError(what, op="cost", where=caller(), fix="count it from its plan: plan.cost(hardware)")
     found: dict[str, list[Load]] = {method: [] for method in methods}
     for group in groups:
         for method in methods:

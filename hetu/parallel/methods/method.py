@@ -16,42 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hetu.arguments import integers
-from hetu.errors import StrategyError
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """Which pipelines share a host.
-
-    Attributes:
-        hosts: The number of each pipeline's host.
-
-    Raises:
-        StrategyError: If they are no ints.
-
-    Example:
-        >>> Topology((0, 0, 1, 1)).shares_host(1, 2), Topology.one_host(3)
-        (False, Topology(hosts=(0, 0, 0)))
-    """
-
-    hosts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hosts", tuple(integers(self.hosts, "hosts", op="Topology", error=StrategyError)))
-
-    @classmethod
-    def one_host(cls, num_pipelines: int) -> Topology:
-        """All pipelines share one host."""
-        return cls((0,) * num_pipelines)
-
-    def shares_host(self, one: int, other: int) -> bool:
-        """Whether two pipelines share a host."""
-        return self.hosts[one] == self.hosts[other]
+from hetu.parallel.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ class Cost:
         peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
         fits: Whether every pipeline's memory is enough.
+        host_bytes: Bytes that leave their host, of all pipelines together.
     """
 
     flops: tuple[int, ...]
@@ -38,6 +39,7 @@ class Cost:
     peak_bytes: tuple[int, ...]
     finish: tuple[float, ...]
     fits: bool
+    host_bytes: int = 0
 
     @property
     def time(self) -> float:
@@ -105,7 +107,9 @@ def predict(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = No
                 link = part.pipeline, item.peer
                 links[link] = links.get(link, 0) + transfer_bytes(plan, item)
     peak = tuple(peak_bytes(plan, part) for part in plan.pipelines)
-    return Cost(timeline.flops, links, peak, timeline.finish, fits=max(peak) <= hardware.memory_bytes)
+    leaving = [size for (a, b), size in links.items() if hosts is not None and hosts[a] != hosts[b]]
+    fits = max(peak) <= hardware.memory_bytes
+    return Cost(timeline.flops, links, peak, timeline.finish, fits=fits, host_bytes=sum(leaving))
 
 
 def simulate(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = None) -> Timeline:

@@ -1,0 +1,68 @@
+"""What each method moves between hosts, and how long it would take: 2 to 16 hosts of 8, by the virtual clock.
+
+    python benchmarks/hosts.py [--hosts 2 4 8 16] [--tokens 1024 4096 8192] [--json FILE]
+
+A device attends to its part of one causal document, forward and backward. Links between hosts are some times slower
+than those inside. Rows are added to those of the file. Nothing is measured, so the numbers are the
+same on every machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hetu.parallel import METHODS, AttnPlan, Hardware, Heads, Layout, Topology, build_plan
+
+DEVICES = 8
+SLOWER = (1, 8, 32)
+"""How many times slower links between hosts are."""
+
+HEADS = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)
+
+
+def main() -> None:
+    """Prints a line for each case and method, and writes them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--hosts", type=int, nargs="+", default=[2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192], help="of a device")
+    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    chosen = parser.parse_args()
+    rows = [row for hosts in chosen.hosts for tokens in chosen.tokens for row in case(hosts, tokens)]
+    if chosen.json:
+        before = json.loads(chosen.json.read_text())["rows"] if chosen.json.exists() else []
+        chosen.json.write_text(json.dumps({"devices": DEVICES, "rows": before + rows}, indent=1) + "\n")
+
+
+def case(hosts: int, tokens: int) -> list[dict[str, Any]]:
+    """All methods on so many hosts."""
+    count, rows = hosts * DEVICES, []
+    topology = Topology(tuple([r // DEVICES for r in range(count)]))
+    layout = Layout.build([tokens] * count, [0] * count, split="sym")
+    for method in METHODS:
+        began = time.perf_counter()
+        forward = build_plan(layout, method=method, heads=HEADS, topology=topology).whole()
+        rows.append({"hosts": hosts, "tokens": tokens, "method": method})
+        rows[-1] |= figures(forward, forward.backward().whole())
+        print(json.dumps(rows[-1]), f"({time.perf_counter() - began:.1f} s)", flush=True)
+    return rows
+
+
+def figures(*plans: AttnPlan) -> dict[str, Any]:
+    """Bytes between hosts, and ms for each ratio of links, of some plans together."""
+    found: dict[str, Any] = {}
+    for slower in SLOWER:
+        hardware = Hardware.h100()
+        hardware = replace(hardware, host_link_bytes=hardware.link_bytes / slower, host_latency=5e-6)
+        costs = [plan.cost(hardware) for plan in plans]
+        found["host_bytes"] = sum(cost.host_bytes for cost in costs)
+        found[f"ms_{slower}"] = round(1e3 * sum(cost.time for cost in costs), 4)
+    return found
+
+
+if __name__ == "__main__":
+    main()

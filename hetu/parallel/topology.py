@@ -1,0 +1,49 @@
+"""Which pipelines share a host: links inside a host are faster than those between hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetu.arguments import integers
+from hetu.errors import StrategyError
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Which pipelines share a host.
+
+    Attributes:
+        hosts: The number of each pipeline's host.
+
+    Raises:
+        StrategyError: If they are no ints.
+
+    Example:
+        >>> Topology((0, 0, 1, 1)).shares_host(1, 2), Topology.one_host(3)
+        (False, Topology(hosts=(0, 0, 0)))
+    """
+
+    hosts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hosts", tuple(integers(self.hosts, "hosts", op="Topology", error=StrategyError)))
+
+    @classmethod
+    def one_host(cls, num_pipelines: int) -> Topology:
+        """All pipelines share one host."""
+        return cls((0,) * num_pipelines)
+
+    def shares_host(self, one: int, other: int) -> bool:
+        """Whether two pipelines share a host."""
+        return self.hosts[one] == self.hosts[other]
+
+
+def topology_of(hosts: Sequence[int] | None, num_pipelines: int) -> Topology | None:
+    """Which pipelines share a host, from the hosts of ranks, see ``hetu.config(hosts=...)``; None if nothing is said.
+
+    Example:
+        >>> topology_of((0, 1), 3)
+        Topology(hosts=(0, 1, 0))
+    """
+    return None if hosts is None else Topology(tuple([hosts[r % len(hosts)] for r in range(num_pipelines)]))
