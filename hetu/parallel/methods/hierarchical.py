@@ -8,7 +8,8 @@ own, so that all of a host's links are used alike. A group that lies on one host
 
 There is a buffer for each *distance*, the number of hosts from the owner's to the receiver's, which is attended to at
 once; distance 0 is the own host. What came from distance d + 1 is passed on before distance d is attended to, and what
-comes from distance d + 2 sets out, so that all three overlap.
+comes from distance d + 2 sets out, so that all three overlap. In each of these steps a member sends to the others of
+its host in the order in which they follow it, and receives in the opposite one: nobody is everyone's first target.
 
 It can't deadlock (see :mod:`hetu.parallel.methods.method`): the common order goes stage by stage. First all members
 post what travels straight over distances 0 and 1; then they attend to their own rows; then there are, distance by
@@ -21,11 +22,8 @@ ends of all that was posted before are posted.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.segments import IntArray
@@ -45,32 +43,7 @@ def hierarchical(group: GroupLayout, who: slice, spec: AttnSpec) -> list[Pipelin
     hosts = Hosts.of(group.members, spec.topology)
     if len(hosts.members) < 2:
         return direct.direct(group, who, spec)
-    everyone = slice(0, len(group.members))
-    held = held_by(group, everyone, spec.mask)
-    routes = _Routes.of(hosts, *extents(group, everyone, everyone, spec.mask, held))
-    reach = see(group, who, everyone, spec.mask, held)
-    first = routes.first(who)
-    tables = reach.tables(first, routes.cells)
-    landed, straight = cut_runs(routes.cells, routes.lands[who]), routes.sent(who)
-    R = len(group.members)
-    parts = []
-    for i, member in enumerate(range(who.start, who.stop)):
-        part = PartBuilder(group, member, spec, reach.spans[i])
-        build = _Member(part, routes, first[i], [straight[r][i] for r in range(R)])
-        for d in (1, 0):  # the slow links first
-            build.post(d)
-        part.attend(0, tables[i * R + member], [(member, whole(group.rows[member]))])
-        for d, owners in enumerate(build.near):
-            build.pass_on(d + 1)
-            for c in owners:
-                if d == 0 or not routes.is_straight[member, c]:
-                    part.wait_for(*routes.way(member, c))
-            if owners:
-                offsets = [build.offsets[c] for c in owners]
-                table = joined([tables[i * R + c] for c in owners], offsets, part.spans)
-                part.attend(build.buffers[d], table, [(c, landed[i][c]) for c in owners])
-        parts.append(part.finish())
-    return parts
+    return [_Member(group, member, spec, hosts).build() for member in range(who.start, who.stop)]
 
 
 def build_backward(plan: PlanData, pipelines: Sequence[int]) -> list[PipelinePlan]:
@@ -86,121 +59,148 @@ def build_backward(plan: PlanData, pipelines: Sequence[int]) -> list[PipelinePla
     return parts
 
 
-@dataclass(frozen=True, eq=False)
-class _Routes:
-    """Which rows go which way, for all members: ``C`` cells of each owner's shard, see :class:`Reach`.
-
-    Attributes:
-        hosts: Who shares a host.
-        cells: ``(R, C)`` the row at which each cell of an owner's shard begins.
-        lands: ``(R, R, C)`` rows of each cell of each owner that land on each receiver; none of its own.
-        is_straight: ``(R, R)`` whether they come straight from the owner, rather than from the relay.
-    """
-
-    hosts: Hosts
-    cells: IntArray
-    lands: IntArray
-    is_straight: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, hosts: Hosts, use: IntArray, cells: IntArray) -> _Routes:
-        """From what :func:`~hetu.parallel.methods.tables.extents` says of all members."""
-        R = len(hosts.of_member)
-        lands = use.astype(np.int64)
-        lands[np.arange(R), np.arange(R)] = 0
-        is_straight = np.equal.outer(hosts.of_member, hosts.of_member)
-        for c in range(R):
-            for host, members in enumerate(hosts.members):
-                if host != hosts.of_member[c]:
-                    relay = hosts.relay(c, host)
-                    lands[relay, c] = lands[members, c].max(0)
-                    is_straight[relay, c] = True
-        return cls(hosts, cells, lands, is_straight)
-
-    @cached_property
-    def rows(self) -> list[list[int]]:
-        """For each receiver and each owner the rows that land there."""
-        found: list[list[int]] = self.lands.sum(2).tolist()
-        return found
-
-    def first(self, who: slice) -> IntArray:
-        """``(n, R, C)`` where each cell begins among what lands of its owner; in the own shard where it lies there."""
-        lands = self.lands[who]
-        first: IntArray = lands.cumsum(2) - lands
-        own = np.arange(who.start, who.stop)
-        first[own - who.start, own] = self.cells[own]
-        return first
-
-    def sent(self, who: slice) -> list[list[Runs]]:
-        """For each receiver and each of some owners the rows that travel straight from one to the other."""
-        return cut_runs(self.cells[who], (self.lands * self.is_straight[:, :, None])[:, who])
-
-    def relayed(self, member: int, first: IntArray, offsets: dict[int, int]) -> list[tuple[int, int, Runs]]:
-        """What a relay passes on: owner, receiver, and the rows of the buffer."""
-        host = self.hosts.members[self.hosts.of_member[member]]
-        found = []
-        for c in offsets:
-            if self.hosts.of_member[c] != self.hosts.of_member[member] and self.is_straight[member, c]:
-                others = [r for r in host if r != member]
-                runs = cut_runs(first[c][None] + offsets[c], self.lands[others, c][:, None])
-                found += [(c, r, one) for r, (one,) in zip(others, runs, strict=True) if one.rows]
-        return found
-
-    def way(self, receiver: int, owner: int) -> tuple[int, int]:
-        """From whom an owner's rows come, and the hop that names their transfer."""
-        if self.is_straight[receiver, owner]:
-            return owner, 0
-        return self.hosts.relay(owner, self.hosts.of_member[receiver]), 1 + owner
-
-
 class _Member:
-    """Posts what one member sends and receives, distance by distance.
+    """Builds the part of one member from what it takes, gives and passes on, and from nothing that others do.
 
     Attributes:
-        near: The owners whose rows land on it, by distance.
+        landed: For each owner the rows of its shard that land here.
+        near: The owners of which any do, by distance.
         offsets: The row of its buffer at which what lands of each of these begins.
         buffers: The buffer of each distance at which there are any.
+        given: For each member the rows of the own shard that go straight to it.
+        relayed: What is passed on of each owner: the other members of the host, and rows of the buffer.
     """
 
-    def __init__(self, part: PartBuilder, routes: _Routes, first: IntArray, straight: list[Runs]) -> None:
-        self.part, self.routes, self.straight = part, routes, straight
-        member, hosts = part.member, routes.hosts
-        self.near: list[list[int]] = [[] for _ in hosts.members]
+    def __init__(self, group: GroupLayout, member: int, spec: AttnSpec, hosts: Hosts) -> None:
+        self.hosts, self.member, self.size = hosts, member, len(group.members)
+        self.host = hosts.members[hosts.of_member[member]]
+        # Members of a host follow each other as a rule; otherwise those between them are looked at as well.
+        self.near_by = slice(min(self.host), max(self.host) + 1)
+        self.group, self.mask = group, spec.mask
+        self.held = held_by(group, self.near_by, spec.mask)
+        everyone, self.me = slice(0, self.size), slice(member, member + 1)
+        self.reach = see(group, self.me, everyone, spec.mask, self.held)
+        self.part = PartBuilder(group, member, spec, self.reach.spans[0])
+        self._take()
+        self._give()
+
+    def _take(self) -> None:
+        """Finds what lands here: what the member needs, and of owners whose relay it is what anybody of its host does.
+
+        ``first`` is where each cell begins among what lands of its owner.
+        """
+        reach, member, hosts = self.reach, self.member, self.hosts
+        needed = reach.needed[0].astype(np.int64)
+        needed[member] = 0
+        first = needed.cumsum(1) - needed
+        first[member] = reach.rows[member]
+        self.landed = cut_runs(reach.rows, needed[None])[0]
+        needs: dict[int, IntArray] = {}  # (n, C) of each owner whose relay this is, of the host's members
+        for c in hosts.relayed_by(member):
+            use, cells = extents(self.group, self.near_by, slice(c, c + 1), self.mask, self.held)
+            needs[c] = use[[r - self.near_by.start for r in self.host], 0].astype(np.int64)
+            ((self.landed[c],),) = cut_runs(cells, needs[c].max(0)[None, None])
+            first[c] = _places(self.landed[c], reach.rows[c])
+        self._lay_out()
+        self.tables = reach.tables(first[None], reach.rows)
+        self.relayed: dict[int, list[tuple[int, Runs]]] = {}
+        for c, use in needs.items():
+            lands = use.max(0)
+            begins = lands.cumsum() - lands + self.offsets.get(c, 0)
+            runs = cut_runs(begins[None], use[:, None])
+            self.relayed[c] = [(r, one) for r, (one,) in zip(self.host, runs, strict=True) if r != member]
+
+    def _lay_out(self) -> None:
+        count = len(self.hosts.members)
+        self.near: list[list[int]] = [[] for _ in range(count)]
         self.offsets: dict[int, int] = {}
-        begins = [0] * len(hosts.members)
-        for c in around(len(straight), member, -1):
-            if rows := routes.rows[member][c]:
-                d = hosts.distance(c, member)
+        begins = [0] * count
+        for c in around(self.size, self.member, -1):
+            if rows := self.landed[c].rows:
+                d = self.hosts.distance(c, self.member)
                 self.near[d].append(c)
                 self.offsets[c], begins[d] = begins[d], begins[d] + rows
         self.buffers = {d: number for number, d in enumerate([d for d, rows in enumerate(begins) if rows], 1)}
-        self.relayed = routes.relayed(member, first, self.offsets)
 
-    def post(self, d: int) -> None:
+    def _give(self) -> None:
+        """Finds what sets out here: what others of the host need, and to relays what anybody of their host does."""
+        use, rows = extents(self.group, slice(0, self.size), self.me, self.mask, self.held)
+        given = np.zeros_like(use)
+        for number, members in enumerate(self.hosts.members):
+            if members is self.host:
+                given[list(members)] = use[list(members)]
+            else:
+                given[self.hosts.relay(self.member, number)] = use[list(members)].max(0)
+        given[self.member] = 0
+        self.given = [one for (one,) in cut_runs(rows, given)]
+
+    def build(self) -> PipelinePlan:
+        """The part."""
+        part = self.part
+        for d in (1, 0):  # the slow links first
+            self._post(d)
+        part.attend(0, self.tables[self.member], [(self.member, whole(self.group.rows[self.member]))])
+        for d, owners in enumerate(self.near):
+            self._pass_on(d + 1)
+            for c in owners:
+                if d == 0 or not self._is_straight(c):
+                    part.wait_for(*self._way(c))
+            if owners:
+                table = joined([self.tables[c] for c in owners], [self.offsets[c] for c in owners], part.spans)
+                part.attend(self.buffers[d], table, [(c, self.landed[c]) for c in owners])
+        return part.finish()
+
+    def _is_straight(self, owner: int) -> bool:
+        """Whether an owner's rows come straight from it, rather than from its relay."""
+        return self._way(owner)[1] == 0
+
+    def _way(self, owner: int) -> tuple[int, int]:
+        """From whom an owner's rows come, and the hop that names their transfer."""
+        own = self.hosts.of_member[self.member]
+        if self.hosts.of_member[owner] == own:
+            return owner, 0
+        relay = self.hosts.relay(owner, own)
+        return (owner, 0) if relay == self.member else (relay, 1 + owner)
+
+    def _post(self, d: int) -> None:
         """Posts what travels straight over a distance; receives first, for a send from a buffer keeps others off it."""
-        member, hosts = self.part.member, self.routes.hosts
         if d >= len(self.near):
             return
         for c in self.near[d]:
-            if self.routes.is_straight[member, c]:
-                self.part.receive(c, self.buffers[d], self.routes.rows[member][c], self.offsets[c])
-        targets = [r for r in around(len(self.straight), member, 1) if hosts.distance(member, r) == d]
-        self.part.send_all([(r, self.straight[r]) for r in targets if self.straight[r].rows])
+            if self._is_straight(c):
+                self.part.receive(c, self.buffers[d], self.landed[c].rows, self.offsets[c])
+        targets = [r for r in around(self.size, self.member, 1) if self.hosts.distance(self.member, r) == d]
+        self.part.send_all([(r, self.given[r]) for r in targets if self.given[r].rows])
 
-    def pass_on(self, d: int) -> None:
-        """A relay waits for what owners sent over a distance and passes it on; others get that. Then the next one."""
+    def _pass_on(self, d: int) -> None:
+        """A relay waits for what owners sent over a distance and passes it on; others get that. Then the next one.
+
+        Of what one pipeline passes on to another the owner's number says the order.
+        """
         if d >= len(self.near):
             return
-        member, is_straight = self.part.member, self.routes.is_straight
-        for c in self.near[d]:
-            if is_straight[member, c]:
-                self.part.wait_for(c)
-        self.post(d + 1)
-        # By owner's number, as whoever sends them: messages between two pipelines have one order.
-        for c in sorted(self.near[d]):
-            if not is_straight[member, c]:
-                relay, hop = self.routes.way(member, c)
-                self.part.receive(relay, self.buffers[d], self.routes.rows[member][c], self.offsets[c], hop)
-        for c, receiver, runs in sorted(self.relayed, key=lambda sent: sent[:2]):
-            if c in self.near[d]:
-                self.part.send(receiver, self.buffers[d], runs, 1 + c)
+        straight = [c for c in self.near[d] if self._is_straight(c)]
+        for c in straight:
+            self.part.wait_for(c)
+        self._post(d + 1)
+        place = self.host.index(self.member)
+        ways = sorted((c, *self._way(c)) for c in self.near[d] if c not in straight)
+        for other in around(len(self.host), place, -1):
+            for c, relay, hop in ways:
+                if relay == self.host[other]:
+                    self.part.receive(relay, self.buffers[d], self.landed[c].rows, self.offsets[c], hop)
+        passed = [(c, r, runs) for c in sorted(straight) for r, runs in self.relayed[c] if runs.rows]
+        for other in around(len(self.host), place, 1):
+            for c, receiver, runs in passed:
+                if receiver == self.host[other]:
+                    self.part.send(receiver, self.buffers[d], runs, 1 + c)
+
+
+def _places(runs: Runs, rows: IntArray) -> IntArray:
+    """Where rows of a shard lie among some runs of it, of those that do."""
+    if not runs.rows:
+        return np.zeros_like(rows)
+    run = np.maximum(runs.start.searchsorted(rows, "right") - 1, 0)
+    before = runs.length.cumsum() - runs.length
+    places: IntArray = before.take(run) + rows - runs.start.take(run)
+    return places

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 
 import numpy as np
 
@@ -139,12 +138,16 @@ class BackwardBuilder:
         self._add_up(self.near[last])
         waited, self.sent = self.sent, []
         for moves in (self.far[last], self.near[d]):
-            for home in sorted(moves.out, key=attrgetter("owner")):
+            for home in sorted(moves.out, key=lambda home: self._place(home, 1)):
                 self._send_home(home)
-            for home in sorted(moves.back, key=attrgetter("owner")):
+            for home in sorted(moves.back, key=lambda home: self._place(home, -1)):
                 self._get_back(moves, home)
         self.instructions += [Wait(transfer) for transfer in waited]
         self._add_up(self.far[before])
+
+    def _place(self, home: _Home, direction: int) -> tuple[int, int]:
+        """In which order gradients are sent, or got in the other direction: as others follow, then by owner."""
+        return direction * (self.members[home.peer] - self.member) % len(self.members), home.owner
 
     def _number(self, home: _Home, source: int, target: int) -> int:
         """A transfer's number: the hop says of whom the gradients are, behind those of keys and values."""

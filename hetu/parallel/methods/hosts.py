@@ -43,3 +43,14 @@ class Hosts:
         """The member of a host that gets an owner's rows for all of it."""
         place = self.members[self.of_member[owner]].index(owner)
         return self.members[host][place % len(self.members[host])]
+
+    def relayed_by(self, member: int) -> list[int]:
+        """The owners of other hosts whose relay a member is, for its host.
+
+        Example:
+            >>> Hosts.of((0, 1, 2, 3, 4), Topology((7, 7, 5, 5, 5))).relayed_by(0)
+            [2, 4]
+        """
+        own = self.members[self.of_member[member]]
+        place = own.index(member)
+        return [c for members in self.members if members is not own for c in members[place :: len(own)]]
