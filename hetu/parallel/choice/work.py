@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from hetu.parallel.choice.counts import Counts
+from hetu.parallel.choice.hosts import moves
 from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, numbers, smaller
 from hetu.parallel.mask.rules import Size
+from hetu.parallel.methods.hosts import Hosts
 from hetu.parallel.methods.ulysses import deal
 from hetu.parallel.plan.heads import Heads, Payload
 
@@ -43,14 +45,16 @@ class GroupCounts:
         counts: Of each document.
         heads: Widths of a token's row.
         batch: How often each document is there.
+        hosts: Which members share a host; all if it is None.
 
     Attributes:
         rows: ``(R,)`` of each member's shard.
     """
 
-    def __init__(self, counts: Counts, heads: Heads, batch: Size = 1) -> None:
+    def __init__(self, counts: Counts, heads: Heads, batch: Size = 1, hosts: Hosts | None = None) -> None:
         self.counts, self.heads, self.batch = counts, heads, lifted(batch)
         self.members = counts.members
+        self.hosts = hosts or Hosts.of(range(self.members), None)
         self.rows = counts.pieces.sum(1) * self.batch
 
     @cached_property
@@ -67,6 +71,16 @@ class GroupCounts:
     def taken(self) -> Numbers:
         """``(R, R)`` rows that each member needs of each owner."""
         return self.counts.taken() * self.batch
+
+    @cached_property
+    def taken_by_hosts(self) -> Numbers:
+        """``(R, H)`` rows of each owner that anybody of each other host needs; 0 of the own host."""
+        found = np.zeros((self.members, len(self.hosts.members)), object)
+        for c, own in enumerate(self.hosts.of_member):
+            for number, members in enumerate(self.hosts.members):
+                if number != own:
+                    found[c, number] = self.counts.needed(members, c).sum()
+        return found * self.batch
 
     @cached_property
     def carried(self) -> Numbers:
@@ -132,6 +146,16 @@ def _ring_peak(group: GroupCounts, m: int) -> Any:
     for hop in range(R):
         most = larger(most, held.at(hop, keeping) + keeping[hop + 1])
     return most + sent[1]
+
+
+def hierarchical(group: GroupCounts) -> Work:
+    """``hierarchical``: rows go once to each host that needs them, and are passed on there; a buffer per distance."""
+    if len(group.hosts.members) < 2:
+        return moved_once(group)
+    links, most = moves(group.taken, group.taken_by_hosts, group.hosts)
+    row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
+    peak = group.rows * own + group.results(any_of(group.taken.sum(1))) + most * row
+    return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,5 +245,6 @@ WORK: dict[str, Callable[[GroupCounts], Work]] = {
     "direct": moved_once,
     "all_gather": moved_once,
     "ulysses": ulysses,
+    "hierarchical": hierarchical,
 }
 """By the names of the methods."""
