@@ -187,8 +187,7 @@ class Sharding:
 
     def plan(self, method: str, heads: Heads, mask: Mask) -> AttnPlan:
         """The plan for given heads and mask; proven if ``hetu.config(verify_plans=True)`` says so."""
-        hosts = settings().hosts if method == "hierarchical" else None
-        topology = topology_of(hosts, self.layout.num_pipelines)
+        topology = topology_of(settings().hosts, self.layout.num_pipelines)
 
         def build() -> AttnPlan:
             return build_plan(self.layout, method=method, mask=mask, heads=heads, topology=topology)

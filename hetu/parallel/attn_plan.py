@@ -23,7 +23,7 @@ from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
-from hetu.parallel.topology import Topology
+from hetu.parallel.topology import Topology, check_topology
 from hetu.parallel.views import picture, report
 from hetu.parallel.views.cost import Cost, predict
 from hetu.parallel.views.hardware import Hardware
@@ -120,7 +120,7 @@ class AttnPlan(PlanData):
             PlanError: If the plan deadlocks.
             StrategyError: If the topology is one of another number of pipelines.
         """
-        known = self.topology if topology is None else _fitting(topology, len(self.pipelines))
+        known = self.topology if topology is None else check_topology(topology, len(self.pipelines), "plan")
         hosts = None if known is None else known.hosts
         return predict(self, _checked(hardware), hosts)
 
@@ -246,8 +246,8 @@ def build_plan(
         mask: Which keys of its document a query sees.
         heads: Widths of a token's row.
         topology: Which pipelines share a host; None if all do.
-        hardware: If it is given, ``"auto"`` is ``"direct"`` or ``"ulysses"``, whichever is estimated to be faster on
-            it.
+        hardware: If it is given, ``"auto"`` is ``"direct"``, ``"ulysses"`` or, over several hosts, ``"hierarchical"``,
+            whichever is estimated to be fastest on it.
 
     Raises:
         StrategyError: If there is no such method.
@@ -259,7 +259,8 @@ def build_plan(
         ([3, 7], 512)
     """
     if isinstance(method, str) and method == "auto" and hardware is not None:
-        method = cheapest_method(layout, mask, heads, _checked(hardware))
+        hosts = None if topology is None else check_topology(topology, layout.num_pipelines, "plan")
+        method = cheapest_method(layout, mask, heads, _checked(hardware), hosts)
     name, chosen = _find(method)
     spec = _spec(layout, mask, heads, topology)
     for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
@@ -299,17 +300,9 @@ def build_pipeline_plan(
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
-    return AttnSpec(mask, heads, _fitting(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines))
-
-
-def _fitting(topology: Topology, count: int) -> Topology:
-    """A topology of so many pipelines."""
-    if not isinstance(topology, Topology):
-        refuse(topology, "topology", "a hetu.Topology or None", op="plan", error=StrategyError)
-    if len(topology.hosts) != count:
-        what = f"the topology names the hosts of {len(topology.hosts)} pipelines, but there are {count}"
-        raise StrategyError(what, op="plan", where=caller(), fix="give each pipeline of the strategy its host")
-    return topology
+    return AttnSpec(
+        mask, heads, check_topology(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines, "plan")
+    )
 
 
 def _find(method: str) -> tuple[str, Method]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hetu.arguments import integers
-from hetu.errors import StrategyError
+from hetu.arguments import integers, refuse
+from hetu.errors import StrategyError, caller
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,20 @@ class Topology:
     def shares_host(self, one: int, other: int) -> bool:
         """Whether two pipelines share a host."""
         return self.hosts[one] == self.hosts[other]
+
+
+def check_topology(topology: Topology, count: int, op: str) -> Topology:
+    """Demands a topology of so many pipelines.
+
+    Raises:
+        StrategyError: If it is none, or one of another number.
+    """
+    if not isinstance(topology, Topology):
+        refuse(topology, "topology", "a hetu.Topology or None", op=op, error=StrategyError)
+    if len(topology.hosts) != count:
+        what = f"the topology names the hosts of {len(topology.hosts)} pipelines, but there are {count}"
+        raise StrategyError(what, op=op, where=caller(), fix="give each pipeline of the strategy its host")
+    return topology
 
 
 def topology_of(hosts: Sequence[int] | None, num_pipelines: int) -> Topology | None:

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from hetu.cache import LRU
+from hetu.config import settings
 from hetu.errors import StrategyError
 from hetu.graph import Node
 from hetu.ops.attention.layout_key import ParallelKey
@@ -165,14 +166,15 @@ class Chooser:
         With packing it depends on documents, other masks than windows have no closed form, and of a symbol that is not
         given feeds may tell another value than its default.
         """
-        sizes = self._sizes.get(subgraph, lambda: _sizes_of(subgraph, self.count))
+        hosts = settings().hosts
+        sizes = self._sizes.get((subgraph, hosts), lambda: _sizes_of(subgraph, self.count, hosts))
         if sizes is None:
             return None
         found = [symbols.get(leaf) for leaf in sizes.leaves]
         values = [value for value in found if type(value) is int]
         if len(values) < len(found):
             return None
-        key = subgraph, chosen.number, tuple(values)
+        key = subgraph, hosts, chosen.number, tuple(values)
         return self._rankings.get(key, lambda: sizes.rank(values, chosen))
 
     def by_plans(self, plans: Mapping[int, Mapping[Node, Sequence[Any]]], hardware: Hardware) -> Ranking:
@@ -203,7 +205,8 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     key = "price", hardware
     if key not in plan.memo:
         counts = (0, 1) if plan.is_backward else (1, 0)
-        attention = Attention(plan.mask, plan.heads, plan.method)
+        hosts = None if plan.topology is None else plan.topology.hosts
+        attention = Attention(plan.mask, plan.heads, plan.method, hosts)
         try:
             price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
@@ -215,7 +218,7 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
 
 def explain_strategy(index: int, strategy: Strategy, key: ParallelKey, backwards: int, hardware: Hardware) -> Choice:
     """What one attention, with so many of its gradients, costs under a strategy."""
-    attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
+    attention, layout = Attention(key.mask, key.heads, key.method, key.hosts), key.layout.layout()
     try:
         price = pricer_of(attention, hardware, 1, backwards).price(layout_loads(layout, attention))
     except StrategyError:
@@ -260,12 +263,12 @@ def _attentions(subgraph: Subgraph) -> list[_Counted]:
     return [_Counted(*found) for found in counts.values()]
 
 
-def _sizes_of(subgraph: Subgraph, count: int) -> _Sizes | None:
+def _sizes_of(subgraph: Subgraph, count: int, hosts: tuple[int, ...] | None) -> _Sizes | None:
     counted = _attentions(subgraph)
     if not counted or any(item.node.attrs["packing"] for item in counted):
         return None
     attentions = [
-        (Attention(node.attrs["mask"], ParallelKey.heads_of(node), node.attrs["method"]), forwards, backwards)
+        (Attention(node.attrs["mask"], ParallelKey.heads_of(node), node.attrs["method"], hosts), forwards, backwards)
         for node, forwards, backwards in counted
     ]
     sizes, loads, lengths = list[Any](), list[list[slice]](), list[slice]()

@@ -71,7 +71,7 @@ class ParallelKey:
         heads: Widths of a token's row.
         return_softmax: Whether the probabilities are returned.
         hardware: The number of the hardware that the method is chosen for, if it is; else 0.
-        hosts: Those of ``hetu.config(hosts=...)``, where the method asks for them.
+        hosts: Those of ``hetu.config(hosts=...)``.
     """
 
     layout: LayoutKey
@@ -87,8 +87,7 @@ class ParallelKey:
         """The key of a node on a layout, with its mask bound."""
         attrs = node.attrs
         number = chosen().number if attrs["method"] == "auto" else 0
-        hosts = settings().hosts if attrs["method"] == "hierarchical" else None
-        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number, hosts)
+        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number, settings().hosts)
 
     @staticmethod
     def heads_of(node: Node) -> Heads:

@@ -14,7 +14,7 @@ METHODS = {
     "direct": Method(direct.direct, direct.build_backward),
     "all_gather": Method(all_gather, backward.build_backward),
     "ulysses": Method(ulysses.ulysses, ulysses.build_backward),
-    "hierarchical": Method(hierarchical.hierarchical, hierarchical.build_backward),
+    "hierarchical": Method(hierarchical.hierarchical, hierarchical.build_backward, joins_hosts=True),
 }
 """The methods by name."""
 

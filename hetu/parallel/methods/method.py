@@ -50,10 +50,12 @@ class Method:
     Attributes:
         forward: Builds the parts of some members of a group, which are given as a slice.
         backward: Builds the parts of the given pipelines, or more, of the backward of a plan that ``forward`` built.
+        joins_hosts: Whether it is of use only where a group lies on several hosts.
     """
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]
     backward: Callable[[PlanData, Sequence[int]], list[PipelinePlan]]
+    joins_hosts: bool = False
 
     def __repr__(self) -> str:
         return f"Method({self.forward.__qualname__}, {self.backward.__qualname__})"
