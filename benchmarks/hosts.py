@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def case(hosts: int, tokens: int) -> list[dict[str, Any]]:
-    """All methods on so many hosts."""
+    """All methods on so many hosts, and which one ``"auto"`` takes."""
     count, rows = hosts * DEVICES, []
     topology = Topology(tuple([r // DEVICES for r in range(count)]))
     layout = Layout.build([tokens] * count, [0] * count, split="sym")
@@ -49,16 +49,26 @@ def case(hosts: int, tokens: int) -> list[dict[str, Any]]:
         rows.append({"hosts": hosts, "tokens": tokens, "method": method})
         rows[-1] |= figures(forward, forward.backward().whole())
         print(json.dumps(rows[-1]), f"({time.perf_counter() - began:.1f} s)", flush=True)
+    takes = {
+        f"takes_{slower}": build_plan(layout, heads=HEADS, topology=topology, hardware=hardware(slower)).method
+        for slower in SLOWER
+    }
+    rows.append({"hosts": hosts, "tokens": tokens, "method": "auto", **takes})
+    print(json.dumps(rows[-1]), flush=True)
     return rows
+
+
+def hardware(slower: int) -> Hardware:
+    """H100 in hosts between which links are so many times slower than NVLink."""
+    device = Hardware.h100()
+    return replace(device, host_link_bytes=device.link_bytes / slower, host_latency=5e-6)
 
 
 def figures(*plans: AttnPlan) -> dict[str, Any]:
     """Bytes between hosts, and ms for each ratio of links, of some plans together."""
     found: dict[str, Any] = {}
     for slower in SLOWER:
-        hardware = Hardware.h100()
-        hardware = replace(hardware, host_link_bytes=hardware.link_bytes / slower, host_latency=5e-6)
-        costs = [plan.cost(hardware) for plan in plans]
+        costs = [plan.cost(hardware(slower)) for plan in plans]
         found["host_bytes"] = sum(cost.host_bytes for cost in costs)
         found[f"ms_{slower}"] = round(1e3 * sum(cost.time for cost in costs), 4)
     return found

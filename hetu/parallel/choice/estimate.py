@@ -26,6 +26,11 @@ fewer bytes than ``direct``, or fewer between hosts than ``hierarchical``, and w
 backward without those of all others."""
 
 
+_WAITS = 0.2
+"""How much longer transfers take because links wait for each other, where members send as much as they get and have
+many peers: what the virtual clock shows of random cases (``benchmarks/choice_order.py``)."""
+
+
 class Load(NamedTuple):
     """What decides how long a context group takes, as ints or symbols.
 
@@ -165,7 +170,7 @@ class Estimator:
             time, rounds = max(time + self.grads * (both - moved), self.grads * time), 2
         transfer = time + rounds * (hardware.transfer_time(0) * (peers - far) + far * hardware.transfer_time(0, False))
         if method != "ring":  # where members send as much as they get, links wait for each other
-            transfer *= 1 + (1 - 1 / peers) * (both / moved - 1)
+            transfer *= 1 + _WAITS * (1 - 1 / peers) * (both / moved - 1)
         if method == "ulysses":  # heads come, then it computes, then results go home
             return Estimate(compute + transfer, compute, transfer)
         last = compute / load.steps  # of what comes last

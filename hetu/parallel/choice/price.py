@@ -70,7 +70,7 @@ class Pricer:
         self.forwards, self.backwards = forwards, backwards
 
     def price(self, loads: Mapping[str, Sequence[Load]]) -> Price:
-        """The price by the method whose forward takes least time; of equal ones the first."""
+        """The price by the method whose forward takes least time; of equal ones what is sent is less, or the first."""
         found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
         forward, method = min(found, key=_time)
         own, total = loads[method], forward if self.forwards else NOTHING
@@ -103,8 +103,9 @@ class Price(NamedTuple):
     peak_bytes: int
 
 
-def _time(found: tuple[Estimate, str]) -> float:
-    return found[0].time
+def _time(found: tuple[Estimate, str]) -> tuple[float, float]:
+    """What decides: the time, then what has to be hidden, for an estimate takes it to be hidden wholly if it can be."""
+    return found[0].time, found[0].transfer
 
 
 def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
