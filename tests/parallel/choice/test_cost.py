@@ -26,9 +26,7 @@ def random_hosts(rng: np.random.Generator, count: int) -> Topology:
     return Topology(tuple((np.sort(hosts) if rng.random() < 0.5 else hosts).tolist()))
 
 
-def counted(
-    layout: Layout, method: str, mask: Mask, heads: Heads, topology: Topology | None = None
-) -> tuple[Any, ...]:
+def counted(layout: Layout, method: str, mask: Mask, heads: Heads, topology: Topology | None = None) -> tuple[Any, ...]:
     """FLOPs, links and peaks in closed form."""
     flops, peak, links = [0] * layout.num_pipelines, [0] * layout.num_pipelines, {}
     for group in layout.groups:
@@ -56,6 +54,18 @@ def test_counts_are_those_of_plans(seed: int) -> None:
             assert found == (cost.flops, cost.link_bytes, cost.peak_bytes), (method, mask.name, topology, str(layout))
             compared += 1
     assert compared >= 8
+
+
+def test_memory_of_hosts_is_made_where_something_packs_or_attends() -> None:
+    """Members that receive for long without sending: one by one, and in batches that follow each other as one."""
+    alone = Layout.build([3] * 8, [0] * 8), Topology(tuple(range(8))), Mask.causal()
+    pieces = np.zeros((12, 2), np.int64)
+    pieces[[4, 5, 1, 4], [0, 0, 1, 1]] = 3, 9, 1, 1
+    cu = np.pad(pieces.cumsum(1), [(0, 0), (1, 0)])
+    pairs = Layout.build(cu[:, -1].tolist(), [0] * 12, cu_seqlens=cu), Topology(tuple(np.arange(12) // 2)), Mask.full()
+    for layout, topology, mask in (alone, pairs):
+        plan = build_plan(layout, method="hierarchical", mask=mask, heads=HEADS[0], topology=topology)
+        assert counted(layout, "hierarchical", mask, HEADS[0], topology)[2] == plan.cost(HARDWARE).peak_bytes
 
 
 def test_windows_over_stripes_of_equal_lengths() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout, sparse_layout
 from support.plans import KV_METHODS, find, refused, with_instructions
 
-from hetu.parallel import Hardware, Layout, Mask, Topology, build_plan
+from hetu.parallel import Hardware, Heads, Layout, Mask, Topology, build_plan
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.plan.instructions import Copy, Send
 
@@ -97,11 +97,11 @@ def test_a_topology_of_another_size_is_refused() -> None:
     refused(dataclasses.replace(plan, topology=Topology((0, 1))), "hosts of 2 pipelines")
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, 6])
 def test_it_is_ahead_where_links_between_hosts_are_slow(count: int) -> None:
     """Of pieces so short that they don't hide what travels."""
-    topology = Topology(tuple([r // 4 for r in range(4 * count)]))
-    layout = Layout.build([256] * 4 * count, [0] * 4 * count, split="sym")
+    topology = Topology(tuple([r // 2 for r in range(2 * count)]))
+    layout = Layout.build([256] * 2 * count, [0] * 2 * count, split="sym")
     slow = Hardware(flops=1e13, link_bytes=1e9, latency=0, memory_bytes=1e9, host_link_bytes=1e9 / 8)
 
     def time(method: str) -> float:
@@ -109,3 +109,19 @@ def test_it_is_ahead_where_links_between_hosts_are_slow(count: int) -> None:
         return plan.cost(slow).time + plan.backward().cost(slow).time
 
     assert all(time("hierarchical") < time(method) for method in set(KV_METHODS) - {"hierarchical"})
+
+
+@pytest.mark.parametrize("slower", [8, 32])
+@pytest.mark.parametrize("heads", [Heads(32, 8, 128, 2), Heads(32, 32, 128, 2), Heads(4, 4, 128, 2)])
+def test_auto_takes_what_the_clock_finds_fastest(heads: Heads, slower: int) -> None:
+    """Of direct, ulysses and hierarchical, or one that takes 15% longer at most."""
+    topology = Topology((0, 0, 0, 0, 1, 1, 1, 1))
+    hardware = dataclasses.replace(Hardware.h100(), host_link_bytes=450e9 / slower)
+    for tokens in (256, 2048, 16384):
+        layout = Layout.build([tokens] * 8, [0] * 8, split="sym")
+        times = {
+            method: build_plan(layout, method=method, heads=heads, topology=topology).cost(hardware).time
+            for method in ("direct", "ulysses", "hierarchical")
+        }
+        plan = build_plan(layout, heads=heads, topology=topology, hardware=hardware)
+        assert times[plan.method] < 1.15 * min(times.values()), (tokens, plan.method, times)
