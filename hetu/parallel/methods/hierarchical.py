@@ -67,7 +67,7 @@ class _Member:
         near: The owners of which any do, by distance.
         offsets: The row of its buffer at which what lands of each of these begins.
         buffers: The buffer of each distance at which there are any.
-        given: For each member the rows of the own shard that go straight to it.
+        given: By distance, the members to whom rows of the own shard go straight, and these rows.
         relayed: What is passed on of each owner: the other members of the host, and rows of the buffer.
     """
 
@@ -97,6 +97,8 @@ class _Member:
         self.landed = cut_runs(reach.rows, needed[None])[0]
         needs: dict[int, IntArray] = {}  # (n, C) of each owner whose relay this is, of the host's members
         for c in hosts.relayed_by(member):
+            if self.held is not None and not self.held.parts.pieces[c].any():
+                continue  # it has no tokens of a document that anybody of this host has any of
             use, cells = extents(self.group, self.near_by, slice(c, c + 1), self.mask, self.held)
             needs[c] = use[[r - self.near_by.start for r in self.host], 0].astype(np.int64)
             ((self.landed[c],),) = cut_runs(cells, needs[c].max(0)[None, None])
@@ -132,7 +134,11 @@ class _Member:
             else:
                 given[self.hosts.relay(self.member, number)] = use[list(members)].max(0)
         given[self.member] = 0
-        self.given = [one for (one,) in cut_runs(rows, given)]
+        self.given: list[list[tuple[int, Runs]]] = [[] for _ in self.hosts.members]
+        sent = cut_runs(rows, given)
+        for r in around(self.size, self.member, 1):
+            if sent[r][0].rows:
+                self.given[self.hosts.distance(self.member, r)].append((r, sent[r][0]))
 
     def build(self) -> PipelinePlan:
         """The part."""
@@ -169,8 +175,7 @@ class _Member:
         for c in self.near[d]:
             if self._is_straight(c):
                 self.part.receive(c, self.buffers[d], self.landed[c].rows, self.offsets[c])
-        targets = [r for r in around(self.size, self.member, 1) if self.hosts.distance(self.member, r) == d]
-        self.part.send_all([(r, self.given[r]) for r in targets if self.given[r].rows])
+        self.part.send_all(self.given[d])
 
     def _pass_on(self, d: int) -> None:
         """A relay waits for what owners sent over a distance and passes it on; others get that. Then the next one.
