@@ -35,8 +35,8 @@ class Settings:
             nothing, 1 for a line with its time each, 2 for every symbol's value as well, 3 for whole plans and modules.
         dump: A folder into which every new stage writes its text: graph, bindings, layouts, plans and lowered modules;
             None for none.
-        hosts: The host of each pipeline's rank, for ``method="hierarchical"``: pipeline r is on that of entry
-            ``r % len(hosts)``. None if all share one. All ranks have to set the same.
+        hosts: The host of each pipeline's rank, which ``method="hierarchical"``, ``method="auto"`` and predicted times
+            know: pipeline r is on that of entry ``r % len(hosts)``. None if all share one. All ranks have to set the same.
     """
 
     backend: str | None = None
