@@ -36,7 +36,8 @@ class Settings:
         dump: A folder into which every new stage writes its text: graph, bindings, layouts, plans and lowered modules;
             None for none.
         hosts: The host of each pipeline's rank, which ``method="hierarchical"``, ``method="auto"`` and predicted times
-            know: pipeline r is on that of entry ``r % len(hosts)``. None if all share one. All ranks have to set the same.
+            know: pipeline r is on that of entry ``r % len(hosts)``. None if all share one. It has to be the same on all
+            ranks.
     """
 
     backend: str | None = None
