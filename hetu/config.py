@@ -10,7 +10,7 @@ from functools import cache
 from types import TracebackType
 from typing import Any
 
-from hetu.arguments import flag, integer, path, shown
+from hetu.arguments import flag, integer, integers, path, shown
 from hetu.errors import HetuError, caller
 
 BACKENDS = ("gluon", "triton", "torch")
@@ -35,6 +35,9 @@ class Settings:
             nothing, 1 for a line with its time each, 2 for every symbol's value as well, 3 for whole plans and modules.
         dump: A folder into which every new stage writes its text: graph, bindings, layouts, plans and lowered modules;
             None for none.
+        hosts: The host of each pipeline's rank, which ``method="hierarchical"``, ``method="auto"`` and predicted times
+            know: pipeline r is on that of entry ``r % len(hosts)``. None if all share one. It has to be the same on all
+            ranks.
     """
 
     backend: str | None = None
@@ -43,6 +46,7 @@ class Settings:
     compile: bool = False
     debug: int = 0
     dump: str | None = None
+    hosts: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,6 +115,10 @@ def _checked(old: Settings, changes: dict[str, Any]) -> Settings:
             changes[name] = integer(value, name, least=0, most=3, op="config")
         elif name == "dump":
             changes[name] = None if value is None else path(value, name, op="config")
+        elif name == "hosts":
+            changes[name] = None if value is None else tuple(integers(value, name, op="config"))
+            if changes[name] == ():
+                raise HetuError("hosts names no host", op="config", where=caller(), fix="leave it out, or say None")
         elif name != "backend":
             changes[name] = flag(value, name, op="config")
         elif value is not None and not (isinstance(value, str) and value in BACKENDS):

@@ -35,7 +35,7 @@ FLOORS: Floors = (
 
 INSIDE: Mapping[str, Floors] = {
     "parallel": (
-        ("mask", "placement"),
+        ("mask", "placement", "topology"),
         ("layout",),
         ("plan",),
         ("methods", "proof", "views"),

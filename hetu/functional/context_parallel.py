@@ -44,8 +44,8 @@ class ContextParallel:
             ``torch.distributed`` is not initialised). This rank must be in it. hetu makes connections of its own
             between its members, and neither uses nor changes the group.
         split: Which rows each rank holds: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
-        method: How ranks reach each other's keys and values: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"``
-            or ``"auto"``.
+        method: How ranks reach each other's keys and values: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"``,
+            ``"hierarchical"`` over the hosts of ``hetu.config(hosts=...)``, or ``"auto"``.
         tokens: Rows of each rank, any numbers with the right sum; None for even ones.
         mask: What ``"balanced"`` weighs documents by, a ``hetu.Mask`` without symbols: a document is as much work as
             the mask lets its tokens see keys. None weighs by lengths, as fits causal and full attention. No other split

@@ -24,6 +24,7 @@ from hetu.config import settings
 from hetu.functional.attention import families
 from hetu.functional.masking import USUAL, Masking
 from hetu.parallel import AttnPlan, Heads, Layout, Mask, build_plan
+from hetu.parallel.topology import topology_of
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -186,11 +187,12 @@ class Sharding:
 
     def plan(self, method: str, heads: Heads, mask: Mask) -> AttnPlan:
         """The plan for given heads and mask; proven if ``hetu.config(verify_plans=True)`` says so."""
+        topology = topology_of(settings().hosts, self.layout.num_pipelines)
 
         def build() -> AttnPlan:
-            return build_plan(self.layout, method=method, mask=mask, heads=heads)
+            return build_plan(self.layout, method=method, mask=mask, heads=heads, topology=topology)
 
-        plan = _plans.get((self, method, heads, mask), build)
+        plan = _plans.get((self, method, heads, mask, topology), build)
         if settings().verify_plans and "proven" not in plan.memo:
             for item in (plan, plan.backward()):
                 item.verify()

@@ -10,8 +10,9 @@ from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.layout.strategy import Strategy, groups_of
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
-from hetu.parallel.methods import METHODS, Method, Topology
+from hetu.parallel.methods import METHODS, Method
 from hetu.parallel.plan.heads import Heads
+from hetu.parallel.topology import Topology
 from hetu.parallel.views.cost import Cost
 from hetu.parallel.views.hardware import Hardware, Rate
 

@@ -19,11 +19,12 @@ from hetu.parallel.choice.price import cheapest_method
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.layout.splits import check_mask
 from hetu.parallel.mask.mask import CAUSAL, Mask
-from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method, Topology
+from hetu.parallel.methods import AUTO, METHODS, AttnSpec, Method
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.memory import peak_bytes
 from hetu.parallel.plan.parts import Parts, PipelinePlan, PlanData
 from hetu.parallel.proof import verify
+from hetu.parallel.topology import Topology, check_topology
 from hetu.parallel.views import picture, report
 from hetu.parallel.views.cost import Cost, predict
 from hetu.parallel.views.hardware import Hardware
@@ -35,7 +36,7 @@ class AttnPlan(PlanData):
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part per pipeline, in order. It is built when it is first asked for: whoever follows one part
@@ -120,13 +121,14 @@ class AttnPlan(PlanData):
 
         Args:
             hardware: What it runs on.
-            topology: Which pipelines share a host; None if all do.
+            topology: Which pipelines share a host; None for those that the plan was built for.
 
         Raises:
             PlanError: If the plan deadlocks.
             StrategyError: If the topology is one of another number of pipelines.
         """
-        hosts = None if topology is None else _fitting(topology, len(self.pipelines)).hosts
+        known = self.topology if topology is None else check_topology(topology, len(self.pipelines), "plan")
+        hosts = None if known is None else known.hosts
         return predict(self, _checked(hardware), hosts)
 
     def trace(self, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -247,14 +249,15 @@ def build_plan(
 
     Args:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"``: of those that
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or
+            ``"hierarchical"``; ``"auto"`` is ``"direct"``: of those that
             move keys and values none moves fewer bytes, and each of its transfers can be hidden behind all of the
             computation before it.
         mask: Which keys of its document a query sees.
         heads: Widths of a token's row.
         topology: Which pipelines share a host; None if all do.
-        hardware: If it is given, ``"auto"`` is ``"direct"`` or ``"ulysses"``, whichever is estimated to be faster on
-            it.
+        hardware: If it is given, ``"auto"`` is ``"direct"``, ``"ulysses"`` or, over several hosts, ``"hierarchical"``,
+            whichever is estimated to be fastest on it.
 
     Returns:
         The plan.
@@ -273,12 +276,14 @@ def build_plan(
             refuse(value, name, f"a {kind.__name__}", op="plan", error=StrategyError)
     check_mask(mask)
     if isinstance(method, str) and method == "auto" and hardware is not None:
-        method = cheapest_method(layout, mask, heads, _checked(hardware))
+        hosts = None if topology is None else check_topology(topology, layout.num_pipelines, "plan")
+        method = cheapest_method(layout, mask, heads, _checked(hardware), hosts)
     name, chosen = _find(method)
     spec = _spec(layout, mask, heads, topology)
     for group in () if mask.is_plain else layout.groups:  # refused by all, whichever parts they build
         mask.bands(group.lengths, group.lengths)
-    return AttnPlan(layout, name, mask, heads, Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec)))
+    parts = Parts(layout.num_pipelines, partial(_forward, layout, chosen, spec))
+    return AttnPlan(layout, name, mask, heads, parts, topology=topology)
 
 
 def _forward(layout: Layout, method: Method, spec: AttnSpec, pipelines: Sequence[int]) -> Iterator[PipelinePlan]:
@@ -323,18 +328,9 @@ def build_pipeline_plan(
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
-    count = layout.num_pipelines
-    return AttnSpec(mask, heads, Topology((0,) * count) if topology is None else _fitting(topology, count))
-
-
-def _fitting(topology: Topology, count: int) -> Topology:
-    """A topology of so many pipelines."""
-    if not isinstance(topology, Topology):
-        refuse(topology, "topology", "a hetu.Topology or None", op="plan", error=StrategyError)
-    if len(topology.hosts) != count:
-        what = f"the topology names the hosts of {len(topology.hosts)} pipelines, but there are {count}"
-        raise StrategyError(what, op="plan", where=caller(), fix="give each pipeline of the strategy its host")
-    return topology
+    return AttnSpec(
+        mask, heads, check_topology(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines, "plan")
+    )
 
 
 def _find(method: str) -> tuple[str, Method]:

@@ -9,6 +9,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from hetu.cache import LRU
+from hetu.config import settings
 from hetu.errors import StrategyError
 from hetu.graph import Node
 from hetu.ops.attention.layout_key import ParallelKey
@@ -17,6 +18,7 @@ from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
 from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, read_loads, strategy_sizes
 from hetu.parallel.choice.setting import Chosen
+from hetu.parallel.topology import topology_of
 from hetu.parallel.views.report import as_bytes, as_table, as_time
 from hetu.planning.subgraph import Subgraph
 from hetu.symbols import IntSymbol, as_symbol
@@ -165,14 +167,15 @@ class Chooser:
         With packing it depends on documents, other masks than windows have no closed form, and of a symbol that is not
         given feeds may tell another value than its default.
         """
-        sizes = self._sizes.get(subgraph, lambda: _sizes_of(subgraph, self.count))
+        hosts = settings().hosts
+        sizes = self._sizes.get((subgraph, hosts), lambda: _sizes_of(subgraph, self.count, hosts))
         if sizes is None:
             return None
         found = [symbols.get(leaf) for leaf in sizes.leaves]
         values = [value for value in found if type(value) is int]
         if len(values) < len(found):
             return None
-        key = subgraph, chosen.number, tuple(values)
+        key = subgraph, hosts, chosen.number, tuple(values)
         return self._rankings.get(key, lambda: sizes.rank(values, chosen))
 
     def by_plans(self, plans: Mapping[int, Mapping[Node, Sequence[Any]]], hardware: Hardware) -> Ranking:
@@ -203,7 +206,8 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     key = "price", hardware
     if key not in plan.memo:
         counts = (0, 1) if plan.is_backward else (1, 0)
-        attention = Attention(plan.mask, plan.heads, plan.method)
+        hosts = None if plan.topology is None else plan.topology.hosts
+        attention = Attention(plan.mask, plan.heads, plan.method, hosts)
         try:
             price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
@@ -230,11 +234,12 @@ def explain_strategy(
 
 
 def _price(key: ParallelKey, forwards: int, backwards: int, hardware: Hardware) -> Price:
-    attention, layout = Attention(key.mask, key.heads, key.method), key.layout.layout()
+    attention, layout = Attention(key.mask, key.heads, key.method, key.hosts), key.layout.layout()
     try:
         return pricer_of(attention, hardware, forwards, backwards).price(layout_loads(layout, attention))
     except StrategyError:
-        plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads)
+        topology = topology_of(key.hosts, layout.num_pipelines)
+        plan = build_plan(layout, method=key.method, mask=key.mask, heads=key.heads, topology=topology)
         price = _by_clock(plan, hardware)
         again = [_by_clock(plan.backward(), hardware).estimate] * backwards if backwards else []
         return price._replace(estimate=reduce(Estimate.plus, [price.estimate] * forwards + again))
@@ -271,12 +276,12 @@ def count_attentions(nodes: Iterable[Node]) -> list[Counted]:
     return [Counted(*found) for found in counts.values()]
 
 
-def _sizes_of(subgraph: Subgraph, count: int) -> _Sizes | None:
+def _sizes_of(subgraph: Subgraph, count: int, hosts: tuple[int, ...] | None) -> _Sizes | None:
     counted = count_attentions(subgraph.planned)
     if not counted or any(item.node.attrs["packing"] for item in counted):
         return None
     attentions = [
-        (Attention(node.attrs["mask"], ParallelKey.heads_of(node), node.attrs["method"]), forwards, backwards)
+        (Attention(node.attrs["mask"], ParallelKey.heads_of(node), node.attrs["method"], hosts), forwards, backwards)
         for node, forwards, backwards in counted
     ]
     sizes, loads, lengths = list[Any](), list[list[slice]](), list[slice]()

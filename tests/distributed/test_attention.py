@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention_cases import Case, cases
-from support.jobs import attention, holding
+from support.jobs import attention, attention_on_hosts, holding
 from support.longer import LONGER, grid
 from support.plans import KV_METHODS
 from support.pool import Pool
@@ -50,6 +50,12 @@ def test_every_method_and_split(world: World, size: int, method: str, split: str
     """With fewer pipelines than processes, as many, and more; packed and not; empty shards."""
     lens = LENGTHS[size + more]
     check(world, size, Case(lens, [0] * len(lens), split, method, packing, cut=[0.3, 0.4], dtype=torch.float64))
+
+
+def test_four_ranks_on_two_hosts(world: World) -> None:
+    for split, packing in grid(SPLITS, ["", "1d"]):
+        case = Case(LENGTHS[4], [0] * 4, split, "hierarchical", packing, cut=[0.3, 0.4], dtype=torch.float64)
+        check(world, 4, case, job=attention_on_hosts)
 
 
 MASKS = {

@@ -43,6 +43,12 @@ def test_results_and_gradients_are_those_of_one_process(
     assert max(worlds[size].run(jobs.attend, case)) < 1e-12
 
 
+def test_hosts_relay_rows_and_sum_gradients(worlds: dict[int, jobs.Ranks]) -> None:
+    for hosts, split, cu in grid([(0, 0, 1, 1), (0, 1, 2, 1)], SPLITS, CASES.values()):
+        case = {"cu": cu, "split": split, "method": "hierarchical", "hosts": hosts}
+        assert max(worlds[4].run(jobs.attend_on_hosts, case)) < 1e-12
+
+
 def test_ranks_may_hold_any_numbers_of_rows(ranks: jobs.Ranks) -> None:
     size = ranks.size
     assert max(ranks.run(jobs.attend, {"cu": [0, 5, 30], "tokens": [30, *[0] * (size - 1)]})) < 1e-12

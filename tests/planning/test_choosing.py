@@ -116,6 +116,18 @@ def test_explanations_count_all_attentions_as_runs_do() -> None:
     assert ranking.order == sorted(range(2), key=lambda index: both.choices[index].estimate.time)
 
 
+def test_hosts_decide_the_method() -> None:
+    """Also where symbols alone are known, which is before anything is planned."""
+    with hetu.graph("define_and_run", strategies=[hetu.Strategy([s] * 4, [0] * 4)]) as g:
+        qkv = hetu.placeholder(hetu.bfloat16, [rows, 3072], name="qkv")
+        hetu.parallel_attn(qkv, 128, 4, split="sym")
+    hetu.use_hardware(replace(H100, host_link_bytes=H100.link_bytes / 32))
+    for hosts, method in ((None, "direct"), ((0, 0, 1, 1), "hierarchical"), ((5,), "direct"), ((0, 1), "hierarchical")):
+        with hetu.config(hosts=hosts):
+            assert g.explain(int_symbol_dict={s: 512}).choices[0].method == method
+            assert g.plan(0, int_symbol_dict={s: 512}).method == method
+
+
 def test_explain_says_why_not() -> None:
     g, *_ = graph()
     found = g.explain(int_symbol_dict={s: 4000})

@@ -50,6 +50,12 @@ def in_turn(calls: Sequence[Callable[[], Any]]) -> list[Any]:
 # Attention
 
 
+def attention_on_hosts(case: Case, backend: str, own_shard: bool = False) -> Any:
+    """The same with ranks on two pretended hosts, by plans that are proven; pipeline r is on that of ``r // 2``."""
+    with hetu.config(hosts=(0, 0, 1, 1), verify_plans=True):
+        return attention(case, backend, own_shard=own_shard)
+
+
 def attention(
     case: Case, backend: str, device: str = "cpu", with_grads: bool = True, own_shard: bool = False, repeats: int = 1
 ) -> Any:

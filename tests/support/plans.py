@@ -14,11 +14,11 @@ import pytest
 from support.layout_cases import HEADS
 
 import hetu
-from hetu.parallel import METHODS, Layout, Mask
+from hetu.parallel import METHODS, Layout, Mask, Topology
 from hetu.parallel.attn_plan import AttnPlan
 from hetu.parallel.methods import hold_back
 from hetu.parallel.methods.exchange import exchange
-from hetu.parallel.methods.method import AttnSpec, Topology
+from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import whole
 from hetu.parallel.plan.buffers import Lifetime, lifetimes

@@ -9,6 +9,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from hetu.config import settings
 from hetu.graph import Node, RunView, Tensor
 from hetu.ops.attention.common import read_cu_seqlens, refuse
 from hetu.parallel import Heads, Layout, Mask, Strategy
@@ -70,6 +71,7 @@ class ParallelKey:
         heads: Widths of a token's row.
         return_softmax: Whether the probabilities are returned.
         hardware: The number of the hardware that the method is chosen for, if it is; else 0.
+        hosts: Those of ``hetu.config(hosts=...)``.
     """
 
     layout: LayoutKey
@@ -78,13 +80,14 @@ class ParallelKey:
     heads: Heads
     return_softmax: bool
     hardware: int = 0
+    hosts: tuple[int, ...] | None = None
 
     @classmethod
     def of(cls, node: Node, layout: LayoutKey, mask: Mask) -> ParallelKey:
         """The key of a node on a layout, with its mask bound."""
         attrs = node.attrs
         number = chosen().number if attrs["method"] == "auto" else 0
-        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number)
+        return cls(layout, attrs["method"], mask, cls.heads_of(node), attrs["return_softmax"], number, settings().hosts)
 
     @staticmethod
     def heads_of(node: Node) -> Heads:

@@ -33,6 +33,7 @@ from hetu.ops.sources import constant, placeholder
 from hetu.parallel import METHODS, AttnPlan, Mask, build_plan
 from hetu.parallel.choice.setting import chosen
 from hetu.parallel.mask.mask import NO_WINDOW
+from hetu.parallel.topology import topology_of
 from hetu.symbols import IntSymbol, as_symbol
 
 __all__ = ["parallel_attn"]
@@ -66,7 +67,8 @@ class _ParallelAttention(LayoutOp):
             keys = [[group.tokens] if key.mask.joins else group.lengths.tolist() for group in layout.groups]
             heads = replace(heads, columns=max(max(of_group, default=0) for of_group in keys))
         hardware = chosen().hardware if key.method == "auto" else None
-        return build_plan(layout, method=key.method, mask=key.mask, heads=heads, hardware=hardware)
+        topology = topology_of(key.hosts, layout.num_pipelines)
+        return build_plan(layout, method=key.method, mask=key.mask, heads=heads, topology=topology, hardware=hardware)
 
 
 @register
@@ -251,7 +253,8 @@ def parallel_attn(
             piece each), ``"stripe"`` (dealt one token at a time) or ``"balanced"`` (as sym, but most packed documents
             whole on one pipeline, so that all have as much to do). See ``docs/layouts.md``.
         method: How pipelines of a group attend to each other's tokens: keys and values move (``"ring"``, ``"direct"``,
-            ``"all_gather"``), each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
+            ``"all_gather"``, or ``"hierarchical"``, which sends them once to each host of ``hetu.config(hosts=...)``),
+            each attends for some heads to all tokens (``"ulysses"``), or ``"auto"``.
         window_size: ``(left, right)``: a token sees only the keys from ``left`` before itself to ``right`` after it; -1
             is no bound, and ``is_causal`` makes right 0. Each may be a symbol (one with ``min=-1`` may be no bound):
             another window is another plan, and no other graph.

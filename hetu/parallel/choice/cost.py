@@ -18,7 +18,9 @@ from hetu.parallel.layout.strategy import Strategy, groups_of
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.rules import Size
 from hetu.parallel.methods import AUTO
+from hetu.parallel.methods.hosts import Hosts
 from hetu.parallel.plan.heads import Heads
+from hetu.parallel.topology import Topology, check_topology
 from hetu.symbols import IntSymbol, as_size, as_symbol, check_leaf
 from hetu.symbols.compile import compile_exprs
 
@@ -88,6 +90,7 @@ class StrategyCost:
         mask: Which keys a query sees.
         method: How tokens move.
         batch: Sequences of each group.
+        topology: Which pipelines share a host; None if all do.
         flops: Of each pipeline: ``4 * head_dim`` per pair and query head.
         link_bytes: Bytes from one pipeline to another, of those that may send any.
         peak_bytes: Most bytes that each pipeline holds at a time, as ``plan.peak_bytes``.
@@ -106,6 +109,7 @@ class StrategyCost:
     mask: Mask
     method: str
     batch: Size
+    topology: Topology | None
     flops: tuple[Size, ...]
     link_bytes: dict[tuple[int, int], Size]
     peak_bytes: tuple[Size, ...]
@@ -152,11 +156,12 @@ class StrategyCost:
             _refuse(f"there is no context group {shown(group)}", f"name one of {names}")
         members = found[number]
         pieces = tuple(IntSymbol(f"piece{r}") for r in members)
-        work = self._work([[piece] for piece in pieces], self.mask, 1)
+        work = self._work(members, [[piece] for piece in pieces], self.mask)
         return DocumentCost(pieces, tuple(map(_size, work.flops)), _moved(members, work))
 
-    def _work(self, pieces: Any, mask: Mask, batch: Size) -> Work:
-        return WORK[self.method](GroupCounts(counts_of(numbers(pieces), self.split, mask), self.heads, batch))
+    def _work(self, members: tuple[int, ...], pieces: Any, mask: Mask) -> Work:
+        counts, hosts = counts_of(numbers(pieces), self.split, mask), Hosts.of(members, self.topology)
+        return WORK[self.method](GroupCounts(counts, self.heads, hosts=hosts))
 
     def _of_pack(self, values: Mapping[IntSymbol, int], cu_seqlens: Any) -> Amounts:
         def value(size: IntSymbol) -> int:
@@ -169,7 +174,7 @@ class StrategyCost:
         mask = self.mask.bound(value)
         flops, peak, links = [0] * len(lens), [0] * len(lens), Links()
         for group in layout.groups:
-            work = self._work(group.pieces, mask, 1)
+            work = self._work(group.members, group.pieces, mask)
             for member, r in enumerate(group.members):
                 flops[r], peak[r] = int(work.flops[member]), int(work.peak[member])
             links |= _moved(group.members, work)
@@ -211,6 +216,7 @@ def strategy_cost(
     mask: Mask,
     method: str,
     batch: Size,
+    topology: Topology | None = None,
 ) -> StrategyCost:
     """See :meth:`hetu.Strategy.cost`."""
     num_q, num_kv = head_counts(num_heads, num_kv_heads, most=MAX_COUNT, op=_OP, error=StrategyError)
@@ -222,11 +228,15 @@ def strategy_cost(
     times = as_size(batch, "batch", op=_OP, error=StrategyError)
     if isinstance(times, int):
         _check_batch(times)
+    if topology is not None:
+        check_topology(topology, strategy.num_pipelines, _OP)
     heads = Heads(num_q, num_kv, dim, as_dtype(dtype).itemsize)
-    return cost_of(strategy, heads, split, mask, AUTO if method == "auto" else method, times)
+    return cost_of(strategy, heads, split, mask, AUTO if method == "auto" else method, times, topology)
 
 
-def cost_of(strategy: Strategy, heads: Heads, split: str, mask: Mask, method: str, batch: Size) -> StrategyCost:
+def cost_of(
+    strategy: Strategy, heads: Heads, split: str, mask: Mask, method: str, batch: Size, topology: Topology | None
+) -> StrategyCost:
     """:func:`strategy_cost` of checked arguments.
 
     Raises:
@@ -236,11 +246,12 @@ def cost_of(strategy: Strategy, heads: Heads, split: str, mask: Mask, method: st
     peak, links = list(flops), Links()
     for members in groups_of(constant_groups(strategy)).values():
         pieces = numbers([[strategy.lengths[r]] for r in members])
-        work = WORK[method](GroupCounts(counts_of(pieces, split, mask), heads, batch))
+        counts, hosts = counts_of(pieces, split, mask), Hosts.of(members, topology)
+        work = WORK[method](GroupCounts(counts, heads, batch, hosts))
         for member, r in enumerate(members):
             flops[r], peak[r] = _size(work.flops[member]), _size(work.peak[member])
         links |= _moved(members, work)
-    return StrategyCost(strategy, heads, split, mask, method, batch, tuple(flops), links, tuple(peak))
+    return StrategyCost(strategy, heads, split, mask, method, batch, topology, tuple(flops), links, tuple(peak))
 
 
 def _check_batch(batch: int) -> None:

@@ -13,15 +13,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hetu.errors import StrategyError, caller
 from hetu.parallel.choice.numbers import Numbers
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware
 from hetu.symbols import IntSymbol, maximum
 
-CANDIDATES = ("direct", "ulysses")
+CANDIDATES = ("direct", "ulysses", "hierarchical")
 """What ``method="auto"`` chooses among, the first of equal ones. Of the methods that move keys and values none moves
-fewer bytes than ``direct``, and with these two a rank makes its part of a backward without those of all others."""
+fewer bytes than ``direct``, or fewer between hosts than ``hierarchical``, and with these a rank makes its part of a
+backward without those of all others."""
+
+
+_WAITS = 0.2
+"""How much longer transfers take because links wait for each other, where members send as much as they get and have
+many peers: what the virtual clock shows of random cases (``benchmarks/choice_order.py``)."""
 
 
 class Load(NamedTuple):
@@ -31,10 +38,14 @@ class Load(NamedTuple):
         flops: FLOPs of the member that has most.
         pairs: Pairs of all members, of one head.
         rows: Tokens of all members.
-        moved: Bytes in the busier direction of the member that moves most.
-        both: Bytes in both directions of the member that moves most so.
+        moved: Bytes inside hosts, in the busier direction of the member that moves most.
+        both: Bytes inside hosts, in both directions of the member that moves most so.
+        far_moved: As ``moved``, between hosts.
+        far_both: As ``both``, between hosts.
         peak: Bytes that the member holds that holds most.
         peers: Transfers of a member in one direction, at most.
+        far_peers: Those of them that leave its host, at most.
+        steps: Attends of a member, at most.
     """
 
     flops: Any
@@ -42,20 +53,52 @@ class Load(NamedTuple):
     rows: Any
     moved: Any
     both: Any
+    far_moved: Any
+    far_both: Any
     peak: Any
     peers: Any
+    far_peers: Any
+    steps: Any
 
 
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
-    come, gone = work.links.sum(0), work.links.sum(1)
     pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
-    moved, both, peers = _most(np.concatenate([come, gone])), _most(come + gone), group.members - 1
-    return Load(_most(work.flops), pairs, group.rows.sum(), moved, both, _most(work.peak), peers)
+    of_member, far = np.array(group.hosts.of_member), (0, 0)
+    near = work.links
+    if len(group.hosts.members) > 1:
+        is_far = np.not_equal.outer(of_member, of_member).astype(int)
+        near, far = work.links * (1 - is_far), _busiest(work.links * is_far)
+    peers = group.members - 1
+    return Load(
+        _most(work.flops),
+        pairs,
+        group.rows.sum(),
+        *_busiest(near),
+        *far,
+        _most(work.peak),
+        peers,
+        work.between_hosts,
+        work.steps,
+    )
+
+
+def _busiest(links: Numbers) -> tuple[Any, Any]:
+    """Bytes in the busier direction of the member that moves most, and in both of the one that moves most so."""
+    come, gone = links.sum(0), links.sum(1)
+    return _most(np.concatenate([come, gone])), _most(come + gone)
 
 
 def loads_of(groups: Iterable[GroupCounts], methods: Sequence[str]) -> dict[str, list[Load]]:
-    """The load of each group, by each method."""
+    """The load of each group, by each method.
+
+    Raises:
+        StrategyError: If a method has no closed form.
+    """
+    unknown = [method for method in methods if method not in WORK]
+    if unknown:
+        what = f"method {unknown[0]!r} has no closed form"
+        raise StrategyError(what, op="cost", where=caller(), fix="count it from its plan: plan.cost(hardware)")
     found: dict[str, list[Load]] = {method: [] for method in methods}
     for group in groups:
         for method in methods:
@@ -105,34 +148,32 @@ class Estimator:
 
     def of(self, method: str, loads: Sequence[Load]) -> Estimate:
         """The time of one attention, of which the loads are those of its context groups, as ints."""
-        return max([self._of_group(method, *load) for load in loads])
+        return max([self._of_group(method, load) for load in loads])
 
-    def _of_group(
-        self, method: str, flops: int, pairs: int, rows: int, moved: int, both: int, peak: int, peers: int
-    ) -> Estimate:
-        if not flops:
+    def _of_group(self, method: str, load: Load) -> Estimate:
+        if not load.flops:
             return NOTHING
-        hardware, time = self.hardware, float(moved)
-        steps = 1 if method == "ulysses" else 2 if method == "all_gather" else 1 + peers
+        hardware, peers, far = self.hardware, load.peers, load.far_peers
         rate = (
-            hardware.rate(pairs / rows, self.head_dim, self.kind, self.is_backward)
+            hardware.rate(load.pairs / load.rows, self.head_dim, self.kind, self.is_backward)
             if hardware.rates
             else hardware.flops
         )
-        compute = self.flops * flops / rate + steps * hardware.launch
-        if not moved:
+        compute = self.flops * load.flops / rate + load.steps * hardware.launch
+        time = hardware.link_seconds(load.moved, load.far_moved)
+        if not time:
             return Estimate(compute, compute, 0.0)
-        transfers = peers
+        both, rounds, moved = hardware.link_seconds(load.both, load.far_both), 1, time
         if method == "ulysses":
-            time, transfers = time * self.grown, peers * self.payloads  # one of each payload
+            time, rounds = time * self.grown, self.payloads  # one of each payload
         elif self.is_backward:  # gradients of what came go home while what is next comes
-            time, transfers = max(time + self.grads * (both - moved), self.grads * time), 2 * peers
-        transfer = time / hardware.link_bytes + transfers * hardware.latency
+            time, rounds = max(time + self.grads * (both - moved), self.grads * time), 2
+        transfer = time + rounds * (hardware.transfer_time(0) * (peers - far) + far * hardware.transfer_time(0, False))
         if method != "ring":  # where members send as much as they get, links wait for each other
-            transfer *= 1 + (1 - 1 / peers) * (both / moved - 1)
+            transfer *= 1 + _WAITS * (1 - 1 / peers) * (both / moved - 1)
         if method == "ulysses":  # heads come, then it computes, then results go home
             return Estimate(compute + transfer, compute, transfer)
-        last = compute / (2 if method == "all_gather" else steps)  # of what comes last
+        last = compute / load.steps  # of what comes last
         return Estimate(max(compute, transfer + last), compute, transfer)
 
 

@@ -11,15 +11,17 @@ from hetu.errors import StrategyError
 from hetu.parallel.choice.cost import constant_groups
 from hetu.parallel.choice.counts import counts_of
 from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, loads_of
-from hetu.parallel.choice.numbers import numbers
+from hetu.parallel.choice.numbers import Numbers, numbers
 from hetu.parallel.choice.work import GroupCounts
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.layout.layout import Layout
 from hetu.parallel.layout.splits import SPLITS
 from hetu.parallel.layout.strategy import Strategy, groups_of
 from hetu.parallel.mask.mask import Mask
-from hetu.parallel.methods import AUTO
+from hetu.parallel.methods import AUTO, METHODS
+from hetu.parallel.methods.hosts import Hosts
 from hetu.parallel.plan.heads import Heads
+from hetu.parallel.topology import Topology, topology_of
 from hetu.parallel.views.cost import mask_kind
 from hetu.parallel.views.hardware import Hardware
 
@@ -34,16 +36,21 @@ class Attention:
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         method: How tokens move, or ``"auto"``.
+        hosts: The host of each rank, see :func:`~hetu.parallel.topology.topology_of`; None if all share one.
     """
 
     mask: Mask
     heads: Heads
     method: str
+    hosts: tuple[int, ...] | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that may be taken."""
-        return CANDIDATES if self.method == "auto" else (self.method,)
+        if self.method != "auto":
+            return (self.method,)
+        has_several = len(set(self.hosts or ())) > 1
+        return tuple(method for method in CANDIDATES if has_several or not METHODS[method].joins_hosts)
 
 
 class Pricer:
@@ -63,7 +70,7 @@ class Pricer:
         self.forwards, self.backwards = forwards, backwards
 
     def price(self, loads: Mapping[str, Sequence[Load]]) -> Price:
-        """The price by the method whose forward takes least time; of equal ones the first."""
+        """The price by the method whose forward takes least time; of equal ones what is sent is less, or the first."""
         found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
         forward, method = min(found, key=_time)
         own, total = loads[method], forward if self.forwards else NOTHING
@@ -96,8 +103,9 @@ class Price(NamedTuple):
     peak_bytes: int
 
 
-def _time(found: tuple[Estimate, str]) -> float:
-    return found[0].time
+def _time(found: tuple[Estimate, str]) -> tuple[float, float]:
+    """What decides: the time, then what has to be hidden, for an estimate takes it to be hidden wholly if it can be."""
+    return found[0].time, found[0].transfer
 
 
 def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
@@ -106,9 +114,9 @@ def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
     Raises:
         StrategyError: If the layout is a custom one, or the mask has no closed form on it.
     """
+    topology = topology_of(attention.hosts, layout.num_pipelines)
     groups = [
-        GroupCounts(counts_of(group.pieces, split_of(group), attention.mask), attention.heads)
-        for group in layout.groups
+        _counted(group.pieces, split_of(group), attention, Hosts.of(group.members, topology)) for group in layout.groups
     ]
     return loads_of(groups, attention.methods)
 
@@ -119,9 +127,16 @@ def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list
     Raises:
         StrategyError: If a group is a symbol, or the mask has no closed form.
     """
-    lengths = [[[strategy.lengths[r]] for r in members] for members in groups_of(constant_groups(strategy)).values()]
-    groups = [GroupCounts(counts_of(numbers(own), split, attention.mask), attention.heads) for own in lengths]
+    topology = topology_of(attention.hosts, strategy.num_pipelines)
+    groups = [
+        _counted(numbers([[strategy.lengths[r]] for r in members]), split, attention, Hosts.of(members, topology))
+        for members in groups_of(constant_groups(strategy)).values()
+    ]
     return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load]
+
+
+def _counted(pieces: Numbers, split: str, attention: Attention, hosts: Hosts) -> GroupCounts:
+    return GroupCounts(counts_of(pieces, split, attention.mask), attention.heads, hosts=hosts)
 
 
 def read_loads(values: Sequence[int], methods: Sequence[str]) -> dict[str, list[Load]]:
@@ -145,9 +160,11 @@ def split_of(group: GroupLayout) -> str:
     return next(name for name in ("normal", "sym", "stripe") if SPLITS[name].parts == lies_as)
 
 
-def cheapest_method(layout: Layout, mask: Mask, heads: Heads, hardware: Hardware) -> str:
+def cheapest_method(
+    layout: Layout, mask: Mask, heads: Heads, hardware: Hardware, topology: Topology | None = None
+) -> str:
     """What ``"auto"`` is on a layout; where nothing can be counted, as without hardware, :data:`AUTO`."""
-    attention = Attention(mask, heads, "auto")
+    attention = Attention(mask, heads, "auto", None if topology is None else topology.hosts)
     try:
         return pricer_of(attention, hardware).price(layout_loads(layout, attention)).method
     except StrategyError:

@@ -8,15 +8,17 @@ and a test holds both together without tolerance.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from hetu.parallel.choice.counts import Counts
+from hetu.parallel.choice.hosts import moves
 from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, numbers, smaller
 from hetu.parallel.mask.rules import Size
+from hetu.parallel.methods.hosts import Hosts
 from hetu.parallel.methods.ulysses import deal
 from hetu.parallel.plan.heads import Heads, Payload
 
@@ -29,11 +31,15 @@ class Work:
         flops: ``(R,)``, as :attr:`hetu.parallel.views.cost.Cost.flops`.
         links: ``(R, R)`` bytes from each member to each other one.
         peak: ``(R,)`` bytes that each holds at most, as :meth:`~hetu.parallel.AttnPlan.peak_bytes`.
+        steps: Attends of a member, at most.
+        between_hosts: Transfers of a member in one direction that leave its host, at most.
     """
 
     flops: Numbers
     links: Numbers
     peak: Numbers
+    steps: int
+    between_hosts: int
 
 
 class GroupCounts:
@@ -43,15 +49,22 @@ class GroupCounts:
         counts: Of each document.
         heads: Widths of a token's row.
         batch: How often each document is there.
+        hosts: Which members share a host; all if it is None.
 
     Attributes:
         rows: ``(R,)`` of each member's shard.
     """
 
-    def __init__(self, counts: Counts, heads: Heads, batch: Size = 1) -> None:
+    def __init__(self, counts: Counts, heads: Heads, batch: Size = 1, hosts: Hosts | None = None) -> None:
         self.counts, self.heads, self.batch = counts, heads, lifted(batch)
         self.members = counts.members
+        self.hosts = hosts or Hosts.of(range(self.members), None)
         self.rows = counts.pieces.sum(1) * self.batch
+
+    @property
+    def elsewhere(self) -> int:
+        """Members on other hosts, of the member for which these are most."""
+        return self.members - min(map(len, self.hosts.members))
 
     @cached_property
     def pairs(self) -> Numbers:
@@ -69,6 +82,17 @@ class GroupCounts:
         """``(R, R)`` rows that each member needs of each owner."""
         rows: Numbers = self.counts.taken() * self.batch
         return rows
+
+    @cached_property
+    def taken_by_hosts(self) -> Numbers:
+        """``(R, H)`` rows of each owner that anybody of each other host needs; 0 of the own host."""
+        found: Numbers = np.zeros((self.members, len(self.hosts.members)), object)
+        for c, own in enumerate(self.hosts.of_member):
+            for number, members in enumerate(self.hosts.members):
+                if number != own:
+                    found[c, number] = self.counts.needed(members, c).sum()
+        found *= self.batch
+        return found
 
     @cached_property
     def carried(self) -> Numbers:
@@ -97,12 +121,18 @@ class GroupCounts:
         return pairs * (num_q * 4 * self.heads.head_dim)
 
 
-def moved_once(group: GroupCounts) -> Work:
-    """``direct`` and ``all_gather``: all that travels is under way, and held, until the end."""
+def direct(group: GroupCounts) -> Work:
+    """``direct``: all that travels is under way, and held, until the end."""
     row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
     come, gone = group.taken.sum(1), group.taken.sum(0)
     peak = group.rows * own + (come + gone) * row + group.results(any_of(come))
-    return Work(group.flops(group.pairs, group.heads.num_q), group.taken.T * row, peak)
+    flops = group.flops(group.pairs, group.heads.num_q)
+    return Work(flops, group.taken.T * row, peak, group.members, group.elsewhere)
+
+
+def all_gather(group: GroupCounts) -> Work:
+    """``all_gather``: as ``direct``, in two steps."""
+    return replace(direct(group), steps=2)
 
 
 def ring(group: GroupCounts) -> Work:
@@ -116,7 +146,8 @@ def ring(group: GroupCounts) -> Work:
     most = numbers([_ring_peak(group, member) for member in range(R)])
     attended = group.results(any_of(group.taken.sum(1)))
     peak = group.rows * group.heads.row_bytes(Payload.QKV) + attended + most * row
-    return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak)
+    crosses = len(group.hosts.members) > 1  # a link between hosts is one at every hop
+    return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak, R, (R - 1) * crosses)
 
 
 def _ring_peak(group: GroupCounts, m: int) -> Any:
@@ -136,6 +167,17 @@ def _ring_peak(group: GroupCounts, m: int) -> Any:
     for hop in range(R):
         most = larger(most, held.at(hop, keeping) + keeping[hop + 1])
     return most + sent[1]
+
+
+def hierarchical(group: GroupCounts) -> Work:
+    """``hierarchical``: rows go once to each host that needs them, and are passed on there; a buffer per distance."""
+    if len(group.hosts.members) < 2:
+        return direct(group)
+    links, most = moves(group.taken, group.taken_by_hosts, group.hosts)
+    row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
+    peak = group.rows * own + group.results(any_of(group.taken.sum(1))) + most * row
+    count = len(group.hosts.members)
+    return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak, 1 + count, count - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +238,7 @@ def ulysses(group: GroupCounts) -> Work:
     """``ulysses``: everybody's rows of some heads come, and results go home."""
     R, heads, rows, tokens = group.members, group.heads, group.rows, group.rows.sum(keepdims=True)
     if R == 1:
-        return moved_once(group)
+        return direct(group)
     given, back, num_q = _head_bytes(heads, R)
     links = rows[:, None] * given + rows * back[:, None]
     np.fill_diagonal(links, 0)
@@ -208,7 +250,8 @@ def ulysses(group: GroupCounts) -> Work:
     before = packed + gathered + larger(aside, computed)
     after = results + others + larger(computed, landing)
     peak = rows * heads.row_bytes(Payload.QKV) + larger(before, after)
-    return Work(group.flops(np.array([group.whole_pairs] * R, object), num_q), links, peak)
+    flops = group.flops(np.array([group.whole_pairs] * R, object), num_q)
+    return Work(flops, links, peak, 1, group.elsewhere)
 
 
 @lru_cache
@@ -222,8 +265,9 @@ def _head_bytes(heads: Heads, members: int) -> tuple[Numbers, Numbers, Numbers]:
 
 WORK: dict[str, Callable[[GroupCounts], Work]] = {
     "ring": ring,
-    "direct": moved_once,
-    "all_gather": moved_once,
+    "direct": direct,
+    "all_gather": all_gather,
     "ulysses": ulysses,
+    "hierarchical": hierarchical,
 }
 """By the names of the methods."""

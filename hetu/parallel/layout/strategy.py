@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from hetu.arguments import integers, items, refuse, shown
 from hetu.errors import HetuError, StrategyError, caller
 from hetu.parallel.mask.mask import CAUSAL, Mask
+from hetu.parallel.topology import Topology
 from hetu.symbols import IntSymbol, as_size
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ class Strategy:
         mask: Mask = CAUSAL,
         method: str = "auto",
         batch: IntSymbol | int = 1,
+        topology: Topology | None = None,
     ) -> StrategyCost:
         """What the forward of an attention takes under this strategy, as expressions in its symbols, without a plan.
 
@@ -185,9 +187,10 @@ class Strategy:
             dtype: Of q, k and v.
             split: ``"normal"``, ``"sym"``, ``"stripe"`` or ``"balanced"``.
             mask: Causal, full, or a window; under ``"stripe"`` a window where a group's pipelines hold equal lengths.
-            method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``; ``"auto"`` is ``"direct"`` here, for
-                the cheapest depends on the lengths.
+            method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``; ``"auto"`` is
+                ``"direct"`` here, for the cheapest depends on the lengths.
             batch: Sequences of each context group.
+            topology: Which pipelines share a host; None if all do.
 
         Returns:
             The expressions, with ``evaluate(int_symbol_dict, cu_seqlens)``, which gives ints.
@@ -205,7 +208,9 @@ class Strategy:
             >>> cost.evaluate({s: 4}).flops
             (320, 2176)
         """
-        return type(self).cost_factory(self, num_heads, num_kv_heads, head_dim, dtype, split, mask, method, batch)
+        return type(self).cost_factory(
+            self, num_heads, num_kv_heads, head_dim, dtype, split, mask, method, batch, topology
+        )
 
     def says_the_same_as(self, other: Strategy) -> bool:
         """True if both have the same lengths and groups, whatever they are called and weigh by."""

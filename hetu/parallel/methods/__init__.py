@@ -4,9 +4,9 @@ A method's parts depend on the layout alone, never on which other parts are buil
 only its own.
 """
 
-from hetu.parallel.methods import backward, direct, ulysses
+from hetu.parallel.methods import backward, direct, hierarchical, ulysses
 from hetu.parallel.methods.all_gather import all_gather
-from hetu.parallel.methods.method import AttnSpec, Method, Topology
+from hetu.parallel.methods.method import AttnSpec, Method
 from hetu.parallel.methods.ring import ring
 
 METHODS = {
@@ -14,6 +14,7 @@ METHODS = {
     "direct": Method(direct.direct, direct.build_backward),
     "all_gather": Method(all_gather, backward.build_backward),
     "ulysses": Method(ulysses.ulysses, ulysses.build_backward),
+    "hierarchical": Method(hierarchical.hierarchical, hierarchical.build_backward, joins_hosts=True),
 }
 """The methods by name."""
 
@@ -21,4 +22,4 @@ AUTO = "direct"
 """What ``"auto"`` means: of the methods that move keys and values none moves fewer bytes, and each of its transfers can
 be hidden behind all of the computation before it."""
 
-__all__ = ["AUTO", "METHODS", "AttnSpec", "Method", "Topology"]
+__all__ = ["AUTO", "METHODS", "AttnSpec", "Method"]

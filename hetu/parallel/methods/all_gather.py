@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from hetu.parallel.layout.group import GroupLayout
-from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.exchange import exchange
 from hetu.parallel.methods.method import AttnSpec
 from hetu.parallel.methods.part import PartBuilder
 from hetu.parallel.methods.peers import around, whole
+from hetu.parallel.methods.tables import joined
 from hetu.parallel.plan.parts import PipelinePlan
 
 
@@ -32,19 +32,7 @@ def all_gather(group: GroupLayout, who: slice, spec: AttnSpec) -> list[PipelineP
         for c in sources:
             part.wait_for(c)
         if sources:
-            table = _join([tables[i][c] for c in sources], [offsets[c] for c in sources], part.spans)
+            table = joined([tables[i][c] for c in sources], [offsets[c] for c in sources], part.spans)
             part.attend(1, table, [(c, moved.landed[i][c]) for c in sources])
         parts.append(part.finish())
     return parts
-
-
-def _join(tables: list[SegmentTable], offsets: list[int], spans: QuerySpans) -> SegmentTable:
-    """Tables over parts of one buffer as one, ordered by query."""
-    query = np.concatenate([table.query for table in tables])
-    k_start = np.concatenate([table.k_start + offset for table, offset in zip(tables, offsets, strict=True)])
-    k_len = np.concatenate([table.k_len for table in tables])
-    diagonal = np.concatenate([table.diagonal for table in tables])
-    order, lower = query.argsort(kind="stable"), None
-    if any(table.lower is not None for table in tables):
-        lower = np.concatenate([table.lower_over(spans) for table in tables]).take(order)
-    return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order), lower)

@@ -16,44 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hetu.arguments import MAX_COUNT, index, integer, integers
-from hetu.errors import StrategyError
 from hetu.parallel.layout.group import GroupLayout
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.plan.heads import Heads
 from hetu.parallel.plan.parts import PipelinePlan, PlanData
-
-
-@dataclass(frozen=True, slots=True)
-class Topology:
-    """Which pipelines share a host.
-
-    Attributes:
-        hosts: The number of each pipeline's host.
-
-    Raises:
-        StrategyError: If they are no ints.
-
-    Example:
-        >>> Topology((0, 0, 1, 1)).shares_host(1, 2), Topology.one_host(3)
-        (False, Topology(hosts=(0, 0, 0)))
-    """
-
-    hosts: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "hosts", tuple(integers(self.hosts, "hosts", op="Topology", error=StrategyError)))
-
-    @classmethod
-    def one_host(cls, num_pipelines: int) -> Topology:
-        """All pipelines share one host."""
-        return cls((0,) * integer(num_pipelines, "num_pipelines", least=0, most=MAX_COUNT, op="Topology"))
-
-    def shares_host(self, one: int, other: int) -> bool:
-        """Whether two pipelines share a host."""
-        count = len(self.hosts)
-        pair = [index(r, name, count, op="Topology") for r, name in ((one, "one"), (other, "other"))]
-        return self.hosts[pair[0]] == self.hosts[pair[1]]
+from hetu.parallel.topology import Topology
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +50,17 @@ class Method:
     Attributes:
         forward: Builds the parts of some members of a group, which are given as a slice.
         backward: Builds the parts of the given pipelines, or more, of the backward of a plan that ``forward`` built.
+        joins_hosts: Whether it is of use only where a group lies on several hosts.
 
     Example:
         >>> from hetu.parallel import METHODS
         >>> list(METHODS)
-        ['ring', 'direct', 'all_gather', 'ulysses']
+        ['ring', 'direct', 'all_gather', 'ulysses', 'hierarchical']
     """
 
     forward: Callable[[GroupLayout, slice, AttnSpec], list[PipelinePlan]]
     backward: Callable[[PlanData, Sequence[int]], list[PipelinePlan]]
+    joins_hosts: bool = False
 
     def __repr__(self) -> str:
         return f"Method({self.forward.__qualname__}, {self.backward.__qualname__})"

@@ -22,6 +22,16 @@ def transfer_number(step: int, source: int, target: int, num_pipelines: int) -> 
     return (step * num_pipelines + source) * num_pipelines + target
 
 
+def hop_of(transfer: int, num_pipelines: int) -> int:
+    """The step that a number was made from.
+
+    Example:
+        >>> hop_of(transfer_number(3, source=1, target=0, num_pipelines=2), 2)
+        3
+    """
+    return transfer // num_pipelines**2
+
+
 def whole(rows: int) -> Runs:
     """Rows 0 to ``rows`` as one run, or none if there are none."""
     runs = Runs(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64))

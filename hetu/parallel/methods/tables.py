@@ -13,7 +13,7 @@ import numpy as np
 from hetu.parallel.layout.group import GroupLayout, Held
 from hetu.parallel.layout.splits import Ints
 from hetu.parallel.mask.mask import Mask
-from hetu.parallel.mask.segments import IntArray
+from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.methods.banded import see_bands
 from hetu.parallel.methods.reach import Reach
 
@@ -107,3 +107,15 @@ def _seen(
     diagonals = np.stack([one - 1 if diagonal is None else diagonal for one, diagonal in found])
     seen *= present[:, None]
     return seen, diagonals
+
+
+def joined(tables: list[SegmentTable], offsets: list[int], spans: QuerySpans) -> SegmentTable:
+    """Tables over parts of one buffer as one, ordered by query."""
+    query = np.concatenate([table.query for table in tables])
+    k_start = np.concatenate([table.k_start + offset for table, offset in zip(tables, offsets, strict=True)])
+    k_len = np.concatenate([table.k_len for table in tables])
+    diagonal = np.concatenate([table.diagonal for table in tables])
+    order, lower = query.argsort(kind="stable"), None
+    if any(table.lower is not None for table in tables):
+        lower = np.concatenate([table.lower_over(spans) for table in tables]).take(order)
+    return SegmentTable(query.take(order), k_start.take(order), k_len.take(order), diagonal.take(order), lower)

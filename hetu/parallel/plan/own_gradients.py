@@ -30,8 +30,8 @@ class OwnGradients:
     Attributes:
         aside: Attends to the queries' buffer, by number of the instruction, that name a row of which there is a
             gradient already, of an earlier attend or one that was added. The others write in place.
-        gaps: Those of the two buffers in which nothing writes the gradients of some row and head in place: they have to
-            be 0 from the beginning.
+        gaps: Those of the two buffers in which nothing writes the gradients of some row and head in place, and
+            buffers of foreign rows in which gradients are summed up: they have to be 0 from the beginning.
     """
 
     aside: frozenset[int]
@@ -47,6 +47,7 @@ def _find(part: PipelinePlan) -> OwnGradients:
     aside: set[int] = set()
     taken: dict[HeadRange, Stretches] = {}  # rows of the queries' buffer of which there is a gradient
     written = dict.fromkeys((0, part.queries), 0)  # in place: rows times key heads
+    summed: set[int] = set()
     for number, item in enumerate(part.instructions):
         match item:
             case Attend(buffer=buffer) if buffer == part.queries:
@@ -62,8 +63,11 @@ def _find(part: PipelinePlan) -> OwnGradients:
                 written[0] += item.rows * item.heads.num_kv
             case Copy(target=0, payload=Payload.QKV_GRADS):
                 written[0] += item.place.rows * item.heads.num_kv
+            case Copy(payload=Payload.KV_GRADS) if item.target not in written:
+                summed.add(item.target)
     holds = {buffer: part.buffers[buffer].rows * part.buffers[buffer].heads.num_kv for buffer in written}
-    return OwnGradients(frozenset(aside), frozenset([buffer for buffer in written if written[buffer] < holds[buffer]]))
+    gaps = [buffer for buffer in written if written[buffer] < holds[buffer]]
+    return OwnGradients(frozenset(aside), frozenset([*gaps, *summed]))
 
 
 _NONE: Stretches = (np.empty(0, np.int64), np.empty(0, np.int64))

@@ -35,6 +35,7 @@ from hetu.parallel.plan.buffers import Buffer
 from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Instruction, Receive, Send
 from hetu.parallel.plan.own_gradients import own_gradients
+from hetu.parallel.topology import Topology
 
 Found = TypeVar("Found")
 
@@ -88,7 +89,8 @@ class PipelinePlan:
 
     def _sums_gradients(self) -> bool:
         return bool(own_gradients(self).aside) or any(
-            isinstance(item, Accumulate) or (isinstance(item, Copy) and item.payload is Payload.KV_GRADS)
+            isinstance(item, Accumulate)
+            or (isinstance(item, Copy) and item.target == 0 and item.payload is Payload.KV_GRADS)
             for item in self.instructions
         )
 
@@ -169,11 +171,12 @@ class PlanData:
 
     Attributes:
         layout: Which token lies where.
-        method: ``"ring"``, ``"direct"``, ``"all_gather"`` or ``"ulysses"``.
+        method: ``"ring"``, ``"direct"``, ``"all_gather"``, ``"ulysses"`` or ``"hierarchical"``.
         mask: Which keys a query sees.
         heads: Widths of a token's row.
         pipelines: One part per pipeline, in order: a tuple, or :class:`Parts` that are built when they are asked for.
         is_backward: Whether it computes the gradients; see :meth:`backward`.
+        topology: Which pipelines share a host; None if all do.
     """
 
     layout: Layout
@@ -182,6 +185,7 @@ class PlanData:
     heads: Heads
     pipelines: Sequence[PipelinePlan]
     is_backward: bool = False
+    topology: Topology | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def need(self, pipelines: Sequence[int]) -> None:
@@ -248,7 +252,9 @@ class PlanData:
         No part is built for it.
         """
         digest = hashlib.blake2b(digest_size=16)
-        _feed(digest.update, (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads))
+        _feed(
+            digest.update, (self.layout.digest(), self.method, self.mask, self.is_backward, self.heads, self.topology)
+        )
         return digest.hexdigest()
 
     def hash(self) -> str:

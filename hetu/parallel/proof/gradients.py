@@ -2,8 +2,10 @@
 
 What an attend computes of one atom of heads of one row of a buffer other than the shard is one gradient. Of the
 queries' buffer an attend computes those of all rows, for rows that no segment names get 0; of other buffers those that
-segments name. Numbers stand in for them in buffers. The plan is proven if each is sent or copied once, and added once
-to the row of its owner's shard that holds its token, or put there if it is the only one.
+segments name. Numbers stand in for them in buffers. A pipeline may add gradients of foreign rows to those that it
+computed of them itself: what it holds then are sums, gradients of their own, which have to come home in turn. The plan
+is proven if each is sent or copied once, and added once to the row of its owner's shard that holds its token, or to a
+sum, or put there if it is the only one.
 
 Gradients of own rows may also stay where they are computed. Of these it is proven that each attend to the own shard
 which writes them where they belong, see :mod:`hetu.parallel.plan.own_gradients`, overwrites nothing, and that nothing
@@ -44,6 +46,7 @@ class Contributions:
         self.rows: dict[tuple[int, int], IntArray] = {}
         self.first: dict[tuple[int, int], int] = {}
         self._places: list[tuple[int, int]] = []
+        self._summed: list[tuple[int, int]] = []  # the first number of some sums, and the pipeline that holds them
         home: list[IntArray] = [np.empty(0, np.int64)]
         total = 0
         for r, part in enumerate(plan.pipelines):
@@ -65,8 +68,35 @@ class Contributions:
         rows = self.rows[r, number]
         return self.first[r, number] + np.arange(len(rows) * atoms).reshape(len(rows), atoms)
 
+    def add_up(self, held: IntArray, came: IntArray, r: int, what: str) -> IntArray:
+        """Notes that a pipeline adds gradients to those that it holds of the same foreign rows, if it holds any.
+
+        Returns:
+            The numbers of the sums.
+        """
+        there = held >= 0
+        wrong = there & (self.home[np.maximum(held, 0)] != self.home[came])
+        if wrong.any():
+            one, other = (self.name(int(numbers[wrong][0])) for numbers in (came, held))
+            refuse(f"{what} adds {one} to {other}")
+        for numbers in (came.reshape(-1), held[there]):
+            twice = self.is_added[numbers] | (np.bincount(numbers)[numbers] > 1 if len(numbers) else False)
+            if twice.any():
+                refuse(f"{what} adds a second time {self.name(int(numbers[twice.argmax()]))}")
+            self.is_sent[numbers] = self.is_added[numbers] = True
+        first = len(self.home)
+        self.home = np.concatenate([self.home, self.home[came].reshape(-1)])
+        self.is_sent, self.is_added = (
+            np.concatenate([flags, np.zeros(came.size, bool)]) for flags in (self.is_sent, self.is_added)
+        )
+        self._summed.append((first, r))
+        return first + np.arange(came.size).reshape(came.shape)
+
     def name(self, gradient: int) -> str:
         """A gradient, as messages call it."""
+        if self._summed and gradient >= self._summed[0][0]:
+            r = self._summed[bisect_right([first for first, _ in self._summed], gradient) - 1][1]
+            return f"the sum of gradients of {self.contents.name(KEY_GRADS, int(self.home[gradient]))} on pipeline {r}"
         r, number = self._places[bisect_right([self.first[place] for place in self._places], gradient) - 1]
         what = self.contents.name(KEY_GRADS, int(self.home[gradient]))
         return f"the gradient of {what} that pipeline {r} computes by attend {number}"

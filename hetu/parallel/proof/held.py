@@ -203,8 +203,22 @@ class Run(Follower):
         for kind, numbers in self._take(item, item.payload, item.runs.indices()).items():
             if item.target == 0:
                 self._check_home(item, kind, rows, numbers)
-            if item.target or kind != KEY_GRADS:
+            if item.target and item.payload is Payload.KV_GRADS:
+                self._add_up(item, rows, numbers)
+            elif item.target or kind != KEY_GRADS:
                 self._write(instruction_name(item), item.target, kind, item.heads, rows, numbers)
+
+    def _add_up(self, item: Copy, rows: IntArray, numbers: IntArray) -> None:
+        """Adds gradients to those of rows that the pipeline passed on."""
+        assert self.contributions is not None, "see check_part"
+        what = instruction_name(item)
+        self._check_sent(what, item.target, item.payload, item.heads, rows)
+        held, columns = self._of(item.target, KEY_GRADS), self._columns(item.target, KEY_GRADS, item.heads)
+        there = held[rows, columns]
+        if (there == LANDING).any():
+            self.refuse(f"{what} adds to {buffer_name(self.part, item.target)}, where something is still landing")
+        held[rows, columns] = self.contributions.add_up(there, numbers, self.r, what)
+        self.unread[item.target, KEY_GRADS][rows, columns] = True
 
     # Attends
 

@@ -55,8 +55,11 @@ def check_rows(plan: PlanData, r: int, part: PipelinePlan) -> None:
     if held > tokens + sum(item.runs.rows for item in copies):  # own rows that it copies it holds twice
         refuse(f"pipeline {r} holds {held} rows in buffers of {rows} rows; its group has {tokens}")
     landing = [buffer.rows for buffer in part.buffers if not buffer.holds_keys]
-    if max(landing, default=0) > part.rows:
-        refuse(f"pipeline {r} has landing buffers of {landing} rows, but its shard only {part.rows}")
+    # What lands is added to own rows, or to gradients of rows that the pipeline passed on.
+    summed = [item.target for item in part.instructions if isinstance(item, Copy) and item.payload is Payload.KV_GRADS]
+    most = max([part.rows, *(part.buffers[target].rows for target in summed)])
+    if max(landing, default=0) > most:
+        refuse(f"pipeline {r} has landing buffers of {landing} rows, but adds to {most} at most")
 
 
 def query_tokens(part: PipelinePlan, tokens: Tokens) -> IntArray:

@@ -44,6 +44,8 @@ def verify(plan: PlanData, max_bytes: int | None = None) -> None:
     check_fields(plan)
     check_heads(plan)
     check_layout(plan)
+    if plan.topology is not None and len(plan.topology.hosts) != len(plan.pipelines):
+        refuse(f"the topology names the hosts of {len(plan.topology.hosts)} pipelines, not of {len(plan.pipelines)}")
     tokens = Tokens.of(plan)
     for r, part in enumerate(plan.pipelines):
         check_part(plan, r, part, tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Cost:
         peak_bytes: Of each pipeline; see :meth:`AttnPlan.peak_bytes`.
         finish: Second at which each pipeline is done.
         fits: Whether every pipeline's memory is enough.
+        host_bytes: Bytes that leave their host, of all pipelines together.
 
     Example:
         >>> import hetu
@@ -48,6 +50,7 @@ class Cost:
     peak_bytes: tuple[int, ...]
     finish: tuple[float, ...]
     fits: bool
+    host_bytes: int = 0
 
     @property
     def time(self) -> float:
@@ -115,14 +118,17 @@ def predict(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = No
                 link = part.pipeline, item.peer
                 links[link] = links.get(link, 0) + transfer_bytes(plan, item)
     peak = tuple(peak_bytes(plan, part) for part in plan.pipelines)
-    return Cost(timeline.flops, links, peak, timeline.finish, fits=max(peak) <= hardware.memory_bytes)
+    leaving = [size for (a, b), size in links.items() if hosts is not None and hosts[a] != hosts[b]]
+    fits = max(peak) <= hardware.memory_bytes
+    return Cost(timeline.flops, links, peak, timeline.finish, fits=fits, host_bytes=sum(leaving))
 
 
 def simulate(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = None) -> Timeline:
     """Follows all pipelines in the order of their clocks.
 
     Computing and transfers overlap. A transfer starts when both its ends are posted and the sender's outgoing and the
-    receiver's incoming link are free; links carry one transfer at a time.
+    receiver's incoming link are free; links carry one transfer at a time. Of those that could start the one that was
+    posted first does: a transfer that has to wait for the link at its other end keeps no other one from starting.
 
     Args:
         plan: The plan.
@@ -136,54 +142,98 @@ def simulate(plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None = N
 
 
 class _Simulation:
-    """The state of :func:`simulate`."""
+    """The state of :func:`simulate`.
+
+    Attributes:
+        queue: What happens next, by time: links that are free again, as (time, 0, source, target), and pipelines that
+            go on, as (time, 1, number, 0).
+        waiting: For each source and each target the transfers that are posted and wait for a link, the first one first.
+    """
 
     def __init__(self, plan: PlanData, hardware: Hardware, hosts: Sequence[int] | None) -> None:
         self.plan, self.hardware, self.hosts = plan, hardware, hosts
         count = len(plan.pipelines)
         self.ends: tuple[list[float], ...] = tuple([] for _ in range(count))
         self.flops = [0] * count
-        self.out_free, self.in_free = [0.0] * count, [0.0] * count
+        self.sends, self.receives = [False] * count, [False] * count  # whether a link is in use
         self.posted: set[int] = set()
         self.transfers: dict[int, tuple[float, float]] = {}
-        self.blocked: dict[int, list[tuple[float, int]]] = {}
-        self.ready = [(0.0, r) for r in range(count)]
+        self.waiting: tuple[list[dict[int, _Transfer]], ...] = tuple([{} for _ in range(count)] for _ in range(2))
+        self.blocked: dict[int, list[tuple[float, int, int, int]]] = {}
+        self.queue = [(0.0, 1, r, 0) for r in range(count)]
 
     def run(self) -> Timeline:
-        # Always the earliest pipeline goes on, so that transfers are posted in the order of time.
-        while self.ready:
-            now, r = heapq.heappop(self.ready)
-            part, ends = self.plan.pipelines[r], self.ends[r]
-            if len(ends) == len(part.instructions):
-                continue
-            item = part.instructions[len(ends)]
-            if isinstance(item, Attend):
-                self.flops[r] += attend_flops(self.plan, part, item)
-                now += attend_time(self.plan, part, item, self.hardware)
-            elif isinstance(item, Wait):
-                if item.transfer not in self.transfers:
-                    self.blocked.setdefault(item.transfer, []).append((now, r))
-                    continue
-                now = max(now, self.transfers[item.transfer][1])
-            elif isinstance(item, (Send, Receive)):
-                self._post(now, r, item)
-            ends.append(now)
-            heapq.heappush(self.ready, (now, r))
+        # Always what is earliest happens, so that transfers are posted in the order of time.
+        while self.queue:
+            now, is_pipeline, r, target = heapq.heappop(self.queue)
+            if is_pipeline:
+                self._go_on(now, r)
+            else:
+                self._free(now, r, target)
         if self.blocked:
             what = f"pipelines wait for ever for transfers {sorted(self.blocked)}"
             raise PlanError(what, op="plan", fix="see plan.verify()")
         return Timeline(self.ends, self.transfers, tuple(self.flops))
 
+    def _go_on(self, now: float, r: int) -> None:
+        """Follows a pipeline's next instruction."""
+        part, ends = self.plan.pipelines[r], self.ends[r]
+        if len(ends) == len(part.instructions):
+            return
+        item = part.instructions[len(ends)]
+        if isinstance(item, Attend):
+            self.flops[r] += attend_flops(self.plan, part, item)
+            now += attend_time(self.plan, part, item, self.hardware)
+        elif isinstance(item, Wait):
+            if item.transfer not in self.transfers:
+                self.blocked.setdefault(item.transfer, []).append((now, 1, r, 0))
+                return
+            now = max(now, self.transfers[item.transfer][1])
+        elif isinstance(item, (Send, Receive)):
+            self._post(now, r, item)
+        ends.append(now)
+        heapq.heappush(self.queue, (now, 1, r, 0))
+
     def _post(self, now: float, r: int, item: Send | Receive) -> None:
-        """Starts a transfer if this is its second end, and lets those who wait for it look again."""
+        """Notes an end of a transfer; if it is the second, the transfer starts or waits for its links."""
         if item.transfer not in self.posted:
             self.posted.add(item.transfer)
             return
         source, target = (r, item.peer) if isinstance(item, Send) else (item.peer, r)
-        start = max(now, self.out_free[source], self.in_free[target])
         shares_host = self.hosts is None or self.hosts[source] == self.hosts[target]
-        end = start + self.hardware.transfer_time(transfer_bytes(self.plan, item), shares_host)
-        self.out_free[source] = self.in_free[target] = end
-        self.transfers[item.transfer] = start, end
-        for waiting in self.blocked.pop(item.transfer, ()):
-            heapq.heappush(self.ready, waiting)
+        seconds = self.hardware.transfer_time(transfer_bytes(self.plan, item), shares_host)
+        transfer = _Transfer(item.transfer, source, target, seconds)
+        if self.sends[source] or self.receives[target]:
+            for waiting, r in zip(self.waiting, (source, target), strict=True):
+                waiting[r][item.transfer] = transfer
+        else:
+            self._start(now, transfer)
+
+    def _start(self, now: float, transfer: _Transfer) -> None:
+        """Starts a transfer, and lets those who wait for it look again."""
+        number, source, target, seconds = transfer
+        self.sends[source] = self.receives[target] = True
+        self.transfers[number] = now, now + seconds
+        heapq.heappush(self.queue, (now + seconds, 0, source, target))
+        for blocked in self.blocked.pop(number, ()):
+            heapq.heappush(self.queue, blocked)
+
+    def _free(self, now: float, source: int, target: int) -> None:
+        """Starts what waited for two links that are free again."""
+        self.sends[source] = self.receives[target] = False
+        for waiting, r in zip(self.waiting, (source, target), strict=True):
+            for transfer in waiting[r].values():
+                if not self.sends[transfer.source] and not self.receives[transfer.target]:
+                    del self.waiting[0][transfer.source][transfer.number]
+                    del self.waiting[1][transfer.target][transfer.number]
+                    self._start(now, transfer)
+                    break
+
+
+class _Transfer(NamedTuple):
+    """A transfer both of whose ends are posted."""
+
+    number: int
+    source: int
+    target: int
+    seconds: float

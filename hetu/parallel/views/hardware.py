@@ -157,6 +157,10 @@ class Hardware:
         latency = self.latency if self.host_latency is None else self.host_latency
         return latency + count / (self.host_link_bytes or self.link_bytes)
 
+    def link_seconds(self, inside: float, between: float) -> float:
+        """Seconds that a device's link carries bytes inside its host and between hosts, without latencies."""
+        return inside / self.link_bytes + between / (self.host_link_bytes or self.link_bytes)
+
     # Presets
 
     @classmethod

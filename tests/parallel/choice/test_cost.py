@@ -9,21 +9,29 @@ import pytest
 from support.layout_cases import random_case, sparse_layout
 
 import hetu
-from hetu.parallel import METHODS, SPLITS, Heads, Layout, Mask, Strategy, build_plan
+from hetu.parallel import METHODS, SPLITS, Heads, Layout, Mask, Strategy, Topology, build_plan
 from hetu.parallel.choice.counts import counts_of
 from hetu.parallel.choice.price import split_of
 from hetu.parallel.choice.work import WORK, GroupCounts
+from hetu.parallel.methods.hosts import Hosts
 
 CLOSED = [Mask.causal(), Mask.full(), Mask.window(2, 0), Mask.window(1, 3), Mask.window(-1, 2), Mask.window(7, 0)]
 HEADS = [Heads(2, 1, 8, 4), Heads(4, 4, 8, 2), Heads(6, 2, 16, 8)]
 HARDWARE = hetu.Hardware.h100()
 
 
-def counted(layout: Layout, method: str, mask: Mask, heads: Heads) -> tuple[Any, ...]:
+def random_hosts(rng: np.random.Generator, count: int) -> Topology:
+    """One to four hosts, of neighbours or not."""
+    hosts = rng.integers(0, rng.integers(1, 5), count)
+    return Topology(tuple((np.sort(hosts) if rng.random() < 0.5 else hosts).tolist()))
+
+
+def counted(layout: Layout, method: str, mask: Mask, heads: Heads, topology: Topology | None = None) -> tuple[Any, ...]:
     """FLOPs, links and peaks in closed form."""
     flops, peak, links = [0] * layout.num_pipelines, [0] * layout.num_pipelines, {}
     for group in layout.groups:
-        work = WORK[method](GroupCounts(counts_of(group.pieces, split_of(group), mask), heads))
+        counts, hosts = counts_of(group.pieces, split_of(group), mask), Hosts.of(group.members, topology)
+        work = WORK[method](GroupCounts(counts, heads, hosts=hosts))
         for i, r in enumerate(group.members):
             flops[r], peak[r] = work.flops[i], work.peak[i]
             links |= {(r, c): int(work.links[i, j]) for j, c in enumerate(group.members) if work.links[i, j]}
@@ -32,19 +40,32 @@ def counted(layout: Layout, method: str, mask: Mask, heads: Heads) -> tuple[Any,
 
 @pytest.mark.parametrize("seed", range(5))
 def test_counts_are_those_of_plans(seed: int) -> None:
-    """Of every split, packed in both ways and not, with lengths of 0 and 1, and documents that few pipelines hold."""
+    """Of every split, packed or not, with lengths of 0 and 1, documents that few pipelines hold, and any hosts."""
     rng, compared = np.random.default_rng(seed), 0
     for number in range(6):
         layout = sparse_layout(rng, most=8) if number % 2 else random_case(rng, most=7).layout()
         mask, heads = CLOSED[rng.integers(len(CLOSED))], HEADS[rng.integers(len(HEADS))]
+        topology = random_hosts(rng, layout.num_pipelines)
         for method in METHODS:
-            cost = build_plan(layout, method=method, mask=mask, heads=heads).cost(HARDWARE)
+            cost = build_plan(layout, method=method, mask=mask, heads=heads, topology=topology).cost(HARDWARE)
             if split_of(layout.groups[0]) == "stripe" and mask not in CLOSED[:2]:
                 continue  # refused, unless all lengths are equal: below
-            found = counted(layout, method, mask, heads)
-            assert found == (cost.flops, cost.link_bytes, cost.peak_bytes), (method, mask.name, str(layout))
+            found = counted(layout, method, mask, heads, topology)
+            assert found == (cost.flops, cost.link_bytes, cost.peak_bytes), (method, mask.name, topology, str(layout))
             compared += 1
     assert compared >= 8
+
+
+def test_memory_of_hosts_is_made_where_something_packs_or_attends() -> None:
+    """Members that receive for long without sending: one by one, and in batches that follow each other as one."""
+    alone = Layout.build([3] * 8, [0] * 8), Topology(tuple(range(8))), Mask.causal()
+    pieces = np.zeros((12, 2), np.int64)
+    pieces[[4, 5, 1, 4], [0, 0, 1, 1]] = 3, 9, 1, 1
+    cu = np.pad(pieces.cumsum(1), [(0, 0), (1, 0)])
+    pairs = Layout.build(cu[:, -1].tolist(), [0] * 12, cu_seqlens=cu), Topology(tuple(np.arange(12) // 2)), Mask.full()
+    for layout, topology, mask in (alone, pairs):
+        plan = build_plan(layout, method="hierarchical", mask=mask, heads=HEADS[0], topology=topology)
+        assert counted(layout, "hierarchical", mask, HEADS[0], topology)[2] == plan.cost(HARDWARE).peak_bytes
 
 
 def test_windows_over_stripes_of_equal_lengths() -> None:
@@ -82,13 +103,14 @@ def test_expressions_are_counts(split: str, method: str) -> None:
         count = 1 + number % 4
         strategy = Strategy(FORMS[rng.integers(len(FORMS))](count), rng.choice([0, 0, 1], count).tolist())
         mask = SYMBOLIC[rng.integers(2 if split == "stripe" else len(SYMBOLIC))]
-        cost = strategy.cost(4, 2, 8, hetu.float32, split=split, mask=mask, method=method, batch=b)
+        hosts = random_hosts(rng, count)
+        cost = strategy.cost(4, 2, 8, hetu.float32, split=split, mask=mask, method=method, batch=b, topology=hosts)
         for _ in range(4):
             values = {leaf: int(rng.integers(0, 20)) for leaf in (s, t, w)} | {b: int(rng.integers(1, 3))}
             lens, groups = strategy.evaluate(lambda size, values=values: size.evaluate(values))
             bound = mask.bound(lambda size, values=values: size.evaluate(values))
             layout = Layout.build(lens, groups, split=split, batch=values[b])
-            plan = build_plan(layout, method=method, mask=bound, heads=cost.heads).cost(HARDWARE)
+            plan = build_plan(layout, method=method, mask=bound, heads=cost.heads, topology=hosts).cost(HARDWARE)
             found = cost.evaluate(values)
             assert (found.flops, found.link_bytes, found.peak_bytes) == (
                 plan.flops,

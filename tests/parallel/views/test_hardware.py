@@ -59,6 +59,15 @@ def test_rates_lie_between_those_that_were_measured() -> None:
     assert MEASURED.attend_time(0, 1, 128) == 0 and MEASURED.attend_time(1e9, 100, 128) == pytest.approx(1.0001)
 
 
+def test_a_transfer_passes_one_that_waits_for_its_other_link() -> None:
+    """Where everybody sends to everybody, links are busy: twice as long as they carry bytes, at most."""
+    layout = Layout.build([4] * 16, [0] * 16)
+    plan = build_plan(layout, method="direct", mask=hetu.Mask.full(), heads=HEADS)
+    slow = hetu.Hardware(flops=1e15, link_bytes=1e6, latency=0, memory_bytes=1e9)
+    least = 15 * 4 * HEADS.kv_row_bytes / slow.link_bytes
+    assert least <= plan.cost(slow).time < 2 * least
+
+
 def test_the_clock_knows_hosts_launches_and_rates() -> None:
     layout = Layout.build([4, 2], [0, 0])
     plan = build_plan(layout, method="direct", heads=HEADS)
