@@ -33,26 +33,27 @@ def bars(picture: Picture, bars: Sequence[Bar], x: float, y: float, width: float
 
 
 def speed() -> Picture:
-    """Attention against FlashAttention-2: an H200's forward, and an H100's backward."""
+    """Attention against FlashAttention-2 on an H200, by the kernels that are chosen there."""
     forward = [
         (row["lengths"], row["tflops"]["FlashAttention-2"], row["tflops"]["gluon"])
         for row in read("gluon_forward_h200")["rows"]
         if (row["heads"], row["tokens"], row["mask"]) == ("32:8:128", 32768, "causal")
     ]
-    found = {
-        (row["lengths"], row["peer"]): row["tflops"]
-        for row in read("attention_h100")["rows"]
-        if (row["heads"], row["tokens"], row["is_causal"], row["direction"]) == ("32:8:128", 32768, True, "backward")
-    }
-    backward = [(name, found[name, "FlashAttention-2"], found[name, "hetu"]) for name in LENGTHS]
+    backward = [
+        (row["lengths"], row["tflops"]["FlashAttention-2"], row["tflops"][row["default"]])
+        for row in read("gluon_backward_h200")["rows"]
+        if (row["heads"], row["mask"]) == ("32:8:128", "causal")
+    ]
     picture = Picture(760, 296, "Attention in TFLOP/s: hetu against FlashAttention-2")
     for left, title, rows in (
         (120, "forward, H200, TFLOP/s", {name: (theirs, ours) for name, theirs, ours in forward}),
-        (500, "backward, H100, TFLOP/s", {name: (theirs, ours) for name, theirs, ours in backward}),
+        (500, "backward, H200, TFLOP/s", {name: (theirs, ours) for name, theirs, ours in backward}),
     ):
         picture.text(left, 30, title, "bold")
         y, most = 48.0, max(max(pair) for pair in rows.values())
         for name, words in LENGTHS.items():
+            if name not in rows:
+                continue
             theirs, ours = rows[name]
             shown: list[Bar] = [
                 (words, ours, RANKS[0], f"{ours:.0f} ({ours / theirs:.1f} times)"),
@@ -61,7 +62,7 @@ def speed() -> Picture:
             y = bars(picture, shown, left, y, 160, most) + 10
     _legend(picture, 256, [("hetu", RANKS[0]), ("FlashAttention-2, as torch has it", GREY)])
     note = "32,768 tokens, causal, bfloat16, 32:8 heads of 128; "
-    note += "benchmarks/results/gluon_forward_h200.json, attention_h100.json"
+    note += "benchmarks/results/gluon_forward_h200.json, gluon_backward_h200.json"
     picture.text(24, 284, note, "small")
     return picture
 
@@ -75,28 +76,28 @@ def _legend(picture: Picture, y: int, entries: Sequence[tuple[str, str]]) -> Non
 
 
 STEPS = {
-    "torch": "plain torch",
-    "torch.compile": "torch.compile",
     "hetu": "hetu",
-    "hetu compiled": "hetu, compile=True",
+    "hetu compiled": "hetu, compiled",
+    "torch.compile, FlashAttention-2": "torch.compile, FA2",
+    "torch.compile, hetu.functional": "torch.compile, hetu",
 }
 
 
 def step() -> Picture:
-    """A training step against plain torch and torch.compile: time and peak memory."""
-    kept = read("training")
-    picture = Picture(760, 176, "A training step against torch: time and memory")
-    kinds = (("training step, by", "ms", 150), ("peak memory of steps, by", "MB", 500))
-    for name, unit, left in kinds:
-        picture.text(left, 30, f"{'time' if unit == 'ms' else 'peak memory'} of a step, {unit}", "bold")
-        rows = {row["name"].removeprefix(f"{name} "): row["median"] for row in kept["rows"] if row["unit"] == unit}
-        most, y = max(rows.values()), 48.0
-        for peer, words in STEPS.items():
-            if peer in rows:
-                colour = RANKS[0] if "hetu" in peer else GREY
-                y = bars(picture, [(words, rows[peer], colour, f"{rows[peer]:.0f}")], left, y, 160, most) + 4
-    note = f"examples/llama.py on {kept['device']}, {kept['date']}; benchmarks/results/training.json"
-    picture.text(24, 164, note, "small")
+    """A training step of two models on a GPU against the same models under torch.compile."""
+    kept = read("step_h200")
+    picture = Picture(760, 190, "A training step on one GPU against torch.compile")
+    models = (("small", "46 M parameters, 32,768 tokens", 170), ("large", "723 M, 16,384 tokens", 540))
+    for model, words, left in models:
+        picture.text(left, 30, f"{words}, ms", "bold")
+        rows = {row["name"]: row["median"] for row in kept["rows"] if row["unit"] == "ms"}
+        most, y = max(rows[f"{model}: step, {peer}"] for peer in STEPS), 48.0
+        for peer, name in STEPS.items():
+            value, colour = rows[f"{model}: step, {peer}"], RANKS[0] if peer.startswith("hetu") else GREY
+            y = bars(picture, [(name, value, colour, f"{value:.0f}")], left, y, 160, most) + 4
+    device = kept["device"].partition(" beside")[0]
+    note = f"examples/llama.py in bfloat16 on one {device}, {kept['date']}; benchmarks/results/step_h200.json"
+    picture.text(24, 178, note, "small")
     return picture
 
 
