@@ -219,6 +219,7 @@ _OF_NN = {
     "ZeroPad2d": "hetu.op(torch.nn.functional.pad, ...)",
     "functional": "hetu's ops: hetu.relu, hetu.softmax, ...",
     "init": "a function of the tensor as hetu.parameter's init",
+    "modules": "hetu.nn itself",
 }
 """What modules of PyTorch and of the other Hetu are called here, where ``hetu.nn`` has none of that name."""
 
