@@ -30,6 +30,7 @@ from hetu.errors import (
 from hetu.graph import Graph, Tensor, autocast, gradients, recompute, require
 from hetu.ops import *  # noqa: F403
 from hetu.ops import PUBLIC as _OPS
+from hetu.ops.common.other_names import of_module
 from hetu.parallel import BatchPlan, Hardware, Layout, Mask, Strategy, Topology, plan_batch
 from hetu.parallel.layout.strategy import check_strategies as _check_strategies
 from hetu.planning.planner import Planner
@@ -57,153 +58,6 @@ _DISTRIBUTED = ("init_distributed", "shutdown_distributed", "gather_shards", "us
 """Functions of a module that brings torch."""
 
 
-_OTHER_HETU = {
-    "AdamOptimizer": "hetu.optim.Adam or hetu.optim.AdamW",
-    "AutoCast": "hetu.autocast",
-    "CommGroup": "the groups of a hetu.Strategy",
-    "ConstantInitializer": "a number as hetu.parameter's init",
-    "DataLoader": "torch.utils.data.DataLoader",
-    "Dataloader": "torch.utils.data.DataLoader",
-    "DeviceGroup": "a hetu.Strategy, whose pipelines are ranks",
-    "DeviceGroupHierarchy": "hetu.graph(..., strategies=[...])",
-    "DeviceGroupList": "hetu.graph(..., strategies=[...])",
-    "DistributedStates": "a hetu.Strategy, which says who holds which tokens",
-    "DistributedStatesUnion": "hetu.graph(..., strategies=[...])",
-    "Executor": "g.run",
-    "GradScaler": "bfloat16 under hetu.autocast, which needs no scaling",
-    "Initializer": "a function of the tensor as hetu.parameter's init",
-    "NDArray": "numpy arrays and torch tensors",
-    "NormalInitializer": "a function of the tensor as hetu.parameter's init",
-    "Operator": "hetu.op, which makes an op of a function of torch",
-    "Profile": "hetu.trace",
-    "SGDOptimizer": "hetu.optim.SGD",
-    "SubGraph": "names of ops, name=",
-    "TruncatedNormalInitializer": "a function of the tensor as hetu.parameter's init",
-    "UniformInitializer": "a function of the tensor as hetu.parameter's init",
-    "Variable": "hetu.parameter",
-    "XavierUniformInitializer": "a function of the tensor as hetu.parameter's init",
-    "add_to_subgraph": "names of ops, name=",
-    "array_reshape": "hetu.reshape",
-    "array_set": "hetu.full",
-    "as_strided": "hetu.slice, hetu.transpose and hetu.reshape",
-    "attn": "hetu.attn_varlen",
-    "attn_qkvpacked": "hetu.split, and hetu.attn_varlen",
-    "attn_varlen_qkvpacked": "hetu.split, and hetu.attn_varlen",
-    "avgpool": "hetu.op(torch.nn.functional.avg_pool2d, ...)",
-    "batch_matmul": "hetu.matmul",
-    "batch_norm": "hetu.op(torch.nn.functional.batch_norm, ...)",
-    "binary_cross_entropy": "hetu.op(torch.nn.functional.binary_cross_entropy, ...)",
-    "bmm": "hetu.matmul",
-    "broadcast": "hetu.broadcast_to",
-    "ceil": "-hetu.floor(-x)",
-    "checknumeric": "torch.isfinite on what a run gives",
-    "checkpoint": "hetu.save and hetu.load",
-    "comm": "the strategy's lists of hetu.parallel_attn, and hetu.all_reduce",
-    "context": 'a device for the whole graph: hetu.graph(..., device="cuda")',
-    "contiguous": "nothing: tensors need no such call",
-    "control_dependencies": "nothing: what is fetched says what is computed",
-    "conv2d": "hetu.op(torch.nn.functional.conv2d, ...)",
-    "cpu_offload": "hetu.recompute",
-    "cross_entropy_sparse": "hetu.cross_entropy",
-    "data_transfer": "hetu.cast",
-    "dequantization": "hetu.op with a library's own function",
-    "detach": "hetu.stop_gradient",
-    "device": 'a string: hetu.graph(..., device="cuda")',
-    "diagonal": "hetu.op(torch.diagonal, ...)",
-    "dot": "hetu.sum(x * y)",
-    "dropout2d": "hetu.op, or hetu.dropout",
-    "dynamic_concat": "hetu.concat",
-    "einsum": "hetu.op(torch.einsum, ...), or hetu.matmul",
-    "elu": "hetu.op(torch.nn.functional.elu, ...)",
-    "embedding_lookup": "hetu.embedding",
-    "empty": "hetu.full",
-    "flash_attn": "hetu.attn_varlen or hetu.parallel_attn",
-    "from_numpy": "hetu.constant",
-    "from_numpy_parallel": "hetu.constant",
-    "fused_layernorm": "hetu.layer_norm",
-    "fused_rmsnorm": "hetu.rms_norm",
-    "global_comm_barrier_rpc": "nothing: runs wait for each other where they must",
-    "global_device_group": "hetu.init_distributed, which returns the world",
-    "group": "a list of fetches",
-    "hardshrink": "hetu.op(torch.nn.functional.hardshrink, ...)",
-    "hardsigmoid": "hetu.op(torch.nn.functional.hardsigmoid, ...)",
-    "hardswish": "hetu.op(torch.nn.functional.hardswish, ...)",
-    "hardtanh": "hetu.op(torch.nn.functional.hardtanh, ...)",
-    "index_add_": "hetu.op(torch.index_add, ...)",
-    "init_comm_group": "hetu.init_distributed",
-    "instance_norm": "hetu.op(torch.nn.functional.instance_norm, ...)",
-    "interpolate": "hetu.op(torch.nn.functional.interpolate, ...)",
-    "kl_div": "hetu.op(torch.nn.functional.kl_div, ...)",
-    "layernorm": "hetu.layer_norm",
-    "leakyrelu": "hetu.op(torch.nn.functional.leaky_relu, ...)",
-    "local_device": "hetu.init_distributed, which returns the world with its device",
-    "logsigmoid": "hetu.op(torch.nn.functional.logsigmoid, ...)",
-    "matmul4bit": "hetu.op with a library's own function",
-    "maxpool": "hetu.op(torch.nn.functional.max_pool2d, ...)",
-    "merge_strategy": "hetu.graph(..., strategies=[...])",
-    "mish": "hetu.op(torch.nn.functional.mish, ...)",
-    "mse_loss": "hetu.op(torch.nn.functional.mse_loss, ...)",
-    "neg": "-x",
-    "nll_loss": "hetu.cross_entropy",
-    "norm": "hetu.sqrt(hetu.sum(x * x))",
-    "numpy_to_NDArray": "the array itself",
-    "onehot": "hetu.one_hot",
-    "ones": "hetu.full(shape, 1.0)",
-    "ones_like": "hetu.full(x.symbolic_shape, 1.0)",
-    "pad": "hetu.op(torch.nn.functional.pad, ...)",
-    "parallel_parameter": "hetu.parameter",
-    "parallel_placeholder": "hetu.placeholder",
-    "profiler": "hetu.trace",
-    "quantization": "hetu.op with a library's own function",
-    "randn": "hetu.constant(torch.randn(...))",
-    "range_mask": "hetu.where",
-    "reciprocal": "1 / x",
-    "reduce": "hetu.sum, hetu.mean or hetu.max",
-    "reduce_mean": "hetu.mean",
-    "reduce_sum": "hetu.sum",
-    "repeat": "hetu.op(torch.tile, ...)",
-    "rmsnorm": "hetu.rms_norm",
-    "roll": "hetu.op(torch.roll, ...)",
-    "run_level": 'a string: g.run(..., run_level="update")',
-    "set_seed": "hetu.manual_seed",
-    "softmax_cross_entropy": "hetu.cross_entropy",
-    "softmax_cross_entropy_sparse": "hetu.cross_entropy",
-    "softplus": "hetu.op(torch.nn.functional.softplus, ...)",
-    "softshrink": "hetu.op(torch.nn.functional.softshrink, ...)",
-    "stream": "nothing: hetu chooses streams",
-    "subgraph": "names of ops, name=",
-    "triu": "hetu.op(torch.triu, ...)",
-    "variable": "hetu.parameter",
-    "vocab_parallel_cross_entropy": "hetu.cross_entropy",
-    "xavier_normal_initializer": "a function of the tensor as hetu.parameter's init",
-    "zeros": "hetu.full(shape, 0.0)",
-    "zeros_initializer": "0.0 as hetu.parameter's init",
-    "zeros_like": "hetu.full(x.symbolic_shape, 0.0)",
-}
-"""What names of the Hetu of PKU's DAIR lab are called here."""
-
-
-_TORCHS = {
-    "Adam": "hetu.optim.Adam",
-    "AdamW": "hetu.optim.AdamW",
-    "Linear": "hetu.nn.Linear",
-    "SGD": "hetu.optim.SGD",
-    "amax": "hetu.max",
-    "amin": "hetu.min",
-    "cat": "hetu.concat",
-    "chunk": "hetu.split",
-    "expand": "hetu.broadcast_to",
-    "grad": "hetu.gradients",
-    "permute": "x.permute",
-    "scaled_dot_product_attention": "hetu.attn_varlen",
-    "stack": "x.unsqueeze and hetu.concat",
-    "tensor_split": "hetu.split",
-    "unsqueeze": "x.unsqueeze",
-    "view": "hetu.reshape",
-}
-"""What names of PyTorch are called here, where a graph has the same under another one."""
-
-
 def __getattr__(name: str) -> Any:
     if name == "functional":
         return importlib.import_module("hetu.functional")
@@ -214,12 +68,8 @@ def __getattr__(name: str) -> Any:
     if name in _DISTRIBUTED:
         return getattr(importlib.import_module("hetu.distributed"), name)
     what = f"module {__name__!r} has no attribute {name!r}"
-    if name in _OTHER_HETU:  # Python's own "did you mean" would be far off
-        raise AttributeError(f"{what}; that name is of another Hetu: use {_OTHER_HETU[name]}")
-    if name in _TORCHS:
-        raise AttributeError(f"{what}; use {_TORCHS[name]}")
-    if name.endswith("_") and name[:-1] in __all__:
-        raise AttributeError(f"{what}; nothing changes a graph's tensors in place: use hetu.{name[:-1]}")
+    if answer := of_module(name, __all__):  # Python's own "did you mean" would be far off
+        raise AttributeError(f"{what}; {answer}")
     raise AttributeError(what, name=name, obj=sys.modules[__name__])
 
 

@@ -29,7 +29,7 @@ class Settings:
         deterministic: Whether a run gives the same bits every time: torch's deterministic kernels are used while it
             lasts. Attention, forward and backward, is deterministic in any case. Torch's switch is the process's, so
             torch code in other threads finds it on as well as long as such a run lasts.
-        compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once a
+        compile: Whether what is neither attention nor communication in a module is compiled by Inductor: once per
             structure, for all lengths. What it can't compile runs as it does otherwise, and a warning says why.
         debug: How much a run says of its stages (bind, select, lower, plan, launch), to the logger ``hetu``: 0 for
             nothing, 1 for a line with its time each, 2 for every symbol's value as well, 3 for whole plans and modules.

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import hetu
+from hetu.ops.common.other_names import OTHER_HETU, TORCHS
 
 
 def test_dir_has_every_public_name_and_no_other() -> None:
@@ -34,7 +35,7 @@ def test_dir_of_a_tensor_has_the_ops() -> None:
     assert set(hetu.nn.__all__) <= set(dir(hetu.nn))
 
 
-@pytest.mark.parametrize("name", sorted(hetu._OTHER_HETU))
+@pytest.mark.parametrize("name", sorted(OTHER_HETU))
 def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None:
     assert name not in dir(hetu)
     with pytest.raises(AttributeError, match=rf"no attribute '{name}'; that name is of another Hetu: use ") as caught:
@@ -46,7 +47,7 @@ def test_a_name_of_the_other_hetu_says_what_it_is_called_here(name: str) -> None
                 found = getattr(found, part)
 
 
-@pytest.mark.parametrize("name", sorted(hetu._TORCHS))
+@pytest.mark.parametrize("name", sorted(TORCHS))
 def test_a_name_of_torch_says_what_it_is_called_here(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"no attribute '{name}'; use ") as caught:
         getattr(hetu, name)
@@ -57,10 +58,37 @@ def test_a_name_of_torch_says_what_it_is_called_here(name: str) -> None:
                 found = getattr(found, part)
 
 
-@pytest.mark.parametrize("name", ["add_", "relu_", "exp_"])
-def test_ops_in_place_have_another(name: str) -> None:
-    with pytest.raises(AttributeError, match=f"in place: use hetu.{name[:-1]}$"):
+@pytest.mark.parametrize(
+    ("name", "why", "instead"),
+    [
+        ("add_", "in place", "hetu.add"),
+        ("relu_", "in place", "hetu.relu"),
+        ("neg_", "in place", "-x"),
+        ("matmul_op", "of another Hetu", "hetu.matmul"),
+        ("softmaxcrossentropy_sparse_op", "of another Hetu", "hetu.cross_entropy"),
+    ],
+)
+def test_forms_of_ops_have_another(name: str, why: str, instead: str) -> None:
+    with pytest.raises(AttributeError, match=f"{why}: use {instead}$"):
         getattr(hetu, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("HtMultiQKVColumnParallelLinear", "hetu.nn.Linear, which knows no tensor parallelism"),
+        ("HtMultiVocabParallelEmbedding", "hetu.nn.Embedding, which knows no tensor parallelism"),
+        ("HtParallelRMSNorm", "hetu.nn.RMSNorm, which knows no tensor parallelism"),
+        ("ParallelLayerNorm", "hetu.layer_norm, which knows no tensor parallelism"),
+        ("ModuleList", "a list of modules"),
+        ("Parameter", "hetu.parameter"),
+    ],
+)
+def test_modules_of_others_say_what_they_are_called_here(name: str, instead: str) -> None:
+    with pytest.raises(AttributeError, match=f"'hetu.nn' has no attribute '{name}'; use {instead}$"):
+        getattr(hetu.nn, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'HtNonsense'$"):
+        _ = hetu.nn.HtNonsense
 
 
 def test_a_name_of_nobody_is_an_ordinary_error() -> None:

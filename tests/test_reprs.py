@@ -44,6 +44,7 @@ def instances() -> list[Any]:
     values += [hetu.plan_batch([3, 5], 2, hardware, max_tokens=8), hetu.autocast(), hetu.recompute()]
     cost = g.strategies[0].cost(1, 1, 8, "float32", split="normal")
     values += [cost, cost.evaluate(said), cost.document(), pku_hetu.Graph(), pku_hetu.IntSymbol(3), hetu.config()]
+    values += [pku_hetu.SGDOptimizer(0.1), pku_hetu.AdamOptimizer(0.1)]
     values += [hetu.functional.ContextParallel(torch.tensor([0, 3]))]
     values += [hetu.testing.bind(g, out, {x: (3, 24)}, int_symbol_dict=said)]
     return values

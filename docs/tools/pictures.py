@@ -40,7 +40,7 @@ def packed_batch() -> Picture:
     layout = packed()
     plan = build_plan(layout, heads=HEADS)
     plan.verify()
-    picture = Picture(760, 470, "A packed batch of four documents over four ranks: who holds and who computes what")
+    picture = Picture(760, 480, "A packed batch of four documents over four ranks: who holds and who computes what")
     picture.text(24, 30, "4 documents of 10, 7, 4 and 3 tokens, packed, over 4 ranks", "bold")
     cell, x, y = 15, 66, 88
     begin = 0
@@ -72,7 +72,7 @@ def packed_batch() -> Picture:
 def splits() -> Picture:
     """The four splits of the same documents."""
     names = list(SPLITS)
-    picture = Picture(760, 40 + 52 * len(names), "Who holds which token under each split")
+    picture = Picture(760, 48 + 52 * len(names), "Who holds which token under each split")
     picture.text(110, 26, "who holds each token of documents of 10, 7, 4 and 3 tokens", "small")
     for row, name in enumerate(names):
         y = 44 + 52 * row

@@ -59,7 +59,7 @@ def speed() -> Picture:
                 (words, ours, RANKS[0], f"{ours:.0f} ({ours / theirs:.1f} times)"),
                 ("", theirs, GREY, f"{theirs:.0f}"),
             ]
-            y = bars(picture, shown, left, y, 160, most) + 10
+            y = bars(picture, shown, left, y, 145, most) + 10
     _legend(picture, 256, [("hetu", RANKS[0]), ("FlashAttention-2, as torch has it", GREY)])
     note = "32,768 tokens, causal, bfloat16, 32:8 heads of 128; "
     note += "benchmarks/results/gluon_forward_h200.json, gluon_backward_h200.json"

@@ -54,7 +54,7 @@ def attn_varlen(
 
     Keep cu_seqlens on the CPU: they are read there, so that nothing is copied from the device and nothing waits for it.
     Those on a device are copied to the host, which waits for it, once for each tensor and version: the layers of a
-    model that share them pay once a step. (Changes that torch doesn't count, through ``.data`` or by the replay of a
+    model that share them pay once per step. (Changes that torch doesn't count, through ``.data`` or by the replay of a
     CUDA graph, are not seen: pass a new tensor.) Lengths seen before are planned already.
 
     Works under ``torch.compile(fullgraph=True, dynamic=True)``, where other lengths, windows and masks recompile

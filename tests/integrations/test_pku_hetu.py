@@ -13,6 +13,7 @@ import torch
 import hetu
 from hetu.errors import HetuError, StrategyError
 from hetu.integrations import pku_hetu as ht
+from hetu.ops.common.other_names import OTHER_HETU
 
 _numbers = itertools.count()
 
@@ -131,9 +132,90 @@ def test_levels() -> None:
         ht.run_level("train")
 
 
-@pytest.mark.parametrize("name", sorted(hetu._OTHER_HETU))
+@pytest.mark.parametrize("name", sorted(OTHER_HETU))
 def test_other_names_say_what_to_use(name: str) -> None:
     if name in ht.__all__:
         return
     with pytest.raises(AttributeError, match="of another Hetu: use"):
         getattr(ht, name)
+
+
+WARMED = {"init_lr": 0.02, "max_lr": 0.5, "min_lr": 0.1, "lr_warmup_steps": 2, "lr_decay_steps": 5}
+RATES = {
+    "constant": [0.26, 0.5, 0.5, 0.5, 0.5, 0.5],
+    "linear": [0.26, 0.5, 0.5 - 0.4 / 3, 0.5 - 0.8 / 3, 0.1, 0.1],
+    "cosine": [0.26, 0.5, 0.4, 0.2, 0.1, 0.1],
+    "inverse-square-root": [0.26, 0.5, 0.5 * (2 / 3) ** 0.5, 0.5 * 0.5**0.5, 0.5 * 0.4**0.5, 0.1],
+}
+"""What Hetu's formula gives for the first updates, by hand."""
+
+
+@pytest.mark.parametrize("style", RATES)
+def test_a_schedule_is_hetus(prefix: str, style: str) -> None:
+    def made(suffix: str) -> tuple[ht.Graph, hetu.Tensor, hetu.Tensor]:
+        with ht.graph("define_and_run", create_new=True, prefix=prefix + suffix) as g:
+            w = ht.parameter(0.0, [1], name="w")
+            return g, w, ht.SGDOptimizer(**WARMED, lr_decay_style=style).minimize(ht.sum(w), name="train")
+
+    g, w, step = made("a")
+    seen = [0.0]
+    for count in range(6):
+        if count == 3:  # a saved schedule goes on
+            saved = g.state_dict()
+            g, w, step = made("b")
+            g.load_state_dict(saved)
+        g.run(step)
+        seen.append(float(g.run(w)[0]))
+    np.testing.assert_allclose(-np.diff(seen), RATES[style], rtol=1e-5)
+
+
+def test_constructors_take_hetus_forms(prefix: str) -> None:
+    with ht.graph("define_and_run", create_new=True, prefix=prefix) as g:
+        v, w = (ht.parameter(1.0, [1], name=name) for name in "vw")
+        loss = ht.sum(v * w)
+        steps = [
+            ht.SGDOptimizer([v], lr=0.5).minimize(loss),
+            ht.SGDOptimizer(0.5, 0.0).minimize(loss, var_list=[v]),
+            ht.SGDOptimizer(lr=0.5, vars=[w]).minimize(loss, [v], None, "third"),
+        ]
+    for step, left in zip(steps, (0.5, 0.0, -0.5), strict=True):
+        g.run(loss, [loss, step], {}, {}, 1)
+        assert [float(x) for x in g.run([v, w])] == [left, 1.0]
+    fixed = ht.AdamOptimizer(**{**WARMED, "lr_warmup_steps": 0}, lr_decay_style="constant")
+    assert fixed.options["lr"] == 0.5 and fixed.schedule is None
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: ht.AdamOptimizer(), "either lr or"),
+        (lambda: ht.AdamOptimizer(0.1, init_lr=0.1), "either lr or"),
+        (lambda: ht.AdamOptimizer(init_lr=0.1), "has no max_lr, min_lr"),
+        (lambda: ht.AdamOptimizer(0.1, 0.9, 0.99, 1e-8, 3), "got 5 values"),
+        (lambda: ht.AdamOptimizer(0.1, lr=0.1), "lr: given twice"),
+        (lambda: ht.AdamOptimizer(learning_rate=0.1), "learning_rate: no argument of Hetu's"),
+        (lambda: ht.AdamOptimizer(0.1, end_wd=0.1), "asks for weight decay"),
+        (lambda: ht.SGDOptimizer(**WARMED, lr_decay_style="step"), "lr_decay_style"),
+        (lambda: ht.SGDOptimizer(**{**WARMED, "min_lr": 0.6}, lr_decay_style="linear"), "between 0 and max_lr"),
+        (lambda: ht.SGDOptimizer(**{**WARMED, "lr_warmup_steps": 5}, lr_decay_style="linear"), "not below"),
+        (lambda: ht.SGDOptimizer(0.1).minimize(loss, grad_loss=loss), "multiply the loss"),
+    ]
+    for call, match in refused:
+        with pytest.raises(HetuError, match=match):
+            call()
+
+
+def test_run_takes_hetus_other_forms(prefix: str) -> None:
+    with ht.graph("define_and_run", create_new=True, prefix=prefix, num_strategy=2) as g:
+        qkv = ht.placeholder(ht.float32, [4, 24], name="qkv")
+        out = ht.parallel_attn(qkv, 8, 1, [[4], [2, 2]], [[0], [0, 0]])[0]
+    rows = np.random.default_rng(5).standard_normal((4, 24)).astype(np.float32)
+    (whole,) = g.run(out, [out], {qkv: rows}, num_tokens=4)
+    halves = hetu.Shards([rows[:2], rows[2:]])
+    (cut,) = g.run(out, [out], {qkv: [halves]}, compute_strategy_id=1, optimize_strategy_id=0)
+    np.testing.assert_allclose(torch.cat(list(cut)), whole, atol=1e-6)
+    for wrong, match in (
+        ({"compute_strategy_id": 2}, "compute_strategy_id"),
+        ({"optimize_strategy_id": -1}, "optimize_strategy_id"),
+        ({"save_checkpoint": True}, r"no save_checkpoint here[^$]*hetu\.save"),
+        ({"nonsense": 1}, "no nonsense here"),
+    ):
+        of_run: Any = g.run
+        with pytest.raises(HetuError, match=match):
+            of_run(out, [out], {qkv: rows}, **wrong)

@@ -1,1 +1,1 @@
-"""Inductor for a module's parts that are neither attention nor communication: once a structure, for all lengths."""
+"""Inductor for a module's parts that are neither attention nor communication: once per structure, for all lengths."""

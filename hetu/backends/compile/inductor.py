@@ -1,4 +1,4 @@
-"""What Inductor makes of traced regions: once a structure, for all graphs of the process."""
+"""What Inductor makes of traced regions: once per structure, for all graphs of the process."""
 
 from __future__ import annotations
 

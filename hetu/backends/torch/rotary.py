@@ -1,4 +1,4 @@
-"""``rotary`` in torch: a table of angles once a run, then one output written in place a rotation."""
+"""``rotary`` in torch: a table of angles once per run, then one output per rotation, written in place."""
 
 from __future__ import annotations
 

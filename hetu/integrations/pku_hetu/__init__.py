@@ -31,6 +31,7 @@ import hetu
 from hetu.arguments import choice, flag, index, int_of, integer, items, mapping, refuse, shown, text
 from hetu.arguments import device as as_device
 from hetu.errors import HetuError, StrategyError, caller
+from hetu.integrations.pku_hetu.optimizers import AdamOptimizer, SGDOptimizer
 
 __all__ = [
     "AdamOptimizer",
@@ -50,6 +51,14 @@ SPLIT_PATTERN = "HETU_PARALLEL_ATTN_SPLIT_PATTERN"
 
 _LEVELS = ("update", "grad", "compute_only", "alloc", "topo")
 """Hetu's levels of a run; a level's place is its number. The last two prepare what hetu never prepares by itself."""
+
+
+_RUNS_OTHERS = {
+    "grad_scale": "multiply the loss by it, or leave it out: bfloat16 under hetu.autocast needs no scale",
+    "run_dict": "leave it out: nothing is kept between runs by hand",
+    "save_checkpoint": "call hetu.save(g, path) after the run",
+}
+"""What Hetu's ``run`` takes and hetu's does not, and what to write instead."""
 
 
 def __getattr__(name: str) -> Any:
@@ -133,6 +142,10 @@ class Graph(hetu.Graph):
         num_micro_batches: int = 1,
         cur_strategy_id: int = 0,
         run_level: int | str = 0,
+        *,
+        compute_strategy_id: int | None = None,
+        optimize_strategy_id: int | None = None,
+        **others: Any,
     ) -> list[Any]:
         """Computes tensors: ``run(loss, fetches, feed_dict, ...)``, or ``run(fetches, feed_dict)``.
 
@@ -144,6 +157,9 @@ class Graph(hetu.Graph):
             num_micro_batches: How many micro-batches are run one after the other.
             cur_strategy_id: The strategy's index.
             run_level: A number that :func:`run_level` gives, or its name.
+            compute_strategy_id: The strategy's index in Hetu's newer form, in place of ``cur_strategy_id``.
+            optimize_strategy_id: Has no effect: where parameters lie depends on no strategy.
+            **others: ``num_tokens``, which has no effect. Hetu's others are refused with what to write here.
 
         Returns:
             One value per fetch. Those of several micro-batches are joined along the first dimension; numbers become a
@@ -155,6 +171,10 @@ class Graph(hetu.Graph):
         if fetches is None or isinstance(fetches, Mapping):  # run(fetches, feed_dict)
             fetches, feed_dict = loss, fetches if feed_dict is None else feed_dict  # type: ignore[assignment]
         wanted = [fetches] if isinstance(fetches, hetu.Tensor) else items(fetches, "fetches", "tensors", op="run")
+        cur_strategy_id = self._strategy(cur_strategy_id, compute_strategy_id, optimize_strategy_id)
+        for name in others.keys() - {"num_tokens"}:
+            fix = _RUNS_OTHERS.get(name, "leave it out")
+            raise HetuError(f"run takes no {name} here", op="run", where=caller(), fix=fix)
         level = _LEVELS.index(run_level) if isinstance(run_level, str) and run_level in _LEVELS else run_level
         feeds, sizes = (
             {} if given is None else mapping(given, name, of, op="run")
@@ -169,11 +189,21 @@ class Graph(hetu.Graph):
             wanted,
             feeds,
             int_symbol_dict=sizes,
-            strategy=index(cur_strategy_id, "cur_strategy_id", self.num_strategy, op="run", error=StrategyError),
+            strategy=cur_strategy_id,
             num_micro_batches=num_micro_batches,
             run_level=_LEVELS[_level(level, "run")],
         )
         return [_joined(value) for value in values]
+
+    def _strategy(self, current: Any, compute: Any, optimize: Any) -> int:
+        """The index of the strategy that Hetu's two forms name."""
+        named = {"cur_strategy_id": current, "compute_strategy_id": compute, "optimize_strategy_id": optimize}
+        checked = {
+            name: index(value, name, self.num_strategy, op="run", error=StrategyError)
+            for name, value in named.items()
+            if value is not None
+        }
+        return checked.get("compute_strategy_id", checked["cur_strategy_id"])
 
 
 def _unlisted(given: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -386,42 +416,3 @@ def parallel_attn(qkv: hetu.Tensor, *args: Any, **kwargs: Any) -> list[hetu.Tens
             fix=f"set it to {', '.join(patterns)}, or call hetu.parallel_attn with a split",
         )
     return hetu.parallel_attn(qkv, *args, **{"split": patterns[pattern], **kwargs})
-
-
-def SGDOptimizer(lr: float, momentum: float = 0.0, nesterov: bool = False) -> hetu.optim.SGD:  # noqa: N802 - Hetu's name
-    """:class:`hetu.optim.SGD` with Hetu's parameters.
-
-    Args:
-        lr: Learning rate.
-        momentum: Its factor.
-        nesterov: Whether it is Nesterov's.
-
-    Returns:
-        The optimiser.
-
-    Example:
-        >>> SGDOptimizer(0.1, momentum=0.9).options["momentum"]
-        0.9
-    """
-    return hetu.optim.SGD(lr=lr, momentum=momentum, nesterov=nesterov)
-
-
-def AdamOptimizer(  # noqa: N802 - Hetu's name
-    lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
-) -> hetu.optim.Adam:
-    """:class:`hetu.optim.Adam` with Hetu's parameters.
-
-    Args:
-        lr: Learning rate.
-        beta1: Decay of the mean gradient.
-        beta2: Decay of the mean squared gradient.
-        eps: What the divisor is kept away from 0 by.
-
-    Returns:
-        The optimiser.
-
-    Example:
-        >>> AdamOptimizer(0.1, beta1=0.8).options["betas"]
-        (0.8, 0.999)
-    """
-    return hetu.optim.Adam(lr=lr, betas=(beta1, beta2), eps=eps)
