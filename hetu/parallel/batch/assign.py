@@ -68,6 +68,8 @@ def assign(
 def _without_empty(places: list[Place]) -> tuple[int, list[Place]]:
     """How many micro-batches have tokens, one at least, and the places if only these are counted."""
     used = sorted({place.micro_batch for place in places if any(tokens for _, tokens in place.pieces)}) or [0]
+    if len(used) == used[-1] + 1:
+        return len(used), places
     number = {micro_batch: i for i, micro_batch in enumerate(used)}
     return len(used), [Place(number.get(place.micro_batch, 0), place.pieces) for place in places]
 
@@ -179,18 +181,22 @@ class Greedy:
         limit = self.limit
         self.heap.sort()  # a sorted list is a heap
         for micro_batch, rooms in enumerate(self.rooms):
-            free = [item for item in self.heap if rooms[item[1]]]
-            sizes, levels = [rooms[r] for _, r in free], [seconds for seconds, _ in free]
-            for parts, (room, filled) in enumerate(zip(accumulate(sizes), accumulate(levels), strict=True), 1):
+            members, levels, sizes, room, filled = list[int](), list[float](), list[int](), 0, 0.0
+            for seconds, r in self.heap:
+                if not rooms[r]:
+                    continue
+                members.append(r)
+                levels.append(seconds)
+                sizes.append(rooms[r])
+                parts, room, filled = len(members), room + rooms[r], filled + seconds
                 if room < length or parts * limit < work or (work + filled) / parts > limit:
                     continue
                 overhead = self.cost.overhead(length, attention, parts)
                 if (work + filled) / parts + overhead > limit:
                     continue
-                top, tokens = pour(length, levels[:parts], sizes[:parts], work / length)
+                top, tokens = pour(length, levels, sizes, work / length)
                 if top + overhead <= limit:
-                    pieces = whole_tokens(tokens, length, sizes[:parts])
-                    held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
+                    held = [(r, x) for r, x in zip(members, whole_tokens(tokens, length, sizes), strict=True) if x]
                     overhead = self.cost.overhead(length, attention, len(held))
                     return self._take(micro_batch, held, work / length, overhead)
         self.lacks_time = not any(

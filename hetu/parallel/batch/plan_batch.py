@@ -112,6 +112,9 @@ def plan_batch(
 
 
 def _renumbered(place: Place, number: dict[int, int]) -> Place:
+    if len(place.pieces) == 1:
+        ((r, tokens),) = place.pieces
+        return Place(place.micro_batch, ((number[r], tokens),))
     return Place(place.micro_batch, tuple(sorted([(number[r], tokens) for r, tokens in place.pieces])))
 
 

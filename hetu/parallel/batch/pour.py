@@ -59,4 +59,6 @@ def whole_tokens(tokens: Sequence[float], total: int, rooms: Sequence[int]) -> l
             step = min(left, rooms[r] - found[r], max(1, left // len(found)))
             found[r] += step
             left -= step
+            if not left:
+                break
     return found
