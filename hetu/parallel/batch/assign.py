@@ -161,9 +161,10 @@ class Greedy:
     def _whole(self, length: int, work: float) -> Place | None:
         """Puts a document on the pipeline with least to do that has room for it, if that stays below the limit."""
         heap, rooms, limit, passed, found = self.heap, self.rooms, self.limit, [], None
+        last = len(rooms) - 1
         while heap and heap[0][0] + work <= limit:
             seconds, r = heap[0]
-            micro_batch = len(rooms) - 1
+            micro_batch = last
             while micro_batch >= 0 and rooms[micro_batch][r] < length:
                 micro_batch -= 1
             if micro_batch >= 0:
@@ -181,14 +182,15 @@ class Greedy:
         limit = self.limit
         self.heap.sort()  # a sorted list is a heap
         for micro_batch, rooms in enumerate(self.rooms):
-            members, levels, sizes, room, filled = list[int](), list[float](), list[int](), 0, 0.0
+            members, levels, sizes = list[int](), list[float](), list[int]()
+            parts, room, filled = 0, 0, 0.0
             for seconds, r in self.heap:
-                if not rooms[r]:
+                if not (size := rooms[r]):
                     continue
                 members.append(r)
                 levels.append(seconds)
-                sizes.append(rooms[r])
-                parts, room, filled = len(members), room + rooms[r], filled + seconds
+                sizes.append(size)
+                parts, room, filled = parts + 1, room + size, filled + seconds
                 if room < length or parts * limit < work or (work + filled) / parts > limit:
                     continue
                 overhead = self.cost.overhead(length, attention, parts)

@@ -64,9 +64,9 @@ class Load(NamedTuple):
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
     pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
-    of_member, far = np.array(group.hosts.of_member), (0, 0)
-    near = work.links
+    near, far = work.links, (0, 0)
     if len(group.hosts.members) > 1:
+        of_member = np.array(group.hosts.of_member)
         is_far = np.not_equal.outer(of_member, of_member).astype(int)
         near, far = work.links * (1 - is_far), _busiest(work.links * is_far)
     peers = group.members - 1
@@ -85,6 +85,8 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
 
 def _busiest(links: Numbers) -> tuple[Any, Any]:
     """Bytes in the busier direction of the member that moves most, and in both of the one that moves most so."""
+    if len(links) == 1:
+        return 0, 0
     come, gone = links.sum(0), links.sum(1)
     return _most(np.concatenate([come, gone])), _most(come + gone)
 
