@@ -163,12 +163,12 @@ class Estimator:
         time = moved / self.near + far_moved / self.far
         if not time:
             return compute, compute, 0.0
-        both, rounds = both / self.near + far_both / self.far, 1
-        more = both / time
+        busy, rounds = both / self.near + far_both / self.far, 1
+        more = busy / time
         if method == "ulysses":
             time, rounds = time * self.grown, self.payloads  # one of each payload
         elif self.is_backward:  # gradients of what came go home while what is next comes
-            time, rounds = max(time + self.grads * (both - time), self.grads * time), 2
+            time, rounds = max(time + self.grads * (busy - time), self.grads * time), 2
         transfer = time + rounds * (self.latency * (peers - far) + far * self.far_latency)
         if method != "ring":  # where members send as much as they get, links wait for each other
             transfer *= 1 + _WAITS * (1 - 1 / peers) * (more - 1)
