@@ -23,10 +23,13 @@ def test_variants_compile(tmp_path: Path) -> None:
     assert len(results) == 7
     for result in results:
         assert not result["serial"], f"ptxas lets products wait for each other: {result}"
-        assert result["spills"] <= (1600 if "runs_on=True" in result["variant"] else 640), result
         assert result["shared"] <= 227 * 1024, result
-        if "carried" not in result:  # of the backward
+        has_flags = "runs_on=True" in result["variant"]
+        if "carried" not in result:  # of the backward: addresses of products kept in registers spill 424 bytes
+            most = 0 if "query_kernel" in result["variant"] else 400 if has_flags else 120
+            assert result["spills"] <= most, result
             continue
+        assert result["spills"] <= (1600 if has_flags else 640), result
         # Stage and phase, eight numbers of a tile, and those that flags need: Triton 3.6 has lost some on the way.
         flags = [f"{name}=True" in result["variant"] for name in ("runs_on", "more", "lower")]
         assert result["carried"] == 10 + sum(flags), result
