@@ -64,7 +64,7 @@ class Pricer:
     """
 
     def __init__(self, attention: Attention, hardware: Hardware, forwards: int = 1, backwards: int = 0) -> None:
-        kind, self.methods = mask_kind(attention.mask), attention.methods
+        kind = mask_kind(attention.mask)
         each = [Estimator(attention.heads, kind, hardware, is_backward) for is_backward in (False, True)]
         self.forward, self.backward = each
         self.forwards, self.backwards = forwards, backwards
