@@ -16,7 +16,7 @@ from hetu.ops.attention.layout_key import ParallelKey
 from hetu.ops.attention.layout_op import strategy_of
 from hetu.parallel import AttnPlan, Hardware, Strategy, build_plan
 from hetu.parallel.choice.estimate import NOTHING, Estimate
-from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, read_loads, strategy_sizes
+from hetu.parallel.choice.price import Attention, Price, Pricer, layout_loads, pricer_of, strategy_loads
 from hetu.parallel.choice.setting import Chosen
 from hetu.parallel.topology import topology_of
 from hetu.parallel.views.report import as_bytes, as_table, as_time
@@ -99,7 +99,7 @@ class _Sizes:
         leaves: The symbols.
         function: Gives the lengths of all pipelines of all strategies, and the loads.
         attentions: What is computed, and how many forwards and backwards.
-        loads: For each strategy, where each attention's loads are.
+        loads: For each strategy and attention, by method, where the loads of groups are.
         lengths: For each strategy, where its lengths are.
         pricers: What prices the attentions on the hardware of a number; of the last one only.
     """
@@ -107,7 +107,7 @@ class _Sizes:
     leaves: tuple[IntSymbol, ...]
     function: Callable[..., tuple[int, ...]]
     attentions: list[tuple[Attention, int, int]]
-    loads: list[list[slice]]
+    loads: list[list[dict[str, list[slice]]]]
     lengths: list[slice]
     pricers: dict[int, list[Pricer]] = field(default_factory=dict)
 
@@ -126,8 +126,8 @@ class _Sizes:
                 continue
             time, need = 0.0, 0
             for pricer, own in zip(pricers, parts, strict=True):
-                _, estimate, peak = pricer.price(read_loads(found[own], pricer.methods))
-                time, need = time + estimate.time, max(need, peak)
+                _, (seconds, _, _), peak = pricer.price({method: [found[x] for x in of] for method, of in own.items()})
+                time, need = time + seconds, max(need, peak)
             if need > chosen.hardware.memory_bytes:
                 ranking.reasons[strategy] = _too_large(need, chosen.hardware)
             else:
@@ -284,14 +284,15 @@ def _sizes_of(subgraph: Subgraph, count: int, hosts: tuple[int, ...] | None) -> 
         (Attention(node.attrs["mask"], ParallelKey.heads_of(node), node.attrs["method"], hosts), forwards, backwards)
         for node, forwards, backwards in counted
     ]
-    sizes, loads, lengths = list[Any](), list[list[slice]](), list[slice]()
+    sizes, loads, lengths = list[Any](), list[list[dict[str, list[slice]]]](), list[slice]()
     try:
         for index in range(count):
             strategies = [strategy_of(node, index) for node, *_ in counted]
             lengths.append(_extend(sizes, [length for strategy in strategies for length in strategy.lengths]))
             loads.append([])
             for strategy, (node, *_), (attention, *_) in zip(strategies, counted, attentions, strict=True):
-                loads[-1].append(_extend(sizes, strategy_sizes(strategy, node.attrs["split"], attention)))
+                found = strategy_loads(strategy, node.attrs["split"], attention)
+                loads[-1].append({method: [_extend(sizes, load) for load in of] for method, of in found.items()})
     except StrategyError:  # it has no closed form
         return None
     symbols = [as_symbol(size if isinstance(size, IntSymbol) else int(size)) for size in sizes]

@@ -68,6 +68,8 @@ def assign(
 def _without_empty(places: list[Place]) -> tuple[int, list[Place]]:
     """How many micro-batches have tokens, one at least, and the places if only these are counted."""
     used = sorted({place.micro_batch for place in places if any(tokens for _, tokens in place.pieces)}) or [0]
+    if len(used) == used[-1] + 1:
+        return len(used), places
     number = {micro_batch: i for i, micro_batch in enumerate(used)}
     return len(used), [Place(number.get(place.micro_batch, 0), place.pieces) for place in places]
 
@@ -159,9 +161,10 @@ class Greedy:
     def _whole(self, length: int, work: float) -> Place | None:
         """Puts a document on the pipeline with least to do that has room for it, if that stays below the limit."""
         heap, rooms, limit, passed, found = self.heap, self.rooms, self.limit, [], None
+        last = len(rooms) - 1
         while heap and heap[0][0] + work <= limit:
             seconds, r = heap[0]
-            micro_batch = len(rooms) - 1
+            micro_batch = last
             while micro_batch >= 0 and rooms[micro_batch][r] < length:
                 micro_batch -= 1
             if micro_batch >= 0:
@@ -179,18 +182,23 @@ class Greedy:
         limit = self.limit
         self.heap.sort()  # a sorted list is a heap
         for micro_batch, rooms in enumerate(self.rooms):
-            free = [item for item in self.heap if rooms[item[1]]]
-            sizes, levels = [rooms[r] for _, r in free], [seconds for seconds, _ in free]
-            for parts, (room, filled) in enumerate(zip(accumulate(sizes), accumulate(levels), strict=True), 1):
+            members, levels, sizes = list[int](), list[float](), list[int]()
+            parts, room, filled = 0, 0, 0.0
+            for seconds, r in self.heap:
+                if not (size := rooms[r]):
+                    continue
+                members.append(r)
+                levels.append(seconds)
+                sizes.append(size)
+                parts, room, filled = parts + 1, room + size, filled + seconds
                 if room < length or parts * limit < work or (work + filled) / parts > limit:
                     continue
                 overhead = self.cost.overhead(length, attention, parts)
                 if (work + filled) / parts + overhead > limit:
                     continue
-                top, tokens = pour(length, levels[:parts], sizes[:parts], work / length)
+                top, tokens = pour(length, levels, sizes, work / length)
                 if top + overhead <= limit:
-                    pieces = whole_tokens(tokens, length, sizes[:parts])
-                    held = [(r, x) for (_, r), x in zip(free, pieces, strict=False) if x]
+                    held = [(r, x) for r, x in zip(members, whole_tokens(tokens, length, sizes), strict=True) if x]
                     overhead = self.cost.overhead(length, attention, len(held))
                     return self._take(micro_batch, held, work / length, overhead)
         self.lacks_time = not any(

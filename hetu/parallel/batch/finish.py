@@ -53,16 +53,20 @@ def _seconds(
     for d in own:
         length, whole, pieces = documents.lengths[d], documents.attention[d], places[d].pieces
         others = len(pieces) - 1
-        edge = cost.edge(length, whole) if others else 0.0
+        if not others:
+            r, x = pieces[0]
+            tokens[r] += x
+            attention[r] += whole * x / max(length, 1)
+            continue
+        edge = cost.edge(length, whole)
         for r, x in pieces:
             tokens[r] += x
             if x:
                 attention[r] += whole * x / length
-            if others:
-                attention[r] += edge
-                came[r] += length - x
-                went[r] += x * others
-                is_cut[r] = True
+            attention[r] += edge
+            came[r] += length - x
+            went[r] += x * others
+            is_cut[r] = True
     return [cost.seconds(tokens[r], attention[r], max(came[r], went[r]), bool(is_cut[r])) for r in range(pipelines)]
 
 

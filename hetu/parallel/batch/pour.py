@@ -27,7 +27,7 @@ def pour(amount: float, levels: Sequence[float], rooms: Sequence[float], density
     active = [r for r, room in enumerate(rooms) if room > 0]
     top = 0.0
     while active:
-        top = (amount * density + sum(levels[r] for r in active)) / len(active)
+        top = (amount * density + sum([levels[r] for r in active])) / len(active)
         below = [r for r in active if levels[r] < top]
         if len(below) < len(active):
             active = below
@@ -42,7 +42,7 @@ def pour(amount: float, levels: Sequence[float], rooms: Sequence[float], density
             break
         # Those that had no use for it before may have now: the others take less than was thought.
         active = [r for r, room in enumerate(rooms) if room > 0 and not tokens[r]]
-    return max((level + x * density for level, x in zip(levels, tokens, strict=True) if x), default=0.0), tokens
+    return max([level + x * density for level, x in zip(levels, tokens, strict=True) if x], default=0.0), tokens
 
 
 def whole_tokens(tokens: Sequence[float], total: int, rooms: Sequence[int]) -> list[int]:
@@ -59,4 +59,6 @@ def whole_tokens(tokens: Sequence[float], total: int, rooms: Sequence[int]) -> l
             step = min(left, rooms[r] - found[r], max(1, left // len(found)))
             found[r] += step
             left -= step
+            if not left:
+                break
     return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NoReturn
 
 import numpy as np
@@ -152,16 +153,30 @@ class Blocks(Counts):
         self.front = pieces // 2 if halves else pieces
         self.back = pieces - self.front
         self.halves = halves
+
+    @cached_property
+    def fronts(self) -> Interval:
         ends = self.front.cumsum(0)
+        return ends - self.front, ends
+
+    @cached_property
+    def backs(self) -> Interval:
         behind = self.total - self.back.cumsum(0)
-        self.fronts: Interval = ends - self.front, ends
-        self.backs: Interval = behind, behind + self.back
+        return behind, behind + self.back
 
     def pairs(self) -> Numbers:
-        fronts = self._pairs_of(self.fronts)
-        return fronts + self._pairs_of(self.backs) if self.halves else fronts
+        if self.members == 1:
+            return self.whole_pairs()[None]
+        if not self.halves:
+            return self._pairs_of(self.fronts)
+        starts, ends = zip(self.fronts, self.backs, strict=True)
+        found = self._pairs_of((np.concatenate(starts), np.concatenate(ends)))
+        both: Numbers = found[: self.members] + found[self.members :]
+        return both
 
     def taken(self) -> Numbers:
+        if self.members == 1:
+            return np.zeros((1, 1), np.int64)
         if not (self.bounds.is_full or self.bounds.is_causal):
             return super().taken()
         have = any_of(self.pieces)

@@ -17,7 +17,7 @@ from hetu.errors import StrategyError, caller
 from hetu.parallel.choice.numbers import Numbers
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
-from hetu.parallel.views.hardware import Hardware
+from hetu.parallel.views.hardware import Hardware, curve_of
 from hetu.symbols import IntSymbol, maximum
 
 CANDIDATES = ("direct", "ulysses", "hierarchical")
@@ -64,9 +64,9 @@ class Load(NamedTuple):
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
     pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
-    of_member, far = np.array(group.hosts.of_member), (0, 0)
-    near = work.links
+    near, far = work.links, (0, 0)
     if len(group.hosts.members) > 1:
+        of_member = np.array(group.hosts.of_member)
         is_far = np.not_equal.outer(of_member, of_member).astype(int)
         near, far = work.links * (1 - is_far), _busiest(work.links * is_far)
     peers = group.members - 1
@@ -85,6 +85,8 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
 
 def _busiest(links: Numbers) -> tuple[Any, Any]:
     """Bytes in the busier direction of the member that moves most, and in both of the one that moves most so."""
+    if len(links) == 1:
+        return 0, 0
     come, gone = links.sum(0), links.sum(1)
     return _most(np.concatenate([come, gone])), _most(come + gone)
 
@@ -138,7 +140,10 @@ class Estimator:
     """
 
     def __init__(self, heads: Heads, kind: str, hardware: Hardware, is_backward: bool = False) -> None:
-        self.hardware, self.head_dim, self.kind, self.is_backward = hardware, heads.head_dim, kind, is_backward
+        self.rate = curve_of(hardware, heads.head_dim, kind, is_backward)
+        self.launch, self.is_backward = hardware.launch, is_backward
+        self.near, self.far = hardware.link_bytes, hardware.host_link_bytes or hardware.link_bytes
+        self.latency, self.far_latency = hardware.transfer_time(0), hardware.transfer_time(0, False)
         self.flops = 2.5 if is_backward else 1.0
         self.grads = heads.grad_row_bytes / heads.kv_row_bytes
         forward = (Payload.QKV, Payload.OUT, Payload.LSE)
@@ -146,35 +151,31 @@ class Estimator:
         grown = sum(map(heads.row_bytes, backward)) / sum(map(heads.row_bytes, forward))
         self.grown, self.payloads = (grown, 4) if is_backward else (1.0, 3)
 
-    def of(self, method: str, loads: Sequence[Load]) -> Estimate:
-        """The time of one attention, of which the loads are those of its context groups, as ints."""
-        return max([self._of_group(method, load) for load in loads])
+    def of(self, method: str, loads: Sequence[Sequence[int]]) -> Estimate:
+        """The time of one attention, of which the loads are those of its context groups, as ints in Load's order."""
+        return Estimate._make(max([self._of_group(method, load) for load in loads]))
 
-    def _of_group(self, method: str, load: Load) -> Estimate:
-        if not load.flops:
+    def _of_group(self, method: str, load: Sequence[int]) -> tuple[float, float, float]:
+        flops, pairs, rows, moved, both, far_moved, far_both, _, peers, far, steps = load
+        if not flops:
             return NOTHING
-        hardware, peers, far = self.hardware, load.peers, load.far_peers
-        rate = (
-            hardware.rate(load.pairs / load.rows, self.head_dim, self.kind, self.is_backward)
-            if hardware.rates
-            else hardware.flops
-        )
-        compute = self.flops * load.flops / rate + load.steps * hardware.launch
-        time = hardware.link_seconds(load.moved, load.far_moved)
+        compute = self.flops * flops / self.rate(pairs / rows) + steps * self.launch
+        time = moved / self.near + far_moved / self.far
         if not time:
-            return Estimate(compute, compute, 0.0)
-        both, rounds, moved = hardware.link_seconds(load.both, load.far_both), 1, time
+            return compute, compute, 0.0
+        busy, rounds = both / self.near + far_both / self.far, 1
+        more = busy / time
         if method == "ulysses":
             time, rounds = time * self.grown, self.payloads  # one of each payload
         elif self.is_backward:  # gradients of what came go home while what is next comes
-            time, rounds = max(time + self.grads * (both - moved), self.grads * time), 2
-        transfer = time + rounds * (hardware.transfer_time(0) * (peers - far) + far * hardware.transfer_time(0, False))
+            time, rounds = max(time + self.grads * (busy - time), self.grads * time), 2
+        transfer = time + rounds * (self.latency * (peers - far) + far * self.far_latency)
         if method != "ring":  # where members send as much as they get, links wait for each other
-            transfer *= 1 + _WAITS * (1 - 1 / peers) * (both / moved - 1)
+            transfer *= 1 + _WAITS * (1 - 1 / peers) * (more - 1)
         if method == "ulysses":  # heads come, then it computes, then results go home
-            return Estimate(compute + transfer, compute, transfer)
-        last = compute / load.steps  # of what comes last
-        return Estimate(max(compute, transfer + last), compute, transfer)
+            return compute + transfer, compute, transfer
+        last = compute / steps  # of what comes last
+        return max(compute, transfer + last), compute, transfer
 
 
 def _most(items: Numbers) -> Any:

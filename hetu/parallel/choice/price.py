@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hetu.errors import StrategyError
 from hetu.parallel.choice.cost import constant_groups
@@ -25,7 +25,7 @@ from hetu.parallel.topology import Topology, topology_of
 from hetu.parallel.views.cost import mask_kind
 from hetu.parallel.views.hardware import Hardware
 
-LOAD_SIZES = len(Load._fields)
+_PEAK = Load._fields.index("peak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,19 @@ class Pricer:
     """
 
     def __init__(self, attention: Attention, hardware: Hardware, forwards: int = 1, backwards: int = 0) -> None:
-        kind, self.methods = mask_kind(attention.mask), attention.methods
+        kind = mask_kind(attention.mask)
         each = [Estimator(attention.heads, kind, hardware, is_backward) for is_backward in (False, True)]
         self.forward, self.backward = each
         self.forwards, self.backwards = forwards, backwards
 
-    def price(self, loads: Mapping[str, Sequence[Load]]) -> Price:
-        """The price by the method whose forward takes least time; of equal ones what is sent is less, or the first."""
+    def price(self, loads: Mapping[str, Sequence[Sequence[int]]]) -> Price:
+        """The price by the method whose forward takes least time; of equal ones what is sent is less, or the first.
+
+        Args:
+            loads: By method those of all groups, ints in the order of :class:`Load`.
+        """
         found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
-        forward, method = min(found, key=_time)
+        forward, method = found[0] if len(found) == 1 else min(found, key=_time)
         own, total = loads[method], forward if self.forwards else NOTHING
         for _ in range(self.forwards - 1):
             total = total.plus(forward)
@@ -80,7 +84,7 @@ class Pricer:
             backward = self.backward.of(method, own)
             for _ in range(self.backwards):
                 total = total.plus(backward)
-        return Price(method, total, max([load.peak for load in own]))
+        return Price(method, total, max([load[_PEAK] for load in own]))
 
 
 @lru_cache(64)
@@ -121,8 +125,8 @@ def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
     return loads_of(groups, attention.methods)
 
 
-def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list[Any]:
-    """The loads of a strategy's groups in its symbols, in one list; :func:`read_loads` reads its values.
+def strategy_loads(strategy: Strategy, split: str, attention: Attention) -> dict[str, list[Load]]:
+    """The loads of a strategy's groups in its symbols, by each method that may be taken; those that differ.
 
     Raises:
         StrategyError: If a group is a symbol, or the mask has no closed form.
@@ -132,20 +136,11 @@ def strategy_sizes(strategy: Strategy, split: str, attention: Attention) -> list
         _counted(numbers([[strategy.lengths[r]] for r in members]), split, attention, Hosts.of(members, topology))
         for members in groups_of(constant_groups(strategy)).values()
     ]
-    return [size for loads in loads_of(groups, attention.methods).values() for load in loads for size in load]
+    return {method: list(dict.fromkeys(loads)) for method, loads in loads_of(groups, attention.methods).items()}
 
 
 def _counted(pieces: Numbers, split: str, attention: Attention, hosts: Hosts) -> GroupCounts:
     return GroupCounts(counts_of(pieces, split, attention.mask), attention.heads, hosts=hosts)
-
-
-def read_loads(values: Sequence[int], methods: Sequence[str]) -> dict[str, list[Load]]:
-    """The loads of which :func:`strategy_sizes` gave the sizes."""
-    each, found, at = len(values) // len(methods), {}, 0
-    for method in methods:
-        found[method] = [Load._make(values[i : i + LOAD_SIZES]) for i in range(at, at + each, LOAD_SIZES)]
-        at += each
-    return found
 
 
 def split_of(group: GroupLayout) -> str:

@@ -113,7 +113,7 @@ class GroupCounts:
     def results(self, steps_on: Any) -> Numbers:
         """``(R,)`` bytes of each member's results; ``steps_on`` is 1 where several steps add to them."""
         heads = self.heads
-        row = heads.row_bytes(Payload.OUT) + heads.row_bytes(Payload.LSE)
+        row = _row_bytes(heads, Payload.OUT) + _row_bytes(heads, Payload.LSE)
         size: Numbers = self.rows * (steps_on * (max(heads.itemsize, 4) * heads.num_q * heads.head_dim) + row)
         return size
 
@@ -123,7 +123,7 @@ class GroupCounts:
 
 def direct(group: GroupCounts) -> Work:
     """``direct``: all that travels is under way, and held, until the end."""
-    row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
+    row, own = _row_bytes(group.heads, Payload.KV), _row_bytes(group.heads, Payload.QKV)
     come, gone = group.taken.sum(1), group.taken.sum(0)
     peak = group.rows * own + (come + gone) * row + group.results(any_of(come))
     flops = group.flops(group.pairs, group.heads.num_q)
@@ -174,7 +174,7 @@ def hierarchical(group: GroupCounts) -> Work:
     if len(group.hosts.members) < 2:
         return direct(group)
     links, most = moves(group.taken, group.taken_by_hosts, group.hosts)
-    row, own = group.heads.row_bytes(Payload.KV), group.heads.row_bytes(Payload.QKV)
+    row, own = _row_bytes(group.heads, Payload.KV), _row_bytes(group.heads, Payload.QKV)
     peak = group.rows * own + group.results(any_of(group.taken.sum(1))) + most * row
     count = len(group.hosts.members)
     return Work(group.flops(group.pairs, group.heads.num_q), links * row, peak, 1 + count, count - 1)
@@ -252,6 +252,12 @@ def ulysses(group: GroupCounts) -> Work:
     peak = rows * heads.row_bytes(Payload.QKV) + larger(before, after)
     flops = group.flops(np.array([group.whole_pairs] * R, object), num_q)
     return Work(flops, links, peak, 1, group.elsewhere)
+
+
+@lru_cache
+def _row_bytes(heads: Heads, payload: Payload) -> int:
+    """:meth:`Heads.row_bytes`, which is asked several times per group."""
+    return heads.row_bytes(payload)
 
 
 @lru_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hetu.parallel.topology import Topology
 
@@ -28,7 +29,9 @@ class Hosts:
     @classmethod
     def of(cls, pipelines: Sequence[int], topology: Topology | None) -> Hosts:
         """Those of the members that are these pipelines; one if there is no topology."""
-        named = [0 if topology is None else topology.hosts[r] for r in pipelines]
+        if topology is None:
+            return _one_host(len(pipelines))
+        named = [topology.hosts[r] for r in pipelines]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(named))}
         members: list[list[int]] = [[] for _ in numbers]
         for member, name in enumerate(named):
@@ -54,3 +57,9 @@ class Hosts:
         own = self.members[self.of_member[member]]
         place = own.index(member)
         return [c for members in self.members if members is not own for c in members[place :: len(own)]]
+
+
+@lru_cache
+def _one_host(members: int) -> Hosts:
+    """All members on one host; none, if there are none."""
+    return Hosts((0,) * members, (tuple(range(members)),) if members else ())

@@ -6,8 +6,9 @@ import json
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from hetu.arguments import MAX_COUNT, choice, flag, integer, number_of, real, refuse, shown
@@ -54,6 +55,30 @@ class Rate:
         object.__setattr__(self, "is_backward", flag(self.is_backward, "a rate's is_backward", op=_OP))
 
 
+class Curve:
+    """FLOP/s by numbers of keys, between which the logarithm is interpolated.
+
+    Args:
+        places: Numbers of keys, ascending.
+        flops: The FLOP/s there.
+    """
+
+    def __init__(self, places: Sequence[float], flops: Sequence[float]) -> None:
+        self._places, self._flops = list(places), list(map(float, flops))
+        self._steps = [math.log(after / before) for before, after in pairwise(places)]
+
+    def __call__(self, keys: float) -> float:
+        places, flops = self._places, self._flops
+        if keys <= places[0] or len(places) == 1:
+            return flops[0]
+        if keys >= places[-1]:
+            return flops[-1]
+        after = bisect_left(places, keys)
+        before = after - 1
+        share = math.log(keys / places[before]) / self._steps[before]
+        return flops[before] + share * (flops[after] - flops[before])
+
+
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """What a device can do, and the links between devices. Hardware prints, compares and hashes by value.
@@ -92,7 +117,7 @@ class Hardware:
     host_latency: float | None = None
     rates: tuple[Rate, ...] = ()
     name: str = ""
-    _curves: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _curves: dict[Any, Curve] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("flops", "link_bytes", "memory_bytes", "host_link_bytes"):
@@ -114,21 +139,7 @@ class Hardware:
 
     def rate(self, keys: float, head_dim: int, kind: str = "causal", is_backward: bool = False) -> float:
         """FLOP/s of attention in which a query sees so many keys on average."""
-        keys = _amount(keys, "keys")
-        key = head_dim, kind, is_backward
-        curve = self._curves.get(key) if tuple(map(type, key)) == _CASE else None  # 1 is no flag, and equal to one
-        if curve is None:
-            key = _case(*key)
-            curve = self._curves[key] = self._curve(*key) if self.rates else ([1.0], [self.flops])
-        places, flops = curve
-        if keys <= places[0] or len(places) == 1:
-            return float(flops[0])
-        if keys >= places[-1]:
-            return float(flops[-1])
-        after = bisect_left(places, keys)
-        before = after - 1
-        share = math.log(keys / places[before]) / math.log(places[after] / places[before])
-        return float(flops[before] + share * (flops[after] - flops[before]))
+        return curve_of(self, head_dim, kind, is_backward)(_amount(keys, "keys"))
 
     def _curve(self, head_dim: int, kind: str, is_backward: bool) -> tuple[list[float], list[float]]:
         """The rates of the case that is nearest: of the same direction first, then mask, then head_dim."""
@@ -253,6 +264,16 @@ class Hardware:
         if not isinstance(rates, list) or not all(isinstance(rate, dict) and rate.keys() == names for rate in rates):
             _refuse_file(f"{source} has rates without {', '.join(sorted(names))}")
         return cls(**given, rates=tuple(Rate(**rate) for rate in rates))
+
+
+def curve_of(hardware: Hardware, head_dim: int, kind: str, is_backward: bool) -> Curve:
+    """The rates of one case, found once: :meth:`Hardware.rate` without its checks of ``keys``."""
+    key, curves = (head_dim, kind, is_backward), hardware._curves
+    curve = curves.get(key) if tuple(map(type, key)) == _CASE else None  # 1 is no flag, and equal to one
+    if curve is None:
+        key = _case(*key)
+        curve = curves[key] = Curve(*(hardware._curve(*key) if hardware.rates else ([1.0], [hardware.flops])))
+    return curve
 
 
 _CASE = (int, str, bool)
