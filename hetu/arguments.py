@@ -187,7 +187,7 @@ def head_counts(
     heads = integer(num_heads, names[0], least=1, most=most, op=op)
     key_heads = integer(num_kv_heads, names[1], least=1, most=most, op=op)
     if heads % key_heads:
-        refuse(heads, names[0], f"a multiple of {names[1]} {key_heads}", op=op, error=error)
+        refuse(heads, names[0], f"a multiple of {names[1]} {shown(key_heads)}", op=op, error=error)
     return heads, key_heads
 
 

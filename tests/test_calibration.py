@@ -10,6 +10,7 @@ import torch
 
 import hetu
 from hetu import calibration
+from hetu.parallel import Mask
 from hetu.parallel.choice import setting
 
 
@@ -21,7 +22,7 @@ def _hardware_of_before() -> Iterator[None]:
 
 
 def test_it_measures_whatever_modes_the_user_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "_MASKS", {"window": None})
+    monkeypatch.setattr(calibration, "_MASKS", {"causal": Mask.causal()})
     path, state = tmp_path / "hardware.json", torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
         found = hetu.calibrate(path)

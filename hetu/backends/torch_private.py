@@ -6,7 +6,7 @@ test that names one that a new torch no longer has; hetu then works on, more slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -33,6 +33,18 @@ def _private(name: str, fallback: Any) -> Any:
     found = _find(name)
     PRIVATE[name] = found, fallback
     return fallback if found is None else found
+
+
+# Copies
+
+
+def _copy_all(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    for x, value in zip(into, values, strict=True):
+        x.copy_(value)
+
+
+# On a GPU in few launches, however many tensors there are.
+copy_all: Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor]], Any] = _private("_foreach_copy_", _copy_all)
 
 
 # Autocast

@@ -328,8 +328,9 @@ def build_pipeline_plan(
 
 
 def _spec(layout: Layout, mask: Mask, heads: Heads, topology: Topology | None) -> AttnSpec:
+    count = layout.num_pipelines
     return AttnSpec(
-        mask, heads, check_topology(topology or Topology.one_host(layout.num_pipelines), layout.num_pipelines, "plan")
+        mask, heads, Topology.one_host(count) if topology is None else check_topology(topology, count, "plan")
     )
 
 

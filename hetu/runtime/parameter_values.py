@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hetu.backends.lower.lowering import ParameterInput
+from hetu.backends.torch_private import copy_all
 from hetu.runtime.parameters import ParameterStore
 
 
@@ -31,7 +32,7 @@ class ParameterValues:
         missing = [(item, x) for item, x in zip(wanted, own, strict=True) if self._is_missing(item, x)]
         if missing:
             made = [torch.empty_like(x, dtype=item.dtype) for item, x in missing]
-            torch._foreach_copy_(made, [x for _, x in missing])  # on a GPU in few launches
+            copy_all(made, [x for _, x in missing])
             self._cast.update(zip([item for item, _ in missing], made, strict=True))
         return [self._cast.get(item, x) for item, x in zip(wanted, own, strict=True)]
 

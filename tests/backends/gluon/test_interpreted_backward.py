@@ -103,10 +103,6 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
         "not close|an access|nobody can go on|an int32", "told_tile",
         "mbarrier.wait(full.index(turn & 1), (turn >> 1) & 1)", "pass",
     ),
-    "a tile overwritten": (
-        "gets more|nobody can go on|not close", "tell_tile",
-        "mbarrier.wait(empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)", "pass",
-    ),
     "queries too early": (
         "a wait for", "backward_queries.consume", "mbarrier.wait(dout_full.index(GROUP), i & 1)", "pass",
     ),
