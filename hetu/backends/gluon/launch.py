@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -131,21 +132,33 @@ def arranged(work: WorkList, block_n: int) -> WorkList:
     Turns then have items of about the same weight, whatever their documents, and deal them out evenly. Weights differ
     by two blocks before they count, so that items that share keys stay together.
     """
-    items, further = work.items, work.further
 
-    def blocks(records: Int32Array, rows: Int32Array) -> Int32Array:
+    def blocks(records: Int32Array, items: Int32Array) -> Int32Array:
         k_len, reach = records[:, _K_LEN], records[:, _REACH]
-        found: Int32Array = np.maximum(-(-np.minimum(k_len, reach + rows) // block_n), 1)
+        found: Int32Array = np.maximum(-(-np.minimum(k_len, reach + items[:, _ROWS]) // block_n), 1)
         return found
 
-    count = blocks(items, items[:, _ROWS])
+    count = item_weights(work, blocks)
+    work.items[:, BLOCKS] = count
+    return heaviest_first(work, (count + 1) // 2)
+
+
+def item_weights(work: WorkList, weigh: Callable[[Int32Array, Int32Array], Int32Array]) -> Int32Array:
+    """What the items of a work list weigh, with their further records; ``weigh`` is told records and their items."""
+    items = work.items
+    weight = weigh(items, items)
     if work.has_more:
         begin, end = items[:, MORE].T
         own = np.arange(len(items)).repeat(end - begin)
-        count += np.bincount(own, blocks(further, items[own, _ROWS]), minlength=len(items)).astype(np.int32)
-    items[:, BLOCKS] = count
-    order = (-((count + 1) // 2)).argsort(kind="stable")
-    return WorkList(items.take(order, axis=0), further, work.documents[order])
+        more = np.bincount(own, weigh(work.further, items[own]), minlength=len(items))
+        weight += more.astype(weight.dtype)
+    return weight
+
+
+def heaviest_first(work: WorkList, weight: Int32Array) -> WorkList:
+    """A work list in the order of its items' weights; those of the same weight stay as they are."""
+    order = (-weight).argsort(kind="stable")
+    return WorkList(work.items.take(order, axis=0), work.further, work.documents[order])
 
 
 @cache

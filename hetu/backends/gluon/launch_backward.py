@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
 from hetu.backends.attention.contract import BackwardState
 from hetu.backends.attention.family import AttendCall
-from hetu.backends.attention.records import KEY_FIELDS, MORE, WorkList
+from hetu.backends.attention.records import KEY_FIELDS, Int32Array, WorkList
 from hetu.backends.attention.work import key_work, query_work
 from hetu.backends.gluon import variants_backward
 from hetu.backends.gluon.backward_keys import key_kernel
 from hetu.backends.gluon.backward_queries import query_kernel
 from hetu.backends.gluon.descriptors import Box, is_describable
-from hetu.backends.gluon.launch import arranged, multiprocessors
+from hetu.backends.gluon.launch import arranged, heaviest_first, item_weights, multiprocessors
 from hetu.backends.gluon.variants import ROWS, layout, options
 from hetu.backends.gluon.variants_backward import (
     BLOCK_KEYS,
@@ -101,24 +100,15 @@ def _prepared(call: AttendCall, heads: PackedHeads, tile: BackwardTile) -> tuple
     """Puts the work lists on the device."""
     spans, table, device = call.spans, call.table, call.q.device
     rows = query_work(spans, table, CONSUMERS * ROWS // heads.pack, call.turn)
-    keys = heaviest_first(key_work(spans, table, BLOCK_KEYS))
+    keys = key_work(spans, table, BLOCK_KEYS)
+    keys = heaviest_first(keys, item_weights(keys, _rows) // BLOCK_KEYS)  # so that items that share rows stay together
     return _Part.of(keys, device), _Part.of(arranged(rows, tile.block_n), device)
 
 
-def heaviest_first(work: WorkList) -> WorkList:
-    """A list of blocks of keys for persistent programs: those that most rows see come first."""
-
-    def rows(records: Any) -> Any:
-        first = np.maximum(np.maximum(records[:, _FIRST], 0) - records[:, _DIAGONAL], 0)
-        return np.maximum(records[:, _LENGTH] - first, 0)
-
-    weight = rows(work.items).astype(np.int64)
-    if work.has_more:
-        begin, end = work.items[:, MORE].T
-        own = np.arange(len(work.items)).repeat(end - begin)
-        weight += np.bincount(own, rows(work.further), minlength=len(weight)).astype(np.int64)
-    order = (-(weight // BLOCK_KEYS)).argsort(kind="stable")  # so that items that share rows stay together
-    return WorkList(work.items.take(order, axis=0), work.further, work.documents[order])
+def _rows(records: Int32Array, _items: Int32Array) -> Int32Array:
+    """Query rows of a record's segment from the first one on that may see its keys: what a block of keys weighs."""
+    first = np.maximum(np.maximum(records[:, _FIRST], 0) - records[:, _DIAGONAL], 0)
+    return np.maximum(records[:, _LENGTH] - first, 0)
 
 
 def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from hetu.backends.gluon.variants import DTYPES, ROWS, descriptor_type
@@ -151,6 +152,7 @@ def _shared(variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, st
 Strides = tuple[int, int]
 
 
+@cache  # every launch asks for it
 def key_constants(
     variant: BackwardVariant,
     heads: PackedHeads,
@@ -172,6 +174,7 @@ def key_constants(
     )
 
 
+@cache
 def query_constants(
     variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, has_more: bool, dq: Strides, state: Strides
 ) -> QueryConstants:
