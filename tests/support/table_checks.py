@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from support.tables_by_definition import Case, Step, buffers, dense, owned_rows, rows_of, run, sinks_of
@@ -25,6 +27,14 @@ def whole_documents(lengths: list[int], is_causal: bool) -> Case:
     seen = seen.tril() if is_causal else seen
     step = Step(table, rows, np.concatenate([np.arange(n) for n in lengths]))
     return Case(spans, [step], [seen], rows, len(lengths), max(lengths), max(lengths))
+
+
+def documents_before_foreign_keys(lengths: list[int]) -> Case:
+    """Causal documents, and after their keys 30 of nobody, which hold NaN."""
+    case = whole_documents(lengths, True)
+    (step,), (seen,) = case.steps, case.seen
+    wider = Step(step.table, step.rows + 30, np.append(step.key_position, np.zeros(30, np.int64)))
+    return replace(case, steps=[wider], seen=[torch.nn.functional.pad(seen, (0, 30))])
 
 
 def check_forward(

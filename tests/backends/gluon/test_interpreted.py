@@ -6,7 +6,6 @@ Blocks of keys are smaller than on a GPU, and a launch has three programs, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ import torch
 from support.gluon_interpreter import Edit, KernelError, interpreted
 from support.gluon_interpreter.ptx import elementwise
 from support.gluon_interpreter.values import float32
-from support.table_checks import check_forward, whole_documents
-from support.tables_by_definition import Case, Step, buffers, dense, random_case, rows_of, run
+from support.table_checks import check_forward, documents_before_foreign_keys, whole_documents
+from support.tables_by_definition import Case, buffers, dense, random_case, rows_of, run
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -129,19 +128,11 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
 """What has to be said of a change, and the change: a function, a piece of its source, and what takes its place."""
 
 
-def two_documents() -> Case:
-    """A tile that is full and two that are not, and after their keys some of nobody, which hold NaN."""
-    case = whole_documents([70, 130], True)
-    (step,), (seen,) = case.steps, case.seen
-    wider = Step(step.table, step.rows + 30, np.append(step.key_position, np.zeros(30, np.int64)))
-    return replace(case, steps=[wider], seen=[torch.nn.functional.pad(seen, (0, 30))])
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_found(name: str, interpret: Interpret) -> None:
     """Under each seed: it does not depend on an order of the threads."""
     message, *change = BROKEN[name]
-    case = whole_documents([3] * 5, True) if name == "queries overwritten" else two_documents()
+    case = whole_documents([3] * 5, True) if name == "queries overwritten" else documents_before_foreign_keys([70, 130])
     for seed in range(2):
         edit = Edit(*change)
         interpret(seed, [edit], {64: Tile(block_n=32)}, programs=1)
@@ -152,7 +143,7 @@ def test_what_is_broken_is_found(name: str, interpret: Interpret) -> None:
 
 def test_the_interpreter_finds_nothing_in_what_is_whole(interpret: Interpret) -> None:
     interpret(0, [], {64: Tile(block_n=32)}, programs=1)
-    check_forward("gluon", two_documents(), (1, 1), 64, torch.bfloat16)
+    check_forward("gluon", documents_before_foreign_keys([70, 130]), (1, 1), 64, torch.bfloat16)
 
 
 @gluon.jit

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support.gluon_interpreter import Edit, interpreted
-from support.table_checks import check_backward, whole_documents
-from support.tables_by_definition import Case, Step, buffers, dense, random_case, run
+from support.table_checks import check_backward, documents_before_foreign_keys, whole_documents
+from support.tables_by_definition import Case, buffers, dense, random_case, run
 
 from hetu.backends.attention.contract import BackwardState, attention_delta
 from hetu.backends.attention.family import AttendCall
@@ -122,19 +120,11 @@ BROKEN: dict[str, tuple[str, str, str, str]] = {
 """What has to be said of a change, and the change: a function, a piece of its source, and what takes its place."""
 
 
-def two_documents() -> Case:
-    """Rows and keys whose blocks end before others, and after the keys some of nobody, which hold NaN."""
-    case = whole_documents([200, 70], True)
-    (step,), (seen,) = case.steps, case.seen
-    wider = Step(step.table, step.rows + 30, np.append(step.key_position, np.zeros(30, np.int64)))
-    return replace(case, steps=[wider], seen=[torch.nn.functional.pad(seen, (0, 30))])
-
-
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_broken_is_found(name: str, interpret: Interpret) -> None:
     message, *change = BROKEN[name]
     edit = Edit(*change)
     interpret(0, [edit], programs=1)
     with pytest.raises(AssertionError, match=message):
-        check_backward(two_documents(), "torch", torch.float16, 64, scale=0.125, heads=(1, 1))
+        check_backward(documents_before_foreign_keys([200, 70]), "torch", torch.float16, 64, scale=0.125, heads=(1, 1))
     assert edit.is_made
