@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import sympy
 import torch
 from torch.autograd import forward_ad
 
@@ -242,19 +243,51 @@ def find_inductor() -> Callable[..., Callable[..., Any]] | None:
 class SymbolicSizes:
     """Tensors without values, of shapes without values.
 
+    Args:
+        typical: Sizes to decide by, each for one symbol, where something depends on one: then what is made holds for
+            the sizes that decide alike. Without them nothing may depend on a size, and what is made holds for all.
+
     Raises:
         ImportError: If this torch has none, or has them elsewhere.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, typical: Iterator[int] | None = None) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        self._sizes = ShapeEnv()
+        self._typical = typical
+        self._sizes = ShapeEnv(specialize_zero_one=typical is None, duck_shape=typical is None)
+        self._made: list[tuple[Any, int]] = []
         self.tensors: AbstractContextManager[Any] = FakeTensorMode(shape_env=self._sizes)
         """The context in which tensors that are made have no values. It may be entered again."""
 
     def new(self) -> Any:
         """A size of which nothing is known, as torch takes it for an int."""
-        with self._sizes.ignore_fresh_unbacked_symbols():
-            return self._sizes.create_unbacked_symint()
+        if self._typical is None:
+            with self._sizes.ignore_fresh_unbacked_symbols():
+                return self._sizes.create_unbacked_symint()
+        from torch._dynamo.source import ConstantSource
+        from torch.fx.experimental.symbolic_shapes import DimDynamic
+
+        value, source = next(self._typical), ConstantSource(f"size_{len(self._made)}")
+        symbol = self._sizes.create_symbol(
+            value, source, DimDynamic.DYNAMIC, positive=None, do_not_specialize_zero_one=True
+        )
+        self._made.append((symbol, value))
+        return self._sizes.create_symintnode(symbol, hint=value, source=source)
+
+    def conditions(self) -> Callable[..., bool]:
+        """Tells of sizes, in the order in which :meth:`new` gave them, whether they decide as the typical ones did.
+
+        Raises:
+            RuntimeError: If what was decided can't be told of sizes.
+        """
+        decided = sympy.And(*(guard.expr for guard in self._sizes.guards))
+        decide: Callable[..., bool] = sympy.lambdify([symbol for symbol, _ in self._made], decided, modules="math")
+        try:
+            is_told = decide(*(value for _, value in self._made)) is True
+        except (NameError, TypeError, ValueError):  # a function that only torch's printers know
+            is_told = False
+        if not is_told:
+            raise RuntimeError(f"torch decided by {decided}, which can't be asked of other sizes")
+        return decide

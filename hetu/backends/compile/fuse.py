@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from hetu.backends.compile.inductor import Progress, compile_region
+from hetu.backends.compile.inductor import Compiled, Progress, compile_region
 from hetu.backends.compile.regions import Region, divide
+from hetu.backends.compile.tracing import TYPICAL
 from hetu.backends.lower.lowering import Executable
 from hetu.backends.lower.values import MADE_BY
 
@@ -63,13 +64,25 @@ def _compiled(regions: Sequence[Region], device: torch.device) -> tuple[dict[int
     refused: dict[str, None] = {}
     with Progress(len(regions)) as progress:
         for number, region in enumerate(regions):
-            found = compile_region(region, device)
-            if found.call is None:
-                refused.setdefault(f"{_where(region)} runs uncompiled: {found.reason}")
+            versions = _versions(region, device)
+            if reasons := [version.reason for version in versions if version.call is None]:
+                refused.setdefault(f"{_where(region)} runs uncompiled: {reasons[0]}")
             else:
-                functions[id(region)] = _region_function(number, found.call, found.outputs)
+                functions[id(region)] = _region_function(number, region, versions)
             progress.advance()
     return functions, list(refused)
+
+
+def _versions(region: Region, device: torch.device) -> list[Compiled]:
+    """What a region is compiled to: each takes what those before it don't; all of it now, so that no length waits.
+
+    The first is for typical sizes. The second, for all, is made if many don't decide as these do, or the first can't be.
+    """
+    typical = [compile_region(region, device, is_typical=True)] if device.type in TYPICAL else []
+    made = [version for version in typical if version.call is not None]
+    if any(version.conditions is None or version.conditions.are_wide() for version in made):
+        return made
+    return [*made, compile_region(region, device)]
 
 
 def _where(region: Region) -> str:
@@ -78,17 +91,24 @@ def _where(region: Region) -> str:
     return f"what lies from {first.name} ({first.where.short}) to {last.name} ({last.where.short})"
 
 
-def _region_function(number: int, compiled: Callable[..., Any], which: Sequence[int]) -> Callable[..., Any]:
-    """A region as a module calls it: each input laid out as it was described, each output in memory of its own."""
-    owners = _Owners(which)
+def _region_function(number: int, region: Region, versions: Sequence[Compiled]) -> Callable[..., Any]:
+    """A region as a module calls it: each input laid out as it was described, each output in memory of its own.
 
-    def region(*values: Any) -> Sequence[torch.Tensor]:
+    Inputs that no version takes, such as those of length 0, are computed by the region's calls as they are.
+    """
+    owners = [(version, _Owners(version.outputs)) for version in versions]
+
+    def function(*values: Any) -> Sequence[torch.Tensor]:
         given = [_dense(x) for x in values]
-        found = compiled(*given)
-        return found if owners.is_simple else owners.of(given, found)
+        for version, owner in owners:
+            sizes = version.sizes(given)
+            if sizes is not None:
+                found = version.call(*sizes, *given)  # type: ignore[misc]
+                return found if owner.is_simple else owner.of(given, found)
+        return region.compute(values)
 
-    region.__name__ = region.__qualname__ = f"region_{number}"
-    return region
+    function.__name__ = function.__qualname__ = f"region_{number}"
+    return function
 
 
 def _dense(x: Any) -> Any:

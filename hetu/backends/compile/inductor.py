@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from hetu.backends.compile.regions import Region
-from hetu.backends.compile.tracing import trace
+from hetu.backends.compile.tracing import Conditions, trace
 from hetu.backends.torch_private import find_inductor
 from hetu.cache import LRU
 from hetu.errors import in_words
@@ -24,14 +24,24 @@ class Compiled:
     """A region that was compiled, or why it could not be.
 
     Attributes:
-        call: Takes its inputs, and gives a list of tensors; None if it could not be compiled.
+        call: Takes what :meth:`sizes` gives, then its inputs, and gives a list of tensors; None if it could not be
+            compiled.
         outputs: Which item of the list each output of the region is.
+        conditions: What its sizes must meet. None if it takes all.
         reason: Why it could not be compiled.
     """
 
     call: Callable[..., Any] | None
     outputs: Sequence[int] = ()
+    conditions: Conditions | None = None
     reason: str = ""
+
+    def sizes(self, values: Sequence[Any]) -> Sequence[int] | None:
+        """What it takes before its inputs, or None if it takes no such inputs."""
+        if self.conditions is None:
+            return ()
+        sizes = self.conditions.sizes(values)
+        return sizes if self.conditions.hold(*sizes) else None
 
 
 MOST_COMPILED = 1024
@@ -51,7 +61,7 @@ compiled: LRU[Compiled] = LRU(MOST_COMPILED)
 _lock = threading.Lock()
 
 
-def compile_region(region: Region, device: torch.device) -> Compiled:
+def compile_region(region: Region, device: torch.device, is_typical: bool = False) -> Compiled:
     """Compiles a region, or finds what one of the same structure was compiled to.
 
     Inductor keeps what it made on disk, and finds it there in another process.
@@ -59,26 +69,29 @@ def compile_region(region: Region, device: torch.device) -> Compiled:
     Args:
         region: The region.
         device: Where it will run.
+        is_typical: For typical sizes and what decides as these do, or else for all: see
+            :mod:`hetu.backends.compile.tracing`.
     """
     with _lock:  # Inductor compiles in processes and threads of its own, and for one caller at a time
-        return compiled.get(region.structure(device), lambda: _compile(region, device))
+        return compiled.get((is_typical, region.structure(device)), lambda: _compile(region, device, is_typical))
 
 
-def _compile(region: Region, device: torch.device) -> Compiled:
+def _compile(region: Region, device: torch.device, is_typical: bool) -> Compiled:
     inductor = find_inductor()
     if inductor is None:
         return Compiled(None, reason=f"torch {torch.__version__} has no torch._inductor.standalone_compile")
     try:
-        traced = trace(region, device)
+        traced = trace(region, device, is_typical)
         for node in traced.module.graph.nodes:
             if "val" in node.meta:
                 node.meta["example_value"] = node.meta["val"]  # where it looks for the sizes' symbols
         options = {"config_patches": _OPTIONS}
         with torch.no_grad():
             call = inductor(traced.module, traced.inputs, dynamic_shapes="from_graph", options=options)
+        conditions = traced.conditions() if traced.conditions is not None else None
     except Exception as error:  # whatever torch raises: it refuses an op, finds no compiler, can't write to the disk
         return Compiled(None, reason=in_words(error))
-    return Compiled(call, traced.outputs)
+    return Compiled(call, traced.outputs, conditions)
 
 
 class Progress:

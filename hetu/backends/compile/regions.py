@@ -11,7 +11,7 @@ originals, whose values they are there not to keep.
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,19 @@ class Region:
         own = set(self.nodes)
         self.inputs = list(dict.fromkeys(x for node in self.nodes for x in node.all_input_nodes if x not in own))
         self.outputs = [node for node in self.nodes if any(user not in own for user in node.users)]
+
+    def compute(self, values: Sequence[Any], function_of: Callable[[Any], Any] = lambda target: target) -> list[Any]:
+        """Its outputs, one call after the other.
+
+        Args:
+            values: Of its inputs.
+            function_of: What is called in the place of a call's function.
+        """
+        env = dict(zip(self.inputs, values, strict=True))
+        for node in self.nodes:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = function_of(node.target)(*args, **kwargs)
+        return [env[node] for node in self.outputs]
 
     def structure(self, device: torch.device) -> Hashable:
         """What tells it apart from all regions that compile to something else: other layers, pipelines, graphs."""

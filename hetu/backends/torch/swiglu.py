@@ -27,11 +27,18 @@ def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
 
 
 def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    is_one = up is None
-    if up is None:
-        gate, up = _halves(gate)
-    grads = aten.silu_backward(grad * up, gate), functional.silu(gate) * grad
-    return (torch.cat(grads, -1),) if is_one else grads
+    if up is not None:
+        return aten.silu_backward(grad * up, gate), functional.silu(gate) * grad
+    dtype = gate.dtype
+    # Each element of the result picks its half of what both halves compute, from one exponential. Of two halves that
+    # are joined Inductor computes both for each element, with two, and that takes longer than the memory does.
+    wide = torch.promote_types(dtype, torch.float32)
+    gate, up = gate.unflatten(-1, (2, -1)).to(wide).split(1, -2)
+    grad = grad.unsqueeze(-2).to(wide)
+    sigmoid = torch.sigmoid(gate)
+    is_gate = torch.arange(2, device=grad.device).unsqueeze(-1) == 0
+    grads = sigmoid * grad * torch.where(is_gate, up * (1 + gate * (1 - sigmoid)), gate)
+    return (grads.flatten(-2).to(dtype),)
 
 
 @traced_as(_plain_swiglu_grad)
