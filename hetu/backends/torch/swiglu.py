@@ -1,4 +1,4 @@
-"""``swiglu`` in torch, in few allocations."""
+"""``swiglu`` in torch, in few allocations, or by a kernel of its own where torch's would each go through memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.traced import traced, traced_as
+from hetu.backends.lower.traced import traced_as
 from hetu.backends.torch.common import outputs_of
 
 aten = torch.ops.aten
@@ -18,12 +18,26 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., :half], x[..., half:]
 
 
-@traced
-def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    """``silu(gate) * up`` in one allocation."""
+def _by_kernel(gate: torch.Tensor, up: torch.Tensor | None, grad: torch.Tensor | None = None) -> torch.Tensor | None:
+    """What Triton's kernel gives on a GPU, where torch's kernels of strided halves are slow; None if it takes no such."""
+    if up is not None or not gate.is_cuda:
+        return None
+    from hetu.backends.triton import swiglu  # not before it is needed: importing Triton takes its time
+
+    return swiglu.swiglu(gate, grad) if swiglu.takes(gate) else None
+
+
+def _plain_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
     if up is None:
         gate, up = _halves(gate)
     return functional.silu(gate).mul_(up)
+
+
+@traced_as(_plain_swiglu)
+def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """``silu(gate) * up`` in one allocation."""
+    made = _by_kernel(gate, up)
+    return _plain_swiglu(gate, up) if made is None else made
 
 
 def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -44,6 +58,8 @@ def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor 
 @traced_as(_plain_swiglu_grad)
 def hetu_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The gradients, computed in the memory that they are returned in."""
+    if (made := _by_kernel(gate, up, grad)) is not None:
+        return (made,)
     outputs = tuple(x.new_empty(x.shape) for x in (gate, up) if x is not None)
     if up is None:
         gate, up = _halves(gate)

@@ -217,13 +217,40 @@ class GroupLayout:
         """Document and position of every row of every member, one member after the other."""
         return self.spans.document.repeat(self.spans.length), self.spans.positions
 
-    def rows_of(self, member: int) -> tuple[IntArray, IntArray]:
-        """Document and position of every local row of a member."""
+    @cached_property
+    def _columns(self) -> IntArray:
+        """Where every row of every member stands among the rows of the group, one member after the other."""
+        return self.offsets[self.spans.document].repeat(self.spans.length) + self.spans.positions
+
+    @cached_property
+    def _is_in_order(self) -> bool:
+        """Whether the members' rows, one member after the other, are those of the group as they come."""
+        spans = self.spans
+        begins = self.offsets[spans.document] + spans.start
+        return bool((spans.step == 1).all() and (begins == spans.length.cumsum() - spans.length).all())
+
+    def _own(self, member: int) -> slice:
+        """A member's rows among those of all, one member after the other."""
         if type(member) is not int or not 0 <= member < len(self.members):
             member = index(member, "member", len(self.members), op="layout", error=StrategyError)
         end = sum(self.rows[: member + 1])
-        own = slice(end - self.rows[member], end)
+        return slice(end - self.rows[member], end)
+
+    def rows_of(self, member: int) -> tuple[IntArray, IntArray]:
+        """Document and position of every local row of a member."""
+        own = self._own(member)
         return self._by_row[0][own], self._by_row[1][own]
+
+    def columns_of(self, member: int) -> IntArray:
+        """Where every local row of a member stands among the rows of the group."""
+        return self._columns[self._own(member)]
+
+    def cut(self, whole: Any, member: int) -> Any:
+        """A member's rows of an array of all rows of the group, copied."""
+        if not self._is_in_order:
+            return whole[self.columns_of(member)]
+        part = whole[self._own(member)]
+        return part.clone() if hasattr(part, "clone") else part.copy()  # torch's, or numpy's
 
     def describe(self, longest: int = 6) -> list[str]:
         """The group as text: a line for each member, which lists at most ``longest`` of its spans."""

@@ -198,8 +198,7 @@ class Layout:
     def columns(self, pipeline: int) -> IntArray:
         """``(rows,)`` where every local row stands among the rows of its group: document after document."""
         group, member = self.place(pipeline)
-        document, position = group.rows_of(member)
-        return group.offsets[document] + position
+        return group.columns_of(member)
 
     def query_spans(self, pipeline: int, joins: bool = False) -> QuerySpans:
         """The spans of a pipeline's rows; see :meth:`GroupLayout.query_spans`."""
@@ -228,7 +227,8 @@ class Layout:
                 if not group.is_packed and group.tokens and len(array) % group.tokens == 0:
                     fix += f"; for {len(array) // group.tokens} times as many sequences make the layout with batch=..."
                 _refuse(f"context group {group.value} has {group.tokens} tokens, but {len(array)} rows came in x", fix)
-        return [arrays[self.group_index(r)][self.columns(r)] for r in range(self.num_pipelines)]
+        places = map(self.place, range(self.num_pipelines))
+        return [group.cut(arrays[group.index], member) for group, member in places]
 
     def gather(self, shards: Sequence[Any]) -> Any:
         """Puts shards together again: the inverse of :meth:`scatter`.

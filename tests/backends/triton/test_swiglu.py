@@ -1,0 +1,62 @@
+"""The kernel of ``swiglu`` against float64: both directions, all shapes, and huge values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional
+
+from hetu.backends.triton import swiglu
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not written is NaN."""
+
+    def full(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+    monkeypatch.setattr(swiglu, "empty", full)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 1), (5, 7), (2, 3, 64), (3, 1024), (2, 1500), (9, 130)])
+def test_it_is_what_float64_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    *outer, half = shape
+    torch.manual_seed(0)
+    gate_up = (3 * torch.randn(*outer, 2 * half)).to(dtype)
+    grad = torch.randn(*outer, half).to(dtype)
+    exact = gate_up.double().requires_grad_()
+    gate, up = exact.chunk(2, -1)
+    out = functional.silu(gate) * up
+    out.backward(grad.double())
+    tolerance = torch.finfo(dtype).eps
+    for got, wanted in ((swiglu.swiglu(gate_up), out.detach()), (swiglu.swiglu(gate_up, grad), exact.grad)):
+        assert got.dtype == dtype and wanted is not None
+        torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=1e-6)
+
+
+def test_a_gradient_may_be_strided() -> None:
+    gate_up, grads = torch.randn(4, 12).bfloat16(), torch.randn(4, 12).bfloat16()
+    strided = grads[:, ::2]
+    assert torch.equal(swiglu.swiglu(gate_up, strided), swiglu.swiglu(gate_up, strided.contiguous()))
+
+
+def test_huge_gates_saturate() -> None:
+    gate_up = torch.tensor([[1e4, -1e4, torch.inf, -3e38, 2.0, 2.0, 2.0, 2.0]]).bfloat16()
+    ones = torch.ones(1, 4).bfloat16()
+    assert swiglu.swiglu(gate_up).tolist() == (functional.silu(gate_up[:, :4].float()) * 2).bfloat16().tolist()
+    assert swiglu.swiglu(gate_up, ones)[0, :2].tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("x", "is_taken"),
+    [
+        (torch.ones(2, 4).bfloat16(), True),
+        (torch.ones(2, 4), False),
+        (torch.ones(2, 4).bfloat16().T, False),
+        (torch.ones(2, 0).bfloat16(), False),
+    ],
+)
+def test_what_it_takes(x: torch.Tensor, is_taken: bool) -> None:
+    assert swiglu.takes(x) == is_taken
