@@ -76,7 +76,8 @@ def _compiled(regions: Sequence[Region], device: torch.device) -> tuple[dict[int
 def _versions(region: Region, device: torch.device) -> list[Compiled]:
     """What a region is compiled to: each takes what those before it don't; all of it now, so that no length waits.
 
-    The first is for typical sizes. The second, for all, is made if many don't decide as these do, or the first can't be.
+    The first is for typical sizes. The second, for all, is made where many don't decide as these do, or if the first
+    can't be.
     """
     typical = [compile_region(region, device, is_typical=True)] if device.type in TYPICAL else []
     made = [version for version in typical if version.call is not None]

@@ -24,12 +24,11 @@ from hetu.backends.lower.values import SIZE, VALUE
 from hetu.backends.torch_private import SymbolicSizes, check
 from hetu.symbols import IntSymbol
 
-
 TYPICAL = {"cuda": 8192}
 """The first of the typical sizes, each of which is another one, by the type of device.
 
-On a CPU Inductor sums more than 4,096 numbers by other code than fewer, so that most regions would be compiled twice, for
-3 % of a step's time.
+On a CPU Inductor sums more than 4,096 numbers by other code than fewer, so that most regions would be compiled twice,
+for 3 % of a step's time.
 """
 
 _STEP = 64
@@ -118,7 +117,8 @@ class _Sizes:
     def input(self, index: int, node: fx.Node, device: torch.device) -> Any:
         """The description of what a node gives, which is the input with that number."""
         if SIZE in node.meta:
-            return self._symbol(*node.meta[SIZE], (index, None))
+            expr, pipeline = node.meta[SIZE]
+            return self._symbol(expr, pipeline, (index, None))
         tensor, pipeline = node.meta[VALUE]
         shape = [self._dim(size, pipeline, (index, dim)) for dim, size in enumerate(tensor.symbolic_shape)]
         where = torch.device("cpu") if tensor.on_cpu else device

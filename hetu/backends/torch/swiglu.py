@@ -19,7 +19,7 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _by_kernel(gate: torch.Tensor, up: torch.Tensor | None, grad: torch.Tensor | None = None) -> torch.Tensor | None:
-    """What Triton's kernel gives on a GPU, where torch's kernels of strided halves are slow; None if it takes no such."""
+    """What Triton's kernel gives on a GPU, where torch's are slow on strided halves; None if it takes no such."""
     if up is not None or not gate.is_cuda:
         return None
     from hetu.backends.triton import swiglu  # not before it is needed: importing Triton takes its time

@@ -1,7 +1,8 @@
 """Compiled runs against those that are not: all ops, random programs, all lengths, and what can't be compiled.
 
 Most tests put what was traced in the place of what Inductor makes of it: all but Inductor's own code is the same, and
-takes no C++ compiler. One test takes Inductor, with lengths 0 and 1 among others.
+takes no C++ compiler. Two tests take Inductor, with lengths 0 and 1 among others: for all sizes at once, as on a CPU,
+and for typical ones, as on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from support.training import SMALL, ragged_packs
 from torch import fx
 
 import hetu
-from hetu.backends.compile import inductor
+from hetu.backends import torch_private
+from hetu.backends.compile import inductor, tracing
 from hetu.backends.compile.regions import Region, divide
 from hetu.backends.lower.module import lower
 from hetu.backends.lower.traced import TRACED
@@ -48,6 +50,15 @@ def traced_only(empty: None, monkeypatch: pytest.MonkeyPatch) -> None:
         return module.forward
 
     monkeypatch.setattr(inductor, "find_inductor", lambda: as_traced)
+
+
+@pytest.fixture(params=["for all sizes", "for typical sizes"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How regions are traced on the CPU."""
+    if request.param == "for typical sizes":
+        monkeypatch.setitem(tracing.TYPICAL, "cpu", 1024)
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +119,10 @@ def _run_sample(sample: GoodSample, compiles: bool) -> list[Any]:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_programs_give_the_same(seed: int, traced_only: None) -> None:
+def test_random_programs_give_the_same(seed: int, traced_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random graphs, strategies, micro-batches and run levels, with recomputation and without."""
+    if seed % 4 < 2:
+        monkeypatch.setitem(tracing.TYPICAL, "cpu", 16)  # there are lengths on both sides of what it decides
     results = []
     for compiles in (True, False):
         hetu.manual_seed(seed)
@@ -122,7 +135,7 @@ def test_random_programs_give_the_same(seed: int, traced_only: None) -> None:
     assert_close(results[0], results[1], tolerance)
 
 
-def test_one_compilation_serves_all_layers_pipelines_strategies_and_lengths(traced_only: None) -> None:
+def test_one_compilation_serves_all_layers_pipelines_strategies_and_lengths(traced_only: None, sizes: str) -> None:
     trained: dict[bool, list[Any]] = {}
     for compiles in (True, False):
         hetu.manual_seed(0)
@@ -177,6 +190,49 @@ def test_inductor_compiles_once_for_all_lengths(empty: None) -> None:
         assert_close(train(True), train(False), 1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_inductor_decides_by_typical_sizes_and_tells_which(
+    empty: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """What it decided is a condition, on disk as well: other sizes take what was compiled for all, or nothing compiled.
+
+    On a CPU it sums more than 4,096 numbers by other code.
+    """
+    monkeypatch.setitem(tracing.TYPICAL, "cpu", 1024)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    rows, lengths = hetu.IntSymbol("rows"), (7, 5000, 0, 1, 4096, 4097)
+    told: list[Any] = []
+    for _ in ("compiled", "from the disk"):
+        monkeypatch.setattr(inductor, "compiled", LRU(inductor.MOST_COMPILED))
+        with hetu.graph("define_and_run", device="cpu") as g:
+            x = hetu.placeholder(hetu.float32, [rows, 3], name="x")
+            y = hetu.exp(x) * x
+            fetches = [y, hetu.sum(y * y + x, 0)]
+            for n in lengths:
+                fed = {x: np.random.default_rng(n).standard_normal((n, 3)).astype(np.float32)}
+                results = []
+                for compiles in (True, False):
+                    with hetu.config(compile=compiles):
+                        results.append(as_lists(g.run(fetches, fed)))
+                assert_close(*results, 1e-4)
+        assert inductor.compiled.stats().misses == 2, "a length compiled something again"
+        found = [compiled.conditions for compiled in inductor.compiled.values() if compiled.conditions is not None]
+        told.append([[one.hold(n) for n in lengths] for one in found])
+    assert told[0] == told[1] == [[True, False, False, False, True, False]]
+
+
+def test_conditions_that_cannot_be_told_are_not_taken(monkeypatch: pytest.MonkeyPatch, traced_only: None) -> None:
+    monkeypatch.setitem(tracing.TYPICAL, "cpu", 1024)
+
+    def untold(self: Any) -> Any:
+        raise RuntimeError("torch decided by something")
+
+    monkeypatch.setattr(torch_private.SymbolicSizes, "conditions", untold)
+    with hetu.graph("define_and_run", device="cpu") as g, hetu.config(compile=True):
+        x = hetu.placeholder(hetu.float32, [hetu.IntSymbol("n")], name="x")
+        assert torch.equal(g.run(hetu.exp(x) * 2, {x: np.zeros(3, np.float32)}), torch.full([3], 2.0))
+    assert [compiled.call is None for compiled in inductor.compiled.values()] == [True, False]
 
 
 # What is kept and when
