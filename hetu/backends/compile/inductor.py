@@ -53,7 +53,6 @@ PATIENCE = 1.0
 _OPTIONS = {
     "size_asserts": False,  # an empty tensor's strides may be any
     "cpp.dynamic_threads": True,  # torch.set_num_threads may be called between runs
-    "triton.autotune_pointwise": False,  # the first call may be short, or others at work: what is timed then is chance
 }
 
 compiled: LRU[Compiled] = LRU(MOST_COMPILED)

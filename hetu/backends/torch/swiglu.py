@@ -7,8 +7,10 @@ from torch import fx
 from torch.nn import functional
 
 from hetu.backends.lower.lowering import NodeLowering, lowering
-from hetu.backends.lower.traced import traced_as
+from hetu.backends.lower.traced import aside, traced, traced_as
 from hetu.backends.torch.common import outputs_of
+from hetu.dtypes import bfloat16, float16
+from hetu.graph import Node
 
 aten = torch.ops.aten
 
@@ -18,26 +20,12 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x[..., :half], x[..., half:]
 
 
-def _by_kernel(gate: torch.Tensor, up: torch.Tensor | None, grad: torch.Tensor | None = None) -> torch.Tensor | None:
-    """What Triton's kernel gives on a GPU, where torch's are slow on strided halves; None if it takes no such."""
-    if up is not None or not gate.is_cuda:
-        return None
-    from hetu.backends.triton import swiglu  # not before it is needed: importing Triton takes its time
-
-    return swiglu.swiglu(gate, grad) if swiglu.takes(gate) else None
-
-
-def _plain_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+@traced
+def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
+    """``silu(gate) * up`` in one allocation."""
     if up is None:
         gate, up = _halves(gate)
     return functional.silu(gate).mul_(up)
-
-
-@traced_as(_plain_swiglu)
-def hetu_swiglu(gate: torch.Tensor, up: torch.Tensor | None) -> torch.Tensor:
-    """``silu(gate) * up`` in one allocation."""
-    made = _by_kernel(gate, up)
-    return _plain_swiglu(gate, up) if made is None else made
 
 
 def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -58,8 +46,6 @@ def _plain_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor 
 @traced_as(_plain_swiglu_grad)
 def hetu_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """The gradients, computed in the memory that they are returned in."""
-    if (made := _by_kernel(gate, up, grad)) is not None:
-        return (made,)
     outputs = tuple(x.new_empty(x.shape) for x in (gate, up) if x is not None)
     if up is None:
         gate, up = _halves(gate)
@@ -68,6 +54,36 @@ def hetu_swiglu_grad(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor | 
     aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate)
     aten.silu.out(gate, out=d_up).mul_(grad)
     return outputs
+
+
+@aside
+def hetu_swiglu_kernel(gate_up: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
+    """What Triton's kernel gives: ``silu(gate) * up``, or its gradient."""
+    from hetu.backends.triton.swiglu import swiglu  # not before it is needed: importing Triton takes its time
+
+    return swiglu(gate_up.contiguous(), grad)
+
+
+def _is_not_for_the_kernel(node: Node, device: torch.device) -> str | None:
+    """The kernel computes in float32, which is as good as torch's for half precision only."""
+    gate, *up = node.tensors[node.definition.name == "swiglu_grad" :]
+    if device.type != "cuda":
+        return "Triton's kernel is for GPUs"
+    if up or gate.symbolic_shape[-1].constant is None:
+        return "Triton's kernel takes gate and value as the halves of one array, of a size that is a number"
+    if gate.dtype not in (float16, bfloat16):
+        return "Triton's kernel computes in float32"
+    return None
+
+
+@lowering("swiglu", backend="torch", declines=_is_not_for_the_kernel)
+def _swiglu_by_kernel(cx: NodeLowering, gate: fx.Node, up: None) -> fx.Node:
+    return cx.call(hetu_swiglu_kernel, gate)
+
+
+@lowering("swiglu_grad", backend="torch", declines=_is_not_for_the_kernel)
+def _swiglu_grad_by_kernel(cx: NodeLowering, grad: fx.Node, gate: fx.Node, up: None) -> tuple[fx.Node, ...]:
+    return (cx.call(hetu_swiglu_kernel, gate, grad),)
 
 
 @lowering("swiglu", backend="torch")

@@ -45,16 +45,12 @@ def swiglu_kernel(
 _launch = Launcher(swiglu_kernel, "rows")
 
 
-def takes(gate_up: torch.Tensor) -> bool:
-    """Whether the kernel takes an array: its float32 is as good as torch's for half precision only."""
-    return gate_up.dtype in (torch.bfloat16, torch.float16) and gate_up.is_contiguous() and gate_up.shape[-1] > 0
-
-
 def swiglu(gate_up: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Tensor:
     """``silu(gate) * up``, or its gradient by both.
 
     Args:
-        gate_up: ``(..., 2 * half)``, the gate before the value, contiguous.
+        gate_up: ``(..., 2 * half)``, the gate before the value, contiguous, float16 or bfloat16: its float32 is less
+            exact than torch's.
         grad: ``(..., half)``, that of the result; None for the result itself.
 
     Returns:
@@ -63,9 +59,9 @@ def swiglu(gate_up: torch.Tensor, grad: torch.Tensor | None = None) -> torch.Ten
     *outer, both = gate_up.shape
     half = both // 2
     out = empty((*outer, half if grad is None else both), gate_up.dtype, gate_up.device)
-    rows = out.numel() // out.shape[-1]
-    if rows == 0:
+    if out.numel() == 0:
         return out
+    rows = out.numel() // out.shape[-1]
     block_c = min(TILE, triton.next_power_of_2(half))
     block_r = TILE // block_c
 

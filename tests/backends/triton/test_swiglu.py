@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
+import hetu
+from hetu.backends.lower.lowering import find_lowering
 from hetu.backends.triton import swiglu
 
 
@@ -20,7 +22,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (3, 1), (5, 7), (2, 3, 64), (3, 1024), (2, 1500), (9, 130)])
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (1, 1), (3, 1), (5, 7), (2, 3, 64), (3, 1024), (2, 1500), (9, 130)])
 def test_it_is_what_float64_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     *outer, half = shape
     torch.manual_seed(0)
@@ -50,13 +52,22 @@ def test_huge_gates_saturate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "is_taken"),
+    ("dtype", "is_joined", "is_static", "device", "is_taken"),
     [
-        (torch.ones(2, 4).bfloat16(), True),
-        (torch.ones(2, 4), False),
-        (torch.ones(2, 4).bfloat16().T, False),
-        (torch.ones(2, 0).bfloat16(), False),
+        ("bfloat16", True, True, "cuda", True),
+        ("float16", True, True, "cuda", True),
+        ("float32", True, True, "cuda", False),
+        ("bfloat16", False, True, "cuda", False),
+        ("bfloat16", True, False, "cuda", False),
+        ("bfloat16", True, True, "cpu", False),
     ],
 )
-def test_what_it_takes(x: torch.Tensor, is_taken: bool) -> None:
-    assert swiglu.takes(x) == is_taken
+def test_who_computes_what(dtype: str, is_joined: bool, is_static: bool, device: str, is_taken: bool) -> None:
+    with hetu.graph("define_and_run"):
+        shape = [hetu.IntSymbol("n"), 8 if is_static else 2 * hetu.IntSymbol("m")]
+        x, other = (hetu.placeholder(dtype, shape, name=name) for name in ("x", "other"))
+        out = hetu.swiglu(x) if is_joined else hetu.swiglu(x, other)
+        (grad,) = hetu.gradients([hetu.sum(out)], [x])
+    for tensor in (out, grad):
+        found = find_lowering(tensor.op, "torch", torch.device(device))
+        assert (found.declines is not None) == is_taken
