@@ -12,6 +12,7 @@ from support.layout_cases import Case, random_case, random_custom_layout
 import hetu
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError
 from hetu.parallel import Layout, Strategy, groups_of
+from hetu.parallel.layout.splits import SPLITS
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -91,6 +92,20 @@ def test_scatter_and_gather_of_torch_tensors() -> None:
     assert all(torch.equal(was, now) and was.dtype == now.dtype for was, now in zip(whole, back, strict=True))
     back[0].sum().backward()
     assert torch.equal(whole[0].grad, torch.ones(7, 2))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("pieces", [[[3, 0, 4]], [[2, 1], [0, 5]], [[0], [3], [2]], [[0, 0]], [[1], [1], [1]]])
+def test_shards_have_memory_of_their_own(pieces: list[list[int]], split: str) -> None:
+    """Rows that are in order are cut out, and copied all the same."""
+    cu = np.concatenate([np.zeros((len(pieces), 1), np.int64), np.cumsum(pieces, 1)], 1)
+    layout = Layout.build(cu[:, -1].tolist(), [0] * len(pieces), split=split, cu_seqlens=cu.sum(0))
+    for whole in (np.arange(cu[:, -1].sum()), torch.arange(cu[:, -1].sum())):
+        shards = layout.scatter(whole)
+        for r, shard in enumerate(shards):
+            assert shard.tolist() == layout.columns(r).tolist()
+            shard[...] = -1
+        assert whole.tolist() == list(range(len(whole)))
 
 
 def test_one_group_takes_one_array_and_gives_one() -> None:
