@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 
@@ -116,13 +116,18 @@ class Peers:
         self._comms.append(DistributedComm(self, count))
         return self._comms[-1]
 
-    def expect(
-        self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = (), name: Hashable = None
-    ) -> None:
+    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
         """The current stream was made to wait for a message: NCCL's are watched, gloo's have come."""
         if self.watch is not None:
-            self.watch.expect(into, doing, peers, name)
+            self.watch.expect(into, doing, peers)
             self.control.check()  # after noting it: what the watch ended before that was not filled
+
+    def waited(self, noted: Awaited) -> None:
+        """The same of a message that the watch was told of when it was started."""
+        assert self.watch is not None, "nobody else noted it"
+        self.watch.waited(noted)
+        if self.control.is_broken:  # after noting it, as above
+            self.control.check()
 
     def say(
         self, doing: str, message: Callable[[], None], into: Sequence[torch.Tensor], peers: Sequence[int] = ()
