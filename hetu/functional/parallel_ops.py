@@ -101,11 +101,8 @@ def backward(
     lse: torch.Tensor,
     rng_state: torch.Tensor | None,
     sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradient of q, those of k and v beside each other, ``(rows, 2, H_kv, head_dim)``, and that of the sinks.
-
-    All are contiguous. That of the sinks is what the own rows do to them.
-    """
+) -> tuple[Rows, torch.Tensor | None]:
+    """The gradients of q, k and v, the latter two beside each other, and that of the sinks: what the own rows do."""
     own, new_grads = _rows(call, q, k, v), partial(Rows.new, q, k.shape[1])
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse[None]
@@ -117,8 +114,7 @@ def backward(
         _follow(call, step)
         grads = step.finish()
         dsinks = None if sinks is None else step.sink_gradient().to(sinks.dtype)
-    assert grads.kv is not None
-    return grads.q, grads.kv.unflatten(1, (2, -1)), dsinks
+    return grads, dsinks
 
 
 def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
@@ -187,8 +183,9 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse, *call = rest
     planned, rng_state, sinks = _planned(q, k, v, tuple(call))
-    dq, dkv, dsinks = backward(planned, dout, dlse, q, k, v, out, lse, rng_state, sinks)
-    return dq, dkv, q.new_empty(0) if dsinks is None else dsinks
+    grads, dsinks = backward(planned, dout, dlse, q, k, v, out, lse, rng_state, sinks)
+    assert grads.kv is not None, "made by Rows.new"
+    return grads.q, grads.kv.unflatten(1, (2, -1)), q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("hetu::parallel_attn_backward", lib=_library)

@@ -101,17 +101,11 @@ class Sharding:
             masking: What else changes the scores.
             check: Refuses what can't be computed.
         """
+        now = settings()
         key = (
             *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
-            *(
-                method,
-                is_causal,
-                dropout_p,
-                softmax_scale,
-                None if masking is USUAL else masking.key,
-                settings().backend,
-                settings().verify_plans,
-            ),
+            *(method, is_causal, dropout_p, softmax_scale, None if masking is USUAL else masking.key),
+            *(now.backend, now.verify_plans),
         )
         found, world = self._calls.get(key), self.world
         if found is None or found.world is not world:

@@ -75,6 +75,11 @@ def run_lock_step(
     Raises:
         CommunicationError: If all that are left wait for each other.
     """
+    if len(pipelines) == 1:  # as below, in less time
+        for state in pipelines[0]:
+            if not state:
+                stuck([0])
+        return
     waiting = dict(enumerate(pipelines))
     while waiting:
         got_on = False

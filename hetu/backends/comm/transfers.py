@@ -64,7 +64,7 @@ class DistributedComm:
 
     def __init__(self, world: Peers, count: int) -> None:
         self.world, self.base = world, world.launches * 4096 + world.calls
-        self.pipelines = len(world.pipelines(count))
+        self.pipelines = 1 if count <= world.size else len(world.pipelines(count))
         self.over_gloo = world.backend == "gloo" or count > world.size
         self._ends: dict[tuple[int, int], _End] = {}
         self._local = LocalComm()

@@ -60,7 +60,7 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     owner = call.table if call.turn is None else call.turn
     like = ("gluon", *forward_key(call, state))
     bound: Bound[_Step] | str | None = owner.copies.get(like)
-    if isinstance(bound, Bound) and bound.launch(*_given(bound.work, call, state)):
+    if isinstance(bound, Bound) and bound(_given(bound.work, call, state)):
         return
     kind = None if bound is PORTABLE else _kind_of(call)
     if kind is None:

@@ -94,7 +94,7 @@ def attend_backward(
     if bound is not None:
         keys, queries = bound
         of_keys, of_queries = _given_keys(keys.work, call, state, dk, dv), _given_queries(queries.work, call, state)
-        if keys.launch(*of_keys) and queries.launch(*of_queries):
+        if keys(of_keys) and queries(of_queries):
             return
     if all(map(is_describable, (call.q, call.k, call.v, state.dout))):
         keep_bound(owner, like, _launch(call, state, dk, dv, owner))

@@ -31,23 +31,21 @@ class BoundLaunch:
     Args:
         compiled: The kernel.
         device: Of the tensors.
-        programs: Size of the grid.
         constants: The kernel's compile-time arguments, in order.
         boxes: Of the tensors that the kernel reads through descriptors, which are its first: a descriptor of each.
             None can be bound if this Triton makes descriptors in a way that is not known.
     """
 
-    __slots__ = ("_arguments", "_constants", "_expand", "_index", "_programs", "_run")
+    __slots__ = ("_arguments", "_constants", "_expand", "_index", "_run")
 
     def __init__(
         self,
         compiled: Any,
         device: torch.device,
-        programs: int,
         constants: Sequence[Any],
         boxes: Sequence[Any] = (),
     ) -> None:
-        self._index, self._programs, self._constants = device.index, programs, tuple(constants)
+        self._index, self._constants = device.index, tuple(constants)
         self._arguments = (compiled.function, compiled.packed_metadata, None, None, None)
         self._expand: tuple[Expand, ...] = ()
         self._run: Callable[..., Any] = compiled.run
@@ -59,17 +57,18 @@ class BoundLaunch:
 
     @staticmethod
     def of(
-        compiled: Any, device: torch.device, programs: int, constants: Sequence[Any], boxes: Sequence[Any] = ()
+        compiled: Any, device: torch.device, constants: Sequence[Any], boxes: Sequence[Any] = ()
     ) -> BoundLaunch | None:
         """One, or None if launches of such a kernel can't be bound."""
         if boxes and _below_descriptors(compiled) is None:
             return None
-        return BoundLaunch(compiled, device, programs, constants, boxes)
+        return BoundLaunch(compiled, device, constants, boxes)
 
-    def __call__(self, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int | float]) -> bool:
+    def __call__(self, programs: int, tensors: Sequence[torch.Tensor | None], numbers: Sequence[int | float]) -> bool:
         """Launches on the current stream.
 
         Args:
+            programs: Size of the grid.
             tensors: In the kernel's order, those that it reads through descriptors first.
             numbers: The kernel's other arguments, in order.
 
@@ -94,7 +93,7 @@ class BoundLaunch:
             for make, address in zip(expand, addresses, strict=False):
                 described += make(address)  # type: ignore[arg-type]
             addresses = described + addresses[len(expand) :]
-        self._run(self._programs, 1, 1, current_stream(index), *self._arguments, *addresses, *numbers, *self._constants)
+        self._run(programs, 1, 1, current_stream(index), *self._arguments, *addresses, *numbers, *self._constants)
         return True
 
 

@@ -49,7 +49,7 @@ def attend(call: AttendCall, state: AttentionState) -> None:
     owner = call.table if call.turn is None else call.turn
     like = ("triton", *forward_key(call, state))
     bound: Bound[ForwardWork] | None = owner.copies.get(like)
-    if bound is not None and bound.launch(*_arguments(bound.work, call, state)):
+    if bound is not None and bound(_arguments(bound.work, call, state)):
         return
     q = call.q
     _, num_q, head_dim = q.shape
@@ -135,11 +135,17 @@ class Bound(Generic[Work]):
 
     Attributes:
         work: What it does, on the device.
+        programs: Size of its grid.
         launch: Launches it.
     """
 
     work: Work
+    programs: int
     launch: BoundLaunch
+
+    def __call__(self, arguments: Arguments) -> bool:
+        """Launches it, if it can be; see :meth:`BoundLaunch.__call__`."""
+        return self.launch(self.programs, *arguments)
 
 
 def bind(
@@ -163,8 +169,8 @@ def bind(
     found = launcher.kept(key)
     if found is None:
         return None
-    launch = BoundLaunch.of(found[0], device, programs, found[1], boxes)
-    return None if launch is None else Bound(work, launch)
+    launch = BoundLaunch.of(found[0], device, found[1], boxes)
+    return None if launch is None else Bound(work, programs, launch)
 
 
 def keep_bound(owner: HasCopies, like: Hashable, bound: Any) -> None:

@@ -16,6 +16,7 @@ from hetu.backends.attention.work import key_work, query_work
 from hetu.backends.memory import device_copies, empty
 from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.backward import backward_kernel
+from hetu.backends.triton.bound import BoundLaunch
 from hetu.backends.triton.launch import (
     NO_DROPOUT,
     Bound,
@@ -62,7 +63,7 @@ def attend_backward(
     owner = call.table if call.turn is None else call.turn
     like = ("triton", *backward_key(call, state, dk, dv))
     bound: Bound[BackwardWork] | None = owner.copies.get(like)
-    if bound is not None and bound.launch(*_arguments(bound.work, call, state, dk, dv)):
+    if bound is not None and bound(_arguments(bound.work, call, state, dk, dv)):
         return
     q, k = call.q, call.k
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
@@ -216,21 +217,35 @@ def named_rows(table: SegmentTable) -> int:
     return table.named_rows
 
 
+_MOST = 256
+_row_dots: dict[Hashable, tuple[int, BoundLaunch]] = {}
+"""Rows of a program, and launches that were made once."""
+
+
 def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``. The last dims are contiguous."""
     rows, heads, head_dim = a.shape
     result = empty((rows, heads), torch.float32, a.device)
     if result.numel() == 0:
         return result
+    arguments = _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads)
+    like = (a.device, a.dtype, b.dtype, heads, head_dim, a.stride(), b.stride(), rows == 1)
+    if (bound := _row_dots.get(like)) is not None:
+        block_r, launch = bound
+        if launch(-(-rows * heads // block_r), *arguments):
+            return result
     block_d = block_columns(head_dim)
     block_r = 8192 // block_d if capability(a.device) != INTERPRETER else 1024
     strides = (row_strides(a), row_strides(b))
+    key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
 
     def constants() -> Constants:
         sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r}
         return named_strides("AB", strides) | sizes, {}
 
-    programs = -(-rows * heads // block_r)
-    key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
-    _row_dot(a.device, key, programs, _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads), constants)
+    _row_dot(a.device, key, -(-rows * heads // block_r), arguments, constants)
+    if (found := _row_dot.kept(key)) is not None:
+        if len(_row_dots) == _MOST:
+            _row_dots.clear()
+        _row_dots[like] = block_r, BoundLaunch(found[0], a.device, found[1])
     return result
