@@ -197,7 +197,7 @@ class ForwardCall(_Call):
         self.shape = shape
         self.state: AttentionState | None = None  # of the own rows
         self.states: dict[HeadRange, AttentionState] = {}  # of rows whose results travel
-        self.held = Buffers(self.plan, self.heads, self.given(), self._results)
+        self.held = Buffers(self.plan, self.heads, self.given(), self._results, family(options.family).gather)
 
     def _results(self) -> Owned:
         q = self.own.q
@@ -301,7 +301,7 @@ class BackwardCall(_Call):
         values, beside = self.given()
         if not self.is_own:
             values = {**values, **self._by_row()}
-        self.held = Buffers(self.plan, self.heads, (values, beside), self._results)
+        self.held = Buffers(self.plan, self.heads, (values, beside), self._results, family(options.family).gather)
 
     def _by_row(self) -> Values:
         """What travels to who attends for the own rows."""

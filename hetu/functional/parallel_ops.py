@@ -84,7 +84,7 @@ def forward(
     """The output, like q, and lse ``(H_q, rows)``, both contiguous."""
     world, shape = call.world, (1, len(q), 0)
     with world.hanging_up():
-        step = ForwardCall(_rows(call, q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options, sinks)
+        step = ForwardCall(_rows(q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options, sinks)
         _follow(call, step)
         out, lse = step.outputs()
     return out, lse[0]
@@ -103,7 +103,7 @@ def backward(
     sinks: torch.Tensor | None,
 ) -> tuple[Rows, torch.Tensor | None]:
     """The gradients of q, k and v, the latter two beside each other, and that of the sinks: what the own rows do."""
-    own, new_grads = _rows(call, q, k, v), partial(Rows.new, q, k.shape[1])
+    own, new_grads = _rows(q, k, v), partial(Rows.new, q, k.shape[1])
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse[None]
     plan, rank, random = call.plan.backward(), call.world.rank, _random(rng_state)
@@ -124,10 +124,9 @@ def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
     run_lock_step([step.follow(comm)], comm.stuck)
 
 
-def _rows(call: PlannedCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
-    """A rank's own rows; keys and values that travel are put beside each other, so that each send packs them once."""
-    q, k, v = with_rows(q), with_rows(k), with_rows(v)
-    return Rows(q, k, v, torch.cat([k, v], 1) if call.world.is_distributed else None)
+def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
+    """A rank's own rows."""
+    return Rows(with_rows(q), with_rows(k), with_rows(v), None)
 
 
 def _random(rng_state: torch.Tensor | None) -> tuple[int, int]:

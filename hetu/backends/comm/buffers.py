@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import compute_dtype
+from hetu.backends.attention.contract import Gather, compute_dtype, gather
 from hetu.backends.comm.program import Program
 from hetu.backends.memory import copied_to, device_copies, empty
 from hetu.parallel.mask.segments import Turn
@@ -46,6 +46,7 @@ class Buffers:
         results: Makes those that the plan computes, before the first of them is written. ``dk`` and ``dv`` are float32
             (float64 for float64 inputs) where several parts are summed up, see
             :attr:`~hetu.parallel.plan.parts.PipelinePlan.sums_gradients`; they need not be cleared.
+        pack: How rows are packed that are sent.
 
     Attributes:
         program: What following the part takes.
@@ -61,6 +62,7 @@ class Buffers:
         heads: Heads,
         given: Owned,
         results: Callable[[], Owned],
+        pack: Gather = gather,
     ) -> None:
         values, beside = given
         self.part, self.heads, self._like = part, heads, values["k"]
@@ -72,7 +74,7 @@ class Buffers:
         for _ in range(1, len(self._ranges)):
             self._values.append({})
             self._beside.append({})
-        self._results = [results]
+        self._results, self._gather = [results], pack
         # Numbers per head, and of which type.
         self._made_of: dict[Payload, tuple[int, torch.dtype]] = part.known(("made of", heads, self._like.dtype), dict)
         self.packed: dict[int, torch.Tensor] = {}
@@ -158,8 +160,10 @@ class Buffers:
         whole, own = self._beside[item.buffer].get(item.payload), self._ranges[item.buffer]
         if whole is not None and (item.heads is own or item.heads == own):
             # Also where rows follow each other: a GPU gathers more than twice as fast as it copies a strided part.
-            return whole.index_select(0, indices(item.runs, self.device))
-        return torch.cat([_rows(x, item.runs) for x in self._parts(item.buffer, item.payload, item.heads)], 1)
+            parts = [whole]
+        else:
+            parts = self._parts(item.buffer, item.payload, item.heads)
+        return self._gather(parts, indices(item.runs, self.device))
 
     def _place(self, item: Receive) -> torch.Tensor:
         if item.runs is not None:

@@ -13,10 +13,9 @@ from hetu.backends.attention.contract import BackwardState
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.attention.work import key_work, query_work
-from hetu.backends.memory import device_copies, empty
+from hetu.backends.memory import device_copies
 from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.backward import backward_kernel
-from hetu.backends.triton.bound import BoundLaunch
 from hetu.backends.triton.launch import (
     NO_DROPOUT,
     Bound,
@@ -31,11 +30,8 @@ from hetu.backends.triton.launch import (
     searched,
 )
 from hetu.backends.triton.launcher import Arguments, Constants, Launcher
-from hetu.backends.triton.row_dot import row_dot_kernel
 from hetu.backends.triton.variants import (
-    INTERPRETER,
     PackedHeads,
-    block_columns,
     named_strides,
     rounded_keys,
     row_strides,
@@ -86,7 +82,6 @@ def backward_key(call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: t
 
 
 _backward = Launcher(backward_kernel, "stride_lb", running_max.check)
-_row_dot = Launcher(row_dot_kernel, "rows")
 
 
 def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor) -> Hashable:
@@ -215,37 +210,3 @@ def named_rows(table: SegmentTable) -> int:
             begins, ends = table.stretches()
             table.named_rows = int((ends - begins).sum())
     return table.named_rows
-
-
-_MOST = 256
-_row_dots: dict[Hashable, tuple[int, BoundLaunch]] = {}
-"""Rows of a program, and launches that were made once."""
-
-
-def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``. The last dims are contiguous."""
-    rows, heads, head_dim = a.shape
-    result = empty((rows, heads), torch.float32, a.device)
-    if result.numel() == 0:
-        return result
-    arguments = _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads)
-    like = (a.device, a.dtype, b.dtype, heads, head_dim, a.stride(), b.stride(), rows == 1)
-    if (bound := _row_dots.get(like)) is not None:
-        block_r, launch = bound
-        if launch(-(-rows * heads // block_r), *arguments):
-            return result
-    block_d = block_columns(head_dim)
-    block_r = 8192 // block_d if capability(a.device) != INTERPRETER else 1024
-    strides = (row_strides(a), row_strides(b))
-    key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
-
-    def constants() -> Constants:
-        sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r}
-        return named_strides("AB", strides) | sizes, {}
-
-    _row_dot(a.device, key, -(-rows * heads // block_r), arguments, constants)
-    if (found := _row_dot.kept(key)) is not None:
-        if len(_row_dots) == _MOST:
-            _row_dots.clear()
-        _row_dots[like] = block_r, BoundLaunch(found[0], a.device, found[1])
-    return result

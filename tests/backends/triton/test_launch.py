@@ -26,6 +26,7 @@ from hetu.backends.triton import (
     variants,
 )
 from hetu.backends.triton.launcher import Launcher
+from hetu.backends.triton.rows import row_dot
 from hetu.backends.triton.variants import (
     DTYPES,
     FLAGGED_DTYPES,
@@ -103,7 +104,7 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
         spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, Mask.full())
         state = new_state(q, spans, 1, rows, runs_on=False)
         launch.attend(AttendCall(q, k, v, spans, table, 1.0), state)
-        of = BackwardState(state.out, state.lse, launch_backward.row_dot(state.out, q), torch.empty_like(q))
+        of = BackwardState(state.out, state.lse, row_dot(state.out, q), torch.empty_like(q))
         grads = torch.empty_like(k), torch.empty_like(v)
         launch_backward.attend_backward(AttendCall(q, k, v, spans, table, 1.0), of, *grads)
     assert len(of_key) > 12
