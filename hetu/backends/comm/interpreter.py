@@ -46,7 +46,7 @@ def follow(plan: PipelinePlan, held: Buffers, comm: Communicator, attend: Attend
     Yields:
         True when it comes to a wait, and then False as long as it has to wait there; ends when the plan is done.
     """
-    steps, comm = watched(plan, held.program.steps, comm, held.device)
+    steps, comm = watched(plan, comm, held.device)
     for step in steps:
         if step.batch is not None:
             held.start(step.batch, step.number)

@@ -17,6 +17,7 @@ import torch
 from torch.profiler import record_function
 
 from hetu.arguments import path as as_path
+from hetu.backends.comm.program import Program, Step
 from hetu.backends.torch_private import is_profiling
 from hetu.parallel.plan.instructions import Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
@@ -25,7 +26,6 @@ from hetu.parallel.views.trace import COMPUTE, Event, lane_events, link_lane, st
 
 if TYPE_CHECKING:
     from hetu.backends.comm.interpreter import Communicator
-    from hetu.backends.comm.program import Step
 
 PERIOD = 3 * 2_629_746 * 10**9
 """Times count from the last multiple of so many nanoseconds, a quarter of a year: as in the traces of torch's profiler.
@@ -195,15 +195,13 @@ def _in_turn(starts: list[int], ends: list[int]) -> tuple[list[int], list[int]]:
 # What the interpreter sees
 
 
-def watched(
-    plan: PipelinePlan, steps: Sequence[Step], comm: Communicator, device: torch.device
-) -> tuple[Iterable[Step], Communicator]:
+def watched(plan: PipelinePlan, comm: Communicator, device: torch.device) -> tuple[Iterable[Step], Communicator]:
     """A pipeline's steps and its communicator, as the interpreter is to use them.
 
     They are what was given unless a recorder or torch's profiler looks on. This is asked once an attention, so that a
     step costs nothing then.
     """
-    recorder = _current.get()
+    recorder, steps = _current.get(), Program.of(plan).steps
     if recorder is None and not is_profiling():
         return steps, comm
     watch = _Watch(plan, comm, recorder.tape(plan, device) if recorder else _Tape(plan, _HostClock(0)))
