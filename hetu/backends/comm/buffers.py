@@ -239,6 +239,9 @@ class Buffers:
 
     def _parts(self, buffer: int, payload: Payload, heads: HeadRange) -> list[torch.Tensor]:
         """The values of a payload, of some heads."""
+        own, values = self._ranges[buffer], self._values[buffer]
+        if heads is own or heads == own:
+            return [values[name] for name in payload.values]
         return [self._value(buffer, name, heads) for name in payload.values]
 
 
