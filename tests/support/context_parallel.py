@@ -92,6 +92,32 @@ def attend(case: Case, group: Any = None, call: Callable[..., Any] = parallel_at
     return worst(pairs + [(a, cp.dispatch(b)) for a, b in zip(grads, wanted_grads, strict=True)])
 
 
+def layers_in_a_row(cases: list[Case]) -> bool:
+    """Whether layers that follow each other, and gradients in their reverse order, are what each layer is alone.
+
+    Layer i has the lengths, the type and the strides of case i.
+    """
+
+    def begin(number: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        case = cases[number]
+        cp, dtype = context_of(case), case.get("dtype", torch.float64)
+        q, k, v, dout = (x.to(dtype) + number for x in inputs(case)[:4])
+        if case.get("beside"):  # views of one tensor
+            own = cp.dispatch(torch.cat([q, k, v], 1)).split([q.shape[1], k.shape[1], v.shape[1]], 1)
+        else:
+            own = [cp.dispatch(x) for x in (q, k, v)]
+        leaves = [x.detach().requires_grad_() for x in own]
+        return parallel_attn(*leaves, cp), leaves, cp.dispatch(dout)
+
+    def end(layer: tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return [layer[0].detach().clone(), *torch.autograd.grad(*layer)]
+
+    begun = [begin(number) for number in range(len(cases))]
+    found = [end(layer) for layer in reversed(begun)][::-1]
+    alone = [end(begin(number)) for number in range(len(cases))]
+    return all(a.equal(b) for one, other in zip(found, alone, strict=True) for a, b in zip(one, other, strict=True))
+
+
 def attend_on_hosts(case: Case) -> float:
     """The same with ranks on pretended hosts, by a plan that is proven."""
     with hetu.config(hosts=case["hosts"], verify_plans=True):

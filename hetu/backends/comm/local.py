@@ -76,8 +76,8 @@ def run_lock_step(
         CommunicationError: If all that are left wait for each other.
     """
     if len(pipelines) == 1:  # as below, in less time
-        for state in pipelines[0]:
-            if not state:
+        for got_on in pipelines[0]:
+            if not got_on:
                 stuck([0])
         return
     waiting = dict(enumerate(pipelines))

@@ -155,8 +155,9 @@ def _launch_one(
     tensors, _ = arguments
     device = step.part.records.device
     programs = min(step.part.items * of.SETS, multiprocessors(device))
+    of_queries: Any = tensors[0]
     types = [None if x is None else x.dtype for x in tensors[DESCRIBED:]]
-    key = (device, tensors[0].base.dtype, of, *types)
+    key = (device, of_queries.base.dtype, of, *types)
     launcher(device, key, programs, arguments, _constants, of)
     return bind(step, launcher, key, device, programs, tensors[:DESCRIBED])
 

@@ -188,7 +188,7 @@ def searched(
     keys_per_row: float,
     candidates: Iterable[FoundTile],
     made: Callable[[LaunchKind[AnyVariant, FoundTile]], DeviceWork[AnyVariant, FoundTile]],
-    run: Callable[[DeviceWork[AnyVariant, FoundTile]], None],
+    run: Callable[[DeviceWork[AnyVariant, FoundTile]], object],
     device: torch.device,
 ) -> LaunchKind[AnyVariant, FoundTile]:
     """A kind with the fastest shape that is known or found on the device; see :func:`autotune.tuned`."""
