@@ -261,7 +261,8 @@ def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
 
 def _read(values: IntArray, split: str, group_name: str, rank: int) -> Sharding:
     size, ndim, count = values[:3].tolist()
-    tokens, code, cu = (np.array(part) for part in np.split(values[3:], [size, size + count]))
+    own = values[3:].copy()  # the table is a user's
+    tokens, code, cu = own[:size], own[size : size + count], own[size + count :]
     mask = Mask.decoded(code) if count else None
     cu = cu.reshape(size, -1) if ndim == 2 else cu
     layout = Layout.build(tokens.tolist(), [0] * size, split=split, cu_seqlens=cu, mask=mask)

@@ -49,7 +49,6 @@ class Buffers:
         pack: How rows are packed that are sent.
 
     Attributes:
-        program: What following the part takes.
         device: Where it all lies.
         packed: What sends that are about to be started send, by transfer.
         places: Where receives that are about to be started land.
@@ -67,7 +66,7 @@ class Buffers:
         values, beside = given
         self.part, self.heads, self._like = part, heads, values["k"]
         self.device = self._like.device
-        self.program = program = Program.of(part)
+        program = Program.of(part)
         self._ranges, self._lives, self._own = program.ranges, program.lives, program.own
         self._values: list[dict[str, torch.Tensor]] = [dict(values)]
         self._beside: list[dict[Payload, torch.Tensor]] = [dict(beside)]

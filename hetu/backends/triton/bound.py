@@ -8,6 +8,7 @@ launched once is kept with the plan, and is launched again at the cost of readin
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -97,6 +98,7 @@ class BoundLaunch:
         return True
 
 
+@lru_cache(maxsize=256)
 def _below_descriptors(compiled: Any) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """Triton's launch in C, which takes filled descriptors, and what it is told before the kernel's own metadata.
 

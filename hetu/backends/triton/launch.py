@@ -207,7 +207,7 @@ def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> Hashable
     if work.programs == 0:
         return None
     q, k, v, out = call.q, call.k, call.v, state.out
-    key = (work.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride())
+    key = (work.key, q.shape[0] > 1, k.shape[0] > 1, q.stride(), k.stride(), v.stride(), out.stride())
     _forward(q.device, key, work.programs, _arguments(work, call, state), _constants, work, (q, k, v, out))
     return key
 

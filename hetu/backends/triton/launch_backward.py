@@ -91,7 +91,7 @@ def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.T
     q, k, v, dq = call.q, call.k, call.v, state.dq
     acc = state.acc if work.variant.runs_on else None
     strided = (q, k, v, state.dout, dq, dq if acc is None else acc, dk, dv)
-    key = (work.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided])
+    key = (work.key, q.shape[0] > 1, k.shape[0] > 1, *[x.stride() for x in strided])
     _backward(q.device, key, work.programs, _arguments(work, call, state, dk, dv), _constants, work, strided)
     return key
 

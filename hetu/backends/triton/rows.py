@@ -28,7 +28,7 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     rows, heads, head_dim = a.shape
     result = empty((rows, heads), torch.float32, a.device)
     if rows and heads:
-        like = ("row_dot", a.device, a.dtype, b.dtype, heads, head_dim, a.stride(), b.stride(), rows == 1)
+        like = ("row_dot", a.device, a.dtype, b.dtype, heads, head_dim, a.stride(), b.stride(), rows > 1)
         arguments = _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads)
         sizes = {"HEADS": heads, "HEAD_DIM": head_dim}
         _launch(_row_dot, like, rows * heads, arguments, head_dim, lambda: named_strides("AB", _strides(a, b)) | sizes)
@@ -47,8 +47,8 @@ def gather(parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     rows, heads = index.shape[0], of_a + (b.shape[1] if len(parts) == 2 else 0)
     packed = empty((rows, heads, width), a.dtype, a.device)
     if rows and heads:
-        is_single = a.shape[0] == 1
-        like = ("gather", a.device, a.dtype, of_a, heads, width, a.stride(), b.stride(), is_single)
+        has_rows = a.shape[0] > 1
+        like = ("gather", a.device, a.dtype, of_a, heads, width, a.stride(), b.stride(), has_rows)
         arguments = _gather.arguments(a=a, b=b, index=index, packed=packed, rows=rows * heads)
         sizes = {"HEADS_A": of_a, "HEADS": heads, "WIDTH": width}
         _launch(_gather, like, rows * heads, arguments, width, lambda: named_strides("AB", _strides(a, b)) | sizes)

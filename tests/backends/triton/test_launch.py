@@ -89,14 +89,14 @@ def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None
 
 @pytest.mark.parametrize("num_q", [1, 4])
 def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of one row have the strides of views of many, and are compiled for others."""
+    """Views of one row or of none have the strides of views of many, and are compiled for others."""
     of_key: dict[Any, Any] = {}
 
     def note(_: Launcher, device: torch.device, key: Any, programs: int, given: Any, constants: Any, *of: Any) -> None:
         assert of_key.setdefault(key, constants(*of)) == constants(*of)
 
     monkeypatch.setattr(Launcher, "__call__", note)
-    for is_wide, rows, keys in product([False, True], [1, 2, 300], [1, 2, 300]):
+    for is_wide, rows, keys in product([False, True], [1, 2, 300], [0, 1, 2, 300]):
         tokens = max(rows, keys)
         qkv = torch.zeros(tokens, 3 * num_q, 16) if is_wide else torch.zeros(3, tokens, num_q, 16).transpose(0, 1)
         heads = qkv.chunk(3, 1) if is_wide else qkv.unbind(1)
