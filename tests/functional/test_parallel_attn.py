@@ -155,6 +155,11 @@ DIFFERENT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, st
 }
 
 
+def test_ranks_that_agree_compare_digests_once_a_context(ranks: jobs.Ranks) -> None:
+    cases = [{"cu": CASES["documents"]}, {"cu": [0, 7, 50]}, {"cu": CASES["documents"]}]
+    assert ranks.run(jobs.agreements, cases) == [(3, 0)] * ranks.size
+
+
 @pytest.mark.parametrize("what", DIFFERENT)
 def test_ranks_that_call_different_things_are_told_so_and_go_on(worlds: dict[int, jobs.Ranks], what: str) -> None:
     cases, options, text = DIFFERENT[what]

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from support.dense_masks import Packs
@@ -18,6 +19,7 @@ from support.pool import Pool
 from torch import nn
 
 import hetu
+from hetu.backends.comm.control import Control
 from hetu.functional import ContextParallel, attn_varlen, parallel_attn
 from hetu.parallel import Mask
 from hetu.parallel.mask.mask import NO_WINDOW
@@ -186,6 +188,27 @@ def dropped(case: Case, seed: int) -> torch.Tensor:
     out = parallel_attn(*own, cp, dropout_p=0.3, seed=seed)
     grads = torch.autograd.grad(out, own, cp.dispatch(dout))
     return torch.cat([cp.undispatch(x.detach()).flatten() for x in (out, *grads)])
+
+
+def agreements(cases: list[Case]) -> tuple[int, int]:
+    """How often ranks compared what they were asked for, and how often they told each other more than a digest."""
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("is_same", "exchange"):
+            counted, plain = [0], getattr(Control, name)
+
+            def call(*arguments: Any, counted: list[int] = counted, plain: Any = plain) -> Any:
+                counted[0] += 1
+                return plain(*arguments)
+
+            patch.setattr(Control, name, call)
+            counts.append(counted)
+        for case in cases:
+            cp = context_of(case)
+            for _ in range(3):
+                parallel_attn(*(cp.dispatch(x) for x in inputs(case)[:3]), cp)
+    (compared,), (told,) = counts
+    return compared, told
 
 
 def differ(cases: list[Case], options: list[dict[str, Any]] | None = None) -> str:
