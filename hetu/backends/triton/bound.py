@@ -81,18 +81,21 @@ class BoundLaunch:
         index = self._index
         if (index is not None and current_device() != index) or has_hooks():
             return False
-        addresses = [None if x is None else x.data_ptr() for x in tensors]
+        addresses: list[Any] = []
         pointers = 0
-        for address in addresses:
-            if address is not None:
+        for x in tensors:
+            if x is None:
+                addresses.append(None)
+            else:
+                address = x.data_ptr()
                 pointers |= address
+                addresses.append(address)
         if pointers % ALIGNED or max(numbers) >= INT32:
             return False
-        expand = self._expand
-        if expand:
+        if expand := self._expand:
             described: list[Any] = []
             for make, address in zip(expand, addresses, strict=False):
-                described += make(address)  # type: ignore[arg-type]
+                described += make(address)
             addresses = described + addresses[len(expand) :]
         self._run(programs, 1, 1, current_stream(index), *self._arguments, *addresses, *numbers, *self._constants)
         return True

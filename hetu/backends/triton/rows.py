@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -30,8 +30,9 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if rows and heads:
         like = ("row_dot", a.device, a.dtype, b.dtype, heads, head_dim, a.stride(), b.stride(), rows > 1)
         arguments = _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads)
-        sizes = {"HEADS": heads, "HEAD_DIM": head_dim}
-        _launch(_row_dot, like, rows * heads, arguments, head_dim, lambda: named_strides("AB", _strides(a, b)) | sizes)
+        if not _again(like, rows * heads, arguments):
+            constants = named_strides("AB", _strides(a, b)) | {"HEADS": heads, "HEAD_DIM": head_dim}
+            _launch(_row_dot, like, rows * heads, arguments, head_dim, constants)
     return result
 
 
@@ -50,8 +51,9 @@ def gather(parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
         has_rows = a.shape[0] > 1
         like = ("gather", a.device, a.dtype, of_a, heads, width, a.stride(), b.stride(), has_rows)
         arguments = _gather.arguments(a=a, b=b, index=index, packed=packed, rows=rows * heads)
-        sizes = {"HEADS_A": of_a, "HEADS": heads, "WIDTH": width}
-        _launch(_gather, like, rows * heads, arguments, width, lambda: named_strides("AB", _strides(a, b)) | sizes)
+        if not _again(like, rows * heads, arguments):
+            constants = named_strides("AB", _strides(a, b)) | {"HEADS_A": of_a, "HEADS": heads, "WIDTH": width}
+            _launch(_gather, like, rows * heads, arguments, width, constants)
     return packed
 
 
@@ -59,15 +61,19 @@ def _strides(*tensors: torch.Tensor) -> list[tuple[int, int]]:
     return [row_strides(x) for x in tensors]
 
 
+def _again(like: Hashable, rows: int, arguments: Arguments) -> bool:
+    """Launches what was launched once; whether it could be."""
+    bound = _bound.get(like)
+    if bound is None:
+        return False
+    block_r, launch = bound
+    return launch(-(-rows // block_r), *arguments)
+
+
 def _launch(
-    launcher: Launcher,
-    like: Hashable,
-    rows: int,
-    arguments: Arguments,
-    width: int,
-    constants: Callable[[], dict[str, Any]],
+    launcher: Launcher, like: Hashable, rows: int, arguments: Arguments, width: int, constants: dict[str, Any]
 ) -> None:
-    """Launches a kernel with programs of some rows each.
+    """Launches a kernel with programs of some rows each, as the first of its kind is, and keeps how.
 
     Args:
         launcher: Of the kernel.
@@ -75,16 +81,12 @@ def _launch(
         rows: How many.
         arguments: The kernel's.
         width: Numbers of a row.
-        constants: Gives its constants, but the sizes of blocks.
+        constants: The kernel's, but the sizes of blocks.
     """
-    if (bound := _bound.get(like)) is not None:
-        block_r, launch = bound
-        if launch(-(-rows // block_r), *arguments):
-            return
     device, block_d = arguments[0][0].device, block_columns(width)  # type: ignore[union-attr]
     block_r = 8192 // block_d if capability(device) != INTERPRETER else 1024
     blocks = {"BLOCK_D": block_d, "BLOCK_R": block_r}
-    launcher(device, like, -(-rows // block_r), arguments, lambda: (constants() | blocks, {}))
+    launcher(device, like, -(-rows // block_r), arguments, lambda: (constants | blocks, {}))
     if (found := launcher.kept(like)) is not None:
         if len(_bound) == _MOST:
             _bound.clear()
