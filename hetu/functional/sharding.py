@@ -58,6 +58,7 @@ class Sharding:
         facts: What all ranks must say of it, by the names that an error gives them.
         counts: The rows of each member.
         tokens: Rows of all of them.
+        whole: A tensor without memory of its own that has as many entries.
     """
 
     def __init__(self, layout: Layout, group_name: str, rank: int) -> None:
@@ -68,6 +69,8 @@ class Sharding:
         self._calls: dict[Any, PlannedCall] = {}
         self._agreed: dict[PlannedCall | None, int] = {}
         self._on_device: dict[Any, torch.Tensor] = {}
+        with torch.inference_mode(False):  # what is made in that mode could never be used in training
+            self.whole = torch.empty(1, dtype=torch.int8, device="cpu").expand(self.tokens)
 
     @property
     def world(self) -> AnyWorld:
@@ -210,9 +213,13 @@ class Sharding:
 
         return self._kept("places", device, find)
 
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """The position in its document of each of this member's rows: int64 ``(rows,)``."""
-        return self._kept("positions", device, lambda: self.layout.positions(self.rank))
+    def own_positions(self, device: torch.device) -> torch.Tensor:
+        """The position in its document of each of this member's rows: int64 ``(rows,)``, a copy that may be changed."""
+        kept = self._kept("positions", device, lambda: self.layout.positions(self.rank))
+        if not torch.is_inference_mode_enabled():
+            return kept.clone()
+        with torch.inference_mode(False):
+            return kept.clone()
 
     def last_rows(self, device: torch.device) -> torch.Tensor:
         """Where the last token of each document stands among all tokens: int64, one per document that has any."""

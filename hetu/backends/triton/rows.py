@@ -18,6 +18,9 @@ from hetu.backends.triton.variants import INTERPRETER, block_columns, named_stri
 _row_dot = Launcher(row_dot_kernel, "rows")
 _gather = Launcher(gather_kernel, "rows")
 
+_WIDEST = 256
+"""Numbers of a head of rows that a kernel packs: heads have no more."""
+
 _MOST = 256
 _bound: dict[Hashable, tuple[int, BoundLaunch]] = {}
 """Rows of a program, and a launch that was made once, by what decides it."""
@@ -39,11 +42,12 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def gather(parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
     """Rows of tensors, packed; see :func:`hetu.backends.attention.contract.gather`.
 
-    Two tensors of half or single precision take one launch; others are torch's.
+    One or two tensors of half or single precision take one launch; others are torch's, and wide rows, such as those of
+    probabilities.
     """
     a, b = parts[0], parts[-1]
     _, of_a, width = a.shape
-    if len(parts) > 2 or a.itemsize > 4 or a.stride(2) != 1 or b.stride(2) != 1:
+    if len(parts) > 2 or a.itemsize > 4 or width > _WIDEST or a.stride(2) != 1 or b.stride(2) != 1:
         return contract.gather(parts, index)
     rows, heads = index.shape[0], of_a + (b.shape[1] if len(parts) == 2 else 0)
     packed = empty((rows, heads, width), a.dtype, a.device)

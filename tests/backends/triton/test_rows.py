@@ -16,7 +16,7 @@ from hetu.backends.triton.rows import gather, row_dot
     rows=st.integers(1, 9),
     picked=st.integers(0, 40),
     heads=st.lists(st.integers(1, 3), min_size=1, max_size=3),
-    width=st.sampled_from([1, 8, 40]),
+    width=st.sampled_from([1, 8, 40, 300, 9000]),
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
     is_strided=st.booleans(),
 )
