@@ -24,7 +24,7 @@ def settle(device: str) -> None:
 
 
 KINDS = {
-    "attention": r"^(forward|backward|row_dot|key_kernel|query_kernel)|flash|fmha|attn",
+    "attention": r"^(forward|backward|row_dot|gather_kernel|key_kernel|query_kernel)|flash|fmha|attn",
     "products": r"gemm|nvjet|cutlass|xmma|splitK|aten::(mm|addmm|bmm|linear)$",
     "compiled by Inductor": r"^triton_|CompiledFxGraph",
     "optimiser": r"multi_tensor|[Aa]dam",

@@ -9,7 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Hashable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Protocol, TypeVar
 from weakref import ref
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hetu.backends.torch_private import dispatch_modes, empty_strided_cuda
+from hetu.backends.torch_private import current_device, current_stream, dispatch_modes, empty_strided_cuda
 from hetu.errors import HetuError
 
 SMALL = 16 * 1024
@@ -37,8 +37,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
     """
     if (
         empty_strided_cuda is None
-        or device.type != "cuda"
-        or device.index != torch.cuda.current_device()
+        or not is_cuda(device)
+        or device.index != current_device()
         or not shape
         or 0 in shape
         or dispatch_modes() > 0
@@ -46,6 +46,12 @@ def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tor
         return torch.empty(shape, dtype=dtype, device=device)
     sizes = tuple(shape)  # it refuses a torch.Size
     return empty_strided_cuda(sizes, _strides(sizes[1:]), dtype)
+
+
+@cache
+def is_cuda(device: torch.device) -> bool:
+    """Whether a device is a CUDA one, in a fifth of the time: torch makes a string when it is asked for the type."""
+    return device.type == "cuda"
 
 
 @lru_cache(maxsize=256)  # lengths change from run to run, what lies behind them doesn't
@@ -60,6 +66,31 @@ def _strides(inner: tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(inner):
         strides.append(strides[-1] * size)
     return tuple(reversed(strides))
+
+
+_ZEROS = 256
+_zeros: dict[tuple[torch.device, int], list[torch.Tensor]] = {}
+
+
+def zero(device: torch.device) -> torch.Tensor:
+    """An int32 0 that nobody else has or will have, for a kernel on the current stream to count with.
+
+    On a GPU many are cleared by one launch, for each stream those that it cleared itself. In a CUDA graph, which is
+    replayed, each is cleared by its own.
+
+    Example:
+        >>> zero(torch.device("cpu"))
+        tensor([0], dtype=torch.int32)
+    """
+    if not is_cuda(device) or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    spare = _zeros.setdefault((device, current_stream(device.index)), [])
+    try:
+        return spare.pop()
+    except IndexError:  # each begins at a multiple of 16 bytes, as launches expect
+        made = torch.zeros((_ZEROS, 4), dtype=torch.int32, device=device)[:, :1].unbind()
+        spare.extend(made[1:])
+        return made[0]
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:

@@ -7,7 +7,7 @@ the op returns them. Else they come home row by row, and are put there at the en
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,9 +30,10 @@ from hetu.backends.comm import Buffers, Communicator, Owned, Values, follow
 from hetu.backends.families import family
 from hetu.backends.memory import empty
 from hetu.parallel import AttnPlan
-from hetu.parallel.mask.segments import Turn
+from hetu.parallel.mask.segments import QuerySpans, Turn
 from hetu.parallel.plan.heads import HeadRange, Payload
 from hetu.parallel.plan.instructions import Attend
+from hetu.parallel.plan.parts import PipelinePlan
 
 
 @dataclass(slots=True)  # not frozen: every attention makes some
@@ -69,6 +70,38 @@ class Rows:
         return cls(empty(like.shape, like.dtype, like.device), k, v, kv.flatten(1, 2))
 
 
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """What a plan says of a pipeline's share of an attention: the same in every run.
+
+    Attributes:
+        part: Its part of the plan.
+        is_own: Whether it attends for its own rows.
+        spans: The spans of the own rows, which are not always the queries.
+        group: The number of the group whose documents its rows are of.
+        attends: How often each range of heads is attended for, of rows whose results travel.
+    """
+
+    part: PipelinePlan
+    is_own: bool
+    spans: QuerySpans
+    group: int
+    attends: Mapping[HeadRange, int]
+
+    @classmethod
+    def of(cls, plan: AttnPlan, pipeline: int) -> _Share:
+        """Found once."""
+        key = "share", pipeline
+        known: _Share | None = plan.memo.get(key)
+        if known is None:
+            part = plan.pipelines[pipeline]
+            is_own = part.queries == 0
+            spans = part.spans if is_own else plan.layout.query_spans(pipeline)
+            steps = () if is_own else [item.heads for item in part.instructions if isinstance(item, Attend)]
+            known = plan.memo[key] = cls(part, is_own, spans, plan.layout.group_index(pipeline), Counter(steps))
+        return known
+
+
 class _Call:
     """What forward and backward have in common.
 
@@ -90,17 +123,13 @@ class _Call:
         options: Options,
         sinks: torch.Tensor | None,
     ) -> None:
+        share = _Share.of(plan, pipeline)
         self.own, self.dtype = own, own.q.dtype
         self.options, self.layout, self.mask, self.heads = options, plan.layout, plan.mask, plan.heads
-        self.sinks = wide_sinks(sinks, self.dtype)
-        self.plan = plan.pipelines[pipeline]
-        self.is_own = self.plan.queries == 0
-        self.spans = self.plan.spans if self.is_own else plan.layout.query_spans(pipeline)
-        self.all_dropout = options.dropout(random, plan.layout.group_index(pipeline))
-        # How often each range of heads is still attended for, of rows whose results travel.
-        self.left: Counter[HeadRange] = Counter()
-        if not self.is_own:
-            self.left.update(item.heads for item in self.plan.instructions if isinstance(item, Attend))
+        self.sinks = None if sinks is None else wide_sinks(sinks, self.dtype)
+        self.plan, self.is_own, self.spans = share.part, share.is_own, share.spans
+        self.all_dropout = options.dropout(random, share.group) if options.p_dropout else None
+        self.left = dict(share.attends)  # how often each is still attended for
 
     def given(self) -> Owned:
         """The values that are there from the beginning."""
@@ -168,7 +197,7 @@ class ForwardCall(_Call):
         self.shape = shape
         self.state: AttentionState | None = None  # of the own rows
         self.states: dict[HeadRange, AttentionState] = {}  # of rows whose results travel
-        self.held = Buffers(self.plan, self.heads, self.given(), self._results)
+        self.held = Buffers(self.plan, self.heads, self.given(), self._results, family(options.family).gather)
 
     def _results(self) -> Owned:
         q = self.own.q
@@ -186,8 +215,9 @@ class ForwardCall(_Call):
     def attend(self, step: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
         """Attends to one buffer of keys and values."""
         state = self.state or self._state_by_row(step, queries)
-        dropout = self.dropout(step)
-        call = self.call(step, queries, keys, turn, dropout, self.options.needs_positions)
+        dropout = None if self.all_dropout is None else self.dropout(step)
+        needs_positions = dropout is not None or self.options.return_softmax
+        call = self.call(step, queries, keys, turn, dropout, needs_positions)
         family(self.options.family).attend(call, state)
         if not self.is_own and self.is_last(step):
             del self.states[step.heads]
@@ -271,7 +301,7 @@ class BackwardCall(_Call):
         values, beside = self.given()
         if not self.is_own:
             values = {**values, **self._by_row()}
-        self.held = Buffers(self.plan, self.heads, (values, beside), self._results)
+        self.held = Buffers(self.plan, self.heads, (values, beside), self._results, family(options.family).gather)
 
     def _by_row(self) -> Values:
         """What travels to who attends for the own rows."""
@@ -287,10 +317,11 @@ class BackwardCall(_Call):
         assert grads.kv is not None
         self.sums = grads.kv
         if self.plan.sums_gradients and high != self.dtype:
-            self.sums = torch.empty_like(grads.kv, dtype=high, memory_format=torch.contiguous_format)
+            self.sums = empty(grads.kv.shape, high, grads.kv.device)
         if self.is_own:
             self.state = BackwardState(self.dout, self.lse, self.delta, grads.q, self._acc(grads.q))
-        dk, dv = self.sums.chunk(2, 1)
+        half = self.heads.num_kv
+        dk, dv = (grads.k, grads.v) if self.sums is grads.kv else self.sums.split_with_sizes((half, half), 1)
         return {"dq": grads.q, "dk": dk, "dv": dv}, {Payload.KV_GRADS: self.sums}
 
     def _acc(self, dq: torch.Tensor) -> torch.Tensor | None:
@@ -298,12 +329,12 @@ class BackwardCall(_Call):
         if not self.plan.runs_on:
             return None
         high = compute_dtype(dq.dtype)
-        return dq if dq.dtype == high else dq.new_empty(dq.shape, dtype=high)
+        return dq if dq.dtype == high else empty(dq.shape, high, dq.device)
 
     def attend(self, step: Attend, queries: Values, keys: Values, turn: Turn | None, keeps: bool) -> None:
         """The backward of one step: adds to the gradient of q, writes those of the buffer's keys and values."""
         state = self.state or self._state_by_row(step, queries)
-        dropout = self.dropout(step)
+        dropout = None if self.all_dropout is None else self.dropout(step)
         call = self.call(step, queries, keys, turn, dropout, dropout is not None)
         family(self.options.family).attend_backward(call, state, keys["dk"], keys["dv"], keeps)
         if not self.is_own and self.is_last(step):

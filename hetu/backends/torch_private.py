@@ -17,7 +17,9 @@ from torch.autograd import forward_ad
 PRIVATE: dict[str, tuple[Any, Any]] = {}
 """What is used, by its name in torch: what this torch has, or None, and what stands for it then."""
 
-ON_CUDA_ONLY = frozenset({"_C._cuda_getCurrentRawStream", "_C._dynamo.guards._empty_strided_cuda"})
+ON_CUDA_ONLY = frozenset(
+    {"_C._cuda_getCurrentRawStream", "_C._cuda_getDevice", "_C._dynamo.guards._empty_strided_cuda"}
+)
 """What a torch that is built without CUDA lacks."""
 
 
@@ -199,6 +201,9 @@ def _stream(device: int) -> int:
 
 current_stream: Callable[[int], int] = _private("_C._cuda_getCurrentRawStream", _stream)
 """The address of the current stream of a CUDA device."""
+
+current_device: Callable[[], int] = _private("_C._cuda_getDevice", lambda: torch.cuda.current_device())
+"""The number of the current CUDA device, in a third of the time; CUDA is there already."""
 
 empty_strided_cuda: Callable[..., torch.Tensor] | None = _private("_C._dynamo.guards._empty_strided_cuda", None)
 """How torch.compile's generated code allocates on the current CUDA device; None means ``torch.empty``."""

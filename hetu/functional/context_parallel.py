@@ -93,10 +93,7 @@ class ContextParallel:
             self.table = table_of(_tokens(tokens, own, world.size), own, _weighing(mask))
             self.sharding: Sharding = sharding_of(self.table, self.split, self.group_name)
             where = _device(device, cu_seqlens, world)
-        # The layout's own may not be changed by a user; and no mode may make what training can't use.
-        with torch.inference_mode(False):
-            self.position_ids = self.sharding.positions(where).clone()
-            self._whole = torch.empty(1, dtype=torch.int8, device="cpu").expand(self.sharding.tokens)
+        self.position_ids, self._whole = self.sharding.own_positions(where), self.sharding.whole
 
     @property
     def layout(self) -> Layout:

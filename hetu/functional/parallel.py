@@ -156,11 +156,11 @@ class _ParallelAttention(torch.autograd.Function):
         *saved, sinks = ctx.saved_tensors
         if may_pass_by(dout, dlse):
             q, k, v, out, lse, _, rng_state = saved
-            results = ops.backward(ctx.call, dout, dlse, q, k, v, out, lse, rng_state, sinks)
-        else:  # the op knows what to do, also if these gradients are to be differentiated
-            arguments = *saved, *ctx.options, *ctx.masking[:4], sinks
-            results = torch.ops.hetu.parallel_attn_backward(dout, dlse, *arguments)
-        dq, dkv, dsinks = results
+            grads, dsinks = ops.backward(ctx.call, dout, dlse, q, k, v, out, lse, rng_state, sinks)
+            return grads.q, grads.k, grads.v, dsinks, None, None, None
+        # The op knows what to do, also if these gradients are to be differentiated.
+        arguments = *saved, *ctx.options, *ctx.masking[:4], sinks
+        dq, dkv, dsinks = torch.ops.hetu.parallel_attn_backward(dout, dlse, *arguments)
         return dq, *dkv.unbind(1), None if sinks is None else dsinks, None, None, None
 
 

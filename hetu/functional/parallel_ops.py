@@ -84,7 +84,7 @@ def forward(
     """The output, like q, and lse ``(H_q, rows)``, both contiguous."""
     world, shape = call.world, (1, len(q), 0)
     with world.hanging_up():
-        step = ForwardCall(_rows(call, q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options, sinks)
+        step = ForwardCall(_rows(q, k, v), call.plan, world.rank, _random(rng_state), shape, call.options, sinks)
         _follow(call, step)
         out, lse = step.outputs()
     return out, lse[0]
@@ -101,12 +101,9 @@ def backward(
     lse: torch.Tensor,
     rng_state: torch.Tensor | None,
     sinks: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The gradient of q, those of k and v beside each other, ``(rows, 2, H_kv, head_dim)``, and that of the sinks.
-
-    All are contiguous. That of the sinks is what the own rows do to them.
-    """
-    own, new_grads = _rows(call, q, k, v), partial(Rows.new, q, k.shape[1])
+) -> tuple[Rows, torch.Tensor | None]:
+    """The gradients of q, k and v, the latter two beside each other, and that of the sinks: what the own rows do."""
+    own, new_grads = _rows(q, k, v), partial(Rows.new, q, k.shape[1])
     dout = torch.zeros_like(out) if dout is None else dout
     dlse = None if dlse is None else dlse[None]
     plan, rank, random = call.plan.backward(), call.world.rank, _random(rng_state)
@@ -117,8 +114,7 @@ def backward(
         _follow(call, step)
         grads = step.finish()
         dsinks = None if sinks is None else step.sink_gradient().to(sinks.dtype)
-    assert grads.kv is not None
-    return grads.q, grads.kv.unflatten(1, (2, -1)), dsinks
+    return grads, dsinks
 
 
 def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
@@ -128,10 +124,9 @@ def _follow(call: PlannedCall, step: ForwardCall | BackwardCall) -> None:
     run_lock_step([step.follow(comm)], comm.stuck)
 
 
-def _rows(call: PlannedCall, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
-    """A rank's own rows; keys and values that travel are put beside each other, so that each send packs them once."""
-    q, k, v = with_rows(q), with_rows(k), with_rows(v)
-    return Rows(q, k, v, torch.cat([k, v], 1) if call.world.is_distributed else None)
+def _rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Rows:
+    """A rank's own rows."""
+    return Rows(with_rows(q), with_rows(k), with_rows(v), None)
 
 
 def _random(rng_state: torch.Tensor | None) -> tuple[int, int]:
@@ -187,8 +182,9 @@ def _backward_op(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     out, lse, *call = rest
     planned, rng_state, sinks = _planned(q, k, v, tuple(call))
-    dq, dkv, dsinks = backward(planned, dout, dlse, q, k, v, out, lse, rng_state, sinks)
-    return dq, dkv, q.new_empty(0) if dsinks is None else dsinks
+    grads, dsinks = backward(planned, dout, dlse, q, k, v, out, lse, rng_state, sinks)
+    assert grads.kv is not None, "made by Rows.new"
+    return grads.q, grads.kv.unflatten(1, (2, -1)), q.new_empty(0) if dsinks is None else dsinks
 
 
 @torch.library.register_fake("hetu::parallel_attn_backward", lib=_library)

@@ -58,6 +58,7 @@ class Sharding:
         facts: What all ranks must say of it, by the names that an error gives them.
         counts: The rows of each member.
         tokens: Rows of all of them.
+        whole: A tensor without memory of its own that has as many entries.
     """
 
     def __init__(self, layout: Layout, group_name: str, rank: int) -> None:
@@ -68,6 +69,8 @@ class Sharding:
         self._calls: dict[Any, PlannedCall] = {}
         self._agreed: dict[PlannedCall | None, int] = {}
         self._on_device: dict[Any, torch.Tensor] = {}
+        with torch.inference_mode(False):  # what is made in that mode could never be used in training
+            self.whole = torch.empty(1, dtype=torch.int8, device="cpu").expand(self.tokens)
 
     @property
     def world(self) -> AnyWorld:
@@ -101,17 +104,11 @@ class Sharding:
             masking: What else changes the scores.
             check: Refuses what can't be computed.
         """
+        now = settings()
         key = (
             *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device, v.device),
-            *(
-                method,
-                is_causal,
-                dropout_p,
-                softmax_scale,
-                None if masking is USUAL else masking.key,
-                settings().backend,
-                settings().verify_plans,
-            ),
+            *(method, is_causal, dropout_p, softmax_scale, None if masking is USUAL else masking.key),
+            *(now.backend, now.verify_plans),
         )
         found, world = self._calls.get(key), self.world
         if found is None or found.world is not world:
@@ -216,9 +213,13 @@ class Sharding:
 
         return self._kept("places", device, find)
 
-    def positions(self, device: torch.device) -> torch.Tensor:
-        """The position in its document of each of this member's rows: int64 ``(rows,)``."""
-        return self._kept("positions", device, lambda: self.layout.positions(self.rank))
+    def own_positions(self, device: torch.device) -> torch.Tensor:
+        """The position in its document of each of this member's rows: int64 ``(rows,)``, a copy that may be changed."""
+        kept = self._kept("positions", device, lambda: self.layout.positions(self.rank))
+        if not torch.is_inference_mode_enabled():
+            return kept.clone()
+        with torch.inference_mode(False):
+            return kept.clone()
 
     def last_rows(self, device: torch.device) -> torch.Tensor:
         """Where the last token of each document stands among all tokens: int64, one per document that has any."""
@@ -267,7 +268,8 @@ def sharding_of(table: torch.Tensor, split: str, group_name: str) -> Sharding:
 
 def _read(values: IntArray, split: str, group_name: str, rank: int) -> Sharding:
     size, ndim, count = values[:3].tolist()
-    tokens, code, cu = (np.array(part) for part in np.split(values[3:], [size, size + count]))
+    own = values[3:].copy()  # the table is a user's
+    tokens, code, cu = own[:size], own[size : size + count], own[size + count :]
     mask = Mask.decoded(code) if count else None
     cu = cu.reshape(size, -1) if ndim == 2 else cu
     layout = Layout.build(tokens.tolist(), [0] * size, split=split, cu_seqlens=cu, mask=mask)

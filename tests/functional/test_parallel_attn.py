@@ -59,6 +59,14 @@ def test_ranks_may_hold_any_numbers_of_rows(ranks: jobs.Ranks) -> None:
     assert max(ranks.run(jobs.attend, case)) < 1e-12
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_do_not_touch_each_other(ranks: jobs.Ranks, method: str) -> None:
+    """They share a plan and all that was found of it, but no memory; other lengths, types and strides come between."""
+    layer = {"cu": CASES["documents"], "method": method}
+    others = {"dtype": torch.float32}, {"beside": True}, {"cu": [0, 3, 40]}, {"split": "stripe"}, {}
+    assert all(ranks.run(jobs.layers_in_a_row, [layer, layer, *({**layer, **other} for other in others)]))
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
 def test_narrower_types(ranks: jobs.Ranks, dtype: torch.dtype, bound: float) -> None:
     assert max(ranks.run(jobs.attend, {"cu": CASES["documents"], "dtype": dtype})) < bound
@@ -145,6 +153,11 @@ DIFFERENT: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None, st
     "scale": ([{"cu": [0, 30]}], [{"softmax_scale": 0.5}, {"softmax_scale": 0.25}], "softmax_scale must be the same"),
     "seed": ([{"cu": [0, 30]}], [{"dropout_p": 0.5, "seed": r} for r in range(2)], "the seed of dropout must be"),
 }
+
+
+def test_ranks_that_agree_compare_digests_once_a_context(ranks: jobs.Ranks) -> None:
+    cases = [{"cu": CASES["documents"]}, {"cu": [0, 7, 50]}, {"cu": CASES["documents"]}]
+    assert ranks.run(jobs.agreements, cases) == [(3, 0)] * ranks.size
 
 
 @pytest.mark.parametrize("what", DIFFERENT)

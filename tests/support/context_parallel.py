@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from support.dense_masks import Packs
@@ -18,6 +19,7 @@ from support.pool import Pool
 from torch import nn
 
 import hetu
+from hetu.backends.comm.control import Control
 from hetu.functional import ContextParallel, attn_varlen, parallel_attn
 from hetu.parallel import Mask
 from hetu.parallel.mask.mask import NO_WINDOW
@@ -92,6 +94,32 @@ def attend(case: Case, group: Any = None, call: Callable[..., Any] = parallel_at
     return worst(pairs + [(a, cp.dispatch(b)) for a, b in zip(grads, wanted_grads, strict=True)])
 
 
+def layers_in_a_row(cases: list[Case]) -> bool:
+    """Whether layers that follow each other, and gradients in their reverse order, are what each layer is alone.
+
+    Layer i has the lengths, the type and the strides of case i.
+    """
+
+    def begin(number: int) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        case = cases[number]
+        cp, dtype = context_of(case), case.get("dtype", torch.float64)
+        q, k, v, dout = (x.to(dtype) + number for x in inputs(case)[:4])
+        if case.get("beside"):  # views of one tensor
+            own = cp.dispatch(torch.cat([q, k, v], 1)).split([q.shape[1], k.shape[1], v.shape[1]], 1)
+        else:
+            own = [cp.dispatch(x) for x in (q, k, v)]
+        leaves = [x.detach().requires_grad_() for x in own]
+        return parallel_attn(*leaves, cp), leaves, cp.dispatch(dout)
+
+    def end(layer: tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]) -> list[torch.Tensor]:
+        return [layer[0].detach().clone(), *torch.autograd.grad(*layer)]
+
+    begun = [begin(number) for number in range(len(cases))]
+    found = [end(layer) for layer in reversed(begun)][::-1]
+    alone = [end(begin(number)) for number in range(len(cases))]
+    return all(a.equal(b) for one, other in zip(found, alone, strict=True) for a, b in zip(one, other, strict=True))
+
+
 def attend_on_hosts(case: Case) -> float:
     """The same with ranks on pretended hosts, by a plan that is proven."""
     with hetu.config(hosts=case["hosts"], verify_plans=True):
@@ -160,6 +188,27 @@ def dropped(case: Case, seed: int) -> torch.Tensor:
     out = parallel_attn(*own, cp, dropout_p=0.3, seed=seed)
     grads = torch.autograd.grad(out, own, cp.dispatch(dout))
     return torch.cat([cp.undispatch(x.detach()).flatten() for x in (out, *grads)])
+
+
+def agreements(cases: list[Case]) -> tuple[int, int]:
+    """How often ranks compared what they were asked for, and how often they told each other more than a digest."""
+    counts = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("is_same", "exchange"):
+            counted, plain = [0], getattr(Control, name)
+
+            def call(*arguments: Any, counted: list[int] = counted, plain: Any = plain) -> Any:
+                counted[0] += 1
+                return plain(*arguments)
+
+            patch.setattr(Control, name, call)
+            counts.append(counted)
+        for case in cases:
+            cp = context_of(case)
+            for _ in range(3):
+                parallel_attn(*(cp.dispatch(x) for x in inputs(case)[:3]), cp)
+    (compared,), (told,) = counts
+    return compared, told
 
 
 def differ(cases: list[Case], options: list[dict[str, Any]] | None = None) -> str:

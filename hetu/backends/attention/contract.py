@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = [
     "ceil_padded",
     "dropout_key",
     "finish_softmax",
+    "gather",
     "lse_places",
     "new_state",
     "row_dot",
@@ -107,6 +108,27 @@ def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``, float64 for float64, contiguous."""
     high = compute_dtype(a.dtype)
     return torch.einsum("thd,thd->th", a.to(high), b.to(high)).contiguous()
+
+
+Gather = Callable[[Sequence[torch.Tensor], torch.Tensor], torch.Tensor]
+"""Packs rows, as :func:`gather` does."""
+
+
+def gather(parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+    """Some rows of ``(T, heads, numbers)`` tensors, those of each beside the others: ``(n, all heads, numbers)``.
+
+    Args:
+        parts: At least one; of one dtype, and of as many numbers.
+        index: int32 ``(n,)``, which rows.
+
+    Example:
+        >>> x = torch.arange(6.0).view(3, 2, 1)
+        >>> gather([x, -x[:, :1]], torch.tensor([2, 0], dtype=torch.int32)).flatten(1)
+        tensor([[ 4.,  5., -4.],
+                [ 0.,  1., -0.]])
+    """
+    packed = [x.index_select(0, index) for x in parts]
+    return packed[0] if len(packed) == 1 else torch.cat(packed, 1)
 
 
 def attention_delta(

@@ -9,13 +9,14 @@ into the running ``(out, lse)``. One call is plain varlen attention; a call a st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import AttentionState, BackwardState, row_dot
+from hetu.backends.attention.contract import AttentionState, BackwardState, gather, row_dot
 from hetu.backends.attention.dropout import Dropout
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable, Turn
 
@@ -140,3 +141,7 @@ class KernelFamily(ABC):
     def row_dot(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """See :func:`hetu.backends.attention.contract.row_dot`; a family may have a faster one."""
         return row_dot(a, b)
+
+    def gather(self, parts: Sequence[torch.Tensor], index: torch.Tensor) -> torch.Tensor:
+        """See :func:`hetu.backends.attention.contract.gather`; a family may have a faster one."""
+        return gather(parts, index)

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 
-from hetu.backends.attention.contract import compute_dtype
-from hetu.backends.memory import copied_to, device_copies
+from hetu.backends.attention.contract import Gather, compute_dtype, gather
+from hetu.backends.comm.program import Program
+from hetu.backends.memory import copied_to, device_copies, empty
 from hetu.parallel.mask.segments import Turn
-from hetu.parallel.plan.buffers import Batch, Lifetime, lifetimes
+from hetu.parallel.plan.buffers import Batch, Lifetime
 from hetu.parallel.plan.heads import HeadRange, Heads, Payload
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Runs, Send
-from hetu.parallel.plan.own_gradients import own_gradients
 from hetu.parallel.plan.parts import PipelinePlan
 
 Values = Mapping[str, torch.Tensor]
@@ -46,6 +46,7 @@ class Buffers:
         results: Makes those that the plan computes, before the first of them is written. ``dk`` and ``dv`` are float32
             (float64 for float64 inputs) where several parts are summed up, see
             :attr:`~hetu.parallel.plan.parts.PipelinePlan.sums_gradients`; they need not be cleared.
+        pack: How rows are packed that are sent.
 
     Attributes:
         device: Where it all lies.
@@ -60,16 +61,21 @@ class Buffers:
         heads: Heads,
         given: Owned,
         results: Callable[[], Owned],
+        pack: Gather = gather,
     ) -> None:
         values, beside = given
         self.part, self.heads, self._like = part, heads, values["k"]
         self.device = self._like.device
-        self._ranges = [buffer.heads for buffer in part.buffers]
-        self._values: list[dict[str, torch.Tensor]] = [dict(values), *[{} for _ in part.buffers[1:]]]
-        self._beside: list[dict[Payload, torch.Tensor]] = [dict(beside), *[{} for _ in part.buffers[1:]]]
-        self._results, self._lives = [results], lifetimes(part)
-        self._own = own_gradients(part) if part.is_backward else None
-        self._made_of: dict[Payload, tuple[int, torch.dtype]] = {}  # numbers per head, and of which type
+        program = Program.of(part)
+        self._ranges, self._lives, self._own = program.ranges, program.lives, program.own
+        self._values: list[dict[str, torch.Tensor]] = [dict(values)]
+        self._beside: list[dict[Payload, torch.Tensor]] = [dict(beside)]
+        for _ in range(1, len(self._ranges)):
+            self._values.append({})
+            self._beside.append({})
+        self._results, self._gather = [results], pack
+        # Numbers per head, and of which type.
+        self._made_of: dict[Payload, tuple[int, torch.dtype]] = part.known(("made of", heads, self._like.dtype), dict)
         self.packed: dict[int, torch.Tensor] = {}
         self.places: dict[int, torch.Tensor] = {}
         self.aside: dict[int, tuple[Receive, torch.Tensor]] = {}
@@ -98,9 +104,13 @@ class Buffers:
         if payload is _LSE:  # kernels write it head by head
             made = made.view(made.shape[1], made.shape[0], 1).transpose(0, 1)
         self._beside[buffer][payload] = made
-        values = self._values[buffer]
-        for name, first, count in life.cuts:
-            values[name] = made[:, first : first + count]
+        values, cuts = self._values[buffer], life.cuts
+        if len(cuts) == 1:
+            values[cuts[0][0]] = made
+        else:
+            parts = made.split_with_sizes([count for _, _, count in cuts], 1)
+            for (name, _, _), part in zip(cuts, parts, strict=True):
+                values[name] = part
         if self._own is not None and buffer in self._own.gaps and "dk" in values:
             made.zero_()
 
@@ -110,7 +120,7 @@ class Buffers:
             dtype = compute_dtype(self._like.dtype) if payload.is_wide else self._like.dtype
             known = self._made_of[payload] = self.heads.numbers(payload), dtype
         numbers, dtype = known
-        return self._like.new_empty((rows, width, numbers), dtype=dtype)
+        return empty((rows, width, numbers), dtype, self.device)
 
     def _make_results(self) -> None:
         if not self._results:
@@ -149,8 +159,10 @@ class Buffers:
         whole, own = self._beside[item.buffer].get(item.payload), self._ranges[item.buffer]
         if whole is not None and (item.heads is own or item.heads == own):
             # Also where rows follow each other: a GPU gathers more than twice as fast as it copies a strided part.
-            return whole.index_select(0, indices(item.runs, self.device))
-        return torch.cat([_rows(x, item.runs) for x in self._parts(item.buffer, item.payload, item.heads)], 1)
+            parts = [whole]
+        else:
+            parts = self._parts(item.buffer, item.payload, item.heads)
+        return self._gather(parts, indices(item.runs, self.device))
 
     def _place(self, item: Receive) -> torch.Tensor:
         if item.runs is not None:
@@ -177,7 +189,9 @@ class Buffers:
 
     def add(self, item: Accumulate) -> None:
         """Adds gradients that landed to those of the own rows."""
-        landed = self._beside[item.buffer][_KV_GRADS][item.offset : item.offset + item.runs.rows]
+        landed, rows = self._beside[item.buffer][_KV_GRADS], item.runs.rows
+        if item.offset or landed.shape[0] != rows:
+            landed = landed[item.offset : item.offset + rows]
         self._add_all(0, item.heads, item.runs, landed)
 
     def _add_all(self, buffer: int, heads: HeadRange, runs: Runs | None, rows: torch.Tensor) -> None:
@@ -204,7 +218,7 @@ class Buffers:
             dk, dv = _cut(aside, _KV_GRADS, item.heads)
             step(item, queries, {**keys, "dk": dk, "dv": dv}, turn, False)
             self._add_all(item.buffer, item.heads, None, aside)
-        elif len(keys["dk"]) < len(keys["k"]):  # of foreign rows, gradients are made for those that are there
+        elif keys["dk"].shape[0] < keys["k"].shape[0]:  # of foreign rows, gradients are made for those that are there
             step(item, queries, {name: x[: item.rows] for name, x in keys.items()}, turn, True)
         else:
             step(item, queries, keys, turn, True)
@@ -224,6 +238,9 @@ class Buffers:
 
     def _parts(self, buffer: int, payload: Payload, heads: HeadRange) -> list[torch.Tensor]:
         """The values of a payload, of some heads."""
+        own, values = self._ranges[buffer], self._values[buffer]
+        if heads is own or heads == own:
+            return [values[name] for name in payload.values]
         return [self._value(buffer, name, heads) for name in payload.values]
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -280,15 +280,10 @@ class DistributedWorld(Peers):
         landing = [] if source == self.rank else [x]
         self.say("getting tensors", lambda: connection.broadcast([flat], options).wait(), landing, [source])
 
-    @contextmanager
-    def hanging_up(self) -> Iterator[None]:
-        """Tells the others of an error that only this rank has, and hangs up so that they need not wait for long."""
-        with super().hanging_up():
-            try:
-                yield
-            except BaseException:
-                self._reducer.forget()
-                raise
+    def failed(self, error: BaseException) -> None:
+        """Lets go of sums that are under way, too."""
+        self._reducer.forget()
+        super().failed(error)
 
     def confirm(self, failure: BaseException | None) -> None:
         """A message of a bit over the hosts, which no device is waited for; what failed follows if anything did."""

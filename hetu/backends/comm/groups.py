@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from hetu.backends.comm.compare import refuse_differences
 from hetu.backends.comm.control import Control
 from hetu.backends.comm.peers import Peers
+from hetu.backends.comm.wire import encode
 from hetu.backends.comm.world import LocalWorld
 from hetu.backends.torch_private import default_store
 from hetu.errors import HetuError, caller
@@ -53,7 +54,7 @@ class GroupWorld(Peers):
     # Agreement
 
     def agree(self, facts: Mapping[str, Any], what: str) -> None:
-        """Demands that all members say the same.
+        """Demands that all members say the same. They tell each other the facts only if it isn't so.
 
         Args:
             facts: Plain values by the names that an error gives them.
@@ -62,7 +63,8 @@ class GroupWorld(Peers):
         Raises:
             CommunicationError: If they differ, on all members, showing all sides.
         """
-        refuse_differences(self.control.tell(facts, what), f"a call of {what}", what, dict.fromkeys(facts, _FIX))
+        if not self.control.is_same(encode(facts), what):
+            refuse_differences(self.control.tell(facts, what), f"a call of {what}", what, dict.fromkeys(facts, _FIX))
 
     # Rows
 

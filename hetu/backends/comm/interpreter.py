@@ -9,9 +9,8 @@ import torch
 
 from hetu.backends.comm.buffers import AttendStep, Buffers
 from hetu.backends.comm.recorder import watched
-from hetu.parallel.plan.buffers import batches, lifetimes
 from hetu.parallel.plan.instructions import Accumulate, Attend, Copy, Receive, Send, Wait
-from hetu.parallel.plan.parts import PipelinePlan, turns
+from hetu.parallel.plan.parts import PipelinePlan
 
 
 class Communicator(Protocol):
@@ -47,17 +46,15 @@ def follow(plan: PipelinePlan, held: Buffers, comm: Communicator, attend: Attend
     Yields:
         True when it comes to a wait, and then False as long as it has to wait there; ends when the plan is done.
     """
-    instructions, comm = watched(plan, comm, held.device)
-    starts, lives, taken = batches(plan), lifetimes(plan), turns(plan)
-    written, freed = lives.written, lives.freed
-    for number, item in enumerate(instructions):
-        if number in starts:
-            held.start(starts[number], number)
-        elif number in written:
-            held.make(number)
-        match item:
+    steps, comm = watched(plan, comm, held.device)
+    for step in steps:
+        if step.batch is not None:
+            held.start(step.batch, step.number)
+        elif step.makes:
+            held.make(step.number)
+        match item := step.item:
             case Attend():
-                held.attend(item, number, taken[number], attend)
+                held.attend(item, step.number, step.turn, attend)
             case Send(transfer=transfer):
                 comm.send(plan.pipeline, item, held.packed.pop(transfer))
             case Receive(transfer=transfer):
@@ -72,5 +69,5 @@ def follow(plan: PipelinePlan, held: Buffers, comm: Communicator, attend: Attend
                 held.copy(item)
             case Accumulate():
                 held.add(item)
-        if number in freed and number not in starts:
-            held.free(freed[number])
+        if step.freed:
+            held.free(step.freed)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
+from types import TracebackType
 
 import torch
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
@@ -116,13 +117,18 @@ class Peers:
         self._comms.append(DistributedComm(self, count))
         return self._comms[-1]
 
-    def expect(
-        self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = (), name: Hashable = None
-    ) -> None:
+    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
         """The current stream was made to wait for a message: NCCL's are watched, gloo's have come."""
         if self.watch is not None:
-            self.watch.expect(into, doing, peers, name)
+            self.watch.expect(into, doing, peers)
             self.control.check()  # after noting it: what the watch ended before that was not filled
+
+    def waited(self, noted: Awaited) -> None:
+        """The same of a message that the watch was told of when it was started."""
+        assert self.watch is not None, "nobody else noted it"
+        self.watch.waited(noted)
+        if self.control.is_broken:  # after noting it, as above
+            self.control.check()
 
     def say(
         self, doing: str, message: Callable[[], None], into: Sequence[torch.Tensor], peers: Sequence[int] = ()
@@ -179,15 +185,14 @@ class Peers:
             self.control.lost(item.doing, RuntimeError("a message did not come through NCCL"), item.peers)
         self._leave_all()
 
-    @contextmanager
-    def hanging_up(self) -> Iterator[None]:
+    def hanging_up(self) -> AbstractContextManager[None]:
         """Tells the others of an error that only this rank has, and hangs up so that they need not wait for long."""
-        try:
-            yield
-        except BaseException as error:
-            self.control.fail(error)
-            self.close()
-            raise
+        return _HangingUp(self)
+
+    def failed(self, error: BaseException) -> None:
+        """What is done of an error in such a block."""
+        self.control.fail(error)
+        self.close()
 
     def _hang_up(self) -> None:
         """In any thread: what is under way over gloo fails at once, here and elsewhere. The watch ends NCCL's."""
@@ -218,6 +223,24 @@ class Peers:
             leaving, self._connections = [connection.abort for _, connection in self._connections], []
             # Ending one of NCCL's frees memory, for which CUDA waits for the kernels of all others.
             _at_once_or_in_threads(leaving)
+
+
+class _HangingUp:
+    """A block of :meth:`Peers.hanging_up`; a generator would take five times as long, and each layer enters two."""
+
+    __slots__ = ("_peers",)
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._peers.failed(error)
 
 
 def _at_once_or_in_threads(jobs: list[Callable[[], None]], timeout: float | None = None) -> None:

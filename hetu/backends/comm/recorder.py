@@ -17,8 +17,9 @@ import torch
 from torch.profiler import record_function
 
 from hetu.arguments import path as as_path
+from hetu.backends.comm.program import Program, Step
 from hetu.backends.torch_private import is_profiling
-from hetu.parallel.plan.instructions import Instruction, Receive, Send, Wait
+from hetu.parallel.plan.instructions import Receive, Send, Wait
 from hetu.parallel.plan.parts import PipelinePlan
 from hetu.parallel.views.report import step_names
 from hetu.parallel.views.trace import COMPUTE, Event, lane_events, link_lane, step_args, step_event
@@ -194,21 +195,21 @@ def _in_turn(starts: list[int], ends: list[int]) -> tuple[list[int], list[int]]:
 # What the interpreter sees
 
 
-def watched(plan: PipelinePlan, comm: Communicator, device: torch.device) -> tuple[Iterable[Instruction], Communicator]:
-    """A pipeline's instructions and its communicator, as the interpreter is to use them.
+def watched(plan: PipelinePlan, comm: Communicator, device: torch.device) -> tuple[Iterable[Step], Communicator]:
+    """A pipeline's steps and its communicator, as the interpreter is to use them.
 
     They are what was given unless a recorder or torch's profiler looks on. This is asked once an attention, so that a
     step costs nothing then.
     """
-    recorder = _current.get()
+    recorder, steps = _current.get(), Program.of(plan).steps
     if recorder is None and not is_profiling():
-        return plan.instructions, comm
+        return steps, comm
     watch = _Watch(plan, comm, recorder.tape(plan, device) if recorder else _Tape(plan, _HostClock(0)))
-    return watch.instructions(), watch
+    return watch.timed(steps), watch
 
 
 class _Watch:
-    """Instructions that are timed from when the interpreter takes one until it takes the next; and a communicator.
+    """Steps that are timed from when the interpreter takes one until it takes the next; and a communicator.
 
     Of a wait only ``done`` has a span in torch's profiler: other pipelines of this process have their turn meanwhile.
     """
@@ -218,21 +219,21 @@ class _Watch:
         self.number, self.name, self.told = 0, "", f"pipeline {plan.pipeline}"
         self.transfers: dict[int, _Span] = {}
 
-    def instructions(self) -> Iterator[Instruction]:
+    def timed(self, steps: Sequence[Step]) -> Iterator[Step]:
         """Those of the plan."""
         names = _names(self.plan)
-        for number, item in enumerate(self.plan.instructions):
-            self.number, self.name = number, names[number]
-            if isinstance(item, (Send, Receive)):
+        for step in steps:
+            self.number, self.name = step.number, names[step.number]
+            if isinstance(step.item, (Send, Receive)):
                 with record_function(self.name, self.told):
-                    yield item
+                    yield step
                 continue
-            span = self.tape.begin(number, COMPUTE)
-            if isinstance(item, Wait):
-                yield item
+            span = self.tape.begin(step.number, COMPUTE)
+            if isinstance(step.item, Wait):
+                yield step
             else:
                 with record_function(self.name, self.told):
-                    yield item
+                    yield step
             self.tape.end(span)
 
     def send(self, pipeline: int, instruction: Send, rows: torch.Tensor) -> None:

@@ -15,11 +15,16 @@ from hetu.parallel.plan.instructions import Receive, Send
 
 if TYPE_CHECKING:
     from hetu.backends.comm.peers import Peers
+    from hetu.backends.comm.watch import Awaited
 
 _TAGS = 2**31
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+_SENDING, _RECEIVING = "sending rows", "receiving rows"
+"""What a rank does, for errors."""
+
+
+@dataclass(slots=True, eq=False)  # not frozen: every transfer makes two
 class _End:
     """One end of a transfer that was started.
 
@@ -28,6 +33,7 @@ class _End:
         memory: What it reads or fills.
         place: Where what comes belongs; None for what is sent.
         peer: The rank at the other end.
+        noted: What the watch was told of it; None where the host waits.
         landed: A thread that waits for it, if one does.
     """
 
@@ -35,17 +41,13 @@ class _End:
     memory: torch.Tensor
     place: torch.Tensor | None
     peer: int
+    noted: Awaited | None
     landed: Future[Any] | None
-
-    @property
-    def landing(self) -> list[torch.Tensor]:
-        """What it fills."""
-        return [] if self.place is None else [self.place]
 
     @property
     def doing(self) -> str:
         """For errors."""
-        return "sending rows" if self.place is None else "receiving rows"
+        return _SENDING if self.place is None else _RECEIVING
 
 
 class DistributedComm:
@@ -62,7 +64,7 @@ class DistributedComm:
 
     def __init__(self, world: Peers, count: int) -> None:
         self.world, self.base = world, world.launches * 4096 + world.calls
-        self.pipelines = len(world.pipelines(count))
+        self.pipelines = 1 if count <= world.size else len(world.pipelines(count))
         self.over_gloo = world.backend == "gloo" or count > world.size
         self._ends: dict[tuple[int, int], _End] = {}
         self._local = LocalComm()
@@ -82,56 +84,61 @@ class DistributedComm:
         if peer == self.world.rank:
             self._local.receive(pipeline, instruction, place)
         else:
-            is_direct = place.device.type == "cpu" or not self.over_gloo
+            is_direct = not self.over_gloo or place.device.type == "cpu"
             memory = place if is_direct else torch.empty(place.shape, dtype=place.dtype, device="cpu")
             self._start(pipeline, instruction, peer, memory, place)
 
     def _start(
         self, pipeline: int, item: Send | Receive, peer: int, memory: torch.Tensor, place: torch.Tensor | None
     ) -> None:
-        control, world = self.world.control, self.world
-        control.check()  # the watch may have left the group
+        world = self.world
+        if world.control.is_broken:  # the watch may have left the group
+            world.control.check()
         # Both ends name a transfer alike; where two share a tag all the same, their order is the same at both ends.
-        tag, is_up = (self.base * 2**20 + item.transfer) % _TAGS, (peer > world.rank) is (place is None)
+        tag = (self.base * 2**20 + item.transfer) % _TAGS
+        is_up = (peer > world.rank) is (place is None)
         group = world.host if self.over_gloo else world.up if is_up else world.down
         try:
-            if place is None:
-                work = group.send([memory], peer, tag)
-            else:
-                work = group.recv([memory], peer, tag)
+            work = group.send([memory], peer, tag) if place is None else group.recv([memory], peer, tag)
         except RuntimeError as error:
-            control.lost("sending rows" if place is None else "receiving rows", error, [peer])
-        end = self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, self._wait_aside(work))
+            world.control.lost(_SENDING if place is None else _RECEIVING, error, [peer])
+        noted = None
         if world.watch is not None and not self.over_gloo:
-            world.watch.started((id(self), pipeline, item.transfer), end.landing, end.doing, [peer])
+            noted = (
+                world.watch.started((), _SENDING, (peer,))
+                if place is None
+                else world.watch.started((place,), _RECEIVING, (peer,))
+            )
+        landed = self._wait_aside(work) if self.pipelines > 1 else None
+        self._ends[pipeline, item.transfer] = _End(work, memory, place, peer, noted, landed)
 
-    def _wait_aside(self, work: Any) -> Future[Any] | None:
-        if self.pipelines <= 1:
-            return None
+    def _wait_aside(self, work: Any) -> Future[Any]:
         if self._threads is None:
             self._threads = ThreadPoolExecutor(256, thread_name_prefix="hetu-transfer")
         return self._threads.submit(work.wait, seconds(self.world.control.patience))
 
     def done(self, pipeline: int, transfer: int) -> bool:
         """Blocks until this end of the transfer is done, if no other pipeline of this process could go on meanwhile."""
-        end = self._ends.get((pipeline, transfer))
+        key = pipeline, transfer
+        end = self._ends.get(key)
         if end is None:
             return self._local.done(pipeline, transfer)
-        if end.landed is not None and not end.landed.done():
+        landed, place = end.landed, end.place
+        if landed is not None and not landed.done():
             return False
-        del self._ends[pipeline, transfer]
+        del self._ends[key]
         try:
-            if end.landed is not None:
-                end.landed.result()
-            elif self.over_gloo:
+            if landed is not None:
+                landed.result()
+            elif end.noted is None:
                 end.work.wait(seconds(self.world.control.patience))
             else:
                 end.work.wait()  # the stream waits, not the host
-                self.world.expect(end.landing, end.doing, [end.peer], (id(self), pipeline, transfer))
+                self.world.waited(end.noted)
         except RuntimeError as error:
             self.world.control.lost(end.doing, error, [end.peer])
-        if end.place is not None and end.memory is not end.place:
-            end.place.copy_(end.memory)
+        if place is not None and end.memory is not place:
+            place.copy_(end.memory)
         return True
 
     def forget(self) -> None:

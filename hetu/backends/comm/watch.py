@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -111,26 +111,32 @@ class _Never:
         return False
 
 
-@dataclass(frozen=True, slots=True)
+_NEVER = _Never()
+
+Places = tuple[tuple[int, int], ...]
+"""Memory, by address and bytes."""
+
+
+@dataclass(slots=True, eq=False)  # not frozen: every message makes one, and the wait for it changes it
 class Awaited:
-    """A message that a stream waits for.
+    """A message that the host will wait for, or that a stream waits for.
 
     It holds no tensor: that would keep the memory until the host looks, many layers later. Its address is enough, for
     as long as the stream has not got past the wait nothing else was written there.
 
     Attributes:
-        mark: Reached by the stream right after the wait.
-        since: When the host asked for it.
-        places: Where it lands, by address and bytes; nothing for what is sent.
+        places: Where it lands; nothing for what is sent.
         doing: For the error: ``"receiving rows"``.
         peers: Whom it depends on; none for all.
+        since: When it was started, and then when the host asked for it.
+        mark: Reached by the stream right after the wait.
     """
 
-    mark: Any
-    since: float
-    places: tuple[tuple[int, int], ...]
+    places: Places
     doing: str
     peers: tuple[int, ...]
+    since: float
+    mark: Any = _NEVER
 
 
 class Watch:
@@ -147,38 +153,40 @@ class Watch:
         self, device: Device, patience: float, has_stopped: Callable[[], bool], lost: Callable[[Awaited], None]
     ) -> None:
         self.device, self.patience, self.has_stopped, self.lost = device, patience, has_stopped, lost
-        self._awaited: dict[Hashable, deque[Awaited]] = {}
-        self._started: dict[Hashable, Awaited] = {}
+        self._awaited: defaultdict[Hashable, deque[Awaited]] = defaultdict(deque)
+        self._started: dict[int, Awaited] = {}
         self._some, self._end = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    def started(self, name: Hashable, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int]) -> None:
+    def started(self, into: Sequence[torch.Tensor], doing: str, peers: tuple[int, ...] = ()) -> Awaited:
         """Notes that a message was started, which the host will wait for.
 
         Args:
-            name: Tells it from others.
             into: Where it lands.
             doing: See :class:`Awaited`.
             peers: See :class:`Awaited`.
         """
-        self._started[name] = Awaited(_Never(), time.monotonic(), _places(into), doing, tuple(peers))
+        item = Awaited(_places(into), doing, peers, time.monotonic())
+        self._started[id(item)] = item
+        self._wake()
+        return item
+
+    def waited(self, item: Awaited) -> None:
+        """Notes that the current stream was just made to wait for a message that was started."""
+        item.mark, item.since = self.device.mark(), time.monotonic()
+        self._awaited[self.device.queue()].append(item)
+        self._started.pop(id(item), None)
         self._wake()
 
-    def expect(
-        self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = (), name: Hashable = None
-    ) -> None:
-        """Notes that the current stream was just made to wait for a message.
+    def expect(self, into: Sequence[torch.Tensor], doing: str, peers: Sequence[int] = ()) -> None:
+        """Both at once: the current stream was just made to wait for a message.
 
         Args:
             into: Where it lands.
             doing: See :class:`Awaited`.
             peers: See :class:`Awaited`.
-            name: If it was noted when it was started.
         """
-        item = Awaited(self.device.mark(), time.monotonic(), _places(into), doing, tuple(peers))
-        self._awaited.setdefault(self.device.queue(), deque()).append(item)
-        self._started.pop(name, None)
-        self._wake()
+        self.waited(Awaited(_places(into), doing, tuple(peers), time.monotonic()))
 
     def _wake(self) -> None:
         if not self._some.is_set():
@@ -214,12 +222,30 @@ class Watch:
     def _oldest(self) -> Awaited | None:
         """What is waited for longest, after dropping what has come."""
         for items in list(self._awaited.values()):
-            # Once it ends, marks stay: what fills memory asks them at the same time.
-            while items and not self._end.is_set() and items[0].mark.query():
+            for _ in range(self._reached(items)):
                 self.device.reached(items.popleft().mark)
         first = [items[0] for items in list(self._awaited.values()) if items]
         return min([*first, *list(self._started.values())], key=lambda x: x.since, default=None)
 
+    def _reached(self, items: deque[Awaited]) -> int:
+        """How many of a stream's messages have come: the first ones.
 
-def _places(into: Sequence[torch.Tensor]) -> tuple[tuple[int, int], ...]:
-    return tuple((x.data_ptr(), x.nbytes) for x in into if x.nbytes)
+        They are found by halves. Each question lets another thread go on, and takes it back again: as many as there are
+        messages would hold up whoever computes.
+        """
+        low, high = 0, len(items)
+        look = high - 1  # mostly all have come
+        while low < high:
+            # Once it ends, marks stay: what fills memory asks them at the same time.
+            if self._end.is_set():
+                return 0
+            if items[look].mark.query():
+                low = look + 1
+            else:
+                high = look
+            look = (low + high) // 2
+        return low
+
+
+def _places(into: Sequence[torch.Tensor]) -> Places:
+    return tuple([(x.data_ptr(), x.nbytes) for x in into if x.nbytes])

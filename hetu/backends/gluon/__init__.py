@@ -24,6 +24,7 @@ class GluonFamily(KernelFamily):
     attend = staticmethod(launch.attend)
     attend_backward = staticmethod(launch_backward.attend_backward)
     row_dot = staticmethod(PORTABLE.row_dot)
+    gather = staticmethod(PORTABLE.gather)
 
     def declines(self, signature: AttendSignature) -> str | None:
         """Says what of it does not fit."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from hetu.backends.gluon.variants import layout
 from hetu.backends.triton.variants import row_strides
 
 _BYTES = 16
@@ -44,3 +45,15 @@ def is_describable(x: torch.Tensor) -> bool:
         and x.data_ptr() % _BYTES == 0
         and all(stride > 0 and stride * size % _BYTES == 0 and stride * size < 2**40 for stride in strides)
     )
+
+
+Boxes = tuple[list[int], list[int]]
+"""The box of queries and of what else has their rows, and that of keys and values."""
+
+DESCRIBED = 4
+"""How many tensors each kernel reads in boxes; they are its first parameters."""
+
+
+def described(x: torch.Tensor, box: list[int]) -> Box:
+    """A tensor's descriptor, for Triton."""
+    return Box(x, box, layout(tuple(box)))

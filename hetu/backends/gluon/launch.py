@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,13 +15,13 @@ from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import BLOCKS, MORE, QUERY_FIELDS, Int32Array, WorkList
 from hetu.backends.attention.work import query_work
 from hetu.backends.gluon import variants
-from hetu.backends.gluon.descriptors import Box, is_describable
+from hetu.backends.gluon.descriptors import DESCRIBED, Boxes, described, is_describable
 from hetu.backends.gluon.forward import forward_kernel
 from hetu.backends.gluon.variants import Tile, boxes, constants
-from hetu.backends.memory import device_copies
+from hetu.backends.memory import HasCopies, device_copies
 from hetu.backends.triton import launch as portable
-from hetu.backends.triton.launch import DeviceWork, LaunchKind, keys_per_row
-from hetu.backends.triton.launcher import Constants, Launcher
+from hetu.backends.triton.launch import Bound, DeviceWork, LaunchKind, bind, forward_key, keep_bound, keys_per_row
+from hetu.backends.triton.launcher import Arguments, Constants, Launcher
 from hetu.backends.triton.variants import PackedHeads, Variant, row_strides
 
 _ROWS, _K_LEN, _REACH = (QUERY_FIELDS.index(name) for name in ("rows", "k_len", "reach"))
@@ -31,25 +32,48 @@ Kind = LaunchKind[Variant, Tile]
 Work = DeviceWork[Variant, Tile]
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's work list on the device.
+
+    Attributes:
+        work: The list.
+        items: How many items a set of heads has.
+    """
+
+    work: Work
+    items: int
+
+
+PORTABLE = "of the portable kernels"
+"""Kept in place of launches of a step that they take."""
+
+
 def attend(call: AttendCall, state: AttentionState) -> None:
     """One step of attention in Gluon; see :meth:`hetu.backends.attention.family.KernelFamily.attend`.
 
     Calls go to the portable kernels if those are faster, or if a tensor is none for TMA, such as a view that begins at
     an odd address.
     """
-    kind = _kind_of(call)
-    if kind is None or not all(map(is_describable, (call.q, call.k, call.v, state.out))):
-        portable.attend(call, state)
-        return
     if call.softmax_scale <= 0:
         call = call.with_positive_scale()
     owner = call.table if call.turn is None else call.turn
+    like = ("gluon", *forward_key(call, state))
+    bound: Bound[_Step] | str | None = owner.copies.get(like)
+    if isinstance(bound, Bound) and bound(_given(bound.work, call, state)):
+        return
+    kind = None if bound is PORTABLE else _kind_of(call)
+    if kind is None:
+        keep_bound(owner, like, PORTABLE)
+    if kind is None or not all(map(is_describable, (call.q, call.k, call.v, state.out))):
+        portable.attend(call, state)
+        return
     key = ("gluon", kind.keys)
     work = owner.copies.get(key)
     if work is None:
         work = _prepared(call, kind)
         device_copies.keep(owner, key, work, work.records.nbytes)
-    _run(work, call, state)
+    _launch(work, call, state, owner, like)
 
 
 def _kind_of(call: AttendCall) -> Kind | None:
@@ -61,35 +85,41 @@ def _kind_of(call: AttendCall) -> Kind | None:
     return _kind(*q.shape[1:], call.k.shape[1], q.dtype, flags, q.device, is_long)
 
 
-def _run(work: Work, call: AttendCall, state: AttentionState) -> None:
+def _launch(work: Work, call: AttendCall, state: AttentionState, owner: HasCopies, like: Hashable) -> None:
     if work.programs == 0:
         return
-    q, out = call.q, state.out
-    of = _constants_of(work.kind, work.variant, row_strides(out))
-    queries, keys = boxes(of)
+    device = call.q.device
+    of = _constants_of(work.kind, work.variant, row_strides(state.out))
+    key = (work.key, of.OUT_STRIDE_T, of.OUT_STRIDE_H)
+    programs, step = min(work.programs, multiprocessors(device)), _Step(work, work.programs // of.SETS)
+    arguments = _given(step, call, state, boxes(of))
+    _forward(device, key, programs, arguments, _arguments, of)
+    keep_bound(owner, like, bind(step, _forward, key, device, programs, arguments[0][:DESCRIBED]))
+
+
+def _given(step: _Step, call: AttendCall, state: AttentionState, boxes: Boxes | None = None) -> Arguments:
+    """The arguments of a launch; without boxes for one that knows them."""
+    read: tuple[Any, ...] = (call.q, call.k, call.v, state.out)
+    if boxes is not None:
+        queries, keys = boxes
+        read = tuple(map(described, read, (queries, keys, keys, queries)))
+    q_desc, k_desc, v_desc, o_desc = read
     over_slots, over_heads, _ = state.lse.stride()
-    _forward(
-        q.device,
-        (work.key, of.OUT_STRIDE_T, of.OUT_STRIDE_H),
-        min(work.programs, multiprocessors(q.device)),
-        _forward.arguments(
-            q_desc=Box(q, queries, variants.layout(tuple(queries))),
-            k_desc=Box(call.k, keys, variants.layout(tuple(keys))),
-            v_desc=Box(call.v, keys, variants.layout(tuple(keys))),
-            o_desc=Box(out, queries, variants.layout(tuple(queries))),
-            out=out,
-            lse=state.lse,
-            acc_state=state.acc if work.variant.runs_on else None,
-            sinks=call.sinks,
-            records=work.records,
-            items=work.programs // of.SETS,
-            stride_lb=over_slots,
-            stride_lh=over_heads,
-            scale=call.softmax_scale,
-            softcap=call.softcap,
-        ),
-        _arguments,
-        of,
+    return _forward.arguments(
+        q_desc=q_desc,
+        k_desc=k_desc,
+        v_desc=v_desc,
+        o_desc=o_desc,
+        out=state.out,
+        lse=state.lse,
+        acc_state=state.acc if step.work.variant.runs_on else None,
+        sinks=call.sinks,
+        records=step.work.records,
+        items=step.items,
+        stride_lb=over_slots,
+        stride_lh=over_heads,
+        scale=call.softmax_scale,
+        softcap=call.softcap,
     )
 
 

@@ -6,7 +6,7 @@ Without a GPU the same kernels run in Triton's interpreter on CPU tensors; see `
 from __future__ import annotations
 
 from hetu.backends.attention.family import AttendSignature, KernelFamily
-from hetu.backends.triton import launch, launch_backward
+from hetu.backends.triton import launch, launch_backward, rows
 from hetu.backends.triton.variants import (
     DTYPES,
     HEAD_DIMS,
@@ -47,7 +47,8 @@ class TritonFamily(KernelFamily):
     name = "triton"
     attend = staticmethod(launch.attend)
     attend_backward = staticmethod(launch_backward.attend_backward)
-    row_dot = staticmethod(launch_backward.row_dot)
+    row_dot = staticmethod(rows.row_dot)
+    gather = staticmethod(rows.gather)
 
     def declines(self, signature: AttendSignature) -> str | None:
         """Says which of the two does not fit."""

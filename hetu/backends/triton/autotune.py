@@ -98,7 +98,7 @@ def kind_of(variant: Variant | BackwardVariant, heads: PackedHeads, keys_per_row
     return " ".join([direction, f"{heads.num_q}:{heads.num_kv}:{variant.head_dim}", dtype, *flags, f"{keys} keys"])
 
 
-def milliseconds(call: Callable[[], None]) -> float:
+def milliseconds(call: Callable[[], object]) -> float:
     """Time of a call on the device, the first of which compiles."""
     call()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(REPEATS)]

@@ -15,10 +15,11 @@ from hetu.backends.attention.dropout import Dropout
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import WorkList
 from hetu.backends.attention.work import query_work
-from hetu.backends.memory import copied_to, device_copies
+from hetu.backends.memory import HasCopies, copied_to, device_copies
 from hetu.backends.triton import autotune, running_max
+from hetu.backends.triton.bound import BoundLaunch
 from hetu.backends.triton.kernels import forward_kernel
-from hetu.backends.triton.launcher import Constants, Launcher
+from hetu.backends.triton.launcher import Arguments, Constants, Launcher
 from hetu.backends.triton.variants import (
     INTERPRETER,
     PackedHeads,
@@ -43,20 +44,33 @@ def attend(call: AttendCall, state: AttentionState) -> None:
 
     float16, bfloat16 and float32; head_dim 8 to 256, a multiple of 8.
     """
-    q, turn = call.q, call.turn
+    if call.softmax_scale <= 0:
+        call = call.with_positive_scale()
+    owner = call.table if call.turn is None else call.turn
+    like = ("triton", *forward_key(call, state))
+    bound: Bound[ForwardWork] | None = owner.copies.get(like)
+    if bound is not None and bound(_arguments(bound.work, call, state)):
+        return
+    q = call.q
     _, num_q, head_dim = q.shape
     key = (
         q.device, q.dtype, num_q, head_dim, call.k.shape[1],
         call.dropout is not None, state.scores is not None, call.softcap > 0, call.sinks is not None,
     )  # fmt: skip
-    if call.softmax_scale <= 0:
-        call = call.with_positive_scale()
-    owner = call.table if turn is None else turn
     work = owner.copies.get(key)
     if work is None:
         work = _prepared(call, state, *key)
         device_copies.keep(owner, key, work, work.records.nbytes)
-    _run(work, call, state)
+    keep_bound(owner, like, bind(work, _forward, _run(work, call, state), q.device, work.programs))
+
+
+def forward_key(call: AttendCall, state: AttentionState) -> tuple[Hashable, ...]:
+    """What calls of a step have in common that differ in their numbers and in their tensors' memory alone."""
+    q, k, out = call.q, call.k, state.out
+    return (
+        *("forward", q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), call.v.stride(), out.stride()),
+        *(call.dropout is None, state.scores is None, call.softcap > 0, call.sinks is None),
+    )
 
 
 _forward = Launcher(forward_kernel, "stride_lb", running_max.check)
@@ -112,6 +126,59 @@ class DeviceWork(Generic[AnyVariant, AnyTile]):
         return cls(kind, kind.variants[more], kind.keys[more], copied_to(work.records(), device), programs)
 
 
+Work = TypeVar("Work")
+
+
+@dataclass(frozen=True, slots=True)
+class Bound(Generic[Work]):
+    """A launch that was made once, kept to be made again for other tensors; see :class:`BoundLaunch`.
+
+    Attributes:
+        work: What it does, on the device.
+        programs: Size of its grid.
+        launch: Launches it.
+    """
+
+    work: Work
+    programs: int
+    launch: BoundLaunch
+
+    def __call__(self, arguments: Arguments) -> bool:
+        """Launches it, if it can be; see :meth:`BoundLaunch.__call__`."""
+        return self.launch(self.programs, *arguments)
+
+
+def bind(
+    work: Work,
+    launcher: Launcher,
+    key: Hashable,
+    device: torch.device,
+    programs: int,
+    boxes: Sequence[Any] = (),
+) -> Bound[Work] | None:
+    """What makes a launch again that was just made; None if it can't be made again so.
+
+    Args:
+        work: What it does.
+        launcher: Who launched it.
+        key: Under which key.
+        device: Of the tensors.
+        programs: Size of the grid.
+        boxes: Descriptors of its first tensors.
+    """
+    found = launcher.kept(key)
+    if found is None:
+        return None
+    launch = BoundLaunch.of(found[0], device, found[1], boxes)
+    return None if launch is None else Bound(work, programs, launch)
+
+
+def keep_bound(owner: HasCopies, like: Hashable, bound: Any) -> None:
+    """Keeps what makes a step's launches again with the step, under what all of these calls have in common."""
+    if bound is not None and like not in owner.copies:
+        device_copies.keep(owner, like, bound, 0)
+
+
 ForwardKind = LaunchKind[Variant, Tile]
 ForwardWork = DeviceWork[Variant, Tile]
 
@@ -121,7 +188,7 @@ def searched(
     keys_per_row: float,
     candidates: Iterable[FoundTile],
     made: Callable[[LaunchKind[AnyVariant, FoundTile]], DeviceWork[AnyVariant, FoundTile]],
-    run: Callable[[DeviceWork[AnyVariant, FoundTile]], None],
+    run: Callable[[DeviceWork[AnyVariant, FoundTile]], object],
     device: torch.device,
 ) -> LaunchKind[AnyVariant, FoundTile]:
     """A kind with the fastest shape that is known or found on the device; see :func:`autotune.tuned`."""
@@ -135,44 +202,44 @@ def searched(
     return replace(kind, shape=autotune.tuned(name, kind.shape, candidates, None if variant.runs_on else trial, device))
 
 
-def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> None:
+def _run(work: ForwardWork, call: AttendCall, state: AttentionState) -> Hashable:
+    """Launches a step, unless it has nothing to do; gives the launch's key."""
     if work.programs == 0:
-        return
-    q, k, v, out, variant, scores = call.q, call.k, call.v, state.out, work.variant, state.scores
+        return None
+    q, k, v, out = call.q, call.k, call.v, state.out
+    key = (work.key, q.shape[0] > 1, k.shape[0] > 1, q.stride(), k.stride(), v.stride(), out.stride())
+    _forward(q.device, key, work.programs, _arguments(work, call, state), _constants, work, (q, k, v, out))
+    return key
+
+
+def _arguments(work: ForwardWork, call: AttendCall, state: AttentionState) -> Arguments:
+    q, variant, scores = call.q, work.variant, state.scores
     over_slots, over_heads, _ = state.lse.stride()
     over_scores = (0, 0, 0) if scores is None else scores.stride()
     drop = NO_DROPOUT if call.dropout is None else DropoutNumbers.of(call.dropout)
-    _forward(
-        q.device,
-        (work.key, q.shape[0] == 1, k.shape[0] == 1, q.stride(), k.stride(), v.stride(), out.stride()),
-        work.programs,
-        _forward.arguments(
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            lse=state.lse,
-            acc_state=state.acc if variant.runs_on else None,
-            scores=scores,
-            sinks=call.sinks,
-            key_position=key_position_on(call, q.device) if variant.dropout or variant.scores else None,
-            records=work.records,
-            stride_lb=over_slots,
-            stride_lh=over_heads,
-            stride_sb=over_scores[0],
-            stride_sh=over_scores[1],
-            stride_sm=over_scores[2],
-            scale=call.softmax_scale,
-            key_low=drop.key_low,
-            key_high=drop.key_high,
-            threshold=drop.threshold,
-            keep_scale=drop.keep_scale,
-            head_start=drop.head_start,
-            softcap=call.softcap,
-        ),
-        _constants,
-        work,
-        (q, k, v, out),
+    return _forward.arguments(
+        q=q,
+        k=call.k,
+        v=call.v,
+        out=state.out,
+        lse=state.lse,
+        acc_state=state.acc if variant.runs_on else None,
+        scores=scores,
+        sinks=call.sinks,
+        key_position=key_position_on(call, q.device) if variant.dropout or variant.scores else None,
+        records=work.records,
+        stride_lb=over_slots,
+        stride_lh=over_heads,
+        stride_sb=over_scores[0],
+        stride_sh=over_scores[1],
+        stride_sm=over_scores[2],
+        scale=call.softmax_scale,
+        key_low=drop.key_low,
+        key_high=drop.key_high,
+        threshold=drop.threshold,
+        keep_scale=drop.keep_scale,
+        head_start=drop.head_start,
+        softcap=call.softcap,
     )
 
 

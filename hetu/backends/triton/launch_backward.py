@@ -13,25 +13,25 @@ from hetu.backends.attention.contract import BackwardState
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.attention.records import KEYS_ONLY, VALUES_ONLY, WorkList
 from hetu.backends.attention.work import key_work, query_work
-from hetu.backends.memory import device_copies, empty
+from hetu.backends.memory import device_copies
 from hetu.backends.triton import autotune, running_max
 from hetu.backends.triton.backward import backward_kernel
 from hetu.backends.triton.launch import (
     NO_DROPOUT,
+    Bound,
     DeviceWork,
     DropoutNumbers,
     LaunchKind,
+    bind,
     capability,
+    keep_bound,
     key_position_on,
     keys_per_row,
     searched,
 )
-from hetu.backends.triton.launcher import Constants, Launcher
-from hetu.backends.triton.row_dot import row_dot_kernel
+from hetu.backends.triton.launcher import Arguments, Constants, Launcher
 from hetu.backends.triton.variants import (
-    INTERPRETER,
     PackedHeads,
-    block_columns,
     named_strides,
     rounded_keys,
     row_strides,
@@ -53,62 +53,76 @@ def attend_backward(
     if call.softmax_scale <= 0:
         _with_other_scale(call, state, dk, dv, keeps)
         return
-    q, k, turn = call.q, call.k, call.turn
+    if not keeps and named_rows(call.table) < len(call.k):  # the other rows get no gradient
+        dk.zero_()
+        dv.zero_()
+    owner = call.table if call.turn is None else call.turn
+    like = ("triton", *backward_key(call, state, dk, dv))
+    bound: Bound[BackwardWork] | None = owner.copies.get(like)
+    if bound is not None and bound(_arguments(bound.work, call, state, dk, dv)):
+        return
+    q, k = call.q, call.k
     grads = (state.dq.dtype, dk.dtype, dv.dtype)
     key = ("backward", q.device, q.dtype, *q.shape[1:], k.shape[1], grads, call.dropout is not None, call.softcap > 0)
-    owner = call.table if turn is None else turn
     work = owner.copies.get(key)
     if work is None:
         work = _prepared(call, state, dk, dv, *key[1:])
         device_copies.keep(owner, key, work, work.records.nbytes)
-    if not keeps and named_rows(call.table) < len(k):  # the other rows get no gradient
-        dk.zero_()
-        dv.zero_()
-    _run(work, call, state, dk, dv)
+    keep_bound(owner, like, bind(work, _backward, _run(work, call, state, dk, dv), q.device, work.programs))
+
+
+def backward_key(call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor) -> tuple[Hashable, ...]:
+    """As :func:`hetu.backends.triton.launch.forward_key`, of a positive scale."""
+    q, k, dq, acc = call.q, call.k, state.dq, state.acc
+    return (
+        *("backward", q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), call.v.stride()),
+        *(state.dout.stride(), dq.stride(), None if acc is None else acc.stride(), dk.stride(), dv.stride()),
+        *(dq.dtype, dk.dtype, dv.dtype, call.dropout is None, call.softcap > 0),
+    )
 
 
 _backward = Launcher(backward_kernel, "stride_lb", running_max.check)
-_row_dot = Launcher(row_dot_kernel, "rows")
 
 
-def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor) -> None:
+def _run(work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor) -> Hashable:
+    """Launches a step, unless it has nothing to do; gives the launch's key."""
     if work.programs == 0:
-        return
+        return None
     q, k, v, dq = call.q, call.k, call.v, state.dq
     acc = state.acc if work.variant.runs_on else None
+    strided = (q, k, v, state.dout, dq, dq if acc is None else acc, dk, dv)
+    key = (work.key, q.shape[0] > 1, k.shape[0] > 1, *[x.stride() for x in strided])
+    _backward(q.device, key, work.programs, _arguments(work, call, state, dk, dv), _constants, work, strided)
+    return key
+
+
+def _arguments(
+    work: BackwardWork, call: AttendCall, state: BackwardState, dk: torch.Tensor, dv: torch.Tensor
+) -> Arguments:
     over_slots, over_heads, _ = state.lse.stride()
     drop = NO_DROPOUT if call.dropout is None else DropoutNumbers.of(call.dropout)
-    strided = (q, k, v, state.dout, dq, dq if acc is None else acc, dk, dv)
-    _backward(
-        q.device,
-        (work.key, q.shape[0] == 1, k.shape[0] == 1, *[x.stride() for x in strided]),
-        work.programs,
-        _backward.arguments(
-            q=q,
-            k=k,
-            v=v,
-            dout=state.dout,
-            lse=state.lse,
-            delta=state.delta,
-            dq=dq,
-            dq_state=acc,
-            dk=dk,
-            dv=dv,
-            key_position=key_position_on(call, q.device) if call.dropout else None,
-            records=work.records,
-            stride_lb=over_slots,
-            stride_lh=over_heads,
-            scale=call.softmax_scale,
-            key_low=drop.key_low,
-            key_high=drop.key_high,
-            threshold=drop.threshold,
-            keep_scale=drop.keep_scale,
-            head_start=drop.head_start,
-            softcap=call.softcap,
-        ),
-        _constants,
-        work,
-        strided,
+    return _backward.arguments(
+        q=call.q,
+        k=call.k,
+        v=call.v,
+        dout=state.dout,
+        lse=state.lse,
+        delta=state.delta,
+        dq=state.dq,
+        dq_state=state.acc if work.variant.runs_on else None,
+        dk=dk,
+        dv=dv,
+        key_position=key_position_on(call, call.q.device) if call.dropout else None,
+        records=work.records,
+        stride_lb=over_slots,
+        stride_lh=over_heads,
+        scale=call.softmax_scale,
+        key_low=drop.key_low,
+        key_high=drop.key_high,
+        threshold=drop.threshold,
+        keep_scale=drop.keep_scale,
+        head_start=drop.head_start,
+        softcap=call.softcap,
     )
 
 
@@ -196,23 +210,3 @@ def named_rows(table: SegmentTable) -> int:
             begins, ends = table.stretches()
             table.named_rows = int((ends - begins).sum())
     return table.named_rows
-
-
-def row_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Dot products of the rows of two ``(T, H, D)`` tensors: float32 ``(T, H)``. The last dims are contiguous."""
-    rows, heads, head_dim = a.shape
-    result = empty((rows, heads), torch.float32, a.device)
-    if result.numel() == 0:
-        return result
-    block_d = block_columns(head_dim)
-    block_r = 8192 // block_d if capability(a.device) != INTERPRETER else 1024
-    strides = (row_strides(a), row_strides(b))
-
-    def constants() -> Constants:
-        sizes = {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_R": block_r}
-        return named_strides("AB", strides) | sizes, {}
-
-    programs = -(-rows * heads // block_r)
-    key = (a.device, a.dtype, b.dtype, heads, head_dim, strides)
-    _row_dot(a.device, key, programs, _row_dot.arguments(a=a, b=b, result=result, rows=rows * heads), constants)
-    return result

@@ -17,8 +17,10 @@ Constants = tuple[dict[str, Any], dict[str, Any]]
 Arguments = tuple[tuple[torch.Tensor | None, ...], tuple[int | float, ...]]
 """The other arguments of a launch, tensors and numbers, each in the order of the kernel's parameters."""
 
-_ALIGNED = 16
-_INT32 = 2**31
+ALIGNED = 16
+"""Bytes: what the addresses of tensors usually are multiples of, and kernels are compiled for."""
+
+INT32 = 2**31
 
 
 class Launcher:
@@ -48,6 +50,10 @@ class Launcher:
         self._checked: set[Any] = set()
         self._compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}
 
+    def kept(self, key: Hashable) -> tuple[Any, tuple[Any, ...]] | None:
+        """What was compiled for a key, and its constants in order; None before its first usual call."""
+        return self._compiled.get(key)
+
     def __call__(
         self,
         device: torch.device,
@@ -76,7 +82,7 @@ class Launcher:
         for x in tensors:
             if x is not None:
                 pointers |= x.data_ptr()
-        is_usual = pointers % _ALIGNED == 0 and max(numbers) < _INT32
+        is_usual = pointers % ALIGNED == 0 and max(numbers) < INT32
         kept = self._compiled.get(key) if is_usual else None
         if kept is not None:
             compiled, rest = kept
@@ -118,14 +124,14 @@ def launch(compiled: Any, device: torch.device, programs: int, arguments: Sequen
     ``compiled[grid](...)`` collects for each launch what a profiler's hooks may ask for, and calls them from C though
     there are none: a third of its time. That way is taken only where there are some (``proton``).
     """
-    if _has_hooks():
+    if has_hooks():
         compiled[(programs, 1, 1)](*arguments)
         return
     stream = current_stream(device.index)
     compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
 
-def _has_hooks() -> bool:
+def has_hooks() -> bool:
     """Whether anything is to be called before or after launches: a chain of hooks, or None or a single one."""
     runtime: Any = triton.knobs.runtime
     before, after = runtime.launch_enter_hook, runtime.launch_exit_hook

@@ -20,7 +20,7 @@ finished and are put there.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self, TypeVar, overload
 
@@ -60,7 +60,7 @@ class PipelinePlan:
     buffers: tuple[Buffer, ...]
     instructions: tuple[Instruction, ...]
     queries: int = 0
-    memo: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    memo: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def rows(self) -> int:
@@ -102,11 +102,11 @@ class PipelinePlan:
         """
         return self.known("runs_on", lambda: any(turn is not None and turn.runs_on for turn in turns(self).values()))
 
-    def known(self, name: str, find: Callable[[], Found]) -> Found:
+    def known(self, name: Hashable, find: Callable[[], Found]) -> Found:
         """What ``find`` gives, found once: runs ask for it each time."""
-        if name not in self.memo:
-            self.memo[name] = find()
-        found: Found = self.memo[name]
+        found: Found | None = self.memo.get(name)
+        if found is None:
+            found = self.memo[name] = find()
         return found
 
 

@@ -22,6 +22,7 @@ from support.traces import check_events, lane_names, named_steps, steps, wanted_
 
 import hetu
 from hetu.backends.comm import LocalComm, follow, recorder, run_lock_step
+from hetu.backends.comm.program import Program
 from hetu.backends.comm.recorder import PERIOD, _in_turn, watched
 from hetu.parallel import METHODS, Layout, Mask, build_plan
 from hetu.parallel.attn_plan import AttnPlan
@@ -72,11 +73,11 @@ def test_the_steps_of_the_plan(method: str, seed: int, mask: Mask, is_backward: 
 
 def test_nothing_is_in_between_when_nobody_looks() -> None:
     part, comm = plan_of([2, 2]).pipelines[0], LocalComm()
-    instructions, same = watched(part, comm, CPU)
-    assert instructions is part.instructions and same is comm
+    steps, same = watched(part, comm, CPU)
+    assert steps is Program.of(part).steps and same is comm
     with hetu.trace():
-        instructions, other = watched(part, comm, CPU)
-        assert instructions is not part.instructions and other is not comm
+        others, other = watched(part, comm, CPU)
+        assert others is not steps and other is not comm
     assert watched(part, comm, CPU)[1] is comm
 
 
@@ -200,7 +201,7 @@ def test_a_run_that_fails() -> None:
     plan = plan_of([2, 2])
     with pytest.raises(RuntimeError, match="out of something"), hetu.trace() as t:
         run(plan, attend)
-    assert watched(plan.pipelines[0], LocalComm(), CPU)[0] is plan.pipelines[0].instructions
+    assert watched(plan.pipelines[0], LocalComm(), CPU)[0] is Program.of(plan.pipelines[0]).steps
     check_events(t.events)
     found = named_steps(t.events)
     assert found[0, "compute", "attend buffer 0 (rows of 0): 1 segment, 4 pairs"] == 1

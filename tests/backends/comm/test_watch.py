@@ -23,8 +23,10 @@ class Mark:
     """A place in a stream."""
 
     is_reached: bool = False
+    asked: int = 0
 
     def query(self) -> bool:
+        self.asked += 1
         return self.is_reached
 
 
@@ -112,6 +114,21 @@ def test_nothing_is_lost_as_long_as_streams_go_on(watched: Callable[[float], Wat
     assert not one.lost and places.eq(1).all()
 
 
+@pytest.mark.parametrize("reached", [0, 1, 57, 199, 200])
+def test_few_marks_are_asked(reached: int) -> None:
+    """Each question takes time from whoever computes; a stream comes to its marks in order."""
+    host, place = Host(), torch.ones(3)
+    watch = Watch(host, 60.0, lambda: False, lambda item: None)
+    watch._thread = threading.current_thread()  # no other looks
+    for number in range(200):
+        watch.expect([place], "receiving rows from", [number])
+    for mark in host.marks[:reached]:
+        mark.is_reached = True
+    oldest = watch._oldest()
+    assert (None if oldest is None else oldest.peers) == (None if reached == 200 else (reached,))
+    assert sum(mark.asked for mark in host.marks) <= 9
+
+
 def test_a_rank_that_says_that_it_stopped_is_heard_at_once(watched: Callable[[float], Watched]) -> None:
     one, place = watched(60.0), torch.ones(3)
     one.watch.expect([torch.ones(1)], "receiving rows from", [0])
@@ -126,9 +143,9 @@ def test_a_rank_that_says_that_it_stopped_is_heard_at_once(watched: Callable[[fl
 def test_a_host_that_does_not_come_to_wait(watched: Callable[[float], Watched]) -> None:
     """It may hang on its way there, in CUDA, behind the very message."""
     one, came, place = watched(0.2), torch.ones(2), torch.ones(3)
-    one.watch.started("a", [came], "receiving rows from", [0])
-    one.watch.started("b", [place], "receiving rows from", [1])
-    one.watch.expect([came], "receiving rows from", [0], "a")
+    first = one.watch.started([came], "receiving rows from", (0,))
+    one.watch.started([place], "receiving rows from", (1,))
+    one.watch.waited(first)
     one.host.marks[0].is_reached = True
     assert one.found.wait(SOON)
     assert one.lost[0].peers == (1,) and place.eq(1).all() and came.eq(1).all()

@@ -32,13 +32,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def told(name: str, run: object) -> object:
         return lambda *given: (calls.append(name), run(*given))[1]  # type: ignore[operator]
 
-    monkeypatch.setattr(launch, "_run", told("gluon", launch._run))
-    monkeypatch.setattr(launch.portable, "attend", told("portable", launch.portable.attend))
-    backward, portable = launch_backward._run, launch_backward.portable.attend_backward
-    monkeypatch.setattr(
-        launch_backward, "_run", lambda *given, **named: (calls.append("gluon"), backward(*given, **named))
-    )
-    monkeypatch.setattr(launch_backward.portable, "attend_backward", told("portable", portable))
+    # The arguments of launches, of first ones and of those that are made again.
+    monkeypatch.setattr(launch, "_given", told("gluon", launch._given))
+    monkeypatch.setattr(launch_backward, "_given_keys", told("gluon", launch_backward._given_keys))
+    for module, name in ((launch.portable, "attend"), (launch_backward.portable, "attend_backward")):
+        monkeypatch.setattr(module, name, told("portable", getattr(module, name)))
     monkeypatch.setattr(variants, "LONG", 0)
     monkeypatch.setattr(variants_backward, "LONG", 0)
     return calls

@@ -26,6 +26,7 @@ from hetu.backends.triton import (
     variants,
 )
 from hetu.backends.triton.launcher import Launcher
+from hetu.backends.triton.rows import row_dot
 from hetu.backends.triton.variants import (
     DTYPES,
     FLAGGED_DTYPES,
@@ -88,14 +89,14 @@ def test_heads_of_a_group_are_packed(num_q: int, num_kv: int, pack: int) -> None
 
 @pytest.mark.parametrize("num_q", [1, 4])
 def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Views of one row have the strides of views of many, and are compiled for others."""
+    """Views of one row or of none have the strides of views of many, and are compiled for others."""
     of_key: dict[Any, Any] = {}
 
     def note(_: Launcher, device: torch.device, key: Any, programs: int, given: Any, constants: Any, *of: Any) -> None:
         assert of_key.setdefault(key, constants(*of)) == constants(*of)
 
     monkeypatch.setattr(Launcher, "__call__", note)
-    for is_wide, rows, keys in product([False, True], [1, 2, 300], [1, 2, 300]):
+    for is_wide, rows, keys in product([False, True], [1, 2, 300], [0, 1, 2, 300]):
         tokens = max(rows, keys)
         qkv = torch.zeros(tokens, 3 * num_q, 16) if is_wide else torch.zeros(3, tokens, num_q, 16).transpose(0, 1)
         heads = qkv.chunk(3, 1) if is_wide else qkv.unbind(1)
@@ -103,7 +104,7 @@ def test_a_launchs_key_decides_what_is_compiled(num_q: int, monkeypatch: pytest.
         spans, table = varlen_tables(np.array([0, rows]), np.array([0, keys]), rows, Mask.full())
         state = new_state(q, spans, 1, rows, runs_on=False)
         launch.attend(AttendCall(q, k, v, spans, table, 1.0), state)
-        of = BackwardState(state.out, state.lse, launch_backward.row_dot(state.out, q), torch.empty_like(q))
+        of = BackwardState(state.out, state.lse, row_dot(state.out, q), torch.empty_like(q))
         grads = torch.empty_like(k), torch.empty_like(v)
         launch_backward.attend_backward(AttendCall(q, k, v, spans, table, 1.0), of, *grads)
     assert len(of_key) > 12

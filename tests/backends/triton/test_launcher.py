@@ -13,8 +13,9 @@ import triton
 
 from hetu.backends.triton import launcher
 from hetu.backends.triton.launch import _forward
-from hetu.backends.triton.launch_backward import _backward, _row_dot
+from hetu.backends.triton.launch_backward import _backward
 from hetu.backends.triton.launcher import Arguments, Constants, Launcher
+from hetu.backends.triton.rows import _gather, _row_dot
 
 CUDA = torch.device("cuda", 1)
 
@@ -84,7 +85,7 @@ def test_arguments_are_named() -> None:
         arguments(1, 2, 3, 4)
 
 
-@pytest.mark.parametrize("launch", [_forward, _backward, _row_dot])
+@pytest.mark.parametrize("launch", [_forward, _backward, _row_dot, _gather])
 def test_tensors_come_before_numbers(launch: Launcher) -> None:
     """Constants are written in capitals, and numbers but for scales are not specialised."""
     names = [name for name in launch.kernel.arg_names if not name.isupper()]
