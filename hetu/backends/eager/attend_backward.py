@@ -24,7 +24,9 @@ CPU_BLOCK, GPU_BLOCK = (128, 256), (2048, 4096)
 LARGE = {dtype: 2.0**-7 / torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 """From this size on a log-sum-exp is rounded so much that e to the power of a score less it may be far from the
 probability. The scores of such rows are rounded as the forward rounds them: then the largest is the log-sum-exp itself,
-where its digits hold no more than that. What is above it by another order of a sum counts as it."""
+where its digits hold no more than that. What is above it by another order of a sum counts as it; and so does what is
+below it by that, where a last digit is more than 1: a CPU's products add up in another order than its flash attention,
+and the largest score of a row must not weigh nothing."""
 
 
 @in_own_precision
@@ -51,6 +53,8 @@ def attend_backward(
         own_q = own_q * call.softmax_scale
         is_large = (lse.abs() >= LARGE[dtype]) & lse.isfinite()
         exact = None if not q.is_cuda and not is_large.any() else is_large  # a GPU isn't asked: it would be waited for
+        digit = lse.abs() * torch.finfo(dtype).eps
+        slack = torch.where(digit > 1.0, digit * -q.shape[-1], 0.0)
         delta = state.delta[rows].T.reshape(num_kv, -1, 1)
         own_dq = torch.zeros_like(own_q)
         for begin in range(own_keys.start, own_keys.stop, size_k):
@@ -66,7 +70,7 @@ def attend_backward(
                 p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1)
                 if exact is not None:
                     rounded = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).sub_(lse).clamp_(max=0.0)
-                    p = torch.where(exact, rounded, p)
+                    p = torch.where(exact, rounded.masked_fill_(rounded > slack, 0.0), p)
             p.exp_()
             block.hide(p, part, group)
             dp = own_dout @ values[:, part].mT
