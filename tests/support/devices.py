@@ -11,3 +11,6 @@ ON_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), re
 CUDA = pytest.param("cuda", marks=ON_CUDA)
 
 DEVICES = ["cpu", CUDA]
+
+WHERE_KERNELS_RUN = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where a test launches Triton's kernels itself: they are interpreted only where there is no GPU."""

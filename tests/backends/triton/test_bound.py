@@ -124,7 +124,8 @@ def test_triton_itself_makes_the_same_of_descriptors(monkeypatch: pytest.MonkeyP
     )
     run.global_scratch_size = run.profile_scratch_size = run.global_scratch_align = run.profile_scratch_align = 0
     run.launch_cooperative_grid, run.launch_pdl, run.num_ctas = False, True, 1
-    compiled: Any = SimpleNamespace(run=run, function=5, packed_metadata="m", metadata=Compiled.metadata)
+    compiled: Any = Compiled(seen.append)
+    compiled.run, compiled.function, compiled.packed_metadata = run, 5, "m"
     x = torch.zeros(9, 2, 16)
     box = SimpleNamespace(base=x, shape=x.shape, strides=x.stride(), padding="zero")
     launch = BoundLaunch.of(compiled, torch.device("cpu"), ("C",), [box, box])

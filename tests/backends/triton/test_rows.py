@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.devices import WHERE_KERNELS_RUN as DEVICE
 
 from hetu.backends.attention import contract
 from hetu.backends.triton.rows import gather, row_dot
@@ -25,10 +26,10 @@ def test_rows_are_packed(
 ) -> None:
     """Of up to two tensors by a kernel, else by torch: bit for bit, NaN too, and nothing is read past the rows."""
     generator = torch.Generator().manual_seed(seed)
-    index = torch.randint(rows, (picked,), generator=generator, dtype=torch.int32)
+    index = torch.randint(rows, (picked,), generator=generator, dtype=torch.int32).to(DEVICE)
     parts = []
     for count in heads:
-        whole = torch.full((rows + 2, 2 * count, width + 1), torch.nan, dtype=dtype)
+        whole = torch.full((rows + 2, 2 * count, width + 1), torch.nan, dtype=dtype, device=DEVICE)
         part = whole[1:-1, 1 : count + 1, :width]
         part.copy_(torch.randn(rows, count, width, generator=generator).to(dtype))
         part[0, 0, 0] = torch.nan
@@ -42,6 +43,6 @@ def test_rows_are_packed(
 
 @pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8), (1, 1, 8), (300, 3, 40)])
 def test_dot_products(shape: tuple[int, ...]) -> None:
-    a, b = torch.randn(2, *shape)
+    a, b = torch.randn(2, *shape, device=DEVICE)
     expected = (a.double() * b.double()).sum(-1).float()
     torch.testing.assert_close(row_dot(a.transpose(0, 1).contiguous().transpose(0, 1), b), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.devices import WHERE_KERNELS_RUN as DEVICE
 from torch.nn import functional
 
 import hetu
@@ -26,8 +27,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_what_float64_gives(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     *outer, half = shape
     torch.manual_seed(0)
-    gate_up = (3 * torch.randn(*outer, 2 * half)).to(dtype)
-    grad = torch.randn(*outer, half).to(dtype)
+    gate_up = (3 * torch.randn(*outer, 2 * half)).to(DEVICE, dtype)
+    grad = torch.randn(*outer, half).to(DEVICE, dtype)
     exact = gate_up.double().requires_grad_()
     gate, up = exact.chunk(2, -1)
     out = functional.silu(gate) * up
@@ -39,14 +40,14 @@ def test_it_is_what_float64_gives(shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def test_a_gradient_may_be_strided() -> None:
-    gate_up, grads = torch.randn(4, 12).bfloat16(), torch.randn(4, 12).bfloat16()
+    gate_up, grads = (torch.randn(4, 12, device=DEVICE).bfloat16() for _ in range(2))
     strided = grads[:, ::2]
     assert torch.equal(swiglu.swiglu(gate_up, strided), swiglu.swiglu(gate_up, strided.contiguous()))
 
 
 def test_huge_gates_saturate() -> None:
-    gate_up = torch.tensor([[1e4, -1e4, torch.inf, -3e38, 2.0, 2.0, 2.0, 2.0]]).bfloat16()
-    ones = torch.ones(1, 4).bfloat16()
+    gate_up = torch.tensor([[1e4, -1e4, torch.inf, -3e38, 2.0, 2.0, 2.0, 2.0]], device=DEVICE).bfloat16()
+    ones = torch.ones(1, 4, device=DEVICE).bfloat16()
     assert swiglu.swiglu(gate_up).tolist() == (functional.silu(gate_up[:, :4].float()) * 2).bfloat16().tolist()
     assert swiglu.swiglu(gate_up, ones)[0, :2].tolist() == [2.0, 0.0]
 
