@@ -2,9 +2,11 @@
 
 Run it with torchrun, one process per GPU (or over gloo on CPUs, where the numbers are those of gloo):
 
-    torchrun --nproc-per-node 2 benchmarks/host_ranks.py [--profile]
+    torchrun --nproc-per-node 2 benchmarks/host_ranks.py [--profile] [--one-gpu]
 
-The GPU is kept busy meanwhile, so that the host never waits for it; what is timed is the time until a call returns.
+The GPU is kept busy meanwhile, so that the host never waits for it; what is timed is the time until a call returns. All
+layers are one model's: one call does the backward of all of them. With ``--one-gpu`` the processes share a GPU, which
+NCCL refuses: in its place is a group of torch's that moves nothing, so that only the host's times mean anything.
 """
 
 from __future__ import annotations
@@ -33,12 +35,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of all ranks together")
+    parser.add_argument("--one-gpu", action="store_true", help="all processes on one GPU, between which no row travels")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     chosen = parser.parse_args()
     with_gpu = torch.cuda.is_available()
     if with_gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if with_gpu else "gloo")
+        torch.cuda.set_device(0 if chosen.one_gpu else int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if with_gpu and not chosen.one_gpu else "gloo")
+    if chosen.one_gpu:
+        move_nothing()
     found = measure(torch.device("cuda" if with_gpu else "cpu"), chosen.tokens)
     if chosen.profile:
         with cProfile.Profile() as profile:
@@ -52,6 +57,28 @@ def main() -> None:
             chosen.json.write_text(json.dumps(found, indent=1))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def move_nothing() -> None:
+    """Puts torch's group for tests, whose transfers are done at once, in the place of NCCL's; the hosts' stays gloo."""
+    from torch._C._distributed_c10d import FakeProcessGroup
+
+    from hetu.backends.comm import connect, groups, peers
+
+    plain = connect.connect
+
+    def connected(store: Any, rank: int, size: int, backend: str, timeout: Any) -> Any:
+        is_for_hosts = backend == "gloo"
+        return plain(store, rank, size, backend, timeout) if is_for_hosts else _fake(FakeProcessGroup, rank, size)
+
+    connect.connect = peers.connect = connected
+    groups._carrier = lambda group: ("nccl", torch.device("cuda", 0))
+    peers.Peers.open_links = lambda *_, **__: None  # type: ignore[method-assign]
+
+
+def _fake(kind: Any, rank: int, size: int) -> Any:
+    create = getattr(kind, "_create_internal", kind)  # which one depends on the version of torch
+    return create(rank, size)
 
 
 def make(device: torch.device, tokens: int) -> tuple[Any, ...]:
@@ -69,8 +96,7 @@ def layers(cp: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: tor
     start = time.perf_counter()
     outs = [hetu.functional.parallel_attn(q, k, v, cp) for _ in range(LAYERS)]
     between = time.perf_counter()
-    for out in outs:
-        torch.autograd.grad(out, (q, k, v), dout)
+    torch.autograd.grad(outs, (q, k, v), [dout] * LAYERS)
     return (between - start) / LAYERS, (time.perf_counter() - between) / LAYERS
 
 
