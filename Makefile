@@ -29,8 +29,10 @@ train: $(VENV)/.demo  ## a language model under another strategy at every step; 
 train-torch: $(VENV)/.demo $(VENV)/.transformers  ## a Llama of transformers in two processes: FSDP2 and context parallelism
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) examples/train_hf.py
 
-# Bytecode is kept whatever the environment says: every process of the tests would compile hetu again.
-test: lint docs  ## ruff, mypy, the import direction, the documentation, then every test
+# The documentation is built beside mypy: each takes one core. Bytecode is kept whatever the environment says: every
+# process of the tests would compile hetu again.
+test:  ## ruff, mypy, the import direction, the documentation, then every test
+	$(MAKE) --jobs=2 lint docs
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy and the import direction

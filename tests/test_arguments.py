@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.hostile import Call, Case, hostile_values, op_calls, other_calls, run_calls
+from support.hostile import HOSTILE, Call, Case, op_calls, other_calls, run_calls
 from support.hostile_planning import planning_calls
 from support.longer import LONGER
 
@@ -37,10 +37,10 @@ MAY_BE_RIGHT = {"graph tensor", "list", "range", "array", "empty list", "empty a
 def escapes(name: str, call: Call, changed: dict[str, str], case: Case) -> str | None:
     """What is wrong with how a call takes hostile values; None if nothing is."""
     function, good = call
-    values = hostile_values()
+    hostile = {parameter: HOSTILE[kind]() for parameter, kind in changed.items()}
     try:
         with case.graph:
-            result = function(**{**good, **{parameter: values[kind] for parameter, kind in changed.items()}})
+            result = function(**{**good, **hostile})
         if isinstance(result, (hetu.Tensor, list)) and not name.startswith(("Graph.", "a ", "Layout.")):
             run(case, result)
     except hetu.HetuError as error:
@@ -93,7 +93,7 @@ def walk(
         is_anew: Whether each callable gets a graph of its own.
     """
     made, wrong, draw = 0, list[str](), random.Random(18)
-    kinds = list(hostile_values())
+    kinds = list(HOSTILE)
     case = Case.make()
     own = dict(calls(case))
     for name in list(own):
@@ -143,7 +143,7 @@ def test_nothing_else_comes_out_of_what_plans_and_tests() -> None:
 
 def test_nothing_else_comes_out_of_several_hostile_values_either() -> None:
     draw, made, wrong = random.Random(18), 1000 * LONGER, list[str]()
-    kinds = list(hostile_values())
+    kinds = list(HOSTILE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number in range(made):
@@ -167,7 +167,8 @@ def test_names_of_nodes_are_strings() -> None:
             continue
         case = Case.make()
         function, good = dict(op_calls(case))[op]
-        for value in hostile_values().values():
+        for make in HOSTILE.values():
+            value = make()
             with case.graph:
                 if value is None or isinstance(value, str):
                     function(**good, name=value)
@@ -265,4 +266,4 @@ def test_devices_are_named_whether_they_are_there_or_not() -> None:
 def test_an_error_shows_a_long_value_in_part_and_a_broken_one_by_its_type() -> None:
     assert len(arguments.shown("x" * 1000)) < 200
     assert arguments.shown(10**5000) == "an int of 16610 bits"
-    assert arguments.shown(hostile_values()["broken"]) == "<Broken>"
+    assert arguments.shown(HOSTILE["broken"]()) == "<Broken>"

@@ -34,7 +34,7 @@ def instances() -> list[Any]:
     part, group, hardware = plan.pipelines[0], plan.layout.groups[0], hetu.Hardware.h200()
     with hetu.testing.counting(g) as counted:
         pass
-    with hetu.config() as settings:
+    with (change := hetu.config()) as settings:  # outside a block it would hold for all tests after these
         pass
     values = [g, out, step, out.op, out.op.definition, s, s // 2, s < 3, hetu.float32, hetu.Shards([1, 2]), trace]
     values += [prepared, *prepared.bindings, g.planner, g.executor, *g.executor.executables(), *optimizers, counted]
@@ -43,7 +43,7 @@ def instances() -> list[Any]:
     values += [hardware, *hardware.rates, plan.cost(hardware), g.explain(int_symbol_dict=said), settings]
     values += [hetu.plan_batch([3, 5], 2, hardware, max_tokens=8), hetu.autocast(), hetu.recompute()]
     cost = g.strategies[0].cost(1, 1, 8, "float32", split="normal")
-    values += [cost, cost.evaluate(said), cost.document(), pku_hetu.Graph(), pku_hetu.IntSymbol(3), hetu.config()]
+    values += [cost, cost.evaluate(said), cost.document(), pku_hetu.Graph(), pku_hetu.IntSymbol(3), change]
     values += [pku_hetu.SGDOptimizer(0.1), pku_hetu.AdamOptimizer(0.1)]
     values += [hetu.functional.ContextParallel(torch.tensor([0, 3]))]
     values += [hetu.testing.bind(g, out, {x: (3, 24)}, int_symbol_dict=said)]

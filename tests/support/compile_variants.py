@@ -52,6 +52,11 @@ def flagged_widths(capability: int) -> tuple[int, ...]:
     return (64, 128, 256) if capability >= 90 else (128,)
 
 
+def flagged_together(capability: int) -> tuple[int, ...]:
+    """Where the same are also compiled all at once: a part of the cases needs the widest only once then."""
+    return tuple(d for d in flagged_widths(capability) if d != 128)  # of 128 there are some with more flags
+
+
 def chosen(capability: int) -> list[Variant]:
     """All combinations without extras where speed matters most, and a sample of every other kind."""
     half, single = torch.bfloat16, torch.float32
@@ -68,6 +73,7 @@ def chosen(capability: int) -> list[Variant]:
             for d in flagged_widths(capability)
             for flag in ("lower", "softcap", "sinks")
         ),
+        *(Variant(d, half, lower=True, softcap=True, sinks=True) for d in flagged_together(capability)),
         Variant(128, half, True, True, lower=True, softcap=True, sinks=True),
         Variant(128, single, lower=True, softcap=True, sinks=True),
     ]
@@ -89,6 +95,7 @@ def chosen_backward(capability: int) -> list[BackwardVariant]:
             for d in flagged_widths(capability)
             for flag in ("lower", "softcap")
         ),
+        *(BackwardVariant(d, half, lower=True, softcap=True) for d in flagged_together(capability)),
         BackwardVariant(128, half, True, True, lower=True, softcap=True),
         BackwardVariant(64, single, lower=True, softcap=True),
     ]

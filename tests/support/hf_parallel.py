@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from support.compiling import with_constant_floats
 from support.hf_models import WINDOWED, documents, exact_softmax, make, results, results_of_each, tokens
 
 import hetu
@@ -54,7 +55,7 @@ def difference(
 
         cp = hetu.functional.ContextParallel(torch.tensor([0, *lengths]).cumsum(0), split=split, method=method)
         model.zero_grad()
-        with context_parallel(cp), context if step else nullcontext():
+        with context_parallel(cp), with_constant_floats(), context if step else nullcontext():
             own = run(cp.dispatch(ids, dim=1), position_ids=cp.position_ids[None], use_cache=False).logits
         scale = torch.linspace(-1, 1, own.shape[-1], dtype=own.dtype)
         (own * scale * cp.dispatch(weights, dim=1)[..., None]).sum().backward()

@@ -15,7 +15,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from support.hostile import hostile_values
+from support.hostile import HOSTILE
 from support.scopes import RandomScopes
 
 import hetu
@@ -264,8 +264,7 @@ class Request:
         return feeds, key
 
     def _hostile(self) -> Any:
-        values = hostile_values()
-        return values[self.draw.choice(list(values))]
+        return HOSTILE[self.draw.choice(list(HOSTILE))]()
 
     def break_a_feed(self) -> None:
         feeds, key = self._feed()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -19,18 +21,27 @@ def assert_own(
         raise
 
 
+@cache
+def _shown(kind: Any) -> list[str]:
+    """The fields of a dataclass that are part of its value: what is remembered beside it is not shown."""
+    return [field.name for field in fields(kind) if field.repr]
+
+
 def assert_same(mine: Any, wanted: Any) -> None:
-    """Two values, or nested lists or dicts of them, have the same types, shapes and bits."""
+    """Two values, or nested lists, dicts or dataclasses of them, have the same types, shapes and bits."""
     assert type(mine) is type(wanted)
     match wanted:
         case torch.Tensor():
             assert mine.dtype == wanted.dtype and torch.equal(mine, wanted), f"{mine} is not {wanted}"
+        case np.ndarray():
+            assert mine.dtype == wanted.dtype and np.array_equal(mine, wanted), f"{mine} is not {wanted}"
         case dict():
             assert mine.keys() == wanted.keys()
             for key in wanted:
                 assert_same(mine[key], wanted[key])
         case _ if is_dataclass(wanted):
-            assert_same(vars(mine), vars(wanted))
+            for name in _shown(type(wanted)):
+                assert_same(getattr(mine, name), getattr(wanted, name))
         case list() | tuple():
             assert len(mine) == len(wanted)
             for a, b in zip(mine, wanted, strict=True):

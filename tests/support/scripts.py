@@ -7,6 +7,7 @@ errors and warnings are in files with ``.err`` after that.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -14,8 +15,9 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 import torch._dynamo  # noqa: F401  # every optimizer of torch imports it
 
@@ -39,6 +41,15 @@ def run(script: list[str], out: str, environment: dict[str, str]) -> int:
     return 0
 
 
+def end(code: int) -> NoReturn:
+    """Ends this process when what was asked for at its end is done, but doesn't take all of torch apart first."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter does
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -56,7 +67,7 @@ def exit_codes(job: dict[str, Any]) -> list[int]:
         environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
         out = job["out"] if rank == 0 else f"{job['out']}.{rank}"
         if (child := os.fork()) == 0:
-            sys.exit(run(job["script"], out, environment))
+            end(run(job["script"], out, environment))
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 

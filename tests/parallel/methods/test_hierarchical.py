@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.layout_cases import HEADS, MASKS, random_case, random_custom_layout, sparse_layout
 from support.plans import KV_METHODS, find, refused, with_instructions
+from support.same import assert_same
 
 from hetu.parallel import Hardware, Heads, Layout, Mask, Topology, build_plan
 from hetu.parallel.attn_plan import AttnPlan
@@ -45,8 +46,8 @@ def test_random_hosts(kind: str, seed: int, mask: Mask, hosts: int) -> None:
     backward.verify()
     for r in range(layout.num_pipelines):
         own = built(layout, topology, mask)
-        assert repr(own.backward().part(r)) == repr(backward.pipelines[r])
-        assert repr(own.part(r)) == repr(plan.pipelines[r])
+        assert_same(own.backward().part(r), backward.pipelines[r])
+        assert_same(own.part(r), plan.pipelines[r])
     for method in set(KV_METHODS) - {"hierarchical"}:
         other = built(layout, topology, mask, method)
         assert plan.cost(FAST).host_bytes <= other.cost(FAST).host_bytes
@@ -57,7 +58,7 @@ def test_one_host_is_direct() -> None:
     layout = Layout.build([5] * 4, [0] * 4, split="sym")
     one, direct = built(layout, Topology.one_host(4)), built(layout, Topology.one_host(4), method="direct")
     for mine, other in ((one, direct), (one.backward(), direct.backward())):
-        assert repr(mine.pipelines[:]) == repr(other.pipelines[:])
+        assert_same(mine.pipelines[:], other.pipelines[:])
 
 
 def test_rows_go_once_to_each_host() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from support.layout_cases import DEFINITIONS, HEADS, MASKS, random_case, random_custom_layout
 from support.plans import KV_METHODS
+from support.same import assert_same
 
 from hetu.errors import StrategyError
 from hetu.parallel import METHODS, Hardware, Layout, Mask, Topology, build_pipeline_plan, build_plan
@@ -101,11 +102,7 @@ def check(layout: Layout, method: str, mask: Mask) -> None:
         assert rows <= set().union(*needed.values())
     for r in range(layout.num_pipelines):
         alone = build_pipeline_plan(layout, r, method=method, mask=mask, heads=HEADS)
-        assert repr_of(alone) == repr_of(plan.pipelines[r])
-
-
-def repr_of(part: object) -> str:
-    return repr(part).replace("\n", "")
+        assert_same(alone, plan.pipelines[r])
 
 
 @pytest.mark.parametrize("method", KV_METHODS)
