@@ -119,6 +119,7 @@ class _Sizes:
             pricers = [Pricer(attention, chosen.hardware, *counts) for attention, *counts in self.attentions]
             self.pricers[chosen.number] = pricers
         found, ranking, times = self.function(*values), Ranking(), list[tuple[float, int]]()
+        memory = chosen.hardware.memory_bytes
         for strategy, (parts, lengths) in enumerate(zip(self.loads, self.lengths, strict=True)):
             fewest = min(found[lengths])
             if fewest < 0:
@@ -126,9 +127,13 @@ class _Sizes:
                 continue
             time, need = 0.0, 0
             for pricer, own in zip(pricers, parts, strict=True):
-                _, (seconds, _, _), peak = pricer.price({method: [found[x] for x in of] for method, of in own.items()})
-                time, need = time + seconds, max(need, peak)
-            if need > chosen.hardware.memory_bytes:
+                _, (seconds, _, _), peak = pricer.cheapest(
+                    {method: [found[x] for x in of] for method, of in own.items()}
+                )
+                time += seconds
+                if peak > need:
+                    need = peak
+            if need > memory:
                 ranking.reasons[strategy] = _too_large(need, chosen.hardware)
             else:
                 times.append((time, strategy))

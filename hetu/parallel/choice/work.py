@@ -59,7 +59,11 @@ class GroupCounts:
         self.counts, self.heads, self.batch = counts, heads, lifted(batch)
         self.members = counts.members
         self.hosts = hosts or Hosts.of(range(self.members), None)
-        self.rows = counts.pieces.sum(1) * self.batch
+        self.rows = self._all(counts.pieces.sum(1))
+
+    def _all(self, of_one: Numbers) -> Numbers:
+        """What is counted of one batch entry, of all of them."""
+        return of_one if type(self.batch) is int and self.batch == 1 else of_one * self.batch
 
     @property
     def elsewhere(self) -> int:
@@ -69,8 +73,7 @@ class GroupCounts:
     @cached_property
     def pairs(self) -> Numbers:
         """``(R,)`` pairs of each member's queries."""
-        pairs: Numbers = self.counts.pairs().sum(1).astype(object) * self.batch
-        return pairs
+        return self._all(self.counts.pairs().sum(1).astype(object))
 
     @cached_property
     def whole_pairs(self) -> Any:
@@ -80,8 +83,7 @@ class GroupCounts:
     @cached_property
     def taken(self) -> Numbers:
         """``(R, R)`` rows that each member needs of each owner."""
-        rows: Numbers = self.counts.taken() * self.batch
-        return rows
+        return self._all(self.counts.taken())
 
     @cached_property
     def taken_by_hosts(self) -> Numbers:
