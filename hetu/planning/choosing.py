@@ -209,7 +209,8 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     By an estimate, or, where the mask has no closed form, by the virtual clock, which builds all parts.
     """
     key = "price", hardware
-    if key not in plan.memo:
+    found: tuple[float, int] | None = plan.memo.get(key)
+    if found is None:
         counts = (0, 1) if plan.is_backward else (1, 0)
         hosts = None if plan.topology is None else plan.topology.hosts
         attention = Attention(plan.mask, plan.heads, plan.method, hosts)
@@ -217,8 +218,7 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
             price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
             price = _by_clock(plan, hardware)
-        plan.memo[key] = price.estimate.time, price.peak_bytes
-    found: tuple[float, int] = plan.memo[key]
+        plan.memo[key] = found = price.estimate.time, price.peak_bytes
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetu.errors import StrategyError, caller
-from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, smaller, triangle
+from hetu.parallel.choice.numbers import Numbers, add_up, any_of, larger, lifted, smaller, triangle
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.rules import Size, Window
 from hetu.symbols import IntSymbol, as_symbol
@@ -62,6 +62,8 @@ class Bounds:
         return self.left is None and isinstance(self.right, int) and self.right == 0
 
 
+_bounds_of = lru_cache(64)(Bounds.of)
+
 _SQUARED = 2**31
 """Counts are made of squares of numbers of tokens; of fewer than these, 64 bits hold them."""
 
@@ -83,7 +85,7 @@ class Counts:
     def __init__(self, pieces: Numbers, bounds: Bounds) -> None:
         self.pieces, self.bounds = pieces, bounds
         self.members = len(pieces)
-        self.total = pieces.sum(0)
+        self.total = add_up(pieces, 0)
 
     def pairs(self) -> Numbers:
         """``(R, B)`` pairs of the queries of each member with all keys of their document."""
@@ -336,7 +338,7 @@ def counts_of(pieces: Numbers, split: str, mask: Mask) -> Counts:
         >>> counts_of(np.array([[2], [3]]), "normal", Mask.causal()).pairs().tolist()
         [[3], [12]]
     """
-    bounds = Bounds.of(mask)
+    bounds = _bounds_of(mask)
     if pieces.dtype != object and isinstance(bounds.right, int) and pieces.sum() + bounds.right >= _SQUARED:
         pieces = pieces.astype(object)
     if split == "stripe":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hetu.errors import StrategyError, caller
-from hetu.parallel.choice.numbers import Numbers
+from hetu.parallel.choice.numbers import Numbers, add_up
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware, curve_of
@@ -63,7 +63,7 @@ class Load(NamedTuple):
 
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
-    pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
+    pairs = group.whole_pairs if method == "ulysses" else add_up(group.pairs)
     near, far = work.links, (0, 0)
     if len(group.hosts.members) > 1:
         of_member = np.array(group.hosts.of_member)
@@ -73,7 +73,7 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     return Load(
         _most(work.flops),
         pairs,
-        group.rows.sum(),
+        add_up(group.rows),
         *_busiest(near),
         *far,
         _most(work.peak),
@@ -87,7 +87,7 @@ def _busiest(links: Numbers) -> tuple[Any, Any]:
     """Bytes in the busier direction of the member that moves most, and in both of the one that moves most so."""
     if len(links) == 1:
         return 0, 0
-    come, gone = links.sum(0), links.sum(1)
+    come, gone = add_up(links, 0), add_up(links, 1)
     return _most(np.concatenate([come, gone])), _most(come + gone)
 
 

@@ -146,7 +146,7 @@ class GroupLayout:
         assert self.split is not None
         first = self.totals[members]
         holds = first[:, 1:] > first[:, :-1]
-        documents = (holds[0] if len(holds) == 1 else holds.any(0)).nonzero()[0]
+        documents = np.flatnonzero(holds if len(holds) == 1 else holds.any(0))
         rows, pieces = (self.totals.take(each, axis=1) for each in (documents, documents + 1))
         pieces -= rows
         parts = SPLITS[self.split].parts(pieces)

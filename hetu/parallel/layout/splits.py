@@ -93,7 +93,7 @@ class Parts(ABC):
 
 def _total(pieces: Ints) -> Ints:
     """``(B,)`` what all members hold together, which fits where the pieces do."""
-    total: Ints = pieces.sum(0, dtype=pieces.dtype)
+    total: Ints = np.add.reduce(pieces, 0, dtype=pieces.dtype)
     return total
 
 
@@ -176,7 +176,9 @@ class Blocks(Parts):
             if {*edges} - {0, edges[-1]}:
                 return None
             seen = self.edges[edges[-1] - 1] if edges[-1] else np.zeros_like(self.pieces)
-            sides.append(Sight(seen, np.array([edge > 0 for edge in edges] * self.pieces.shape[1])))
+            sees = np.empty((self.pieces.shape[1], len(edges)), bool)
+            sees[:] = [edge > 0 for edge in edges]
+            sides.append(Sight(seen, sees.reshape(-1)))
         return sides[0], sides[1]
 
 

@@ -38,10 +38,12 @@ class _Side:
 
     def table(self, cell: IntArray, k_start: IntArray, k_len: IntArray) -> SegmentTable:
         """The segments of given documents, of which keys lie in a buffer."""
-        at = cell
+        at: IntArray = cell
         if self.first is not None:
             count = self.count.take(cell)
-            at = (self.first.take(cell) - (count.cumsum() - count)).repeat(count)
+            at = self.first.take(cell) + count
+            at -= count.cumsum()
+            at = at.repeat(count)
             at += np.arange(len(at))
             k_start, k_len = k_start.repeat(count), k_len.repeat(count)
         return SegmentTable(self.query.take(at), k_start, k_len, k_len - 1)

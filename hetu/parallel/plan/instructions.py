@@ -218,7 +218,7 @@ class Attend:
     @property
     def rows(self) -> int:
         """Rows that the buffer holds."""
-        return sum(source.runs.rows for source in self.sources)
+        return sum([source.runs.rows for source in self.sources])
 
 
 @dataclass(slots=True, eq=False)
