@@ -8,6 +8,7 @@ half the time where there are many members and documents.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,7 @@ class _Members:
         work: ``(R,)`` what each still has to do.
         share: What each is to do in all.
         slack: How much more it may do.
+        need: ``(R,)`` what each had of it at the last document.
         tokens: That are still to be placed, in all.
         total: Work, likewise.
         placed: ``(document, member, tokens)`` of each piece.
@@ -128,6 +130,7 @@ class _Members:
         self.share = work / max(int((seq_lens > 0).sum()), 1)
         self.slack = SLACK * self.share
         self.room, self.work = seq_lens.astype(np.float64), np.full(len(seq_lens), self.share)
+        self.need = np.empty_like(self.work)
         self.tokens, self.total = int(seq_lens.sum()), work
         self.placed: list[tuple[int, int, int]] = []
 
@@ -136,7 +139,8 @@ class _Members:
         self.tokens -= length
         self.total -= length * weight
         mean = self.total / self.tokens if self.tokens else 0.0  # weight of a token that is left
-        need = self.work - mean * self.room
+        need = np.multiply(self.room, -mean, out=self.need)
+        need += self.work
         over = weight - mean  # by how much a token lowers its member's need
         # Who needs more may take more: if the neediest with room may not have it whole, nobody may.
         neediest = int(need.argmax())
@@ -151,17 +155,25 @@ class _Members:
 
     def _cut(self, document: int, length: int, weight: float, need: NDArray[np.float64], over: float) -> None:
         """Each member, in order of need, takes what it may; beyond the slack only where there is no other room."""
-        order = (-need).argsort(kind="stable")
-        order = order[self.room[order] > 0]
         most = np.minimum(np.maximum(need + self.slack, 0.0) / over, self.room) if over > 0 else self.room
         for bounds in (most, self.room):
-            for member in order.tolist():
+            for member in self._with_room(need):
                 tokens = min(length, int(bounds.item(member)), int(self.room.item(member)))
                 if tokens:
                     self._take(document, member, tokens, weight)
                     length -= tokens
                 if not length:
                     return
+
+    def _with_room(self, need: NDArray[np.float64], few: int = 32) -> Iterator[int]:
+        """Members that have room, in order of need; a few of many are found before all are sorted."""
+        left = np.flatnonzero(self.room > 0)
+        while len(left):
+            own = need[left]
+            least = -np.partition(-own, few)[few] if len(left) > 4 * few else -np.inf
+            first = np.flatnonzero(own >= least)
+            yield from left[first[(-own[first]).argsort(kind="stable")]].tolist()
+            left, few = left[own < least], len(left)
 
     def _take(self, document: int, member: int, tokens: int, weight: float) -> None:
         self.room[member] -= tokens
@@ -170,7 +182,15 @@ class _Members:
 
     def totals(self, documents: int) -> Totals:
         """``(R, B + 1)`` running totals of the pieces."""
-        totals = np.zeros((len(self.room), documents + 1), np.int32)
+        # A total stays as it is up to the next document of which the member holds tokens, or to the end of its row.
+        members, row = len(self.room), documents + 1
         document, member, tokens = np.array(self.placed, np.int64).reshape(-1, 3).T
-        np.add.at(totals, (member, document + 1), tokens)
-        return totals.cumsum(1, out=totals)
+        place = np.concatenate([np.arange(members) * row, member * row + document + 1])
+        order = place.argsort(kind="stable")
+        place = place[order]
+        upto = np.concatenate([np.zeros(members, np.int64), tokens])[order].cumsum()
+        begins = np.flatnonzero(order < members)
+        before = upto[begins].repeat(np.diff(begins, append=len(order)))
+        flat = (upto - before).astype(np.int32).repeat(np.diff(place, append=members * row))
+        totals: Totals = flat.reshape(members, row)
+        return totals
