@@ -17,6 +17,7 @@ from hetu.parallel.layout.group import GroupLayout, Held
 from hetu.parallel.layout.splits import Ints, Sight
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
+from hetu.parallel.methods.peers import whole
 from hetu.parallel.plan.instructions import Runs
 
 
@@ -49,6 +50,10 @@ class _Side:
         return SegmentTable(self.query.take(at), k_start, k_len, k_len - 1)
 
 
+_STRANGER = 0, whole(0), SegmentTable(*[np.empty(0, np.int64)] * 4)
+"""What a member takes of one of whom it sees nothing: most of them, where documents lie on a few members each."""
+
+
 class Viewer:
     """A member that looks at others.
 
@@ -77,6 +82,8 @@ class Viewer:
         side = self.sides[owner > self.member]
         seen = side.seen[owner]
         cell = (seen != 0).nonzero()[0]
+        if not len(cell):
+            return _STRANGER
         length = seen.take(cell).astype(np.int64)
         end = length.cumsum()
         rows, table = int(end[-1]) if len(end) else 0, side.table(cell, end - length, length)
