@@ -119,6 +119,7 @@ class _Sizes:
             pricers = [Pricer(attention, chosen.hardware, *counts) for attention, *counts in self.attentions]
             self.pricers[chosen.number] = pricers
         found, ranking, times = self.function(*values), Ranking(), list[tuple[float, int]]()
+        memory = chosen.hardware.memory_bytes
         for strategy, (parts, lengths) in enumerate(zip(self.loads, self.lengths, strict=True)):
             fewest = min(found[lengths])
             if fewest < 0:
@@ -126,9 +127,13 @@ class _Sizes:
                 continue
             time, need = 0.0, 0
             for pricer, own in zip(pricers, parts, strict=True):
-                _, (seconds, _, _), peak = pricer.price({method: [found[x] for x in of] for method, of in own.items()})
-                time, need = time + seconds, max(need, peak)
-            if need > chosen.hardware.memory_bytes:
+                _, (seconds, _, _), peak = pricer.cheapest(
+                    {method: [found[x] for x in of] for method, of in own.items()}
+                )
+                time += seconds
+                if peak > need:
+                    need = peak
+            if need > memory:
                 ranking.reasons[strategy] = _too_large(need, chosen.hardware)
             else:
                 times.append((time, strategy))
@@ -204,7 +209,8 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
     By an estimate, or, where the mask has no closed form, by the virtual clock, which builds all parts.
     """
     key = "price", hardware
-    if key not in plan.memo:
+    found: tuple[float, int] | None = plan.memo.get(key)
+    if found is None:
         counts = (0, 1) if plan.is_backward else (1, 0)
         hosts = None if plan.topology is None else plan.topology.hosts
         attention = Attention(plan.mask, plan.heads, plan.method, hosts)
@@ -212,8 +218,7 @@ def plan_price(plan: AttnPlan, hardware: Hardware) -> tuple[float, int]:
             price = pricer_of(attention, hardware, *counts).price(layout_loads(plan.layout, attention))
         except StrategyError:
             price = _by_clock(plan, hardware)
-        plan.memo[key] = price.estimate.time, price.peak_bytes
-    found: tuple[float, int] = plan.memo[key]
+        plan.memo[key] = found = price.estimate.time, price.peak_bytes
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,7 +23,7 @@ def compile_exprs(exprs: Sequence[IntSymbol], leaves: Sequence[IntSymbol]) -> Ca
     """One function that evaluates many expressions.
 
     Args:
-        exprs: What to evaluate; shared parts are computed once.
+        exprs: What to evaluate; shared parts are computed once, and have a line each.
         leaves: Leaf symbols, in the order of the function's arguments; they cover those of ``exprs``.
 
     Returns:
@@ -41,16 +42,15 @@ def compile_exprs(exprs: Sequence[IntSymbol], leaves: Sequence[IntSymbol]) -> Ca
         >>> print(halves.source)
         def sizes(v0):
             t0 = v0 // (2)
-            t1 = (-1) * t0
-            t2 = t1 + v0
-            return (t0, t2, )
+            t1 = ((-1) * t0) + v0
+            return (t0, t1, )
     """
     return compile_sympy([item.expr for item in exprs], [item.expr for item in leaves])
 
 
 def compile_sympy(exprs: Sequence[Any], leaves: Sequence[Leaf]) -> Callable[..., tuple[int, ...]]:
     """:func:`compile_exprs` for sympy expressions."""
-    writer = _Writer(leaves)
+    writer = _Writer(leaves, exprs)
     results = "".join(f"{writer.name(expr)}, " for expr in exprs)
     source = "\n".join([f"def sizes({writer.arguments}):", *writer.lines, f"    return ({results})"])
     scope: dict[str, Any] = {"refuse": _refuser(leaves, writer.divisors)}
@@ -60,8 +60,12 @@ def compile_sympy(exprs: Sequence[Any], leaves: Sequence[Leaf]) -> Callable[...,
     return function
 
 
+_NESTED = 16
+"""How many parentheses are nested at most; Python takes some hundred."""
+
+
 class _Writer:
-    """Writes a line for every part of the expressions, each part once.
+    """Writes a line for every part of the expressions that is used several times; others stand where they are used.
 
     Attributes:
         arguments: The leaves' names in the text, with commas.
@@ -69,8 +73,12 @@ class _Writer:
         divisors: Those that may be zero; the text refuses a zero by their index.
     """
 
-    def __init__(self, leaves: Sequence[Leaf]) -> None:
+    def __init__(self, leaves: Sequence[Leaf], exprs: Sequence[Any]) -> None:
         self._names: dict[Any, str] = {leaf: f"v{i}" for i, leaf in enumerate(leaves)}
+        parts = dict.fromkeys(part for expr in exprs for part in parts_of(expr))
+        self._uses = Counter(operand for part in parts for operand in part.args * _times(part))
+        self._uses.update([*exprs, *exprs])  # results have lines
+        self._nested: dict[Any, int] = {}
         self.arguments = ", ".join(self._names.values())
         self.lines: list[str] = []
         self.divisors: list[Any] = []
@@ -95,9 +103,22 @@ class _Writer:
             self.lines.append(f"    if {operands[1]} == 0: refuse({len(self.divisors)}, {self.arguments})")
             self.divisors.append(item.args[1])
         text = _extremum(_CALLS[kind], operands) if kind in _CALLS else _OPERATORS[kind].join(operands)
+        nested = 1 + max(self._nested.get(operand, 0) for operand in item.args)
+        if self._uses[item] == 1 and nested <= _NESTED:
+            self._names[item], self._nested[item] = f"({text})", nested
+            return
         self._names[item] = f"t{self._count}"
         self.lines.append(f"    t{self._count} = {text}")
         self._count += 1
+
+
+def _times(item: Any) -> int:
+    """How often the text of a part names its operands, at most."""
+    return (
+        2
+        if type(item).__name__ in _CALLS or (isinstance(item, (FloorDiv, Mod)) and 0 in interval_of(item.args[1]))
+        else 1
+    )
 
 
 def _extremum(call: str, operands: list[str]) -> str:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import attention_cases  # noqa: E402
 import attention_peers  # noqa: E402
 import attention_report  # noqa: E402
+import choosing  # noqa: E402
 import host  # noqa: E402
 import own_parts  # noqa: E402
 import tables  # noqa: E402
@@ -57,6 +58,11 @@ def test_what_is_measured_of_the_host_runs() -> None:
 def test_what_is_measured_of_own_parts_runs() -> None:
     rows = [*own_parts.own_part(8, "balanced"), own_parts.proof(3, "sym")]
     assert [row.limit for row in rows] == [None, None, None, 0.5, 2.0] and all(row.median > 0 for row in rows)
+
+
+def test_what_is_measured_of_choosing_runs() -> None:
+    rows = [*choosing.by_symbols(3), *choosing.for_packs(2), *choosing.for_batches(1, documents=9, pipelines=3)]
+    assert [row.limit for row in rows] == [100, 100, 2, 5] and all(row.samples and row.median > 0 for row in rows)
 
 
 # cases

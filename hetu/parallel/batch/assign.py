@@ -8,7 +8,7 @@ from itertools import accumulate
 from math import inf
 
 from hetu.parallel.batch.cost import BatchCost, Documents
-from hetu.parallel.batch.finish import Place, finish
+from hetu.parallel.batch.finish import Placed, finish
 from hetu.parallel.batch.pour import pour, whole_tokens
 
 SLACKS = tuple(x / 128 for x in (2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512))
@@ -23,7 +23,7 @@ MORE = 1, 1.25, 1.5, 2, 3
 
 def assign(
     documents: Documents, pipelines: int, max_tokens: int, cost: BatchCost, least: float
-) -> tuple[int, list[Place], list[float]]:
+) -> tuple[int, list[Placed], list[float]]:
     """Places documents such that the slowest pipeline is done early.
 
     First no pipeline may take much longer than the least time. Where that can't be, with as few micro-batches as there
@@ -39,7 +39,7 @@ def assign(
     Returns:
         The number of micro-batches, each document's place, and when each pipeline is done.
     """
-    best: tuple[int, list[Place], list[float]] | None = None
+    best: tuple[int, list[Placed], list[float]] | None = None
     soonest, spread = inf, inf
     for slack in SLACKS:
         limit = least * (1 + slack)
@@ -65,13 +65,14 @@ def assign(
     return *_without_empty(places), ends
 
 
-def _without_empty(places: list[Place]) -> tuple[int, list[Place]]:
+def _without_empty(places: list[Placed]) -> tuple[int, list[Placed]]:
     """How many micro-batches have tokens, one at least, and the places if only these are counted."""
-    used = sorted({place.micro_batch for place in places if any(tokens for _, tokens in place.pieces)}) or [0]
+    # A document without tokens has one piece, and cut ones have none that are empty.
+    used = sorted({micro_batch for micro_batch, pieces in places if pieces[0][1]}) or [0]
     if len(used) == used[-1] + 1:
         return len(used), places
     number = {micro_batch: i for i, micro_batch in enumerate(used)}
-    return len(used), [Place(number.get(place.micro_batch, 0), place.pieces) for place in places]
+    return len(used), [(number.get(micro_batch, 0), pieces) for micro_batch, pieces in places]
 
 
 def _counts(documents: Documents, pipelines: int, max_tokens: int, slack: float) -> list[int]:
@@ -100,16 +101,16 @@ def _packs(documents: Documents, room: int) -> list[list[int]]:
     return packs
 
 
-def _over_all(documents: Documents, pipelines: int, max_tokens: int) -> tuple[int, list[Place]]:
+def _over_all(documents: Documents, pipelines: int, max_tokens: int) -> tuple[int, list[Placed]]:
     """Every document over all pipelines, evenly."""
     packs = _packs(documents, pipelines * max_tokens)
-    places = [Place(0, ())] * len(documents.lengths)
+    places: list[Placed] = [(0, ())] * len(documents.lengths)
     for number, pack in enumerate(packs):
         dealt = 0
         for d in pack:
             each, more = divmod(documents.lengths[d], pipelines)
             pieces = ((r, each + ((r - dealt) % pipelines < more)) for r in range(pipelines))  # the rest in turns
-            places[d] = Place(number, tuple((r, tokens) for r, tokens in pieces if tokens) or ((0, 0),))
+            places[d] = number, tuple((r, tokens) for r, tokens in pieces if tokens) or ((0, 0),)
             dealt += more
     return len(packs), places
 
@@ -148,17 +149,23 @@ class Greedy:
         self.heap = [(0.0, r) for r in range(pipelines)]
         self.lacks_time = False
 
-    def place_all(self) -> list[Place] | None:
+    def place_all(self) -> list[Placed] | None:
         """The place of every document; None if some pipeline would take too long, or there is no room."""
-        places = []
+        places, limit, late, last = list[Placed](), self.limit, self.rooms[-1], len(self.rooms) - 1
         for number, (length, work) in enumerate(zip(self.documents.lengths, self.documents.work, strict=True)):
+            seconds, r = self.heap[0]
+            if late[r] >= length and seconds + work <= limit:  # as nearly all go, which need not be looked for
+                late[r] -= length
+                heapq.heapreplace(self.heap, (seconds + work, r))
+                places.append((last, ((r, length),)))
+                continue
             place = self._whole(length, work) or self._cut(length, work, self.documents.attention[number])
             if place is None:
                 return None
             places.append(place)
         return places
 
-    def _whole(self, length: int, work: float) -> Place | None:
+    def _whole(self, length: int, work: float) -> Placed | None:
         """Puts a document on the pipeline with least to do that has room for it, if that stays below the limit."""
         heap, rooms, limit, passed, found = self.heap, self.rooms, self.limit, [], None
         last = len(rooms) - 1
@@ -170,14 +177,14 @@ class Greedy:
             if micro_batch >= 0:
                 rooms[micro_batch][r] -= length
                 heapq.heapreplace(heap, (seconds + work, r))
-                found = Place(micro_batch, ((r, length),))
+                found = micro_batch, ((r, length),)
                 break
             passed.append(heapq.heappop(heap))
         for item in passed:
             heapq.heappush(heap, item)
         return found
 
-    def _cut(self, length: int, work: float, attention: float) -> Place | None:
+    def _cut(self, length: int, work: float, attention: float) -> Placed | None:
         """Cuts a document over the fewest of the pipelines with least to do that stay below the limit."""
         limit = self.limit
         self.heap.sort()  # a sorted list is a heap
@@ -207,11 +214,11 @@ class Greedy:
         )
         return None
 
-    def _take(self, micro_batch: int, held: list[tuple[int, int]], density: float, overhead: float) -> Place:
+    def _take(self, micro_batch: int, held: list[tuple[int, int]], density: float, overhead: float) -> Placed:
         """Gives pipelines the pieces of a document."""
         more, rooms = dict(held), self.rooms[micro_batch]
         for r, tokens in held:
             rooms[r] -= tokens
         self.heap = [(s + more[r] * density + overhead, r) if r in more else (s, r) for s, r in self.heap]
         heapq.heapify(self.heap)
-        return Place(micro_batch, tuple(held))
+        return micro_batch, tuple(held)

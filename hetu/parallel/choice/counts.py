@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hetu.errors import StrategyError, caller
-from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, smaller, triangle
+from hetu.parallel.choice.numbers import Numbers, add_up, any_of, larger, lifted, smaller, triangle
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.rules import Size, Window
 from hetu.symbols import IntSymbol, as_symbol
@@ -61,6 +62,8 @@ class Bounds:
         return self.left is None and isinstance(self.right, int) and self.right == 0
 
 
+_bounds_of = lru_cache(64)(Bounds.of)
+
 _SQUARED = 2**31
 """Counts are made of squares of numbers of tokens; of fewer than these, 64 bits hold them."""
 
@@ -82,7 +85,7 @@ class Counts:
     def __init__(self, pieces: Numbers, bounds: Bounds) -> None:
         self.pieces, self.bounds = pieces, bounds
         self.members = len(pieces)
-        self.total = pieces.sum(0)
+        self.total = add_up(pieces, 0)
 
     def pairs(self) -> Numbers:
         """``(R, B)`` pairs of the queries of each member with all keys of their document."""
@@ -134,12 +137,14 @@ class Counts:
     def _pairs_of(self, block: Interval) -> Numbers:
         """Pairs of blocks of queries with all keys of their document."""
         (start, end), (left, right) = block, (self.bounds.left, self.bounds.right)
+        if self.bounds.is_causal:  # as below, without asking whether positions are negative
+            seen: Numbers = (end - start) * (start + end + 1) // 2
+            return seen
         if right is None:
-            seen: Numbers = (end - start) * self.total
+            seen = (end - start) * self.total
         else:  # up to i + right, of which those past the last token are none
             seen = triangle(end + right) - triangle(start + right)
-            if not self.bounds.is_causal:
-                seen = seen - triangle(end + right - self.total) + triangle(start + right - self.total)
+            seen = seen - triangle(end + right - self.total) + triangle(start + right - self.total)
         if left is not None:
             seen = seen - triangle(end - 1 - left) + triangle(start - 1 - left)
         return seen
@@ -183,10 +188,10 @@ class Blocks(Counts):
         if self.bounds.is_full:
             found: Numbers = have @ self.pieces.T
         elif self.halves:
-            found = have @ self.front.T + np.triu(have @ self.back.T, 1)
+            found = have @ self.front.T + np.where(_follows(self.members), have @ self.back.T, 0)
         else:
-            found = np.tril(have @ self.pieces.T, -1)
-        np.fill_diagonal(found, 0)
+            found = np.where(_follows(self.members).T, have @ self.pieces.T, 0)
+        found.reshape(-1)[:: self.members + 1] = 0
         return found
 
     def needed(self, receivers: Sequence[int], owner: int) -> Numbers:
@@ -220,6 +225,12 @@ class Blocks(Counts):
             return self.fronts
         has_front = any_of(self.front)
         return self.fronts[0] * has_front + self.backs[0] * (1 - has_front), self.backs[1]
+
+
+@lru_cache(64)
+def _follows(members: int) -> NDArray[np.bool_]:
+    """``(R, R)`` whether the second member comes after the first."""
+    return np.triu(np.ones((members, members), bool), 1)
 
 
 def _row(blocks: Interval, member: int) -> Interval:
@@ -327,7 +338,7 @@ def counts_of(pieces: Numbers, split: str, mask: Mask) -> Counts:
         >>> counts_of(np.array([[2], [3]]), "normal", Mask.causal()).pairs().tolist()
         [[3], [12]]
     """
-    bounds = Bounds.of(mask)
+    bounds = _bounds_of(mask)
     if pieces.dtype != object and isinstance(bounds.right, int) and pieces.sum() + bounds.right >= _SQUARED:
         pieces = pieces.astype(object)
     if split == "stripe":

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hetu.errors import StrategyError, caller
-from hetu.parallel.choice.numbers import Numbers
+from hetu.parallel.choice.numbers import Numbers, add_up
 from hetu.parallel.choice.work import WORK, GroupCounts, Work
 from hetu.parallel.plan.heads import Heads, Payload
 from hetu.parallel.views.hardware import Hardware, curve_of
@@ -63,7 +63,7 @@ class Load(NamedTuple):
 
 def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     """The load of a group by a method, of which ``work`` is what the method makes of the group's counts."""
-    pairs = group.whole_pairs if method == "ulysses" else group.pairs.sum()
+    pairs = group.whole_pairs if method == "ulysses" else add_up(group.pairs)
     near, far = work.links, (0, 0)
     if len(group.hosts.members) > 1:
         of_member = np.array(group.hosts.of_member)
@@ -73,7 +73,7 @@ def load_of(method: str, group: GroupCounts, work: Work) -> Load:
     return Load(
         _most(work.flops),
         pairs,
-        group.rows.sum(),
+        add_up(group.rows),
         *_busiest(near),
         *far,
         _most(work.peak),
@@ -87,7 +87,7 @@ def _busiest(links: Numbers) -> tuple[Any, Any]:
     """Bytes in the busier direction of the member that moves most, and in both of the one that moves most so."""
     if len(links) == 1:
         return 0, 0
-    come, gone = links.sum(0), links.sum(1)
+    come, gone = add_up(links, 0), add_up(links, 1)
     return _most(np.concatenate([come, gone])), _most(come + gone)
 
 
@@ -123,10 +123,19 @@ class Estimate(NamedTuple):
 
     def plus(self, other: Estimate) -> Estimate:
         """The time of both, one after the other."""
-        return Estimate(*map(add, self, other))
+        return Estimate._make(plus(self, other))
 
 
 NOTHING = Estimate(0.0, 0.0, 0.0)
+
+Times = tuple[float, float, float]
+"""The fields of an estimate: to make a tuple of a class takes as long as an estimate does."""
+
+
+def plus(one: Times, other: Times) -> Times:
+    """The time of both, one after the other."""
+    time, compute, transfer = map(add, one, other)
+    return time, compute, transfer
 
 
 class Estimator:
@@ -151,11 +160,13 @@ class Estimator:
         grown = sum(map(heads.row_bytes, backward)) / sum(map(heads.row_bytes, forward))
         self.grown, self.payloads = (grown, 4) if is_backward else (1.0, 3)
 
-    def of(self, method: str, loads: Sequence[Sequence[int]]) -> Estimate:
+    def of(self, method: str, loads: Sequence[Sequence[int]]) -> Times:
         """The time of one attention, of which the loads are those of its context groups, as ints in Load's order."""
-        return Estimate._make(max([self._of_group(method, load) for load in loads]))
+        if len(loads) == 1:
+            return self._of_group(method, loads[0])
+        return max([self._of_group(method, load) for load in loads])
 
-    def _of_group(self, method: str, load: Sequence[int]) -> tuple[float, float, float]:
+    def _of_group(self, method: str, load: Sequence[int]) -> Times:
         flops, pairs, rows, moved, both, far_moved, far_both, _, peers, far, steps = load
         if not flops:
             return NOTHING

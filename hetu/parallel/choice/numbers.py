@@ -22,6 +22,10 @@ def numbers(items: Any) -> Numbers:
     return np.array(items, object)
 
 
+add_up = np.add.reduce
+"""The sum along an axis: in half of the time of the method, which matters for groups of a few members."""
+
+
 def larger(a: Any, b: Any) -> Any:
     """The larger of each two."""
     return _MAXIMUM(a, b)

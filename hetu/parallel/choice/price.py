@@ -10,7 +10,7 @@ from typing import NamedTuple
 from hetu.errors import StrategyError
 from hetu.parallel.choice.cost import constant_groups
 from hetu.parallel.choice.counts import counts_of
-from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, loads_of
+from hetu.parallel.choice.estimate import CANDIDATES, NOTHING, Estimate, Estimator, Load, Times, loads_of, plus
 from hetu.parallel.choice.numbers import Numbers, numbers
 from hetu.parallel.choice.work import GroupCounts
 from hetu.parallel.layout.group import GroupLayout
@@ -75,16 +75,24 @@ class Pricer:
         Args:
             loads: By method those of all groups, ints in the order of :class:`Load`.
         """
+        method, times, peak = self.cheapest(loads)
+        return Price(method, Estimate._make(times), peak)
+
+    def cheapest(self, loads: Mapping[str, Sequence[Sequence[int]]]) -> tuple[str, Times, int]:
+        """The fields of :meth:`price`, for the many of which nobody sees more."""
         found = [(self.forward.of(method, of_groups), method) for method, of_groups in loads.items()]
         forward, method = found[0] if len(found) == 1 else min(found, key=_time)
         own, total = loads[method], forward if self.forwards else NOTHING
+        peak = own[0][_PEAK] if len(own) == 1 else max([load[_PEAK] for load in own])
+        if self.forwards <= 1 and not self.backwards:
+            return method, total, peak
         for _ in range(self.forwards - 1):
-            total = total.plus(forward)
+            total = plus(total, forward)
         if self.backwards:
             backward = self.backward.of(method, own)
             for _ in range(self.backwards):
-                total = total.plus(backward)
-        return Price(method, total, max([load[_PEAK] for load in own]))
+                total = plus(total, backward)
+        return method, total, peak
 
 
 @lru_cache(64)
@@ -107,9 +115,10 @@ class Price(NamedTuple):
     peak_bytes: int
 
 
-def _time(found: tuple[Estimate, str]) -> tuple[float, float]:
+def _time(found: tuple[Times, str]) -> tuple[float, float]:
     """What decides: the time, then what has to be hidden, for an estimate takes it to be hidden wholly if it can be."""
-    return found[0].time, found[0].transfer
+    time, _, transfer = found[0]
+    return time, transfer
 
 
 def layout_loads(layout: Layout, attention: Attention) -> dict[str, list[Load]]:
@@ -143,6 +152,12 @@ def _counted(pieces: Numbers, split: str, attention: Attention, hosts: Hosts) ->
     return GroupCounts(counts_of(pieces, split, attention.mask), attention.heads, hosts=hosts)
 
 
+_LIES_AS = {
+    split: next(name for name in ("normal", "sym", "stripe") if SPLITS[name].parts == lies_as.parts)
+    for split, lies_as in SPLITS.items()
+}
+
+
 def split_of(group: GroupLayout) -> str:
     """A split that lays a group's pieces as they lie.
 
@@ -151,8 +166,7 @@ def split_of(group: GroupLayout) -> str:
     """
     if group.split is None:
         raise StrategyError("a custom layout has no closed form", op="cost", fix="count it from its plan")
-    lies_as = SPLITS[group.split].parts
-    return next(name for name in ("normal", "sym", "stripe") if SPLITS[name].parts == lies_as)
+    return _LIES_AS[group.split]
 
 
 def cheapest_method(

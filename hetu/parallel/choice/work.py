@@ -16,7 +16,7 @@ import numpy as np
 
 from hetu.parallel.choice.counts import Counts
 from hetu.parallel.choice.hosts import moves
-from hetu.parallel.choice.numbers import Numbers, any_of, larger, lifted, numbers, smaller
+from hetu.parallel.choice.numbers import Numbers, add_up, any_of, larger, lifted, numbers, smaller
 from hetu.parallel.mask.rules import Size
 from hetu.parallel.methods.hosts import Hosts
 from hetu.parallel.methods.ulysses import deal
@@ -59,7 +59,11 @@ class GroupCounts:
         self.counts, self.heads, self.batch = counts, heads, lifted(batch)
         self.members = counts.members
         self.hosts = hosts or Hosts.of(range(self.members), None)
-        self.rows = counts.pieces.sum(1) * self.batch
+        self.rows = self._all(add_up(counts.pieces, 1))
+
+    def _all(self, of_one: Numbers) -> Numbers:
+        """What is counted of one batch entry, of all of them."""
+        return of_one if type(self.batch) is int and self.batch == 1 else of_one * self.batch
 
     @property
     def elsewhere(self) -> int:
@@ -69,8 +73,7 @@ class GroupCounts:
     @cached_property
     def pairs(self) -> Numbers:
         """``(R,)`` pairs of each member's queries."""
-        pairs: Numbers = self.counts.pairs().sum(1).astype(object) * self.batch
-        return pairs
+        return self._all(add_up(self.counts.pairs(), 1).astype(object))
 
     @cached_property
     def whole_pairs(self) -> Any:
@@ -80,8 +83,7 @@ class GroupCounts:
     @cached_property
     def taken(self) -> Numbers:
         """``(R, R)`` rows that each member needs of each owner."""
-        rows: Numbers = self.counts.taken() * self.batch
-        return rows
+        return self._all(self.counts.taken())
 
     @cached_property
     def taken_by_hosts(self) -> Numbers:
@@ -124,7 +126,10 @@ class GroupCounts:
 def direct(group: GroupCounts) -> Work:
     """``direct``: all that travels is under way, and held, until the end."""
     row, own = _row_bytes(group.heads, Payload.KV), _row_bytes(group.heads, Payload.QKV)
-    come, gone = group.taken.sum(1), group.taken.sum(0)
+    if group.members == 1:
+        flops, peak = group.flops(group.pairs, group.heads.num_q), group.rows * own + group.results(0)
+        return Work(flops, group.taken, peak, 1, 0)
+    come, gone = add_up(group.taken, 1), add_up(group.taken, 0)
     peak = group.rows * own + (come + gone) * row + group.results(any_of(come))
     flops = group.flops(group.pairs, group.heads.num_q)
     return Work(flops, group.taken.T * row, peak, group.members, group.elsewhere)

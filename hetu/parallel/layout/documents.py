@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from hetu.arguments import array as array_of
 from hetu.arguments import int_of, integers, is_torch, refuse, shown
 from hetu.errors import BindingError, HetuError, ShapeError, StrategyError, caller
+from hetu.parallel.layout.pieces import Totals
 from hetu.parallel.layout.strategy import by_group
 from hetu.parallel.mask.segments import IntArray, count_up
 
@@ -122,7 +123,7 @@ class PackedDocuments:
     seq_lens: IntArray
     cu_seqlens: IntArray
 
-    def totals(self, cut: Callable[[IntArray, IntArray], IntArray]) -> tuple[IntArray, IntArray]:
+    def totals(self, cut: Callable[[IntArray, IntArray], Totals]) -> tuple[IntArray, Totals]:
         """``(B,)`` tokens of each document, and ``(R, B + 1)`` each member's own cumulative lengths.
 
         Args:
@@ -160,7 +161,7 @@ class PackedDocuments:
                     "parallel_attn belongs to a document",
                     f"make the last entry of its row {length}; {_PAD}",
                 )
-        return lengths.sum(0), cu
+        return lengths.sum(0), cu.astype(np.int32)
 
     def _refuse(self, what: str, fix: str) -> NoReturn:
         _refuse(BindingError, f"cu_seqlens of context group {self.value} {what}", fix)

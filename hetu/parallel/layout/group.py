@@ -11,6 +11,7 @@ import numpy as np
 
 from hetu.arguments import index
 from hetu.errors import StrategyError
+from hetu.parallel.layout.pieces import Totals
 from hetu.parallel.layout.printing import bracketed, count
 from hetu.parallel.layout.splits import SPLITS, Ints, Parts, RunsOf
 from hetu.parallel.mask.segments import IntArray, QuerySpans, count_up
@@ -87,7 +88,7 @@ class GroupLayout:
         seq_lens: ``(R,)`` tokens of each sequence on each member.
         is_packed: Whether the documents are one packed sequence rather than a batch.
         lengths: ``(B,)`` tokens of each document.
-        totals: ``(R, B + 1)`` tokens of each member up to each document: its own ``cu_seqlens``.
+        totals: int32 ``(R, B + 1)`` tokens of each member up to each document: its own ``cu_seqlens``.
         split: Which split says what tokens these are; None where none does.
         custom_spans: The spans, where no split says it.
         cut_by: What a split cut the documents by, apart from their lengths and ``seq_lens``: a mask's code, or nothing.
@@ -106,7 +107,7 @@ class GroupLayout:
     seq_lens: IntArray
     is_packed: bool
     lengths: IntArray
-    totals: IntArray
+    totals: Totals
     split: str | None
     custom_spans: Spans | None = None
     cut_by: bytes | None = field(default=None, repr=False)
@@ -114,7 +115,7 @@ class GroupLayout:
     @cached_property
     def pieces(self) -> IntArray:
         """``(R, B)`` tokens of each document on each member."""
-        return np.diff(self.totals)
+        return np.subtract(self.totals[:, 1:], self.totals[:, :-1], dtype=np.int64)
 
     @cached_property
     def offsets(self) -> IntArray:
@@ -144,10 +145,10 @@ class GroupLayout:
         """What some members need to know of a layout that is a split."""
         assert self.split is not None
         first = self.totals[members]
-        documents = np.flatnonzero((first[:, 1:] > first[:, :-1]).any(0))
-        # Half the bytes: groups have fewer tokens than int32 counts.
-        rows, ends = (self.totals.take(each, axis=1).astype(np.int32) for each in (documents, documents + 1))
-        pieces = ends - rows
+        holds = first[:, 1:] > first[:, :-1]
+        documents = np.flatnonzero(holds if len(holds) == 1 else holds.any(0))
+        rows, pieces = (self.totals.take(each, axis=1) for each in (documents, documents + 1))
+        pieces -= rows
         parts = SPLITS[self.split].parts(pieces)
         return Held(members, documents, rows, parts, parts.runs(members))
 

@@ -104,7 +104,7 @@ class Layout:
             cut_by: bytes | None = b""
             if cus is None:
                 lengths = np.full(batches[index], lens.sum())
-                totals = lens[:, None] * np.arange(batches[index] + 1)
+                totals = (lens[:, None] * np.arange(batches[index] + 1)).astype(np.int32)
             else:
                 lengths, totals = PackedDocuments(value, members, lens, cus[index]).totals(
                     partial(chosen.cut, mask=mask)
@@ -160,7 +160,8 @@ class Layout:
             before = np.concatenate([[0], pieces.sum(1).cumsum()])[table[:, 0]]
             member, document, start, length, step = table.T.copy()
             custom = Spans(member, document, start, length, step, ends - length - before)
-            totals = np.concatenate([np.zeros((len(pieces), 1), np.int64), pieces.cumsum(1)], axis=1)
+            totals = np.zeros((len(pieces), pieces.shape[1] + 1), np.int32)
+            pieces.cumsum(1, out=totals[:, 1:])
             counts = pieces.sum(0)
             groups.append(GroupLayout(index, value, members, lens, is_packed, counts, totals, None, custom))
         return cls(groups)

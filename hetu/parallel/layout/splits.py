@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from hetu.arguments import refuse
 from hetu.errors import StrategyError, caller
-from hetu.parallel.layout.pieces import balance, cut, deal
+from hetu.parallel.layout.pieces import Totals, balance, cut, deal
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import IntArray
 
@@ -35,6 +35,18 @@ class RunsOf(NamedTuple):
     start: IntArray
     length: IntArray
     step: IntArray
+
+
+class Sight(NamedTuple):
+    """What queries see of the pieces of members on one side of their own: as much, all that see any.
+
+    Attributes:
+        seen: ``(R, B)`` keys of each piece that they see.
+        sees: ``(K,)`` the parts whose queries do.
+    """
+
+    seen: Ints
+    sees: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,10 +83,17 @@ class Parts(ABC):
     def used(self, members: slice, owners: slice) -> Ints:
         """``(n, m, B)`` keys that the last causal query of each of some members sees of the pieces of some others."""
 
+    def sight(self) -> tuple[Sight, Sight] | None:
+        """What causal queries see of the pieces of members before their own, and of those after it; None if it varies.
+
+        It varies where a query of a member may see some of a piece, but less than a later one of that member does.
+        """
+        return None
+
 
 def _total(pieces: Ints) -> Ints:
     """``(B,)`` what all members hold together, which fits where the pieces do."""
-    total: Ints = pieces.sum(0, dtype=pieces.dtype)
+    total: Ints = np.add.reduce(pieces, 0, dtype=pieces.dtype)
     return total
 
 
@@ -106,16 +125,18 @@ class Blocks(Parts):
     def runs(self, members: slice) -> RunsOf:
         shape = members.stop - members.start, self.pieces.shape[1], len(self.edges)
         start, length = (np.empty(shape, np.int64) for _ in range(2))
-        everyone = slice(0, len(self.pieces))
-        before: Ints | int = 0  # the document's tokens in earlier intervals
+        before: Ints | int = 0  # tokens in earlier intervals, of members that don't stand earlier in this one as well
         for number, falls in enumerate(self.falls):
-            begin, end = self._edge(number, everyone), self.edges[number]
-            own = np.subtract(end[members], begin[members], out=length[..., number])
-            first = slice(members.stop, None) if falls else slice(0, members.start)
-            own_before = own[::-1].cumsum(0)[::-1] if falls else own.cumsum(0)
-            outside = _total(end[first]) - _total(begin[first])
-            start[..., number] = own_before - own + outside + before
-            before = _total(end)
+            end, earlier = self.edges[number], slice(members.stop, None) if falls else slice(0, members.start)
+            own = length[..., number]
+            own[...] = end[members]
+            if number:
+                begin = self.edges[number - 1]
+                own -= begin[members]
+                before = _total(begin) - _total(begin[earlier])
+            start[..., number] = _total(end[earlier]) + before
+            if shape[0] > 1:
+                start[..., number] += (own[::-1].cumsum(0)[::-1] if falls else own.cumsum(0)) - own
         flat = shape[0], shape[1] * shape[2]
         return RunsOf(start.reshape(flat), length.reshape(flat), np.ones(flat, np.int64))
 
@@ -146,6 +167,19 @@ class Blocks(Parts):
         begin, end = self._edge(len(self.edges) - 1, owners), self.edges[-1][owners]
         before, after = (begin, end) if self.falls[-1] else (end, begin)
         return _used(self.pieces, members, owners, lambda _, some: before[some], lambda _, some: after[some])
+
+    def sight(self) -> tuple[Sight, Sight] | None:
+        sides = []
+        for after in (False, True):
+            # Up to which edge queries of each interval see pieces of members on this side; 0 is none.
+            edges = [number + (falls == after) for number, falls in enumerate(self.falls)]
+            if {*edges} - {0, edges[-1]}:
+                return None
+            seen = self.edges[edges[-1] - 1] if edges[-1] else np.zeros_like(self.pieces)
+            sees = np.empty((self.pieces.shape[1], len(edges)), bool)
+            sees[:] = [edge > 0 for edge in edges]
+            sides.append(Sight(seen, sees.reshape(-1)))
+        return sides[0], sides[1]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,12 +258,19 @@ def normal(pieces: Ints) -> Parts:
 
 def sym(pieces: Ints) -> Parts:
     """A front piece of half the tokens each, in order, then the back pieces in reverse order."""
-    members, documents = pieces.shape
-    front, each = pieces >> 1, np.arange(documents)
-    # The two pieces of the last member that has any are neighbours: one run.
-    last = ((pieces > 0) * np.arange(members, dtype=np.int32)[:, None]).max(0)
+    front, each = pieces >> 1, np.arange(pieces.shape[1])
+    last = _last(pieces)  # its two pieces are neighbours: one run
     front[last, each] = pieces[last, each]
     return Blocks(pieces, each.repeat(2), edges=(front, pieces), falls=(False, True))
+
+
+def _last(pieces: Ints, block: int = 32) -> IntArray:
+    """``(B,)`` the last member that holds tokens of each document, or any if none does; most are found near the end."""
+    holds = pieces[: -block - 1 : -1] != 0
+    last: IntArray = len(pieces) - 1 - holds.argmax(0)
+    if len(pieces) > block and (left := np.flatnonzero(~holds.any(0))).size:
+        last[left] = _last(pieces[:-block].take(left, axis=1))
+    return last
 
 
 def stripe(pieces: Ints) -> Parts:
@@ -262,7 +303,7 @@ class Split:
         weighs: Whether ``totals`` may be given the weights of the documents' tokens as well.
     """
 
-    totals: Callable[..., IntArray]
+    totals: Callable[..., Totals]
     parts: Callable[[Ints], Parts]
     weighs: bool = False
 
@@ -270,7 +311,7 @@ class Split:
         names = (getattr(make, "__qualname__", type(make).__name__) for make in (self.totals, self.parts))
         return f"Split({', '.join(names)}{', weighs=True' * self.weighs})"
 
-    def cut(self, cu_seqlens: IntArray, seq_lens: IntArray, mask: Mask | None) -> IntArray:
+    def cut(self, cu_seqlens: IntArray, seq_lens: IntArray, mask: Mask | None) -> Totals:
         """The totals.
 
         Args:

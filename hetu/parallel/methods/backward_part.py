@@ -136,11 +136,12 @@ class BackwardPart:
             while first and first[0].before <= self.received[item.peer]:
                 self._post(first[0], len(self.instructions))
             self.received[item.peer] += 1
-        elif isinstance(item, Attend):  # nothing reads any more what it overwrites
+        elif isinstance(item, Attend) and self.sent:  # nothing reads any more what it overwrites
             self._wait_for([ret for ret in self.sent if ret.buffer == item.buffer])
-        self.instructions.append(item)
-        if isinstance(item, Attend):
+            self.instructions.append(item)
             self._wait_for(list(self.sent))
+            return
+        self.instructions.append(item)
 
     def send(self, ret: Return) -> None:
         """Sends home what the last attend computed of one owner's rows."""

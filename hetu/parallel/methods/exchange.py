@@ -11,12 +11,16 @@ from hetu.parallel.layout.group import GroupLayout, Held
 from hetu.parallel.mask.mask import Mask
 from hetu.parallel.mask.segments import QuerySpans, SegmentTable
 from hetu.parallel.methods.part import cut_runs
+from hetu.parallel.methods.peers import whole
+from hetu.parallel.methods.sight import Viewer, viewer
 from hetu.parallel.methods.tables import extents, held_by, see
 from hetu.parallel.plan.instructions import Runs
 
-_CELLS = 2**17
+_CELLS = 2**15
 """How many cells of dense tables are worked on at once: as many as a core's own cache holds. Where everybody is
 everybody's neighbour there are millions."""
+
+_NONE = whole(0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,7 +50,10 @@ def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
     R, n = len(group.members), who.stop - who.start
     held = held_by(group, who, mask)
     found = Exchange([[] for _ in range(n)], [[] for _ in range(n)], [[] for _ in range(n)])
-    for owners in _blocks(R, n, held):
+    alone = viewer(group, held, mask) if held is not None and n == 1 else None
+    if alone is not None:
+        _look(found, alone, R)
+    for owners in () if alone is not None else _blocks(R, n, held):
         _take(found, group, who, owners, mask, held)
     if n == R:  # who builds all parts knows already what every receiver takes
         found.given.extend(found.taken)
@@ -81,6 +88,16 @@ def _take(found: Exchange, group: GroupLayout, who: slice, owners: slice, mask: 
         found.tables[i] += tables[i * m : i * m + m]
     if owners.start == 0:
         found.spans.extend(reach.spans)
+
+
+def _look(found: Exchange, alone: Viewer, members: int) -> None:
+    """Adds what one member takes of all owners."""
+    found.spans.append(alone.spans)
+    for owner in range(members):
+        rows, landed, table = (0, _NONE, alone.own) if owner == alone.member else alone.take(owner)
+        found.taken[0].append(rows)
+        found.landed[0].append(landed)
+        found.tables[0].append(table)
 
 
 def _blocks(members: int, others: int, held: Held | None) -> Iterator[slice]:

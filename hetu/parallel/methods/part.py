@@ -84,7 +84,5 @@ def cut_runs(start: IntArray, length: IntArray) -> list[list[Runs]]:
     runs = []
     sizes = length.sum(2, dtype=length.dtype).reshape(-1).tolist()
     for (i, j), rows in zip(pairwise(firsts.searchsorted(bounds).tolist()), sizes, strict=True):
-        one = Runs(starts[i:j], lengths[i:j])
-        one.rows = rows
-        runs.append(one)
+        runs.append(Runs.of(starts[i:j], lengths[i:j], rows))
     return [runs[i : i + m] for i in range(0, n * m, max(m, 1))]

@@ -34,6 +34,4 @@ def hop_of(transfer: int, num_pipelines: int) -> int:
 
 def whole(rows: int) -> Runs:
     """Rows 0 to ``rows`` as one run, or none if there are none."""
-    runs = Runs(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64))
-    runs.rows = rows
-    return runs
+    return Runs.of(np.zeros(min(rows, 1), np.int64), np.array([rows] if rows else [], np.int64), rows)

@@ -6,10 +6,9 @@ among a thousand pipelines a part has thousands.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from hetu.parallel.mask.segments import IntArray, SegmentTable
 from hetu.parallel.plan.heads import HeadRange, Payload
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Runs:
     """A set of rows as runs of evenly spaced rows, in the order they are packed.
 
@@ -25,21 +24,51 @@ class Runs:
         start: First row of each run.
         length: Its rows.
         step: Distance between neighbours; None where it is 1 in all runs.
+        total: Rows of all runs together, once they are known. Not part of the value, like what follows.
+        kept: What backends copied to devices, once they did.
+        find: Gives starts and lengths, where they are found when somebody asks for them; see :meth:`later`.
     """
 
     start: IntArray
     length: IntArray
     step: IntArray | None = None
+    total: int | None = field(default=None, init=False, repr=False)
+    kept: dict[Hashable, Any] | None = field(default=None, init=False, repr=False)
+    find: Callable[[], tuple[IntArray, IntArray]] | None = field(default=None, init=False, repr=False)
 
-    @cached_property
+    @classmethod
+    def of(cls, start: IntArray, length: IntArray, rows: int) -> Self:
+        """Runs at distance 1, of which it is known how many rows they have together."""
+        runs = cls(start, length)
+        runs.total = rows
+        return runs
+
+    @classmethod
+    def later(cls, rows: int, find: Callable[[], tuple[IntArray, IntArray]]) -> Self:
+        """Runs at distance 1 that are found when somebody asks for them; how many rows they have is known."""
+        runs = cls.__new__(cls)
+        runs.total, runs.find, runs.step, runs.kept = rows, find, None, None
+        return runs
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("start", "length") or self.find is None:
+            raise AttributeError(name)
+        self.start, self.length = self.find()
+        return getattr(self, name)
+
+    @property
     def copies(self) -> dict[Hashable, Any]:
-        """What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`. Not part of the value."""
-        return {}
+        """What backends copied to devices; see :class:`hetu.backends.memory.DeviceCopies`."""
+        if self.kept is None:
+            self.kept = {}
+        return self.kept
 
-    @cached_property
+    @property
     def rows(self) -> int:
-        """Rows of all runs together; who knows them already may say so."""
-        return int(self.length.sum())
+        """Rows of all runs together."""
+        if self.total is None:
+            self.total = int(self.length.sum())
+        return self.total
 
     @property
     def as_slice(self) -> slice | None:
@@ -189,7 +218,7 @@ class Attend:
     @property
     def rows(self) -> int:
         """Rows that the buffer holds."""
-        return sum(source.runs.rows for source in self.sources)
+        return sum([source.runs.rows for source in self.sources])
 
 
 @dataclass(slots=True, eq=False)

@@ -19,6 +19,7 @@ from hetu.arguments import shown
 from hetu.errors import HetuError
 from hetu.parallel.layout.group import GroupLayout, Spans
 from hetu.parallel.layout.layout import Layout
+from hetu.parallel.layout.pieces import Totals
 from hetu.parallel.mask.rules import RULES, Rule
 from hetu.parallel.mask.segments import IntArray, QuerySpans, SegmentTable
 from hetu.parallel.plan.instructions import Runs
@@ -33,7 +34,9 @@ _COLUMNS = (QuerySpans, SegmentTable, Runs, Spans)
 
 _INTS: Any = IntArray
 
-_INT64 = np.dtype(np.int64)
+_TOTALS: Any = Totals
+
+_INT64, _INT32 = np.dtype(np.int64), np.dtype(np.int32)
 
 _SHORT = 2**16
 """Arrays up to this size are joined to be checked: a long one may be a view of a single number."""
@@ -101,6 +104,8 @@ def check_fields(plan: PlanData) -> None:
 @cache
 def _check_of(hint: Any) -> Check:
     """The check of what a field is declared to be."""
+    if hint == _TOTALS:
+        return _check_totals
     hint = _plain(hint)
     if hint in (int, bool, str):
         return _exactly(hint)
@@ -197,6 +202,11 @@ def _check_array(value: Any, walk: _Walk) -> None:
         walk.arrays.append(value)
     elif value.size and not (value.min() >= -MOST and value.max() <= MOST):
         raise _WrongFieldError(f" holds numbers from {value.min()} to {value.max()}, expected them within {MOST} of 0")
+
+
+def _check_totals(value: Any, walk: _Walk) -> None:
+    if type(value) is not np.ndarray or value.dtype != _INT32:
+        _refuse(value, "an int32 array")
 
 
 def _check_columns(value: Any, columns: list[str]) -> None:

@@ -91,9 +91,13 @@ def test_nothing_is_allocated_for_numbers_that_nobody_holds() -> None:
         refused(dataclasses.replace(plan, pipelines=(damaged, *plan.pipelines[1:])), f"holds {buffers[0]} rows")
     group = plan.layout.groups[0]
     totals = group.totals.copy()
-    totals[0, -1] = 2**31
-    layout = Layout([dataclasses.replace(group, totals=totals), plan.layout.groups[1]])
-    refused(dataclasses.replace(plan, layout=layout), "context group 0 have [2147483648, 4] tokens")
+    totals[0, -1] = 2**31 - 1
+    for given, what in (
+        (totals, "context group 0 have [2147483647, 4] tokens"),
+        (totals.astype(np.int64), "layout.groups[0].totals is a int64 array (ndarray), expected an int32 array"),
+    ):
+        layout = Layout([dataclasses.replace(group, totals=given), plan.layout.groups[1]])
+        refused(dataclasses.replace(plan, layout=layout), what)
 
 
 def changed_group(**values: Any) -> AttnPlan:
