@@ -50,7 +50,8 @@ class _Side:
         return SegmentTable(self.query.take(at), k_start, k_len, k_len - 1)
 
 
-_STRANGER = 0, whole(0), SegmentTable(*[np.empty(0, np.int64)] * 4)
+_NONE = np.empty(0, np.int64)
+_STRANGER = 0, whole(0), SegmentTable(_NONE, _NONE, _NONE, _NONE)
 """What a member takes of one of whom it sees nothing: most of them, where documents lie on a few members each."""
 
 
