@@ -28,7 +28,7 @@ from planning import Lengths
 from tables import ROOT, environment, write_between
 
 import hetu
-from hetu.backends.attention.contract import row_dot
+from hetu.backends.attention.contract import gather, row_dot
 
 LAYERS, HEAD_DIM = 4, 16
 WIDTH = 3 * HEAD_DIM
@@ -137,7 +137,7 @@ def _even(s: hetu.IntSymbol, parts: int, pipelines: int) -> list[Any]:
 class Silent:
     """Kernels that do nothing: what is left of a run is the host's."""
 
-    row_dot = staticmethod(row_dot)
+    row_dot, gather = staticmethod(row_dot), staticmethod(gather)
 
     def attend(self, *_: Any) -> None: ...
 
