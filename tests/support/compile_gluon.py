@@ -56,7 +56,7 @@ def compiled_backward(variant: BackwardVariant, heads: PackedHeads) -> Iterator[
         (key_kernel, variants_backward.key_constants(variant, heads, tile, has_more, keys, keys)),
         (query_kernel, variants_backward.query_constants(variant, heads, tile, has_more, rows, rows)),
     ):
-        _kernel, known = _built(variants_backward.source(kernel, of, variant), tile.consumers)
+        _kernel, known = _built(variants_backward.source(kernel, of, variant), variants_backward.CONSUMERS)
         yield {"variant": f"{kernel.__name__} {variant}", **known}
 
 

@@ -13,11 +13,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hetu.backends.gluon import variants
-from hetu.backends.gluon.softmax import clean_rows, eighths, eighths_layout, opaque, row_layout, tanh, whole
+from hetu.backends.gluon.softmax import clean_rows, eighths, eighths_layout, row_layout, tanh, whole
 from hetu.backends.triton.large_scores import exponents_constraints, exponents_ptx
-
-ROWS = gl.constexpr(variants.ROWS)
 
 
 @gluon.constexpr_function
@@ -72,17 +69,12 @@ def capped(s, inner, SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def slopes(p, s, SOFTCAP: gl.constexpr):
-    """How much of what probabilities weigh goes to scores: themselves, times the slope of the cap."""
+def score_gradients(p, s, dp, delta, SOFTCAP: gl.constexpr):
+    """What probabilities, and the gradients of what they weigh, do to scores; delta broadcasts."""
+    ds = p * (dp - delta)
     if SOFTCAP:
-        p *= 1.0 - s * s
-    return p
-
-
-@gluon.jit
-def here(buffers, AT: gl.constexpr, C: gl.constexpr):
-    """A consumer's own buffer of 64 rows. Its place is computed anew: kept in registers that takes more than there are."""
-    return buffers.index(opaque(AT)).reshape([ROWS, C.HEAD_DIM])
+        ds *= 1.0 - s * s
+    return ds
 
 
 @gluon.jit

@@ -26,12 +26,10 @@ from hetu.backends.gluon.backward import (
     cleaned,
     column_layout,
     exponents,
-    here,
     scales,
-    slopes,
+    score_gradients,
     tile_layout,
 )
-from hetu.backends.gluon.forward import load_block
 from hetu.backends.gluon.schedule import (
     advanced,
     async_load,
@@ -39,7 +37,6 @@ from hetu.backends.gluon.schedule import (
     item_of,
     next_tile,
     record_at,
-    specialize,
     tell_tile,
     told_tile,
 )
@@ -80,16 +77,18 @@ def load_rows(descs, buffers, bars, pointers, stage, phase, row, head, left, C: 
     LANES: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [1, 1], [1, 0])
     q_desc, dout_desc = descs
     q_s, dout_s, lse_s, delta_s = buffers
-    q_full, q_empty, dout_full, dout_empty, known = bars
+    q_full, dout_full, known, rows_empty = bars
     lse, stride_lh, delta = pointers
     eight = gl.arange(0, C.BLOCK_M // 8, layout=gl.SliceLayout(1, LANES))
     place = eight[:, None] * 8 + gl.arange(0, 8, layout=gl.SliceLayout(0, LANES))[None, :]
     token, member = place // C.PACK, place % C.PACK
     row_lse = gl.load(lse + member.to(gl.int64) * stride_lh + token, mask=token < left, other=0.0)
     row_delta = gl.load(delta + (token * C.HEADS + member), mask=token < left, other=0.0)
-    # Where consumers share keys, those of dout are free first; else both at once.
-    load_block(dout_desc, dout_s, dout_full, dout_empty, stage, phase, row, head, BYTES)
-    load_block(q_desc, q_s, q_full, q_empty, stage, phase, row, head, BYTES)
+    mbarrier.wait(rows_empty.index(stage), phase)
+    mbarrier.expect(q_full.index(stage), BYTES)
+    async_load(q_desc, [row, head, 0], q_full.index(stage), q_s.index(stage))
+    mbarrier.expect(dout_full.index(stage), BYTES)
+    async_load(dout_desc, [row, head, 0], dout_full.index(stage), dout_s.index(stage))
     lse_s.index(stage).store(row_lse * ASKED)
     delta_s.index(stage).store(row_delta)
     mbarrier.arrive(known.index(stage), count=1)
@@ -99,13 +98,12 @@ def load_rows(descs, buffers, bars, pointers, stage, phase, row, head, left, C: 
 def produce(descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
     """Loads what the consumers read, in their order."""
     q_desc, k_desc, v_desc, dout_desc = descs
-    q_s, k_s, v_s, dout_s, lse_s, delta_s, _handed_s, tile_s = buffers
-    tile_bars, kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, known, _handed = bars
+    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s = buffers
+    tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty = bars
     records, lse, delta, _dk, _dv, counter = pointers
     _scale, _softcap, stride_lb, stride_lh = numbers
     TOKENS: gl.constexpr = C.BLOCK_M // C.PACK
-    KEY_BYTES: gl.constexpr = 2 * C.KEY_BUFFERS * ROWS * C.HEAD_DIM * 2
-    KEY_BUFFERS: gl.constexpr = C.KEY_BUFFERS
+    KEY_BYTES: gl.constexpr = 2 * C.CONSUMERS * ROWS * C.HEAD_DIM * 2
     stage, phase = 0, 1
     turn, tile, tiles = 0, next_tile(counter), items * C.SETS
     while tile < tiles:
@@ -116,9 +114,8 @@ def produce(descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
         key, more, more_end = gl.load(record), gl.load(record + 13), gl.load(record + 14)
         mbarrier.wait(kv_empty.index(0), (turn & 1) ^ 1)
         mbarrier.expect(kv_full.index(0), KEY_BYTES)
-        for at in gl.static_range(KEY_BUFFERS):
-            async_load(k_desc, [key + at * ROWS, kv_head, 0], kv_full.index(0), k_s.index(at))
-            async_load(v_desc, [key + at * ROWS, kv_head, 0], kv_full.index(0), v_s.index(at))
+        async_load(k_desc, [key, kv_head, 0], kv_full.index(0), k_s.index(0))
+        async_load(v_desc, [key, kv_head, 0], kv_full.index(0), v_s.index(0))
         for further in range(opaque(more) - 1, opaque(more_end)):  # the record's own segment first
             start, length, begin, _first, _last_key, _diagonal, _lower = span_of(record, C)
             slot, slot_row = gl.load(record + 7), gl.load(record + 8)
@@ -129,7 +126,7 @@ def produce(descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
                 for i in range(opaque(begin), opaque(length), TOKENS):
                     load_rows(
                         (q_desc, dout_desc), (q_s, dout_s, lse_s, delta_s),
-                        (q_full, q_empty, dout_full, dout_empty, known),
+                        (q_full, dout_full, known, rows_empty),
                         (lse_rows + i, stride_lh, deltas + i * C.HEADS), stage, phase, start + i, head, length - i, C,
                     )  # fmt: skip
                     stage, phase = advanced(stage, phase, C.STAGES)
@@ -154,16 +151,18 @@ def is_seen(p, place, last_key, row, diagonal, lower, LOWER: gl.constexpr):
 
 
 @gluon.jit
+def here(buffers, C: gl.constexpr):
+    """The tile's keys or values. Their place is computed anew: kept in registers it takes more than there are."""
+    return buffers.index(opaque(0)).reshape([C.CONSUMERS * ROWS, C.HEAD_DIM])
+
+
+@gluon.jit
 def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
-    """Adds up the gradients of 64 of the keys of each tile: those of consumer GROUP, which may be dv or dk alone."""
-    q_s, k_s, v_s, dout_s, lse_s, delta_s, handed_s, tile_s = buffers
-    tile_bars, kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, known, handed = bars
+    """Adds up the gradients of 64 of the keys of each tile, those of consumer GROUP."""
+    q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s = buffers
+    tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty = bars
     records, _lse, _delta, dk, dv, _counter = pointers
     scale, softcap, _stride_lb, _stride_lh = numbers
-    SHARES: gl.constexpr = C.SHARES_KEYS
-    HAS_DV: gl.constexpr = GROUP == 0 or not SHARES
-    HAS_DK: gl.constexpr = GROUP == 1 or not SHARES
-    AT: gl.constexpr = 0 if SHARES else GROUP
     TOKENS: gl.constexpr = C.BLOCK_M // C.PACK
     DTYPE: gl.constexpr = descs[0].dtype
     SCORES: gl.constexpr = tile_layout(C.BLOCK_M)
@@ -181,85 +180,58 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
         record = record_at(records, item)
         key, keys = gl.load(record), gl.load(record + 1)
         more, more_end = gl.load(record + 13), gl.load(record + 14)
-        if HAS_DV:
-            dv_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
-        if HAS_DK:
-            dk_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
+        dk_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
+        dv_tile = gl.full([ROWS, C.HEAD_DIM], 0.0, gl.float32, GRADS)
         mbarrier.wait(kv_full.index(0), turn & 1)
         for further in range(opaque(more) - 1, opaque(more_end)):
             _start, length, begin, first, last_key, diagonal, lower = span_of(record, C)
-            first += AT * ROWS
+            first += GROUP * ROWS
             # Of rows from `all_see` to `since` on all see all keys of this consumer.
             is_inside = (first >= 0) & (first + ROWS - 1 <= last_key)
             all_see = gl.where(is_inside, gl.maximum(first + ROWS - 1 - diagonal, 0), length)
             since = first - lower - (TOKENS - 1)
             for _packs in range(C.GROUP // C.PACK):
                 for i in range(opaque(begin), opaque(length), TOKENS):
-                    left = (length - i) * C.PACK
-                    if HAS_DV:
-                        mbarrier.wait(q_full.index(stage), phase)
-                        q = cleaned(q_s.index(stage), left)
-                        s = warpgroup_mma(here(k_s, AT, C), q.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    left = length - i
+                    mbarrier.wait(q_full.index(stage), phase)
+                    q = cleaned(q_s.index(stage), left * C.PACK)
+                    k = here(k_s, C).slice(GROUP * ROWS, ROWS)
+                    s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
                     mbarrier.wait(dout_full.index(stage), phase)
-                    dout = cleaned(dout_s.index(stage), left)
-                    if HAS_DK:
-                        dp = warpgroup_mma(here(v_s, AT, C), dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+                    dout = cleaned(dout_s.index(stage), left * C.PACK)
+                    v = here(v_s, C).slice(GROUP * ROWS, ROWS)
+                    dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
                     # Rows past the end have scores, log-sum-exps and gradients of 0, and so add nothing.
                     mbarrier.wait(known.index(stage), phase)
-                    if HAS_DV:
-                        s = warpgroup_mma_wait(1 if HAS_DK else 0, [s])
-                        if SHARES:
-                            mbarrier.arrive(q_empty.index(stage), count=1)
-                        s = capped(s, inner, C.SOFTCAP)
-                        p = gl.exp2(exponents(s, outer, lse_s.index(stage).load(EIGHTHS), True))
-                        is_cut = i < all_see
-                        if C.LOWER:
-                            is_cut = is_cut | (i > since)
-                        if is_cut:
-                            p = gl.where(is_seen(p, first, last_key, i + token, diagonal, lower, C.LOWER), p, 0.0)
-                        if SHARES:
-                            handed_s.index(stage).store(slopes(p, s, C.SOFTCAP))
-                            mbarrier.arrive(handed.index(stage), count=1)
-                    if HAS_DK:
-                        if SHARES:
-                            mbarrier.wait(q_full.index(stage), phase)
-                            q = cleaned(q_s.index(stage), left)
-                            mbarrier.wait(handed.index(stage), phase)
-                        dp = warpgroup_mma_wait(0, [dp])
-                        row_delta = gl.expand_dims(delta_s.index(stage).load(EIGHTHS), 0)
-                        if SHARES:
-                            mbarrier.arrive(dout_empty.index(stage), count=1)
-                            slope = eighths(handed_s.index(stage).load(SCORES))
-                        else:
-                            slope = slopes(eighths(p), eighths(s), C.SOFTCAP)
-                        ds = whole(slope * (eighths(dp) - row_delta), SCORES)
-                    if HAS_DV:
-                        dv_tile = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), dout, dv_tile, is_async=True)
-                    if HAS_DK:
-                        dk_tile = warpgroup_mma(gl.convert_layout(ds.to(DTYPE), OPERAND), q, dk_tile, is_async=True)
-                    if HAS_DV and HAS_DK:
-                        dv_tile, dk_tile = warpgroup_mma_wait(0, [dv_tile, dk_tile])
-                        mbarrier.arrive(q_empty.index(stage), count=1)
-                    elif HAS_DV:
-                        dv_tile = warpgroup_mma_wait(0, [dv_tile])
-                        mbarrier.arrive(dout_empty.index(stage), count=1)
-                    else:
-                        dk_tile = warpgroup_mma_wait(0, [dk_tile])
-                        mbarrier.arrive(q_empty.index(stage), count=1)
+                    s = warpgroup_mma_wait(1, [s])
+                    s = capped(s, inner, C.SOFTCAP)
+                    p = gl.exp2(exponents(s, outer, lse_s.index(stage).load(EIGHTHS), True))
+                    is_cut = i < all_see
+                    if C.LOWER:
+                        is_cut = is_cut | (i > since)
+                    if is_cut:
+                        p = gl.where(is_seen(p, first, last_key, i + token, diagonal, lower, C.LOWER), p, 0.0)
+                    dp = warpgroup_mma_wait(0, [dp])
+                    row_delta = gl.expand_dims(delta_s.index(stage).load(EIGHTHS), 0)
+                    ds = whole(score_gradients(eighths(p), eighths(s), eighths(dp), row_delta, C.SOFTCAP), SCORES)
+                    weights = gl.convert_layout(p.to(DTYPE), OPERAND)
+                    dv_tile = warpgroup_mma(weights, dout, dv_tile, is_async=True)
+                    grads = gl.convert_layout(ds.to(DTYPE), OPERAND)
+                    dk_tile = warpgroup_mma(grads, q, dk_tile, is_async=True)
+                    dv_tile, dk_tile = warpgroup_mma_wait(0, [dv_tile, dk_tile])
+                    mbarrier.arrive(rows_empty.index(stage), count=1)
                     stage, phase = advanced(stage, phase, C.STAGES)
             if C.MORE:
                 record = record_at(records, further + 1)
         mbarrier.arrive(kv_empty.index(0), count=1)
-        own = AT * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GRADS))
+        own = GROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, GRADS))
         channel = gl.arange(0, C.HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
         live = (own < keys)[:, None]
         far_key, far_head = key.to(gl.int64), kv_head.to(gl.int64)
-        if HAS_DK:
-            dk_rows = dk + far_key * C.DK_STRIDE_T + far_head * C.DK_STRIDE_H
-            gl.store(dk_rows + (own * C.DK_STRIDE_T)[:, None] + channel[None, :], dk_tile * scale, mask=live)
-        if HAS_DV:
-            dv_rows = dv + far_key * C.DV_STRIDE_T + far_head * C.DV_STRIDE_H
-            gl.store(dv_rows + (own * C.DV_STRIDE_T)[:, None] + channel[None, :], dv_tile, mask=live)
+        dk_rows = dk + far_key * C.DK_STRIDE_T + far_head * C.DK_STRIDE_H
+        gl.store(dk_rows + (own * C.DK_STRIDE_T)[:, None] + channel[None, :], dk_tile * scale, mask=live)
+        dv_rows = dv + far_key * C.DV_STRIDE_T + far_head * C.DV_STRIDE_H
+        gl.store(dv_rows + (own * C.DV_STRIDE_T)[:, None] + channel[None, :], dv_tile, mask=live)
         turn += 1
         tile = told_tile(tile_s, tile_bars, turn)
 
@@ -273,7 +245,7 @@ def key_kernel(
 
     Args:
         q_desc: Boxes of ``(BLOCK_M // PACK, PACK, HEAD_DIM)`` in ``(T_q, HEADS, HEAD_DIM)``.
-        k_desc: Boxes of ``(64, 1, HEAD_DIM)`` in ``(T_k, HEADS // GROUP, HEAD_DIM)``.
+        k_desc: Boxes of ``(128, 1, HEAD_DIM)`` in ``(T_k, HEADS // GROUP, HEAD_DIM)``.
         v_desc: As k_desc.
         dout_desc: As q_desc.
         lse: float32 ``(slots, HEADS, S)``, rows contiguous.
@@ -281,8 +253,7 @@ def key_kernel(
         dk: ``(T_k, HEADS // GROUP, HEAD_DIM)`` by its strides; rows that records name are written.
         dv: As dk.
         counter: int32, 0: the tiles that programs have taken.
-        records: int32 rows, KEY_FIELDS of ``hetu/backends/attention/records.py``, of blocks of 64 keys for each of
-            KEY_BUFFERS.
+        records: int32 rows, KEY_FIELDS of ``hetu/backends/attention/records.py``, of blocks of 128 keys.
         items: How many of them are items.
         stride_lb: Elements of lse between slots.
         stride_lh: Elements of lse between heads.
@@ -291,7 +262,7 @@ def key_kernel(
         C: A :class:`hetu.backends.gluon.variants_backward.KeyConstants`.
     """
     BLOCK: gl.constexpr = [C.STAGES, C.BLOCK_M // C.PACK, C.PACK, C.HEAD_DIM]
-    OWN: gl.constexpr = [C.KEY_BUFFERS, ROWS, 1, C.HEAD_DIM]
+    OWN: gl.constexpr = [1, C.CONSUMERS * ROWS, 1, C.HEAD_DIM]
     q_s = gl.allocate_shared_memory(q_desc.dtype, BLOCK, q_desc.layout)
     dout_s = gl.allocate_shared_memory(q_desc.dtype, BLOCK, dout_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, OWN, k_desc.layout)
@@ -299,21 +270,19 @@ def key_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     lse_s = gl.allocate_shared_memory(gl.float32, [C.STAGES, C.BLOCK_M // 8, 8], PLAIN)
     delta_s = gl.allocate_shared_memory(gl.float32, [C.STAGES, C.BLOCK_M // 8, 8], PLAIN)
-    # A thread reads what the thread of its place in the other consumer wrote, and no two of a warp in the same bank.
-    HANDED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-    handed_s = gl.allocate_shared_memory(gl.float32, [C.STAGES if C.SHARES_KEYS else 1, ROWS, C.BLOCK_M], HANDED)
     tile_s = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     tile_bars = barriers(2, 1), barriers(2, C.CONSUMERS)
     kv_full, kv_empty = barriers(1, 1), barriers(1, C.CONSUMERS)
     q_full, dout_full, known = barriers(C.STAGES, 1), barriers(C.STAGES, 1), barriers(C.STAGES, 1)
-    q_empty, handed = barriers(C.STAGES, C.CONSUMERS), barriers(C.STAGES, 1)
-    dout_empty = q_empty
-    if C.SHARES_KEYS:
-        dout_empty = barriers(C.STAGES, C.CONSUMERS)
+    rows_empty = barriers(C.STAGES, C.CONSUMERS)
     fence_async_shared()
     descs = (q_desc, k_desc, v_desc, dout_desc)
-    buffers = (q_s, k_s, v_s, dout_s, lse_s, delta_s, handed_s, tile_s)
-    bars = (tile_bars, kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, known, handed)
+    buffers = (q_s, k_s, v_s, dout_s, lse_s, delta_s, tile_s)
+    bars = (tile_bars, kv_full, kv_empty, q_full, dout_full, known, rows_empty)
     numbers = (scale, softcap, stride_lb, stride_lh)
     pointers = (records, lse, delta, dk, dv, counter)
-    specialize(consume, produce, descs, buffers, bars, pointers, items, numbers, C)
+    gl.warp_specialize([
+        (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+        (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+        (produce, (descs, buffers, bars, pointers, items, numbers, C)),
+    ], [4, 1], [240, 24])  # fmt: skip

@@ -20,18 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hetu.backends.gluon import variants
-from hetu.backends.gluon.backward import capped, cleaned, exponents, here, scales, slopes, tile_layout
+from hetu.backends.gluon.backward import capped, cleaned, exponents, scales, score_gradients, tile_layout
 from hetu.backends.gluon.forward import load_block, load_queries
-from hetu.backends.gluon.schedule import (
-    advanced,
-    barriers,
-    item_at,
-    last_block,
-    record_at,
-    segment_of,
-    specialize,
-    turns,
-)
+from hetu.backends.gluon.schedule import advanced, barriers, item_at, last_block, record_at, segment_of, turns
 from hetu.backends.gluon.softmax import is_seen, opaque
 from hetu.backends.triton.large_scores import ASKED
 from hetu.backends.triton.tiles import CONTINUES, MERGES
@@ -40,15 +31,13 @@ ROWS = gl.constexpr(variants.ROWS)
 
 
 @gluon.jit
-def produce(descs, buffers, bars, pointers, items, _numbers, C: gl.constexpr):
+def produce(descs, buffers, bars, records, items, C: gl.constexpr):
     """Loads what the consumers read, in their order."""
     q_desc, k_desc, v_desc, dout_desc = descs
     q_s, k_s, v_s, dout_s = buffers
     q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty = bars
-    records, _lse, _delta, _dq, _dq_state = pointers
     BYTES: gl.constexpr = C.BLOCK_N * C.HEAD_DIM * 2
     stage, phase = 0, 1
-    v_stage, v_phase = 0, 1
     for i in range(turns(items * C.SETS)):
         item, first_head = item_at(i, items, C)
         record = record_at(records, item)
@@ -67,10 +56,9 @@ def produce(descs, buffers, bars, pointers, items, _numbers, C: gl.constexpr):
                     more += 1
             at = k_start + n * C.BLOCK_N
             load_block(k_desc, k_s, k_full, k_empty, stage, phase, at, kv_head, BYTES)
-            load_block(v_desc, v_s, v_full, v_empty, v_stage, v_phase, at, kv_head, BYTES)
+            load_block(v_desc, v_s, v_full, v_empty, stage, phase, at, kv_head, BYTES)
             n -= 1
             stage, phase = advanced(stage, phase, C.STAGES)
-            v_stage, v_phase = advanced(v_stage, v_phase, C.VALUE_STAGES)
 
 
 @gluon.jit
@@ -93,8 +81,9 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
     own = gl.arange(0, ROWS, layout=gl.SliceLayout(1, GRADS))
     own_token, own_member = first_token + own // C.PACK, own % C.PACK
     channel = gl.arange(0, C.HEAD_DIM, layout=gl.SliceLayout(0, GRADS))
+    q = q_s.index(GROUP).reshape([ROWS, C.HEAD_DIM])
+    dout = dout_s.index(GROUP).reshape([ROWS, C.HEAD_DIM])
     stage, phase = 0, 0
-    v_stage, v_phase = 0, 0
     for i in range(turns(items * C.SETS)):
         item, first_head = item_at(i, items, C)
         record = record_at(records, item)
@@ -134,10 +123,9 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             left = gl.minimum(k_len, reach + rows) - first
             mbarrier.wait(k_full.index(stage), phase)
             k = cleaned(k_s.index(stage), left)
-            q, dout = here(q_s, GROUP, C), here(dout_s, GROUP, C)
             s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            v = cleaned(v_s.index(v_stage), left)
+            mbarrier.wait(v_full.index(stage), phase)
+            v = cleaned(v_s.index(stage), left)
             dp = warpgroup_mma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(1, [s])
             s = capped(s, inner, C.SOFTCAP)
@@ -148,15 +136,14 @@ def consume(GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers,
             if is_cut:
                 p = gl.where(is_seen(p, first, token, k_len, reach, low, C.LOWER), p, 0.0)
             dp = warpgroup_mma_wait(0, [dp])
-            mbarrier.arrive(v_empty.index(v_stage), count=1)
-            ds = slopes(p, s, C.SOFTCAP) * (dp - row_delta[:, None])
+            mbarrier.arrive(v_empty.index(stage), count=1)
+            ds = score_gradients(p, s, dp, row_delta[:, None], C.SOFTCAP)
             grads = gl.convert_layout(ds.to(DTYPE), OPERAND)
             dq_tile = warpgroup_mma(grads, k, dq_tile, is_async=True)
             dq_tile = warpgroup_mma_wait(0, [dq_tile])
             mbarrier.arrive(k_empty.index(stage), count=1)
             n -= 1
             stage, phase = advanced(stage, phase, C.STAGES)
-            v_stage, v_phase = advanced(v_stage, v_phase, C.VALUE_STAGES)
         mbarrier.arrive(q_empty.index(GROUP), count=1)
         mbarrier.arrive(dout_empty.index(GROUP), count=1)
         if C.RUNS_ON:
@@ -198,14 +185,18 @@ def query_kernel(
     q_s = gl.allocate_shared_memory(q_desc.dtype, OWN, q_desc.layout)
     dout_s = gl.allocate_shared_memory(q_desc.dtype, OWN, dout_desc.layout)
     k_s = gl.allocate_shared_memory(q_desc.dtype, BLOCK, k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [C.VALUE_STAGES, C.BLOCK_N, 1, C.HEAD_DIM], v_desc.layout)
+    v_s = gl.allocate_shared_memory(q_desc.dtype, BLOCK, v_desc.layout)
     q_full, q_empty = barriers(C.CONSUMERS, 1), barriers(C.CONSUMERS, 1)
     dout_full, dout_empty = barriers(C.CONSUMERS, 1), barriers(C.CONSUMERS, 1)
     k_full, k_empty = barriers(C.STAGES, 1), barriers(C.STAGES, C.CONSUMERS)
-    v_full, v_empty = barriers(C.VALUE_STAGES, 1), barriers(C.VALUE_STAGES, C.CONSUMERS)
+    v_full, v_empty = barriers(C.STAGES, 1), barriers(C.STAGES, C.CONSUMERS)
     fence_async_shared()
     descs, buffers = (q_desc, k_desc, v_desc, dout_desc), (q_s, k_s, v_s, dout_s)
     bars = (q_full, q_empty, dout_full, dout_empty, k_full, k_empty, v_full, v_empty)
     numbers = (scale, softcap, stride_lb, stride_lh)
     pointers = (records, lse, delta, dq, dq_state)
-    specialize(consume, produce, descs, buffers, bars, pointers, items, numbers, C)
+    gl.warp_specialize([
+        (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+        (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+        (produce, (descs, buffers, bars, records, items, C)),
+    ], [4, 1], [240, 24])  # fmt: skip

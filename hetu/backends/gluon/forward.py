@@ -38,7 +38,6 @@ from hetu.backends.gluon.schedule import (
     last_block,
     record_at,
     segment_of,
-    specialize,
     turns,
 )
 from hetu.backends.gluon.softmax import (
@@ -81,12 +80,11 @@ def load_block(desc, buffers, full, empty, stage, phase, row, head, BYTES: gl.co
 
 
 @gluon.jit
-def produce(descs, buffers, bars, pointers, items, _numbers, C: gl.constexpr):
+def produce(descs, buffers, bars, records, items, C: gl.constexpr):
     """Loads what the consumers read, in their order."""
     q_desc, k_desc, v_desc, _o_desc = descs
     q_s, k_s, v_s = buffers
     q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
-    records, _lse, _out, _acc_state, _sinks = pointers
     BLOCK_BYTES: gl.constexpr = C.BLOCK_N * C.HEAD_DIM * 2
     stage, phase, total = 0, 1, turns(items * C.SETS)
     for i in range(total):
@@ -424,4 +422,17 @@ def forward_kernel(
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     numbers = (scale, softcap, stride_lb, stride_lh)
     pointers = (records, lse, out, acc_state, sinks)
-    specialize(consume, produce, descs, buffers, bars, pointers, items, numbers, C)
+    # Registers of the first consumer are what the others leave of the kernel's: as many as theirs, or a few more.
+    if C.CONSUMERS == 2:
+        gl.warp_specialize([
+            (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+            (produce, (descs, buffers, bars, records, items, C)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consume, (0, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (1, descs, buffers, bars, pointers, items, numbers, C)),
+            (consume, (2, descs, buffers, bars, pointers, items, numbers, C)),
+            (produce, (descs, buffers, bars, records, items, C)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip

@@ -19,6 +19,8 @@ from hetu.backends.gluon.descriptors import DESCRIBED, Boxes, described, is_desc
 from hetu.backends.gluon.launch import PORTABLE, arranged, heaviest_first, item_weights, multiprocessors
 from hetu.backends.gluon.variants import ROWS, options
 from hetu.backends.gluon.variants_backward import (
+    BLOCK_KEYS,
+    CONSUMERS,
     BackwardTile,
     KeyConstants,
     QueryConstants,
@@ -133,11 +135,9 @@ def _launch(
 def _prepared(call: AttendCall, heads: PackedHeads, tile: BackwardTile) -> tuple[_Part, _Part]:
     """Puts the work lists on the device."""
     spans, table, device = call.spans, call.table, call.q.device
-    rows = query_work(spans, table, tile.consumers * ROWS // heads.pack, call.turn)
-    keys = key_work(spans, table, tile.block_keys)
-    keys = heaviest_first(
-        keys, item_weights(keys, _rows) // tile.block_keys
-    )  # so that items that share rows stay together
+    rows = query_work(spans, table, CONSUMERS * ROWS // heads.pack, call.turn)
+    keys = key_work(spans, table, BLOCK_KEYS)
+    keys = heaviest_first(keys, item_weights(keys, _rows) // BLOCK_KEYS)  # so that items that share rows stay together
     return _Part.of(keys, device), _Part.of(arranged(rows, tile.block_n), device)
 
 
@@ -224,4 +224,4 @@ def _read(call: AttendCall, state: BackwardState, boxes: Boxes | None) -> tuple[
 
 
 def _constants(of: KeyConstants | QueryConstants) -> Constants:
-    return {"C": of}, options(of.CONSUMERS)
+    return {"C": of}, options(CONSUMERS)

@@ -113,36 +113,3 @@ def told_tile(buffers, bars, turn):
     tile = gl.max(buffers.index(turn & 1).load(ALL), 0)
     mbarrier.arrive(empty.index(turn & 1), count=1)
     return tile
-
-
-@gluon.jit
-def consumer(consume, GROUP: gl.constexpr, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
-    """Warps that compute."""
-    consume(GROUP, descs, buffers, bars, pointers, items, numbers, C)
-
-
-@gluon.jit
-def producer(produce, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
-    """Warps that load."""
-    produce(descs, buffers, bars, pointers, items, numbers, C)
-
-
-@gluon.jit
-def specialize(consume, produce, descs, buffers, bars, pointers, items, numbers, C: gl.constexpr):
-    """Starts a program's two or three consumers, each of which is told its number first, and its producer.
-
-    Registers of the first consumer are what the others leave of the kernel's: as many as theirs, or a few more.
-    """
-    if C.CONSUMERS == 2:
-        gl.warp_specialize([
-            (consumer, (consume, 0, descs, buffers, bars, pointers, items, numbers, C)),
-            (consumer, (consume, 1, descs, buffers, bars, pointers, items, numbers, C)),
-            (producer, (produce, descs, buffers, bars, pointers, items, numbers, C)),
-        ], [4, 1], [240, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consumer, (consume, 0, descs, buffers, bars, pointers, items, numbers, C)),
-            (consumer, (consume, 1, descs, buffers, bars, pointers, items, numbers, C)),
-            (consumer, (consume, 2, descs, buffers, bars, pointers, items, numbers, C)),
-            (producer, (produce, descs, buffers, bars, pointers, items, numbers, C)),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip

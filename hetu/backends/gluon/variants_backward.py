@@ -11,12 +11,16 @@ from hetu.backends.triton.variants import PackedHeads
 from hetu.backends.triton.variants import source as portable_source
 from hetu.backends.triton.variants_backward import BackwardVariant
 
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS = (128,)
 """At 64 the portable kernels are faster, as exponentials bound both; at 256 the gradients of 64 keys and of their
 values would take all registers of a consumer."""
 
 LONG = 512
 """Keys that a row sees on average from which on these kernels are ahead of the portable ones."""
+
+CONSUMERS = 2
+BLOCK_KEYS = CONSUMERS * ROWS
+"""Keys of a tile of the kernel of keys."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,10 @@ class _Constants:
     """What both kernels are compiled for; see :class:`hetu.backends.gluon.variants.Constants`.
 
     Attributes:
-        HEAD_DIM: 64, 128 or 256.
+        HEAD_DIM: 64 (in tests) or 128.
         HEADS: Query heads.
         GROUP: Query heads that share a key head.
         PACK: Heads of a block of query rows.
-        CONSUMERS: Groups of warps that compute.
         STAGES: Buffers of the ring.
         CHUNK: Items that programs take for some heads before they take them for the next ones.
         MORE: Whether an item has several segments.
@@ -40,7 +43,6 @@ class _Constants:
     HEADS: int
     GROUP: int
     PACK: int
-    CONSUMERS: int
     STAGES: int
     CHUNK: int
     MORE: bool
@@ -48,7 +50,12 @@ class _Constants:
     SOFTCAP: bool
 
     @property
-    def Q_BUFFERS(self) -> int:  # noqa: N802 - a constant of kernels
+    def CONSUMERS(self) -> int:  # noqa: N802 - a constant of kernels
+        """Groups of warps that compute."""
+        return CONSUMERS
+
+    @property
+    def Q_BUFFERS(self) -> int:  # noqa: N802
         """Buffers for the rows of a consumer."""
         return 1
 
@@ -59,12 +66,10 @@ class KeyConstants(_Constants):
 
     Attributes:
         BLOCK_M: Query rows of an iteration.
-        SHARES_KEYS: Whether both consumers have the same keys; see :class:`BackwardTile`.
         DK_STRIDE_T: Elements between rows of dk; the others likewise.
     """
 
     BLOCK_M: int
-    SHARES_KEYS: bool
     DK_STRIDE_T: int
     DK_STRIDE_H: int
     DV_STRIDE_T: int
@@ -75,14 +80,9 @@ class KeyConstants(_Constants):
         """Key heads, for each of which an item is computed."""
         return self.HEADS // self.GROUP
 
-    @property
-    def KEY_BUFFERS(self) -> int:  # noqa: N802
-        """Buffers of 64 keys of a tile."""
-        return 1 if self.SHARES_KEYS else self.CONSUMERS
-
     def boxes(self) -> tuple[list[int], list[int]]:
         """Those of queries and of keys."""
-        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM], [ROWS, 1, self.HEAD_DIM]
+        return [self.BLOCK_M // self.PACK, self.PACK, self.HEAD_DIM], [BLOCK_KEYS, 1, self.HEAD_DIM]
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,11 @@ class QueryConstants(_Constants):
 
     Attributes:
         BLOCK_N: Keys of an iteration.
-        VALUE_STAGES: Buffers of the ring of values; STAGES are those of the ring of keys.
         RUNS_ON: Whether there are running results, of earlier steps or for later ones.
         DQ_STRIDE_T: Elements between rows of dq; the others likewise.
     """
 
     BLOCK_N: int
-    VALUE_STAGES: int
     RUNS_ON: bool
     DQ_STRIDE_T: int
     DQ_STRIDE_H: int
@@ -119,37 +117,22 @@ class BackwardTile:
     """How the kernels cut their work.
 
     Attributes:
-        consumers: Groups of warps that compute.
-        shares_keys: Whether both consumers of the kernel of keys have the same 64 keys, where the gradients of keys and
-            of values together don't fit into the registers of one: the first one computes probabilities and dv, and
-            hands them to the second one, which computes dk.
         block_m: Query rows of an iteration of the kernel of keys.
         row_stages: Its buffers for them.
         block_n: Keys of an iteration of the kernel of queries.
         key_stages: Its buffers for them.
-        value_stages: Its buffers for their values, which are free earlier in an iteration.
         chunk: As of the constants.
     """
 
-    consumers: int = 2
-    shares_keys: bool = False
     block_m: int = 64
     row_stages: int = 3
     block_n: int = 64
     key_stages: int = 4
-    value_stages: int = 4
     chunk: int = 16
-
-    @property
-    def block_keys(self) -> int:
-        """Keys of a program of the kernel of keys."""
-        return ROWS * (1 if self.shares_keys else self.consumers)
 
 
 def tile(variant: BackwardVariant) -> BackwardTile:
     """The tile of a variant."""
-    if variant.head_dim == 256:
-        return BackwardTile(shares_keys=True, row_stages=2, key_stages=2, value_stages=1)
     return BackwardTile()
 
 
@@ -159,7 +142,6 @@ def _shared(variant: BackwardVariant, heads: PackedHeads, tile: BackwardTile, st
         "HEADS": heads.num_q,
         "GROUP": heads.group,
         "PACK": heads.pack,
-        "CONSUMERS": tile.consumers,
         "STAGES": stages,
         "CHUNK": tile.chunk,
         "LOWER": variant.lower,
@@ -185,7 +167,6 @@ def key_constants(
         **shared,
         MORE=has_more,
         BLOCK_M=tile.block_m,
-        SHARES_KEYS=tile.shares_keys,
         DK_STRIDE_T=dk[0],
         DK_STRIDE_H=dk[1],
         DV_STRIDE_T=dv[0],
@@ -203,7 +184,6 @@ def query_constants(
         **shared,
         MORE=has_more,
         BLOCK_N=tile.block_n,
-        VALUE_STAGES=tile.value_stages,
         RUNS_ON=variant.runs_on,
         DQ_STRIDE_T=dq[0],
         DQ_STRIDE_H=dq[1],

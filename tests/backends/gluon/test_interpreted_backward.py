@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from hetu.backends.attention.contract import BackwardState, attention_delta
 from hetu.backends.attention.family import AttendCall
 from hetu.backends.families import family
 from hetu.backends.gluon import launch_backward, variants_backward
-from hetu.backends.gluon.variants_backward import BackwardTile
-from hetu.backends.triton.variants_backward import BackwardVariant
 
 Interpret = Callable[..., None]
 
@@ -27,7 +24,8 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpret:
     """Lets the backward of the torch family be the one in Gluon, on a CPU, with a seed and edits."""
 
     def set_up(seed: int, edits: Sequence[Edit] = (), programs: int = 3) -> None:
-        monkeypatch.setattr(variants_backward, "tile", small_tile)
+        tile = variants_backward.BackwardTile(block_n=32, row_stages=2, key_stages=2, chunk=1)
+        monkeypatch.setattr(variants_backward, "tile", lambda variant: tile)
         monkeypatch.setattr(variants_backward, "LONG", 0)
         monkeypatch.setattr(launch_backward, "multiprocessors", lambda device: programs)
         for launcher, kernel in KERNELS:
@@ -36,12 +34,6 @@ def interpret(monkeypatch: pytest.MonkeyPatch) -> Interpret:
         monkeypatch.setattr(type(family("torch")), "attend_backward", staticmethod(launch_backward.attend_backward))
 
     return set_up
-
-
-def small_tile(variant: BackwardVariant) -> BackwardTile:
-    """As few stages and keys as there may be, of consumers that have keys of their own or share them."""
-    own = BackwardTile(block_n=32, row_stages=2, key_stages=2, value_stages=2, chunk=1)
-    return replace(own, shares_keys=True, value_stages=1) if variant.head_dim == 256 else own
 
 
 KERNELS = [(launcher, launcher.kernel) for launcher in (launch_backward._keys, launch_backward._queries)]
@@ -54,12 +46,6 @@ CASES: dict[str, tuple[Case, tuple[int, int], int, torch.dtype, dict[str, Any]]]
     "steps": (random_case(3, [30, 1, 0], is_causal=True, num_steps=2, tail=3), (2, 1), 128, torch.float16, {}),
     "windows": (
         random_case(1, [40, 1], is_causal=True, num_steps=1, has_windows=True), (4, 1), 64, torch.float16,
-        {"softcap": 3.0, "has_sinks": True},
-    ),
-    "wide": (whole_documents(LENGTHS, True), (4, 2), 256, torch.bfloat16, {}),
-    "wide steps": (random_case(3, [30, 1, 0], is_causal=True, num_steps=2, tail=3), (2, 1), 256, torch.float16, {}),
-    "wide windows": (
-        random_case(1, [40, 1], is_causal=True, num_steps=1, has_windows=True), (4, 1), 256, torch.float16,
         {"softcap": 3.0, "has_sinks": True},
     ),
 }  # fmt: skip
