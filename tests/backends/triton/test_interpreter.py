@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.interpreted_bits import digest
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted without a GPU only")
+
+TESTS = Path(__file__).parents[2]
 
 COMPUTE = """
 import os, subprocess, sys, torch, hetu
@@ -51,11 +54,24 @@ def output(*script: str) -> list[str]:
     return run.stdout.split()
 
 
-def test_the_environment_stays_as_it_was() -> None:
-    """Also that of processes which are started later."""
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """By a process that interprets as users' do: of its environment, of one that it started, and its bits."""
     child = "import os; print('TRITON_INTERPRET' in os.environ)"
     code = f"{COMPUTE}\ncompute()\nprint('TRITON_INTERPRET' in os.environ, flush=True)\n"
-    assert output("-c", f"{code}\nsubprocess.run([sys.executable, '-c', {child!r}], check=True)") == ["False", "False"]
+    code += f"subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+    code += f"sys.path.append({str(TESTS)!r})\nfrom support.interpreted_bits import digest\nprint(digest())"
+    return output("-c", code)
+
+
+def test_the_environment_stays_as_it_was(said: list[str]) -> None:
+    """Also that of processes which are started later."""
+    assert said[:2] == ["False", "False"]
+
+
+def test_the_interpreter_of_tests_gives_the_same_bits(said: list[str]) -> None:
+    """What ``support/interpreter.py`` takes out of it changes no result."""
+    assert said[2:] == [digest()]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
