@@ -52,9 +52,9 @@ def attend_backward(
         raw_q = own_q
         own_q = own_q * call.softmax_scale
         is_large = (lse.abs() >= LARGE[dtype]) & lse.isfinite()
-        exact = None if not q.is_cuda and not is_large.any() else is_large  # a GPU isn't asked: it would be waited for
-        digit = lse.abs() * torch.finfo(dtype).eps
-        slack = torch.where(digit > 1.0, digit * -q.shape[-1], 0.0)
+        large = None
+        if q.is_cuda or is_large.any():  # a GPU isn't asked: it would be waited for
+            large = is_large, _slack(lse, q.shape[2])
         delta = state.delta[rows].T.reshape(num_kv, -1, 1)
         own_dq = torch.zeros_like(own_q)
         for begin in range(own_keys.start, own_keys.stop, size_k):
@@ -64,11 +64,12 @@ def attend_backward(
                 capped = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).div_(call.softcap).tanh_()
                 slope = 1.0 - capped.square()
                 p = capped.mul_(call.softcap).sub_(lse)
-                if exact is not None:
-                    p = torch.where(exact, p.clamp(max=0.0), p)
+                if large is not None:
+                    p = torch.where(large[0], p.clamp(max=0.0), p)
             else:
                 p = torch.baddbmm(lse, own_q, keys[:, part].mT, beta=-1)
-                if exact is not None:
+                if large is not None:
+                    exact, slack = large
                     rounded = (raw_q @ keys[:, part].mT).mul_(call.softmax_scale).sub_(lse).clamp_(max=0.0)
                     p = torch.where(exact, rounded.masked_fill_(rounded > slack, 0.0), p)
             p.exp_()
@@ -90,6 +91,12 @@ def attend_backward(
     for begin, end in named:
         dk[begin:end] = sums[0][:, begin:end].transpose(0, 1)
         dv[begin:end] = sums[1][:, begin:end].transpose(0, 1)
+
+
+def _slack(lse: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """How far below a log-sum-exp a score still counts as it, negative: where a last digit is more than 1."""
+    digit = lse.abs() * torch.finfo(lse.dtype).eps
+    return torch.where(digit > 1.0, digit * -head_dim, 0.0)
 
 
 class _Block:
