@@ -54,6 +54,13 @@ DESCRIBED = 4
 """How many tensors each kernel reads in boxes; they are its first parameters."""
 
 
-def described(x: torch.Tensor, box: list[int]) -> Box:
-    """A tensor's descriptor, for Triton."""
-    return Box(x, box, layout(tuple(box)))
+Read = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Those tensors: the queries, the keys, the values, and what else has the queries' rows."""
+
+
+def described(read: Read, boxes: Boxes | None) -> tuple[Any, ...]:
+    """The tensors' descriptors, for Triton; themselves without boxes, for a launch that knows them."""
+    if boxes is None:
+        return read
+    queries, keys = ((box, layout(tuple(box))) for box in boxes)
+    return tuple(Box(x, *how) for x, how in zip(read, (queries, keys, keys, queries), strict=True))

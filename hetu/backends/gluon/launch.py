@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -99,11 +98,7 @@ def _launch(work: Work, call: AttendCall, state: AttentionState, owner: HasCopie
 
 def _given(step: _Step, call: AttendCall, state: AttentionState, boxes: Boxes | None = None) -> Arguments:
     """The arguments of a launch; without boxes for one that knows them."""
-    read: tuple[Any, ...] = (call.q, call.k, call.v, state.out)
-    if boxes is not None:
-        queries, keys = boxes
-        read = tuple(map(described, read, (queries, keys, keys, queries)))
-    q_desc, k_desc, v_desc, o_desc = read
+    q_desc, k_desc, v_desc, o_desc = described((call.q, call.k, call.v, state.out), boxes)
     over_slots, over_heads, _ = state.lse.stride()
     return _forward.arguments(
         q_desc=q_desc,

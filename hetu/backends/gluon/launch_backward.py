@@ -171,56 +171,33 @@ def _given_keys(
     boxes: Boxes | None = None,
 ) -> Arguments:
     """The arguments of the kernel of keys; without boxes for a launch that knows them."""
-    q_desc, k_desc, v_desc, dout_desc = _read(call, state, boxes)
-    over_slots, over_heads, _ = state.lse.stride()
-    return _keys.arguments(
-        q_desc=q_desc,
-        k_desc=k_desc,
-        v_desc=v_desc,
-        dout_desc=dout_desc,
-        lse=state.lse,
-        delta=state.delta,
-        dk=dk,
-        dv=dv,
-        counter=zero(dk.device),
-        records=step.part.records,
-        items=step.part.items,
-        stride_lb=over_slots,
-        stride_lh=over_heads,
-        scale=call.softmax_scale,
-        softcap=call.softcap,
-    )
+    return _keys.arguments(dk=dk, dv=dv, counter=zero(dk.device), **_of_both(step, call, state, boxes))
 
 
 def _given_queries(step: _Step, call: AttendCall, state: BackwardState, boxes: Boxes | None = None) -> Arguments:
     """Those of the kernel of queries, likewise."""
-    q_desc, k_desc, v_desc, dout_desc = _read(call, state, boxes)
+    acc = state.acc if step.runs_on else None
+    return _queries.arguments(dq=state.dq, dq_state=acc, **_of_both(step, call, state, boxes))
+
+
+def _of_both(step: _Step, call: AttendCall, state: BackwardState, boxes: Boxes | None) -> dict[str, Any]:
+    """The arguments that both kernels take."""
+    q_desc, k_desc, v_desc, dout_desc = described((call.q, call.k, call.v, state.dout), boxes)
     over_slots, over_heads, _ = state.lse.stride()
-    return _queries.arguments(
-        q_desc=q_desc,
-        k_desc=k_desc,
-        v_desc=v_desc,
-        dout_desc=dout_desc,
-        lse=state.lse,
-        delta=state.delta,
-        dq=state.dq,
-        dq_state=state.acc if step.runs_on else None,
-        records=step.part.records,
-        items=step.part.items,
-        stride_lb=over_slots,
-        stride_lh=over_heads,
-        scale=call.softmax_scale,
-        softcap=call.softcap,
-    )
-
-
-def _read(call: AttendCall, state: BackwardState, boxes: Boxes | None) -> tuple[Any, ...]:
-    """What both kernels read by TMA, or descriptors of it."""
-    read = call.q, call.k, call.v, state.dout
-    if boxes is None:
-        return read
-    queries, keys = boxes
-    return tuple(map(described, read, (queries, keys, keys, queries)))
+    return {
+        "q_desc": q_desc,
+        "k_desc": k_desc,
+        "v_desc": v_desc,
+        "dout_desc": dout_desc,
+        "lse": state.lse,
+        "delta": state.delta,
+        "records": step.part.records,
+        "items": step.part.items,
+        "stride_lb": over_slots,
+        "stride_lh": over_heads,
+        "scale": call.softmax_scale,
+        "softcap": call.softcap,
+    }
 
 
 def _constants(of: KeyConstants | QueryConstants) -> Constants:
