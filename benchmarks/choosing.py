@@ -11,14 +11,14 @@ pipelines of 32,768 tokens. Times are those of this process on the processor.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from time import process_time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from planning import HARDWARE, Lengths
 from tables import Row, print_table
+from tables import processor_timed as timed
 
 import hetu
 from hetu.parallel import Heads, Layout, build_plan
@@ -27,13 +27,6 @@ from hetu.planning.choosing import Chooser
 
 PIPELINES, DOCUMENTS, WIDTH = 8, 64, 48 * 128
 HEADS = Heads(num_q=32, num_kv=8, head_dim=128, itemsize=2)
-
-
-def timed(call: Callable[[], Any], scale: float) -> float:
-    """Processor time of one call, in units of ``1 / scale`` seconds."""
-    start = process_time()
-    call()
-    return (process_time() - start) * scale
 
 
 def shared(total: Any, members: int, first: int) -> list[Any]:

@@ -11,12 +11,11 @@ ranks.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from time import process_time
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from tables import Row, print_table
+from tables import processor_timed as timed
 
 from hetu.parallel import SPLITS, Heads, Layout, build_plan
 
@@ -24,13 +23,6 @@ LIMITS = {8: 0.5, 64: 5.0, 256: 20.0, 1024: 60.0}
 """Milliseconds for layout, forward and backward of one rank's part, by ranks."""
 
 HEADS = Heads(num_q=8, num_kv=2, head_dim=64, itemsize=2)
-
-
-def timed(call: Callable[[], Any], scale: float) -> float:
-    """Processor time of one call, in units of ``1 / scale`` seconds."""
-    start = process_time()
-    call()
-    return (process_time() - start) * scale
 
 
 class Job:
