@@ -114,11 +114,9 @@ class _Writer:
 
 def _times(item: Any) -> int:
     """How often the text of a part names its operands, at most."""
-    return (
-        2
-        if type(item).__name__ in _CALLS or (isinstance(item, (FloorDiv, Mod)) and 0 in interval_of(item.args[1]))
-        else 1
-    )
+    is_compared = type(item).__name__ in _CALLS
+    is_refused = isinstance(item, (FloorDiv, Mod)) and 0 in interval_of(item.args[1])
+    return 2 if is_compared or is_refused else 1
 
 
 def _extremum(call: str, operands: list[str]) -> str:

@@ -221,7 +221,8 @@ class GroupLayout:
     @cached_property
     def _columns(self) -> IntArray:
         """Where every row of every member stands among the rows of the group, one member after the other."""
-        return self.offsets[self.spans.document].repeat(self.spans.length) + self.spans.positions
+        document, position = self._by_row
+        return self.offsets[document] + position
 
     @cached_property
     def _is_in_order(self) -> bool:

@@ -53,8 +53,9 @@ def exchange(group: GroupLayout, who: slice, mask: Mask) -> Exchange:
     alone = viewer(group, held, mask) if held is not None and n == 1 else None
     if alone is not None:
         _look(found, alone, R)
-    for owners in () if alone is not None else _blocks(R, n, held):
-        _take(found, group, who, owners, mask, held)
+    else:
+        for owners in _blocks(R, n, held):
+            _take(found, group, who, owners, mask, held)
     if n == R:  # who builds all parts knows already what every receiver takes
         found.given.extend(found.taken)
         found.sent.extend(found.landed)
